@@ -1,0 +1,46 @@
+# Every target runs in .venv, which `make setup` makes. Each is safe to run again.
+PYTHON ?= python3
+# The index pip takes torch from; empty means pip's own. PyTorch's installation page names the CPU-only one.
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup lint types imports test test-slow bench check demo clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.installed
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports --no-cache
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+check: lint types imports test
+
+bench: setup
+	$(BIN)/python scripts/bench/attention.py
+
+# The four commands on real proteins: make demo FASTA=my.fasta runs them on yours.
+FASTA ?= data/trembl_sample.fasta.gz
+DEMO ?= demo
+demo: setup
+	$(BIN)/python scripts/demo.py --fasta "$(FASTA)" --out "$(DEMO)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,82 @@
+"""The `protlm` program: collects the commands and turns every outcome into an exit status and at most one line."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from typer.exceptions import TyperException
+
+from protlm import __version__
+from protlm.cli.embed import embed_command
+from protlm.cli.evaluate import eval_command
+from protlm.cli.prep import prep_command
+from protlm.cli.train import train_command
+from protlm.errors import ProtlmError
+
+EXIT_SUCCESS, EXIT_FAILURE, EXIT_INTERRUPTED = 0, 1, 130
+
+app = typer.Typer(
+    name="protlm",
+    help="Protein language models with linear-cost Performer attention: prepare, train, evaluate, embed.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+app.command("prep")(prep_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("embed")(embed_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"protlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status.
+
+    Args:
+        arguments: The words after `protlm`; by default those of the process.
+
+    Returns:
+        0 success, 1 the data or the run is at fault, 2 wrong usage, 130 interrupted.
+    """
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(
+            args=None if arguments is None else list(arguments), prog_name="protlm", standalone_mode=False
+        )
+    except TyperException as error:
+        error.show()
+        return error.exit_code
+    except ProtlmError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # Whoever read our output has gone; closing stderr keeps the interpreter from complaining at exit.
+        sys.stderr.close()
+        return EXIT_FAILURE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return status if isinstance(status, int) else EXIT_SUCCESS
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    return EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""Settings of a model and its training: typed, frozen, strict, and read from defaults < file < `--set a.b=c`."""
+
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protlm.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+SPECIAL_TOKENS_PER_SEGMENT = 2
+"""`<cls>` and `<eos>` around the residues of every segment."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(_Section):
+    """How proteins become batches.
+
+    Attributes:
+        tokens_per_batch: Budget of one packed row, `<cls>` and `<eos>` of each protein included.
+        max_length: Longest stretch of one protein that enters a training row, in residues; of a longer protein a random
+            window is taken, another at every draw. Default: what fits into the row.
+        num_workers: Processes that prepare batches beside the training process; 0 prepares them in it.
+    """
+
+    tokens_per_batch: Positive = 4096
+    max_length: Positive | None = None
+    num_workers: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _a_protein_fits(self) -> Self:
+        room = self.tokens_per_batch - SPECIAL_TOKENS_PER_SEGMENT
+        if room < 1:
+            raise ValueError(f"tokens_per_batch: expected at least 3, got {self.tokens_per_batch}")
+        if self.max_length is not None and self.max_length > room:
+            raise ValueError(
+                f"max_length: expected at most tokens_per_batch - {SPECIAL_TOKENS_PER_SEGMENT} = {room}, "
+                f"got {self.max_length}"
+            )
+        return self
+
+    @property
+    def window(self) -> int:
+        """The longest stretch of one protein in a training row, in residues."""
+        return self.max_length or self.tokens_per_batch - SPECIAL_TOKENS_PER_SEGMENT
+
+
+class ModelConfig(_Section):
+    """The shape of the network; everything that its weights depend on.
+
+    Attributes:
+        num_layers: Encoder layers.
+        model_dim: Width of the residual stream.
+        num_heads: Attention heads; model_dim / num_heads is head_dim, an even number for the rotary positions.
+        ffn_dim: Width of the feed-forward layer.
+        attention: `positive` (FAVOR+, estimates softmax), `relu` (generalised FAVOR) or `softmax` (exact).
+        num_features: Random features per head; unused by `softmax`.
+        projection: How the random matrix is drawn: `orthogonal` blocks or `iid` rows.
+        qk_norm: Normalise q and k per head, with a learned temperature in (0, max_temperature].
+        max_temperature: Upper bound of ‖q/d^¼‖² under qk_norm; training starts at three quarters of it.
+        conv_width: Width of the depthwise convolution on q, k, v inside each protein, odd; 0 for none.
+        dropout: Dropped fraction after attention and feed-forward.
+    """
+
+    num_layers: Positive = 3
+    model_dim: Positive = 128
+    num_heads: Positive = 4
+    ffn_dim: Positive = 512
+    attention: Literal["positive", "relu", "softmax"] = "positive"
+    num_features: Positive = 128
+    projection: Literal["orthogonal", "iid"] = "orthogonal"
+    qk_norm: bool = True
+    max_temperature: PositiveFloat = 2.0
+    conv_width: NonNegative = 3
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.model_dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"model_dim: expected an even multiple of num_heads = {self.num_heads}, got {self.model_dim}"
+            )
+        if self.conv_width and self.conv_width % 2 == 0:
+            raise ValueError(f"conv_width: expected 0 or an odd number, got {self.conv_width}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.model_dim // self.num_heads
+
+
+class TrainConfig(_Section):
+    """How the weights are found.
+
+    Attributes:
+        seed: Seed of the weights, the projections, the order of the proteins, the masks and dropout.
+        max_steps: Optimizer updates since step 0, resumed ones included.
+        schedule_steps: Horizon of the learning-rate schedule; default: max_steps at the first start.
+        schedule: `cosine` to a tenth of the rate at the horizon, or `constant`; both after the warm-up.
+        optimizer: `adamw`, or `muon` for the matrices of the encoder with AdamW on the rest.
+        lr: Peak learning rate of AdamW.
+        muon_lr: Peak learning rate of Muon; unused by `adamw`.
+        betas: Decay of AdamW's two moments.
+        weight_decay: Decoupled weight decay of matrices; biases, norms and embeddings have none.
+        warmup_steps: Updates of linear warm-up.
+        clip_norm: Largest norm of the whole gradient; 0 for no clipping.
+        accumulate: Rows per update.
+        checkpoint_every_steps: Updates between checkpoints for resuming.
+        valid_every_steps: Updates between measurements on the valid split; the last update always measures.
+        redraw_every_steps: Updates between new random projections; 0 keeps the first draw, which is saved in the model.
+        mask_rate: Probability that a residue is scored.
+    """
+
+    seed: NonNegative = 0
+    max_steps: Positive = 800
+    schedule_steps: Positive | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: PositiveFloat = 2e-3
+    muon_lr: PositiveFloat = 0.02
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_steps: NonNegative = 40
+    clip_norm: NonNegativeFloat = 1.0
+    accumulate: Positive = 1
+    checkpoint_every_steps: Positive = 200
+    valid_every_steps: Positive = 200
+    redraw_every_steps: NonNegative = 0
+    mask_rate: Annotated[float, Field(gt=0, le=1)] = 0.15
+
+
+class Config(_Section):
+    """Everything that `protlm train` is told, in three sections."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def shipped_configs() -> list[str]:
+    """Returns the names of the configurations that come with protlm."""
+    names = (file.name for file in _config_folder().iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+
+
+def load_config(name_or_file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Returns the settings from defaults, then a file, then overrides.
+
+    Args:
+        name_or_file: The name of a shipped configuration, or a path of a TOML file (anything with a `/` or `.toml`).
+        overrides: Texts `section.key=value`, the value written as in TOML; a bare word is taken as a string.
+
+    Raises:
+        ConfigError: A missing file, bad TOML, an unknown key or a value out of range.
+    """
+    settings, source = _read_settings(name_or_file)
+    for override in overrides:
+        _apply_override(settings, override)
+        source = f"{source} with --set" if "--set" not in source else source
+    return parse_config(settings, source)
+
+
+def parse_config(settings: dict[str, Any], source: str) -> Config:
+    """Returns checked settings; `source` says in an error where they came from.
+
+    Raises:
+        ConfigError: An unknown key or a value out of range.
+    """
+    try:
+        return Config.model_validate(_lists_to_tuples(settings))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """Returns the settings as TOML text that `load_config` reads back to an equal object."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def _config_folder() -> Traversable:
+    # configs/ is installed as protlm.configs; an editable install finds no package there and leaves it in the checkout.
+    try:
+        return resources.files("protlm.configs")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[1] / "configs"
+
+
+def _read_settings(name_or_file: str | Path | None) -> tuple[dict[str, Any], str]:
+    if name_or_file is None:
+        return {}, "settings"
+    text = str(name_or_file)
+    if "/" in text or text.endswith(".toml"):
+        source = text
+        try:
+            content = Path(text).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{source}: {error.strerror}") from None
+    else:
+        source = f"{text}.toml"
+        file = _config_folder() / source
+        if not file.is_file():
+            known = ", ".join(shipped_configs())
+            raise ConfigError(f"{text}: no such configuration; there are {known}, or give the path of a TOML file")
+        content = file.read_bytes()
+    try:
+        return tomllib.loads(content.decode()), source
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not a TOML file: {error}") from None
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"--set {override}: expected SECTION.KEY=VALUE, such as train.max_steps=800")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if not isinstance(settings.setdefault(section, {}), dict):
+        raise ConfigError(f"--set {override}: {section} is not a section")
+    settings[section][key] = value
+
+
+def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    # TOML knows lists only, and a strict model takes no list for a tuple.
+    return {
+        key: _lists_to_tuples(value)
+        if isinstance(value, dict)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for key, value in settings.items()
+    }
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section, _, _ = where.rpartition(".")
+        fields = Config.model_fields[section].annotation.model_fields if section else Config.model_fields  # type: ignore[union-attr]
+        return f"{where}: unknown key; known are {', '.join(fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}.{message}" if where else message
+    got = f", got {first['input']!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{got}"

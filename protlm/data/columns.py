@@ -1,0 +1,249 @@
+"""How a column lies in an HDF5 file: contiguous, uncompressed and aligned, so that it is read through a memory map.
+
+The files may come from anyone: a column is mapped only after its place, type and size were checked against the file.
+"""
+
+import contextlib
+import itertools
+import mmap
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import h5py
+import numpy as np
+from numpy.typing import DTypeLike
+
+from protlm.errors import ShardError
+
+ALIGNMENT_BYTES = 64
+"""Every column starts at a multiple of this in its file: a cache line, and enough for any number type."""
+
+Scalar = TypeVar("Scalar", str, int)
+
+
+@contextlib.contextmanager
+def create_columns(path: Path) -> Iterator[h5py.File]:
+    """Opens a new HDF5 file whose columns will be aligned; equal content gives equal bytes.
+
+    Args:
+        path: The file, which must not exist.
+    """
+    with h5py.File(path, "x", alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES) as file:
+        yield file
+
+
+def write_column(file: h5py.File, name: str, column: np.ndarray) -> None:
+    """Writes a whole array as a contiguous, uncompressed dataset."""
+    file.create_dataset(name, data=np.ascontiguousarray(column), track_times=False)
+
+
+def write_strings(file: h5py.File, name: str, text: bytes | bytearray, offsets: Sequence[int] | np.ndarray) -> None:
+    """Writes a string column: its UTF-8 bytes back to back, and the (strings + 1) bounds between them."""
+    write_column(file, f"{name}/bytes", np.frombuffer(text, dtype=np.uint8))
+    write_column(file, f"{name}/offsets", np.asarray(offsets, dtype=np.int64))
+
+
+def allocate_column(file: h5py.File, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> int | None:
+    """Makes room for a column that is written later through a memory map.
+
+    Returns:
+        The place of its first byte in the file, None for an empty column, which has no place.
+    """
+    parent, _, leaf = name.rpartition("/")
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    group = file.require_group(parent) if parent else file
+    space, stored_type = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(dtype), logical=True)
+    offset: int | None = h5py.h5d.create(group.id, leaf.encode(), stored_type, space, dcpl=properties).get_offset()
+    return offset
+
+
+@dataclass(frozen=True, slots=True)
+class StringColumn:
+    """A mapped column of strings; index it to get one.
+
+    Attributes:
+        where: File and column, for messages.
+        text: The UTF-8 bytes of all strings, back to back.
+        offsets: The bounds of each string in `text`, (strings + 1).
+    """
+
+    where: str
+    text: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        return self._decode(self.text[self.offsets[index] : self.offsets[index + 1]].tobytes())
+
+    def to_list(self) -> list[str]:
+        """Returns all strings."""
+        text, bounds = self.text.tobytes(), self.offsets.tolist()
+        return [self._decode(text[start:end]) for start, end in itertools.pairwise(bounds)]
+
+    def _decode(self, text: bytes) -> str:
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            raise ShardError(f"{self.where}: expected UTF-8 text, got {text[:20]!r}; the file is damaged") from error
+
+
+class ColumnFile:
+    """An HDF5 file of columns while it is being opened; the mapped columns outlive it."""
+
+    def __init__(self, path: Path, file: h5py.File, content: mmap.mmap) -> None:
+        self.path = path
+        self._file = file
+        self._content = content
+
+    def attribute(self, name: str, kind: type[Scalar]) -> Scalar:
+        """Returns an attribute of the file that must be there and of the given kind, `str` or `int`."""
+        value = self._file.attrs.get(name)
+        if kind is int and isinstance(value, np.integer):
+            return kind(value)
+        if kind is str and isinstance(value, str):
+            return kind(value)
+        found = "none" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise ShardError(f"{self.path}: attribute {name!r}: expected {kind.__name__}, got {found}")
+
+    def check_format(self, expected: str, version: int) -> None:
+        """Refuses a file that is of another format or of another version of it."""
+        found = self._file.attrs.get("format")
+        if not isinstance(found, str) or found != expected:
+            raise ShardError(f"{self.path}: not a {expected} file")
+        found_version = self.attribute("format_version", int)
+        if found_version != version:
+            raise ShardError(
+                f"{self.path}: format_version: expected {version}, got {found_version}; make the file again, "
+                "or read it with the protlm that wrote it"
+            )
+
+    def names(self, group: str = "") -> list[str]:
+        """Returns what a group holds, sorted; nothing if there is no such group."""
+        found = self._resolve(group) if group else self._file
+        return sorted(found) if isinstance(found, h5py.Group) else []
+
+    def column(self, name: str, dtype: DTypeLike, *, ndim: int = 1) -> np.ndarray:
+        """Maps a column, read-only.
+
+        Raises:
+            ShardError: It is not there, of another type or rank, not contiguous, stored elsewhere, or cut short.
+        """
+        expected = np.dtype(dtype)
+        dataset = self._resolve(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise self._fault(name, f"{expected} column", "nothing" if dataset is None else "a group")
+        if dataset.shape is None or dataset.ndim != ndim:
+            raise self._fault(name, f"{ndim} axes", f"shape {dataset.shape}")
+        if dataset.dtype != expected:
+            raise self._fault(name, str(expected), str(dataset.dtype))
+        properties = dataset.id.get_create_plist()
+        if properties.get_layout() != h5py.h5d.CONTIGUOUS or properties.get_external_count():
+            raise self._fault(name, "a contiguous column inside the file", "another storage layout")
+        shape = tuple(int(axis) for axis in dataset.shape)
+        if 0 in shape:
+            return np.frombuffer(b"", dtype=expected).reshape(shape)
+        return self._map(name, dataset.id.get_offset(), shape, expected)
+
+    def strings(self, name: str) -> StringColumn:
+        """Maps a string column after checking its offsets."""
+        text = self.column(f"{name}/bytes", np.uint8)
+        offsets = self.column(f"{name}/offsets", np.int64)
+        self.check_offsets(f"{name}/offsets", offsets, len(text))
+        return StringColumn(f"{self.path}: {name}", text, offsets)
+
+    def check_offsets(self, name: str, offsets: np.ndarray, end: int) -> None:
+        """Refuses offsets that do not run from 0 to `end` without ever falling."""
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != end:
+            got = f"{offsets[0]} to {offsets[-1]}" if len(offsets) else "none"
+            raise self._fault(name, f"offsets from 0 to {end}", got)
+        if (offsets[1:] < offsets[:-1]).any():
+            raise self._fault(name, "offsets that never fall", "some that do")
+
+    def check_size(self, name: str, column: np.ndarray | StringColumn, size: int) -> None:
+        """Refuses a column of another number of rows."""
+        if len(column) != size:
+            raise self._fault(name, f"{size} rows", str(len(column)))
+
+    def _resolve(self, name: str) -> h5py.Group | h5py.Dataset | None:
+        found = self._file
+        for part in name.split("/"):
+            if not isinstance(found, h5py.Group):
+                return None
+            link = found.get(part, getlink=True)
+            if link is None:
+                return None
+            # A soft or external link could lead to any other file that the user may read.
+            if not isinstance(link, h5py.HardLink):
+                raise self._fault(name, "a column inside the file", "a link")
+            found = found[part]
+        return found
+
+    def _map(self, name: str, offset: int | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        # Python integers, which do not overflow, since the shape comes from the file.
+        count = 1
+        for axis in shape:
+            count *= axis
+        num_bytes = count * dtype.itemsize
+        if offset is None or offset + num_bytes > len(self._content):
+            place = "no place" if offset is None else f"bytes {offset} to {offset + num_bytes}"
+            raise self._fault(name, f"a place within the {len(self._content)} bytes of the file", place)
+        return np.frombuffer(self._content, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+    def _fault(self, name: str, expected: str, got: str) -> ShardError:
+        return ShardError(f"{self.path}: {name}: expected {expected}, got {got}")
+
+
+@contextlib.contextmanager
+def open_columns(path: Path) -> Iterator[ColumnFile]:
+    """Opens an HDF5 file to map its columns; HDF5's own handle is closed again at the end, only the maps stay.
+
+    Maps are shared and read-only, so a forked worker may use the parent's; each file costs one map, and one file
+    descriptor before Python 3.13.
+
+    Raises:
+        ShardError: The file is missing, is no HDF5 file, or is damaged.
+    """
+    try:
+        # No lock: a shard never changes once it has its name, and some network file systems know no locks.
+        with h5py.File(path, "r", locking=False) as file:
+            yield ColumnFile(path, file, _map_file(path))
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: no such file") from error
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        # What h5py makes of a damaged file is any of these.
+        reason = str(error).strip("'\" \n").split("\n")[0]
+        raise ShardError(f"{path}: not a readable HDF5 file: {reason}") from error
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        if sys.version_info >= (3, 13):
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`; the file written there takes its place on success and is gone otherwise."""
+    temporary = partial_path(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Returns an unused name in the same folder for something that is not complete yet."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")

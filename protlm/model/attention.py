@@ -1,0 +1,117 @@
+"""Self-attention over packed rows: hides which kind of attention is used, and how q and k are kept in its range."""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from protlm.config import ModelConfig
+from protlm.model.segments import Segments, rotate
+from protlm.ops import draw_projection, favor_attention
+
+_INITIAL_TEMPERATURE = 0.75
+"""Share of max_temperature at which every head starts."""
+
+
+class SegmentConvolution(nn.Module):
+    """A depthwise convolution along the length that stays inside segments; it starts as the identity."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels))
+
+    def reset(self) -> None:
+        """Sets the identity: weight 1 on the token itself, 0 on its neighbours."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.weight[len(self.weight) // 2])
+
+    def forward(self, x: Float[Tensor, "length channels"], segments: Segments) -> Float[Tensor, "length channels"]:
+        """Returns Σ_o weight_o · x_{t+o} over the neighbours of the same segment."""
+        half = len(self.weight) // 2
+        out = x * self.weight[half]
+        for offset in range(-half, half + 1):
+            if offset and abs(offset) < len(x):
+                inside = segments.has_neighbour(offset).unsqueeze(1)
+                shifted = F.pad(x[max(0, offset) : len(x) + min(0, offset)], (0, 0, max(0, -offset), max(0, offset)))
+                out = torch.addcmul(out, shifted, inside * self.weight[half + offset])
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with rotary positions, of kind `positive`, `relu` (FAVOR) or `softmax` (exact).
+
+    Under qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], so that the variance of
+    the estimated weights stays bounded: (e^{4τ} − 1)/num_features relative to the weight, at the worst.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.attention
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.projection_kind = config.projection
+        self.max_temperature = config.max_temperature
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(config.model_dim, config.model_dim) for _ in range(4)
+        )
+        self.convolutions = nn.ModuleList(
+            SegmentConvolution(config.model_dim, config.conv_width) for _ in range(3 if config.conv_width else 0)
+        )
+        self.temperature_logit = nn.Parameter(torch.empty(config.num_heads)) if config.qk_norm else None
+        shape = (config.num_heads, config.num_features, config.head_dim)
+        self.register_buffer("projection", None if self.kind == "softmax" else torch.empty(shape))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Sets what is no weight of a linear layer, and draws the projection."""
+        for convolution in self.convolutions:
+            assert isinstance(convolution, SegmentConvolution)
+            convolution.reset()
+        if self.temperature_logit is not None:
+            nn.init.constant_(self.temperature_logit, math.log(_INITIAL_TEMPERATURE / (1 - _INITIAL_TEMPERATURE)))
+        self.redraw(generator)
+
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator) -> None:
+        """Draws a new projection for every head; nothing to do for exact attention."""
+        if self.projection is not None:
+            heads, features, head_dim = self.projection.shape
+            drawn = draw_projection(
+                features, head_dim, kind=self.projection_kind, num_heads=heads, generator=generator
+            )
+            self.projection.copy_(drawn)
+
+    def forward(
+        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "length model_dim"]:
+        """Returns the attention's output for one packed row."""
+        inputs = [self.query(x), self.key(x), self.value(x)]
+        if self.convolutions:
+            inputs = [convolve(y, segments) for convolve, y in zip(self.convolutions, inputs, strict=True)]
+        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in inputs)
+        q, k = (rotate(self._normalise(y), *rotary) for y in (q, k))
+        q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in (q, k, v))
+        if self.kind == "softmax":
+            out = _exact_attention(q, k, v, segments)
+        else:
+            out = favor_attention(q, k, v, self.projection, feature_map=self.kind, cu_seqlens=segments.cu_seqlens)
+        result: Tensor = self.output(out.squeeze(0).transpose(0, 1).flatten(1))
+        return result
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if self.temperature_logit is None:
+            return x
+        temperature = self.max_temperature * torch.sigmoid(self.temperature_logit)
+        norm = torch.sqrt(temperature * math.sqrt(self.head_dim))
+        return F.normalize(x, dim=-1) * norm.unsqueeze(-1).to(x.dtype)
+
+
+def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Returns softmax attention, one segment at a time: never a (length, length) mask over the row."""
+    outs = [
+        F.scaled_dot_product_attention(*(x[:, :, start:stop] for x in (q, k, v)))
+        for start, stop in pairwise(segments.bounds)
+        if stop > start
+    ]
+    return torch.cat(outs, dim=2)

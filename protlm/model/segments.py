@@ -1,0 +1,57 @@
+"""Packed rows: hides where the proteins of a row begin and end from every layer that must not look across."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segments of one packed row, computed once for all layers.
+
+    Attributes:
+        cu_seqlens: int32 bounds, 0 to length.
+        bounds: The same bounds as Python numbers.
+        positions: Place of every token in its segment, from 0.
+        lengths: Length of every token's segment.
+    """
+
+    cu_seqlens: Int[Tensor, " bounds"]
+    bounds: tuple[int, ...]
+    positions: Int[Tensor, " length"]
+    lengths: Int[Tensor, " length"]
+
+    @classmethod
+    def from_bounds(cls, cu_seqlens: Int[Tensor, " bounds"]) -> "Segments":
+        """Returns the segments between the given bounds."""
+        sizes = cu_seqlens.diff().long()
+        starts = torch.repeat_interleave(cu_seqlens[:-1].long(), sizes)
+        positions = torch.arange(len(starts), device=cu_seqlens.device) - starts
+        lengths = torch.repeat_interleave(sizes, sizes)
+        return cls(cu_seqlens, tuple(cu_seqlens.tolist()), positions, lengths)
+
+    def has_neighbour(self, offset: int) -> Bool[Tensor, " length"]:
+        """Says for every token whether the token `offset` places further is of the same segment."""
+        neighbour = self.positions + offset
+        return (neighbour >= 0) & (neighbour < self.lengths)
+
+    def rotary(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns the cosines and sines, each (length, head_dim), of rotary positions that start anew in every segment.
+
+        Angles are position · 10000^(−2i/head_dim) for the pairs (i, i + head_dim/2), as in ESM-2.
+        """
+        pairs = torch.arange(0, head_dim, 2, device=self.positions.device, dtype=torch.float32)
+        frequencies = 10000.0 ** (-pairs / head_dim)
+        angles = torch.outer(self.positions.float(), frequencies).repeat(1, 2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(
+    x: Float[Tensor, "length heads head_dim"], cosines: Float[Tensor, "length head_dim"], sines: Float[Tensor, "length head_dim"]
+) -> Float[Tensor, "length heads head_dim"]:
+    """Returns x turned by the angles of its position; norms stay, and q·k depends on the distance alone."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return torch.addcmul(x * cosines.unsqueeze(1), turned, sines.unsqueeze(1))

@@ -1,0 +1,1 @@
+"""What protlm does: plain arguments in, a report dataclass out, no printing."""

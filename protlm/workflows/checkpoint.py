@@ -1,0 +1,188 @@
+"""The model directory: hides how a trained model lies on disk, and never loads a pickle from it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from protlm.config import ModelConfig
+from protlm.errors import CheckpointError
+from protlm.model.performer import Performer
+from protlm.vocabulary import TOKENS
+
+MODEL_FORMAT = "protlm-model"
+MODEL_FORMAT_VERSION = 1
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class ValidScore(BaseModel):
+    """What the training run measured on its valid split when it saved the model."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    num_targets: Count
+    accuracy: float
+    perplexity: float
+    empirical_accuracy: float
+    empirical_perplexity: float
+
+
+class ModelDescription(BaseModel):
+    """The content of a model's config.json.
+
+    Attributes:
+        format: Says that this is a protlm model.
+        format_version: Of this file and of the tensors' names.
+        vocabulary: The tokens in order.
+        model: The shape of the network.
+        mask_rate: Probability with which residues were scored in training; `protlm eval` uses it too.
+        redraw_every_steps: 0: the model is tied to its saved projections; else they were redrawn while it was trained.
+        seed: Of the training run.
+        step: Optimizer updates behind the weights.
+        residue_counts: Residues of the training set by letter, for the empirical baseline.
+        dataset_hash: Of the manifest of the training dataset.
+        valid: Measured on the valid split, where there was one.
+        weights_hash: xxh3-128 of model.safetensors.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    format: Literal["protlm-model"] = MODEL_FORMAT
+    format_version: int = MODEL_FORMAT_VERSION
+    vocabulary: list[str] = list(TOKENS)
+    model: ModelConfig
+    mask_rate: float
+    redraw_every_steps: Count
+    seed: Count
+    step: Count
+    residue_counts: dict[str, Count]
+    dataset_hash: str
+    valid: ValidScore | None = None
+    weights_hash: str = ""
+
+
+def save_model(folder: Path, model: Performer, description: ModelDescription) -> None:
+    """Writes config.json, model.safetensors and README.md; each file is complete or as it was before.
+
+    A reader that comes between two of them sees by the hash that weights and description do not belong together.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = save(tensors)
+    description = description.model_copy(update={"weights_hash": xxhash.xxh3_128_hexdigest(weights)})
+    _replace(folder / "model.safetensors", weights)
+    _replace(folder / "config.json", (description.model_dump_json(indent=2) + "\n").encode())
+    _replace(folder / "README.md", _model_card(description).encode())
+
+
+def find_model(path: Path) -> Path:
+    """Returns the model directory that a user means: the path itself, or `model/` inside a run.
+
+    Raises:
+        CheckpointError: Neither holds a model.
+    """
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path}: this run has no model yet; let protlm train reach its first measurement")
+    reason = "no config.json in it or in its model/" if path.is_dir() else "no such directory"
+    raise CheckpointError(f"{path}: expected a model directory or a run of protlm train, got {reason}")
+
+
+def read_model(path: Path) -> tuple[Performer, ModelDescription]:
+    """Returns the network in evaluation mode on the CPU, and what is known of it.
+
+    Raises:
+        CheckpointError: Files that are missing, altered, of another version or no protlm model.
+    """
+    folder = find_model(path)
+    description = _read_description(folder / "config.json")
+    weights_path = folder / "model.safetensors"
+    try:
+        weights = weights_path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{weights_path}: {error.strerror}") from None
+    if xxhash.xxh3_128_hexdigest(weights) != description.weights_hash:
+        raise CheckpointError(
+            f"{weights_path}: not the weights that config.json names (hash differs); copy the model directory anew"
+        )
+    with torch.device("meta"):
+        model = Performer(description.model)
+    try:
+        model.load_state_dict(load(weights), assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{weights_path}: does not hold this model: {str(error).splitlines()[0]}") from None
+    return model.eval(), description
+
+
+def _read_description(path: Path) -> ModelDescription:
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(found, dict) or found.get("format") != MODEL_FORMAT:
+        raise CheckpointError(f"{path}: expected a protlm model, got another JSON file")
+    if found.get("format_version") != MODEL_FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: expected format version {MODEL_FORMAT_VERSION}, got {found.get('format_version')!r}; "
+            "use the protlm that wrote it"
+        )
+    try:
+        description = ModelDescription.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+    if description.vocabulary != list(TOKENS):
+        raise CheckpointError(f"{path}: the model has another vocabulary than this protlm")
+    return description
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def _model_card(description: ModelDescription) -> str:
+    shape = description.model
+    kind = "fixed random projections, saved with it" if description.redraw_every_steps == 0 else (
+        f"projections redrawn every {description.redraw_every_steps} steps"
+    )  # fmt: skip
+    lines = [
+        "# A protein language model trained with protlm",
+        "",
+        f"A {shape.num_layers}-layer Performer of width {shape.model_dim} with {shape.num_heads} heads and "
+        f"`{shape.attention}` attention" + ("." if shape.attention == "softmax" else f" ({kind})."),
+        f"Trained for {description.step} steps with seed {description.seed}, masking {description.mask_rate:.0%} "
+        "of the residues.",
+        "",
+        f"- Training dataset (manifest hash): `{description.dataset_hash}`",
+        f"- Residues in it: {sum(description.residue_counts.values()):,}",
+        f"- Weights (xxh3-128): `{description.weights_hash}`",
+        "",
+    ]
+    if description.valid is None:
+        lines.append("No valid split was measured.")
+    else:
+        valid = description.valid
+        lines += [
+            f"On {valid.num_targets:,} masked residues of its valid split:",
+            "",
+            "| | accuracy | perplexity |",
+            "|---|---|---|",
+            f"| this model | {valid.accuracy:.4f} | {valid.perplexity:.3f} |",
+            f"| residue frequencies of the training set | {valid.empirical_accuracy:.4f} | "
+            f"{valid.empirical_perplexity:.3f} |",
+        ]
+    lines += ["", "Use it with `protlm eval`, `protlm embed` or `protlm.load_model`.", ""]
+    return "\n".join(lines)

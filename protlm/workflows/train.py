@@ -1,0 +1,189 @@
+"""`protlm train`: from a dataset to a run directory with metrics, checkpoints and a model."""
+
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from protlm.config import Config, dump_config, load_config, parse_config
+from protlm.data.dataset import Dataset, Split, open_dataset
+from protlm.errors import CheckpointError, ConfigError, ProtlmError
+from protlm.model.performer import Performer
+from protlm.workflows.callbacks import StopRequest, Watch, checkpoint_path
+from protlm.workflows.checkpoint import ModelDescription, ValidScore
+from protlm.workflows.lightning import MaskedLanguageModelling, TrainingData
+from protlm.workflows.metrics import plot_curves
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a training run ended with.
+
+    Attributes:
+        run_dir: The run directory.
+        step: Optimizer updates since step 0.
+        interrupted: Whether Ctrl-C ended the run before max_steps.
+        seconds: Wall time of this call.
+        num_parameters: Trained numbers of the model.
+        train_perplexity: Of the last update; None if this call made none.
+        valid: The measurement behind the exported model, on the valid split; None where there is none.
+    """
+
+    run_dir: Path
+    step: int
+    interrupted: bool
+    seconds: float
+    num_parameters: int
+    train_perplexity: float | None
+    valid: ValidScore | None
+
+
+def train(
+    dataset_path: Path,
+    run_dir: Path,
+    *,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    max_steps: int | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> TrainReport:
+    """Trains a masked language model and returns what it ended with.
+
+    Args:
+        dataset_path: A dataset of `protlm prep` with a train split.
+        run_dir: Where the run is written; must not exist unless resume or force is given.
+        config: Name of a shipped configuration or path of a TOML file.
+        overrides: Texts `section.key=value` that override it.
+        max_steps: Overrides train.max_steps.
+        seed: Overrides train.seed.
+        resume: Continues the run in run_dir with its own settings; of those given only max_steps may differ.
+        force: Replaces an existing run.
+
+    Raises:
+        ProtlmError: Bad settings or data, an existing run, or a loss that is not finite.
+    """
+    started = time.perf_counter()
+    wanted = [*overrides]
+    wanted += [f"train.max_steps={max_steps}"] if max_steps is not None else []
+    wanted += [f"train.seed={seed}"] if seed is not None else []
+    dataset = open_dataset(dataset_path)
+    train_split, valid_split = dataset.split("train"), _split_or_none(dataset, "valid")
+    settings = _resolve(run_dir, config, wanted, resume=resume)
+    _prepare_run_dir(run_dir, settings, resume=resume, force=force)
+
+    model = Performer(settings.model)
+    model.reset(settings.train.seed)
+    pl.seed_everything(settings.train.seed, verbose=False)
+    task = MaskedLanguageModelling(model, settings, dataset.hash)
+
+    def describe(step: int, valid: ValidScore | None) -> ModelDescription:
+        return ModelDescription(
+            model=settings.model,
+            mask_rate=settings.train.mask_rate,
+            redraw_every_steps=settings.train.redraw_every_steps,
+            seed=settings.train.seed,
+            step=step,
+            residue_counts=dict(dataset.manifest.splits["train"].residue_counts),
+            dataset_hash=dataset.hash,
+            valid=valid,
+        )
+
+    with StopRequest() as stop_request:
+        watch = Watch(run_dir, settings, valid_split, describe, stop_request)
+        _fit(task, TrainingData(train_split, settings), watch, settings)
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    return TrainReport(
+        run_dir=run_dir,
+        step=watch.last_step,
+        interrupted=watch.last_step < settings.train.max_steps,
+        seconds=time.perf_counter() - started,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_perplexity=watch.last_row.get("train/perplexity"),
+        valid=watch.best,
+    )
+
+
+def _split_or_none(dataset: Dataset, name: str) -> Split | None:
+    summary = dataset.manifest.splits.get(name)
+    return dataset.split(name) if summary is not None and summary.num_records else None
+
+
+def _resolve(run_dir: Path, config: str | Path | None, overrides: Sequence[str], *, resume: bool) -> Config:
+    """Returns the settings of the run: its own when it is resumed, with a new max_steps if that is wanted."""
+    saved_path = run_dir / "config.toml"
+    if not (resume and saved_path.exists()):
+        settings = load_config(config, overrides)
+        horizon = settings.train.schedule_steps or settings.train.max_steps
+        return _with_train(settings, schedule_steps=horizon)
+    saved = load_config(saved_path)
+    asked = load_config(saved_path if config is None else config, overrides)
+    asked = _with_train(asked, schedule_steps=asked.train.schedule_steps or saved.train.schedule_steps)
+    if any(override.startswith("train.max_steps=") for override in overrides):
+        saved = _with_train(saved, max_steps=asked.train.max_steps)
+    asked = _with_train(asked, max_steps=saved.train.max_steps)
+    for section, ours in saved.model_dump().items():
+        for key, value in asked.model_dump()[section].items():
+            if ours[key] != value:
+                raise ConfigError(
+                    f"{saved_path}: {section}.{key} is {ours[key]!r} in this run and cannot become {value!r} on --resume; "
+                    "only train.max_steps may change"
+                )
+    return saved
+
+
+def _with_train(settings: Config, **changes: int | None) -> Config:
+    content = settings.model_dump()
+    content["train"] |= changes
+    return parse_config(content, "settings")
+
+
+def _prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool, force: bool) -> None:
+    exists = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    if exists and not resume:
+        if not force:
+            raise ProtlmError(f"{run_dir}: exists already; continue it with --resume or replace it with --force")
+        if not (run_dir / "config.toml").is_file():
+            raise ProtlmError(f"{run_dir}: is no run of protlm train and is not replaced; choose another --out")
+        shutil.rmtree(run_dir)
+    if exists and resume and not (run_dir / "config.toml").is_file():
+        raise CheckpointError(f"{run_dir}: is no run of protlm train (no config.toml); choose another --out")
+    checkpoint_path(run_dir).parent.mkdir(parents=True, exist_ok=True)
+    partial = run_dir / "config.toml.partial"
+    partial.write_text(dump_config(settings), encoding="utf-8")
+    partial.replace(run_dir / "config.toml")
+
+
+def _fit(task: MaskedLanguageModelling, data: TrainingData, watch: Watch, settings: Config) -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    checkpoint = watch.checkpoint_path
+    with warnings.catch_warnings():
+        # Advice for other ways of working than ours: a sampler of our own, batches made in the training process.
+        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+        trainer = pl.Trainer(
+            max_steps=settings.train.max_steps,
+            max_epochs=-1,
+            accelerator="auto",
+            devices=1,
+            accumulate_grad_batches=settings.train.accumulate,
+            callbacks=[watch],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        try:
+            trainer.fit(task, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+        except SystemExit:
+            # Lightning exits on the second Ctrl-C; the command line knows what an interrupt means.
+            raise KeyboardInterrupt from None
+
+
