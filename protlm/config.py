@@ -239,11 +239,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
     # TOML knows lists only, and a strict model takes no list for a tuple.
     return {
-        key: _lists_to_tuples(value)
-        if isinstance(value, dict)
-        else tuple(value)
-        if isinstance(value, list)
-        else value
+        key: _lists_to_tuples(value) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
         for key, value in settings.items()
     }
 

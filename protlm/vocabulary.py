@@ -74,7 +74,9 @@ def clean(text: bytes) -> tuple[bytes, Counter[str]]:
     without_gaps = residues.translate(None, delete=_GAPS)
     repairs["gap"] = len(residues) - len(without_gaps)
     upper = without_gaps.upper()
-    repairs["lower_case"] = sum(a != b for a, b in zip(without_gaps, upper, strict=True)) if upper != without_gaps else 0
+    repairs["lower_case"] = (
+        sum(a != b for a, b in zip(without_gaps, upper, strict=True)) if upper != without_gaps else 0
+    )
     if upper.endswith(b"*"):
         upper = upper[:-1]
         repairs["trailing_stop"] = 1

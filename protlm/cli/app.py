@@ -28,7 +28,7 @@ app.command("eval")(eval_command)
 app.command("embed")(embed_command)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"protlm {__version__}")
         raise typer.Exit
@@ -36,7 +36,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+    version: bool | None = typer.Option(
+        None, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     pass
 
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=None if arguments is None else list(arguments), prog_name="protlm", standalone_mode=False
         )
     except TyperException as error:
-        error.show()
+        error.show()  # type: ignore[attr-defined]  # every error of this class has it; its type does not say so
         return error.exit_code
     except ProtlmError as error:
         return _fail(str(error))

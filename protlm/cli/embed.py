@@ -44,10 +44,10 @@ def embed_command(
     force: bool = typer.Option(False, "--force", help="Replace an existing file."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
-    """Embed every protein: one vector each, or one a residue.
+    r"""Embed every protein: one vector each, or one a residue.
 
-    Proteins keep their order and their ids; a repeated id gets #2, #3, … A protein of any length is embedded whole, and its
-    result does not depend on the others.
+    Proteins keep their order and their ids; a repeated id gets #2, #3, … A protein of any length is embedded whole, and
+    its result does not depend on the others.
 
     \b
     Examples:

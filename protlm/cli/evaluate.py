@@ -26,11 +26,11 @@ def eval_command(
     force: bool = typer.Option(False, "--force", help="Replace an existing report."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    """Measure how well a model fills in masked residues.
+    r"""Measure how well a model fills in masked residues.
 
     Accuracy is the fraction of masked residues that the model ranks first; perplexity is the number of residues it
-    effectively hesitates between (20 is a blind guess among the standard ones). Both stand beside the empirical baseline:
-    the residue frequencies of the model's training set.
+    effectively hesitates between (20 is a blind guess among the standard ones). Both stand beside the empirical
+    baseline: the residue frequencies of the model's training set.
 
     \b
     Examples:

@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 def train_command(
     dataset: Path = typer.Argument(..., metavar="DATASET", help="A dataset made by protlm prep."),
     out: Path = typer.Option(..., "--out", metavar="RUN", help="Folder of the run."),
-    config: str = typer.Option(None, "--config", metavar="NAME|FILE", help="A shipped configuration or a TOML file."),
+    config: str | None = typer.Option(
+        None, "--config", metavar="NAME|FILE", help="A shipped configuration or a TOML file."
+    ),
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Override a setting, such as train.lr=1e-3; repeatable."
     ),
-    max_steps: int = typer.Option(None, "--max-steps", min=1, help="Optimizer updates since step 0."),
-    seed: int = typer.Option(None, "--seed", min=0, help="Seed of weights, order and masks; the same as train.seed."),
+    max_steps: int | None = typer.Option(None, "--max-steps", min=1, help="Optimizer updates since step 0."),
+    seed: int | None = typer.Option(
+        None, "--seed", min=0, help="Seed of weights, order and masks; the same as train.seed."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Continue the run in RUN with its own settings."),
     force: bool = typer.Option(False, "--force", help="Replace an existing run."),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
-    """Train a masked language model.
+    r"""Train a masked language model.
 
     RUN gets config.toml, metrics.csv, curves.png, checkpoints/ and model/, the model with the lowest perplexity on the
     valid split. Ctrl-C stops after the current update and leaves a checkpoint; --resume goes on from it.

@@ -1,7 +1,7 @@
 """From records to packed rows: hides in which order proteins come and how they are put into rows.
 
-A training run is one endless stream of rows that is a function of (seed, lengths, budget): it can start at any row, which
-is how a resumed run finds its place.
+A training run is one endless stream of rows that is a function of (seed, lengths, budget): it can start at any row,
+which is how a resumed run finds its place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ class Row:
 
 
 def pack(num_residues: np.ndarray, tokens_per_batch: int) -> Iterator[slice]:
-    """Yields the stretches of consecutive proteins that fill one row each; one longer than a row has a row of its own."""
+    """Yields the stretches of consecutive proteins that fill one row each; a longer one has a row of its own."""
     ends = np.cumsum(num_residues + SPECIAL_TOKENS_PER_SEGMENT)
     start = 0
     while start < len(ends):

@@ -15,7 +15,7 @@ def sequence_digest(residues: bytes) -> bytes:
 class SeenSequences:
     """Remembers the split in which each sequence was seen first.
 
-    Keeps a dict of digests: about 130 MB a million sequences.
+    Keeps a dict of digests: about 100 bytes a sequence.
     """
 
     def __init__(self) -> None:

@@ -77,6 +77,7 @@ class EmbeddingsWriter:
         _check_arguments(ids, lengths, sequence_hashes, kinds, layers, dims, dtype)
         if path.is_dir() or (path.exists() and not force):
             raise ProtlmError(f"{path}: exists already; choose another --out, or replace a file with --force")
+        path.parent.mkdir(parents=True, exist_ok=True)
         offsets = _bounds(lengths)
         temporary = columns.partial_path(path)
         try:

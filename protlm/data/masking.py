@@ -1,7 +1,7 @@
 """Which residues are scored and what the model sees in their place: hides where the random draws come from.
 
-Every protein has its own generator, named by what the draw may depend on and nothing else. So batch size, workers, packing
-and devices change no draw.
+Every protein has its own generator, named by what the draw may depend on and nothing else. So batch size, workers,
+packing and devices change no draw.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def training_generator(seed: int, draw_index: int) -> np.random.Generator:
 
 def evaluation_generator(seed: int, tokens: UInt8[np.ndarray, " residues"]) -> np.random.Generator:
     """Returns the generator of a protein in evaluation: a function of the seed and the sequence."""
-    digest = xxhash.xxh3_128_digest(np.ascontiguousarray(tokens), seed=seed)
+    digest = xxhash.xxh3_128_digest(tokens.tobytes(), seed=seed)
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
@@ -31,8 +31,8 @@ def mask_residues(
 ) -> tuple[UInt8[np.ndarray, " residues"], Bool[np.ndarray, " residues"]]:
     """Returns what the model sees of a protein, and the target_mask of the positions that are scored.
 
-    Each residue is a target independently with probability mask_rate; if none is drawn, one is taken uniformly. A target
-    becomes `<mask>` (80 %), a random one of the 20 standard residues (10 %) or stays (10 %).
+    Each residue is a target independently with probability mask_rate; if none is drawn, one is taken uniformly. A
+    target becomes `<mask>` (80 %), a random one of the 20 standard residues (10 %) or stays (10 %).
 
     Args:
         tokens: Residue tokens without `<cls>` and `<eos>`; at least one.

@@ -196,7 +196,7 @@ def read_records(*paths: str | Path, on_bad_record: OnBadRecord = "error") -> It
 class UniqueIds:
     """Makes ids unique: the n-th repeat of an id gets `#n`, n ≥ 2, the next free number if that one is taken.
 
-    Keeps every id in memory, about 150 bytes each.
+    Keeps every id in memory, about 100 bytes each.
     """
 
     def __init__(self) -> None:
@@ -216,9 +216,6 @@ class UniqueIds:
 
 def _decompressed(path: str | Path, raw_blocks: Iterator[bytes]) -> Iterator[bytes]:
     first = next(raw_blocks, b"")
-    # A pipe may give a single byte at first.
-    while len(first) < len(_GZIP_MAGIC) and (more := next(raw_blocks, b"")):
-        first += more
     if not first.startswith(_GZIP_MAGIC):
         yield first
         yield from raw_blocks

@@ -43,8 +43,8 @@ class SegmentConvolution(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention with rotary positions, of kind `positive`, `relu` (FAVOR) or `softmax` (exact).
 
-    Under qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], so that the variance of
-    the estimated weights stays bounded: (e^{4τ} − 1)/num_features relative to the weight, at the worst.
+    Under qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], so that the
+    variance of the estimated weights stays bounded: (e^{4τ} − 1)/num_features relative to the weight, at the worst.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -56,18 +56,16 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.output = (
             nn.Linear(config.model_dim, config.model_dim) for _ in range(4)
         )
-        self.convolutions = nn.ModuleList(
-            SegmentConvolution(config.model_dim, config.conv_width) for _ in range(3 if config.conv_width else 0)
-        )
+        self.convolution = SegmentConvolution(3 * config.model_dim, config.conv_width) if config.conv_width else None
         self.temperature_logit = nn.Parameter(torch.empty(config.num_heads)) if config.qk_norm else None
         shape = (config.num_heads, config.num_features, config.head_dim)
+        self.projection: Tensor | None
         self.register_buffer("projection", None if self.kind == "softmax" else torch.empty(shape))
 
     def reset(self, generator: torch.Generator) -> None:
         """Sets what is no weight of a linear layer, and draws the projection."""
-        for convolution in self.convolutions:
-            assert isinstance(convolution, SegmentConvolution)
-            convolution.reset()
+        if self.convolution is not None:
+            self.convolution.reset()
         if self.temperature_logit is not None:
             nn.init.constant_(self.temperature_logit, math.log(_INITIAL_TEMPERATURE / (1 - _INITIAL_TEMPERATURE)))
         self.redraw(generator)
@@ -77,19 +75,17 @@ class SelfAttention(nn.Module):
         """Draws a new projection for every head; nothing to do for exact attention."""
         if self.projection is not None:
             heads, features, head_dim = self.projection.shape
-            drawn = draw_projection(
-                features, head_dim, kind=self.projection_kind, num_heads=heads, generator=generator
-            )
+            drawn = draw_projection(features, head_dim, kind=self.projection_kind, num_heads=heads, generator=generator)
             self.projection.copy_(drawn)
 
     def forward(
         self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "length model_dim"]:
         """Returns the attention's output for one packed row."""
-        inputs = [self.query(x), self.key(x), self.value(x)]
-        if self.convolutions:
-            inputs = [convolve(y, segments) for convolve, y in zip(self.convolutions, inputs, strict=True)]
-        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in inputs)
+        inputs = torch.cat((self.query(x), self.key(x), self.value(x)), dim=-1)
+        if self.convolution is not None:
+            inputs = self.convolution(inputs, segments)
+        q, k, v = inputs.view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
         q, k = (rotate(self._normalise(y), *rotary) for y in (q, k))
         q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in (q, k, v))
         if self.kind == "softmax":
@@ -110,7 +106,7 @@ class SelfAttention(nn.Module):
 def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Returns softmax attention, one segment at a time: never a (length, length) mask over the row."""
     outs = [
-        F.scaled_dot_product_attention(*(x[:, :, start:stop] for x in (q, k, v)))
+        F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop])
         for start, stop in pairwise(segments.bounds)
         if stop > start
     ]

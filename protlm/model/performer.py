@@ -53,8 +53,8 @@ class LanguageModelHead(nn.Module):
 class Performer(nn.Module):
     """A masked language model over packed rows of proteins.
 
-    A row is a 1-D tensor of tokens, `<cls> residues <eos>` of each protein back to back, with the bounds of its segments;
-    no protein sees another. Weights and projections are undefined until `reset` or a loaded state.
+    A row is a 1-D tensor of tokens, `<cls> residues <eos>` of each protein back to back, with the bounds of its
+    segments; no protein sees another. Weights and projections are undefined until `reset` or a loaded state.
     """
 
     def __init__(self, config: ModelConfig) -> None:

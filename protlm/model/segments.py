@@ -49,7 +49,9 @@ class Segments:
 
 
 def rotate(
-    x: Float[Tensor, "length heads head_dim"], cosines: Float[Tensor, "length head_dim"], sines: Float[Tensor, "length head_dim"]
+    x: Float[Tensor, "length heads head_dim"],
+    cosines: Float[Tensor, "length head_dim"],
+    sines: Float[Tensor, "length head_dim"],
 ) -> Float[Tensor, "length heads head_dim"]:
     """Returns x turned by the angles of its position; norms stay, and q·k depends on the distance alone."""
     first, second = x.chunk(2, dim=-1)

@@ -40,9 +40,9 @@ def favor_attention(
 
     This is equations 3 and 4 of arXiv 2009.14794, with φ as in `kernel_features`. The un-normalised weights of
     `positive` are unbiased estimates of exp(q·k/√d); the normalised output is a ratio of such estimates, consistent but
-    not unbiased. No epsilon is added: exponents are kept in log space with a running maximum per feature, so that q and k
-    of any finite norm give finite results. Exponents, maxima and sums are float32 for float32 and shorter inputs, float64
-    for float64. Gradients flow to q, k and v only, and features are recomputed for them.
+    not unbiased. No epsilon is added: exponents are kept in log space with a running maximum per feature, so that q and
+    k of any finite norm give finite results. Exponents, maxima and sums are float32 for float32 and shorter inputs,
+    float64 for float64. Gradients flow to q, k and v only, and features are recomputed for them.
 
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one chunk of
     features beside the inputs and the output.

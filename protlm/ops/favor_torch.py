@@ -1,9 +1,10 @@
 """FAVOR in plain torch, chunk by chunk: hides how rows and packed segments are cut so that features stay small.
 
 The keys of a segment are folded into a state of (features, head_dim), then every query reads it. For the `positive` map
-this is exact attention twice, through the features as landmarks: the state holds, per feature, the average of v under the
-weights φ(k) and the logarithm of their sum, each with its own running maximum, so that no stabiliser biases the result.
-Short segments of one length class are padded into a block and handled together; a long one is cut along its length.
+this is exact attention twice, through the features as landmarks: the state holds, per feature, the average of v under
+the weights φ(k) and the logarithm of their sum, each with its own running maximum, so that no stabiliser biases the
+result. Short segments of one length class are padded into a block and handled together; a long one is cut along its
+length.
 """
 
 from collections.abc import Iterator
@@ -84,7 +85,9 @@ def backward(
         for piece in block.pieces:
             q_piece, out_piece, grad_piece = (piece.take(x, features.dtype) for x in (q, out, out_grad))
             piece_sums = piece.take(query_sums.unsqueeze(-1), features.dtype)
-            piece.put(q_grad, features.pull_queries(q_piece, out_piece, grad_piece, state, sums, piece_sums, state_grad))
+            piece.put(
+                q_grad, features.pull_queries(q_piece, out_piece, grad_piece, state, sums, piece_sums, state_grad)
+            )
         for piece in block.pieces:
             k_piece, v_piece = piece.take(k, features.dtype), piece.take(v, features.dtype)
             k_piece_grad, v_piece_grad = features.pull_keys(k_piece, v_piece, piece.valid, sums, state_grad)
@@ -187,7 +190,9 @@ def _packed_blocks(
             start = bounds[waiting[first]]
             yield _Block(members, _rectangles(slice(0, 1), start, start + longest, token_mask, chunk_length))
         else:
-            yield _Block(members, (_gathered([bounds[i : i + 2] for i in waiting[first:last]], longest, token_mask, device),))
+            yield _Block(
+                members, (_gathered([bounds[i : i + 2] for i in waiting[first:last]], longest, token_mask, device),)
+            )
         first = last
 
 
@@ -227,7 +232,9 @@ class _Features:
         maxima = torch.full_like(sums, _LOG_ZERO)
         for piece in block.pieces:
             k_piece, v_piece = piece.take(k, self.dtype), piece.take(v, self.dtype)
-            k_features = self._key_exponents(k_piece, piece.valid) if self.is_positive else self._relu(k_piece, piece.valid)
+            k_features = (
+                self._key_exponents(k_piece, piece.valid) if self.is_positive else self._relu(k_piece, piece.valid)
+            )
             if self.is_positive:
                 new_maxima = torch.maximum(maxima, k_features.amax(2))
                 decay = torch.exp(maxima - new_maxima)
@@ -269,7 +276,8 @@ class _Features:
     ) -> Tensor:
         """Returns the gradient of q, and adds that of the state to state_grad.
 
-        The last column of state_grad is minus the gradient of the sums (`relu`), or the E of the backward of `positive`.
+        The last column of state_grad is minus the gradient of the sums (`relu`), or the E of the backward of
+        `positive`.
         """
         inner = (out_grad * out).sum(-1, keepdim=True)
         if self.is_positive:
@@ -333,7 +341,7 @@ class _Features:
     def _project_back(self, scores_grad: Tensor) -> Tensor:
         if self._rows is None:
             return scores_grad.clone()
-        return torch.bmm(scores_grad.flatten(1, 2), self._rows).unflatten(1, scores_grad.shape[1:3])
+        return torch.bmm(scores_grad.flatten(1, 2), self._rows).view(*scores_grad.shape[:-1], -1)
 
     def _buffer(self, name: str, shape: torch.Size) -> Tensor:
         """Returns an uninitialised tensor that the next call with this name overwrites."""
@@ -347,4 +355,4 @@ class _Features:
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Returns a·b for two leading axes taken as one batch."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:2], a.shape[2], b.shape[-1])

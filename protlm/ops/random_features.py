@@ -25,11 +25,12 @@ def draw_projection(
 ) -> Float[Tensor, "*heads features head_dim"]:
     """Draws the rows ω of a random projection, each distributed as N(0, I) on its own.
 
-    `iid` rows are independent. `orthogonal` rows are exactly orthogonal within blocks of head_dim rows, with independent
-    norms distributed as χ with head_dim degrees of freedom: estimates stay unbiased and their variance falls (Theorem 2
-    of arXiv 2009.14794). A block is the Q of a Householder QR of a Gaussian matrix with its columns multiplied by
-    sign(diag R): only then is Q distributed uniformly (Haar) over the orthogonal group. The draw is made in float64 on the
-    CPU, so that a seed gives the same projection everywhere. Cost: O(num_heads · num_features · head_dim²).
+    `iid` rows are independent. `orthogonal` rows are exactly orthogonal within blocks of head_dim rows, with
+    independent norms distributed as χ with head_dim degrees of freedom: estimates stay unbiased and their variance
+    falls (Theorem 2 of arXiv 2009.14794). A block is the Q of a Householder QR of a Gaussian matrix with its columns
+    multiplied by sign(diag R): only then is Q distributed uniformly (Haar) over the orthogonal group. The draw is made
+    in float64 on the CPU, so that a seed gives the same projection everywhere. Cost: O(num_heads · num_features ·
+    head_dim²).
 
     Args:
         num_features: Rows, at least 1; more than head_dim makes further blocks.
@@ -89,10 +90,13 @@ def kernel_features(
         features = torch.relu(scores) + RELU_OFFSET
     else:
         features = torch.exp(scores - y.square().sum(-1, keepdim=True) / 2)
-    return features / projection.shape[-2] ** 0.5
+    scale: float = projection.shape[-2] ** -0.5
+    return features * scale
 
 
 def _haar_orthogonal(count: int, size: int, generator: torch.Generator | None) -> Tensor:
     gaussian = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+    signs = torch.sign(torch.diagonal(r, dim1=-2, dim2=-1))
+    haar: Tensor = q * signs.unsqueeze(-2)
+    return haar

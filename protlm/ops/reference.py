@@ -1,5 +1,6 @@
-"""The slow, obvious twins of the fast ops: they form every feature and every weight, in float64, and leave the gradient
-to autograd. Tests hold the fast ops against them; nothing else calls them.
+"""The slow, obvious float64 twins of the fast ops.
+
+They form every feature and every weight and leave the gradient to autograd. Tests hold the fast ops against them.
 """
 
 import torch

@@ -156,7 +156,7 @@ class Watch(pl.Callback):
 
 
 class StopRequest:
-    """The first Ctrl-C asks for a stop between two updates, so that the checkpoint is whole; the second stops at once."""
+    """The first Ctrl-C asks for a stop between two updates, which keeps the checkpoint whole; the second stops at once."""
 
     def __init__(self) -> None:
         self.wanted = False

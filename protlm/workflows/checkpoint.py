@@ -16,7 +16,7 @@ from protlm.errors import CheckpointError
 from protlm.model.performer import Performer
 from protlm.vocabulary import TOKENS
 
-MODEL_FORMAT = "protlm-model"
+MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
 MODEL_FORMAT_VERSION = 1
 
 Count = Annotated[int, Field(ge=0)]

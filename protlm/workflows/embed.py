@@ -1,7 +1,7 @@
 """`protlm embed`: protein files in, one embeddings file out, in two passes over the input.
 
-The first pass counts, so that the file can be laid out at its final size; the second computes and writes in place. Memory
-holds ids and lengths of all proteins, and the hidden states of one row.
+The first pass counts, so that the file can be laid out at its final size; the second computes and writes in place.
+Memory holds ids and lengths of all proteins, and the hidden states of one row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -141,9 +141,7 @@ def _count(inputs: Sequence[Path], on_bad_record: Literal["error", "skip"]) -> _
     return _Census(ids, lengths, digests, num_renamed, dict(reader.rejects), dict(reader.repairs))
 
 
-def _proteins(
-    inputs: Sequence[Path], on_bad_record: Literal["error", "skip"], census: _Census
-) -> Iterator[np.ndarray]:
+def _proteins(inputs: Sequence[Path], on_bad_record: Literal["error", "skip"], census: _Census) -> Iterator[np.ndarray]:
     """Yields the tokens of the second pass, and makes sure that it meets the same proteins as the first."""
     records = iter(RecordReader(inputs, on_bad_record=on_bad_record))
     for index, digest in enumerate(census.digests):

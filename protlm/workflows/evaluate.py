@@ -56,7 +56,7 @@ def evaluate(
     seed: int = EVALUATION_SEED,
     tokens_per_batch: int = 8192,
     force: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> EvalReport:
     """Scores a model on a split and writes out/report.json.
 
@@ -112,5 +112,3 @@ def _projection_kind(attention: str, redraw_every_steps: int) -> str:
     if attention == "softmax":
         return "none"
     return "redrawn" if redraw_every_steps else "fixed"
-
-

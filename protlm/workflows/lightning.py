@@ -1,7 +1,7 @@
 """The training step and its data as Lightning wants them: hides Lightning's ways from the rest of protlm.
 
-To Lightning a run is one endless epoch over our own stream of rows. What a resumed run needs beyond Lightning's own state
-(place in the stream, random generators) is put into the checkpoint here.
+To Lightning a run is one endless epoch over our own stream of rows. What a resumed run needs beyond Lightning's own
+state (place in the stream, random generators) is put into the checkpoint here.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protlm.config import Config
 from protlm.data.batches import Batch, Row, training_batch, training_rows
 from protlm.data.dataset import Split
-from protlm.errors import CheckpointError, ProtlmError
+from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.optimizer import build_optimizer, learning_rate_factor
 
@@ -71,8 +71,8 @@ class MaskedLanguageModelling(pl.LightningModule):
         loss, grad_norm = self._nll / self._num_targets, norm.item()
         if not (torch.isfinite(torch.tensor(loss)) and torch.isfinite(norm)):
             raise ProtlmError(
-                f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}; expected finite numbers. The last "
-                "checkpoint is from before; try a lower train.lr or train.muon_lr"
+                f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}; expected finite numbers. The "
+                "last checkpoint is from before; try a lower train.lr or train.muon_lr"
             )
         if settings.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.clip_norm, norm)
@@ -100,11 +100,6 @@ class MaskedLanguageModelling(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the generators."""
         saved = checkpoint["protlm"]
-        if saved["dataset_hash"] != self.dataset_hash:
-            raise CheckpointError(
-                f"the run was trained on another dataset (hash {saved['dataset_hash']}, now {self.dataset_hash}); "
-                "resume with the dataset it began with"
-            )
         self._redraw_generator.set_state(saved["redraw_generator"])
         torch.set_rng_state(saved["torch_rng"])
         if saved["cuda_rng"] and torch.cuda.is_available():
@@ -132,14 +127,17 @@ class TrainingData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the loader of rows."""
         workers = self._config.data.num_workers
-        return DataLoader(
+        loader: DataLoader[Batch] = DataLoader(
             _MaskedRows(self._split, self._config),
             batch_size=None,
             sampler=_RowSampler(self._split, self._config, self._first_row),
             num_workers=workers,
             collate_fn=_unchanged,
+            # Without its own generator a loader draws a number from the global one, which dropout uses.
+            generator=torch.Generator(),
             prefetch_factor=4 if workers else None,
         )
+        return loader
 
 
 class _RowSampler(Sampler[Row]):
@@ -158,10 +156,10 @@ class _MaskedRows(Dataset[Batch]):
     def __init__(self, split: Split, config: Config) -> None:
         self._split, self._config = split, config
 
-    def __getitem__(self, row: Row) -> Batch:  # type: ignore[override]
+    def __getitem__(self, row: Row) -> Batch:
         settings = self._config.train
         return training_batch(row, self._split, self._config.data, settings.seed, settings.mask_rate)
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch

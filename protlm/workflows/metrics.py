@@ -28,7 +28,9 @@ class MetricsFile:
 
     def append(self, row: Mapping[str, float]) -> None:
         """Adds one row; columns it lacks stay empty. Floats are written with all their digits."""
-        self._writer.writerow({key: value if isinstance(value, int) else repr(float(value)) for key, value in row.items()})
+        self._writer.writerow(
+            {key: value if isinstance(value, int) else repr(float(value)) for key, value in row.items()}
+        )
         self._file.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The facade of a trained model: hides tokens, packing and devices from whoever wants embeddings or logits in Python."""
+"""The facade of a trained model: hides tokens, packing and devices from whoever wants embeddings or logits."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path

@@ -47,7 +47,7 @@ def score_model(
     mask_rate: float,
     seed: int = EVALUATION_SEED,
     tokens_per_batch: int = 8192,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Scores the masked residues of every protein of a split, whole proteins, softmax and argmax over all 33 tokens.
 

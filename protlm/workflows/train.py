@@ -1,6 +1,7 @@
 """`protlm train`: from a dataset to a run directory with metrics, checkpoints and a model."""
 
 import logging
+import pickle
 import shutil
 import time
 import warnings
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 
 from protlm.config import Config, dump_config, load_config, parse_config
 from protlm.data.dataset import Dataset, Split, open_dataset
@@ -76,6 +78,8 @@ def train(
     dataset = open_dataset(dataset_path)
     train_split, valid_split = dataset.split("train"), _split_or_none(dataset, "valid")
     settings = _resolve(run_dir, config, wanted, resume=resume)
+    if resume:
+        _check_checkpoint(checkpoint_path(run_dir), dataset.hash)
     _prepare_run_dir(run_dir, settings, resume=resume, force=force)
 
     model = Performer(settings.model)
@@ -111,8 +115,8 @@ def train(
 
 
 def _split_or_none(dataset: Dataset, name: str) -> Split | None:
-    summary = dataset.manifest.splits.get(name)
-    return dataset.split(name) if summary is not None and summary.num_records else None
+    is_filled = any(found == name and summary.num_records for found, summary in dataset.manifest.splits.items())
+    return dataset.split(name) if is_filled else None
 
 
 def _resolve(run_dir: Path, config: str | Path | None, overrides: Sequence[str], *, resume: bool) -> Config:
@@ -132,10 +136,26 @@ def _resolve(run_dir: Path, config: str | Path | None, overrides: Sequence[str],
         for key, value in asked.model_dump()[section].items():
             if ours[key] != value:
                 raise ConfigError(
-                    f"{saved_path}: {section}.{key} is {ours[key]!r} in this run and cannot become {value!r} on --resume; "
-                    "only train.max_steps may change"
+                    f"{saved_path}: {section}.{key} is {ours[key]!r} in this run and cannot become {value!r} on "
+                    "--resume; only train.max_steps may change"
                 )
     return saved
+
+
+def _check_checkpoint(path: Path, dataset_hash: str) -> None:
+    """Raises CheckpointError for a checkpoint that cannot be resumed from; that there is none is no fault."""
+    if not path.exists():
+        return
+    try:
+        # Only tensors and plain values are ever loaded, never code.
+        saved = torch.load(path, map_location="cpu", weights_only=True)["protlm"]["dataset_hash"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
+        raise CheckpointError(f"{path}: not a checkpoint of protlm train; delete it to start the run afresh") from None
+    if saved != dataset_hash:
+        raise CheckpointError(
+            f"{path}: the run was trained on another dataset (hash {saved}, now {dataset_hash}); "
+            "resume with the dataset it began with"
+        )
 
 
 def _with_train(settings: Config, **changes: int | None) -> Config:
@@ -185,5 +205,3 @@ def _fit(task: MaskedLanguageModelling, data: TrainingData, watch: Watch, settin
         except SystemExit:
             # Lightning exits on the second Ctrl-C; the command line knows what an interrupt means.
             raise KeyboardInterrupt from None
-
-

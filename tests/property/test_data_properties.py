@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ protein_records = st.builds(
 
 def split_at(text, cuts):
     bounds = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 @settings(deadline=None)
@@ -35,7 +36,7 @@ def split_at(text, cuts):
     st.lists(st.tuples(words, words, sequences, st.lists(st.integers(0, 99), max_size=4)), min_size=1, max_size=8),
     st.sampled_from(["\n", "\r\n", "\r"]),
     st.booleans(),
-    st.integers(1, 50),
+    st.integers(2, 50),
 )
 def test_fasta_however_written_gives_back_its_records(entries, line_end, is_gzip, block_bytes):
     lines, expected = [], []
@@ -61,12 +62,15 @@ def test_no_bytes_make_the_reader_fail_other_than_by_its_own_error(content, on_b
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x"
         path.write_bytes(content)
+        found, message = [], None
         try:
             found = list(read_records(path, on_bad_record=on_bad_record))
         except ProtlmError as error:
-            assert str(path) in str(error)
-        else:
-            assert all(record.id and set(record.sequence) <= set(vocabulary.RESIDUES) for record in found)
+            message = str(error)
+        assert message is None or message.startswith(str(path))
+        assert all(
+            record.id and record.sequence and set(record.sequence) <= set(vocabulary.RESIDUES) for record in found
+        )
 
 
 @given(st.lists(st.sampled_from(["a", "a#2", "a#3", "b", "a#2#2"]), max_size=30))

@@ -19,9 +19,7 @@ SEQUENCES = ["MKV", "L", "ACDEFGHIKLMNPQRSTVWY", "MMMM", "WW", "KRKRKR"]
 def path(tmp_path):
     (tmp_path / "a.fasta").write_text("".join(f">id{n}\n{sequence}\n" for n, sequence in enumerate(SEQUENCES)))
     (tmp_path / "test.fasta").write_text(">same\nMKV\n")
-    prepare(
-        [tmp_path / "a.fasta"], tmp_path / "ds", test_inputs=[tmp_path / "test.fasta"], shard_residues=20
-    )
+    prepare([tmp_path / "a.fasta"], tmp_path / "ds", test_inputs=[tmp_path / "test.fasta"], shard_residues=20)
     return tmp_path / "ds"
 
 
@@ -108,7 +106,7 @@ def test_what_is_no_dataset_is_a_clear_error(path):
 @pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "[1]", '{"format": "other"}', "\x00"])
 def test_a_manifest_that_is_none_is_a_clear_error(path, content):
     (path / "manifest.json").write_text(content)
-    with pytest.raises(ShardError, match="not JSON|not the manifest") as caught:
+    with pytest.raises(ShardError, match=r"not JSON|not the manifest") as caught:
         open_dataset(path)
     assert "\n" not in str(caught.value)
 
@@ -172,7 +170,7 @@ def test_a_shard_of_another_split_is_refused(path):
         manifest["splits"]["valid"] = manifest["splits"].pop("train")
 
     edit(path, move)
-    with pytest.raises(ShardError, match="split: expected valid as in manifest.json, got train"):
+    with pytest.raises(ShardError, match=r"split: expected valid as in manifest\.json, got train"):
         open_dataset(path).split("valid").tokens(0)
 
 

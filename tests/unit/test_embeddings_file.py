@@ -134,6 +134,12 @@ def test_float16_is_stored_as_such(tmp_path):
     np.testing.assert_array_equal(found, value("mean", 1, 0, 4).astype(np.float16))
 
 
+def test_the_folder_is_made_if_it_is_not_there(tmp_path):
+    with create(tmp_path / "new" / "folder" / "e.h5", ["mean"], [1], [4]) as writer:
+        fill(writer, ["mean"], [1], [4])
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["e.h5"]
+
+
 def test_no_records_make_an_empty_mapping(tmp_path):
     with create(tmp_path / "e.h5", ids=[], lengths=[], sequence_hashes=[]):
         pass
@@ -150,10 +156,14 @@ def test_a_pickled_file_is_opened_anew(path):
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):
-    path = tmp_path / "e.h5"
-    with pytest.raises(KeyboardInterrupt), create(path) as writer:
-        assert not path.exists()
-        raise KeyboardInterrupt
+    def interrupted():
+        with create(tmp_path / "e.h5") as writer:
+            fill(writer)
+            assert not (tmp_path / "e.h5").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,7 +247,10 @@ def test_a_kind_or_layer_that_is_not_there_is_an_error_that_names_those_there_ar
         (lambda file: file.attrs.__setitem__("format", "other"), "not a protlm-embeddings file"),
         (lambda file: file.attrs.__setitem__("format_version", 9), "format_version: expected 1, got 9"),
         (lambda file: file.attrs.__setitem__("dtype", "float64"), "dtype: expected one of float32, float16"),
-        (lambda file: file.attrs.__setitem__("dtype", "float16"), "per-residue/layer_12: expected float16, got float32"),
+        (
+            lambda file: file.attrs.__setitem__("dtype", "float16"),
+            "per-residue/layer_12: expected float16, got float32",
+        ),
         (lambda file: [file.__delitem__(kind) for kind in ("mean", "cls", "per-residue")], "no embeddings in it"),
         (replace("ids/bytes", data=np.zeros(9, np.uint8)), "ids/offsets: expected offsets from 0 to 9, got 0 to 8"),
         (replace("sequence_hash", data=np.zeros((2, 16), np.uint8)), "sequence_hash: expected 3 rows, got 2"),

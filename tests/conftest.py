@@ -1,0 +1,52 @@
+"""What every test shares: one table of tolerances, one measure of error, poisoned memory and the way to the shared data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# The machine may be doing something else; and threads split sums, which would make results depend on the machine.
+torch.set_num_threads(1)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest relative error per tensor, at unit variance and length ≤ 1,024; the same everywhere."""
+
+
+def relative_error(found, expected):
+    """Returns max|found − expected| / max|expected|; NaN on either side gives NaN, which no bound accepts."""
+    if found.shape != expected.shape:
+        raise AssertionError(f"expected shape {tuple(expected.shape)}, got {tuple(found.shape)}")
+    if not expected.numel():
+        return 0.0
+    difference = (found.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    return difference / scale if scale else difference
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request, monkeypatch):
+    """Fills what torch.empty and its kin return with NaN in op tests, so that a value nobody wrote is seen."""
+    if "reference" not in request.path.parent.name and "poisoned" not in request.keywords:
+        return
+
+    def poison(allocate):
+        def poisoned(*arguments, **options):
+            tensor = allocate(*arguments, **options)
+            # Fake tensors hold no memory, and integers know no NaN.
+            if type(tensor) is torch.Tensor and tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+            return tensor
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of real data beside the checkout, which a clean clone does not have."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: this test needs the project's shared data")
+    return folder

@@ -1,0 +1,63 @@
+"""A small real dataset and a run of three steps, made once by the real commands."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from protlm import read_records
+from protlm.cli.app import main
+
+SAMPLE = Path(__file__).parents[2] / "data" / "trembl_sample.fasta.gz"
+SMALL = ["--set", "data.tokens_per_batch=1024", "--set", "model.model_dim=32", "--set", "model.ffn_dim=64",
+         "--set", "model.num_heads=2", "--set", "model.num_features=16", "--set", "train.checkpoint_every_steps=2",
+         "--set", "train.valid_every_steps=4", "--set", "data.max_length=500"]  # fmt: skip
+"""Settings of a model that trains in a blink."""
+
+
+def write_fasta(path: Path, proteins: list[tuple[str, str]]) -> Path:
+    path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in proteins))
+    return path
+
+
+@pytest.fixture(scope="session")
+def proteins() -> list[tuple[str, str]]:
+    """120 real proteins of moderate length."""
+    short = (record for record in read_records(SAMPLE) if 30 <= len(record.sequence) <= 300)
+    return [(record.id, record.sequence) for record in itertools.islice(short, 120)]
+
+
+@pytest.fixture(scope="session")
+def fasta(tmp_path_factory, proteins) -> Path:
+    return write_fasta(tmp_path_factory.mktemp("fasta") / "proteins.fasta", proteins)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, fasta) -> Path:
+    out = tmp_path_factory.mktemp("prep") / "dataset"
+    assert main(["prep", str(fasta), "--out", str(out), "--valid-fraction", "0.1", "--test-fraction", "0.1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory, dataset) -> Path:
+    out = tmp_path_factory.mktemp("train") / "run"
+    assert main(["train", str(dataset), "--out", str(out), "--config", "tiny", *SMALL, "--max-steps", "9"]) == 0
+    return out
+
+
+@pytest.fixture
+def failure(capsys):
+    """Runs a command that must end with status 1 and exactly one line `error: …`; returns that line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 1, captured.err
+        errors = captured.err.splitlines()
+        assert len(errors) == 1, captured.err
+        assert errors[0].startswith("error: ")
+        return errors[0]
+
+    return run

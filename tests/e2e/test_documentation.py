@@ -1,0 +1,75 @@
+"""What the documents tell a reader to type works: every command and every Python line of them is run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from protlm.cli.app import app, main
+from tests.e2e.conftest import write_fasta
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NUM_PROTEINS = 60
+# The one change to a documented command: no reader waits for a test, so training ends after so many updates. They are
+# updates of the documented configuration, on its documented rows.
+TRAINING_LIMIT = ["--max-steps", "3"]
+
+_BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"^(?:\$ )?protlm (.*)$", re.MULTILINE)
+
+
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """Returns (language, text) of the console and Python blocks, in order."""
+    return _BLOCK.findall(document.read_text(encoding="utf-8"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words after `protlm` of each protlm command in a console block."""
+    return [shlex.split(line, comments=True) for line in _COMMAND.findall(text)]
+
+
+def public_commands() -> list[str]:
+    return sorted(typer.main.get_command(app).commands)
+
+
+def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, proteins):
+    """One folder for all documents, the README first: a later one may use what an earlier one made."""
+    monkeypatch.chdir(tmp_path)
+    write_fasta(tmp_path / "my_proteins.fasta", sorted(proteins, key=lambda protein: len(protein[1]))[:NUM_PROTEINS])
+    for document in DOCUMENTS:
+        names: dict[str, object] = {"__name__": "__main__"}
+        for number, (language, text) in enumerate(blocks(document), start=1):
+            if language == "python":
+                # The file name shows in a traceback which block it was.
+                exec(compile(text, f"{document.name}, block {number}", "exec"), names)
+                continue
+            for words in commands(text):
+                limit = TRAINING_LIMIT if words[0] == "train" else []
+                assert main([*words, *limit]) == 0, f"{document.name}: protlm {shlex.join(words)}"
+
+
+def test_the_readme_shows_each_command_and_the_python_names():
+    found = blocks(ROOT / "README.md")
+    shown = {words[0] for language, text in found if language == "console" for words in commands(text)}
+    assert shown == set(public_commands())
+    code = "".join(text for language, text in found if language == "python")
+    for name in ("load_model", "open_embeddings", "read_records", "favor_attention"):
+        assert f"{name}(" in code
+
+
+@pytest.mark.parametrize("command", public_commands())
+def test_help_of_each_command_ends_its_text_with_examples_on_lines_of_their_own(command, capsys):
+    assert main([command, "--help"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "Examples:" in lines
+    assert lines[lines.index("Examples:") + 1].startswith(f"protlm {command} ")
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_relative_links_of_a_document_lead_somewhere(document):
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert missing == []

@@ -1,0 +1,182 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+import torch
+
+from protlm.cli.app import main
+from tests.e2e.conftest import SMALL, write_fasta
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def train(dataset, out, *arguments):
+    return main(["train", str(dataset), "--out", str(out), "--config", "tiny", *SMALL, *map(str, arguments)])
+
+
+def test_a_run_leaves_what_the_contract_names(run_dir):
+    assert {path.name for path in run_dir.iterdir()} == {
+        "config.toml", "metrics.csv", "curves.png", "checkpoints", "model"
+    }  # fmt: skip
+    assert {path.name for path in (run_dir / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert [row["step"] for row in rows(run_dir)] == [str(step) for step in range(1, 10)]
+    assert [row["step"] for row in rows(run_dir) if row["valid/loss"]] == ["4", "8", "9"]
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert tomllib.loads((run_dir / "config.toml").read_text())["train"]["schedule_steps"] == 9
+
+
+def test_the_loss_falls(dataset, tmp_path):
+    assert train(dataset, tmp_path / "run", "--max-steps", "40", "--set", "train.warmup_steps=5") == 0
+    losses = [float(row["train/loss"]) for row in rows(tmp_path / "run")]
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("settings", [(), ("train.redraw_every_steps=3", "model.dropout=0.1", "train.accumulate=2")])
+def test_resuming_in_pieces_equals_an_uninterrupted_run(dataset, tmp_path, settings):
+    settings = [word for setting in settings for word in ("--set", setting)]
+    assert train(dataset, tmp_path / "whole", "--max-steps", 9, *settings) == 0
+    # The horizon of the schedule is that of the whole run.
+    settings += ["--set", "train.schedule_steps=9"]
+    assert train(dataset, tmp_path / "parts", "--max-steps", 5, *settings) == 0
+    assert main(["train", str(dataset), "--out", str(tmp_path / "parts"), "--resume", "--max-steps", "9"]) == 0
+    # The first part measured the valid split at its own end, step 5; all else must be the same.
+    kept = [key for key in rows(tmp_path / "whole")[0] if not key.startswith("valid/")]
+    whole, parts = ([[row[key] for key in kept] for row in rows(tmp_path / name)] for name in ("whole", "parts"))
+    assert whole == parts
+    assert rows(tmp_path / "whole")[-1] == rows(tmp_path / "parts")[-1]
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(dataset, run_dir, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "protlm.cli.app", "train", str(dataset), "--out", str(out), "--config", "tiny",
+               *SMALL, "--max-steps", "9"]  # fmt: skip
+    # As many threads as the tests use: the order of sums decides the last bits.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert (out / "checkpoints" / "last.ckpt").exists()
+    assert main(["train", str(dataset), "--out", str(out), "--resume"]) == 0
+    assert (out / "metrics.csv").read_text() == (run_dir / "metrics.csv").read_text()
+    assert (out / "model" / "model.safetensors").read_bytes() == (run_dir / "model" / "model.safetensors").read_bytes()
+
+
+def test_ctrl_c_stops_between_updates_and_leaves_a_usable_checkpoint(dataset, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "protlm.cli.app", "train", str(dataset), "--out", str(out), "--config", "tiny",
+               *SMALL, "--set", "train.checkpoint_every_steps=100000", "--max-steps", "100000"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(rows(out)) > 3):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    steps = len(rows(out))
+    saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == steps
+    assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", str(steps + 2)]) == 0
+    assert len(rows(out)) == steps + 2
+
+
+def test_workers_change_no_loss(dataset, run_dir, tmp_path):
+    assert train(dataset, tmp_path / "run", "--max-steps", 9, "--set", "data.num_workers=2") == 0
+    assert rows(tmp_path / "run") == rows(run_dir)
+
+
+def test_accumulated_rows_are_weighted_by_their_targets(dataset, tmp_path):
+    # Without clipping and noise, one update over two rows equals the update over their targets together: the loss of
+    # step 1 is the mean over both rows, which a mean of means would miss.
+    from protlm.config import load_config
+    from protlm.data.batches import training_batch, training_rows
+    from protlm.data.dataset import open_dataset
+    from protlm.model.performer import Performer
+
+    assert train(dataset, tmp_path / "run", "--max-steps", 1, "--set", "train.accumulate=2") == 0
+    config = load_config(tmp_path / "run" / "config.toml")
+    split = open_dataset(dataset).split("train")
+    model = Performer(config.model)
+    model.reset(config.train.seed)
+    stream = training_rows(split.lengths, config.data, config.train.seed)
+    batches = [training_batch(next(stream), split, config.data, config.train.seed, 0.15) for _ in range(2)]
+    nll = sum(
+        torch.nn.functional.cross_entropy(
+            model(batch.tokens, batch.cu_seqlens, batch.target_positions), batch.targets, reduction="sum"
+        )
+        for batch in batches
+    )
+    expected = nll.item() / sum(len(batch.targets) for batch in batches)
+    assert float(rows(tmp_path / "run")[0]["train/loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_dataset_without_a_valid_split_trains(tmp_path, fasta):
+    out = tmp_path / "dataset"
+    assert main(["prep", str(fasta), "--out", str(out), "--valid-fraction", "0", "--test-fraction", "0"]) == 0
+    assert train(out, tmp_path / "run", "--max-steps", 2) == 0
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    assert all(row["valid/loss"] == "" for row in rows(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(dataset, tmp_path, failure):
+    message = failure(
+        "train", dataset, "--out", tmp_path / "run", "--config", "tiny", *SMALL, "--max-steps", 50,
+        "--set", "train.lr=1e30", "--set", "train.optimizer=adamw", "--set", "train.warmup_steps=0",
+    )  # fmt: skip
+    assert "step " in message
+    assert "train.lr" in message
+
+
+def test_bad_input_gives_one_line(dataset, run_dir, tmp_path, failure, fasta):
+    def start(*arguments):
+        return failure("train", *arguments)
+
+    assert "no such configuration" in start(dataset, "--out", tmp_path / "a", "--config", "tinny")
+    assert "unknown key" in start(dataset, "--out", tmp_path / "a", "--set", "train.rate=1")
+    assert "exists already" in start(dataset, "--out", run_dir)
+    assert str(tmp_path / "nowhere") in start(tmp_path / "nowhere", "--out", tmp_path / "a")
+    assert "cannot become" in start(dataset, "--out", run_dir, "--resume", "--set", "train.lr=1e-4")
+    assert not (tmp_path / "a").exists()
+
+
+def test_resuming_on_another_dataset_is_refused(run_dir, tmp_path, failure, proteins):
+    other = write_fasta(tmp_path / "other.fasta", proteins[:50])
+    assert main(["prep", str(other), "--out", str(tmp_path / "d")]) == 0
+    before = (run_dir / "metrics.csv").read_text()
+    assert "another dataset" in failure("train", tmp_path / "d", "--out", run_dir, "--resume", "--max-steps", 12)
+    assert (run_dir / "metrics.csv").read_text() == before
+
+
+def test_force_replaces_a_run_and_nothing_else(dataset, tmp_path, failure):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("mine")
+    message = failure("train", dataset, "--out", tmp_path / "thesis", "--force")
+    assert "is no run" in message
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "mine"
+    assert train(dataset, tmp_path / "run", "--max-steps", 1) == 0
+    assert train(dataset, tmp_path / "run", "--max-steps", 2, "--force") == 0
+    assert len(rows(tmp_path / "run")) == 2
+
+
+def test_a_damaged_checkpoint_gives_one_line(dataset, tmp_path, failure):
+    assert train(dataset, tmp_path / "run", "--max-steps", 2) == 0
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"no checkpoint")
+    assert "last.ckpt" in failure("train", dataset, "--out", tmp_path / "run", "--resume", "--max-steps", 4)
+
+
+def test_wrong_usage_exits_with_2(dataset, tmp_path, capsys):
+    assert main(["train", str(dataset)]) == 2
+    assert main(["train", str(dataset), "--out", str(tmp_path / "r"), "--resume", "--force"]) == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""Laws of the random projections, each with its standard error and a fixed seed."""
+
+import math
+
+import pytest
+import torch
+
+from protlm.ops import draw_projection, kernel_features, random_features
+
+# Of the worst of a few dozen z values: a right draw stays below (p < 1e-4), a planted fault is far above.
+MAX_Z = 5.0
+HEAD_DIM = 16
+NUM_DRAWS = 20_000
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def z_value(samples, expected):
+    """Returns how many standard errors the mean of independent samples lies from what is expected."""
+    return ((samples.mean() - expected) / (samples.std() / math.sqrt(len(samples)))).item()
+
+
+def kernel_estimates(x, y, projection):
+    """Returns φ(x)·φ(y) for every head of the projection."""
+    x_features, y_features = (kernel_features(z.expand(len(projection), 1, -1), projection) for z in (x, y))
+    return (x_features * y_features).sum((-2, -1))
+
+
+def kernel_z_values(kind, num_features=HEAD_DIM):
+    """Returns z values of E[φ(x)·φ(y)] = exp(x·y/√d) along coordinate directions, all-ones and their opposites."""
+    projection = draw_projection(
+        num_features, HEAD_DIM, kind=kind, num_heads=NUM_DRAWS, generator=generator(), dtype=torch.float64
+    )
+    ones = torch.ones(1, HEAD_DIM, dtype=torch.float64) / math.sqrt(HEAD_DIM)
+    directions = torch.cat((torch.eye(HEAD_DIM, dtype=torch.float64), ones))
+    values = []
+    for direction in (*directions, *-directions):
+        x = direction * HEAD_DIM**0.25
+        values.append(z_value(kernel_estimates(x, 0.5 * x, projection), math.exp(0.5)))
+    return torch.tensor(values)
+
+
+def without_sign_fix(count, size, generator):
+    return torch.linalg.qr(torch.randn(count, size, size, generator=generator, dtype=torch.float64))[0]
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+def test_kernel_estimates_are_unbiased_along_coordinates_and_all_ones(kind):
+    assert kernel_z_values(kind).abs().max() < MAX_Z
+
+
+def test_a_block_that_is_cut_short_is_unbiased_too():
+    assert kernel_z_values("orthogonal", num_features=5).abs().max() < MAX_Z
+
+
+def test_the_same_statistic_finds_a_qr_without_the_sign_fix(monkeypatch):
+    monkeypatch.setattr(random_features, "_haar_orthogonal", without_sign_fix)
+    z_values = kernel_z_values("orthogonal")
+    assert z_values.abs().max() > 3 * MAX_Z
+    assert z_values[HEAD_DIM].abs() > 3 * MAX_Z, "the all-ones direction alone shows it"
+
+
+@pytest.mark.parametrize(("num_features", "head_dim"), [(8, 8), (20, 8), (5, 8), (1, 1), (130, 64)])
+def test_rows_are_orthogonal_within_blocks_of_head_dim(num_features, head_dim):
+    projection = draw_projection(num_features, head_dim, num_heads=3, generator=generator(), dtype=torch.float64)
+    assert projection.shape == (3, num_features, head_dim)
+    for head in projection:
+        for block in head.split(head_dim):
+            directions = torch.nn.functional.normalize(block, dim=-1)
+            difference = directions @ directions.T - torch.eye(len(block), dtype=torch.float64)
+            assert difference.abs().max() < 1e-12
+
+
+def test_iid_rows_are_not_orthogonal():
+    projection = draw_projection(8, 8, kind="iid", generator=generator(), dtype=torch.float64)
+    assert (projection @ projection.T).fill_diagonal_(0).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+def test_every_row_is_a_standard_normal_vector(kind):
+    rows = draw_projection(
+        2 * HEAD_DIM, HEAD_DIM, kind=kind, num_heads=2_000, generator=generator(1), dtype=torch.float64
+    )
+    squares = rows.square().sum(-1)
+    # One row a draw, so that the samples are independent: ‖ω‖² is χ² with mean d and variance 2d.
+    for feature in (0, HEAD_DIM - 1, HEAD_DIM):
+        assert abs(z_value(squares[:, feature], HEAD_DIM)) < MAX_Z
+        assert abs(z_value((squares[:, feature] - HEAD_DIM).square(), 2 * HEAD_DIM)) < MAX_Z
+        assert abs(z_value(rows[:, feature, 0], 0.0)) < MAX_Z
+        assert abs(z_value(rows[:, feature, -1].square(), 1.0)) < MAX_Z
+    norms = squares.sqrt()
+    centred = norms - norms.mean(0)
+    assert abs(z_value(centred[:, 0] * centred[:, 1], 0.0)) < MAX_Z, "norms of one block are independent"
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+def test_heads_and_blocks_are_drawn_independently(kind):
+    projection = draw_projection(
+        2 * HEAD_DIM, HEAD_DIM, kind=kind, num_heads=8_000, generator=generator(2), dtype=torch.float64
+    )
+    first_head, second_head = projection[0::2, 0], projection[1::2, 0]
+    first_block, second_block = projection[0::2, 1], projection[0::2, HEAD_DIM]
+    for a, b in ((first_head, second_head), (first_block, second_block)):
+        products = (a * b).sum(-1)
+        assert abs(z_value(products, 0.0)) < MAX_Z
+        assert abs(z_value(products.square(), HEAD_DIM)) < MAX_Z
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+def test_a_seed_gives_one_projection_whatever_the_dtype_and_the_global_state(kind):
+    draws = []
+    for global_seed, dtype in ((0, torch.float64), (1, torch.float64), (2, torch.float32)):
+        torch.manual_seed(global_seed)
+        draws.append(draw_projection(9, 4, kind=kind, num_heads=2, generator=generator(7), dtype=dtype))
+    assert torch.equal(draws[0], draws[1])
+    assert draws[2].dtype == torch.float32
+    assert torch.equal(draws[0].float(), draws[2])
+    assert not torch.equal(draws[0], draw_projection(9, 4, kind=kind, num_heads=2, generator=generator(8)).double())
+
+
+def test_without_a_generator_torch_seeds_the_draw():
+    torch.manual_seed(3)
+    first = draw_projection(4, 4)
+    torch.manual_seed(3)
+    assert torch.equal(first, draw_projection(4, 4))
+    assert not torch.equal(first, draw_projection(4, 4))
+
+
+def test_orthogonal_features_have_less_variance_than_iid_ones():
+    # Two directions at a right angle with ‖x + y‖² = 2, where PAPER.md measured 0.71 of the variance.
+    x, y = HEAD_DIM**0.25 * torch.eye(HEAD_DIM, dtype=torch.float64)[:2]
+    variances = {}
+    for kind in ("orthogonal", "iid"):
+        projection = draw_projection(
+            HEAD_DIM, HEAD_DIM, kind=kind, num_heads=10_000, generator=generator(5), dtype=torch.float64
+        )
+        variances[kind] = kernel_estimates(x, y, projection).var().item()
+    assert variances["orthogonal"] < 0.85 * variances["iid"]

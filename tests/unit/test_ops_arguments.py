@@ -1,0 +1,153 @@
+"""Every ValueError of the ops is reached, and says argument, expected and got.
+
+Under pytest the annotations of public functions are checked first and raise before our checks; `inspect.unwrap` gives the
+functions as a user gets them.
+"""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from protlm.ops import backends, favor, random_features, reference
+
+favor_attention = inspect.unwrap(favor.favor_attention)
+draw_projection = inspect.unwrap(random_features.draw_projection)
+kernel_features = inspect.unwrap(random_features.kernel_features)
+
+SHAPE = (2, 3, 5, 4)
+ONE_ROW = (1, 3, 5, 4)
+
+
+def fitting(shape=SHAPE):
+    """Returns arguments that fit together."""
+    return {**{name: torch.zeros(shape) for name in "qkv"}, "projection": torch.zeros(6, 4)}
+
+
+def int32(*bounds):
+    return torch.tensor(bounds, dtype=torch.int32)
+
+
+BAD_ARGUMENTS = {
+    "q axes": ({"q": torch.zeros(3, 5, 4)}, "q: expected 4 axes (batch, heads, length, head_dim), got (3, 5, 4)"),
+    "q dtype": (
+        {name: torch.zeros(SHAPE, dtype=torch.int64) for name in "qkv"},
+        "q: expected a floating dtype, got torch.int64",
+    ),
+    "k shape": ({"k": torch.zeros(2, 3, 6, 4)}, "k: expected the shape of q, (2, 3, 5, 4), got (2, 3, 6, 4)"),
+    "v shape": ({"v": torch.zeros(2, 3, 5, 8)}, "v: expected the shape of q, (2, 3, 5, 4), got (2, 3, 5, 8)"),
+    "k dtype": ({"k": torch.zeros(SHAPE).double()}, "k: expected the dtype of q, torch.float32, got torch.float64"),
+    "v dtype": ({"v": torch.zeros(SHAPE).half()}, "v: expected the dtype of q, torch.float32, got torch.float16"),
+    "feature_map": ({"feature_map": "elu"}, "feature_map: expected one of ('positive', 'relu'), got 'elu'"),
+    "no projection": (
+        {"projection": None},
+        "projection: expected a tensor for feature_map 'positive', got None",
+    ),
+    "projection axes": ({"projection": torch.zeros(4)}, "projection: expected (features, 4) or (3, features, 4), got (4,)"),
+    "projection head_dim": (
+        {"projection": torch.zeros(6, 5)},
+        "projection: expected (features, 4) or (3, features, 4), got (6, 5)",
+    ),
+    "projection heads": (
+        {"projection": torch.zeros(2, 6, 4)},
+        "projection: expected (features, 4) or (3, features, 4), got (2, 6, 4)",
+    ),
+    "projection empty": (
+        {"projection": torch.zeros(0, 4)},
+        "projection: expected (features, 4) or (3, features, 4), got (0, 4)",
+    ),
+    "projection dtype": (
+        {"projection": torch.zeros(6, 4, dtype=torch.int32)},
+        "projection: expected a floating dtype, got torch.int32",
+    ),
+    "token_mask shape": (
+        {"token_mask": torch.ones(2, 4, dtype=torch.bool)},
+        "token_mask: expected shape (2, 5), got (2, 4)",
+    ),
+    "token_mask dtype": (
+        {"token_mask": torch.ones(2, 5)},
+        "token_mask: expected dtype torch.bool, got torch.float32",
+    ),
+    "cu_seqlens axes": (
+        {"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)},
+        "cu_seqlens: expected one axis with at least 2 bounds, got (1, 2)",
+    ),
+    "cu_seqlens one bound": ({"cu_seqlens": int32(0)}, "cu_seqlens: expected one axis with at least 2 bounds, got (1,)"),
+    "cu_seqlens dtype": (
+        {"cu_seqlens": int32(0, 5).long()},
+        "cu_seqlens: expected dtype torch.int32, got torch.int64",
+    ),
+    "cu_seqlens batch": ({"cu_seqlens": int32(0, 5)}, "q: expected batch = 1 with cu_seqlens, got 2"),
+    "k device": ({"k": torch.zeros(SHAPE, device="meta")}, "k: expected the device of q, cpu, got meta"),
+    "v device": ({"v": torch.zeros(SHAPE, device="meta")}, "v: expected the device of q, cpu, got meta"),
+    "projection device": (
+        {"projection": torch.zeros(6, 4, device="meta")},
+        "projection: expected the device of q, cpu, got meta",
+    ),
+    "token_mask device": (
+        {"token_mask": torch.ones(2, 5, dtype=torch.bool, device="meta")},
+        "token_mask: expected the device of q, cpu, got meta",
+    ),
+    "cu_seqlens device": (
+        {**fitting(ONE_ROW), "cu_seqlens": int32(0, 5).to("meta")},
+        "cu_seqlens: expected the device of q, cpu, got meta",
+    ),
+    "backend": ({"backend": "cuda"}, "backend: expected 'auto' or one of "),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_an_argument_that_does_not_fit_is_a_value_error(changes, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        favor_attention(**{**fitting(), **changes})
+
+
+@pytest.mark.parametrize("values", [(1, 5), (0, 4), (0, 6), (0, 3, 2, 5), (-1, 5), (5, 0)])
+def test_bounds_that_do_not_rise_from_zero_to_the_length_are_a_value_error(values):
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected bounds that rise from 0 to the length 5, got \["):
+        favor_attention(**fitting(ONE_ROW), cu_seqlens=int32(*values))
+
+
+def test_the_twins_check_their_arguments_too():
+    for attention in (reference.favor_attention, reference.softmax_attention):
+        with pytest.raises(ValueError, match="^token_mask: expected shape"):
+            projection = () if attention is reference.softmax_attention else (torch.zeros(6, 4),)
+            inspect.unwrap(attention)(
+                *(torch.zeros(SHAPE) for _ in "qkv"), *projection, token_mask=torch.ones(1, 5, dtype=torch.bool)
+            )
+
+
+def test_arguments_that_fit_are_accepted():
+    for changes in (
+        {"projection": torch.zeros(3, 6, 4)},
+        {"feature_map": "relu", "projection": None},
+        {"projection": torch.zeros(6, 4).double()},
+        {"backend": "torch"},
+    ):
+        assert favor_attention(**{**fitting(), **changes}).shape == SHAPE
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_features": 0}, "num_features: expected at least 1, got 0"),
+        ({"head_dim": -2}, "head_dim: expected at least 1, got -2"),
+        ({"num_heads": 0}, "num_heads: expected at least 1, got 0"),
+        ({"kind": "haar"}, "kind: expected 'orthogonal' or 'iid', got 'haar'"),
+    ],
+)
+def test_a_projection_that_cannot_be_drawn_is_a_value_error(sizes, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        draw_projection(**{"num_features": 4, "head_dim": 4, **sizes})
+
+
+def test_features_without_a_projection_are_a_value_error():
+    with pytest.raises(ValueError, match="^projection: expected a tensor for feature_map 'positive', got None"):
+        kernel_features(torch.zeros(5, 4), None)
+
+
+def test_backends_are_named_with_what_they_are():
+    assert set(backends()) == set(favor._BACKENDS)
+    assert "torch" in backends()
+    assert all(backends().values())
