@@ -1,4 +1,4 @@
-"""What every test shares: one table of tolerances, one measure of error, poisoned memory and the way to the shared data."""
+"""What tests share: one table of tolerances, one measure of error, poisoned memory and the way to the shared data."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def relative_error(found, expected):
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request, monkeypatch):
     """Fills what torch.empty and its kin return with NaN in op tests, so that a value nobody wrote is seen."""
-    if "reference" not in request.path.parent.name and "poisoned" not in request.keywords:
+    if request.path.parent.name != "reference":
         return
 
     def poison(allocate):

@@ -44,7 +44,7 @@ def embed_command(
     force: bool = typer.Option(False, "--force", help="Replace an existing file."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
-    r"""Embed every protein: one vector each, or one a residue.
+    """Embed every protein: one vector each, or one a residue.
 
     Proteins keep their order and their ids; a repeated id gets #2, #3, … A protein of any length is embedded whole, and
     its result does not depend on the others.
@@ -53,7 +53,7 @@ def embed_command(
     Examples:
       protlm embed run proteins.fasta --out embeddings.h5
       protlm embed run a.fasta b.fasta.gz --out embeddings.h5 --include mean --include per-residue --dtype float16
-    """
+    """  # noqa: D301  \b must reach Typer as a backspace
     try:
         layer_numbers = [int(text) for text in layers.split(",")]
     except ValueError:

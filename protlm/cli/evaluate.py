@@ -26,7 +26,7 @@ def eval_command(
     force: bool = typer.Option(False, "--force", help="Replace an existing report."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    r"""Measure how well a model fills in masked residues.
+    """Measure how well a model fills in masked residues.
 
     Accuracy is the fraction of masked residues that the model ranks first; perplexity is the number of residues it
     effectively hesitates between (20 is a blind guess among the standard ones). Both stand beside the empirical
@@ -36,7 +36,7 @@ def eval_command(
     Examples:
       protlm eval run dataset --split test --out report
       protlm eval run/model dataset --split valid --out report-valid --json
-    """
+    """  # noqa: D301  \b must reach Typer as a backspace
     from tqdm import tqdm
 
     from protlm.workflows.evaluate import evaluate

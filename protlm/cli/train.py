@@ -28,7 +28,7 @@ def train_command(
     force: bool = typer.Option(False, "--force", help="Replace an existing run."),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
-    r"""Train a masked language model.
+    """Train a masked language model.
 
     RUN gets config.toml, metrics.csv, curves.png, checkpoints/ and model/, the model with the lowest perplexity on the
     valid split. Ctrl-C stops after the current update and leaves a checkpoint; --resume goes on from it.
@@ -38,7 +38,7 @@ def train_command(
       protlm train dataset --out run --config tiny
       protlm train dataset --out run --config tiny --set train.lr=1e-3 --max-steps 2000
       protlm train dataset --out run --resume
-    """
+    """  # noqa: D301  \b must reach Typer as a backspace
     if resume and force:
         raise typer.BadParameter("--resume continues a run and --force replaces it: give one of them")
 
@@ -70,5 +70,5 @@ def _print(report: "TrainReport") -> None:
             ],
         )
     print(f"steps       {report.step} in {report.seconds:.0f} s, {report.num_parameters:,} parameters")
-    print(f"model       {report.run_dir / 'model'}")
+    print(f"model       {report.model or 'none yet: it is written at the first measurement'}")
     print(f"loss curve  {report.run_dir / 'curves.png'}")

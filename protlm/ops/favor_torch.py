@@ -83,7 +83,8 @@ def backward(
         state, sums = context[block.segments].transpose(0, 1), key_sums[block.segments].transpose(0, 1)
         state_grad = torch.zeros_like(torch.cat((state, sums.unsqueeze(-1)), -1))
         for piece in block.pieces:
-            q_piece, out_piece, grad_piece = (piece.take(x, features.dtype) for x in (q, out, out_grad))
+            q_piece, out_piece = piece.take(q, features.dtype), piece.take(out, features.dtype)
+            grad_piece = piece.take(out_grad, features.dtype, only_valid=True)
             piece_sums = piece.take(query_sums.unsqueeze(-1), features.dtype)
             piece.put(
                 q_grad, features.pull_queries(q_piece, out_piece, grad_piece, state, sums, piece_sums, state_grad)
@@ -103,24 +104,32 @@ class _Piece:
     Attributes:
         rows: Rows of the batch, where the piece is a rectangle of it.
         positions: Positions of that rectangle.
-        index: Positions (segments · positions) in a packed row, where it is none; padding points at position 0.
+        index: Positions (segments · positions) in a packed row, where it is none; beyond the end of a segment its last
+            position again.
         valid: (segments, positions), True at real tokens; None where all are real.
+        has_padding: Whether the caller's own padding, of unknown content, is among the positions.
     """
 
     rows: slice
     positions: slice
     index: Tensor | None
     valid: Tensor | None
+    has_padding: bool
 
-    def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns (heads, segments, positions, …) from (batch, heads, length, …), padding replaced by zeros."""
+    def take(self, tensor: Tensor, dtype: torch.dtype, *, only_valid: bool = False) -> Tensor:
+        """Returns (heads, segments, positions, …) from (batch, heads, length, …), the caller's padding as zeros.
+
+        With only_valid, positions beyond the end of a segment are zeros too.
+        """
         if self.index is None:
             taken = tensor[self.rows, :, self.positions].transpose(0, 1).to(dtype)
         else:
             assert self.valid is not None
             flat = tensor[0].transpose(0, 1).index_select(0, self.index)
             taken = flat.view(*self.valid.shape, *flat.shape[1:]).movedim(2, 0).to(dtype)
-        return taken if self.valid is None else taken.masked_fill(~self.valid[..., None], 0.0)
+        if self.valid is None or not (self.has_padding or only_valid):
+            return taken
+        return taken.masked_fill(~self.valid[..., None], 0.0)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Writes (heads, segments, positions, …) back to (batch, heads, length, …), real tokens only."""
@@ -160,7 +169,9 @@ def _blocks(q: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, chu
 def _rectangles(rows: slice, start: int, stop: int, mask: Tensor | None, chunk_length: int) -> tuple[_Piece, ...]:
     step = chunk_length if rows.stop - rows.start == 1 else stop - start
     cuts = (slice(first, min(first + step, stop)) for first in range(start, stop, step))
-    return tuple(_Piece(rows, cut, None, None if mask is None else mask[rows, cut]) for cut in cuts)
+    if mask is None:
+        return tuple(_Piece(rows, cut, None, None, has_padding=False) for cut in cuts)
+    return tuple(_Piece(rows, cut, None, mask[rows, cut], has_padding=True) for cut in cuts)
 
 
 def _bounds(cu_seqlens: Tensor, length: int) -> list[int]:
@@ -200,10 +211,10 @@ def _gathered(segments: list[list[int]], longest: int, token_mask: Tensor | None
     starts, stops = torch.tensor(segments, device=device).unsqueeze(-1).unbind(1)
     index = starts + torch.arange(longest, device=device)
     valid = index < stops
-    index = torch.where(valid, index, 0).flatten()
+    index = torch.minimum(index, stops - 1).flatten()
     if token_mask is not None:
         valid = valid & token_mask[0][index].view(valid.shape)
-    return _Piece(slice(0, 1), slice(0, 0), index, valid)
+    return _Piece(slice(0, 1), slice(0, 0), index, valid, has_padding=token_mask is not None)
 
 
 class _Features:

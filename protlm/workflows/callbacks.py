@@ -25,7 +25,6 @@ class Watch(pl.Callback):
 
     Attributes:
         last_step: The latest update.
-        last_row: Its row of metrics.csv.
         best: The measurement of the exported model; None without a valid split.
     """
 
@@ -36,6 +35,7 @@ class Watch(pl.Callback):
         valid: Split | None,
         describe: Callable[[int, ValidScore | None], ModelDescription],
         stop_request: "StopRequest",
+        first_step: int,
     ) -> None:
         self._run_dir = run_dir
         self._config = config
@@ -47,8 +47,7 @@ class Watch(pl.Callback):
         self._started = 0.0
         self._num_residues = 0.0
         self._valid_perplexity = "-"
-        self.last_step = 0
-        self.last_row: dict[str, float] = {}
+        self.last_step = first_step
         self.best: ValidScore | None = None
 
     @property
@@ -59,7 +58,7 @@ class Watch(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens metrics.csv at the step that the run starts from."""
         self._started = time.perf_counter()
-        self.last_step = trainer.global_step
+        assert self.last_step == trainer.global_step
         self._metrics = MetricsFile(self._run_dir / "metrics.csv", last_step=self.last_step)
         self._progress = tqdm(
             total=self._config.train.max_steps, initial=self.last_step, unit="step", desc="train", disable=None
@@ -89,7 +88,6 @@ class Watch(pl.Callback):
         if is_last or step % settings.valid_every_steps == 0:
             row |= self._measure_and_export(pl_module)
         self._metrics.append(row)
-        self.last_row = row
         self._show(row, update["num_residues"])
         if is_last or stops or step % settings.checkpoint_every_steps == 0:
             trainer.save_checkpoint(self.checkpoint_path)
@@ -147,8 +145,8 @@ class Watch(pl.Callback):
         saved = state_dict["best"]
         self.best = None if saved is None else ValidScore.model_validate(saved)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Closes the file and the progress bar."""
+    def close(self) -> None:
+        """Closes the file and the progress bar, however the run ended."""
         if self._metrics is not None:
             self._metrics.close()
         if self._progress is not None:
@@ -156,7 +154,7 @@ class Watch(pl.Callback):
 
 
 class StopRequest:
-    """The first Ctrl-C asks for a stop between two updates, which keeps the checkpoint whole; the second stops at once."""
+    """The first Ctrl-C asks for a stop between two updates, which leaves a whole checkpoint; the second stops at once."""
 
     def __init__(self) -> None:
         self.wanted = False

@@ -104,7 +104,7 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
         CheckpointError: Files that are missing, altered, of another version or no protlm model.
     """
     folder = find_model(path)
-    description = _read_description(folder / "config.json")
+    description = read_description(folder)
     weights_path = folder / "model.safetensors"
     try:
         weights = weights_path.read_bytes()
@@ -123,7 +123,13 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     return model.eval(), description
 
 
-def _read_description(path: Path) -> ModelDescription:
+def read_description(folder: Path) -> ModelDescription:
+    """Returns what a model directory says of its model.
+
+    Raises:
+        CheckpointError: A file that is unreadable, of another version or of no protlm model.
+    """
+    path = folder / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text)

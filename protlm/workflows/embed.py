@@ -90,6 +90,8 @@ def embed(
     """
     if out.exists() and not force:
         raise ProtlmError(f"{out}: exists already; replace it with --force or choose another --out")
+    if out.resolve() in {path.resolve() for path in inputs}:
+        raise ProtlmError(f"{out}: is one of the inputs; choose another --out")
     census = _count(inputs, on_bad_record)
     model = load_model(model_path)
     try:

@@ -17,7 +17,7 @@ from protlm.data.dataset import Dataset, Split, open_dataset
 from protlm.errors import CheckpointError, ConfigError, ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.callbacks import StopRequest, Watch, checkpoint_path
-from protlm.workflows.checkpoint import ModelDescription, ValidScore
+from protlm.workflows.checkpoint import ModelDescription, ValidScore, read_description
 from protlm.workflows.lightning import MaskedLanguageModelling, TrainingData
 from protlm.workflows.metrics import plot_curves
 
@@ -32,8 +32,8 @@ class TrainReport:
         interrupted: Whether Ctrl-C ended the run before max_steps.
         seconds: Wall time of this call.
         num_parameters: Trained numbers of the model.
-        train_perplexity: Of the last update; None if this call made none.
-        valid: The measurement behind the exported model, on the valid split; None where there is none.
+        model: The exported model; None in a run that was stopped before its first measurement.
+        valid: What that model reached on the valid split; None where there is none.
     """
 
     run_dir: Path
@@ -41,7 +41,7 @@ class TrainReport:
     interrupted: bool
     seconds: float
     num_parameters: int
-    train_perplexity: float | None
+    model: Path | None
     valid: ValidScore | None
 
 
@@ -78,8 +78,12 @@ def train(
     dataset = open_dataset(dataset_path)
     train_split, valid_split = dataset.split("train"), _split_or_none(dataset, "valid")
     settings = _resolve(run_dir, config, wanted, resume=resume)
-    if resume:
-        _check_checkpoint(checkpoint_path(run_dir), dataset.hash)
+    first_step = _check_checkpoint(checkpoint_path(run_dir), dataset.hash) if resume else 0
+    if first_step > settings.train.max_steps:
+        raise ConfigError(
+            f"{run_dir}: the run is at step {first_step} already, past max_steps = {settings.train.max_steps}; "
+            "ask for more steps"
+        )
     _prepare_run_dir(run_dir, settings, resume=resume, force=force)
 
     model = Performer(settings.model)
@@ -100,17 +104,19 @@ def train(
         )
 
     with StopRequest() as stop_request:
-        watch = Watch(run_dir, settings, valid_split, describe, stop_request)
-        _fit(task, TrainingData(train_split, settings), watch, settings)
+        watch = Watch(run_dir, settings, valid_split, describe, stop_request, first_step)
+        if first_step < settings.train.max_steps:
+            _fit(task, TrainingData(train_split, settings), watch, settings)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    has_model = (run_dir / "model" / "config.json").is_file()
     return TrainReport(
         run_dir=run_dir,
         step=watch.last_step,
         interrupted=watch.last_step < settings.train.max_steps,
         seconds=time.perf_counter() - started,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        train_perplexity=watch.last_row.get("train/perplexity"),
-        valid=watch.best,
+        model=run_dir / "model" if has_model else None,
+        valid=read_description(run_dir / "model").valid if has_model else None,
     )
 
 
@@ -142,13 +148,14 @@ def _resolve(run_dir: Path, config: str | Path | None, overrides: Sequence[str],
     return saved
 
 
-def _check_checkpoint(path: Path, dataset_hash: str) -> None:
-    """Raises CheckpointError for a checkpoint that cannot be resumed from; that there is none is no fault."""
+def _check_checkpoint(path: Path, dataset_hash: str) -> int:
+    """Returns the step to resume from, 0 without a checkpoint; raises CheckpointError for one that is unusable."""
     if not path.exists():
-        return
+        return 0
     try:
         # Only tensors and plain values are ever loaded, never code.
-        saved = torch.load(path, map_location="cpu", weights_only=True)["protlm"]["dataset_hash"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved, step = checkpoint["protlm"]["dataset_hash"], int(checkpoint["global_step"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
         raise CheckpointError(f"{path}: not a checkpoint of protlm train; delete it to start the run afresh") from None
     if saved != dataset_hash:
@@ -156,6 +163,7 @@ def _check_checkpoint(path: Path, dataset_hash: str) -> None:
             f"{path}: the run was trained on another dataset (hash {saved}, now {dataset_hash}); "
             "resume with the dataset it began with"
         )
+    return step
 
 
 def _with_train(settings: Config, **changes: int | None) -> Config:
@@ -205,3 +213,5 @@ def _fit(task: MaskedLanguageModelling, data: TrainingData, watch: Watch, settin
         except SystemExit:
             # Lightning exits on the second Ctrl-C; the command line knows what an interrupt means.
             raise KeyboardInterrupt from None
+        finally:
+            watch.close()

@@ -97,6 +97,9 @@ def test_bad_input_gives_one_line_and_no_file(run_dir, fasta, tmp_path, failure)
     assert "--force" in failure("embed", run_dir, fasta, "--out", out)
     assert out.read_bytes() == before
     assert embed(run_dir, fasta, "--out", out, "--force") == 0
+    text = bad.read_text()
+    assert "one of the inputs" in failure("embed", run_dir, bad, "--out", bad, "--force")
+    assert bad.read_text() == text
 
 
 def test_wrong_usage_exits_with_2(run_dir, fasta, tmp_path):

@@ -72,6 +72,17 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(dataset, run_dir,
     assert (out / "model" / "model.safetensors").read_bytes() == (run_dir / "model" / "model.safetensors").read_bytes()
 
 
+def test_a_finished_run_resumes_to_itself(dataset, tmp_path, failure):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 3) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.suffix != ".png"}
+    assert main(["train", str(dataset), "--out", str(out), "--resume"]) == 0
+    assert "step 3" in failure("train", dataset, "--out", out, "--resume", "--max-steps", 2)
+    assert before == {
+        path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.suffix != ".png"
+    }
+
+
 def test_ctrl_c_stops_between_updates_and_leaves_a_usable_checkpoint(dataset, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "protlm.cli.app", "train", str(dataset), "--out", str(out), "--config", "tiny",

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.conftest import TOLERANCE, relative_error
 
 from protlm.ops import draw_projection, favor_attention, favor_torch, kernel_features, reference
+from tests.conftest import TOLERANCE, relative_error
 
 NAMES = ("out", "dq", "dk", "dv")
 # Segments of 0, 1 and 3 tokens, several that share a block, and one longer than a chunk.

@@ -28,7 +28,7 @@ def build(seed=0, **options):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator))
-            if parameter.dim() == 2 and parameter.shape[0] == options.get("conv_width"):
+            if parameter.dim() == 2 and parameter.shape[0] == model.config.conv_width:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 

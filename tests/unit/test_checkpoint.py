@@ -1,0 +1,203 @@
+import json
+import os
+import pickle
+
+import pytest
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+
+from protlm.config import ModelConfig
+from protlm.errors import CheckpointError
+from protlm.model.performer import Performer
+from protlm.vocabulary import RESIDUES, TOKENS
+from protlm.workflows.checkpoint import ModelDescription, ValidScore, find_model, read_model, save_model
+
+VALID = ValidScore(
+    num_targets=1234, accuracy=0.4321, perplexity=5.6789, empirical_accuracy=0.0987, empirical_perplexity=17.8123
+)
+TOKENS_OF_A_ROW = torch.tensor([0, 5, 6, 7, 2, 0, 9, 2])
+BOUNDS = torch.tensor([0, 5, 8], dtype=torch.int32)
+
+
+def describe(model, **changes):
+    content = {
+        "model": model.config,
+        "mask_rate": 0.15,
+        "redraw_every_steps": 0,
+        "seed": 3,
+        "step": 250,
+        "residue_counts": dict.fromkeys(RESIDUES, 1000),
+        "dataset_hash": "0123456789abcdef",
+        "valid": VALID,
+    }
+    return ModelDescription(**{**content, **changes})
+
+
+@pytest.fixture
+def model():
+    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8))
+    model.reset(0)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_model(tmp_path / "model", model, describe(model))
+    return tmp_path / "model"
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def replace_weights(folder, content):
+    """Puts other weights there, with a hash in config.json that fits them."""
+    (folder / "model.safetensors").write_bytes(content)
+    edit(folder, weights_hash=xxhash.xxh3_128_hexdigest(content))
+
+
+def assert_refused(folder, *parts):
+    with pytest.raises(CheckpointError) as caught:
+        read_model(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("kind", ["positive", "relu", "softmax"])
+@torch.no_grad()
+def test_a_saved_model_reads_back_with_equal_logits(kind, tmp_path):
+    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, num_features=8, attention=kind))
+    model.reset(1)
+    save_model(tmp_path, model, describe(model))
+    found, description = read_model(tmp_path)
+    assert not found.training
+    assert torch.equal(found(TOKENS_OF_A_ROW, BOUNDS), model.eval()(TOKENS_OF_A_ROW, BOUNDS))
+    assert description.model_copy(update={"weights_hash": ""}) == describe(model)
+    assert set(found.state_dict()) == set(model.state_dict())
+
+
+def test_a_model_that_was_read_can_be_trained_further(folder):
+    model, _ = read_model(folder)
+    model.train()(TOKENS_OF_A_ROW, BOUNDS).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_directory_holds_three_files_and_no_pickle(folder):
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert "head.bias" in load_file(folder / "model.safetensors")
+
+
+def test_the_same_model_gives_the_same_bytes(folder, model, tmp_path):
+    save_model(tmp_path / "again", model, describe(model))
+    for name in os.listdir(folder):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_saving_replaces_what_was_there(folder, model):
+    model.reset(9)
+    save_model(folder, model, describe(model, step=500))
+    assert read_model(folder)[1].step == 500
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_the_model_card_has_the_hashes_and_the_measured_figures(folder):
+    card = (folder / "README.md").read_text()
+    _, description = read_model(folder)
+    assert description.weights_hash == xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes())
+    for part in ("0123456789abcdef", description.weights_hash, "0.4321", "5.679", "0.0987", "17.812", "1,234", "250"):
+        assert part in card, part
+
+
+def test_the_model_card_says_where_nothing_was_measured_and_what_was_redrawn(model, tmp_path):
+    save_model(tmp_path, model, describe(model, valid=None, redraw_every_steps=100))
+    card = (tmp_path / "README.md").read_text()
+    assert "No valid split" in card
+    assert "every 100 steps" in card
+
+
+def test_a_run_stands_for_its_model(folder):
+    assert find_model(folder.parent) == find_model(folder) == folder
+
+
+def test_an_altered_byte_of_the_weights_is_refused(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert_refused(folder, str(path), "hash differs")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    assert_refused(folder, str(folder))
+
+
+def test_a_missing_directory_and_a_run_without_a_model_are_refused(tmp_path):
+    assert_refused(tmp_path / "absent", "no such directory")
+    assert_refused(tmp_path, "no config.json")
+    (tmp_path / "checkpoints").mkdir()
+    assert_refused(tmp_path, "no model yet")
+
+
+class Evil:
+    """Says when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_a_pickle_in_place_of_the_weights_is_refused_and_never_loaded(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+    assert_refused(folder, "hash differs")
+    replace_weights(folder, pickle.dumps(Evil()))
+    assert_refused(folder, "model.safetensors", "does not hold this model")
+
+
+def test_a_torch_checkpoint_in_place_of_the_weights_is_refused(folder, tmp_path):
+    torch.save({"evil": Evil()}, tmp_path / "evil.pt")
+    replace_weights(folder, (tmp_path / "evil.pt").read_bytes())
+    assert_refused(folder, "does not hold this model")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("head.bias"),
+        lambda tensors: tensors.update(extra=torch.zeros(1)),
+        lambda tensors: tensors.update({"head.bias": torch.zeros(34)}),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_of_another_model_are_refused(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    replace_weights(folder, (folder / "model.safetensors").read_bytes())
+    assert_refused(folder, "does not hold this model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "expected format version 1, got 2"),
+        ({"format": "other"}, "expected a protlm model"),
+        ({"vocabulary": list(TOKENS[::-1])}, "another vocabulary"),
+        ({"surprise": 1}, "surprise"),
+        ({"model": {"num_layers": 0}}, "model.num_layers"),
+        ({"model": {"unknown": 1}}, "model.unknown"),
+        ({"step": -1}, "step"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(folder, changes, message):
+    edit(folder, **changes)
+    assert_refused(folder, "config.json", message)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"format": "protlm-model"}'])
+def test_a_description_that_is_no_description_is_refused(folder, content):
+    (folder / "config.json").write_bytes(content)
+    assert_refused(folder, "config.json")

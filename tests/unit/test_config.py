@@ -1,0 +1,148 @@
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protlm.config import Config, DataConfig, ModelConfig, TrainConfig, dump_config, load_config, shipped_configs
+from protlm.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_text(text):
+        path = tmp_path / "my.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write_text
+
+
+def test_without_file_and_overrides_the_defaults_hold():
+    assert load_config() == Config() == Config(data=DataConfig(), model=ModelConfig(), train=TrainConfig())
+
+
+def test_overrides_beat_the_file_which_beats_the_defaults(write):
+    path = write("[train]\nlr = 0.5\nmax_steps = 7\n[model]\nconv_width = 5\n")
+    config = load_config(path, ["train.max_steps=9", "model.attention=relu", "train.max_steps=10"])
+    assert (config.train.lr, config.train.max_steps, config.model.conv_width) == (0.5, 10, 5)
+    assert config.model.attention == "relu"
+    assert config.data == DataConfig()
+
+
+def test_override_values_are_toml_or_bare_words():
+    overrides = [
+        "train.lr=1e-3",
+        "model.qk_norm=false",
+        "train.betas=[0.8, 0.9]",
+        'train.optimizer = "adamw"',
+        "model.projection= iid ",
+        "train.weight_decay=0",
+    ]
+    config = load_config(None, overrides)
+    assert (config.train.lr, config.train.betas, config.train.optimizer) == (1e-3, (0.8, 0.9), "adamw")
+    assert (config.model.qk_norm, config.model.projection, config.train.weight_decay) == (False, "iid", 0)
+
+
+def test_a_shipped_configuration_is_found_by_name():
+    assert "tiny" in shipped_configs()
+    assert load_config("tiny").train.optimizer == "muon"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[trian]\nlr = 1.0", "trian: unknown key; known are data, model, train"),
+        ("[train]\nlearning_rate = 1.0", "train.learning_rate: unknown key; known are seed, max_steps"),
+        ("[data]\nmax_len = 1", "data.max_len: unknown key; known are tokens_per_batch, max_length"),
+        ("train = 3", "train: input should be"),
+        ('[train]\nlr = "1"', "train.lr: input should be a valid number, got '1'"),
+        ("[train]\nlr = 0.0", "train.lr: input should be greater than 0, got 0.0"),
+        ("[train]\nlr = inf", "train.lr: input should be a finite number, got inf"),
+        ("[train]\nlr = nan", "train.lr: input should be"),
+        ("[train]\nmax_steps = 1.5", "train.max_steps: input should be a valid integer, got 1.5"),
+        ("[train]\nmax_steps = true", "train.max_steps: input should be a valid integer, got True"),
+        ("[train]\nmask_rate = 0.0", "train.mask_rate: input should be greater than 0"),
+        ("[train]\nmask_rate = 1.01", "train.mask_rate: input should be less than or equal to 1"),
+        ("[train]\nbetas = [0.9]", "train.betas"),
+        ("[model]\nattention = 'linear'", "model.attention: input should be 'positive', 'relu' or 'softmax'"),
+        ("[model]\nqk_norm = 1", "model.qk_norm: input should be a valid boolean, got 1"),
+        ("[model]\nconv_width = 4", "model.conv_width: expected 0 or an odd number, got 4"),
+        ("[model]\nmodel_dim = 30", "model.model_dim: expected an even multiple of num_heads = 4, got 30"),
+        ("[model]\nmodel_dim = 12", "model.model_dim: expected an even multiple of num_heads = 4, got 12"),
+        ("[data]\ntokens_per_batch = 2", "data.tokens_per_batch: expected at least 3, got 2"),
+        (
+            "[data]\ntokens_per_batch = 100\nmax_length = 99",
+            "data.max_length: expected at most tokens_per_batch - 2 = 98, got 99",
+        ),
+        ("[data\n", "not a TOML file"),
+        (b"\xff", "not a TOML file"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_file_and_key(write, text, message):
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["train.lr", "lr=1", "=1", "train.=1", ".lr=1", "", "train=1"])
+def test_an_override_of_another_form_is_an_error_that_shows_the_form(override):
+    with pytest.raises(ConfigError, match=re.escape(f"--set {override}: expected SECTION.KEY=VALUE")):
+        load_config(None, [override])
+
+
+def test_an_override_of_something_else_than_a_section_is_an_error(write):
+    with pytest.raises(ConfigError, match=r"--set train\.lr=1: train is not a section"):
+        load_config(write("train = 3"), ["train.lr=1"])
+
+
+@pytest.mark.parametrize("override", ["train.learning_rate=1", "trian.lr=1"])
+def test_an_override_of_an_unknown_key_is_an_error(override):
+    with pytest.raises(ConfigError, match=r"^settings with --set: .*unknown key; known are"):
+        load_config(None, [override])
+
+
+def test_files_and_names_that_are_not_there_are_errors(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such configuration; there are .*tiny"):
+        load_config("huge")
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(str(tmp_path) + "/")
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().train.lr = 1.0
+
+
+def test_the_window_is_what_fits_into_a_row_unless_it_is_set():
+    assert DataConfig(tokens_per_batch=100).window == 98
+    assert DataConfig(tokens_per_batch=100, max_length=98).window == 98
+    assert DataConfig(tokens_per_batch=100, max_length=10).window == 10
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.floats(min_value=1e-300, max_value=1e300),
+    st.integers(1, 10**12),
+    st.none() | st.integers(1, 50),
+    st.sampled_from(["adamw", "muon"]),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_written_settings_read_back_equal(lr, max_steps, max_length, optimizer, betas):
+    config = Config(
+        data=DataConfig(max_length=max_length),
+        model=ModelConfig(num_heads=2, conv_width=0, qk_norm=False),
+        train=TrainConfig(lr=lr, max_steps=max_steps, optimizer=optimizer, betas=betas),
+    )
+    text = dump_config(config)
+    assert "\nmax_steps = " in text, "resolved settings name defaults too"
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.toml"
+        path.write_text(text, encoding="utf-8")
+        assert load_config(path) == config

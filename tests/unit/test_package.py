@@ -1,0 +1,75 @@
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import protlm
+import protlm.ops
+from protlm.config import load_config, shipped_configs
+from protlm.model.performer import Performer
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "pytorch_lightning", "h5py", "matplotlib", "Bio")
+
+
+def test_the_package_list_names_every_folder_with_code():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "protlm").rglob("*.py")}
+    initialised = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "protlm").rglob("__init__.py")
+    }
+    assert folders == initialised
+    assert sorted(listed) == sorted({*initialised, "protlm.configs"})
+
+
+def test_every_configuration_in_the_checkout_is_shipped():
+    assert shipped_configs() == sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_builds(path):
+    config = load_config(path.stem)
+    assert load_config(path) == config
+    with torch.device("meta"):
+        model = Performer(config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import protlm",
+        "import protlm.cli.app",
+        "from protlm.cli.app import main; assert main(['--help']) == 0",
+        "from protlm.cli.app import main; assert main(['--version']) == 0",
+        "from protlm.cli.app import main; assert main(['train', '--help']) == 0",
+    ],
+)
+def test_help_and_version_load_nothing_heavy(code):
+    names = ", ".join(repr(name) for name in HEAVY)
+    done = run(
+        f"import sys\n{code}\nfound = [name for name in ({names}) if name in sys.modules]\nassert not found, found"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_resolve():
+    for name in protlm.__all__:
+        assert getattr(protlm, name) is not None
+        assert name in dir(protlm)
+    with pytest.raises(AttributeError, match="no attribute 'surprise'"):
+        _ = protlm.surprise
+    for name in ("backends", "draw_projection", "favor_attention", "kernel_features"):
+        assert callable(getattr(protlm.ops, name))
+        assert name in protlm.ops.__all__
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "protlm" / "py.typed").is_file()
