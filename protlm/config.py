@@ -107,7 +107,7 @@ class TrainConfig(_Section):
     """How the weights are found.
 
     Attributes:
-        seed: Seed of the weights, the projections, the order of the proteins, the masks and dropout.
+        seed: Seed of the weights, the projections, the order of the proteins, the masks and dropout; below 2⁶³.
         max_steps: Optimizer updates since step 0, resumed ones included.
         schedule_steps: Horizon of the learning-rate schedule; default: max_steps at the first start.
         schedule: `cosine` to a tenth of the rate at the horizon, or `constant`; both after the warm-up.
@@ -125,7 +125,7 @@ class TrainConfig(_Section):
         mask_rate: Probability that a residue is scored.
     """
 
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_steps: Positive = 800
     schedule_steps: Positive | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -248,8 +248,8 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section, _, _ = where.rpartition(".")
-        fields = Config.model_fields[section].annotation.model_fields if section else Config.model_fields  # type: ignore[union-attr]
+        section = Config.model_fields.get(str(first["loc"][0])) if len(first["loc"]) > 1 else None
+        fields = Config.model_fields if section is None else section.annotation.model_fields  # type: ignore[union-attr]
         return f"{where}: unknown key; known are {', '.join(fields)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":

@@ -79,7 +79,12 @@ def training_rows(lengths: np.ndarray, config: DataConfig, seed: int, first_row:
     """Yields the endless stream of training rows from row first_row on.
 
     Every epoch goes through all records in another random order; the last row of an epoch may be short.
+
+    Raises:
+        ValueError: There is no record.
     """
+    if not len(lengths):
+        raise ValueError("lengths: expected at least one record, got none")
     sizes = np.minimum(lengths, config.window)
     row_number, epoch = 0, 0
     while True:
@@ -117,11 +122,7 @@ def evaluation_batches(proteins: Proteins, tokens_per_batch: int, seed: int, mas
 
 
 def pack_row(proteins: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Returns the tokens (int64) and the bounds (int32) of a row of these proteins, `<cls>` and `<eos>` around each.
-
-    Raises:
-        ShardError: A token that stands for no residue, which only a damaged shard holds.
-    """
+    """Returns the tokens (int64) and the bounds (int32) of a row of these proteins, `<cls>` and `<eos>` around each."""
     sizes = np.array([len(protein) + SPECIAL_TOKENS_PER_SEGMENT for protein in proteins])
     bounds = np.concatenate(([0], np.cumsum(sizes)))
     row = np.full(bounds[-1], CLS, dtype=np.int64)
@@ -135,7 +136,7 @@ def _packed(
 ) -> Batch:
     residues = np.concatenate(originals)
     if not are_residues(residues):
-        raise ShardError("the dataset holds tokens that are no residues; check it with protlm prep's input")
+        raise ShardError("the dataset holds tokens that stand for no residue: a shard is damaged; prepare it again")
     row, bounds = pack_row(seen)
     chosen = np.concatenate(masks).nonzero()[0]
     positions = _residue_positions(bounds.numpy())[chosen]

@@ -15,6 +15,9 @@ from protlm.ops import draw_projection, favor_attention
 _INITIAL_TEMPERATURE = 0.75
 """Share of max_temperature at which every head starts."""
 
+# A vector shorter than this keeps its direction and stays short, instead of dividing by zero.
+_SMALLEST_NORM = 1e-12
+
 
 class SegmentConvolution(nn.Module):
     """A depthwise convolution along the length that stays inside segments; it starts as the identity."""
@@ -34,9 +37,10 @@ class SegmentConvolution(nn.Module):
         out = x * self.weight[half]
         for offset in range(-half, half + 1):
             if offset and abs(offset) < len(x):
-                inside = segments.has_neighbour(offset).unsqueeze(1)
                 shifted = F.pad(x[max(0, offset) : len(x) + min(0, offset)], (0, 0, max(0, -offset), max(0, offset)))
-                out = torch.addcmul(out, shifted, inside * self.weight[half + offset])
+                # Zeros put in rather than multiplied with: what another protein holds cannot even pass on a NaN.
+                shifted = shifted.index_fill_(0, segments.without_neighbour(offset), 0.0)
+                out = torch.addcmul(out, shifted, self.weight[half + offset])
         return out
 
 
@@ -85,9 +89,11 @@ class SelfAttention(nn.Module):
         inputs = torch.cat((self.query(x), self.key(x), self.value(x)), dim=-1)
         if self.convolution is not None:
             inputs = self.convolution(inputs, segments)
-        q, k, v = inputs.view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
-        q, k = (rotate(self._normalise(y), *rotary) for y in (q, k))
-        q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in (q, k, v))
+        heads = inputs.view(len(x), 3, self.num_heads, self.head_dim)
+        # One call for q and k, and back to the dtype of v, which autocast may have made shorter.
+        q_and_k = rotate(self._normalise(heads[:, :2]).flatten(1, 2), *rotary).to(heads.dtype)
+        q, k = q_and_k.view(len(x), 2, self.num_heads, self.head_dim).unbind(1)
+        q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in (q, k, heads[:, 2]))
         if self.kind == "softmax":
             out = _exact_attention(q, k, v, segments)
         else:
@@ -99,8 +105,9 @@ class SelfAttention(nn.Module):
         if self.temperature_logit is None:
             return x
         temperature = self.max_temperature * torch.sigmoid(self.temperature_logit)
-        norm = torch.sqrt(temperature * math.sqrt(self.head_dim))
-        return F.normalize(x, dim=-1) * norm.unsqueeze(-1).to(x.dtype)
+        wanted = torch.sqrt(temperature * math.sqrt(self.head_dim)).unsqueeze(-1)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * (wanted / norm.clamp_min(_SMALLEST_NORM))
 
 
 def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

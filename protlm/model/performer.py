@@ -98,7 +98,13 @@ class Performer(nn.Module):
             tokens: A packed row.
             cu_seqlens: int32 bounds of its segments.
             layers: 0 is the embedding, i the residual stream after layer i; the last one is after the final LayerNorm.
+
+        Raises:
+            ValueError: A layer that is not there.
         """
+        unknown = sorted(set(layers) - set(range(self.config.num_layers + 1)))
+        if unknown:
+            raise ValueError(f"layers: expected numbers from 0 to {self.config.num_layers}, got {unknown}")
         segments = Segments.from_bounds(cu_seqlens)
         x = self.embedding(tokens)
         wanted = {0: x} if 0 in layers else {}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -32,10 +32,10 @@ class Segments:
         lengths = torch.repeat_interleave(sizes, sizes)
         return cls(cu_seqlens, tuple(cu_seqlens.tolist()), positions, lengths)
 
-    def has_neighbour(self, offset: int) -> Bool[Tensor, " length"]:
-        """Says for every token whether the token `offset` places further is of the same segment."""
+    def without_neighbour(self, offset: int) -> Int[Tensor, " tokens"]:
+        """Returns the places in the row whose token `offset` places further is of another segment or of none."""
         neighbour = self.positions + offset
-        return (neighbour >= 0) & (neighbour < self.lengths)
+        return ((neighbour < 0) | (neighbour >= self.lengths)).nonzero().squeeze(1)
 
     def rotary(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns the cosines and sines, each (length, head_dim), of rotary positions that start anew in every segment.

@@ -12,12 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from protlm.ops import favor_torch
-from protlm.ops.random_features import FeatureMap
+from protlm.ops.random_features import FEATURE_MAPS, FeatureMap
 
 Backend = Literal["auto", "torch"]
 
 _BACKENDS: dict[str, ModuleType] = {"torch": favor_torch}
-_FEATURE_MAPS = ("positive", "relu")
 
 
 def backends() -> dict[str, str]:
@@ -40,8 +39,8 @@ def favor_attention(
 
     This is equations 3 and 4 of arXiv 2009.14794, with φ as in `kernel_features`. The un-normalised weights of
     `positive` are unbiased estimates of exp(q·k/√d); the normalised output is a ratio of such estimates, consistent but
-    not unbiased. No epsilon is added: exponents are kept in log space with a running maximum per feature, so that q and
-    k of any finite norm give finite results. Exponents, maxima and sums are float32 for float32 and shorter inputs,
+    not unbiased. No epsilon is added: exponents are kept in log space with a running maximum per feature, and nothing
+    overflows for norms of q and k up to 1e14. Exponents, maxima and sums are float32 for float32 and shorter inputs,
     float64 for float64. Gradients flow to q, k and v only, and features are recomputed for them.
 
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one chunk of
@@ -90,7 +89,7 @@ def check_arguments(
     for name, tensor in (("k", k), ("v", v)):
         _expect(name, f"the shape of q, {tuple(q.shape)}", tensor.shape == q.shape, tuple(tensor.shape))
         _expect(name, f"the dtype of q, {q.dtype}", tensor.dtype == q.dtype, tensor.dtype)
-    _expect("feature_map", f"one of {_FEATURE_MAPS}", feature_map in _FEATURE_MAPS, repr(feature_map))
+    _expect("feature_map", f"one of {FEATURE_MAPS}", feature_map in FEATURE_MAPS, repr(feature_map))
     if projection is None:
         _expect("projection", f"a tensor for feature_map {feature_map!r}", feature_map == "relu", None)
     else:

@@ -1,7 +1,7 @@
 """Random projections: hides how the rows that FAVOR's features are made of are drawn."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from torch import Tensor
 
 ProjectionKind = Literal["orthogonal", "iid"]
 FeatureMap = Literal["positive", "relu"]
+FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 
 RELU_OFFSET = 1e-3
 """Added to every ReLU feature, as in the authors' code: no key has weight zero."""
@@ -78,12 +79,16 @@ def kernel_features(
     In float32 `positive` stays finite while ω·y − ‖y‖²/2 < 88; `favor_attention` has no such bound. Cost: O(length).
 
     Raises:
-        ValueError: No projection for a map that needs one.
+        ValueError: An unknown map, no projection for a map that needs one, or a projection of another head_dim.
     """
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map: expected one of {FEATURE_MAPS}, got {feature_map!r}")
     if projection is None:
         if feature_map != "relu":
             raise ValueError(f"projection: expected a tensor for feature_map {feature_map!r}, got None")
         return torch.relu(x) + RELU_OFFSET
+    if projection.shape[-1] != x.shape[-1]:
+        raise ValueError(f"projection: expected head_dim {x.shape[-1]} as in x, got {projection.shape[-1]}")
     y = x * x.shape[-1] ** -0.25
     scores = y @ projection.transpose(-1, -2)
     if feature_map == "relu":

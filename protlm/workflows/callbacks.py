@@ -154,7 +154,7 @@ class Watch(pl.Callback):
 
 
 class StopRequest:
-    """The first Ctrl-C asks for a stop between two updates, which leaves a whole checkpoint; the second stops at once."""
+    """The first Ctrl-C asks for a stop between two updates, for a whole checkpoint; the second stops at once."""
 
     def __init__(self) -> None:
         self.wanted = False

@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=0)]
 class ValidScore(BaseModel):
     """What the training run measured on its valid split when it saved the model."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
     num_targets: Count
     accuracy: float
@@ -52,7 +52,7 @@ class ModelDescription(BaseModel):
         weights_hash: xxh3-128 of model.safetensors.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
     format: Literal["protlm-model"] = MODEL_FORMAT
     format_version: int = MODEL_FORMAT_VERSION
@@ -119,7 +119,7 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     try:
         model.load_state_dict(load(weights), assign=True)
     except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{weights_path}: does not hold this model: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{weights_path}: does not hold this model: {' '.join(str(error).split())}") from None
     return model.eval(), description
 
 
@@ -133,7 +133,7 @@ def read_description(folder: Path) -> ModelDescription:
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(found, dict) or found.get("format") != MODEL_FORMAT:
         raise CheckpointError(f"{path}: expected a protlm model, got another JSON file")

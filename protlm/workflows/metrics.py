@@ -41,7 +41,10 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """Returns the complete rows of a metrics.csv as texts by column; a row cut off by a kill is left out."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row.get("step", "").isdigit() and None not in row.values()]
+        whole_lines = (line for line in file if line.endswith("\n"))
+        return [
+            row for row in csv.DictReader(whole_lines) if row.get("step", "").isdigit() and None not in row.values()
+        ]
 
 
 def plot_curves(metrics_path: Path, picture_path: Path) -> None:

@@ -36,7 +36,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Returns the optimizer of a run; every parameter group keeps its peak learning rate as `peak_lr`.
 
-    Matrices of the encoder's linear layers decay, and are Muon's where it is wanted. Embeddings, biases, norms,
+    Matrices of linear layers decay, and are Muon's where it is wanted. Embeddings, biases, norms,
     temperatures and convolutions do not decay.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}

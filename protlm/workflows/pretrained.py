@@ -65,7 +65,8 @@ class ProteinModel:
         number = self.layer_number(layer)
         for states in self.hidden_states(map(_tokens, sequences), (number,), tokens_per_batch):
             pooled = pool(states[number])
-            yield {kind: np.ascontiguousarray(pooled[kind]) for kind in include}
+            # Copies, so that a kept vector does not keep the whole row in memory.
+            yield {kind: pooled[kind].copy() for kind in include}
 
     def logits(self, sequences: Iterable[str], *, tokens_per_batch: int = 8192) -> Iterator[np.ndarray]:
         """Yields the logits of each sequence, in order: float32 (num_residues, 33), nothing masked.
@@ -78,7 +79,7 @@ class ProteinModel:
             with torch.inference_mode():
                 logits = self._model(tokens.to(self._device), bounds.to(self._device)).float().cpu().numpy()
             for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-                yield logits[start + 1 : stop - 1]
+                yield logits[start + 1 : stop - 1].copy()
 
     def layer_number(self, layer: int) -> int:
         """Returns the absolute number of a layer given from either end.

@@ -106,3 +106,11 @@ def test_wrong_usage_exits_with_2(run_dir, fasta, tmp_path):
     assert embed(run_dir, fasta, "--out", tmp_path / "e.h5", "--layers", "last") == 2
     assert embed(run_dir, fasta, "--out", tmp_path / "e.h5", "--include", "sum") == 2
     assert embed(run_dir, fasta) == 2
+
+
+def test_a_kept_vector_does_not_keep_its_row_in_memory(run_dir, proteins):
+    model = protlm.load_model(run_dir)
+    sequences = [sequence for _, sequence in proteins[:5]]
+    for found in model.embed(sequences, include=("mean", "cls", "per-residue")):
+        assert all(array.base is None for array in found.values())
+    assert all(logits.base is None for logits in model.logits(sequences))

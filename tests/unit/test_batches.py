@@ -209,3 +209,8 @@ def test_the_order_of_an_epoch_shares_no_random_numbers_with_the_masks():
         orders.setdefault(row.epoch, []).extend(row.records.tolist())
     for epoch in range(3):
         assert orders[epoch] != training_generator(0, epoch).permutation(len(LENGTHS)).tolist()
+
+
+def test_a_stream_of_no_records_is_refused_rather_than_endless():
+    with pytest.raises(ValueError, match="at least one record"):
+        next(training_rows(np.array([], dtype=np.int64), DataConfig(), seed=0))

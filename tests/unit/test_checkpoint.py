@@ -201,3 +201,24 @@ def test_a_description_that_does_not_fit_is_refused(folder, changes, message):
 def test_a_description_that_is_no_description_is_refused(folder, content):
     (folder / "config.json").write_bytes(content)
     assert_refused(folder, "config.json")
+
+
+def test_a_model_whose_perplexity_is_not_finite_reads_back(model, tmp_path):
+    valid = VALID.model_copy(update={"perplexity": float("inf")})
+    save_model(tmp_path / "model", model, describe(model, valid=valid))
+    assert read_model(tmp_path / "model")[1].valid == valid
+
+
+def test_a_description_nested_without_end_is_refused(folder):
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError):
+        read_model(folder)
+
+
+def test_weights_of_another_shape_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embedding.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder, weights_hash=xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes()))
+    with pytest.raises(CheckpointError, match=r"embedding\.weight"):
+        read_model(folder)

@@ -146,3 +146,20 @@ def test_written_settings_read_back_equal(lr, max_steps, max_length, optimizer, 
         path = Path(folder) / "config.toml"
         path.write_text(text, encoding="utf-8")
         assert load_config(path) == config
+
+
+@pytest.mark.parametrize("override", ["train.b.c=1", "train.lr.b=1", "model.x.y.z=1"])
+def test_a_key_nested_too_deep_is_an_error(override):
+    with pytest.raises(ConfigError):
+        load_config(None, [override])
+
+
+def test_a_quoted_key_with_a_dot_is_an_error(write):
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_config(write('[train]\n"a.b" = 1\n'))
+
+
+def test_a_seed_that_no_generator_takes_is_an_error():
+    assert load_config(None, [f"train.seed={2**63 - 1}"]).train.seed == 2**63 - 1
+    with pytest.raises(ConfigError, match=r"train\.seed"):
+        load_config(None, [f"train.seed={2**63}"])

@@ -106,3 +106,10 @@ def test_curves_are_a_png_whatever_was_measured(path, has_valid):
     plot_curves(path, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(found.name for found in path.parent.iterdir()) == ["curves.png", "metrics.csv"]
+
+
+def test_a_row_cut_inside_its_last_number_does_not_count(path):
+    write(path, [1])
+    with path.open("a") as file:
+        file.write("2,0,1.0,2.7,0.1,0.3,1.0,0.5,12.")
+    assert [found["step"] for found in read_metrics(path)] == ["1"]

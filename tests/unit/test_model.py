@@ -343,3 +343,32 @@ def test_segments_know_positions_lengths_and_neighbours():
     assert segments.lengths.tolist() == [2, 2, 3, 3, 3]
     assert segments.has_neighbour(1).tolist() == [True, False, True, True, False]
     assert segments.has_neighbour(-2).tolist() == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("conv_width", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast_works_and_stays_near_float32(kind, conv_width):
+    model = build(attention=kind, conv_width=conv_width)
+    tokens = proteins(*SIZES)
+    with torch.no_grad():
+        expected = model(tokens, bounds(*SIZES))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(tokens, bounds(*SIZES))
+    assert relative_error(found.float(), expected) < 0.1
+
+
+def test_a_protein_that_went_to_nan_spoils_no_other():
+    convolution = SegmentConvolution(4, 3)
+    torch.nn.init.ones_(convolution.weight)
+    x = torch.ones(7, 4)
+    x[:3] = torch.nan
+    out = convolution(x, Segments.from_bounds(bounds(3, 4)))
+    assert out[:3].isnan().all()
+    assert out[3:].isfinite().all()
+
+
+def test_a_layer_that_is_not_there_is_a_value_error():
+    model = build()
+    for layer in (3, -1):
+        with pytest.raises(ValueError, match="layers: expected numbers from 0 to 2"):
+            model.hidden_states(proteins(3), bounds(3), (layer,))

@@ -158,3 +158,10 @@ def test_backends_are_named_with_what_they_are():
     assert set(backends()) == set(favor._BACKENDS)
     assert "torch" in backends()
     assert all(backends().values())
+
+
+def test_features_of_an_unknown_map_or_another_head_dim_are_a_value_error():
+    with pytest.raises(ValueError, match=r"feature_map: expected .*got 'trig'"):
+        kernel_features(torch.zeros(5, 4), torch.zeros(6, 4), feature_map="trig")
+    with pytest.raises(ValueError, match="projection: expected head_dim 4 as in x, got 3"):
+        kernel_features(torch.zeros(5, 4), torch.zeros(6, 3))
