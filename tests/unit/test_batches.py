@@ -197,7 +197,7 @@ def test_an_evaluation_draw_depends_on_seed_and_sequence_alone():
 def test_a_token_that_is_no_residue_is_a_shard_error(token):
     proteins = InMemory(10, 10)
     proteins.sequences[1][9] = token
-    with pytest.raises(ShardError, match="no residues"):
+    with pytest.raises(ShardError, match="no residue"):
         list(evaluation_batches(proteins, 100, 0, 0.15))
     with pytest.raises(ShardError, match="no residues"):
         training_batches(1, proteins)

@@ -1,0 +1,119 @@
+"""Times FAVOR attention against exact attention (torch SDPA) and the plain formula, forward and backward, by length.
+
+The implementations take turns within each repeat; medians and ranges of all repeats are printed with the machine, the
+threads, the versions and the commit. Nothing is reported unless FAVOR first equals its float64 twin.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protlm.ops import draw_projection, favor_attention, kernel_features, reference
+
+HEADS, HEAD_DIM, FEATURES = 8, 64, 256
+
+
+def plain_formula(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+    """Returns FAVOR attention with all features in memory: safe only for small norms."""
+    q_features = kernel_features(q, projection)
+    k_features = kernel_features(k, projection)
+    totals = q_features @ k_features.sum(2).unsqueeze(-1)
+    return (q_features @ (k_features.transpose(-1, -2) @ v)) / totals
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+    """Returns softmax attention; the projection is not used."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "favor": favor_attention,
+    "plain formula": plain_formula,
+    "exact (SDPA)": exact,
+}
+
+
+def check_values() -> None:
+    """Ends the program unless the op equals its twin."""
+    q, k, v = (torch.randn(1, 2, 300, HEAD_DIM) for _ in range(3))
+    projection = draw_projection(FEATURES, HEAD_DIM, num_heads=2)
+    expected = reference.favor_attention(q, k, v, projection)
+    error = (favor_attention(q, k, v, projection) - expected).abs().max() / expected.abs().max()
+    if not error < 1e-5:
+        sys.exit(f"error: favor_attention differs from its float64 twin by {error:.1e}; nothing is timed")
+
+
+def time_once(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> float:
+    """Returns the seconds of one forward and backward."""
+    *qkv, projection, out_grad = inputs
+    started = time.perf_counter()
+    function(*qkv, projection).backward(out_grad)
+    elapsed = time.perf_counter() - started
+    for tensor in qkv:
+        tensor.grad = None
+    return elapsed
+
+
+def measure(length: int, repeats: int) -> dict[str, list[float]]:
+    """Returns the seconds of every repeat, by implementation."""
+    shape = (1, HEADS, length, HEAD_DIM)
+    qkv = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    inputs = [*qkv, draw_projection(FEATURES, HEAD_DIM, num_heads=HEADS), torch.randn(shape)]
+    times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    for repeat in range(repeats + 1):
+        for name, function in IMPLEMENTATIONS.items():
+            elapsed = time_once(function, inputs)
+            if repeat:
+                times[name].append(elapsed)
+    return times
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a figure depends on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    """Prints a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    check_values()
+    results = {length: measure(length, arguments.repeats) for length in arguments.lengths}
+    if arguments.json:
+        print(json.dumps({"environment": environment(), "seconds": results}, indent=2))
+        return
+    print(", ".join(f"{key} {value}" for key, value in environment().items()))
+    print(f"B1 H{HEADS} d{HEAD_DIM} M{FEATURES} float32, forward + backward, ms: median (range); time / favor's")
+    for length, times in results.items():
+        ours = statistics.median(times["favor"])
+        for name, seconds in times.items():
+            median = statistics.median(seconds)
+            spread = f"{min(seconds) * 1e3:.1f}–{max(seconds) * 1e3:.1f}"
+            print(f"L {length:6}  {name:14}  {median * 1e3:8.1f} ({spread})  {median / ours:5.2f}×")
+
+
+if __name__ == "__main__":
+    main()
