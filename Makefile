@@ -5,6 +5,9 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
+# As in protlm itself: waiting threads sleep, so that tests keep their time on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: setup lint types imports test test-slow bench check demo clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -126,12 +126,12 @@ class TrainConfig(_Section):
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    max_steps: Positive = 800
+    max_steps: Positive = 900
     schedule_steps: Positive | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     lr: PositiveFloat = 2e-3
-    muon_lr: PositiveFloat = 0.02
+    muon_lr: PositiveFloat = 0.04
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     weight_decay: NonNegativeFloat = 0.01
     warmup_steps: NonNegative = 40

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 
-def run_command(*words: str | Path) -> None:
+DEMO_STEPS = 500
+"""Enough to see the model learn in a few minutes; the tiny configuration itself trains longer."""
+
+
+def run_command(*words: str | Path | int) -> None:
     """Shows a protlm command and runs it in a process of its own; a failure ends the demo with the same status."""
     arguments = [str(word) for word in words]
     print(f"\n$ protlm {shlex.join(arguments)}", flush=True)
@@ -29,12 +33,11 @@ def run_command(*words: str | Path) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def run_road(fasta: Path, out: Path, max_steps: int | None) -> dict[str, Any]:
+def run_road(fasta: Path, out: Path, max_steps: int) -> dict[str, Any]:
     """Runs the four commands, replacing what an earlier demo left in `out`, and returns the content of report.json."""
     dataset, run, report, embeddings = out / "dataset", out / "run", out / "report", out / "embeddings.h5"
-    steps = () if max_steps is None else ("--max-steps", str(max_steps))
     run_command("prep", fasta, "--out", dataset, "--valid-fraction", "0.1", "--test-fraction", "0.1", "--force")
-    run_command("train", dataset, "--out", run, "--config", "tiny", *steps, "--force")
+    run_command("train", dataset, "--out", run, "--config", "tiny", "--max-steps", max_steps, "--force")
     run_command("eval", run, dataset, "--split", "test", "--out", report, "--force")
     run_command("embed", run, fasta, "--out", embeddings, "--include", "mean", "--force")
     content: dict[str, Any] = json.loads((report / "report.json").read_text(encoding="utf-8"))
@@ -66,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fasta", type=Path, required=True, help="proteins, FASTA, plain or .gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that the demo makes")
-    parser.add_argument("--max-steps", type=int, help="optimizer updates; by default those of the tiny configuration")
+    parser.add_argument("--max-steps", type=int, default=DEMO_STEPS, help="optimizer updates")
     arguments = parser.parse_args()
     report = run_road(arguments.fasta, arguments.out, arguments.max_steps)
     print_summary(report, arguments.out)

@@ -1,5 +1,6 @@
 """The `protlm` program: collects the commands and turns every outcome into an exit status and at most one line."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 success, 1 the data or the run is at fault, 2 wrong usage, 130 interrupted.
     """
+    # Read by OpenMP when torch is loaded. Threads that spin while they wait make a step ten times slower as soon as
+    # anything else runs on the machine; threads that sleep cost a few percent on an idle one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
     try:
         status = command.main(

@@ -15,7 +15,7 @@ def train_command(
     dataset: Path = typer.Argument(..., metavar="DATASET", help="A dataset made by protlm prep."),
     out: Path = typer.Option(..., "--out", metavar="RUN", help="Folder of the run."),
     config: str | None = typer.Option(
-        None, "--config", metavar="NAME|FILE", help="A shipped configuration or a TOML file."
+        None, "--config", metavar="NAME|FILE", help="A shipped configuration or a TOML file; default: tiny."
     ),
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Override a setting, such as train.lr=1e-3; repeatable."

@@ -199,7 +199,7 @@ def test_a_token_that_is_no_residue_is_a_shard_error(token):
     proteins.sequences[1][9] = token
     with pytest.raises(ShardError, match="no residue"):
         list(evaluation_batches(proteins, 100, 0, 0.15))
-    with pytest.raises(ShardError, match="no residues"):
+    with pytest.raises(ShardError, match="no residue"):
         training_batches(1, proteins)
 
 

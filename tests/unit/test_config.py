@@ -163,3 +163,7 @@ def test_a_seed_that_no_generator_takes_is_an_error():
     assert load_config(None, [f"train.seed={2**63 - 1}"]).train.seed == 2**63 - 1
     with pytest.raises(ConfigError, match=r"train\.seed"):
         load_config(None, [f"train.seed={2**63}"])
+
+
+def test_the_defaults_are_those_of_the_tiny_configuration():
+    assert load_config() == load_config("tiny")

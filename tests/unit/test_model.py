@@ -341,15 +341,15 @@ def test_segments_know_positions_lengths_and_neighbours():
     assert segments.bounds == (0, 2, 2, 5)
     assert segments.positions.tolist() == [0, 1, 0, 1, 2]
     assert segments.lengths.tolist() == [2, 2, 3, 3, 3]
-    assert segments.has_neighbour(1).tolist() == [True, False, True, True, False]
-    assert segments.has_neighbour(-2).tolist() == [False, False, False, False, True]
+    assert segments.without_neighbour(1).tolist() == [1, 4]
+    assert segments.without_neighbour(-2).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("conv_width", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_autocast_works_and_stays_near_float32(kind, conv_width):
     model = build(attention=kind, conv_width=conv_width)
-    tokens = proteins(*SIZES)
+    tokens = torch.cat(proteins(*SIZES))
     with torch.no_grad():
         expected = model(tokens, bounds(*SIZES))
         with torch.autocast("cpu", torch.bfloat16):
@@ -371,4 +371,4 @@ def test_a_layer_that_is_not_there_is_a_value_error():
     model = build()
     for layer in (3, -1):
         with pytest.raises(ValueError, match="layers: expected numbers from 0 to 2"):
-            model.hidden_states(proteins(3), bounds(3), (layer,))
+            model.hidden_states(proteins(3)[0], bounds(3), (layer,))
