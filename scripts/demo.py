@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
 DEMO_STEPS = 500
 """Enough to see the model learn in a few minutes; the tiny configuration itself trains longer."""
 

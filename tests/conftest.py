@@ -43,7 +43,7 @@ def _poisoned_memory(request, monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data():
     """The folder of real data beside the checkout, which a clean clone does not have."""
     folder = Path(__file__).parents[2] / "shared" / "data"
