@@ -36,8 +36,9 @@ class SegmentConvolution(nn.Module):
         half = len(self.weight) // 2
         out = x * self.weight[half]
         for offset in range(-half, half + 1):
-            if offset and abs(offset) < len(x):
-                shifted = F.pad(x[max(0, offset) : len(x) + min(0, offset)], (0, 0, max(0, -offset), max(0, offset)))
+            if offset:
+                # What the roll brings round the end has no neighbour there either.
+                shifted = x.roll(-offset, 0)
                 # Zeros put in rather than multiplied with: what another protein holds cannot even pass on a NaN.
                 shifted = shifted.index_fill_(0, segments.without_neighbour(offset), 0.0)
                 out = torch.addcmul(out, shifted, self.weight[half + offset])
