@@ -14,7 +14,7 @@ from protlm.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -132,7 +132,7 @@ class TrainConfig(_Section):
     optimizer: Literal["adamw", "muon"] = "muon"
     lr: PositiveFloat = 2e-3
     muon_lr: PositiveFloat = 0.04
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     weight_decay: NonNegativeFloat = 0.01
     warmup_steps: NonNegative = 40
     clip_norm: NonNegativeFloat = 1.0

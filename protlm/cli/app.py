@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if status == EXIT_INTERRUPTED:
+        print("interrupted", file=sys.stderr)
     return status if isinstance(status, int) else EXIT_SUCCESS
 
 

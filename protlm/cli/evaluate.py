@@ -22,7 +22,7 @@ def eval_command(
     dataset: Path = typer.Argument(..., metavar="DATASET", help="A dataset made by protlm prep."),
     split: SplitOption = typer.Option(SplitOption.test, "--split", help="Which proteins to score."),
     out: Path = typer.Option(..., "--out", metavar="DIR", help="Folder for report.json."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the masks."),
+    seed: int = typer.Option(0, "--seed", min=0, max=2**63 - 1, help="Seed of the masks."),
     force: bool = typer.Option(False, "--force", help="Replace an existing report."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:

@@ -4,12 +4,22 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
 def print_json(report: Any) -> None:
     """Prints a report dataclass as one JSON object on stdout."""
-    print(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON has for a value that a report may hold."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    raise TypeError(f"a report holds {type(value).__name__}, which JSON does not know")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -238,6 +238,15 @@ class Split:
         number = bisect_right(self._starts, index) - 1
         return self.shard(number).ids[int(index) - self._starts[number]]
 
+    def open_shards(self) -> None:
+        """Opens every shard now, so that a missing or damaged one is found before hours of work rather than after.
+
+        Raises:
+            ShardError: A file is missing, damaged, or not the one that the manifest lists.
+        """
+        for number in range(len(self._shards)):
+            self.shard(number)
+
     def shard(self, number: int) -> ShardReader:
         """Returns a shard by its number within the split; opened once, and checked against the manifest.
 

@@ -5,6 +5,7 @@ one when an error needs its exact place.
 """
 
 import hashlib
+import os
 import re
 import zlib
 from collections import Counter
@@ -113,7 +114,9 @@ class RecordReader:
                     except RecordError as error:
                         self._reject(error)
                     line += part.count(b"\n")
-        self.sources.append(Source(Path(path).name, digest.hexdigest()))
+        # A file name may hold bytes that are no text.
+        name = os.fsencode(Path(path).name).decode("utf-8", "backslashreplace")
+        self.sources.append(Source(name, digest.hexdigest()))
 
     def _raw_blocks(self, file: BinaryIO, update_digest: Callable[[bytes], object]) -> Iterator[bytes]:
         while block := file.read(_RAW_BLOCK_BYTES):

@@ -107,7 +107,7 @@ class Watch(pl.Callback):
         )
         valid = _valid_score(scores)
         # A perplexity that is not a number is no improvement, but a run must end with a model.
-        if self.best is None or valid.perplexity < self.best.perplexity:
+        if self.best is None or not self.best.perplexity <= valid.perplexity:
             self._export(task, valid)
         return {
             "valid/loss": scores.model.loss,

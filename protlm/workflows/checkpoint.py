@@ -3,18 +3,19 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from protlm.config import ModelConfig
 from protlm.errors import CheckpointError
 from protlm.model.performer import Performer
-from protlm.vocabulary import TOKENS
+from protlm.vocabulary import RESIDUES, TOKENS
 
 MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
 MODEL_FORMAT_VERSION = 1
@@ -58,7 +59,7 @@ class ModelDescription(BaseModel):
     format_version: int = MODEL_FORMAT_VERSION
     vocabulary: list[str] = list(TOKENS)
     model: ModelConfig
-    mask_rate: float
+    mask_rate: Annotated[float, Field(gt=0, le=1)]
     redraw_every_steps: Count
     seed: Count
     step: Count
@@ -66,6 +67,13 @@ class ModelDescription(BaseModel):
     dataset_hash: str
     valid: ValidScore | None = None
     weights_hash: str = ""
+
+    @field_validator("residue_counts")
+    @classmethod
+    def _of_every_residue(cls, counts: dict[str, int]) -> dict[str, int]:
+        if sorted(counts) != sorted(RESIDUES):
+            raise ValueError(f"expected a count for each of the letters {RESIDUES}")
+        return counts
 
 
 def save_model(folder: Path, model: Performer, description: ModelDescription) -> None:
@@ -114,13 +122,31 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
         raise CheckpointError(
             f"{weights_path}: not the weights that config.json names (hash differs); copy the model directory anew"
         )
-    with torch.device("meta"):
-        model = Performer(description.model)
     try:
-        model.load_state_dict(load(weights), assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{weights_path}: does not hold this model: {' '.join(str(error).split())}") from None
+        with torch.device("meta"):
+            model = Performer(description.model)
+        tensors = load(weights)
+    except (SafetensorError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{weights_path}: does not hold this model: {str(error)[:200]}") from None
+    _check_tensors(weights_path, tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
     return model.eval(), description
+
+
+def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Any]) -> None:
+    """Raises CheckpointError at the first tensor that is missing, too much, of another kind or not finite."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        state = "is missing" if name in expected else "is not part of this model"
+        raise CheckpointError(f"{path}: does not hold this model: tensor {name!r} {state}")
+    for name, tensor in found.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise CheckpointError(
+                f"{path}: does not hold this model: tensor {name!r}: expected {wanted.dtype} {tuple(wanted.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: tensor {name!r} holds numbers that are not finite; the model is of no use")
 
 
 def read_description(folder: Path) -> ModelDescription:

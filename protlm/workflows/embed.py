@@ -13,7 +13,7 @@ import numpy as np
 
 from protlm import vocabulary
 from protlm.data.duplicates import sequence_digest
-from protlm.data.embeddings import EmbeddingsWriter
+from protlm.data.embeddings import EmbeddingsWriter, open_embeddings
 from protlm.data.records import RecordReader, UniqueIds
 from protlm.errors import ProtlmError
 from protlm.workflows.pretrained import EmbeddingKind, load_model, pool
@@ -88,16 +88,16 @@ def embed(
     Raises:
         ProtlmError: A model or an input that cannot be read, an existing output, or an unknown layer.
     """
-    if out.exists() and not force:
-        raise ProtlmError(f"{out}: exists already; replace it with --force or choose another --out")
-    if out.resolve() in {path.resolve() for path in inputs}:
-        raise ProtlmError(f"{out}: is one of the inputs; choose another --out")
-    census = _count(inputs, on_bad_record)
+    _check_output(out, force=force)
+    for path in inputs:
+        if path.exists() and not path.is_file():
+            raise ProtlmError(f"{path}: expected a file, which can be read twice, got a folder or a pipe")
     model = load_model(model_path)
     try:
         numbers = tuple(dict.fromkeys(model.layer_number(layer) for layer in layers))
     except ValueError as error:
         raise ProtlmError(f"{model_path}: {error}") from None
+    census = _count(inputs, on_bad_record)
     kinds = tuple(dict.fromkeys(include))
     progress = start_progress(sum(census.lengths)) if start_progress is not None else None
     with EmbeddingsWriter.create(
@@ -123,6 +123,20 @@ def embed(
         rejects=census.rejects,
         repairs=census.repairs,
     )
+
+
+def _check_output(out: Path, *, force: bool) -> None:
+    """Raises ProtlmError unless the output is new, or an embeddings file that may be replaced."""
+    if not out.exists():
+        return
+    if not force:
+        raise ProtlmError(f"{out}: exists already; replace it with --force or choose another --out")
+    try:
+        open_embeddings(out)
+    except (ProtlmError, OSError):
+        raise ProtlmError(
+            f"{out}: is no embeddings file of protlm, so --force does not replace it; choose another --out"
+        ) from None
 
 
 def _count(inputs: Sequence[Path], on_bad_record: Literal["error", "skip"]) -> _Census:

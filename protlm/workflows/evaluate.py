@@ -74,6 +74,8 @@ def evaluate(
         ProtlmError: A model or dataset that cannot be read, an empty split or an existing report.
     """
     report_path = out / "report.json"
+    if (out.exists() and not out.is_dir()) or report_path.is_dir():
+        raise ProtlmError(f"{out}: expected a folder for report.json, got something else; choose another --out")
     if report_path.exists() and not force:
         raise ProtlmError(f"{report_path}: exists already; replace it with --force or choose another --out")
     dataset = open_dataset(dataset_path)

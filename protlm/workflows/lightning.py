@@ -71,8 +71,8 @@ class MaskedLanguageModelling(pl.LightningModule):
         loss, grad_norm = self._nll / self._num_targets, norm.item()
         if not (torch.isfinite(torch.tensor(loss)) and torch.isfinite(norm)):
             raise ProtlmError(
-                f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}; expected finite numbers. The "
-                "last checkpoint is from before; try a lower train.lr or train.muon_lr"
+                f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}; expected finite numbers. "
+                "A checkpoint from before is kept; try a lower train.lr or train.muon_lr"
             )
         if settings.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.clip_norm, norm)
@@ -92,6 +92,7 @@ class MaskedLanguageModelling(pl.LightningModule):
         """Adds the generators and what the run must agree on when it is resumed."""
         checkpoint["protlm"] = {
             "dataset_hash": self.dataset_hash,
+            "config": self.config.model_dump(mode="json"),
             "redraw_generator": self._redraw_generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

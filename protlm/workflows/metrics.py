@@ -1,9 +1,12 @@
 """metrics.csv and curves.png of a run: hides how a resumed run continues the file of the run before it."""
 
 import csv
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from protlm.errors import CheckpointError
 
 COLUMNS = (
     "step", "epoch", "train/loss", "train/perplexity", "lr", "grad_norm",
@@ -39,17 +42,27 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Returns the complete rows of a metrics.csv as texts by column; a row cut off by a kill is left out."""
+    """Returns the complete rows of a metrics.csv as texts by column; a row cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: The file is no metrics.csv.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         whole_lines = (line for line in file if line.endswith("\n"))
-        return [
-            row for row in csv.DictReader(whole_lines) if row.get("step", "").isdigit() and None not in row.values()
-        ]
+        try:
+            rows = csv.DictReader(whole_lines)
+            if tuple(rows.fieldnames or ()) != COLUMNS:
+                raise CheckpointError(f"{path}: line 1: expected the columns of protlm train; delete the file")
+            return [row for row in rows if row["step"].isdigit() and None not in row.values()]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise CheckpointError(f"{path}: not a metrics file of protlm train ({error}); delete the file") from None
 
 
 def plot_curves(metrics_path: Path, picture_path: Path) -> None:
     """Draws perplexity against step for training, smoothed, and for the valid split."""
     # The figure class is used directly: pyplot would look for a display and keep global state.
+    # It says on stderr when it finds no folder for its font cache, which is no news to anyone.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics_path)

@@ -1,6 +1,7 @@
 """The facade of a trained model: hides tokens, packing and devices from whoever wants embeddings or logits."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ class ProteinModel:
         layer: int = -1,
         tokens_per_batch: int = 8192,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the embeddings of each sequence, in order, as float32.
+        """Returns an iterator over the embeddings of each sequence, in order, as float32.
 
         A result does not depend on the sequences beside it. Sequences are read as they are needed.
 
@@ -59,27 +60,36 @@ class ProteinModel:
         Raises:
             ValueError: An unknown kind or layer, an empty sequence or a letter that stands for no residue.
         """
-        unknown = set(include) - {"mean", "per-residue", "cls"}
-        if unknown:
-            raise ValueError(f"include: expected 'mean', 'per-residue' or 'cls', got {sorted(unknown)}")
+        if isinstance(include, str) or not set(include) <= {"mean", "per-residue", "cls"}:
+            raise ValueError(f"include: expected some of 'mean', 'per-residue', 'cls', got {include!r}")
         number = self.layer_number(layer)
-        for states in self.hidden_states(map(_tokens, sequences), (number,), tokens_per_batch):
-            pooled = pool(states[number])
-            # Copies, so that a kept vector does not keep the whole row in memory.
-            yield {kind: pooled[kind].copy() for kind in include}
+        proteins = _tokens(sequences, tokens_per_batch)
+
+        def embeddings() -> Iterator[dict[str, np.ndarray]]:
+            for states in self.hidden_states(proteins, (number,), tokens_per_batch):
+                pooled = pool(states[number])
+                # Copies, so that a kept vector does not keep the whole row in memory.
+                yield {kind: pooled[kind].copy() for kind in include}
+
+        return embeddings()
 
     def logits(self, sequences: Iterable[str], *, tokens_per_batch: int = 8192) -> Iterator[np.ndarray]:
-        """Yields the logits of each sequence, in order: float32 (num_residues, 33), nothing masked.
+        """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), nothing masked.
 
         Raises:
             ValueError: An empty sequence or a letter that stands for no residue.
         """
-        for row in _rows(map(_tokens, sequences), tokens_per_batch):
-            tokens, bounds = pack_row(row)
-            with torch.inference_mode():
-                logits = self._model(tokens.to(self._device), bounds.to(self._device)).float().cpu().numpy()
-            for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-                yield logits[start + 1 : stop - 1].copy()
+        proteins = _tokens(sequences, tokens_per_batch)
+
+        def logits_of_each() -> Iterator[np.ndarray]:
+            for row in _rows(proteins, tokens_per_batch):
+                tokens, bounds = pack_row(row)
+                with torch.inference_mode():
+                    logits = self._model(tokens.to(self._device), bounds.to(self._device)).float().cpu().numpy()
+                for start, stop in pairwise(bounds.tolist()):
+                    yield logits[start + 1 : stop - 1].copy()
+
+        return logits_of_each()
 
     def layer_number(self, layer: int) -> int:
         """Returns the absolute number of a layer given from either end.
@@ -106,7 +116,7 @@ class ProteinModel:
             with torch.inference_mode():
                 states = self._model.hidden_states(tokens.to(self._device), bounds.to(self._device), layers)
             arrays = {number: state.float().cpu().numpy() for number, state in states.items()}
-            for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            for start, stop in pairwise(bounds.tolist()):
                 yield {number: array[start:stop] for number, array in arrays.items()}
 
     @property
@@ -133,7 +143,16 @@ def pool(states: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": residues.mean(0, dtype=np.float64).astype(states.dtype), "per-residue": residues, "cls": states[0]}
 
 
-def _tokens(sequence: str) -> np.ndarray:
+def _tokens(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[np.ndarray]:
+    """Returns an iterator over the tokens of each sequence; checks at once what does not need the sequences."""
+    if isinstance(sequences, str):
+        raise ValueError("sequences: expected several, such as a list, got a single str; put it into a list")
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
+    return map(_encode, sequences)
+
+
+def _encode(sequence: str) -> np.ndarray:
     residues, _ = vocabulary.clean(sequence.encode())
     if not residues:
         raise ValueError("sequences: expected at least one residue in each, got an empty one")

@@ -5,9 +5,11 @@ import pickle
 import shutil
 import time
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +22,10 @@ from protlm.workflows.callbacks import StopRequest, Watch, checkpoint_path
 from protlm.workflows.checkpoint import ModelDescription, ValidScore, read_description
 from protlm.workflows.lightning import MaskedLanguageModelling, TrainingData
 from protlm.workflows.metrics import plot_curves
+
+_WRITTEN = ("config.toml", "metrics.csv", "curves.png", "checkpoints", "model")
+RUN_FILES = frozenset({*_WRITTEN, "config.toml.partial", "metrics.csv.partial", ".curves.png"})
+"""What a run directory may hold, so that nothing else is ever replaced with it."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +81,28 @@ def train(
     wanted = [*overrides]
     wanted += [f"train.max_steps={max_steps}"] if max_steps is not None else []
     wanted += [f"train.seed={seed}"] if seed is not None else []
+    run_dir = run_dir.resolve()
+    if run_dir.is_relative_to(dataset_path.resolve()) or dataset_path.resolve().is_relative_to(run_dir):
+        raise ProtlmError(
+            f"{run_dir}: the run and the dataset {dataset_path} lie inside each other; choose another --out"
+        )
     dataset = open_dataset(dataset_path)
     train_split, valid_split = dataset.split("train"), _split_or_none(dataset, "valid")
     settings = _resolve(run_dir, config, wanted, resume=resume)
-    first_step = _check_checkpoint(checkpoint_path(run_dir), dataset.hash) if resume else 0
+    first_step = _check_checkpoint(checkpoint_path(run_dir), dataset.hash, settings) if resume else 0
     if first_step > settings.train.max_steps:
         raise ConfigError(
             f"{run_dir}: the run is at step {first_step} already, past max_steps = {settings.train.max_steps}; "
             "ask for more steps"
         )
-    _prepare_run_dir(run_dir, settings, resume=resume, force=force)
-
-    model = Performer(settings.model)
-    model.reset(settings.train.seed)
-    pl.seed_everything(settings.train.seed, verbose=False)
+    _check_replaceable(run_dir, resume=resume, force=force)
+    # All that can be at fault is looked at before an old run is touched.
+    for split in (train_split, valid_split):
+        if split is not None:
+            split.open_shards()
+    model = _build_model(settings)
+    torch.manual_seed(settings.train.seed)
+    _prepare_run_dir(run_dir, settings, resume=resume)
     task = MaskedLanguageModelling(model, settings, dataset.hash)
 
     def describe(step: int, valid: ValidScore | None) -> ModelDescription:
@@ -135,29 +149,59 @@ def _resolve(run_dir: Path, config: str | Path | None, overrides: Sequence[str],
     saved = load_config(saved_path)
     asked = load_config(saved_path if config is None else config, overrides)
     asked = _with_train(asked, schedule_steps=asked.train.schedule_steps or saved.train.schedule_steps)
-    if any(override.startswith("train.max_steps=") for override in overrides):
+    if any(override.partition("=")[0].strip() == "train.max_steps" for override in overrides):
         saved = _with_train(saved, max_steps=asked.train.max_steps)
-    asked = _with_train(asked, max_steps=saved.train.max_steps)
-    for section, ours in saved.model_dump().items():
-        for key, value in asked.model_dump()[section].items():
-            if ours[key] != value:
-                raise ConfigError(
-                    f"{saved_path}: {section}.{key} is {ours[key]!r} in this run and cannot become {value!r} on "
-                    "--resume; only train.max_steps may change"
-                )
+    difference = _first_difference(saved.model_dump(), asked.model_dump())
+    if difference is not None:
+        key, ours, theirs = difference
+        raise ConfigError(
+            f"{saved_path}: {key} is {ours!r} in this run and cannot become {theirs!r} on --resume; "
+            "only train.max_steps may change"
+        )
     return saved
 
 
-def _check_checkpoint(path: Path, dataset_hash: str) -> int:
+def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, object, object] | None:
+    """Returns key and both values of the first setting that differs, max_steps apart."""
+    for section in ours:
+        for key, value in ours[section].items():
+            if value != theirs.get(section, {}).get(key) and (section, key) != ("train", "max_steps"):
+                return f"{section}.{key}", value, theirs.get(section, {}).get(key)
+    return None
+
+
+def _build_model(settings: Config) -> Performer:
+    try:
+        model = Performer(settings.model)
+        model.reset(settings.train.seed)
+    except (RuntimeError, MemoryError):
+        raise ConfigError("model: does not fit into the memory of this machine; make it smaller") from None
+    return model
+
+
+def _check_checkpoint(path: Path, dataset_hash: str, settings: Config) -> int:
     """Returns the step to resume from, 0 without a checkpoint; raises CheckpointError for one that is unusable."""
     if not path.exists():
         return 0
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("checksum differs")
         # Only tensors and plain values are ever loaded, never code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved, step = checkpoint["protlm"]["dataset_hash"], int(checkpoint["global_step"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
-        raise CheckpointError(f"{path}: not a checkpoint of protlm train; delete it to start the run afresh") from None
+        saved, config = checkpoint["protlm"]["dataset_hash"], dict(checkpoint["protlm"]["config"])
+        step = int(checkpoint["global_step"])
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError,
+            AttributeError):  # fmt: skip
+        raise CheckpointError(
+            f"{path}: damaged, or not a checkpoint of protlm train; delete it to start the run afresh"
+        ) from None
+    difference = _first_difference(config, settings.model_dump(mode="json"))
+    if difference is not None:
+        key, ours, theirs = difference
+        raise CheckpointError(
+            f"{path}: made with {key} = {ours!r}, but the run's config.toml now says {theirs!r}; put it back"
+        )
     if saved != dataset_hash:
         raise CheckpointError(
             f"{path}: the run was trained on another dataset (hash {saved}, now {dataset_hash}); "
@@ -172,16 +216,24 @@ def _with_train(settings: Config, **changes: int | None) -> Config:
     return parse_config(content, "settings")
 
 
-def _prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool, force: bool) -> None:
-    exists = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
-    if exists and not resume:
-        if not force:
-            raise ProtlmError(f"{run_dir}: exists already; continue it with --resume or replace it with --force")
-        if not (run_dir / "config.toml").is_file():
-            raise ProtlmError(f"{run_dir}: is no run of protlm train and is not replaced; choose another --out")
+def _check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
+    """Raises an error unless the run may be written: to a new or empty folder, or to an old run where that is asked."""
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return
+    if not (resume or force):
+        raise ProtlmError(f"{run_dir}: exists already; continue it with --resume or replace it with --force")
+    foreign = [] if run_dir.is_dir() else [run_dir.name]
+    if not foreign:
+        foreign = sorted(path.name for path in run_dir.iterdir() if path.name not in RUN_FILES)
+    if foreign or not (run_dir / "config.toml").is_file():
+        holds = f"holds {foreign[0]!r}" if foreign else "has no config.toml"
+        raise CheckpointError(f"{run_dir}: is no run of protlm train ({holds}); choose another --out")
+    load_config(run_dir / "config.toml")
+
+
+def _prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool) -> None:
+    if run_dir.exists() and not resume:
         shutil.rmtree(run_dir)
-    if exists and resume and not (run_dir / "config.toml").is_file():
-        raise CheckpointError(f"{run_dir}: is no run of protlm train (no config.toml); choose another --out")
     checkpoint_path(run_dir).parent.mkdir(parents=True, exist_ok=True)
     partial = run_dir / "config.toml.partial"
     partial.write_text(dump_config(settings), encoding="utf-8")

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_bad_input_gives_one_line_and_no_file(run_dir, fasta, tmp_path, failure)
     assert out.read_bytes() == before
     assert embed(run_dir, fasta, "--out", out, "--force") == 0
     text = bad.read_text()
-    assert "one of the inputs" in failure("embed", run_dir, bad, "--out", bad, "--force")
+    assert "no embeddings file" in failure("embed", run_dir, bad, "--out", bad, "--force")
     assert bad.read_text() == text
 
 
@@ -114,3 +115,28 @@ def test_a_kept_vector_does_not_keep_its_row_in_memory(run_dir, proteins):
     for found in model.embed(sequences, include=("mean", "cls", "per-residue")):
         assert all(array.base is None for array in found.values())
     assert all(logits.base is None for logits in model.logits(sequences))
+
+
+def test_force_replaces_embeddings_only(run_dir, fasta, tmp_path, failure):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    weights = copy / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    assert "no embeddings file" in failure("embed", copy, fasta, "--out", weights, "--force")
+    assert weights.read_bytes() == before
+
+
+def test_a_pipe_is_refused_rather_than_read_once(run_dir, tmp_path, failure):
+    os.mkfifo(tmp_path / "pipe")
+    assert "read twice" in failure("embed", run_dir, tmp_path / "pipe", "--out", tmp_path / "e.h5")
+
+
+def test_the_library_says_at_once_what_is_wrong(run_dir):
+    model = protlm.load_model(run_dir)
+    for call in (model.embed, model.logits):
+        with pytest.raises(ValueError, match="single str"):
+            call("MKT")
+        with pytest.raises(ValueError, match="tokens_per_batch"):
+            call(["MKT"], tokens_per_batch=0)
+    with pytest.raises(ValueError, match="include"):
+        model.embed(["MKT"], include="mean")

@@ -352,3 +352,12 @@ def test_the_command_and_the_workflow_have_the_same_defaults():
 def test_the_examples_in_the_help_keep_their_lines(capsys):
     assert main(["prep", "--help"]) == 0
     assert "    protlm prep proteins.fasta.gz --out dataset\n" in capsys.readouterr().out
+
+
+def test_a_file_name_that_is_no_text_is_kept_readable(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.fasta"
+    with open(path, "wb") as file:
+        file.write(b">a\nMKTAYIAK\n")
+    assert main(["prep", os.fsdecode(path), "--out", str(tmp_path / "d"), "--valid-fraction", "0", "--test-fraction",
+                 "0"]) == 0  # fmt: skip
+    assert json.loads((tmp_path / "d" / "manifest.json").read_text())["sources"][0]["name"] == "\\xff.fasta"

@@ -1,5 +1,7 @@
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,3 +193,76 @@ def test_wrong_usage_exits_with_2(dataset, tmp_path, capsys):
     assert main(["train", str(dataset)]) == 2
     assert main(["train", str(dataset), "--out", str(tmp_path / "r"), "--resume", "--force"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_report_is_json_all_the_way_down(dataset, tmp_path, capsys):
+    assert train(dataset, tmp_path / "run", "--max-steps", 1, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert isinstance(report["valid"]["accuracy"], float)
+    assert report["model"] == str(tmp_path / "run" / "model")
+
+
+def test_force_never_takes_a_folder_that_holds_anything_else(dataset, tmp_path, failure):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "config.toml").write_text("x = 1\n")
+    assert "unknown key" in failure("train", dataset, "--out", folder, "--force")
+    (folder / "config.toml").write_text("")
+    (folder / "thesis.txt").write_text("precious")
+    assert "thesis.txt" in failure("train", dataset, "--out", folder, "--force")
+    assert (folder / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_and_its_dataset_never_lie_inside_each_other(dataset, tmp_path, failure):
+    assert train(dataset, tmp_path / "run", "--max-steps", 1) == 0
+    inside = tmp_path / "run" / "dataset"
+    shutil.copytree(dataset, inside)
+    assert "inside each other" in failure("train", inside, "--out", tmp_path / "run", "--force")
+    assert (inside / "manifest.json").is_file()
+    assert "inside each other" in failure("train", dataset, "--out", dataset / "run")
+
+
+def test_a_start_that_cannot_succeed_leaves_the_old_run(dataset, tmp_path, failure):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 1) == 0
+    before = sorted(path.name for path in out.rglob("*"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dataset, damaged)
+    (damaged / "valid-00000.h5").unlink()
+    assert "valid-00000.h5" in failure("train", damaged, "--out", out, "--force")
+    assert "betas" in failure("train", dataset, "--out", out, "--force", "--set", "train.betas=[0.9, 1.0]")
+    assert "memory" in failure("train", dataset, "--out", out, "--force", "--set", "model.num_features=1000000000000")
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_an_edited_config_is_not_resumed_from(dataset, tmp_path, failure):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    config = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(config.replace("lr = 0.002", "lr = 0.5"))
+    assert "train.lr" in failure("train", dataset, "--out", out, "--resume", "--max-steps", 4)
+    (out / "config.toml").write_text(config)
+    assert main(["train", str(dataset), "--out", str(out), "--resume", "--set", "train.max_steps = 3"]) == 0
+    assert len(rows(out)) == 3
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_seen(dataset, tmp_path, failure):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    path = out / "checkpoints" / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "last.ckpt" in failure("train", dataset, "--out", out, "--resume", "--max-steps", 4)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00binary\n", b"a,b\n1,2\n"])
+def test_a_metrics_file_that_is_none_is_one_line(dataset, tmp_path, failure, content):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    (out / "metrics.csv").write_bytes(content)
+    assert "metrics.csv" in failure("train", dataset, "--out", out, "--resume", "--max-steps", 4)
+
+
+def test_a_large_seed_is_taken(dataset, tmp_path):
+    assert train(dataset, tmp_path / "run", "--max-steps", 1, "--seed", 5_000_000_000) == 0

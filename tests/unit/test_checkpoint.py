@@ -222,3 +222,24 @@ def test_weights_of_another_shape_are_named(folder):
     edit(folder, weights_hash=xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes()))
     with pytest.raises(CheckpointError, match=r"embedding\.weight"):
         read_model(folder)
+
+
+@pytest.mark.parametrize("changes", [{"mask_rate": 5.0}, {"mask_rate": float("nan")}, {"residue_counts": {"L": 1}}])
+def test_a_description_out_of_range_is_refused(folder, changes):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError):
+        read_model(folder)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda tensor: tensor.double(), "expected torch.float32"),
+    (lambda tensor: torch.full_like(tensor, torch.nan), "not finite"),
+])  # fmt: skip
+def test_weights_of_another_kind_are_refused_in_one_short_line(folder, change, message):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.dense.weight"] = change(tensors["head.dense.weight"])
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder, weights_hash=xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_model(folder)
+    assert len(str(caught.value)) < 400
