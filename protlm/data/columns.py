@@ -6,7 +6,6 @@ The files may come from anyone: a column is mapped only after its place, type an
 import contextlib
 import itertools
 import mmap
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -231,19 +230,3 @@ def _map_file(path: Path) -> mmap.mmap:
         if sys.version_info >= (3, 13):
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; the file written there takes its place on success and is gone otherwise."""
-    temporary = partial_path(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def partial_path(path: Path) -> Path:
-    """Returns an unused name in the same folder for something that is not complete yet."""
-    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import h5py
 import numpy as np
 
-from protlm.data import columns
+from protlm.data import columns, files
 from protlm.data.duplicates import DIGEST_BYTES
 from protlm.errors import ProtlmError, ShardError
 
@@ -79,7 +79,7 @@ class EmbeddingsWriter:
             raise ProtlmError(f"{path}: exists already; choose another --out, or replace a file with --force")
         path.parent.mkdir(parents=True, exist_ok=True)
         offsets = _bounds(lengths)
-        temporary = columns.partial_path(path)
+        temporary = files.partial_path(path)
         try:
             with columns.create_columns(temporary) as file:
                 # The int64 columns come first; they are small, and the large ones after them are only allocated.

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from protlm import vocabulary
-from protlm.data import columns
+from protlm.data import columns, files
 from protlm.data.records import Record
 from protlm.data.splits import SPLIT_NAMES, SplitName
 from protlm.errors import ShardError
@@ -117,7 +117,7 @@ class ShardWriter:
         found = self._buffer.columns()
         name = f"{self._split}-{len(self.shards):05d}.h5"
         info = ShardInfo(name, len(found["offsets"]) - 1, len(found["tokens"]), _checksum(found.items()))
-        with columns.written_whole(self._directory / name) as path, columns.create_columns(path) as file:
+        with files.written_whole(self._directory / name) as path, columns.create_columns(path) as file:
             for column_name, column in found.items():
                 columns.write_column(file, column_name, column)
             file.attrs["format"] = FORMAT

@@ -1,7 +1,6 @@
 """The model directory: hides how a trained model lies on disk, and never loads a pickle from it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from protlm.config import ModelConfig
+from protlm.data import files
 from protlm.errors import CheckpointError
 from protlm.model.performer import Performer
 from protlm.vocabulary import RESIDUES, TOKENS
@@ -85,9 +85,13 @@ def save_model(folder: Path, model: Performer, description: ModelDescription) ->
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     weights = save(tensors)
     description = description.model_copy(update={"weights_hash": xxhash.xxh3_128_hexdigest(weights)})
-    _replace(folder / "model.safetensors", weights)
-    _replace(folder / "config.json", (description.model_dump_json(indent=2) + "\n").encode())
-    _replace(folder / "README.md", _model_card(description).encode())
+    for name, content in (
+        ("model.safetensors", weights),
+        ("config.json", (description.model_dump_json(indent=2) + "\n").encode()),
+        ("README.md", _model_card(description).encode()),
+    ):
+        with files.written_whole(folder / name) as partial:
+            partial.write_bytes(content)
 
 
 def find_model(path: Path) -> Path:
@@ -177,12 +181,6 @@ def read_description(folder: Path) -> ModelDescription:
     if description.vocabulary != list(TOKENS):
         raise CheckpointError(f"{path}: the model has another vocabulary than this protlm")
     return description
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _model_card(description: ModelDescription) -> str:

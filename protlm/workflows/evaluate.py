@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from protlm.data import files
 from protlm.data.dataset import open_dataset
 from protlm.errors import ProtlmError
 from protlm.workflows.checkpoint import read_model
@@ -104,9 +104,8 @@ def evaluate(
         projection=_projection_kind(description.model.attention, description.redraw_every_steps),
     )
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "report.json.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, report_path)
+    with files.written_whole(report_path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -2,10 +2,10 @@
 
 import csv
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from protlm.data import files
 from protlm.errors import CheckpointError
 
 COLUMNS = (
@@ -20,12 +20,10 @@ class MetricsFile:
     def __init__(self, path: Path, *, last_step: int = 0) -> None:
         """Opens the file, keeping the rows up to last_step and dropping those past it."""
         kept = [row for row in read_metrics(path) if int(row["step"]) <= last_step] if path.exists() else []
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with files.written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(kept)
-        os.replace(partial, path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
 
@@ -78,9 +76,8 @@ def plot_curves(metrics_path: Path, picture_path: Path) -> None:
     axes.set(xlabel="step", ylabel="perplexity of masked residues", title="Training")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = picture_path.with_name("." + picture_path.name)
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, picture_path)
+    with files.written_whole(picture_path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:

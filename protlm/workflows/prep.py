@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from protlm import vocabulary
-from protlm.data import columns, dataset, shards
+from protlm.data import dataset, files, shards
 from protlm.data.duplicates import SeenSequences
 from protlm.data.records import OnBadRecord, Record, RecordReader, UniqueIds
 from protlm.data.splits import SPLIT_NAMES, SplitName, random_split
@@ -224,13 +224,13 @@ def new_dataset_folder(out: Path, *, force: bool) -> Iterator[Path]:
     out = out.resolve()
     _check_replaceable(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = columns.partial_path(out)
+    temporary = files.partial_path(out)
     temporary.mkdir()
     try:
         yield temporary
         if out.exists():
             _check_replaceable(out, force)
-            old = columns.partial_path(out)
+            old = files.partial_path(out)
             out.rename(old)
             try:
                 temporary.rename(out)

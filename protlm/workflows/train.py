@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from protlm.config import Config, dump_config, load_config, parse_config
+from protlm.data import files
 from protlm.data.dataset import Dataset, Split, open_dataset
 from protlm.errors import CheckpointError, ConfigError, ProtlmError
 from protlm.model.performer import Performer
@@ -23,8 +24,7 @@ from protlm.workflows.checkpoint import ModelDescription, ValidScore, read_descr
 from protlm.workflows.lightning import MaskedLanguageModelling, TrainingData
 from protlm.workflows.metrics import plot_curves
 
-_WRITTEN = ("config.toml", "metrics.csv", "curves.png", "checkpoints", "model")
-RUN_FILES = frozenset({*_WRITTEN, "config.toml.partial", "metrics.csv.partial", ".curves.png"})
+RUN_FILES = frozenset({"config.toml", "metrics.csv", "curves.png", "checkpoints", "model"})
 """What a run directory may hold, so that nothing else is ever replaced with it."""
 
 
@@ -224,7 +224,8 @@ def _check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
         raise ProtlmError(f"{run_dir}: exists already; continue it with --resume or replace it with --force")
     foreign = [] if run_dir.is_dir() else [run_dir.name]
     if not foreign:
-        foreign = sorted(path.name for path in run_dir.iterdir() if path.name not in RUN_FILES)
+        names = sorted(path.name for path in run_dir.iterdir() if path.suffix != files.PARTIAL_SUFFIX)
+        foreign = [name for name in names if name not in RUN_FILES]
     if foreign or not (run_dir / "config.toml").is_file():
         holds = f"holds {foreign[0]!r}" if foreign else "has no config.toml"
         raise CheckpointError(f"{run_dir}: is no run of protlm train ({holds}); choose another --out")
@@ -235,9 +236,8 @@ def _prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool) -> None:
     if run_dir.exists() and not resume:
         shutil.rmtree(run_dir)
     checkpoint_path(run_dir).parent.mkdir(parents=True, exist_ok=True)
-    partial = run_dir / "config.toml.partial"
-    partial.write_text(dump_config(settings), encoding="utf-8")
-    partial.replace(run_dir / "config.toml")
+    with files.written_whole(run_dir / "config.toml") as partial:
+        partial.write_text(dump_config(settings), encoding="utf-8")
 
 
 def _fit(task: MaskedLanguageModelling, data: TrainingData, watch: Watch, settings: Config) -> None:

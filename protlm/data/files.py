@@ -1,0 +1,25 @@
+"""How files appear: hides that each is written under a temporary name, so that nobody ever sees a half of it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of what is not complete; only a killed process leaves one behind."""
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`; the file written there takes its place on success and is gone otherwise."""
+    temporary = partial_path(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Returns an unused name in the same folder for something that is not complete yet."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL_SUFFIX}")
