@@ -38,6 +38,7 @@ class MaskedLanguageModelling(pl.LightningModule):
         self._nll = 0.0
         self._num_targets = 0
         self._num_residues = 0
+        self._epoch = 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns the run's optimizer."""
