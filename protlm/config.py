@@ -66,10 +66,14 @@ class ModelConfig(_Section):
         model_dim: Width of the residual stream.
         num_heads: Attention heads; model_dim / num_heads is head_dim, an even number for the rotary positions.
         ffn_dim: Width of the feed-forward layer.
-        attention: `positive` (FAVOR+, estimates softmax), `relu` (generalised FAVOR) or `softmax` (exact).
-        num_features: Random features per head; unused by `softmax`.
-        projection: How the random matrix is drawn: `orthogonal` blocks or `iid` rows.
+        attention: `positive`, `hyperbolic`, `oprf` or `trig` (FAVOR, estimates of softmax), `regularised` (FAVOR of a
+            smoother kernel), `relu` (generalised FAVOR) or `softmax` (exact).
+        num_features: Rows of a head's random matrix; unused by `softmax` and without a projection.
+        projection: How the random matrix is drawn: `orthogonal` blocks, `simplex` blocks or `iid` rows; `none`, for
+            `relu` only, applies the ReLU to q and k themselves.
         qk_norm: Normalise q and k per head, with a learned temperature in (0, max_temperature].
+        rescale_qk: Divide each dimension of q and multiply that of k by what evens out their sizes in a protein: q·k
+            stays, and estimates vary less.
         max_temperature: Upper bound of ‖q/d^¼‖² under qk_norm; training starts at three quarters of it.
         conv_width: Width of the depthwise convolution on q, k, v inside each protein, odd; 0 for none.
         dropout: Dropped fraction after attention and feed-forward.
@@ -79,10 +83,11 @@ class ModelConfig(_Section):
     model_dim: Positive = 128
     num_heads: Positive = 4
     ffn_dim: Positive = 512
-    attention: Literal["positive", "relu", "softmax"] = "positive"
+    attention: Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu", "softmax"] = "positive"
     num_features: Positive = 128
-    projection: Literal["orthogonal", "iid"] = "orthogonal"
+    projection: Literal["orthogonal", "iid", "simplex", "none"] = "orthogonal"
     qk_norm: bool = True
+    rescale_qk: bool = False
     max_temperature: PositiveFloat = 2.0
     conv_width: NonNegative = 3
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -93,6 +98,8 @@ class ModelConfig(_Section):
             raise ValueError(
                 f"model_dim: expected an even multiple of num_heads = {self.num_heads}, got {self.model_dim}"
             )
+        if self.projection == "none" and self.attention not in ("relu", "softmax"):
+            raise ValueError(f"projection: expected a random matrix for attention = {self.attention!r}, got 'none'")
         if self.conv_width and self.conv_width % 2 == 0:
             raise ValueError(f"conv_width: expected 0 or an odd number, got {self.conv_width}")
         return self
@@ -101,6 +108,11 @@ class ModelConfig(_Section):
     def head_dim(self) -> int:
         """Width of one head."""
         return self.model_dim // self.num_heads
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether the weights include random matrices."""
+        return self.attention != "softmax" and self.projection != "none"
 
 
 class TrainConfig(_Section):

@@ -46,16 +46,18 @@ class SegmentConvolution(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with rotary positions, of kind `positive`, `relu` (FAVOR) or `softmax` (exact).
+    """Multi-head attention with rotary positions: FAVOR with any feature map, or exact `softmax`.
 
     Under qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], so that the
     variance of the estimated weights stays bounded: (e^{4τ} − 1)/num_features relative to the weight, at the worst.
+    rescale_qk then changes their norms, and never makes the sum of ‖q‖² and ‖k‖² larger.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kind = config.attention
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.rescale_qk = config.rescale_qk
         self.projection_kind = config.projection
         self.max_temperature = config.max_temperature
         self.query, self.key, self.value, self.output = (
@@ -65,7 +67,7 @@ class SelfAttention(nn.Module):
         self.temperature_logit = nn.Parameter(torch.empty(config.num_heads)) if config.qk_norm else None
         shape = (config.num_heads, config.num_features, config.head_dim)
         self.projection: Tensor | None
-        self.register_buffer("projection", None if self.kind == "softmax" else torch.empty(shape))
+        self.register_buffer("projection", torch.empty(shape) if config.has_projection else None)
 
     def reset(self, generator: torch.Generator) -> None:
         """Sets what is no weight of a linear layer, and draws the projection."""
@@ -77,8 +79,9 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator) -> None:
-        """Draws a new projection for every head; nothing to do for exact attention."""
+        """Draws a new projection for every head; nothing to do where there is none."""
         if self.projection is not None:
+            assert self.projection_kind != "none"
             heads, features, head_dim = self.projection.shape
             drawn = draw_projection(features, head_dim, kind=self.projection_kind, num_heads=heads, generator=generator)
             self.projection.copy_(drawn)
@@ -94,6 +97,8 @@ class SelfAttention(nn.Module):
         # One call for q and k, and back to the dtype of v, which autocast may have made shorter.
         q_and_k = rotate(self._normalise(heads[:, :2]).flatten(1, 2), *rotary).to(heads.dtype)
         q, k = q_and_k.view(len(x), 2, self.num_heads, self.head_dim).unbind(1)
+        if self.rescale_qk:
+            q, k = rescale(q, k, segments)
         q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in (q, k, heads[:, 2]))
         if self.kind == "softmax":
             out = _exact_attention(q, k, v, segments)
@@ -109,6 +114,22 @@ class SelfAttention(nn.Module):
         wanted = torch.sqrt(temperature * math.sqrt(self.head_dim)).unsqueeze(-1)
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * (wanted / norm.clamp_min(_SMALLEST_NORM))
+
+
+def rescale(
+    q: Float[Tensor, "length heads head_dim"], k: Float[Tensor, "length heads head_dim"], segments: Segments
+) -> tuple[Float[Tensor, "length heads head_dim"], Float[Tensor, "length heads head_dim"]]:
+    """Returns Ψ·q and k/Ψ with Ψ_l = (Σk_l²/Σq_l²)^¼ over the tokens of a segment, for each head (arXiv 2302.00787).
+
+    q·k stays, and of all such rescalings this one makes Σ‖q‖² + Σ‖k‖² least. Ψ is no path for gradients. It is made of
+    the whole segment, so it has no place in causal attention.
+    """
+    with torch.no_grad():
+        q_sums, k_sums = (segments.sums(x.float().square()) for x in (q, k))
+        # A dimension that is zero throughout has nothing to even out.
+        ratio = torch.where((q_sums > 0) & (k_sums > 0), k_sums / q_sums, 1.0)
+        psi = ratio.pow(0.25).index_select(0, segments.numbers)
+    return (q * psi).to(q.dtype), (k / psi).to(k.dtype)
 
 
 def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

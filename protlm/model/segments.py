@@ -16,12 +16,14 @@ class Segments:
         bounds: The same bounds as Python numbers.
         positions: Place of every token in its segment, from 0.
         lengths: Length of every token's segment.
+        numbers: Number of every token's segment, from 0.
     """
 
     cu_seqlens: Int[Tensor, " bounds"]
     bounds: tuple[int, ...]
     positions: Int[Tensor, " length"]
     lengths: Int[Tensor, " length"]
+    numbers: Int[Tensor, " length"]
 
     @classmethod
     def from_bounds(cls, cu_seqlens: Int[Tensor, " bounds"]) -> "Segments":
@@ -30,7 +32,13 @@ class Segments:
         starts = torch.repeat_interleave(cu_seqlens[:-1].long(), sizes)
         positions = torch.arange(len(starts), device=cu_seqlens.device) - starts
         lengths = torch.repeat_interleave(sizes, sizes)
-        return cls(cu_seqlens, tuple(cu_seqlens.tolist()), positions, lengths)
+        numbers = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+        return cls(cu_seqlens, tuple(cu_seqlens.tolist()), positions, lengths, numbers)
+
+    def sums(self, x: Float[Tensor, "length heads head_dim"]) -> Float[Tensor, "segments heads head_dim"]:
+        """Returns the sum of x over the tokens of every segment, always in the same order."""
+        sums: Tensor = torch.segment_reduce(x, "sum", lengths=self.cu_seqlens.diff().long(), unsafe=True)
+        return sums
 
     def without_neighbour(self, offset: int) -> Int[Tensor, " tokens"]:
         """Returns the places in the row whose token `offset` places further is of another segment or of none."""

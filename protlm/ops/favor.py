@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from protlm.ops import favor_torch
-from protlm.ops.random_features import FEATURE_MAPS, FeatureMap
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.oprf import with_oprf_a
+from protlm.ops.random_features import FeatureMap
 
 Backend = Literal["auto", "torch"]
 
@@ -33,87 +35,52 @@ def favor_attention(
     feature_map: FeatureMap = "positive",
     token_mask: Bool[Tensor, "batch length"] | None = None,
     cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    causal: bool = False,
+    oprf_a: Float[Tensor, "*segments heads"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """Returns bidirectional FAVOR attention: D⁻¹(φ(q)·(φ(k)ᵀv)) with D the row sums of φ(q)·φ(k)ᵀ.
+    """Returns FAVOR attention: D⁻¹(φ(q)·(φ(k)ᵀv)) with D the row sums of φ(q)·φ(k)ᵀ.
 
-    This is equations 3 and 4 of arXiv 2009.14794, with φ as in `kernel_features`. The un-normalised weights of
-    `positive` are unbiased estimates of exp(q·k/√d); the normalised output is a ratio of such estimates, consistent but
-    not unbiased. No epsilon is added: exponents are kept in log space with a running maximum per feature, and nothing
-    overflows for norms of q and k up to 1e14. Exponents, maxima and sums are float32 for float32 and shorter inputs,
-    float64 for float64. Gradients flow to q, k and v only, and features are recomputed for them.
+    This is equations 3 and 4 of arXiv 2009.14794, causal its section 2.5.1, with φ as in `kernel_features`. The
+    un-normalised weights are unbiased estimates of exp(q·k/√d) for `positive`, `hyperbolic`, `trig` and `oprf`; the
+    normalised output is a ratio of such estimates, consistent but not unbiased. No epsilon is added: exponents are kept
+    in log space relative to references that cancel, and nothing overflows for norms of q and k up to 1e14. (The
+    renormaliser of `trig` is a sum of signed terms and can come close to 0: its outputs may be of any size.) Exponents,
+    maxima and sums are float32 for float32 and shorter inputs, also under autocast, and float64 for float64. Gradients
+    flow to q, k and v only, and features are recomputed for them.
 
-    Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one chunk of
-    features beside the inputs and the output.
+    Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one piece of
+    features beside the inputs and the output; causal keeps `features` numbers for every 64 tokens in the backward.
 
     Args:
         q: Queries, any strides.
         k: Keys.
         v: Values.
         projection: Rows ω, shared by the heads or one set a head; None (for `relu` only) applies ReLU to q and k.
-        feature_map: `positive` estimates softmax attention; `relu` is the paper's generalised attention.
+        feature_map: `positive`, `hyperbolic`, `trig` and `oprf` estimate softmax attention, `regularised` a smoother
+            kernel; `relu` is the paper's generalised attention. `hyperbolic` and `trig` make two features a row.
         token_mask: True at real tokens. Padding may hold any finite value: it changes no real output, gets no gradient,
             and its own output is zero.
         cu_seqlens: int32 bounds 0 = b₀ ≤ b₁ ≤ … = length of the segments packed into the row (batch = 1): no attention
             across them. None takes each row as one segment.
+        causal: A token sees itself and the tokens before it in its segment. No later token changes a bit of its output.
+        oprf_a: The A of `oprf`, below 1/8, one a head or (segments, heads); no gradient flows to it. None takes
+            `oprf_parameter` of the mean ‖x + y‖² over all pairs of real tokens of the segment; causal attention needs
+            a value, as the data would tell of later tokens.
         backend: `auto` takes the fastest that covers the arguments.
 
     Returns:
         Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates.
 
     Raises:
-        ValueError: A shape, dtype, device or bound that does not fit.
+        ValueError: A shape, dtype, device, bound or A that does not fit.
     """
-    check_arguments(q, k, v, projection, feature_map=feature_map, token_mask=token_mask, cu_seqlens=cu_seqlens)
+    AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
     chosen = "torch" if backend == "auto" else backend
-    out: Tensor = _favor(q, k, v, projection, token_mask, cu_seqlens, feature_map, chosen)[0]
+    out: Tensor = _favor(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, chosen)[0]
     return out
-
-
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor | None,
-    *,
-    feature_map: str,
-    token_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raises ValueError, naming argument, expected and got, unless the arguments of an attention fit together."""
-    _expect("q", "4 axes (batch, heads, length, head_dim)", q.dim() == 4, tuple(q.shape))
-    batch, heads, length, head_dim = q.shape
-    _expect("q", "a floating dtype", q.is_floating_point(), q.dtype)
-    for name, tensor in (("k", k), ("v", v)):
-        _expect(name, f"the shape of q, {tuple(q.shape)}", tensor.shape == q.shape, tuple(tensor.shape))
-        _expect(name, f"the dtype of q, {q.dtype}", tensor.dtype == q.dtype, tensor.dtype)
-    _expect("feature_map", f"one of {FEATURE_MAPS}", feature_map in FEATURE_MAPS, repr(feature_map))
-    if projection is None:
-        _expect("projection", f"a tensor for feature_map {feature_map!r}", feature_map == "relu", None)
-    else:
-        shape = tuple(projection.shape)
-        fits = len(shape) in (2, 3) and shape[-1] == head_dim and shape[-2] > 0 and shape[:-2] in ((), (heads,))
-        _expect("projection", f"(features, {head_dim}) or ({heads}, features, {head_dim})", fits, shape)
-        _expect("projection", "a floating dtype", projection.is_floating_point(), projection.dtype)
-    if token_mask is not None:
-        _expect("token_mask", f"shape {(batch, length)}", token_mask.shape == (batch, length), tuple(token_mask.shape))
-        _expect("token_mask", "dtype torch.bool", token_mask.dtype == torch.bool, token_mask.dtype)
-    if cu_seqlens is not None:
-        _expect("cu_seqlens", "one axis with at least 2 bounds", cu_seqlens.dim() == 1 and len(cu_seqlens) >= 2,
-                tuple(cu_seqlens.shape))  # fmt: skip
-        _expect("cu_seqlens", "dtype torch.int32", cu_seqlens.dtype == torch.int32, cu_seqlens.dtype)
-        _expect("q", "batch = 1 with cu_seqlens", batch == 1, batch)
-    for name, other in (("k", k), ("v", v), ("projection", projection), ("token_mask", token_mask),
-                        ("cu_seqlens", cu_seqlens)):  # fmt: skip
-        if other is not None:
-            _expect(name, f"the device of q, {q.device}", other.device == q.device, other.device)
-
-
-def _expect(argument: str, expected: str, holds: bool, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
 @torch.library.custom_op("protlm::favor", mutates_args=())
@@ -124,13 +91,16 @@ def _favor(
     projection: Tensor | None,
     token_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    oprf_a: Tensor | None,
     feature_map: str,
+    causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and what the backward needs: context, key renormaliser, query renormaliser."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].forward(
-        q, k, v, projection, token_mask, cu_seqlens, feature_map
-    )
+    """Returns the output and what the backward needs: states, their references, query sums."""
+    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
+    # Autocast would round the exponents and sums of the operations inside.
+    with torch.autocast(q.device.type, enabled=False):
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].forward(with_oprf_a(inputs))
     return result
 
 
@@ -143,16 +113,20 @@ def _favor_backward(
     projection: Tensor | None,
     token_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    oprf_a: Tensor | None,
     out: Tensor,
-    context: Tensor,
-    key_sums: Tensor,
+    states: Tensor,
+    references: Tensor,
     query_sums: Tensor,
     feature_map: str,
+    causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].backward(
-        out_grad, q, k, v, projection, token_mask, cu_seqlens, out, context, key_sums, query_sums, feature_map
-    )
+    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
+    with torch.autocast(q.device.type, enabled=False):
+        result: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].backward(
+            with_oprf_a(inputs), out_grad, out, states, references, query_sums
+        )
     return result
 
 
@@ -164,19 +138,15 @@ def _(
     projection: Tensor | None,
     token_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    oprf_a: Tensor | None,
     feature_map: str,
+    causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, length, head_dim = q.shape
-    features = head_dim if projection is None else projection.shape[-2]
-    segments = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = favor_torch.compute_dtype(q)
-    return (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        q.new_empty((segments, heads, features, head_dim), dtype=dtype),
-        q.new_empty((segments, heads, features), dtype=dtype),
-        q.new_empty((batch, heads, length), dtype=dtype),
-    )
+    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    states, references = favor_torch.empty_states(inputs)
+    return out, states, references, q.new_empty(q.shape[:3], dtype=inputs.compute_dtype)
 
 
 @_favor_backward.register_fake
@@ -186,7 +156,7 @@ def _(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.feature_map, ctx.backend = inputs
+    *tensors, ctx.feature_map, ctx.causal, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -194,9 +164,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _propagate(ctx: Any, out_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if out_grad is None:
-        return (None,) * 8
-    grads = _favor_backward(out_grad, *ctx.saved_tensors, ctx.feature_map, ctx.backend)
-    return (*grads, None, None, None, None, None)
+        return (None,) * 10
+    grads = _favor_backward(out_grad, *ctx.saved_tensors, ctx.feature_map, ctx.causal, ctx.backend)
+    return (*grads, *(None,) * 7)
 
 
 _favor.register_autograd(_propagate, setup_context=_save_for_backward)

@@ -1,367 +1,293 @@
-"""FAVOR in plain torch, chunk by chunk: hides how rows and packed segments are cut so that features stay small.
+"""FAVOR in plain torch, piece by piece: hides how the state of a segment is kept, read and differentiated.
 
-The keys of a segment are folded into a state of (features, head_dim), then every query reads it. For the `positive` map
-this is exact attention twice, through the features as landmarks: the state holds, per feature, the average of v under
-the weights φ(k) and the logarithm of their sum, each with its own running maximum, so that no stabiliser biases the
-result. Short segments of one length class are padded into a block and handled together; a long one is cut along its
-length.
+Bidirectional attention folds all keys of a segment into a state of (features, head_dim), then every query reads it.
+Causal attention goes through the pieces once: a query reads the state of the pieces before its own, and the keys of its
+own piece by a small matrix of weights.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from protlm.ops.random_features import RELU_OFFSET
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.pieces import Block, Piece, cut_into_blocks
+from protlm.ops.torch_maps import TorchMap, torch_map
 
-# Features of one chunk, all heads together: large enough for the matrix multiply, small enough for the cache.
-_CHUNK_FEATURES = 1 << 20
-_MIN_CHUNK_LENGTH = 64
-# A segment joins a block only if it fills at least this share of the block's longest one.
-_MIN_FILL = 0.75
-# Stands for log 0 where a feature has seen no key: finite, so that differences of it are not NaN.
+# Features of one piece, all heads together: large enough for the matrix multiply, small enough for the cache.
+_PIECE_FEATURES = 1 << 20
+_MIN_PIECE_TOKENS = 64
+_CAUSAL_PIECE_LENGTH = 128
+# Stands for log 0 where a state has seen no key: finite, so that differences of it are not NaN.
 _LOG_ZERO = -1e30
+# A causal piece ends before a key whose exponent is this far above its references; exp(2 · 40) is finite in float32.
+_MAX_RISE = 40.0
+# Query sums that make the features, or the gradient, of a token that is not real vanish.
+_NOT_REAL = 1e30
 
 
-def compute_dtype(q: Tensor) -> torch.dtype:
-    """Returns the dtype of exponents, maxima and sums."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor | None,
-    token_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    feature_map: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and the sums that `backward` needs.
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the output and what `backward` needs.
 
     Returns:
-        out, like v; context (segments, heads, features, head_dim); the key sums (segments, heads, features), for
-        `positive` their logarithm; the query sums (batch, heads, length), likewise.
+        out, like v; the states (segments, heads, features, head_dim + 1) of whole segments, Σ φ(k)·[v, 1]; their
+        references (segments, heads, features or 1); the query sums (batch, heads, length): the renormaliser of each
+        query, for exponential maps its logarithm.
     """
-    batch, heads, length, head_dim = q.shape
-    features = _Features(q, projection, feature_map)
-    segments = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    context = q.new_zeros((segments, heads, features.count, head_dim), dtype=features.dtype)
-    key_sums = torch.zeros_like(context[..., 0])
-    query_sums = q.new_zeros((batch, heads, length), dtype=features.dtype)
-    for block in _blocks(q, token_mask, cu_seqlens, features.chunk_length):
-        state, sums = features.fold_keys(block, k, v)
-        for piece in block.pieces:
-            piece_out, piece_sums = features.read_queries(piece.take(q, features.dtype), state, sums)
+    run = _Run(inputs)
+    out = torch.zeros_like(inputs.v, memory_format=torch.contiguous_format)
+    query_sums = inputs.q.new_zeros(inputs.q.shape[:3], dtype=run.map.dtype)
+    states, references = empty_states(inputs)
+    references.fill_(_LOG_ZERO)
+    for block in run.blocks():
+        state = run.empty_state(block)
+        outputs = run.causal_outputs(block, state) if inputs.causal else run.outputs(block, state)
+        for piece, piece_out, piece_sums in outputs:
             piece.put(out, piece_out)
-            piece.put(query_sums.unsqueeze(-1), piece_sums.unsqueeze(-1))
-        context[block.segments], key_sums[block.segments] = state.transpose(0, 1), sums.transpose(0, 1)
-    return out, context, key_sums, query_sums
+            piece.put(query_sums.unsqueeze(-1), piece_sums)
+        states[block.segments] = state.sums.transpose(0, 1)
+        references[block.segments] = state.references.transpose(0, 1)
+    return out, states, references, query_sums
 
 
 def backward(
-    out_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor | None,
-    token_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    context: Tensor,
-    key_sums: Tensor,
-    query_sums: Tensor,
-    feature_map: str,
+    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; features are computed once more."""
-    features = _Features(q, projection, feature_map)
-    q_grad, k_grad, v_grad = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for block in _blocks(q, token_mask, cu_seqlens, features.chunk_length):
-        state, sums = context[block.segments].transpose(0, 1), key_sums[block.segments].transpose(0, 1)
-        state_grad = torch.zeros_like(torch.cat((state, sums.unsqueeze(-1)), -1))
-        for piece in block.pieces:
-            q_piece, out_piece = piece.take(q, features.dtype), piece.take(out, features.dtype)
-            grad_piece = piece.take(out_grad, features.dtype, only_valid=True)
-            piece_sums = piece.take(query_sums.unsqueeze(-1), features.dtype)
-            piece.put(
-                q_grad, features.pull_queries(q_piece, out_piece, grad_piece, state, sums, piece_sums, state_grad)
-            )
-        for piece in block.pieces:
-            k_piece, v_piece = piece.take(k, features.dtype), piece.take(v, features.dtype)
-            k_piece_grad, v_piece_grad = features.pull_keys(k_piece, v_piece, piece.valid, sums, state_grad)
-            piece.put(k_grad, k_piece_grad)
-            piece.put(v_grad, v_piece_grad)
+    run = _Run(inputs)
+    q_grad, k_grad, v_grad = (
+        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k, inputs.v)
+    )
+    for block in run.blocks():
+        saved = _Saved(out_grad, out, query_sums)
+        if inputs.causal:
+            run.causal_gradients(block, saved, q_grad, k_grad, v_grad)
+        else:
+            state = _State(states[block.segments].transpose(0, 1), references[block.segments].transpose(0, 1))
+            run.gradients(block, state, saved, q_grad, k_grad, v_grad)
     return q_grad, k_grad, v_grad
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of positions of one or more segments, seen as (heads, segments, positions, …).
+def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Returns states and references of no key, in the shapes of `forward`."""
+    heads, head_dim = inputs.q.shape[1], inputs.q.shape[-1]
+    sizes = (inputs.num_segments, heads, inputs.num_features)
+    num_references = 1 if inputs.feature_map in ("trig", "relu") else inputs.num_features
+    states = inputs.q.new_zeros((*sizes, head_dim + 1), dtype=inputs.compute_dtype)
+    return states, states.new_zeros((*sizes[:2], num_references))
+
+
+@dataclass
+class _State:
+    """Sums over keys, each with its features relative to the references.
 
     Attributes:
-        rows: Rows of the batch, where the piece is a rectangle of it.
-        positions: Positions of that rectangle.
-        index: Positions (segments · positions) in a packed row, where it is none; beyond the end of a segment its last
-            position again.
-        valid: (segments, positions), True at real tokens; None where all are real.
-        has_padding: Whether the caller's own padding, of unknown content, is among the positions.
+        sums: (heads, segments, features, head_dim + 1).
+        references: (heads, segments, features or 1), logarithms.
     """
 
-    rows: slice
-    positions: slice
-    index: Tensor | None
-    valid: Tensor | None
-    has_padding: bool
+    sums: Tensor
+    references: Tensor
 
-    def take(self, tensor: Tensor, dtype: torch.dtype, *, only_valid: bool = False) -> Tensor:
-        """Returns (heads, segments, positions, …) from (batch, heads, length, …), the caller's padding as zeros.
+    def move_to(self, references: Tensor) -> None:
+        """Makes the sums relative to other references."""
+        self.sums.mul_(torch.exp(self.references - references).unsqueeze(-1))
+        self.references = references
 
-        With only_valid, positions beyond the end of a segment are zeros too.
-        """
-        if self.index is None:
-            taken = tensor[self.rows, :, self.positions].transpose(0, 1).to(dtype)
-        else:
-            assert self.valid is not None
-            flat = tensor[0].transpose(0, 1).index_select(0, self.index)
-            taken = flat.view(*self.valid.shape, *flat.shape[1:]).movedim(2, 0).to(dtype)
-        if self.valid is None or not (self.has_padding or only_valid):
-            return taken
-        return taken.masked_fill(~self.valid[..., None], 0.0)
-
-    def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Writes (heads, segments, positions, …) back to (batch, heads, length, …), real tokens only."""
-        if self.index is None:
-            if self.valid is not None:
-                values = values.masked_fill(~self.valid[..., None], 0.0)
-            tensor[self.rows, :, self.positions] = values.transpose(0, 1)
-            return
-        assert self.valid is not None
-        real = self.valid.flatten().nonzero().squeeze(1)
-        flat = values.movedim(0, 2).flatten(0, 1).index_select(0, real).to(tensor.dtype)
-        tensor[0].transpose(0, 1).index_copy_(0, self.index.index_select(0, real), flat)
+    def add(self, features: Tensor, values: Tensor) -> None:
+        """Adds Σ features ⊗ values over positions."""
+        self.sums.flatten(0, 1).baddbmm_(features.flatten(0, 1).transpose(1, 2), values.flatten(0, 1))
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Segments that are handled together, and the pieces that their positions are cut into."""
+class _Saved:
+    """What the backward knows of the output, along the length."""
 
-    segments: Tensor
-    pieces: tuple[_Piece, ...]
+    out_grad: Tensor
+    out: Tensor
+    query_sums: Tensor
 
-
-def _blocks(q: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, chunk_length: int) -> Iterator[_Block]:
-    batch, _, length, _ = q.shape
-    if cu_seqlens is not None:
-        yield from _packed_blocks(token_mask, _bounds(cu_seqlens, length), chunk_length, q.device)
-        return
-    if length == 0:
-        return
-    rows_per_block = max(1, chunk_length // length)
-    for first in range(0, batch, rows_per_block):
-        rows = slice(first, min(first + rows_per_block, batch))
-        pieces = _rectangles(rows, 0, length, token_mask, chunk_length)
-        yield _Block(torch.arange(rows.start, rows.stop, device=q.device), pieces)
+    def take(self, piece: Piece, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns the output's gradient, beside it minus its inner product with the output; and the query sums."""
+        out_grad = piece.take(self.out_grad, dtype, only_valid=True)
+        inner = (out_grad * piece.take(self.out, dtype)).sum(-1, keepdim=True).neg_()
+        sums = piece.take(self.query_sums.unsqueeze(-1), dtype)
+        if piece.valid is not None:
+            sums = sums.masked_fill(~piece.valid[..., None], _NOT_REAL)
+        return torch.cat((out_grad, inner), -1), sums
 
 
-def _rectangles(rows: slice, start: int, stop: int, mask: Tensor | None, chunk_length: int) -> tuple[_Piece, ...]:
-    step = chunk_length if rows.stop - rows.start == 1 else stop - start
-    cuts = (slice(first, min(first + step, stop)) for first in range(start, stop, step))
-    if mask is None:
-        return tuple(_Piece(rows, cut, None, None, has_padding=False) for cut in cuts)
-    return tuple(_Piece(rows, cut, None, mask[rows, cut], has_padding=True) for cut in cuts)
+class _Run:
+    """One call of the op: the inputs and their map."""
 
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self.inputs = inputs
+        self.map: TorchMap = torch_map(inputs)
 
-def _bounds(cu_seqlens: Tensor, length: int) -> list[int]:
-    bounds: list[int] = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(start > stop for start, stop in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the length {length}, got {bounds[:8]}…")
-    return bounds
+    def blocks(self) -> Iterator[Block]:
+        """Yields the blocks, each with its constants entered into the map."""
+        inputs = self.inputs
+        tokens = max(_MIN_PIECE_TOKENS, _PIECE_FEATURES // (inputs.q.shape[1] * inputs.num_features))
+        length = _CAUSAL_PIECE_LENGTH if inputs.causal else tokens
+        for block in cut_into_blocks(inputs.q, inputs.token_mask, inputs.cu_seqlens, tokens, length):
+            self.map.enter(block.segments)
+            yield block
 
+    def empty_state(self, block: Block) -> _State:
+        """Returns the state of no key."""
+        heads, members, head_dim = self.inputs.q.shape[1], len(block.segments), self.inputs.q.shape[-1]
+        shape = (heads, members, self.map.num_features, head_dim + 1)
+        sums = torch.zeros(shape, dtype=self.map.dtype, device=self.inputs.q.device)
+        return _State(sums, sums.new_full((heads, members, self.map.num_references), _LOG_ZERO))
 
-def _packed_blocks(
-    token_mask: Tensor | None, bounds: list[int], chunk_length: int, device: torch.device
-) -> Iterator[_Block]:
-    by_length = sorted(range(len(bounds) - 1), key=lambda i: bounds[i + 1] - bounds[i], reverse=True)
-    waiting = [i for i in by_length if bounds[i + 1] > bounds[i]]
-    first = 0
-    while first < len(waiting):
-        longest = bounds[waiting[first] + 1] - bounds[waiting[first]]
-        last = first + 1
-        while (
-            last < len(waiting)
-            and (last + 1 - first) * longest <= chunk_length
-            and bounds[waiting[last] + 1] - bounds[waiting[last]] >= _MIN_FILL * longest
-        ):
-            last += 1
-        members = torch.tensor(waiting[first:last], device=device)
-        if last - first == 1:
-            start = bounds[waiting[first]]
-            yield _Block(members, _rectangles(slice(0, 1), start, start + longest, token_mask, chunk_length))
-        else:
-            yield _Block(
-                members, (_gathered([bounds[i : i + 2] for i in waiting[first:last]], longest, token_mask, device),)
-            )
-        first = last
-
-
-def _gathered(segments: list[list[int]], longest: int, token_mask: Tensor | None, device: torch.device) -> _Piece:
-    starts, stops = torch.tensor(segments, device=device).unsqueeze(-1).unbind(1)
-    index = starts + torch.arange(longest, device=device)
-    valid = index < stops
-    index = torch.minimum(index, stops - 1).flatten()
-    if token_mask is not None:
-        valid = valid & token_mask[0][index].view(valid.shape)
-    return _Piece(slice(0, 1), slice(0, 0), index, valid, has_padding=token_mask is not None)
-
-
-class _Features:
-    """The feature map on (heads, segments, positions, head_dim), with the buffers that its chunks share."""
-
-    def __init__(self, q: Tensor, projection: Tensor | None, feature_map: str) -> None:
-        _, heads, _, head_dim = q.shape
-        self.dtype = compute_dtype(q)
-        self.is_positive = feature_map == "positive"
-        self.count = head_dim if projection is None else projection.shape[-2]
-        self.chunk_length = max(_MIN_CHUNK_LENGTH, _CHUNK_FEATURES // (heads * self.count))
-        self._rows = None
-        if projection is not None:
-            # Rounded once to the dtype of q, then used everywhere: all backends see the same rows.
-            rows = projection.to(q.dtype).to(self.dtype) * head_dim**-0.25
-            self._rows = rows.expand(heads, -1, -1)
-        self._norm_scale = 0.5 * head_dim**-0.5
-        self._buffers: dict[str, Tensor] = {}
-        self._device = q.device
-
-    def fold_keys(self, block: _Block, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the state (heads, segments, features, head_dim) and the key sums (heads, segments, features)."""
-        heads, members, head_dim = k.shape[1], len(block.segments), k.shape[-1]
-        state = torch.zeros((heads, members, self.count, head_dim), dtype=self.dtype, device=self._device)
-        sums = torch.zeros_like(state[..., 0])
-        maxima = torch.full_like(sums, _LOG_ZERO)
+    def outputs(self, block: Block, state: _State) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        """Folds all keys into the state, then yields each piece with its output and its query sums."""
         for piece in block.pieces:
-            k_piece, v_piece = piece.take(k, self.dtype), piece.take(v, self.dtype)
-            k_features = (
-                self._key_exponents(k_piece, piece.valid) if self.is_positive else self._relu(k_piece, piece.valid)
-            )
-            if self.is_positive:
-                new_maxima = torch.maximum(maxima, k_features.amax(2))
-                decay = torch.exp(maxima - new_maxima)
-                maxima = new_maxima
-                k_features.sub_(maxima.unsqueeze(2)).exp_()
-                state.mul_(decay.unsqueeze(-1))
-                sums.mul_(decay)
-            state.flatten(0, 1).baddbmm_(k_features.flatten(0, 1).transpose(1, 2), v_piece.flatten(0, 1))
-            sums.add_(k_features.sum(2))
-        if not self.is_positive:
-            return state, sums
-        seen = sums > 0
-        state.div_(torch.where(seen, sums, 1.0).unsqueeze(-1))
-        # Where nothing was seen the sum is 0; a NaN compares as not seen and must stay.
-        return state, torch.where(sums == 0, _LOG_ZERO, maxima + torch.log(sums))
+            k, values = self._keys(piece)
+            exponents = self.map.key_exponents(k, piece.valid)
+            state.move_to(torch.maximum(state.references, exponents.amax(2)))
+            features = self.map.key_features(k, exponents.sub_(state.references.unsqueeze(2)))
+            state.add(features, values)
+        for piece in block.pieces:
+            features, offsets = self.map.query_features(self._queries(piece), state.references)
+            yield piece, *_normalised(_matmul(features, state.sums), offsets)
 
-    def read_queries(self, q: Tensor, state: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the output (heads, segments, positions, head_dim) and the query sums (heads, segments, positions)."""
-        if self.is_positive:
-            weights = self._scores(q, "features").add_(sums.unsqueeze(2))
-            maxima = weights.amax(-1, keepdim=True)
-            totals = weights.sub_(maxima).exp_().sum(-1, keepdim=True)
-            out = _matmul(weights, state).div_(totals)
-            return out, maxima.add_(totals.log_()).squeeze(-1)
-        q_features = self._relu(q, None)
-        totals = _matmul(q_features, sums.unsqueeze(-1))
-        # A segment without a real key has sums of zero, and then a zero numerator too.
-        return _matmul(q_features, state).div_(torch.where(totals == 0, 1.0, totals)), totals.squeeze(-1)
+    def causal_outputs(self, block: Block, state: _State) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        """Yields each piece with its output and its query sums, folding its keys into the state on the way."""
+        for step in self._causal_steps(block, state):
+            features, offsets = self.map.query_features(self._queries(step.piece), state.references)
+            weights = _matmul(features, step.features.transpose(2, 3)).tril_()
+            # Zero times a value that is not finite would reach back to earlier tokens; it reaches the later ones only.
+            sums = _matmul(weights, step.values.nan_to_num(0.0, 0.0, 0.0))
+            sums.flatten(0, 1).baddbmm_(features.flatten(0, 1), state.sums.flatten(0, 1))
+            sums.add_((step.values - step.values).cumsum(2))
+            out, query_sums = _normalised(sums, offsets)
+            yield step.piece.narrow(0, step.count), out[:, :, : step.count], query_sums[:, :, : step.count]
 
-    def pull_queries(
-        self,
-        q: Tensor,
-        out: Tensor,
-        out_grad: Tensor,
-        state: Tensor,
-        sums: Tensor,
-        query_sums: Tensor,
-        state_grad: Tensor,
-    ) -> Tensor:
-        """Returns the gradient of q, and adds that of the state to state_grad.
+    def gradients(
+        self, block: Block, state: _State, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
+    ) -> None:
+        """Writes the gradients of a block: of queries first, which gives that of the state, then of keys."""
+        state_grad = _State(torch.zeros_like(state.sums, memory_format=torch.contiguous_format), state.references)
+        for piece in block.pieces:
+            features, pulled = self._pulled(piece, saved, state.references)
+            grads = self._product("grads", pulled, state.sums.transpose(2, 3))
+            state_grad.add(features, pulled)
+            piece.put(q_grad, self.map.query_gradient(features, grads))
+        for piece in block.pieces:
+            k, values = self._keys(piece)
+            exponents = self.map.key_exponents(k, piece.valid)
+            features = self.map.key_features(k, exponents.sub_(state.references.unsqueeze(2)))
+            piece.put(v_grad, _matmul(features, state_grad.sums[..., :-1]))
+            grads = self._product("grads", values, state_grad.sums.transpose(2, 3))
+            piece.put(k_grad, self.map.key_gradient(k, features, grads))
 
-        The last column of state_grad is minus the gradient of the sums (`relu`), or the E of the backward of
-        `positive`.
+    def causal_gradients(self, block: Block, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> None:
+        """Writes the gradients of a block: of queries from the first piece to the last, then of keys on the way back.
+
+        The way back carries the gradient of the state, Σ over later queries. It is relative to the references that the
+        state had at each piece: they were known before its queries, so that nothing overflows.
         """
-        inner = (out_grad * out).sum(-1, keepdim=True)
-        if self.is_positive:
-            weights = self._scores(q, "features").add_(sums.unsqueeze(2)).sub_(query_sums).exp_()
-            column = torch.full_like(sums, -1.0)
-        else:
-            weights = self._relu(q, None)
-            divisor = torch.where(query_sums == 0, 1.0, query_sums)
-            out_grad, inner = out_grad / divisor, inner / divisor
-            column = -sums
-        pulled = torch.cat((out_grad, inner), -1)
-        landmarks = torch.cat((state, column.unsqueeze(-1)), -1)
-        scores_grad = self._buffer("grads", weights.shape)
-        torch.bmm(pulled.flatten(0, 1), landmarks.flatten(0, 1).transpose(1, 2), out=scores_grad.flatten(0, 1))
-        state_grad.flatten(0, 1).baddbmm_(weights.flatten(0, 1).transpose(1, 2), pulled.flatten(0, 1))
-        return self._project_back(self._through_map(scores_grad, weights))
+        state = self.empty_state(block)
+        steps: list[tuple[Piece, Tensor]] = []
+        for step in self._causal_steps(block, state):
+            piece = step.piece.narrow(0, step.count)
+            k_features, values = step.features[:, :, : step.count], step.values[:, :, : step.count]
+            features, pulled = self._pulled(piece, saved, state.references)
+            grads = self._product("grads", pulled, state.sums.transpose(2, 3))
+            weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
+            grads.flatten(0, 1).baddbmm_(weights_grad.flatten(0, 1), k_features.flatten(0, 1))
+            piece.put(q_grad, self.map.query_gradient(features, grads))
+            steps.append((piece, state.references))
+        state_grad = torch.zeros_like(state.sums)
+        later = state.references
+        for piece, references in reversed(steps):
+            state_grad.mul_(torch.exp(references - later).unsqueeze(-1))
+            later = references
+            k, values = self._keys(piece)
+            exponents = self.map.key_exponents(k, piece.valid)
+            k_features = self.map.key_features(k, exponents.sub_(references.unsqueeze(2)))
+            features, pulled = self._pulled(piece, saved, references)
+            weights = _matmul(features, k_features.transpose(2, 3)).tril_()
+            weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
+            piece_v_grad = _matmul(k_features, state_grad[..., :-1])
+            piece_v_grad.flatten(0, 1).baddbmm_(weights.flatten(0, 1).transpose(1, 2), pulled[..., :-1].flatten(0, 1))
+            piece.put(v_grad, piece_v_grad)
+            grads = self._product("grads", values, state_grad.transpose(2, 3))
+            grads.flatten(0, 1).baddbmm_(weights_grad.flatten(0, 1).transpose(1, 2), features.flatten(0, 1))
+            state_grad.flatten(0, 1).baddbmm_(features.flatten(0, 1).transpose(1, 2), pulled.flatten(0, 1))
+            piece.put(k_grad, self.map.key_gradient(k, k_features, grads))
 
-    def pull_keys(
-        self, k: Tensor, v: Tensor, valid: Tensor | None, sums: Tensor, state_grad: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of k and v."""
-        if self.is_positive:
-            weights = self._key_exponents(k, valid).sub_(sums.unsqueeze(2)).exp_()
-        else:
-            weights = self._relu(k, valid)
-        v_grad = _matmul(weights, state_grad[..., :-1])
-        scores_grad = self._buffer("grads", weights.shape)
-        v_extended = torch.cat((v, torch.full_like(v[..., :1], -1.0)), -1)
-        torch.bmm(v_extended.flatten(0, 1), state_grad.flatten(0, 1).transpose(1, 2), out=scores_grad.flatten(0, 1))
-        self._through_map(scores_grad, weights)
-        k_grad = self._project_back(scores_grad)
-        if self.is_positive:
-            k_grad.addcmul_(scores_grad.sum(-1, keepdim=True), k, value=-2 * self._norm_scale)
-        return k_grad, v_grad
+    def _causal_steps(self, block: Block, state: _State) -> Iterator["_CausalStep"]:
+        """Yields the pieces in order, the state being that of the tokens before each; then adds its keys to the state.
 
-    def _through_map(self, features_grad: Tensor, features: Tensor) -> Tensor:
-        """Turns the gradient of features into that of ω·x, in place."""
-        if self.is_positive:
-            return features_grad.mul_(features)
-        return features_grad.mul_(features > RELU_OFFSET)
+        References are the largest exponents of the keys that first came in a step: every query of the step sees that
+        key, so no weight it needs can vanish, and none depends on a later token. Where a later key rises too far above
+        them the step ends before that key, and the next one begins with it.
+        """
+        for piece in block.pieces:
+            start = 0
+            while start < piece.length:
+                rest = piece.narrow(start, piece.length)
+                k, values = self._keys(rest)
+                exponents = self.map.key_exponents(k, rest.valid)
+                state.move_to(torch.maximum(state.references, exponents[:, :, 0]))
+                exponents.sub_(state.references.unsqueeze(2))
+                count = _count_in_range(exponents)
+                features = self.map.key_features(k, exponents)
+                yield _CausalStep(rest, count, features, values)
+                state.add(features[:, :, :count], values[:, :, :count])
+                start += count
 
-    def _key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
-        exponents = self._scores(k, "features")
-        exponents.sub_(k.square().sum(-1, keepdim=True).mul_(self._norm_scale))
-        return exponents if valid is None else exponents.masked_fill_(~valid[..., None], -torch.inf)
+    def _queries(self, piece: Piece) -> Tensor:
+        return piece.take(self.inputs.q, self.map.dtype)
 
-    def _relu(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        features = self._scores(x, "features").clamp_(min=0).add_(RELU_OFFSET)
-        return features if valid is None else features.masked_fill_(~valid[..., None], 0.0)
+    def _keys(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Returns k, and v with a column of ones."""
+        k, v = piece.take(self.inputs.k, self.map.dtype), piece.take(self.inputs.v, self.map.dtype)
+        return k, torch.cat((v, torch.ones_like(v[..., :1])), -1)
 
-    def _scores(self, x: Tensor, name: str) -> Tensor:
-        """Returns ω·x/d^¼ (heads, segments, positions, features) in a shared buffer; x itself without a projection."""
-        heads, members, positions, head_dim = x.shape
-        scores = self._buffer(name, torch.Size((heads, members, positions, self.count)))
-        if self._rows is None:
-            return scores.copy_(x)
-        flat = x.reshape(heads, members * positions, head_dim)
-        torch.bmm(flat, self._rows.transpose(1, 2), out=scores.flatten(1, 2))
-        return scores
+    def _pulled(self, piece: Piece, saved: _Saved, references: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns query features, and the gradient of Σ features·state before its product with either."""
+        pulled, query_sums = saved.take(piece, self.map.dtype)
+        features, divisor = self.map.scaled_query_features(self._queries(piece), references, query_sums)
+        return features, pulled if divisor is None else pulled.div_(divisor)
 
-    def _project_back(self, scores_grad: Tensor) -> Tensor:
-        if self._rows is None:
-            return scores_grad.clone()
-        return torch.bmm(scores_grad.flatten(1, 2), self._rows).view(*scores_grad.shape[:-1], -1)
+    def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        out = self.map.buffer(name, (*a.shape[:-1], b.shape[-1]))
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+        return out
 
-    def _buffer(self, name: str, shape: torch.Size) -> Tensor:
-        """Returns an uninitialised tensor that the next call with this name overwrites."""
-        size = shape.numel()
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=self.dtype, device=self._device)
-            self._buffers[name] = buffer
-        return buffer[:size].view(shape)
+
+@dataclass(frozen=True)
+class _CausalStep:
+    """Keys that the queries of one piece see directly.
+
+    Attributes:
+        piece: All positions up to the end of the piece: results of a position do not depend on how many are kept.
+        count: Positions to keep; the features of later keys may have overflowed.
+        features: (heads, segments, positions, features) of the keys, relative to the references of the state.
+        values: v with a column of ones.
+    """
+
+    piece: Piece
+    count: int
+    features: Tensor
+    values: Tensor
+
+
+def _count_in_range(exponents: Tensor) -> int:
+    """Returns how many leading positions stay within the largest rise, at least 1; NaN counts as within it."""
+    rise = exponents.amax(-1).nan_to_num(-torch.inf).flatten(0, 1).amax(0)
+    too_far = (rise > _MAX_RISE).nonzero()
+    return int(too_far[0]) if len(too_far) else exponents.shape[2]
+
+
+def _normalised(sums: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns outputs and query sums from Σ features·[context, key sums]."""
+    totals = sums[..., -1:]
+    return sums[..., :-1] / totals, totals if offsets is None else totals.log().add_(offsets)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

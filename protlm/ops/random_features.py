@@ -1,4 +1,4 @@
-"""Random projections: hides how the rows that FAVOR's features are made of are drawn."""
+"""Random features: hides how the rows of a projection are drawn, and what a feature map makes of them."""
 
 import math
 from typing import Literal, get_args
@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ProjectionKind = Literal["orthogonal", "iid"]
-FeatureMap = Literal["positive", "relu"]
+ProjectionKind = Literal["orthogonal", "iid", "simplex"]
+PROJECTION_KINDS: tuple[str, ...] = get_args(ProjectionKind)
+FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu"]
 FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 
 RELU_OFFSET = 1e-3
@@ -29,14 +30,15 @@ def draw_projection(
     `iid` rows are independent. `orthogonal` rows are exactly orthogonal within blocks of head_dim rows, with
     independent norms distributed as χ with head_dim degrees of freedom: estimates stay unbiased and their variance
     falls (Theorem 2 of arXiv 2009.14794). A block is the Q of a Householder QR of a Gaussian matrix with its columns
-    multiplied by sign(diag R): only then is Q distributed uniformly (Haar) over the orthogonal group. The draw is made
-    in float64 on the CPU, so that a seed gives the same projection everywhere. Cost: O(num_heads · num_features ·
-    head_dim²).
+    multiplied by sign(diag R): only then is Q distributed uniformly (Haar) over the orthogonal group. `simplex` rows
+    have the same norms and point, within a block, to the corners of a regular simplex turned by such a Q: any two are
+    at the cosine −1/(head_dim − 1) (arXiv 2301.13856). The draw is made in float64 on the CPU, so that a seed gives the
+    same projection everywhere. Cost: O(num_heads · num_features · head_dim²).
 
     Args:
         num_features: Rows, at least 1; more than head_dim makes further blocks.
-        head_dim: Columns, at least 1.
-        kind: `orthogonal` or `iid`.
+        head_dim: Columns, at least 1; at least 2 for `simplex`.
+        kind: `orthogonal`, `iid` or `simplex`.
         num_heads: Draws one independent projection a head; None draws a single one.
         generator: CPU generator to draw from; None uses torch's default generator.
         dtype: Of the result.
@@ -50,17 +52,21 @@ def draw_projection(
     for name, size in (("num_features", num_features), ("head_dim", head_dim), ("num_heads", num_heads)):
         if size is not None and size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+    if kind not in PROJECTION_KINDS:
+        raise ValueError(f"kind: expected one of {PROJECTION_KINDS}, got {kind!r}")
+    if kind == "simplex" and head_dim < 2:
+        raise ValueError(f"head_dim: expected at least 2 for kind 'simplex', got {head_dim}")
     heads = 1 if num_heads is None else num_heads
     if kind == "iid":
         rows = torch.randn(heads, num_features, head_dim, generator=generator, dtype=torch.float64)
-    elif kind == "orthogonal":
+    else:
         num_blocks = math.ceil(num_features / head_dim)
         directions = _haar_orthogonal(heads * num_blocks, head_dim, generator)
+        if kind == "simplex":
+            directions = _simplex_corners(head_dim) @ directions
         directions = directions.reshape(heads, num_blocks * head_dim, head_dim)[:, :num_features]
         gaussian = torch.randn(heads, num_features, head_dim, generator=generator, dtype=torch.float64)
         rows = directions * gaussian.norm(dim=-1, keepdim=True)
-    else:
-        raise ValueError(f"kind: expected 'orthogonal' or 'iid', got {kind!r}")
     rows = rows.to(dtype)
     return rows[0] if num_heads is None else rows
 
@@ -70,33 +76,93 @@ def kernel_features(
     projection: Float[Tensor, "*heads features head_dim"] | None,
     *,
     feature_map: FeatureMap = "positive",
-) -> Float[Tensor, "*batch length features"]:
+    oprf_a: Float[Tensor, "*axes"] | float | None = None,
+) -> Float[Tensor, "*batch length map_features"]:
     """Returns the features φ(x) of queries or keys, un-normalised and with nothing subtracted inside the exponent.
 
-    With y = x/d^¼ and rows ω_j of the projection (Lemma 1 of arXiv 2009.14794):
-    `positive` φ_j(x) = exp(ω_j·y − ‖y‖²/2)/√M, so that the mean of φ(q)·φ(k) over draws is exp(q·k/√d);
-    `relu` φ_j(x) = (max(ω_j·y, 0) + 1e-3)/√M, and without a projection max(x, 0) + 1e-3 on x itself.
-    In float32 `positive` stays finite while ω·y − ‖y‖²/2 < 88; `favor_attention` has no such bound. Cost: O(length).
+    With y = x/d^¼, d = head_dim, M rows ω_j and u_j = ω_j·y, the features of a row are
+
+    | map | φ(x) | features | the mean of φ(q)·φ(k) over draws |
+    |---|---|---|---|
+    | `positive` | exp(u − ‖y‖²/2)/√M | M | exp(q·k/√d) (Lemma 1 of arXiv 2009.14794) |
+    | `hyperbolic` | exp(±u − ‖y‖²/2)/√(2M) | 2M | the same, with less variance (its Lemma 2) |
+    | `trig` | exp(‖y‖²/2)·(sin u, cos u)/√M | 2M | the same, signed (arXiv 2006.03555) |
+    | `regularised` | as `positive`, with ω rescaled to length √d | M | a lower bound of it (its Theorem 1) |
+    | `oprf` | (1−4A)^(d/4)·exp(A‖ω‖² + √(1−4A)·u − ‖y‖²/2)/√M | M | exp(q·k/√d) (arXiv 2205.15317) |
+    | `relu` | (max(u, 0) + 1e-3)/√M; without a projection max(x, 0) + 1e-3 | M or d | no estimate of softmax |
+
+    In float32 the exponentials stay finite while their exponents are below 88; `favor_attention` has no such bound.
+    Cost: O(length).
+
+    Args:
+        x: Queries or keys.
+        projection: Rows ω; None for `relu` only.
+        feature_map: The map φ.
+        oprf_a: The A of `oprf`, below 1/8, the same for queries and keys; broadcast against the features. See
+            `oprf_parameter`.
 
     Raises:
-        ValueError: An unknown map, no projection for a map that needs one, or a projection of another head_dim.
+        ValueError: An unknown map, no projection or A for a map that needs one, or a projection of another head_dim.
     """
+    check_feature_map(feature_map, projection is not None, oprf_a is not None)
+    if projection is None:
+        return torch.relu(x) + RELU_OFFSET
+    if feature_map == "oprf" and oprf_a is None:
+        raise ValueError("oprf_a: expected a number or a tensor for feature_map 'oprf', got None")
+    head_dim = x.shape[-1]
+    if projection.shape[-1] != head_dim:
+        raise ValueError(f"projection: expected head_dim {head_dim} as in x, got {projection.shape[-1]}")
+    if feature_map == "regularised":
+        projection = to_common_length(projection)
+    y = x * head_dim**-0.25
+    u = y @ projection.transpose(-1, -2)
+    half_square = y.square().sum(-1, keepdim=True) / 2
+    scale: float = projection.shape[-2] ** -0.5
+    if feature_map == "relu":
+        return (torch.relu(u) + RELU_OFFSET) * scale
+    if feature_map == "trig":
+        return torch.exp(half_square) * torch.cat((torch.sin(u), torch.cos(u)), -1) * scale
+    if feature_map == "hyperbolic":
+        return torch.exp(torch.cat((u, -u), -1) - half_square) * (scale / math.sqrt(2))
+    if oprf_a is None:
+        return torch.exp(u - half_square) * scale
+    a = torch.as_tensor(oprf_a, dtype=x.dtype, device=x.device)
+    exponents = a * projection.square().sum(-1).unsqueeze(-2) + (1 - 4 * a).sqrt() * u - half_square
+    return torch.pow(1 - 4 * a, head_dim / 4) * torch.exp(exponents) * scale
+
+
+def oprf_parameter(mean_square: Float[Tensor, "*axes"], head_dim: int) -> Float[Tensor, "*axes"]:
+    """Returns the A of `oprf` that makes the variance least, from the mean of ‖x + y‖² with x = q/d^¼, y = k/d^¼.
+
+    A = (1 − 2f − √((2f + 1)² + 8f))/16 with f the mean over head_dim (arXiv 2205.15317): at most 0, and 0, which is
+    `positive`, for f = 0. `oprf` is unbiased for any A that does not depend on the projection.
+    """
+    f = mean_square / head_dim
+    return (1 - 2 * f - ((2 * f + 1).square() + 8 * f).sqrt()) / 16
+
+
+def to_common_length(
+    projection: Float[Tensor, "*heads features head_dim"],
+) -> Float[Tensor, "*heads features head_dim"]:
+    """Returns the rows rescaled to the length √head_dim: the projection of `regularised`."""
+    norms: Tensor = torch.linalg.vector_norm(projection, dim=-1, keepdim=True)
+    return projection * (math.sqrt(projection.shape[-1]) / norms)
+
+
+def check_feature_map(feature_map: str, has_projection: bool, has_oprf_a: bool) -> None:
+    """Raises ValueError for an unknown map, a missing projection, or an A for a map that has none."""
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map: expected one of {FEATURE_MAPS}, got {feature_map!r}")
-    if projection is None:
-        if feature_map != "relu":
-            raise ValueError(f"projection: expected a tensor for feature_map {feature_map!r}, got None")
-        return torch.relu(x) + RELU_OFFSET
-    if projection.shape[-1] != x.shape[-1]:
-        raise ValueError(f"projection: expected head_dim {x.shape[-1]} as in x, got {projection.shape[-1]}")
-    y = x * x.shape[-1] ** -0.25
-    scores = y @ projection.transpose(-1, -2)
-    if feature_map == "relu":
-        features = torch.relu(scores) + RELU_OFFSET
-    else:
-        features = torch.exp(scores - y.square().sum(-1, keepdim=True) / 2)
-    scale: float = projection.shape[-2] ** -0.5
-    return features * scale
+    if not has_projection and feature_map != "relu":
+        raise ValueError(f"projection: expected a tensor for feature_map {feature_map!r}, got None")
+    if has_oprf_a and feature_map != "oprf":
+        raise ValueError(f"oprf_a: expected None for feature_map {feature_map!r}, got a value")
+
+
+def _simplex_corners(size: int) -> Tensor:
+    """Returns `size` unit vectors (size, size), any two at the cosine −1/(size − 1)."""
+    centred = torch.eye(size, dtype=torch.float64) - 1 / size
+    return centred * math.sqrt(size / (size - 1))
 
 
 def _haar_orthogonal(count: int, size: int, generator: torch.Generator | None) -> Tensor:

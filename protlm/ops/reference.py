@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from protlm.ops import random_features
-from protlm.ops.favor import check_arguments
-from protlm.ops.random_features import FeatureMap
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.random_features import FeatureMap, oprf_parameter
 
 
 def kernel_features(
@@ -17,10 +17,11 @@ def kernel_features(
     projection: Float[Tensor, "*heads features head_dim"] | None,
     *,
     feature_map: FeatureMap = "positive",
-) -> Float[Tensor, "*batch length features"]:
+    oprf_a: Float[Tensor, "*axes"] | float | None = None,
+) -> Float[Tensor, "*batch length map_features"]:
     """Returns φ(x) in float64; `protlm.ops.kernel_features` has the formulas."""
     projection = None if projection is None else projection.double()
-    return random_features.kernel_features(x.double(), projection, feature_map=feature_map)
+    return random_features.kernel_features(x.double(), projection, feature_map=feature_map, oprf_a=oprf_a)
 
 
 def favor_attention(
@@ -32,19 +33,30 @@ def favor_attention(
     feature_map: FeatureMap = "positive",
     token_mask: Bool[Tensor, "batch length"] | None = None,
     cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    causal: bool = False,
+    oprf_a: Float[Tensor, "*segments heads"] | None = None,
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Returns FAVOR attention in float64 by forming the (length, length) matrix of estimated weights.
 
     Works inside the range of float64 exponents: norms of q and k up to about 30. Cost: O(length²).
     """
-    check_arguments(q, k, v, projection, feature_map=feature_map, token_mask=token_mask, cu_seqlens=cu_seqlens)
+    AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
     q, k, v = (tensor.double() for tensor in (q, k, v))
-    allowed = _allowed_pairs(q, token_mask, cu_seqlens)
-    q_features = kernel_features(q, projection, feature_map=feature_map)
-    k_features = kernel_features(k, projection, feature_map=feature_map)
+    segment = _segment_of_token(q, cu_seqlens)
+    allowed = _allowed_pairs(segment, token_mask, causal)
+    token_a = None
+    if feature_map == "oprf":
+        if oprf_a is None:
+            token_a = _oprf_a_from_pairs(q, k, segment, allowed)
+        else:
+            segments = int(segment.max()) + 1 if segment.numel() else 1
+            token_a = oprf_a.detach().double().expand(segments, -1)[segment].transpose(1, 2)
+        token_a = token_a.unsqueeze(-1)
+    q_features = kernel_features(q, projection, feature_map=feature_map, oprf_a=token_a)
+    k_features = kernel_features(k, projection, feature_map=feature_map, oprf_a=token_a)
     weights = torch.where(allowed, q_features @ k_features.transpose(-1, -2), 0.0)
     totals = weights.sum(-1, keepdim=True)
-    return (weights @ v.masked_fill(~allowed.any(-2).unsqueeze(-1), 0.0)) / torch.where(totals > 0, totals, 1.0)
+    return (weights @ v.masked_fill(~allowed.any(-2).unsqueeze(-1), 0.0)) / torch.where(totals == 0, 1.0, totals)
 
 
 def softmax_attention(
@@ -54,23 +66,40 @@ def softmax_attention(
     *,
     token_mask: Bool[Tensor, "batch length"] | None = None,
     cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    causal: bool = False,
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """Returns exact attention softmax(q·k/√d)·v in float64: what FAVOR with `positive` features estimates."""
-    check_arguments(q, k, v, None, feature_map="relu", token_mask=token_mask, cu_seqlens=cu_seqlens)
+    """Returns exact attention softmax(q·k/√d)·v in float64: what FAVOR estimates."""
+    AttentionInputs(q, k, v, None, token_mask, cu_seqlens, None, "relu", causal).check()
     q, k, v = (tensor.double() for tensor in (q, k, v))
-    allowed = _allowed_pairs(q, token_mask, cu_seqlens)
+    allowed = _allowed_pairs(_segment_of_token(q, cu_seqlens), token_mask, causal)
     scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
     weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)
     return weights @ v
 
 
-def _allowed_pairs(q: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Returns (batch, 1, length, length): True where a query may see a key; a padded query sees none."""
+def _segment_of_token(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Returns (batch, length): the number of the segment that a token is in."""
     batch, _, length, _ = q.shape
-    real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if token_mask is None else token_mask
-    allowed = real[:, :, None] & real[:, None, :]
-    if cu_seqlens is not None:
-        positions = torch.arange(length, device=q.device, dtype=cu_seqlens.dtype)
-        segment = torch.searchsorted(cu_seqlens, positions, right=True)
-        allowed = allowed & (segment[:, None] == segment[None, :])
-    return allowed[:, None]
+    if cu_seqlens is None:
+        return torch.arange(batch, device=q.device).unsqueeze(1).expand(batch, length)
+    positions = torch.arange(length, device=q.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, positions, right=True).unsqueeze(0) - 1
+
+
+def _allowed_pairs(segment: Tensor, token_mask: Tensor | None, causal: bool) -> Tensor:
+    """Returns (batch, 1, length, length): True where a query may see a key; a padded query sees none."""
+    allowed = segment[:, :, None] == segment[:, None, :]
+    if token_mask is not None:
+        allowed = allowed & token_mask[:, :, None] & token_mask[:, None, :]
+    return (allowed.tril() if causal else allowed)[:, None]
+
+
+@torch.no_grad()
+def _oprf_a_from_pairs(q: Tensor, k: Tensor, segment: Tensor, allowed: Tensor) -> Tensor:
+    """Returns (batch, heads, length): the A of every token's segment, from the mean ‖x + y‖² of all its pairs."""
+    same = (segment[:, :, None] == segment[:, None, :]).unsqueeze(1).double()
+    head_dim = q.shape[-1]
+    squares = (q.unsqueeze(3) + k.unsqueeze(2)).square().sum(-1) * head_dim**-0.5
+    sums = same @ torch.where(allowed, squares, 0.0).sum(-1, keepdim=True)
+    counts = same @ allowed.double().sum(-1, keepdim=True)
+    return oprf_parameter(sums / counts.clamp(min=1), head_dim).squeeze(-1)

@@ -192,7 +192,7 @@ def _model_card(description: ModelDescription) -> str:
         "# A protein language model trained with protlm",
         "",
         f"A {shape.num_layers}-layer Performer of width {shape.model_dim} with {shape.num_heads} heads and "
-        f"`{shape.attention}` attention" + ("." if shape.attention == "softmax" else f" ({kind})."),
+        f"`{shape.attention}` attention" + (f" ({kind})." if shape.has_projection else "."),
         f"Trained for {description.step} steps with seed {description.seed}, masking {description.mask_rate:.0%} "
         "of the residues.",
         "",

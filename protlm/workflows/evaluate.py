@@ -101,7 +101,7 @@ def evaluate(
         empirical=scores.empirical,
         weights_hash=description.weights_hash,
         dataset_hash=dataset.hash,
-        projection=_projection_kind(description.model.attention, description.redraw_every_steps),
+        projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
     )
     out.mkdir(parents=True, exist_ok=True)
     with files.written_whole(report_path) as partial:
@@ -109,7 +109,7 @@ def evaluate(
     return report
 
 
-def _projection_kind(attention: str, redraw_every_steps: int) -> str:
-    if attention == "softmax":
+def _projection_kind(has_projection: bool, redraw_every_steps: int) -> str:
+    if not has_projection:
         return "none"
     return "redrawn" if redraw_every_steps else "fixed"

@@ -67,7 +67,11 @@ def test_a_shipped_configuration_is_found_by_name():
         ("[train]\nmask_rate = 0.0", "train.mask_rate: input should be greater than 0"),
         ("[train]\nmask_rate = 1.01", "train.mask_rate: input should be less than or equal to 1"),
         ("[train]\nbetas = [0.9]", "train.betas"),
-        ("[model]\nattention = 'linear'", "model.attention: input should be 'positive', 'relu' or 'softmax'"),
+        ("[model]\nattention = 'linear'", "model.attention: input should be 'positive', 'hyperbolic', 'trig', "),
+        (
+            "[model]\nattention = 'oprf'\nprojection = 'none'",
+            "model.projection: expected a random matrix for attention = 'oprf', got 'none'",
+        ),
         ("[model]\nqk_norm = 1", "model.qk_norm: input should be a valid boolean, got 1"),
         ("[model]\nconv_width = 4", "model.conv_width: expected 0 or an odd number, got 4"),
         ("[model]\nmodel_dim = 30", "model.model_dim: expected an even multiple of num_heads = 4, got 30"),

@@ -14,7 +14,7 @@ from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE
 from tests.conftest import TOLERANCE, relative_error
 
 FLOAT32 = TOLERANCE[torch.float32]
-KINDS = ("positive", "relu", "softmax")
+KINDS = ("positive", "hyperbolic", "regularised", "oprf", "relu", "softmax")
 # Three tokens are `<cls>`, one residue and `<eos>`.
 SIZES = (3, 40, 3, 17, 90, 41, 3)
 
@@ -161,7 +161,7 @@ def test_softmax_attention_equals_its_float64_twin(sizes, monkeypatch):
     assert relative_error(out, reference.softmax_attention(q, k, v, cu_seqlens=bounds(*sizes))) < FLOAT32
 
 
-@pytest.mark.parametrize("kind", ["positive", "relu"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "softmax"])
 def test_favor_attention_is_given_the_saved_projection_of_its_head(kind, monkeypatch):
     model = build(attention=kind)
     q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
@@ -341,6 +341,7 @@ def test_segments_know_positions_lengths_and_neighbours():
     assert segments.bounds == (0, 2, 2, 5)
     assert segments.positions.tolist() == [0, 1, 0, 1, 2]
     assert segments.lengths.tolist() == [2, 2, 3, 3, 3]
+    assert segments.numbers.tolist() == [0, 0, 2, 2, 2]
     assert segments.without_neighbour(1).tolist() == [1, 4]
     assert segments.without_neighbour(-2).tolist() == [0, 1, 2, 3]
 

@@ -1,0 +1,94 @@
+"""What one call of the attention op is given: its arguments as one value, and when they fit together."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protlm.ops.random_features import check_feature_map
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The arguments of `favor_attention`, which has their meaning; every backend and the float64 twin take these."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    projection: Tensor | None
+    token_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    oprf_a: Tensor | None = None
+    feature_map: str = "positive"
+    causal: bool = False
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the packed row, or rows of the batch."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_features(self) -> int:
+        """Features that the map makes of one vector."""
+        if self.projection is None:
+            return self.q.shape[-1]
+        return self.projection.shape[-2] * (2 if self.feature_map in ("hyperbolic", "trig") else 1)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of exponents, maxima and sums: float32, but float64 for float64 and for `trig`, where it exists.
+
+        The renormaliser of `trig` is a sum of signed terms that nearly cancel: in float32 the rounding of the terms
+        shows in the third digit of the output.
+        """
+        is_trig = self.feature_map == "trig" and self.q.device.type != "mps"
+        return torch.float64 if is_trig or self.q.dtype == torch.float64 else torch.float32
+
+    def check(self) -> None:
+        """Raises ValueError, naming argument, expected and got, unless the arguments fit together."""
+        q, projection, token_mask, cu_seqlens = self.q, self.projection, self.token_mask, self.cu_seqlens
+        _expect("q", "4 axes (batch, heads, length, head_dim)", q.dim() == 4, tuple(q.shape))
+        batch, heads, length, head_dim = q.shape
+        _expect("q", "a floating dtype", q.is_floating_point(), q.dtype)
+        for name, tensor in (("k", self.k), ("v", self.v)):
+            _expect(name, f"the shape of q, {tuple(q.shape)}", tensor.shape == q.shape, tuple(tensor.shape))
+            _expect(name, f"the dtype of q, {q.dtype}", tensor.dtype == q.dtype, tensor.dtype)
+        check_feature_map(self.feature_map, projection is not None, self.oprf_a is not None)
+        if projection is not None:
+            shape = tuple(projection.shape)
+            fits = len(shape) in (2, 3) and shape[-1] == head_dim and shape[-2] > 0 and shape[:-2] in ((), (heads,))
+            _expect("projection", f"(features, {head_dim}) or ({heads}, features, {head_dim})", fits, shape)
+            _expect("projection", "a floating dtype", projection.is_floating_point(), projection.dtype)
+        if token_mask is not None:
+            shape = tuple(token_mask.shape)
+            _expect("token_mask", f"shape {(batch, length)}", shape == (batch, length), shape)
+            _expect("token_mask", "dtype torch.bool", token_mask.dtype == torch.bool, token_mask.dtype)
+        if cu_seqlens is not None:
+            shape = tuple(cu_seqlens.shape)
+            _expect("cu_seqlens", "one axis with at least 2 bounds", len(shape) == 1 and shape[0] >= 2, shape)
+            _expect("cu_seqlens", "dtype torch.int32", cu_seqlens.dtype == torch.int32, cu_seqlens.dtype)
+            _expect("q", "batch = 1 with cu_seqlens", batch == 1, batch)
+        self._check_oprf_a(heads)
+        self._check_devices()
+
+    def _check_oprf_a(self, heads: int) -> None:
+        a = self.oprf_a
+        if a is None:
+            needed = self.feature_map == "oprf" and self.causal
+            _expect("oprf_a", "a tensor for causal attention, as the data would tell of later tokens", not needed, None)
+            return
+        shape, wanted = tuple(a.shape), ((heads,), (self.num_segments, heads))
+        _expect("oprf_a", f"shape {wanted[0]} or {wanted[1]}", shape in wanted, shape)
+        _expect("oprf_a", "a floating dtype", a.is_floating_point(), a.dtype)
+
+    def _check_devices(self) -> None:
+        device = self.q.device
+        for name in ("k", "v", "projection", "token_mask", "cu_seqlens", "oprf_a"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                _expect(name, f"the device of q, {device}", tensor.device == device, tensor.device)
+
+
+def _expect(argument: str, expected: str, holds: bool, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")

@@ -1,0 +1,241 @@
+"""Feature maps for the chunked torch backend: hides how each map keeps its exponentials in range.
+
+A map works on one piece of a block, (heads, segments, positions, head_dim). The features of keys are taken relative to
+references, logarithms that the state of a segment carries: one for each feature (exponential maps), or one for the
+whole head (`trig`, where it bounds exp(‖y‖²/2)). Whatever the references are, they cancel in the output; they only
+decide what overflows or vanishes on the way. So no stabiliser biases the result, and there is no epsilon.
+"""
+
+import torch
+from torch import Tensor
+
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.random_features import RELU_OFFSET, to_common_length
+
+
+class TorchMap:
+    """What all maps share: the rows of the projection, and buffers that the pieces share."""
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        heads, head_dim = inputs.q.shape[1], inputs.q.shape[-1]
+        self.dtype = inputs.compute_dtype
+        self.num_features = inputs.num_features
+        self._norm_scale = 0.5 * head_dim**-0.5
+        self._device = inputs.q.device
+        self._buffers: dict[str, Tensor] = {}
+        self._rows = None
+        if inputs.projection is not None:
+            rows = self._prepare_rows(inputs, inputs.projection.to(self.dtype))
+            # Rounded once to the dtype of q, then used everywhere: all backends see the same rows.
+            rows = rows.to(inputs.q.dtype).to(self.dtype)
+            self._rows = (rows * head_dim**-0.25).expand(heads, -1, -1)
+
+    @property
+    def num_references(self) -> int:
+        """References in the state of one head."""
+        return 1
+
+    def enter(self, segments: Tensor) -> None:
+        """Says whose pieces come next."""
+
+    def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
+        """Returns what references bound (…, positions, references): logarithms, −∞ where a token is not real."""
+        raise NotImplementedError
+
+    def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
+        """Returns features (…, positions, features) from exponents that are relative to the references."""
+        raise NotImplementedError
+
+    def query_features(self, q: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns features up to a factor per query, and the logarithm of what was divided out; None for nothing."""
+        raise NotImplementedError
+
+    def scaled_query_features(self, q: Tensor, references: Tensor, query_sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns features for the backward, and what the output's gradient is still to be divided by."""
+        raise NotImplementedError
+
+    def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the gradient of q from that of its features; overwrites both."""
+        raise NotImplementedError
+
+    def key_gradient(self, k: Tensor, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the gradient of k from that of its features; overwrites both."""
+        raise NotImplementedError
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns an uninitialised tensor that the next call with this name overwrites."""
+        size = torch.Size(shape).numel()
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=self.dtype, device=self._device)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
+
+    def _prepare_rows(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+        return rows
+
+    def _scores(self, x: Tensor, name: str) -> Tensor:
+        """Returns ω·x/d^¼ (heads, segments, positions, rows) in a buffer; x itself without a projection."""
+        if self._rows is None:
+            return self.buffer(name, tuple(x.shape)).copy_(x)
+        scores = self.buffer(name, (*x.shape[:-1], self._rows.shape[-2]))
+        torch.bmm(x.flatten(1, 2), self._rows.transpose(1, 2), out=scores.flatten(1, 2))
+        return scores
+
+    def _project_back(self, scores_grad: Tensor) -> Tensor:
+        if self._rows is None:
+            return scores_grad.clone()
+        return torch.bmm(scores_grad.flatten(1, 2), self._rows).view(*scores_grad.shape[:-1], -1)
+
+    def _half_square(self, x: Tensor) -> Tensor:
+        return x.square().sum(-1, keepdim=True).mul_(self._norm_scale)
+
+
+class ExponentialMap(TorchMap):
+    """`positive`, `hyperbolic`, `regularised` and `oprf`: exp(s·ω·y − ‖y‖²/2 + constant of ω), one reference a feature.
+
+    The maps differ in their rows (for `hyperbolic` ω and −ω), and `oprf` in s = √(1−4A) and the constant 2A‖ω‖² that
+    its queries and keys have together.
+    """
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        super().__init__(inputs)
+        assert self._rows is not None
+        self._scales = self._constants = None
+        self._block_scale: Tensor | None = None
+        self._block_constant: Tensor | None = None
+        if inputs.oprf_a is not None:
+            a = inputs.oprf_a.detach().double().expand(inputs.num_segments, -1).T.unsqueeze(-1)
+            squares = self._rows.double().square().sum(-1).unsqueeze(1) * inputs.q.shape[-1] ** 0.5
+            self._scales = (1 - 4 * a).sqrt().to(self.dtype).unsqueeze(-1)
+            self._constants = (2 * a * squares).to(self.dtype)
+
+    @property
+    def num_references(self) -> int:
+        """One for each feature."""
+        return self.num_features
+
+    def enter(self, segments: Tensor) -> None:
+        """Picks the constants of these segments."""
+        if self._scales is not None and self._constants is not None:
+            self._block_scale, self._block_constant = self._scales[:, segments], self._constants[:, segments]
+
+    def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
+        """Returns s·ω·y − ‖y‖²/2."""
+        exponents = self._scores(self._scaled(k), "keys").sub_(self._half_square(k))
+        return exponents if valid is None else exponents.masked_fill_(~valid[..., None], -torch.inf)
+
+    def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
+        """Returns their exponentials."""
+        return exponents.exp_()
+
+    def query_features(self, q: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns exponentials relative to the largest one of each query; ‖y‖² of a query cancels."""
+        exponents = self._query_exponents(q, references)
+        maxima = exponents.amax(-1, keepdim=True)
+        return exponents.sub_(maxima).exp_(), maxima
+
+    def scaled_query_features(self, q: Tensor, references: Tensor, query_sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns features divided by the renormaliser, whose logarithm query_sums is."""
+        return self._query_exponents(q, references).sub_(query_sums).exp_(), None
+
+    def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the gradient through the exponential and the projection."""
+        return self._scaled(self._project_back(grads.mul_(features)))
+
+    def key_gradient(self, k: Tensor, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the gradient through the exponential, the projection and ‖y‖²."""
+        grads.mul_(features)
+        k_grad = self._scaled(self._project_back(grads))
+        return k_grad.addcmul_(grads.sum(-1, keepdim=True), k, value=-2 * self._norm_scale)
+
+    def _prepare_rows(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+        if inputs.feature_map == "hyperbolic":
+            return torch.cat((rows, -rows), -2)
+        return to_common_length(rows) if inputs.feature_map == "regularised" else rows
+
+    def _query_exponents(self, q: Tensor, references: Tensor) -> Tensor:
+        if self._block_constant is not None:
+            references = references + self._block_constant
+        return self._scores(self._scaled(q), "queries").add_(references.unsqueeze(2))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self._block_scale is None else x * self._block_scale
+
+
+class _LinearMap(TorchMap):
+    """Maps whose features are no exponentials of the projection: queries keep their size, and sums are plain sums."""
+
+    def query_features(self, q: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the features as they are."""
+        return self._linear_features(q, "queries"), None
+
+    def scaled_query_features(self, q: Tensor, references: Tensor, query_sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the features as they are, and the renormaliser."""
+        return self._linear_features(q, "queries"), query_sums
+
+    def _linear_features(self, x: Tensor, name: str) -> Tensor:
+        raise NotImplementedError
+
+
+class TrigMap(_LinearMap):
+    """`trig`: exp(‖y‖²/2)·(sin ω·y, cos ω·y); the factor of a query cancels, that of a key has one reference a head."""
+
+    def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
+        """Returns ‖y‖²/2."""
+        exponents = self._half_square(k)
+        return exponents if valid is None else exponents.masked_fill_(~valid[..., None], -torch.inf)
+
+    def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
+        """Returns exp(exponents)·(sin ω·y, cos ω·y)."""
+        return self._linear_features(k, "keys").mul_(exponents.exp_())
+
+    def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the gradient through sine, cosine and the projection."""
+        sines, cosines = features.chunk(2, -1)
+        sine_grads, cosine_grads = grads.chunk(2, -1)
+        return self._project_back(sine_grads.mul_(cosines).sub_(cosine_grads.mul_(sines)).contiguous())
+
+    def key_gradient(self, k: Tensor, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the same, and the gradient through exp(‖y‖²/2)."""
+        norm_grad = torch.linalg.vecdot(features, grads).unsqueeze(-1)
+        return self.query_gradient(features, grads).addcmul_(norm_grad, k, value=2 * self._norm_scale)
+
+    def _linear_features(self, x: Tensor, name: str) -> Tensor:
+        scores = self._scores(x, "scores")
+        features = self.buffer(name, (*x.shape[:-1], self.num_features))
+        sines, cosines = features.chunk(2, -1)
+        torch.sin(scores, out=sines)
+        torch.cos(scores, out=cosines)
+        return features
+
+
+class ReluMap(_LinearMap):
+    """`relu`: max(ω·y, 0) + 1e-3; references say only which keys are real."""
+
+    def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
+        """Returns 0 for every real key."""
+        exponents = torch.zeros_like(k[..., :1])
+        return exponents if valid is None else exponents.masked_fill_(~valid[..., None], -torch.inf)
+
+    def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
+        """Returns the features of real keys, and zeros."""
+        return self._linear_features(k, "keys").mul_(exponents.exp_())
+
+    def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the gradient where the ReLU is open."""
+        return self._project_back(grads.mul_(features > RELU_OFFSET))
+
+    def key_gradient(self, k: Tensor, features: Tensor, grads: Tensor) -> Tensor:
+        """Returns the gradient where the ReLU is open."""
+        return self.query_gradient(features, grads)
+
+    def _linear_features(self, x: Tensor, name: str) -> Tensor:
+        return self._scores(x, name).clamp_(min=0).add_(RELU_OFFSET)
+
+
+def torch_map(inputs: AttentionInputs) -> TorchMap:
+    """Returns the map of one call of the op."""
+    if inputs.feature_map == "trig":
+        return TrigMap(inputs)
+    return ReluMap(inputs) if inputs.feature_map == "relu" else ExponentialMap(inputs)
