@@ -63,7 +63,8 @@ def favor_attention(
             and its own output is zero.
         cu_seqlens: int32 bounds 0 = b₀ ≤ b₁ ≤ … = length of the segments packed into the row (batch = 1): no attention
             across them. None takes each row as one segment.
-        causal: A token sees itself and the tokens before it in its segment. No later token changes a bit of its output.
+        causal: A token sees itself and the tokens before it in its segment; no later token of the segment changes a
+            bit of its output.
         oprf_a: The A of `oprf`, below 1/8, one a head or (segments, heads); no gradient flows to it. None takes
             `oprf_parameter` of the mean ‖x + y‖² over all pairs of real tokens of the segment; causal attention needs
             a value, as the data would tell of later tokens.

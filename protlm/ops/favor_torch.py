@@ -97,7 +97,7 @@ class _State:
 
     def add(self, features: Tensor, values: Tensor) -> None:
         """Adds Σ features ⊗ values over positions."""
-        self.sums.flatten(0, 1).baddbmm_(features.flatten(0, 1).transpose(1, 2), values.flatten(0, 1))
+        _add_product(self.sums, features.transpose(2, 3), values)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Run:
             weights = _matmul(features, step.features.transpose(2, 3)).tril_()
             # Zero times a value that is not finite would reach back to earlier tokens; it reaches the later ones only.
             sums = _matmul(weights, step.values.nan_to_num(0.0, 0.0, 0.0))
-            sums.flatten(0, 1).baddbmm_(features.flatten(0, 1), state.sums.flatten(0, 1))
+            _add_product(sums, features, state.sums)
             sums.add_((step.values - step.values).cumsum(2))
             out, query_sums = _normalised(sums, offsets)
             yield step.piece.narrow(0, step.count), out[:, :, : step.count], query_sums[:, :, : step.count]
@@ -172,15 +172,13 @@ class _Run:
         state_grad = _State(torch.zeros_like(state.sums, memory_format=torch.contiguous_format), state.references)
         for piece in block.pieces:
             features, pulled = self._pulled(piece, saved, state.references)
-            grads = self._product("grads", pulled, state.sums.transpose(2, 3))
+            grads = self._features_grad(pulled, state.sums.transpose(2, 3))
             state_grad.add(features, pulled)
             piece.put(q_grad, self.map.query_gradient(features, grads))
         for piece in block.pieces:
-            k, values = self._keys(piece)
-            exponents = self.map.key_exponents(k, piece.valid)
-            features = self.map.key_features(k, exponents.sub_(state.references.unsqueeze(2)))
+            k, values, features = self._keys_and_features(piece, state.references)
             piece.put(v_grad, _matmul(features, state_grad.sums[..., :-1]))
-            grads = self._product("grads", values, state_grad.sums.transpose(2, 3))
+            grads = self._features_grad(values, state_grad.sums.transpose(2, 3))
             piece.put(k_grad, self.map.key_gradient(k, features, grads))
 
     def causal_gradients(self, block: Block, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> None:
@@ -195,9 +193,9 @@ class _Run:
             piece = step.piece.narrow(0, step.count)
             k_features, values = step.features[:, :, : step.count], step.values[:, :, : step.count]
             features, pulled = self._pulled(piece, saved, state.references)
-            grads = self._product("grads", pulled, state.sums.transpose(2, 3))
+            grads = self._features_grad(pulled, state.sums.transpose(2, 3))
             weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
-            grads.flatten(0, 1).baddbmm_(weights_grad.flatten(0, 1), k_features.flatten(0, 1))
+            _add_product(grads, weights_grad, k_features)
             piece.put(q_grad, self.map.query_gradient(features, grads))
             steps.append((piece, state.references))
         state_grad = torch.zeros_like(state.sums)
@@ -205,18 +203,16 @@ class _Run:
         for piece, references in reversed(steps):
             state_grad.mul_(torch.exp(references - later).unsqueeze(-1))
             later = references
-            k, values = self._keys(piece)
-            exponents = self.map.key_exponents(k, piece.valid)
-            k_features = self.map.key_features(k, exponents.sub_(references.unsqueeze(2)))
+            k, values, k_features = self._keys_and_features(piece, references)
             features, pulled = self._pulled(piece, saved, references)
             weights = _matmul(features, k_features.transpose(2, 3)).tril_()
             weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
             piece_v_grad = _matmul(k_features, state_grad[..., :-1])
-            piece_v_grad.flatten(0, 1).baddbmm_(weights.flatten(0, 1).transpose(1, 2), pulled[..., :-1].flatten(0, 1))
+            _add_product(piece_v_grad, weights.transpose(2, 3), pulled[..., :-1])
             piece.put(v_grad, piece_v_grad)
-            grads = self._product("grads", values, state_grad.transpose(2, 3))
-            grads.flatten(0, 1).baddbmm_(weights_grad.flatten(0, 1).transpose(1, 2), features.flatten(0, 1))
-            state_grad.flatten(0, 1).baddbmm_(features.flatten(0, 1).transpose(1, 2), pulled.flatten(0, 1))
+            grads = self._features_grad(values, state_grad.transpose(2, 3))
+            _add_product(grads, weights_grad.transpose(2, 3), features)
+            _add_product(state_grad, features.transpose(2, 3), pulled)
             piece.put(k_grad, self.map.key_gradient(k, k_features, grads))
 
     def _causal_steps(self, block: Block, state: _State) -> Iterator["_CausalStep"]:
@@ -248,14 +244,21 @@ class _Run:
         k, v = piece.take(self.inputs.k, self.map.dtype), piece.take(self.inputs.v, self.map.dtype)
         return k, torch.cat((v, torch.ones_like(v[..., :1])), -1)
 
+    def _keys_and_features(self, piece: Piece, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns k, v with a column of ones, and the features of k relative to known references."""
+        k, values = self._keys(piece)
+        exponents = self.map.key_exponents(k, piece.valid)
+        return k, values, self.map.key_features(k, exponents.sub_(references.unsqueeze(2)))
+
     def _pulled(self, piece: Piece, saved: _Saved, references: Tensor) -> tuple[Tensor, Tensor]:
         """Returns query features, and the gradient of Σ features·state before its product with either."""
         pulled, query_sums = saved.take(piece, self.map.dtype)
         features, divisor = self.map.scaled_query_features(self._queries(piece), references, query_sums)
         return features, pulled if divisor is None else pulled.div_(divisor)
 
-    def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        out = self.map.buffer(name, (*a.shape[:-1], b.shape[-1]))
+    def _features_grad(self, a: Tensor, b: Tensor) -> Tensor:
+        """Returns a·b in a buffer: the gradient of features through the state."""
+        out = self.map.buffer("grads", (*a.shape[:-1], b.shape[-1]))
         torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
         return out
 
@@ -293,3 +296,8 @@ def _normalised(sums: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Returns a·b for two leading axes taken as one batch."""
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:2], a.shape[2], b.shape[-1])
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a·b to out, for two leading axes taken as one batch."""
+    out.view(-1, *out.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))

@@ -40,7 +40,8 @@ def favor_attention(
 
     Works inside the range of float64 exponents: norms of q and k up to about 30. Cost: O(length²).
     """
-    AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
+    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
+    inputs.check()
     q, k, v = (tensor.double() for tensor in (q, k, v))
     segment = _segment_of_token(q, cu_seqlens)
     allowed = _allowed_pairs(segment, token_mask, causal)
@@ -49,8 +50,7 @@ def favor_attention(
         if oprf_a is None:
             token_a = _oprf_a_from_pairs(q, k, segment, allowed)
         else:
-            segments = int(segment.max()) + 1 if segment.numel() else 1
-            token_a = oprf_a.detach().double().expand(segments, -1)[segment].transpose(1, 2)
+            token_a = oprf_a.detach().double().expand(inputs.num_segments, -1)[segment].transpose(1, 2)
         token_a = token_a.unsqueeze(-1)
     q_features = kernel_features(q, projection, feature_map=feature_map, oprf_a=token_a)
     k_features = kernel_features(k, projection, feature_map=feature_map, oprf_a=token_a)

@@ -11,7 +11,7 @@ from protlm.cli.app import app, main
 from tests.e2e.conftest import write_fasta
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUM_PROTEINS = 60
 # The one change to a documented command: no reader waits for a test, so training ends after so many updates. They are
 # updates of the documented configuration, on its documented rows.
@@ -68,7 +68,9 @@ def test_help_of_each_command_ends_its_text_with_examples_on_lines_of_their_own(
     assert lines[lines.index("Examples:") + 1].startswith(f"protlm {command} ")
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_relative_links_of_a_document_lead_somewhere(document):
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (document.parent / target).exists()]

@@ -39,7 +39,46 @@ BAD_ARGUMENTS = {
     "v shape": ({"v": torch.zeros(2, 3, 5, 8)}, "v: expected the shape of q, (2, 3, 5, 4), got (2, 3, 5, 8)"),
     "k dtype": ({"k": torch.zeros(SHAPE).double()}, "k: expected the dtype of q, torch.float32, got torch.float64"),
     "v dtype": ({"v": torch.zeros(SHAPE).half()}, "v: expected the dtype of q, torch.float32, got torch.float16"),
-    "feature_map": ({"feature_map": "elu"}, "feature_map: expected one of ('positive', 'relu'), got 'elu'"),
+    "feature_map": (
+        {"feature_map": "elu"},
+        "feature_map: expected one of ('positive', 'hyperbolic', 'trig', 'regularised', 'oprf', 'relu'), got 'elu'",
+    ),
+    "no projection of another map": (
+        {"projection": None, "feature_map": "hyperbolic"},
+        "projection: expected a tensor for feature_map 'hyperbolic', got None",
+    ),
+    "a of another map": (
+        {"oprf_a": torch.zeros(3)},
+        "oprf_a: expected None for feature_map 'positive', got a value",
+    ),
+    "a missing": (
+        {"feature_map": "oprf", "causal": True},
+        "oprf_a: expected a tensor for causal attention, as the data would tell of later tokens, got None",
+    ),
+    "a shape": (
+        {"feature_map": "oprf", "oprf_a": torch.zeros(2)},
+        "oprf_a: expected shape (3,) or (2, 3), got (2,)",
+    ),
+    "a shape of segments": (
+        {**fitting(ONE_ROW), "feature_map": "oprf", "cu_seqlens": int32(0, 2, 5), "oprf_a": torch.zeros(1, 3)},
+        "oprf_a: expected shape (3,) or (2, 3), got (1, 3)",
+    ),
+    "a dtype": (
+        {"feature_map": "oprf", "oprf_a": torch.zeros(3, dtype=torch.int64)},
+        "oprf_a: expected a floating dtype, got torch.int64",
+    ),
+    "a device": (
+        {"feature_map": "oprf", "oprf_a": torch.zeros(3, device="meta")},
+        "oprf_a: expected the device of q, cpu, got meta",
+    ),
+    "a too large": (
+        {"feature_map": "oprf", "oprf_a": torch.tensor([0.0, 0.125, -1.0])},
+        "oprf_a: expected values below 1/8, got up to 0.125",
+    ),
+    "a not a number": (
+        {"feature_map": "oprf", "oprf_a": torch.tensor([0.0, torch.nan, -1.0])},
+        "oprf_a: expected values below 1/8, got up to nan",
+    ),
     "no projection": (
         {"projection": None},
         "projection: expected a tensor for feature_map 'positive', got None",
@@ -129,6 +168,9 @@ def test_arguments_that_fit_are_accepted():
     for changes in (
         {"projection": torch.zeros(3, 6, 4)},
         {"feature_map": "relu", "projection": None},
+        {"feature_map": "oprf", "oprf_a": torch.zeros(3)},
+        {"feature_map": "oprf", "oprf_a": torch.zeros(2, 3), "causal": True},
+        *({"feature_map": name} for name in random_features.FEATURE_MAPS),
         {"projection": torch.zeros(6, 4).double()},
         {"backend": "torch"},
     ):
@@ -141,7 +183,8 @@ def test_arguments_that_fit_are_accepted():
         ({"num_features": 0}, "num_features: expected at least 1, got 0"),
         ({"head_dim": -2}, "head_dim: expected at least 1, got -2"),
         ({"num_heads": 0}, "num_heads: expected at least 1, got 0"),
-        ({"kind": "haar"}, "kind: expected 'orthogonal' or 'iid', got 'haar'"),
+        ({"kind": "haar"}, "kind: expected one of ('orthogonal', 'iid', 'simplex'), got 'haar'"),
+        ({"kind": "simplex", "head_dim": 1}, "head_dim: expected at least 2 for kind 'simplex', got 1"),
     ],
 )
 def test_a_projection_that_cannot_be_drawn_is_a_value_error(sizes, message):
@@ -161,7 +204,14 @@ def test_backends_are_named_with_what_they_are():
 
 
 def test_features_of_an_unknown_map_or_another_head_dim_are_a_value_error():
-    with pytest.raises(ValueError, match=r"feature_map: expected .*got 'trig'"):
-        kernel_features(torch.zeros(5, 4), torch.zeros(6, 4), feature_map="trig")
+    with pytest.raises(ValueError, match=r"feature_map: expected .*got 'elu'"):
+        kernel_features(torch.zeros(5, 4), torch.zeros(6, 4), feature_map="elu")
     with pytest.raises(ValueError, match="projection: expected head_dim 4 as in x, got 3"):
         kernel_features(torch.zeros(5, 4), torch.zeros(6, 3))
+
+
+def test_features_of_oprf_without_a_and_a_of_another_map_are_a_value_error():
+    with pytest.raises(ValueError, match=r"^oprf_a: expected a number or a tensor for feature_map 'oprf', got None"):
+        kernel_features(torch.zeros(5, 4), torch.zeros(6, 4), feature_map="oprf")
+    with pytest.raises(ValueError, match=r"^oprf_a: expected None for feature_map 'trig', got a value"):
+        kernel_features(torch.zeros(5, 4), torch.zeros(6, 4), feature_map="trig", oprf_a=-0.1)

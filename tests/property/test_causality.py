@@ -1,0 +1,158 @@
+"""Causal attention: what comes later tells nothing, and what came before is never lost, whatever its size."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protlm.ops import draw_projection, favor_attention, favor_torch
+from tests.conftest import TOLERANCE, relative_error
+
+HEADS, HEAD_DIM = 2, 6
+A = torch.tensor([-0.2, 0.05])
+
+laws = settings(deadline=None, max_examples=30)
+seeds = st.integers(0, 2**32)
+every_map = st.sampled_from(["positive", "hyperbolic", "regularised", "oprf", "trig", "relu", "bare relu"])
+later_contents = st.sampled_from([0.0, 1.0, -30.0, 1e4, 1e6, 1e13, torch.inf, torch.nan])
+
+
+def draw(seed, length, dtype, head_dim=HEAD_DIM, features=24):
+    """Returns q, k, v and a projection."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, 1, HEADS, length, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+    return q, k, v, draw_projection(features, head_dim, num_heads=HEADS, generator=generator, dtype=dtype)
+
+
+def attend(q, k, v, projection, feature_map, **options):
+    """Returns causal attention by a map of this name; `bare relu` is `relu` without a projection."""
+    if feature_map == "oprf":
+        options["oprf_a"] = A
+    options = {"feature_map": feature_map.removeprefix("bare "), "causal": True, **options}
+    return favor_attention(q, k, v, None if feature_map == "bare relu" else projection, **options)
+
+
+@laws
+@given(seeds, st.integers(2, 300), st.floats(0, 1), every_map, later_contents, st.sets(st.sampled_from("qkv")))
+def test_nothing_later_changes_a_bit_of_an_earlier_output(seed, length, share, feature_map, content, changed):
+    q, k, v, projection = draw(seed, length, torch.float32)
+    first = 1 + int(share * (length - 1))
+    tensors = {"q": q, "k": k, "v": v}
+    plain = attend(*tensors.values(), projection, feature_map)
+    assert plain.isfinite().all()
+    for name in changed:
+        tensors[name] = tensors[name].clone()
+        # Content of no size stands as it is; any other multiplies what was there, so that no two tokens are alike.
+        tensors[name][:, :, first:] *= content
+    assert torch.equal(attend(*tensors.values(), projection, feature_map)[:, :, :first], plain[:, :, :first])
+
+
+@laws
+@given(seeds, every_map, st.sampled_from([1e4, -1e4, 50.0]), st.integers(1, 199))
+def test_a_later_key_along_a_row_of_the_projection_changes_nothing_before_it(seed, feature_map, size, place):
+    q, k, v, projection = draw(seed, 200, torch.float32, head_dim=256, features=32)
+    plain = attend(q, k, v, projection, feature_map)
+    k = k.clone()
+    k[:, :, place] = size * projection[:, 0] / projection[:, 0].norm(dim=-1, keepdim=True)
+    out = attend(q, k, v, projection, feature_map)
+    assert out.isfinite().all()
+    assert torch.equal(out[:, :, :place], plain[:, :, :place])
+
+
+@laws
+@given(seeds, st.lists(st.integers(0, 80), min_size=2, max_size=6), every_map, st.sampled_from([1e4, torch.nan]))
+def test_another_segment_changes_nothing(seed, sizes, feature_map, content):
+    q, k, v, projection = draw(seed, sum(sizes), torch.float64)
+    cu_seqlens = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
+    whole = attend(q, k, v, projection, feature_map, cu_seqlens=cu_seqlens)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = int(torch.randint(len(sizes), (), generator=generator))
+    start, stop = cu_seqlens[chosen].item(), cu_seqlens[chosen + 1].item()
+    spoilt = [x.clone() for x in (q, k, v)]
+    for x in spoilt:
+        x[:, :, :start] *= content
+        x[:, :, stop:] *= content
+    found = attend(*spoilt, projection, feature_map, cu_seqlens=cu_seqlens)[:, :, start:stop]
+    # Not to the bit: where a key of one segment ends a piece early, it does so for all. `trig` makes rounding grow.
+    assert relative_error(found, whole[:, :, start:stop]) < (1e-6 if feature_map == "trig" else 1e-12)
+
+
+@laws
+@given(seeds, st.integers(1, 300), every_map)
+def test_the_last_output_is_that_of_bidirectional_attention(seed, length, feature_map):
+    q, k, v, projection = draw(seed, length, torch.float64, features=256)
+    causal = attend(q, k, v, projection, feature_map)[:, :, -1]
+    both_ways = attend(q, k, v, projection, feature_map, causal=False)[:, :, -1]
+    assert relative_error(causal, both_ways) < (1e-6 if feature_map == "trig" else TOLERANCE[torch.float64])
+
+
+@laws
+@given(seeds, st.integers(2, 300), st.floats(0, 1), every_map)
+def test_gradients_flow_backwards_in_time_only(seed, length, share, feature_map):
+    q, k, v, projection = draw(seed, length, torch.float32)
+    first = 1 + int(share * (length - 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, projection, feature_map)
+    for gradient in torch.autograd.grad(out[:, :, :first].sum(), leaves, retain_graph=True):
+        assert not gradient[:, :, first:].any()
+    q_gradient, _, v_gradient = torch.autograd.grad(out[:, :, first:].sum(), leaves)
+    assert not q_gradient[:, :, :first].any()
+    assert v_gradient[:, :, :first].any()
+
+
+def log_space(q, k, v, projection):
+    """Returns causal `positive` attention from the logarithm of every weight, which no size of q and k overflows."""
+    scale = q.shape[-1] ** -0.25
+    exponents = [x * scale @ projection.transpose(-1, -2) for x in (q, k)]
+    keys = exponents[1] - (k * scale).square().sum(-1, keepdim=True) / 2
+    logs = torch.logsumexp(exponents[0].unsqueeze(3) + keys.unsqueeze(2), -1)
+    later = torch.ones(logs.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.softmax(logs.masked_fill(later, -torch.inf), -1) @ v
+
+
+NORMS = {
+    "falling": torch.linspace(1000, 0, 150),
+    "rising": torch.linspace(0, 1000, 150),
+    "jumping": torch.tensor([0.1, 300.0, 1.0, 1000.0, 0.0] * 30),
+    "one large": torch.tensor([1.0] * 100 + [1e5] + [1.0] * 49),
+    "one small": torch.tensor([500.0] * 100 + [1.0] + [500.0] * 49),
+}
+
+
+@pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("piece_length", [128, 7])
+def test_keys_of_any_size_give_the_exact_result_and_its_gradients(norms, piece_length, monkeypatch):
+    monkeypatch.setattr(favor_torch, "_CAUSAL_PIECE_LENGTH", piece_length)
+    q, k, v, projection = draw(0, 150, torch.float64, features=16)
+    k = k / k.norm(dim=-1, keepdim=True) * norms.view(1, 1, -1, 1).double()
+    out_grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for attention in (attend_positive, log_space):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, projection)
+        results.append((out, *torch.autograd.grad(out, leaves, out_grad)))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < 1e-8
+
+
+def attend_positive(q, k, v, projection):
+    return attend(q, k, v, projection, "positive")
+
+
+@pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
+def test_keys_of_any_size_give_finite_averages_in_float32(norms):
+    q, k, v, projection = draw(0, 150, torch.float32, head_dim=256)
+    k = k / k.norm(dim=-1, keepdim=True) * norms.view(1, 1, -1, 1)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, projection, "positive")
+    assert (out.abs() <= v.abs().cummax(2).values * (1 + 1e-5)).all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_left_padding_is_no_history():
+    q, k, v, projection = draw(0, 200, torch.float64)
+    token_mask = torch.arange(200).unsqueeze(0) >= 70
+    out = attend(q, k, v, projection, "positive", token_mask=token_mask)
+    alone = attend(*(x[:, :, 70:] for x in (q, k, v)), projection, "positive")
+    assert relative_error(out[:, :, 70:], alone) < 1e-13
+    assert not out[:, :, :70].any()
