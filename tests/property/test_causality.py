@@ -156,3 +156,12 @@ def test_left_padding_is_no_history():
     alone = attend(*(x[:, :, 70:] for x in (q, k, v)), projection, "positive")
     assert relative_error(out[:, :, 70:], alone) < 1e-13
     assert not out[:, :, :70].any()
+
+
+def test_a_nan_in_one_head_hides_no_large_key_of_another():
+    q, k, v, projection = draw(0, 40, torch.float32)
+    k[:, :, :20] *= 300.0
+    expected = attend(q, k, v, projection, "positive")[:, 1]
+    assert expected.isfinite().all()
+    k[:, 0, 20] = torch.nan
+    assert torch.equal(attend(q, k, v, projection, "positive")[:, 1], expected)
