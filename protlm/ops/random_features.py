@@ -77,7 +77,7 @@ def kernel_features(
     *,
     feature_map: FeatureMap = "positive",
     oprf_a: Float[Tensor, "*axes"] | float | None = None,
-) -> Float[Tensor, "*batch length map_features"]:
+) -> Float[Tensor, "*broadcast length map_features"]:
     """Returns the features φ(x) of queries or keys, un-normalised and with nothing subtracted inside the exponent.
 
     With y = x/d^¼, d = head_dim, M rows ω_j and u_j = ω_j·y, the features of a row are

@@ -18,7 +18,7 @@ def kernel_features(
     *,
     feature_map: FeatureMap = "positive",
     oprf_a: Float[Tensor, "*axes"] | float | None = None,
-) -> Float[Tensor, "*batch length map_features"]:
+) -> Float[Tensor, "*broadcast length map_features"]:
     """Returns φ(x) in float64; `protlm.ops.kernel_features` has the formulas."""
     projection = None if projection is None else projection.double()
     return random_features.kernel_features(x.double(), projection, feature_map=feature_map, oprf_a=oprf_a)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from protlm.ops import draw_projection, kernel_features, random_features
+from protlm.ops import draw_projection, kernel_features, oprf_parameter, random_features
+from scripts.report.closed_forms import pair_of_sum, row_variance
 
 # Of the worst of a few dozen z values: a right draw stays below (p < 1e-4), a planted fault is far above.
 MAX_Z = 5.0
@@ -46,13 +47,14 @@ def without_sign_fix(count, size, generator):
     return torch.linalg.qr(torch.randn(count, size, size, generator=generator, dtype=torch.float64))[0]
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+@pytest.mark.parametrize("kind", random_features.PROJECTION_KINDS)
 def test_kernel_estimates_are_unbiased_along_coordinates_and_all_ones(kind):
     assert kernel_z_values(kind).abs().max() < MAX_Z
 
 
-def test_a_block_that_is_cut_short_is_unbiased_too():
-    assert kernel_z_values("orthogonal", num_features=5).abs().max() < MAX_Z
+@pytest.mark.parametrize("kind", ["orthogonal", "simplex"])
+def test_a_block_that_is_cut_short_is_unbiased_too(kind):
+    assert kernel_z_values(kind, num_features=5).abs().max() < MAX_Z
 
 
 def test_the_same_statistic_finds_a_qr_without_the_sign_fix(monkeypatch):
@@ -73,12 +75,37 @@ def test_rows_are_orthogonal_within_blocks_of_head_dim(num_features, head_dim):
             assert difference.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("num_features", "head_dim"), [(8, 8), (20, 8), (5, 8), (2, 2), (5, 2), (130, 64)])
+def test_rows_of_a_simplex_are_all_at_the_same_angle_within_blocks_of_head_dim(num_features, head_dim):
+    projection = draw_projection(
+        num_features, head_dim, kind="simplex", num_heads=3, generator=generator(), dtype=torch.float64
+    )
+    assert projection.shape == (3, num_features, head_dim)
+    expected = torch.full((head_dim, head_dim), -1 / (head_dim - 1), dtype=torch.float64).fill_diagonal_(1)
+    for head in projection:
+        for block in head.split(head_dim):
+            directions = torch.nn.functional.normalize(block, dim=-1)
+            difference = directions @ directions.T - expected[: len(block), : len(block)]
+            assert difference.abs().max() < 1e-12
+
+
+def test_the_directions_of_a_whole_simplex_add_up_to_nothing():
+    projection = draw_projection(24, 8, kind="simplex", generator=generator(), dtype=torch.float64)
+    for block in projection.split(8):
+        assert torch.nn.functional.normalize(block, dim=-1).sum(0).abs().max() < 1e-12
+
+
+def test_a_simplex_needs_two_dimensions():
+    with pytest.raises(ValueError, match="head_dim: expected at least 2 for kind 'simplex', got 1"):
+        draw_projection(4, 1, kind="simplex")
+
+
 def test_iid_rows_are_not_orthogonal():
     projection = draw_projection(8, 8, kind="iid", generator=generator(), dtype=torch.float64)
     assert (projection @ projection.T).fill_diagonal_(0).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+@pytest.mark.parametrize("kind", random_features.PROJECTION_KINDS)
 def test_every_row_is_a_standard_normal_vector(kind):
     rows = draw_projection(
         2 * HEAD_DIM, HEAD_DIM, kind=kind, num_heads=2_000, generator=generator(1), dtype=torch.float64
@@ -95,7 +122,7 @@ def test_every_row_is_a_standard_normal_vector(kind):
     assert abs(z_value(centred[:, 0] * centred[:, 1], 0.0)) < MAX_Z, "norms of one block are independent"
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+@pytest.mark.parametrize("kind", random_features.PROJECTION_KINDS)
 def test_heads_and_blocks_are_drawn_independently(kind):
     projection = draw_projection(
         2 * HEAD_DIM, HEAD_DIM, kind=kind, num_heads=8_000, generator=generator(2), dtype=torch.float64
@@ -108,7 +135,7 @@ def test_heads_and_blocks_are_drawn_independently(kind):
         assert abs(z_value(products.square(), HEAD_DIM)) < MAX_Z
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "iid"])
+@pytest.mark.parametrize("kind", random_features.PROJECTION_KINDS)
 def test_a_seed_gives_one_projection_whatever_the_dtype_and_the_global_state(kind):
     draws = []
     for global_seed, dtype in ((0, torch.float64), (1, torch.float64), (2, torch.float32)):
@@ -138,3 +165,25 @@ def test_orthogonal_features_have_less_variance_than_iid_ones():
         )
         variances[kind] = kernel_estimates(x, y, projection).var().item()
     assert variances["orthogonal"] < 0.85 * variances["iid"]
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("sum_square", [0.0, 0.5, 2.0, 8.0, 40.0])
+def test_oprf_parameter_makes_the_variance_least(head_dim, sum_square):
+    a = oprf_parameter(torch.tensor(sum_square, dtype=torch.float64), head_dim).item()
+    pair = pair_of_sum(sum_square, 0.0)
+    least = row_variance("oprf", pair, head_dim, a)
+    for step in (1e-3, 1e-2, 0.1):
+        for neighbour in (a - step, a + step):
+            assert row_variance("oprf", pair, head_dim, neighbour) > least
+    assert least <= row_variance("positive", pair, head_dim)
+
+
+def test_oprf_parameter_is_that_of_positive_features_at_zero_and_negative_beyond():
+    squares = torch.linspace(0, 50, 101, dtype=torch.float64)
+    a = oprf_parameter(squares, 16)
+    assert a[0] == 0
+    assert (a.diff() < 0).all()
+    # The formula of arXiv 2205.15317 solves 16A² − 2(1 − 2f)A − f = 0, the condition for a least variance.
+    f = squares / 16
+    assert (16 * a.square() - 2 * (1 - 2 * f) * a - f).abs().max() < 1e-12

@@ -1,0 +1,122 @@
+"""Section 8: time and memory against length."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scripts.report.approximation import log_log_slope
+from scripts.report.cost import CASES, FEATURES, HEAD_DIM, HEADS, Case, can_measure_memory, peak_bytes, seconds
+from scripts.report.page import Line, Section, plot, table
+from scripts.report.settings import Settings
+
+TIME_SLOPE, MEMORY_SLOPE = 1.05, 0.3
+TARGET_LENGTH = 65_536
+"""The slopes are promised up to here: over a few hundred tokens the constant parts still grow."""
+MEBIBYTE = 2**20
+
+
+def cost(settings: Settings, folder: Path) -> Section:
+    """Measures all cases and fits their slopes."""
+    lengths = {"favor": settings.lengths, "exact": settings.exact_lengths, "formed": settings.formed_lengths}
+    times: dict[Case, dict[int, list[float]]] = {case: {} for case in CASES}
+    for length in settings.lengths:
+        due = [case for case in CASES if length in lengths[case.implementation]]
+        for case, measured in seconds(due, length, settings.repeats).items():
+            times[case][length] = measured
+    peaks: dict[Case, dict[int, int]] = {case: {} for case in CASES}
+    if can_measure_memory():
+        calls = [(case, length) for case in CASES for length in times[case]]
+        for (case, length), peak in zip(calls, peak_bytes(calls), strict=True):
+            peaks[case][length] = peak
+    rows, numbers = [], []
+    for case in CASES:
+        row, number = _row(case, times[case], peaks[case])
+        rows.append(row)
+        numbers.append(number)
+    columns = ["", "work", "shortest … longest", "time, ms", "slope of time", "peak above inputs and outputs, MiB",
+               "slope of memory"]  # fmt: skip
+    notes = [_targets(numbers)] if settings.lengths[-1] >= TARGET_LENGTH else ["Too short for the targets of FAVOR."]
+    if not can_measure_memory():
+        notes.append("Memory is not measured: this system has no /proc/self/clear_refs.")
+    return Section(
+        "Time grows linearly with length, and memory hardly",
+        [
+            "Section 3.1: O(L·M·d) time, where exact attention takes O(L²·d). Memory above inputs and outputs: FAVOR "
+            "keeps one state of M × (d + 1) numbers a head and a piece of features; causal keeps M numbers a head for "
+            "every 128 tokens in the backward. `exact (SDPA)` is torch's fused attention, which forms no matrix of "
+            "pairs; `matrix formed` is the formula as it is written. (The paper's Figure 3.)",
+            f"B 1, H {HEADS}, d {HEAD_DIM}, M {FEATURES}, `positive`, float32; medians of {settings.repeats} calls, "
+            "taken in turns. A peak is that of the process's resident memory during one call in a process apart, "
+            "less what was resident before and less the outputs. Slopes are those of a line through all points in "
+            "logarithms: 1 is linear, 2 quadratic.",
+        ],
+        tables=[table(columns, rows)],
+        plots=_plots(folder, times, peaks),
+        notes=notes,
+        numbers={"cases": numbers},
+    )
+
+
+def _row(case: Case, times: dict[int, list[float]], peaks: dict[int, int]) -> tuple[tuple[object, ...], dict[str, Any]]:
+    lengths = list(times)
+    medians = [statistics.median(values) for values in times.values()]
+    # A peak below one page cannot be seen, and has no logarithm.
+    visible = {length: max(value, 4096) for length, value in peaks.items()}
+    memory_slope = log_log_slope(lengths, list(visible.values())) if visible else None
+    number = {
+        "implementation": case.implementation, "causal": case.causal, "work": case.work, "lengths": lengths,
+        "seconds": list(times.values()), "median_seconds": medians, "time_slope": log_log_slope(lengths, medians),
+        "peak_bytes": list(peaks.values()) or None, "memory_slope": memory_slope,
+    }  # fmt: skip
+    sizes = " … ".join(f"{value / MEBIBYTE:.1f}" for value in peaks.values()) or "–"
+    cells = (
+        case.name, case.work, f"{lengths[0]:,} … {lengths[-1]:,}", " … ".join(f"{m * 1e3:.0f}" for m in medians),
+        f"{number['time_slope']:.2f}", sizes, "–" if memory_slope is None else f"{memory_slope:.2f}",
+    )  # fmt: skip
+    return cells, number
+
+
+def _targets(numbers: list[dict[str, Any]]) -> str:
+    """Returns a sentence on the targets, which are reported and fail nothing: a busy machine misses them."""
+    ours = [number for number in numbers if number["implementation"] == "favor"]
+    forward = max(number["time_slope"] for number in ours if number["work"] == "forward")
+    memory = [number["memory_slope"] for number in ours if number["memory_slope"] is not None]
+    told = f"Targets for FAVOR up to {TARGET_LENGTH:,} tokens: "
+    told += f"slope of forward time ≤ {TIME_SLOPE}: {_met(forward, TIME_SLOPE)} ({forward:.2f})"
+    if memory:
+        told += f"; slope of memory ≤ {MEMORY_SLOPE}: {_met(max(memory), MEMORY_SLOPE)} ({max(memory):.2f} at most)"
+    return told + "."
+
+
+def _met(slope: float, target: float) -> str:
+    return "met" if slope <= target else "**missed**"
+
+
+def _plots(
+    folder: Path, times: dict[Case, dict[int, list[float]]], peaks: dict[Case, dict[int, int]]
+) -> list[tuple[str, str]]:
+    made = []
+    groups = {"favor": 0, "exact": 1, "formed": 4}
+    for backward in (False, True):
+        cases = [case for case in CASES if case.backward == backward]
+        work = cases[0].work
+        ticks = {length: f"{length:,}" for length in times[cases[0]]}
+        setup = f"H {HEADS}, d {HEAD_DIM}, M {FEATURES}"
+        for what, label, unit in (("time", "time (ms)", 1e3), ("memory", "peak memory (MiB)", 1 / MEBIBYTE)):
+            lines = []
+            for case in cases:
+                values = (
+                    {length: statistics.median(samples) for length, samples in times[case].items()}
+                    if what == "time"
+                    else {length: max(value, 4096) for length, value in peaks[case].items()}
+                )
+                if values:
+                    y = [value * unit for value in values.values()]
+                    lines.append(Line(case.name, list(values), y, groups[case.implementation], int(case.causal)))
+            if not lines:
+                continue
+            name = f"{what}_{'training' if backward else 'forward'}.png"
+            title = f"{'Peak memory above inputs and outputs' if what == 'memory' else 'Time'}, {work} ({setup})"
+            plot(folder / name, lines, x_label="length (tokens)", y_label=label, title=title, x_ticks=ticks)
+            made.append((name, f"{title} against length"))
+    return made

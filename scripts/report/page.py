@@ -1,0 +1,152 @@
+"""The report as a folder: hides how tables, plots and the page are written."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = ("#1f5fa8", "#d9730d", "#2e8b57", "#7a4fa3", "#777777")
+MARKERS = ("o", "s", "^", "D", "v")
+DASHES = ("-", "--", ":")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a plot.
+
+    Attributes:
+        label: In the legend.
+        x: Along the axis.
+        y: Values.
+        group: Curves of one group have one colour.
+        style: Curves of one style have one kind of line.
+        spread: Half the height of a bar at each point.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    group: int = 0
+    style: int = 0
+    spread: Sequence[float] | None = None
+
+
+@dataclass
+class Section:
+    """One claim, how it was tested, and what came out.
+
+    Attributes:
+        title: Heading.
+        text: Paragraphs: what was tested, and the claim with its source.
+        criterion: What had to hold; None for a section that only reports.
+        passed: Whether it did.
+        tables: In markdown, each with a line that introduces it.
+        plots: File name and what it shows.
+        numbers: Everything measured, for results.json.
+    """
+
+    title: str
+    text: list[str]
+    criterion: str | None = None
+    passed: bool | None = None
+    tables: list[str] = field(default_factory=list)
+    plots: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """One word for the summary."""
+        return "reported" if self.passed is None else "pass" if self.passed else "FAIL"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
+    """Returns a markdown table; texts stand left, the rest right."""
+    cells = [[str(row[i]).lstrip("+-") for row in rows] for i in range(len(columns))]
+    rules = ["---:" if any(cell[:1].isdigit() for cell in column) else "---" for column in cells]
+    lines = [columns, rules, *([str(cell) for cell in row] for row in rows)]
+    drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{caption}\n\n{drawn}" if caption else drawn
+
+
+def plot(
+    path: Path, lines: Sequence[Line], *, x_label: str, y_label: str, title: str, x_log: bool = True,
+    y_log: bool = True, x_ticks: Mapping[float, str] | None = None,
+) -> None:  # fmt: skip
+    """Writes a PNG of curves."""
+    # The figure class is used directly: pyplot would look for a display and keep global state.
+    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for line in lines:
+        options = {
+            "color": COLOURS[line.group], "marker": MARKERS[line.group], "linestyle": DASHES[line.style],
+            "label": line.label, "markersize": 5, "linewidth": 1.6,
+            "markerfacecolor": COLOURS[line.group] if line.style == 0 else "white",
+        }  # fmt: skip
+        if line.spread is None:
+            axes.plot(line.x, line.y, **options)
+        else:
+            axes.errorbar(line.x, line.y, yerr=line.spread, capsize=3, **options)
+    if x_log:
+        axes.set_xscale("log", base=2)
+    if y_log:
+        axes.set_yscale("log")
+    if x_ticks is not None:
+        axes.set_xticks(list(x_ticks), list(x_ticks.values()))
+        axes.minorticks_off()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8.5, framealpha=0.9)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    # A few colours are enough for curves, and make a file of a third of the size.
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def write(folder: Path, sections: Sequence[Section], environment: Mapping[str, Any], command: str) -> None:
+    """Writes README.md and results.json; the plots are there already."""
+    (folder / "README.md").write_text(_page(sections, environment, command), encoding="utf-8")
+    content = {
+        "environment": environment,
+        "command": command,
+        "sections": [
+            {"title": section.title, "criterion": section.criterion, "verdict": section.verdict, **section.numbers}
+            for section in sections
+        ],
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _page(sections: Sequence[Section], environment: Mapping[str, Any], command: str) -> str:
+    summary = table(
+        ["", "claim", "verdict"],
+        [(str(number), section.title, section.verdict) for number, section in enumerate(sections, start=1)],
+    )
+    parts = [
+        "# What FAVOR attention guarantees, measured",
+        f"Made by `{command}`: {', '.join(f'{key} {value}' for key, value in environment.items())}. Every figure on "
+        "this page comes from that run; all of them are in results.json.",
+        "Throughout, d is head_dim, x = q/d^¼ and y = k/d^¼, so that exact attention has the weights SM = exp(x·y) = "
+        "exp(q·k/√d) before it normalises them. FAVOR estimates SM by φ(q)·φ(k), with M rows of a random projection. "
+        "Equations, lemmas and theorems are those of arXiv 2009.14794 unless another source is named. ± is one "
+        "standard error; z is a distance from the expected value in standard errors.",
+        "Unbiasedness and uniform convergence are claims about the weights before normalisation. The output of "
+        "attention is a ratio of two unbiased estimates: it converges to the exact one, but is not unbiased.",
+        summary,
+    ]
+    for number, section in enumerate(sections, start=1):
+        parts += [f"## {number}. {section.title}", *section.text]
+        if section.criterion is not None:
+            parts.append(f"**{section.verdict}**: {section.criterion}")
+        parts += section.tables
+        parts += [f"![{what}]({name})" for name, what in section.plots]
+        parts += section.notes
+    return "\n\n".join(parts) + "\n"
