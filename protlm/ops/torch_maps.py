@@ -6,6 +6,8 @@ whole head (`trig`, where it bounds exp(‖y‖²/2)). Whatever the references a
 decide what overflows or vanishes on the way. So no stabiliser biases the result, and there is no epsilon.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from protlm.ops.inputs import AttentionInputs
 from protlm.ops.random_features import RELU_OFFSET, to_common_length
 
 
-class TorchMap:
+class TorchMap(ABC):
     """What all maps share: the rows of the projection, and buffers that the pieces share."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
@@ -35,32 +37,32 @@ class TorchMap:
         """References in the state of one head."""
         return 1
 
-    def enter(self, segments: Tensor) -> None:
+    def enter(self, segments: Tensor) -> None:  # noqa: B027 - most maps have nothing to pick
         """Says whose pieces come next."""
 
+    @abstractmethod
     def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
         """Returns what references bound (…, positions, references): logarithms, −∞ where a token is not real."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
         """Returns features (…, positions, features) from exponents that are relative to the references."""
-        raise NotImplementedError
 
+    @abstractmethod
     def query_features(self, q: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns features up to a factor per query, and the logarithm of what was divided out; None for nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scaled_query_features(self, q: Tensor, references: Tensor, query_sums: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns features for the backward, and what the output's gradient is still to be divided by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
         """Returns the gradient of q from that of its features; overwrites both."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key_gradient(self, k: Tensor, features: Tensor, grads: Tensor) -> Tensor:
         """Returns the gradient of k from that of its features; overwrites both."""
-        raise NotImplementedError
 
     def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Returns an uninitialised tensor that the next call with this name overwrites."""
@@ -174,8 +176,9 @@ class _LinearMap(TorchMap):
         """Returns the features as they are, and the renormaliser."""
         return self._linear_features(q, "queries"), query_sums
 
+    @abstractmethod
     def _linear_features(self, x: Tensor, name: str) -> Tensor:
-        raise NotImplementedError
+        """Returns the features of x, without the factor of a key, in a buffer."""
 
 
 class TrigMap(_LinearMap):
