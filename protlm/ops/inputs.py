@@ -78,7 +78,9 @@ class AttentionInputs:
             _expect("oprf_a", "a tensor for causal attention, as the data would tell of later tokens", not needed, None)
             return
         shape, wanted = tuple(a.shape), ((heads,), (self.num_segments, heads))
-        _expect("oprf_a", f"shape {wanted[0]} or {wanted[1]}", shape in wanted, shape)
+        # Not `shape in wanted`: under torch.compile with dynamic shapes that compares symbols by identity.
+        fits = shape == wanted[0] or shape == wanted[1]
+        _expect("oprf_a", f"shape {wanted[0]} or {wanted[1]}", fits, shape)
         _expect("oprf_a", "a floating dtype", a.is_floating_point(), a.dtype)
 
     def _check_devices(self) -> None:
