@@ -6,20 +6,19 @@ The status is 1 if a guarantee fails. Time and memory are reported only: a busy 
 
 import argparse
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 # Run as a file, Python looks for imports beside it, not in the folder that holds the package `scripts`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+# As in protlm itself: waiting threads sleep, so that a busy machine costs no more than its share.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from scripts.environment import environment
 from scripts.report import attention_sections, cost_section, kernel_sections, page
 from scripts.report.page import Section
 from scripts.report.settings import Settings, quick_settings
@@ -34,22 +33,6 @@ SECTIONS: tuple[Callable[[Settings, Path], Section], ...] = (
     attention_sections.epsilon,
     cost_section.cost,
 )
-
-
-def environment() -> dict[str, Any]:
-    """Returns what a figure depends on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent,
-        check=False,
-    )  # fmt: skip
-    return {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 def write_report(settings: Settings, out: Path, command: str) -> list[Section]:

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from protlm.ops import favor_torch
 from protlm.ops.inputs import AttentionInputs
-from protlm.ops.oprf import with_oprf_a
+from protlm.ops.oprf import oprf_a_from_data
 from protlm.ops.random_features import FeatureMap
 
 Backend = Literal["auto", "torch"]
 
 _BACKENDS: dict[str, ModuleType] = {"torch": favor_torch}
+
+# From here on the variance of the estimate is infinite.
+_MAX_OPRF_A = 0.125
 
 
 def backends() -> dict[str, str]:
@@ -50,7 +53,7 @@ def favor_attention(
     flow to q, k and v only, and features are recomputed for them.
 
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one piece of
-    features beside the inputs and the output; causal keeps `features` numbers for every 64 tokens in the backward.
+    features beside the inputs and the output; the causal backward keeps `features` numbers for every piece.
 
     Args:
         q: Queries, any strides.
@@ -80,8 +83,27 @@ def favor_attention(
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
     chosen = "torch" if backend == "auto" else backend
+    if feature_map == "oprf" and oprf_a is None:
+        oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens)
+    dtype = v.dtype
+    if feature_map == "trig" and dtype in (torch.float16, torch.bfloat16) and projection is not None:
+        # The backward reads the output, and the small renormaliser would multiply what rounding took from it.
+        projection = projection.to(dtype)
+        q, k, v = q.float(), k.float(), v.float()
     out: Tensor = _favor(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, chosen)[0]
-    return out
+    return out.to(dtype)
+
+
+@torch.library.custom_op("protlm::oprf_a", mutates_args=())
+def _oprf_a(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Returns the A of each segment and head, (segments, heads), from the data; an operator, so that it compiles."""
+    return oprf_a_from_data(AttentionInputs(q, k, q, None, token_mask, cu_seqlens))
+
+
+@_oprf_a.register_fake
+def _(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    inputs = AttentionInputs(q, k, q, None, token_mask, cu_seqlens)
+    return q.new_empty((inputs.num_segments, q.shape[1]), dtype=torch.float64)
 
 
 @torch.library.custom_op("protlm::favor", mutates_args=())
@@ -98,10 +120,12 @@ def _favor(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the output and what the backward needs: states, their references, query sums."""
+    if oprf_a is not None and bool((oprf_a >= _MAX_OPRF_A).any()):
+        raise ValueError(f"oprf_a: expected values below 1/8, got up to {oprf_a.max().item()}")
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
     # Autocast would round the exponents and sums of the operations inside.
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].forward(with_oprf_a(inputs))
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].forward(inputs)
     return result
 
 
@@ -126,7 +150,7 @@ def _favor_backward(
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
     with torch.autocast(q.device.type, enabled=False):
         result: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].backward(
-            with_oprf_a(inputs), out_grad, out, states, references, query_sums
+            inputs, out_grad, out, states, references, query_sums
         )
     return result
 

@@ -1,7 +1,5 @@
 """The A of `oprf` from the data: hides how the mean ‖x + y‖² of every segment is found piece by piece."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -12,23 +10,7 @@ from protlm.ops.random_features import oprf_parameter
 _PIECE_TOKENS = 512
 
 
-def with_oprf_a(inputs: AttentionInputs) -> AttentionInputs:
-    """Returns the inputs with A, given or found, for `oprf`; for other maps as they are.
-
-    Raises:
-        ValueError: An A of 1/8 or more: the variance of the estimate is infinite.
-    """
-    if inputs.feature_map != "oprf":
-        return inputs
-    if inputs.oprf_a is None:
-        return replace(inputs, oprf_a=_from_data(inputs))
-    # Compared this way round, NaN does not pass either.
-    if not bool((inputs.oprf_a < 0.125).all()):
-        raise ValueError(f"oprf_a: expected values below 1/8, got up to {inputs.oprf_a.max().item()}")
-    return inputs
-
-
-def _from_data(inputs: AttentionInputs) -> Tensor:
+def oprf_a_from_data(inputs: AttentionInputs) -> Tensor:
     """Returns A (segments, heads), in float64: the mean is taken over all pairs of real tokens of a segment."""
     q, k = inputs.q, inputs.k
     heads, head_dim = q.shape[1], q.shape[-1]

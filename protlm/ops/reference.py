@@ -99,7 +99,9 @@ def _oprf_a_from_pairs(q: Tensor, k: Tensor, segment: Tensor, allowed: Tensor) -
     """Returns (batch, heads, length): the A of every token's segment, from the mean ‖x + y‖² of all its pairs."""
     same = (segment[:, :, None] == segment[:, None, :]).unsqueeze(1).double()
     head_dim = q.shape[-1]
-    squares = (q.unsqueeze(3) + k.unsqueeze(2)).square().sum(-1) * head_dim**-0.5
+    # ‖q + k‖² of every pair, written out: the sums themselves would be head_dim times larger.
+    squares = q.square().sum(-1).unsqueeze(3) + k.square().sum(-1).unsqueeze(2) + 2 * q @ k.transpose(-1, -2)
+    squares = squares * head_dim**-0.5
     sums = same @ torch.where(allowed, squares, 0.0).sum(-1, keepdim=True)
     counts = same @ allowed.double().sum(-1, keepdim=True)
     return oprf_parameter(sums / counts.clamp(min=1), head_dim).squeeze(-1)

@@ -7,20 +7,21 @@ takes part where it is installed (`pip install -e '.[bench]'`).
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+# Run as a file, Python looks for imports beside it, not in the folder that holds the package `scripts`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 
 from protlm.ops import draw_projection, favor_attention, kernel_features, reference
+from scripts.environment import environment
 
 HEADS, HEAD_DIM, FEATURES = 8, 64, 256
 PASSES = ("forward", "forward + backward")
@@ -100,20 +101,6 @@ def measure(length: int, repeats: int, functions: dict[str, Attention]) -> dict[
                 for what, seconds in zip(PASSES, elapsed, strict=True):
                     times[name][what].append(seconds)
     return times
-
-
-def environment() -> dict[str, Any]:
-    """Returns what a figure depends on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 def main() -> None:

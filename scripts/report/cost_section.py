@@ -42,8 +42,8 @@ def cost(settings: Settings, folder: Path) -> Section:
         "Time grows linearly with length, and memory hardly",
         [
             "Section 3.1: O(L·M·d) time, where exact attention takes O(L²·d). Memory above inputs and outputs: FAVOR "
-            "keeps one state of M × (d + 1) numbers a head and a piece of features; causal keeps M numbers a head for "
-            "every 128 tokens in the backward. `exact (SDPA)` is torch's fused attention, which forms no matrix of "
+            "keeps one state of M × (d + 1) numbers a head and a piece of features; the causal backward keeps M "
+            "numbers a head for every piece. `exact (SDPA)` is torch's fused attention, which forms no matrix of "
             "pairs; `matrix formed` is the formula as it is written. (The paper's Figure 3.)",
             f"B 1, H {HEADS}, d {HEAD_DIM}, M {FEATURES}, `positive`, float32; medians of {settings.repeats} calls, "
             "taken in turns. A peak is that of the process's resident memory during one call in a process apart, "

@@ -1,6 +1,5 @@
 """The report as a folder: hides how tables, plots and the page are written."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 COLOURS = ("#1f5fa8", "#d9730d", "#2e8b57", "#7a4fa3", "#777777")
 MARKERS = ("o", "s", "^", "D", "v")
@@ -105,10 +103,7 @@ def plot(
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8.5, framealpha=0.9)
-    drawn = io.BytesIO()
-    figure.savefig(drawn)
-    # A few colours are enough for curves, and make a file of a third of the size.
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+    figure.savefig(path)
 
 
 def write(folder: Path, sections: Sequence[Section], environment: Mapping[str, Any], command: str) -> None:

@@ -1,8 +1,10 @@
 """Causal attention: what comes later tells nothing, and what came before is never lost, whatever its size."""
 
+from itertools import accumulate
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protlm.ops import draw_projection, favor_attention, favor_torch
@@ -13,7 +15,8 @@ A = torch.tensor([-0.2, 0.05])
 
 laws = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**32)
-every_map = st.sampled_from(["positive", "hyperbolic", "regularised", "oprf", "trig", "relu", "bare relu"])
+EXPONENTIAL = ("positive", "hyperbolic", "regularised", "oprf")
+every_map = st.sampled_from([*EXPONENTIAL, "trig", "relu", "bare relu"])
 later_contents = st.sampled_from([0.0, 1.0, -30.0, 1e4, 1e6, 1e13, torch.inf, torch.nan])
 
 
@@ -34,6 +37,8 @@ def attend(q, k, v, projection, feature_map, **options):
 
 @laws
 @given(seeds, st.integers(2, 300), st.floats(0, 1), every_map, later_contents, st.sets(st.sampled_from("qkv")))
+@example(0, 300, 0.5, "positive", torch.nan, {"v"})
+@example(0, 300, 0.5, "relu", torch.inf, {"k", "v"})
 def test_nothing_later_changes_a_bit_of_an_earlier_output(seed, length, share, feature_map, content, changed):
     q, k, v, projection = draw(seed, length, torch.float32)
     first = 1 + int(share * (length - 1))
@@ -78,6 +83,47 @@ def test_another_segment_changes_nothing(seed, sizes, feature_map, content):
 
 
 @laws
+@given(seeds, st.integers(1, 300), st.integers(0, 150), every_map)
+def test_a_prefix_alone_gives_what_the_whole_gives_for_it(seed, length, num_later, feature_map):
+    q, k, v, projection = draw(seed, length + num_later, torch.float64, features=256)
+    whole = attend(q, k, v, projection, feature_map)[:, :, :length]
+    alone = attend(*(x[:, :, :length] for x in (q, k, v)), projection, feature_map)
+    # The signed sums of `trig` make the rounding of another order of summation grow.
+    assert relative_error(alone, whole) < (1e-6 if feature_map == "trig" else TOLERANCE[torch.float64])
+
+
+@laws
+@given(
+    seeds,
+    st.lists(st.integers(1, 150), min_size=2, max_size=6),
+    st.floats(0, 1),
+    every_map,
+    st.sampled_from([1e-3, 50.0, 1e6, torch.inf, torch.nan]),
+    st.sampled_from([1.0, 40.0]),
+)
+def test_nothing_later_in_its_segment_changes_a_bit_of_a_packed_output(
+    seed, sizes, share, feature_map, content, key_scale
+):
+    q, k, v, projection = draw(seed, sum(sizes), torch.float32)
+    # Keys this large, then small ones, make a piece end early.
+    k = key_scale * k
+    stops = list(accumulate(sizes))
+    cu_seqlens = torch.tensor([0, *stops], dtype=torch.int32)
+    index = seed % len(sizes)
+    start, stop = stops[index] - sizes[index], stops[index]
+    first = start + int(share * (sizes[index] - 1))
+    plain = attend(q, k, v, projection, feature_map, cu_seqlens=cu_seqlens)
+    assert plain.isfinite().all()
+    spoilt = [x.clone() for x in (q, k, v)]
+    for x in spoilt:
+        x[:, :, first:stop] *= content
+    found = attend(*spoilt, projection, feature_map, cu_seqlens=cu_seqlens)
+    assert torch.equal(found[:, :, start:first], plain[:, :, start:first])
+    others = torch.cat((found[:, :, :start], found[:, :, stop:]), 2)
+    assert others.isfinite().all()
+
+
+@laws
 @given(seeds, st.integers(1, 300), every_map)
 def test_the_last_output_is_that_of_bidirectional_attention(seed, length, feature_map):
     q, k, v, projection = draw(seed, length, torch.float64, features=256)
@@ -100,14 +146,40 @@ def test_gradients_flow_backwards_in_time_only(seed, length, share, feature_map)
     assert v_gradient[:, :, :first].any()
 
 
-def log_space(q, k, v, projection):
-    """Returns causal `positive` attention from the logarithm of every weight, which no size of q and k overflows."""
-    scale = q.shape[-1] ** -0.25
-    exponents = [x * scale @ projection.transpose(-1, -2) for x in (q, k)]
-    keys = exponents[1] - (k * scale).square().sum(-1, keepdim=True) / 2
-    logs = torch.logsumexp(exponents[0].unsqueeze(3) + keys.unsqueeze(2), -1)
-    later = torch.ones(logs.shape[-2:], dtype=torch.bool).triu(1)
-    return torch.softmax(logs.masked_fill(later, -torch.inf), -1) @ v
+def log_space(q, k, v, projection, feature_map, *, causal):
+    """Returns attention from the logarithm of every weight, which no size of q and k overflows."""
+    scale, length = q.shape[-1] ** -0.25, q.shape[2]
+    rows, constants = projection, 0.0
+    if feature_map == "hyperbolic":
+        rows = torch.cat((rows, -rows), -2)
+    if feature_map == "regularised":
+        rows = rows * q.shape[-1] ** 0.5 / rows.norm(dim=-1, keepdim=True)
+    if feature_map == "oprf":
+        a = A.double().view(HEADS, 1, 1)
+        constants = 2 * a.unsqueeze(-1) * rows.square().sum(-1).view(HEADS, 1, 1, -1)
+        rows = (1 - 4 * a).sqrt() * rows
+    queries, keys = (x * scale @ rows.transpose(-1, -2) for x in (q, k))
+    keys = keys - (k * scale).square().sum(-1, keepdim=True) / 2
+    logs = torch.logsumexp(queries.unsqueeze(3) + keys.unsqueeze(2) + constants, -1)
+    if causal:
+        logs = logs.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    return torch.softmax(logs, -1) @ v
+
+
+def assert_exact(q, k, v, projection, feature_map, *, causal):
+    """Fails unless output and gradients are those of the computation in log space."""
+    out_grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for attention in (attend, log_space):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, projection, feature_map, causal=causal)
+        results.append((out, *torch.autograd.grad(out, leaves, out_grad)))
+    found, expected = results
+    assert all(x.isfinite().all() for x in found)
+    assert relative_error(found[0], expected[0]) < 1e-8
+    # Where one key takes all the weight dq and dk are zero, with no relative error: the largest gradient is the scale.
+    scale = max(x.abs().max() for x in expected[1:])
+    assert all((a - b).abs().max() < 1e-8 * scale for a, b in zip(found[1:], expected[1:], strict=True))
 
 
 NORMS = {
@@ -121,22 +193,23 @@ NORMS = {
 
 @pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("piece_length", [128, 7])
-def test_keys_of_any_size_give_the_exact_result_and_its_gradients(norms, piece_length, monkeypatch):
+@pytest.mark.parametrize("feature_map", EXPONENTIAL)
+def test_keys_of_any_size_give_the_exact_result_and_its_gradients(feature_map, norms, piece_length, monkeypatch):
     monkeypatch.setattr(favor_torch, "_CAUSAL_PIECE_LENGTH", piece_length)
     q, k, v, projection = draw(0, 150, torch.float64, features=16)
     k = k / k.norm(dim=-1, keepdim=True) * norms.view(1, 1, -1, 1).double()
-    out_grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    results = []
-    for attention in (attend_positive, log_space):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attention(*leaves, projection)
-        results.append((out, *torch.autograd.grad(out, leaves, out_grad)))
-    for found, expected in zip(*results, strict=True):
-        assert relative_error(found, expected) < 1e-8
+    assert_exact(q, k, v, projection, feature_map, causal=True)
 
 
-def attend_positive(q, k, v, projection):
-    return attend(q, k, v, projection, "positive")
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("size", [16.0, -16.0, 50.0, 1e3, 1e4, -1e4])
+@pytest.mark.parametrize("feature_map", EXPONENTIAL)
+def test_a_key_along_a_row_of_the_projection_gives_the_exact_result_and_gradients(feature_map, size, causal):
+    q, k, v, projection = draw(0, 60, torch.float64, head_dim=256, features=32)
+    direction = projection[:, 0] / projection[:, 0].norm(dim=-1, keepdim=True)
+    k[:, :, 30] = size * direction
+    q[:, :, 40] = size * direction
+    assert_exact(q, k, v, projection, feature_map, causal=causal)
 
 
 @pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)

@@ -201,6 +201,13 @@ def test_nan_in_a_real_token_propagates_inside_its_segment_only(which, feature_m
         assert out[0, 0, :10, 2].isnan().all()
 
 
+def test_nan_in_the_a_of_one_head_propagates_in_that_head_only():
+    q, k, v, projection = draw(0, 1, 20)
+    out = favor_attention(q, k, v, projection, feature_map="oprf", oprf_a=torch.tensor([torch.nan, -0.1]))
+    assert out[0, 0].isnan().all()
+    assert out[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("feature_map", [*MAPS, "trig"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": bounds(0)}, {"token_mask": torch.ones(1, 0, dtype=torch.bool)}])

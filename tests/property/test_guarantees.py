@@ -39,6 +39,14 @@ def test_the_estimate_is_unbiased_along_coordinates_all_ones_and_their_opposites
     assert abs(worst_z(direction_means(feature_map, kind), PARALLEL.kernel)) < MAX_Z
 
 
+@pytest.mark.parametrize("kind", ["orthogonal", "simplex"])
+def test_a_block_that_is_cut_short_is_unbiased_too(kind):
+    def five_rows(rows, head_dim, **options):
+        return draw_projection(5, head_dim, **options)
+
+    assert abs(worst_z(direction_means("positive", kind, draw=five_rows), PARALLEL.kernel)) < MAX_Z
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_regularised_is_its_closed_form_and_below_the_softmax_kernel(kind):
     means = direction_means("regularised", kind)

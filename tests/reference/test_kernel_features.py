@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from protlm.ops import draw_projection, kernel_features, oprf_parameter, reference
+from protlm.ops import draw_projection, kernel_features, reference
 from tests.conftest import TOLERANCE, relative_error
 
 X = (0.6, -0.8, 1.0, 2.0)
@@ -66,27 +66,3 @@ def test_the_float64_twin_of_float32_features_equals_them(feature_map):
     found = kernel_features(x, projection, feature_map=feature_map, oprf_a=a)
     assert found.dtype == torch.float32
     assert relative_error(found, twin) < TOLERANCE[torch.float32]
-
-
-def test_a_of_oprf_is_the_formula_and_at_most_zero():
-    for mean_square, head_dim in ((0.0, 8), (3.0, 8), (1000.0, 64)):
-        f = mean_square / head_dim
-        expected = (1 - 2 * f - math.sqrt((2 * f + 1) ** 2 + 8 * f)) / 16
-        found = oprf_parameter(torch.tensor(mean_square, dtype=torch.float64), head_dim).item()
-        assert found == pytest.approx(expected, rel=1e-14)
-        assert found <= 0
-
-
-def test_a_of_oprf_makes_the_variance_least():
-    # The second moment of φ(q)·φ(k) is that of a Gaussian integral: (1−4A)^d·(1−8A)^(−d/2)·exp(2(1−4A)/(1−8A)·s − n),
-    # s = ‖x + y‖², n = ‖x‖² + ‖y‖².
-    head_dim, square = 16, 5.0
-
-    def log_moment(a):
-        return (
-            head_dim * math.log(1 - 4 * a) - head_dim / 2 * math.log(1 - 8 * a) + 2 * (1 - 4 * a) / (1 - 8 * a) * square
-        )
-
-    best = oprf_parameter(torch.tensor(square, dtype=torch.float64), head_dim).item()
-    for other in (best - 0.01, best + 0.01, 0.0, 2 * best):
-        assert log_moment(best) < log_moment(other)
