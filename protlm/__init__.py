@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC_NAMES = {
     "load_model": "protlm.workflows.pretrained",
     "open_embeddings": "protlm.data.embeddings",
-    "read_records": "protlm.data.records",
+    "read_records": "protlm.data.reader",
 }
 __all__ = ["__version__", "load_model", "open_embeddings", "read_records"]
 

@@ -1,6 +1,7 @@
 """The errors a user can cause: each is shown as one line `error: …` and ends the command with status 1."""
 
 from pathlib import Path
+from typing import Any
 
 
 class ProtlmError(Exception):
@@ -17,14 +18,31 @@ class RecordError(ProtlmError):
     Attributes:
         path: The file, as the user named it.
         line: Line number in the file, from 1.
+        message: What is wrong.
         reason: A short word for counting, such as `illegal_character`.
+        record_id: The id of the record, empty if it has none.
     """
 
-    def __init__(self, path: str | Path, line: int, message: str, *, reason: str = "malformed") -> None:
+    def __init__(
+        self, path: str | Path, line: int, message: str, *, reason: str = "malformed", record_id: str = ""
+    ) -> None:
         super().__init__(f"{path}:{line}: {message}")
         self.path = str(path)
         self.line = line
+        self.message = message
         self.reason = reason
+        self.record_id = record_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _record_error, (self.path, self.line, self.message, self.reason, self.record_id)
+
+    def moved(self, num_lines: int) -> "RecordError":
+        """Returns the same error that many lines further down, for one found in a piece of its file."""
+        return _record_error(self.path, self.line + num_lines, self.message, self.reason, self.record_id)
+
+
+def _record_error(path: str, line: int, message: str, reason: str, record_id: str) -> RecordError:
+    return RecordError(path, line, message, reason=reason, record_id=record_id)
 
 
 class ShardError(ProtlmError):

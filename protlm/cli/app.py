@@ -10,6 +10,7 @@ from typer.exceptions import TyperException
 from protlm import __version__
 from protlm.cli.embed import embed_command
 from protlm.cli.evaluate import eval_command
+from protlm.cli.inspect import inspect_command
 from protlm.cli.prep import prep_command
 from protlm.cli.train import train_command
 from protlm.errors import ProtlmError
@@ -24,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command("prep")(prep_command)
+app.command("inspect")(inspect_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("embed")(embed_command)

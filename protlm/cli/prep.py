@@ -1,33 +1,45 @@
 """`protlm prep`: what its options are called and how its outcome is told."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from protlm.cli import output
+from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
-    from protlm.workflows.prep import PrepReport
+    from protlm.workflows.prep import PartReport, PrepReport
+    from protlm.workflows.prep_estimate import Estimate
 
 # The defaults below are those of `workflows.prep.prepare`, which is too heavy to import here; a test compares them.
-SplitMethod = Literal["random"]
+SplitMethod = Literal["random", "cluster", "family", "file"]
 OnBadRecord = Literal["error", "skip"]
 _READY_MADE = "{} set ready-made; INPUT is then the training set. Repeatable."
+_UNITS = {"read": "B", "write": "residues"}
 
 
 def prep_command(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="FASTA files, plain or .gz.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="FASTA, A3M, UniProtKB flat file or XML, UniRef XML; .gz .bz2 .xz .zst; told by content. "
+            "Files, folders, patterns; - is the standard input.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(metavar="DATASET", help="The dataset folder to make.")],
     valid_input: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Validation"))
+        list[str] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Validation"))
     ] = None,
-    test_input: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Test"))] = None,
+    test_input: Annotated[list[str] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Test"))] = None,
     ood_input: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Out-of-distribution"))
+        list[str] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Out-of-distribution"))
     ] = None,
     split: Annotated[
-        SplitMethod, typer.Option(help="How to split INPUT; a function of seed and sequence alone.")
+        SplitMethod,
+        typer.Option(help="Draw sequences, draw whole clusters, hold out families, or do as a file says."),
     ] = "random",
     valid_fraction: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Part drawn for validation.  [default: 0.01]")
@@ -35,11 +47,43 @@ def prep_command(
     test_fraction: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Part drawn for the test.  [default: 0.01]")
     ] = None,
+    clusters: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Clusters: MMseqs2 TSV (cluster, member), CD-HIT .clstr or UniRef XML."),
+    ] = None,
+    cluster_with: Annotated[
+        Literal["mmseqs"] | None, typer.Option(help="Find the clusters of INPUT with a program that is installed.")
+    ] = None,
+    cluster_identity: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sequence identity in a cluster, with --cluster-with.")
+    ] = 0.3,
+    families: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Families: TSV of id and family; flat files tell their own.")
+    ] = None,
+    ood_family: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Family held out as ood, or the preset paper-pfam-20. Repeatable."),
+    ] = None,
+    split_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Splits: TSV of id and train, valid, test or ood.")
+    ] = None,
     min_length: Annotated[int, typer.Option(min=1, help="Reject shorter sequences.")] = 1,
     max_length: Annotated[int | None, typer.Option(min=1, help="Reject longer sequences.")] = None,
     dedupe: Annotated[bool, typer.Option(help="Keep only the first of equal sequences within a split.")] = True,
     on_bad_record: Annotated[OnBadRecord, typer.Option(help="Stop at a bad record, or count it and go on.")] = "error",
     shard_residues: Annotated[int, typer.Option(min=1, help="Residues in a shard, at most.")] = 67_108_864,
+    check_leaks: Annotated[
+        bool, typer.Option(help="Look for sequences of one split that are part of those of another.")
+    ] = True,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the dataset does not depend on it.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an unfinished run left.")] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only read the I-th of N parts of the files, for --merge.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Make the dataset from parts that were read.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Make nothing; tell counts, time and disk from a sample.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random split.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset that is there already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -53,74 +97,108 @@ def prep_command(
       protlm prep proteins.fasta.gz --out dataset
       protlm prep proteins.fasta --out dataset --valid-fraction 0.1 --test-fraction 0.1
       protlm prep train.fasta --valid-input valid.fasta --test-input test.fasta --out dataset
+      protlm prep uniref90.fasta.gz --split cluster --clusters uniref50.tsv --out dataset --workers 8
+      protlm prep uniprot_sprot.dat.gz --split family --ood-family PF00306 --out dataset
     """  # noqa: D301 (\b is Typer's mark to keep the lines)
-    from tqdm import tqdm
+    from protlm.workflows.mmseqs import clusters_of
+    from protlm.workflows.prep import PartReport, prepare
+    from protlm.workflows.prep_estimate import estimate
+    from protlm.workflows.prep_options import PrepUsageError, parse_part
 
-    from protlm.workflows.prep import PrepUsageError, prepare
-
-    # The one method so far; the option is there so that scripts may already name it.
-    assert split == "random"
-    files = [*inputs, *(valid_input or ()), *(test_input or ()), *(ood_input or ())]
+    parts = {"valid_inputs": valid_input or (), "test_inputs": test_input or (), "ood_inputs": ood_input or ()}
+    shared: dict[str, Any] = {**parts, "on_bad_record": on_bad_record, "workers": workers, "force": force}
     try:
-        with tqdm(total=_num_bytes(files), unit="B", unit_scale=True, desc="prep", disable=None) as bar:
+        if dry_run:
+            _tell_estimate(estimate(inputs, out, **shared), as_json)
+            return
+        with _Bars() as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:
             report = prepare(
-                inputs,
-                out,
-                valid_inputs=valid_input or (),
-                test_inputs=test_input or (),
-                ood_inputs=ood_input or (),
-                valid_fraction=valid_fraction,
-                test_fraction=test_fraction,
-                seed=seed,
-                min_length=min_length,
-                max_length=max_length,
-                dedupe=dedupe,
-                on_bad_record=on_bad_record,
-                shard_residues=shard_residues,
-                force=force,
-                progress=bar.update,
-            )
+                inputs, out, **shared, split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
+                clusters=cluster_file, families=families, ood_families=ood_family or (), split_file=split_file,
+                seed=seed, min_length=min_length, max_length=max_length, dedupe=dedupe, shard_residues=shard_residues,
+                check_leaks=check_leaks, resume=resume, part=None if part is None else parse_part(part), merge=merge,
+                start_progress=bars.start,
+            )  # fmt: skip
     except PrepUsageError as error:
         raise typer.BadParameter(str(error)) from error
-    _warn(report)
+    if isinstance(report, PartReport):
+        _tell_part(report, as_json)
+    else:
+        _tell(report, as_json)
+
+
+class _Bars:
+    """One progress bar after the other."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        # Its thread would have to be forked with the workers.
+        tqdm.monitor_interval = 0
+        self._tqdm = tqdm
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, stage: str, size: int) -> Callable[[int], object]:
+        self.__exit__()
+        bar = self._tqdm(total=size, unit=_UNITS[stage], unit_scale=True, desc=stage, disable=None)
+        self._bar = bar
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        return advance
+
+
+def _tell(report: "PrepReport", as_json: bool) -> None:
+    from protlm.cli.dataset_summary import print_summary, warn_about
+
+    for path in report.left_out:
+        output.warn(f"{path}: no protein file; left out")
+    if report.num_unclustered:
+        output.warn(f"{report.num_unclustered:,} records are in no cluster; each was drawn for itself")
+    warn_about(report.manifest)
+    if as_json:
+        output.print_json(report.summary)
+        return
+    print_summary(report.manifest)
+    print(f"\ndataset: {report.out}")
+
+
+def _tell_part(report: "PartReport", as_json: bool) -> None:
     if as_json:
         output.print_json(report)
+        return
+    if not report.files:
+        output.warn("this part has no file: there are more parts than files")
+    output.print_table(("file of this part",), [(path,) for path in report.files])
+    print(f"\nrecords: {report.num_records:,}\nparts: {report.folder}")
+
+
+def _tell_estimate(found: "Estimate", as_json: bool) -> None:
+    for path in found.left_out:
+        output.warn(f"{path}: no protein file; would be left out")
+    if as_json:
+        output.print_json(found)
     else:
-        _print(report)
-
-
-def _num_bytes(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files if path.is_file())
-
-
-def _warn(report: "PrepReport") -> None:
-    for name, split in report.splits.items():
-        if not split.num_records:
-            output.warn(f"split {name!r} is empty")
-    if report.rejects:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in report.rejects.items())
-        output.warn(f"{sum(report.rejects.values()):,} records rejected: {counts}")
-
-
-def _print(report: "PrepReport") -> None:
-    rows = [
-        (
-            name,
-            f"{split.num_records:,}",
-            f"{split.num_residues:,}",
-            "-" if split.median_length is None else f"{split.median_length:,}",
-            "-" if split.p99_length is None else f"{split.p99_length:,}",
-        )
-        for name, split in report.splits.items()
-    ]
-    output.print_table(("split", "records", "residues", "median length", "p99 length"), rows)
-    counts = {
-        "duplicates removed, within a split": report.duplicates_within_split,
-        "duplicates removed, across splits": report.duplicates_across_splits,
-        **{f"repaired letters, {rule}": count for rule, count in report.repairs.items()},
-        **{f"rejected records, {reason}": count for reason, count in report.rejects.items()},
-    }
-    if any(counts.values()):
-        print()
-        output.print_table(("also", "count"), [(name, f"{count:,}") for name, count in counts.items() if count])
-    print(f"\ndataset: {report.out}")
+        rows = [
+            ("files", f"{found.files:,}"),
+            ("input bytes", f"{found.input_bytes:,}"),
+            ("sampled bytes", f"{found.sampled_bytes:,}"),
+            ("records, about", f"{found.num_records:,}"),
+            ("residues, about", f"{found.num_residues:,}"),
+            ("dataset bytes, about", f"{found.dataset_bytes:,}"),
+            ("disk bytes while at work, about", f"{found.peak_bytes:,}"),
+            ("free disk bytes", f"{found.free_bytes:,}"),
+            ("seconds, about", f"{found.seconds:,.0f}"),
+            *((f"rejected in the sample, {reason}", f"{count:,}") for reason, count in found.rejects.items()),
+        ]
+        output.print_table(("dry run", ""), rows)
+    if found.peak_bytes > found.free_bytes:
+        raise ProtlmError(f"not enough disk: about {found.peak_bytes:,} bytes wanted, {found.free_bytes:,} free")

@@ -35,6 +35,13 @@ def create_columns(path: Path) -> Iterator[h5py.File]:
         yield file
 
 
+@contextlib.contextmanager
+def change_columns(path: Path) -> Iterator[h5py.File]:
+    """Opens a file of columns to add to it."""
+    with h5py.File(path, "r+") as file:
+        yield file
+
+
 def write_column(file: h5py.File, name: str, column: np.ndarray) -> None:
     """Writes a whole array as a contiguous, uncompressed dataset."""
     file.create_dataset(name, data=np.ascontiguousarray(column), track_times=False)

@@ -1,8 +1,10 @@
 """What makes a folder of shards one dataset: the manifest, and the records of a split under one running number."""
 
+import dataclasses
 import json
-from array import array
+import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -13,14 +15,17 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from protlm import vocabulary
+from protlm.data.assembly import FinishedShard
 from protlm.data.records import OnBadRecord
-from protlm.data.shards import ShardReader, ShardWriter
+from protlm.data.shards import ShardReader
 from protlm.data.splits import SplitName
 from protlm.errors import ShardError
 
 FORMAT: Final = "protlm-dataset"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.html"
+REJECTS_NAME = "rejects.tsv"
 SHARD_NAME_PATTERN = r"^[a-z]+-[0-9]{5,}\.h5$"
 """Shard names come from a file that anyone may have written: only plain base names of this form are opened."""
 
@@ -28,8 +33,13 @@ LENGTH_QUANTILES: dict[str, float] = {
     "min": 0.0, "p1": 0.01, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0,
 }  # fmt: skip
 
+LENGTH_BIN_STARTS = tuple(sorted({round(2 ** (step / 4)) for step in range(4 * 17)}))
+"""Where the bins of the length histograms begin, four to a doubling; the last one has no end."""
+
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SplitMethod = Literal["random", "cluster", "family", "file"]
 
 
 class _Strict(BaseModel):
@@ -37,17 +47,29 @@ class _Strict(BaseModel):
 
 
 class SourceSummary(_Strict):
-    """An input file: its part (`input` or a ready-made split), base name and sha256."""
+    """An input file: its part (`input` or a ready-made split), base name, format, records, sha256.
+
+    `num_records` counts what could be read, before anything was left out.
+    """
 
     part: Literal["input", "valid", "test", "ood"]
     name: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    format: Literal["fasta", "a3m", "flatfile", "uniprot-xml", "uniref-xml"]
+    num_records: Count
+    sha256: Digest
+
+
+class LabelFile(_Strict):
+    """A file that told clusters, families or splits: its base name and sha256."""
+
+    name: str
+    sha256: Digest
 
 
 class PrepOptions(_Strict):
     """The options that shape the content; what did not apply is None."""
 
-    split: Literal["random", "ready-made"]
+    split: Literal["random", "cluster", "family", "file", "ready-made"]
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None
     valid_fraction: Fraction | None
     test_fraction: Fraction | None
@@ -56,6 +78,10 @@ class PrepOptions(_Strict):
     dedupe: bool
     on_bad_record: OnBadRecord
     shard_residues: Annotated[int, Field(ge=1)]
+    ood_families: tuple[str, ...] = ()
+    clusters: LabelFile | None = None
+    families: LabelFile | None = None
+    split_file: LabelFile | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> "PrepOptions":
@@ -82,6 +108,7 @@ class SplitSummary(_Strict):
     num_residues: Count
     residue_counts: dict[str, Count]
     length_quantiles: dict[str, Count]
+    length_histogram: tuple[Count, ...]
     shards: tuple[ShardSummary, ...]
 
     @model_validator(mode="after")
@@ -90,10 +117,13 @@ class SplitSummary(_Strict):
             raise ValueError(f"residue_counts: expected the letters {vocabulary.RESIDUES} in this order")
         if list(self.length_quantiles) != (list(LENGTH_QUANTILES) if self.num_records else []):
             raise ValueError(f"length_quantiles: expected {', '.join(LENGTH_QUANTILES)}, or none for no records")
+        if len(self.length_histogram) != len(LENGTH_BIN_STARTS):
+            raise ValueError(f"length_histogram: expected {len(LENGTH_BIN_STARTS)} counts")
         sums = {
             "num_records of the shards": (sum(shard.num_records for shard in self.shards), self.num_records),
             "num_residues of the shards": (sum(shard.num_residues for shard in self.shards), self.num_residues),
             "residue_counts": (sum(self.residue_counts.values()), self.num_residues),
+            "length_histogram": (sum(self.length_histogram), self.num_records),
         }
         for name, (total, expected) in sums.items():
             if total != expected:
@@ -108,16 +138,49 @@ class DuplicatesRemoved(_Strict):
     across_splits: Count
 
 
+class Contained(_Strict):
+    """How many records of one split are part of a longer record of another: their whole sequence occurs in it."""
+
+    inner: SplitName
+    outer: SplitName
+    num_records: Count
+
+
+class Shared(_Strict):
+    """How many clusters or families have records on both sides of a pair of splits."""
+
+    first: SplitName
+    second: SplitName
+    num_labels: Count
+
+
+class Leakage(_Strict):
+    """What one split tells of another.
+
+    Attributes:
+        exact_duplicates_removed: Records left out because an earlier split has their sequence; none is left.
+        substrings: For each pair of splits; None if it was not looked for.
+        clusters: For each pair of splits, where clusters are known.
+        families: For each pair of splits, where families are known.
+    """
+
+    exact_duplicates_removed: Count
+    substrings: tuple[Contained, ...] | None
+    clusters: tuple[Shared, ...] | None
+    families: tuple[Shared, ...] | None
+
+
 class Manifest(_Strict):
     """All that a dataset says about itself; same input, options, seed and library versions give the same bytes."""
 
     format: Literal["protlm-dataset"]
-    format_version: Literal[1]
+    format_version: Literal[2]
     vocabulary: tuple[str, ...]
     sources: tuple[SourceSummary, ...]
     options: PrepOptions
     splits: dict[SplitName, SplitSummary]
     duplicates_removed: DuplicatesRemoved
+    leakage: Leakage
     rejects: dict[str, Count]
     repairs: dict[str, Count]
 
@@ -128,22 +191,19 @@ class Manifest(_Strict):
         return self
 
 
-def summarise_split(writer: ShardWriter) -> SplitSummary:
-    """Returns what the manifest tells of the shards that a closed writer wrote."""
+def summarise_split(finished: Sequence[FinishedShard]) -> SplitSummary:
+    """Returns what the manifest tells of a split, from its shards in order."""
+    residue_counts = sum(
+        (shard.residue_counts for shard in finished), start=np.zeros(vocabulary.NUM_RESIDUES, np.int64)
+    )
+    lengths, counts = _merged_lengths(finished)
     return SplitSummary(
-        num_records=len(writer.lengths),
-        num_residues=int(writer.residue_counts.sum()),
-        residue_counts=dict(zip(vocabulary.RESIDUES, writer.residue_counts.tolist(), strict=True)),
-        length_quantiles=_length_quantiles(writer.lengths),
-        shards=tuple(
-            ShardSummary(
-                name=shard.name,
-                num_records=shard.num_records,
-                num_residues=shard.num_residues,
-                checksum=shard.checksum,
-            )
-            for shard in writer.shards
-        ),
+        num_records=int(counts.sum()),
+        num_residues=int(residue_counts.sum()),
+        residue_counts=dict(zip(vocabulary.RESIDUES, residue_counts.tolist(), strict=True)),
+        length_quantiles=_length_quantiles(lengths, counts),
+        length_histogram=_length_histogram(lengths, counts),
+        shards=tuple(ShardSummary(**dataclasses.asdict(shard.info)) for shard in finished),
     )
 
 
@@ -312,8 +372,25 @@ def first_fault(error: ValidationError) -> str:
     return f"{place}: {message}, got {str(fault['input'])[:40]!r}"
 
 
-def _length_quantiles(lengths: array) -> dict[str, int]:  # type: ignore[type-arg]
-    if not lengths:
+def _merged_lengths(finished: Sequence[FinishedShard]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lengths that occur in some shards, rising, and how often."""
+    none = np.zeros(0, dtype=np.int64)
+    lengths, places = np.unique(np.concatenate([none, *(shard.lengths for shard in finished)]), return_inverse=True)
+    counts = np.zeros(len(lengths), dtype=np.int64)
+    np.add.at(counts, places, np.concatenate([none, *(shard.length_counts for shard in finished)]))
+    return lengths, counts
+
+
+def _length_quantiles(lengths: np.ndarray, counts: np.ndarray) -> dict[str, int]:
+    """Returns for each quantile the smallest length that at least that part of the records does not exceed."""
+    if not len(lengths):
         return {}
-    found = np.quantile(np.frombuffer(lengths, dtype=np.int32), list(LENGTH_QUANTILES.values()), method="inverted_cdf")
-    return dict(zip(LENGTH_QUANTILES, found.tolist(), strict=True))
+    upto = np.cumsum(counts)
+    ranks = [max(1, math.ceil(quantile * int(upto[-1]))) for quantile in LENGTH_QUANTILES.values()]
+    return dict(zip(LENGTH_QUANTILES, lengths[np.searchsorted(upto, ranks)].tolist(), strict=True))
+
+
+def _length_histogram(lengths: np.ndarray, counts: np.ndarray) -> tuple[int, ...]:
+    histogram = np.zeros(len(LENGTH_BIN_STARTS), dtype=np.int64)
+    np.add.at(histogram, np.searchsorted(LENGTH_BIN_STARTS, lengths, side="right") - 1, counts)
+    return tuple(histogram.tolist())

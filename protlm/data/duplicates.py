@@ -1,8 +1,9 @@
-"""When two sequences count as the same, and in which split a sequence was seen first."""
+"""When two sequences or two ids count as the same, and which of them keeps its place."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import xxhash
-
-from protlm.data.splits import SplitName
 
 DIGEST_BYTES = 16
 
@@ -12,19 +13,63 @@ def sequence_digest(residues: bytes) -> bytes:
     return xxhash.xxh3_128_digest(residues)
 
 
-class SeenSequences:
-    """Remembers the split in which each sequence was seen first.
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """Digests from several places, brought together to be compared.
 
-    Keeps a dict of digests: about 100 bytes a sequence.
+    Attributes:
+        high: High halves, uint64.
+        low: Low halves, uint64.
+        index: The record that each belongs to, by its number in the whole input, int64.
     """
 
-    def __init__(self) -> None:
-        self._splits: dict[bytes, SplitName] = {}
+    high: np.ndarray
+    low: np.ndarray
+    index: np.ndarray
 
-    def first_split(self, residues: bytes, split: SplitName) -> SplitName | None:
-        """Returns the split that had a cleaned sequence first; None, and notes it for `split`, if it is new."""
-        digest = sequence_digest(residues)
-        first = self._splits.get(digest)
-        if first is None:
-            self._splits[digest] = split
-        return first
+
+def duplicates(digests: Digests, splits: np.ndarray, *, dedupe: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the records to leave out because another one has the same digest.
+
+    The earliest split that has a sequence keeps it, and in it the first record.
+
+    Args:
+        digests: What to compare.
+        splits: The code of the split of each, uint8.
+        dedupe: Leave out repeats within a split too; across splits that is always so.
+
+    Returns:
+        The numbers of the records to leave out: repeats within a split, and those that an earlier split has.
+    """
+    places, rank, first = _groups(digests, splits)
+    is_elsewhere = splits[places] != splits[first]
+    is_repeat = (rank > 0) & ~is_elsewhere if dedupe else np.zeros(len(places), dtype=bool)
+    return digests.index[places[is_repeat]], digests.index[places[is_elsewhere]]
+
+
+def repeats(digests: Digests) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the records that are not the first with their digest.
+
+    Returns:
+        Their numbers, and which occurrence each is, from 2; both int64.
+    """
+    places, rank, _ = _groups(digests, np.zeros(len(digests.index), dtype=np.uint8))
+    return digests.index[places[rank > 0]], rank[rank > 0] + 1
+
+
+def _groups(digests: Digests, splits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the places of the records that share a digest, their rank, and the place of their first."""
+    order = np.argsort(digests.high)
+    high = digests.high[order]
+    has_equal = np.zeros(len(order), dtype=bool)
+    is_equal = high[1:] == high[:-1]
+    has_equal[1:] |= is_equal
+    has_equal[:-1] |= is_equal
+    places = order[has_equal]
+    places = places[np.lexsort((digests.index[places], splits[places], digests.low[places], digests.high[places]))]
+    high, low = digests.high[places], digests.low[places]
+    starts = np.arange(len(places))
+    # Groups of equal high halves may fall apart by their low ones.
+    starts[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])] = 0
+    starts = np.maximum.accumulate(starts) if len(starts) else starts
+    return places, np.arange(len(places)) - starts, places[starts]

@@ -1,7 +1,6 @@
 """How tokenised records lie in one shard file, so that each is read through a memory map, and how it is checked."""
 
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,29 @@ import numpy as np
 import xxhash
 
 from protlm import vocabulary
-from protlm.data import columns, files
-from protlm.data.records import Record
+from protlm.data import columns, compiled_fasta, files
 from protlm.data.splits import SPLIT_NAMES, SplitName
 from protlm.errors import ShardError
 
 FORMAT = "protlm-shard"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_SHARD_RESIDUES = 67_108_864
 VOCABULARY = " ".join(vocabulary.TOKENS)
-UNKNOWN = -1
-"""What stands for no value in the optional columns."""
 
-_OPTIONAL_COLUMNS = ("cluster_size", "taxon_id")
-_COUNTED_AT_ONCE = 1 << 20
+NUMBER_COLUMNS = ("cluster_size", "taxon_id")
+"""Optional columns of numbers; `table.UNKNOWN` stands for no value."""
+LABEL_COLUMNS = ("cluster_id", "family")
+"""Optional columns of strings; an empty one stands for no value, and several families are joined by `;`."""
+TOKENS = "tokens"
+REQUIRED_COLUMNS = (
+    "offsets", "ids/bytes", "ids/offsets", "descriptions/bytes", "descriptions/offsets",
+)  # fmt: skip
+OPTIONAL_COLUMNS = (
+    *NUMBER_COLUMNS, *(f"{name}/{part}" for name in LABEL_COLUMNS for part in ("bytes", "offsets")),
+)  # fmt: skip
+"""After the tokens, all columns are written and hashed in this order."""
+
+_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,100 +44,64 @@ class ShardInfo:
     checksum: str
 
 
-class _Buffer:
-    """The columns of the shard that is being filled."""
+def write_shard(
+    directory: Path, name: str, split: SplitName, tokens: Sequence[np.ndarray], found: Mapping[str, np.ndarray]
+) -> tuple[ShardInfo, np.ndarray]:
+    """Writes one shard, whole or not at all; the tokens are never brought together in memory.
 
-    def __init__(self) -> None:
-        self.tokens = bytearray()
-        self.offsets = array("q", [0])
-        self.ids = bytearray()
-        self.id_offsets = array("q", [0])
-        self.descriptions = bytearray()
-        self.description_offsets = array("q", [0])
-        self.cluster_size = array("i")
-        self.taxon_id = array("i")
+    Args:
+        directory: The folder for it.
+        name: Its base name.
+        split: The split that its records belong to.
+        tokens: Stretches of the tokens of its records, in order.
+        found: The other columns by name, those of `REQUIRED_COLUMNS` and any of `OPTIONAL_COLUMNS`.
 
-    def add(self, record: Record, record_id: str, tokens: np.ndarray) -> None:
-        self.tokens += tokens.data
-        self.offsets.append(len(self.tokens))
-        self.ids += record_id.encode()
-        self.id_offsets.append(len(self.ids))
-        self.descriptions += record.description.encode()
-        self.description_offsets.append(len(self.descriptions))
-        self.cluster_size.append(UNKNOWN if record.cluster_size is None else record.cluster_size)
-        self.taxon_id.append(UNKNOWN if record.taxon_id is None else record.taxon_id)
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """Returns all columns to write, in the order in which they are written and hashed."""
-        found: dict[str, np.ndarray] = {
-            "tokens": np.frombuffer(self.tokens, dtype=np.uint8),
-            "offsets": np.frombuffer(self.offsets, dtype=np.int64),
-            "ids/bytes": np.frombuffer(self.ids, dtype=np.uint8),
-            "ids/offsets": np.frombuffer(self.id_offsets, dtype=np.int64),
-            "descriptions/bytes": np.frombuffer(self.descriptions, dtype=np.uint8),
-            "descriptions/offsets": np.frombuffer(self.description_offsets, dtype=np.int64),
-        }
-        for name in _OPTIONAL_COLUMNS:
-            column = np.frombuffer(getattr(self, name), dtype=np.int32)
-            if (column != UNKNOWN).any():
-                found[name] = column
-        return found
-
-
-class ShardWriter:
-    """Writes the records of one split as shards `<split>-00000.h5`, `<split>-00001.h5` and so on.
-
-    A shard is gathered in memory and written whole once it is full: no more than `shard_residues` residues, unless a
-    single record has more.
-
-    Attributes:
-        shards: The shards finished so far.
-        lengths: Residues of every record added, in order.
-        residue_counts: How often each letter of `vocabulary.RESIDUES` occurs in the finished shards.
+    Returns:
+        What the manifest tells of it, and how often each letter of `vocabulary.RESIDUES` occurs, int64 (25).
     """
-
-    def __init__(
-        self, directory: str | Path, split: SplitName, *, shard_residues: int = DEFAULT_SHARD_RESIDUES
-    ) -> None:
-        self.shards: list[ShardInfo] = []
-        self.lengths = array("i")
-        self.residue_counts = np.zeros(vocabulary.NUM_RESIDUES, dtype=np.int64)
-        self._directory = Path(directory)
-        self._split = split
-        self._shard_residues = shard_residues
-        self._buffer = _Buffer()
-
-    def add(self, record: Record, record_id: str) -> None:
-        """Adds a record under an id, which the caller keeps unique."""
-        tokens = vocabulary.encode(record.sequence.encode())
-        held = len(self._buffer.tokens)
-        if held and held + len(tokens) > self._shard_residues:
-            self._finish_shard()
-        self._buffer.add(record, record_id, tokens)
-        self.lengths.append(len(tokens))
-
-    def close(self) -> None:
-        """Writes what is still in memory; no shard at all if nothing was added."""
-        if self._buffer.tokens:
-            self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        found = self._buffer.columns()
-        name = f"{self._split}-{len(self.shards):05d}.h5"
-        info = ShardInfo(name, len(found["offsets"]) - 1, len(found["tokens"]), _checksum(found.items()))
-        with files.written_whole(self._directory / name) as path, columns.create_columns(path) as file:
-            for column_name, column in found.items():
+    num_residues = sum(map(len, tokens))
+    ordered = {column: found[column] for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if column in found}
+    residue_counts = np.zeros(vocabulary.NUM_RESIDUES, dtype=np.int64)
+    digest = xxhash.xxh3_128(_column_mark(TOKENS, num_residues))
+    with files.written_whole(directory / name) as path:
+        with columns.create_columns(path) as file:
+            place = columns.allocate_column(file, TOKENS, (num_residues,), np.uint8)
+            for column_name, column in ordered.items():
                 columns.write_column(file, column_name, column)
             file.attrs["format"] = FORMAT
             file.attrs["format_version"] = FORMAT_VERSION
             file.attrs["vocabulary"] = VOCABULARY
-            file.attrs["split"] = self._split
-            file.attrs["num_records"] = info.num_records
-            file.attrs["num_residues"] = info.num_residues
-            file.attrs["checksum"] = info.checksum
-        self.residue_counts += _count_residues(found["tokens"])
-        self.shards.append(info)
-        self._buffer = _Buffer()
+            file.attrs["split"] = split
+            file.attrs["num_records"] = num_records = len(found["offsets"]) - 1
+            file.attrs["num_residues"] = num_residues
+        with path.open("r+b") as raw:
+            raw.seek(place or 0)
+            for batch in _batches(tokens):
+                digest.update(batch.data)
+                residue_counts += compiled_fasta.count_residues(batch)
+                raw.write(batch.data)
+        checksum = _add_columns(digest, ordered.items())
+        with columns.change_columns(path) as file:
+            file.attrs["checksum"] = checksum
+    return ShardInfo(name, num_records, num_residues, checksum), residue_counts
+
+
+def _batches(stretches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the same bytes in fewer pieces; each is gone when the next one is asked for."""
+    buffer = np.empty(_BATCH_BYTES, dtype=np.uint8)
+    waiting: list[np.ndarray] = []
+    size = 0
+    for stretch in stretches:
+        if size + len(stretch) > _BATCH_BYTES and waiting:
+            yield np.concatenate(waiting, out=buffer[:size])
+            waiting, size = [], 0
+        if len(stretch) > _BATCH_BYTES:
+            yield stretch
+        else:
+            waiting.append(stretch)
+            size += len(stretch)
+    if waiting:
+        yield np.concatenate(waiting, out=buffer[:size])
 
 
 class ShardReader:
@@ -145,8 +117,10 @@ class ShardReader:
         offsets: The bounds of each record in `tokens`, (num_records + 1).
         ids: Record ids.
         descriptions: Record descriptions.
-        cluster_size: Per record, `UNKNOWN` if not told; None if told for none.
-        taxon_id: Per record, `UNKNOWN` if not told; None if told for none.
+        cluster_size: Per record, `table.UNKNOWN` if not told; None if told for none.
+        taxon_id: Per record, `table.UNKNOWN` if not told; None if told for none.
+        cluster_id: Per record, empty if not told; None if told for none.
+        family: Per record, several joined by `;`, empty if not told; None if told for none.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -175,8 +149,10 @@ class ShardReader:
             self.descriptions = file.strings("descriptions")
             file.check_size("ids", self.ids, self.num_records)
             file.check_size("descriptions", self.descriptions, self.num_records)
-            self.cluster_size = self._optional_column(file, "cluster_size")
-            self.taxon_id = self._optional_column(file, "taxon_id")
+            self.cluster_size = self._optional_numbers(file, "cluster_size")
+            self.taxon_id = self._optional_numbers(file, "taxon_id")
+            self.cluster_id = self._optional_strings(file, "cluster_id")
+            self.family = self._optional_strings(file, "family")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.path,)
@@ -187,44 +163,46 @@ class ShardReader:
         Raises:
             ShardError: The bytes are not those that were written, or a token stands for no residue.
         """
-        found: dict[str, np.ndarray] = {
-            "tokens": self.tokens,
-            "offsets": self.offsets,
-            "ids/bytes": self.ids.text,
-            "ids/offsets": self.ids.offsets,
-            "descriptions/bytes": self.descriptions.text,
-            "descriptions/offsets": self.descriptions.offsets,
-        }
-        for name in _OPTIONAL_COLUMNS:
-            if (column := getattr(self, name)) is not None:
-                found[name] = column
-        checksum = _checksum(found.items())
+        found: dict[str, np.ndarray] = {"offsets": self.offsets}
+        for name, strings in (("ids", self.ids), ("descriptions", self.descriptions)):
+            found |= {f"{name}/bytes": strings.text, f"{name}/offsets": strings.offsets}
+        for name in NUMBER_COLUMNS:
+            if (numbers := getattr(self, name)) is not None:
+                found[name] = numbers
+        for name in LABEL_COLUMNS:
+            if (labels := getattr(self, name)) is not None:
+                found |= {f"{name}/bytes": labels.text, f"{name}/offsets": labels.offsets}
+        digest = xxhash.xxh3_128(_column_mark(TOKENS, len(self.tokens)))
+        digest.update(self.tokens.data)
+        checksum = _add_columns(digest, found.items())
         if checksum != self.checksum:
             raise ShardError(f"{self.path}: checksum: expected {self.checksum}, got {checksum}; the file is damaged")
         if not vocabulary.are_residues(self.tokens):
             raise ShardError(f"{self.path}: tokens: expected residues only, got another token")
 
-    def _optional_column(self, file: columns.ColumnFile, name: str) -> np.ndarray | None:
+    def _optional_numbers(self, file: columns.ColumnFile, name: str) -> np.ndarray | None:
         if name not in file.names():
             return None
         column = file.column(name, np.int32)
         file.check_size(name, column, self.num_records)
         return column
 
+    def _optional_strings(self, file: columns.ColumnFile, name: str) -> columns.StringColumn | None:
+        if name not in file.names():
+            return None
+        column = file.strings(name)
+        file.check_size(name, column, self.num_records)
+        return column
 
-def _checksum(named_columns: Iterable[tuple[str, np.ndarray]]) -> str:
-    digest = xxhash.xxh3_128()
+
+def _column_mark(name: str, num_bytes: int) -> bytes:
+    """Returns what is hashed before a column: its size keeps bytes from moving to a neighbour unnoticed."""
+    return f"{name} {num_bytes}\n".encode()
+
+
+def _add_columns(digest: Any, named_columns: Iterable[tuple[str, np.ndarray]]) -> str:
     for name, column in named_columns:
-        # The size keeps bytes from moving between neighbouring columns unnoticed.
-        digest.update(f"{name} {column.nbytes}\n".encode())
+        digest.update(_column_mark(name, column.nbytes))
         digest.update(column.data)
-    return digest.hexdigest()
-
-
-def _count_residues(tokens: np.ndarray) -> np.ndarray:
-    counts = np.zeros(vocabulary.NUM_RESIDUES, dtype=np.int64)
-    # bincount makes int64 of its input: in pieces that stays small.
-    for start in range(0, len(tokens), _COUNTED_AT_ONCE):
-        piece = np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=vocabulary.VOCABULARY_SIZE)
-        counts += piece[vocabulary.FIRST_RESIDUE : vocabulary.FIRST_RESIDUE + vocabulary.NUM_RESIDUES]
-    return counts
+    checksum: str = digest.hexdigest()
+    return checksum

@@ -14,7 +14,8 @@ import numpy as np
 from protlm import vocabulary
 from protlm.data.duplicates import sequence_digest
 from protlm.data.embeddings import EmbeddingsWriter, open_embeddings
-from protlm.data.records import RecordReader, UniqueIds
+from protlm.data.reader import RecordReader
+from protlm.data.records import UniqueIds
 from protlm.errors import ProtlmError
 from protlm.workflows.pretrained import EmbeddingKind, load_model, pool
 

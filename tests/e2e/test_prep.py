@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from protlm import vocabulary
 from protlm.cli import prep as cli_prep
 from protlm.cli.app import main
 from protlm.data.dataset import open_dataset
+from protlm.errors import ProtlmError
 from protlm.workflows import prep as prep_workflow
 from protlm.workflows.prep import PrepUsageError, prepare
+from tests.e2e.prep_tools import SAMPLE, digests, run_json, sequences
 
-SAMPLE = Path(__file__).parents[2] / "data" / "trembl_sample.fasta.gz"
 UNIREF = Path(__file__).parents[3] / "shared" / "data" / "uniref" / "uniref100_sample14k.fasta.gz"
 
 
@@ -32,20 +32,6 @@ def write(tmp_path):
 @pytest.fixture
 def out(tmp_path):
     return str(tmp_path / "dataset")
-
-
-def sequences(out, name):
-    split = open_dataset(out).split(name)
-    return [vocabulary.decode(split.tokens(index)) for index in range(len(split))]
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
-
-
-def run_json(capsys, *arguments):
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def assert_fails(capsys, tmp_path, arguments, message):
@@ -87,17 +73,21 @@ def test_the_report_counts_what_is_in_the_manifest(write, out, capsys):
     path = write("a", "MKV*", "mkv", "MKVLAAGIV", "M", "MK1", "LLLLJ")
     arguments = ("--min-length", "2", "--max-length", "8", "--on-bad-record", "skip", "--valid-fraction", "0")
     report = run_json(capsys, "prep", path, "--out", out, *arguments, "--test-fraction", "0")
-    assert report == {
-        "out": out,
-        "hash": open_dataset(out).hash,
-        "splits": {
-            "train": {"num_records": 2, "num_residues": 8, "median_length": 3, "p99_length": 5, "num_shards": 1}
-        },
-        "duplicates_within_split": 1,
-        "duplicates_across_splits": 0,
-        "repairs": {"j_to_x": 1, "lower_case": 3, "trailing_stop": 1},
-        "rejects": {"illegal_character": 1, "too_long": 1, "too_short": 1},
+    assert report["path"] == out
+    assert report["hash"] == open_dataset(out).hash
+    assert report["splits"] == {
+        "train": {"num_records": 2, "num_residues": 8, "median_length": 3, "p99_length": 5, "num_shards": 1}
     }
+    assert (report["duplicates_within_split"], report["duplicates_across_splits"]) == (1, 0)
+    assert report["repairs"] == {"j_to_x": 1, "lower_case": 3, "trailing_stop": 1}
+    assert report["rejects"] == {"illegal_character": 1, "too_long": 1, "too_short": 1}
+    assert report["leakage"] == {
+        "exact_duplicates_removed": 0, "substrings": [], "clusters": None, "families": None,
+    }  # fmt: skip
+    assert report["sources"] == [
+        {"part": "input", "name": "a", "format": "fasta", "num_records": 5,
+         "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    ]  # fmt: skip
     manifest = open_dataset(out).manifest
     assert (manifest.rejects, manifest.repairs) == (report["rejects"], report["repairs"])
     assert manifest.duplicates_removed.within_split == 1
@@ -112,6 +102,10 @@ def test_the_report_counts_what_is_in_the_manifest(write, out, capsys):
         "dedupe": True,
         "on_bad_record": "skip",
         "shard_residues": 67_108_864,
+        "ood_families": (),
+        "clusters": None,
+        "families": None,
+        "split_file": None,
     }
 
 
@@ -130,7 +124,7 @@ def test_an_empty_split_that_was_asked_for_is_warned_of(write, out, capsys):
     told = capsys.readouterr()
     assert told.err == "warning: split 'valid' is empty\n"
     assert told.out.splitlines()[2].split() == ["valid", "0", "0", "-", "-"]
-    assert sorted(os.listdir(out)) == ["manifest.json", "train-00000.h5"]
+    assert sorted(os.listdir(out)) == ["manifest.json", "report.html", "train-00000.h5"]
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path):
@@ -221,7 +215,7 @@ def test_an_interrupted_run_leaves_nothing(write, out, tmp_path, capsys, monkeyp
         raise KeyboardInterrupt
 
     path = write("a", "MKV")
-    monkeypatch.setattr(prep_workflow, "random_split", interrupt)
+    monkeypatch.setattr(prep_workflow, "build_dataset", interrupt)
     assert main(["prep", path, "--out", out]) == 130
     assert os.listdir(tmp_path) == ["a"]
 
@@ -230,7 +224,7 @@ def test_missing_files_and_folders_are_told_before_anything_is_read(write, out, 
     good = write("a", "MKV")
     assert_fails(capsys, tmp_path, ["prep", good, str(tmp_path / "absent"), "--out", out], "absent: no such file")
     (tmp_path / "folder").mkdir()
-    assert_fails(capsys, tmp_path, ["prep", str(tmp_path / "folder"), "--out", out], "expected a file, got a folder")
+    assert_fails(capsys, tmp_path, ["prep", str(tmp_path / "folder"), "--out", out], "an empty folder")
 
 
 def test_records_that_all_go_elsewhere_leave_no_dataset(write, out, tmp_path, capsys):
@@ -292,7 +286,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_dataset(write, out,
     rename = Path.rename
 
     def fail_once(self, target):
-        if self.name.endswith(".partial") and not fail_once.has_failed:
+        if self.parent.name.endswith(".partial") and not fail_once.has_failed:
             fail_once.has_failed = True
             raise OSError("no")
         return rename(self, target)
@@ -300,11 +294,13 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_dataset(write, out,
     fail_once.has_failed = False
     path = write("b", "MKW")
     monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(ProtlmError, match="no; what is finished is kept in"):
         prepare([path], out, force=True)
-    # The shard files are renamed by other means, so the failed rename was that of the folder.
     assert fail_once.has_failed
     assert digests(out) == before
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "dataset", "dataset.partial"]
+    prepare([path], out, force=True, resume=True)
+    assert sequences(out, "train") == ["MKW"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "dataset"]
 
 
@@ -320,9 +316,10 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_dataset(write, out,
         ["--shard-residues", "0"],
         ["--seed", "-1"],
         ["--seed", str(2**64)],
-        ["--split", "cluster"],
+        ["--split", "taxonomy"],
         ["--on-bad-record", "ignore"],
-        ["--workers", "2"],
+        ["--workers", "0"],
+        ["--split", "family"],
     ],
 )
 def test_wrong_usage_exits_2_and_makes_nothing(write, out, capsys, options):
@@ -345,7 +342,7 @@ def test_the_command_and_the_workflow_have_the_same_defaults():
     workflow = inspect.signature(prepare).parameters
     command = inspect.signature(cli_prep.prep_command).parameters
     shared = workflow.keys() & command.keys() - {"inputs", "out"}
-    assert len(shared) == 9
+    assert len(shared) == 18
     assert {name: command[name].default for name in shared} == {name: workflow[name].default for name in shared}
 
 

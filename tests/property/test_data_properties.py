@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protlm import open_embeddings, read_records, vocabulary
-from protlm.data import records as records_module
+from protlm.data import sources
 from protlm.data.dataset import open_dataset
 from protlm.data.duplicates import sequence_digest
 from protlm.data.embeddings import EmbeddingsWriter
 from protlm.data.records import Record, UniqueIds
-from protlm.data.shards import ShardReader, ShardWriter
 from protlm.errors import ProtlmError
 from protlm.workflows.prep import prepare
 
@@ -44,15 +43,15 @@ def test_fasta_however_written_gives_back_its_records(entries, line_end, is_gzip
         expected.append((record_id, description, sequence, len(lines) + 1))
         lines += [f">{record_id} {description}", *split_at(sequence, cuts)]
     content = (line_end.join(lines) + line_end).encode()
-    before = records_module._RAW_BLOCK_BYTES
-    records_module._RAW_BLOCK_BYTES = block_bytes
+    before = sources._RAW_BLOCK_BYTES
+    sources._RAW_BLOCK_BYTES = block_bytes
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "x"
             path.write_bytes(gzip.compress(content) if is_gzip else content)
             found = [(r.id, r.description, r.sequence, r.line) for r in read_records(path)]
     finally:
-        records_module._RAW_BLOCK_BYTES = before
+        sources._RAW_BLOCK_BYTES = before
     assert found == expected
 
 
@@ -83,27 +82,35 @@ def test_unique_ids_are_unique_and_keep_first_uses(names):
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(protein_records, min_size=1, max_size=12), st.integers(1, 100))
-def test_shards_give_back_their_records(records, shard_residues):
-    with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(folder, "valid", shard_residues=shard_residues)
-        for record in records:
-            writer.add(record, record.id)
-        writer.close()
-        found = []
-        for info in writer.shards:
-            shard = ShardReader(Path(folder) / info.name)
+def test_prep_keeps_every_record_in_order_in_shards_that_are_as_full_as_they_may_be(records, shard_residues):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / "in").open("w", encoding="utf-8", newline="\n") as file:
+            for record in records:
+                numbers = {"n": record.cluster_size, "OX": record.taxon_id}
+                told = " ".join(f"{key}={value}" for key, value in numbers.items() if value is not None)
+                file.write(f">{record.id} {told}\n{record.sequence}\n")
+        prepare([folder / "in"], folder / "out", shard_residues=shard_residues, dedupe=False, valid_fraction=0,
+                test_fraction=0)  # fmt: skip
+        split = open_dataset(folder / "out").split("train")
+        found, sizes = [], []
+        for number in range(len(split.summary.shards)):
+            shard = split.shard(number)
             shard.verify()
-            assert shard.num_records == 1 or shard.num_residues <= shard_residues
+            sizes.append(np.diff(shard.offsets).tolist())
             for index in range(shard.num_records):
                 optional = (
                     None if column is None or column[index] == -1 else int(column[index])
                     for column in (shard.cluster_size, shard.taxon_id)
                 )
                 tokens = shard.tokens[shard.offsets[index] : shard.offsets[index + 1]]
-                text = shard.ids[index], shard.descriptions[index], vocabulary.decode(tokens)
-                found.append(Record(*text, *optional))
-        assert found == records
-        counts = dict(zip(vocabulary.RESIDUES, writer.residue_counts.tolist(), strict=True))
+                found.append((vocabulary.decode(tokens), *optional))
+        assert found == [(record.sequence, record.cluster_size, record.taxon_id) for record in records]
+        for lengths, following in itertools.zip_longest(sizes, sizes[1:]):
+            assert len(lengths) == 1 or sum(lengths) <= shard_residues
+            assert following is None or sum(lengths) + following[0] > shard_residues
+        assert len({split.id(index) for index in range(len(split))}) == len(records)
+        counts = split.summary.residue_counts
         assert +Counter(counts) == Counter("".join(record.sequence for record in records))
 
 
@@ -121,14 +128,14 @@ def test_no_sequence_is_ever_in_two_splits(train, test, dedupe):
         report = prepare([folder / "train"], folder / "out", test_inputs=[folder / "test"], dedupe=dedupe)
         opened = open_dataset(folder / "out")
         found = {}
-        for name, split in report.splits.items():
+        for name, split in report.manifest.splits.items():
             records = opened.split(name) if split.num_records else []
             found[name] = [vocabulary.decode(records.tokens(index)) for index in range(len(records))]
     kept = [sequence for sequence in test if sequence not in set(train)]
     assert found["train"] == (list(dict.fromkeys(train)) if dedupe else train)
     assert found["test"] == (list(dict.fromkeys(kept)) if dedupe else kept)
     num_read = len(train) + len(test)
-    num_removed = report.duplicates_within_split + report.duplicates_across_splits
+    num_removed = report.manifest.duplicates_removed.within_split + report.manifest.duplicates_removed.across_splits
     assert num_read == num_removed + len(found["train"]) + len(found["test"])
 
 

@@ -118,7 +118,7 @@ def train(manifest):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=2), "format_version: expected 1, got 2"),
+        (lambda m: m.update(format_version=1), "format_version: expected 2, got 1"),
         (lambda m: m.update(extra=1), "extra: Extra"),
         (lambda m: m.pop("sources"), "sources: Field required"),
         (lambda m: m["vocabulary"].reverse(), "vocabulary: not the one of this protlm"),

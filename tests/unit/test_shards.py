@@ -8,22 +8,19 @@ import pytest
 from protlm import vocabulary
 from protlm.data import columns
 from protlm.data.records import Record
-from protlm.data.shards import ShardReader, ShardWriter
+from protlm.data.shards import ShardReader, write_shard
 from protlm.errors import ShardError
+from tests.unit.shard_columns import columns_of
 
 RECORDS = [
-    Record("a", "first é", "MKV", 7, 562),
-    Record("b|c", "", "L"),
+    Record("a", "first é", "MKV", 7, 562, cluster_id="UniRef50_A"),
+    Record("b|c", "", "L", families=("PF00012", "IPR000001")),
     Record("d", "x y", "ACDEFGHIKLMNPQRSTVWYXBUZO", None, 9606),
 ]
 
 
-def write(directory, records=RECORDS, **options):
-    writer = ShardWriter(directory, "train", **options)
-    for record in records:
-        writer.add(record, record.id)
-    writer.close()
-    return writer
+def write(directory, records=RECORDS):
+    return write_shard(directory, "train-00000.h5", "train", *columns_of(records))
 
 
 @pytest.fixture
@@ -60,13 +57,17 @@ def test_what_was_written_is_read(path):
     assert [shard.descriptions[index] for index in range(3)] == ["first é", "", "x y"]
     assert shard.ids[-1] == "d"
     assert (shard.cluster_size.tolist(), shard.taxon_id.tolist()) == ([7, -1, -1], [562, -1, 9606])
+    assert (shard.cluster_id.to_list(), shard.family.to_list()) == (
+        ["UniRef50_A", "", ""],
+        ["", "PF00012;IPR000001", ""],
+    )
     assert not shard.tokens.flags.writeable
     shard.verify()
 
 
 def test_the_checksum_of_given_records_never_changes(path):
     # Stored datasets rely on it.
-    assert ShardReader(path).checksum == "8cf388504c32a40d154b2eaaa165546b"
+    assert ShardReader(path).checksum == "95b736e8795f89a9aa9bfa2894bda3f8"
 
 
 def test_optional_columns_are_written_only_if_a_record_has_them(tmp_path):
@@ -74,6 +75,8 @@ def test_optional_columns_are_written_only_if_a_record_has_them(tmp_path):
     shard = ShardReader(tmp_path / "train-00000.h5")
     assert shard.cluster_size is None
     assert shard.taxon_id is None
+    assert shard.cluster_id is None
+    assert shard.family is None
     shard.verify()
 
 
@@ -91,20 +94,6 @@ def test_equal_records_give_equal_bytes(tmp_path):
     assert (tmp_path / "one/train-00000.h5").read_bytes() == (tmp_path / "two/train-00000.h5").read_bytes()
 
 
-def test_a_new_shard_begins_when_the_next_record_does_not_fit(tmp_path):
-    records = [Record(str(number), "", "M" * length) for number, length in enumerate([4, 6, 1, 30, 2, 8])]
-    writer = write(tmp_path, records, shard_residues=10)
-    assert [(shard.num_records, shard.num_residues) for shard in writer.shards] == [(2, 10), (1, 1), (1, 30), (2, 10)]
-    assert [shard.name for shard in writer.shards] == [f"train-0000{number}.h5" for number in range(4)]
-    assert writer.lengths.tolist() == [4, 6, 1, 30, 2, 8]
-    assert writer.residue_counts[vocabulary.RESIDUES.index("M")] == writer.residue_counts.sum() == 51
-
-
-def test_an_empty_split_has_no_shard(tmp_path):
-    assert write(tmp_path, []).shards == []
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_pickled_shard_is_only_a_path(path):
     shard = ShardReader(path)
     pickled = pickle.dumps(shard)
@@ -118,7 +107,19 @@ def test_the_maps_outlive_the_closed_hdf5_file(path):
     assert shard.tokens.tolist()[:3] == vocabulary.encode(b"MKV").tolist()
 
 
-@pytest.mark.parametrize("name", ["tokens", "offsets", "ids/bytes", "descriptions/bytes", "taxon_id", "cluster_size"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokens",
+        "offsets",
+        "ids/bytes",
+        "descriptions/bytes",
+        "taxon_id",
+        "cluster_size",
+        "cluster_id/bytes",
+        "family/bytes",
+    ],
+)
 def test_verify_finds_a_flipped_bit_in_any_column(path, name):
     with h5py.File(path) as file:
         place = file[name].id.get_offset()
@@ -145,7 +146,7 @@ def test_verify_finds_a_token_that_is_no_residue(path):
     [
         (set_attribute("format", "other"), "not a protlm-shard file"),
         (set_attribute("format", np.arange(3)), "not a protlm-shard file"),
-        (set_attribute("format_version", 2), "format_version: expected 1, got 2"),
+        (set_attribute("format_version", 1), "format_version: expected 2, got 1"),
         (set_attribute("format_version", "1"), "attribute 'format_version': expected int, got str"),
         (set_attribute("vocabulary", "A C D"), "vocabulary"),
         (set_attribute("split", "other"), "split: expected one of train"),
@@ -171,6 +172,8 @@ def test_verify_finds_a_token_that_is_no_residue(path):
         (replace("ids/offsets", data=np.array([0, 5])), "ids: expected 3 rows, got 1"),
         (replace("descriptions/offsets", data=np.array([0, 11])), "descriptions: expected 3 rows, got 1"),
         (replace("taxon_id", data=np.zeros(2, np.int32)), "taxon_id: expected 3 rows, got 2"),
+        (replace("family/offsets", data=np.array([0, 17])), "family: expected 3 rows, got 1"),
+        (lambda file: file.__delitem__("cluster_id/offsets"), "cluster_id/offsets: expected int64 column, got nothing"),
     ],
 )
 def test_a_shard_that_breaks_the_contract_is_refused_at_opening(path, change, message):

@@ -1,0 +1,148 @@
+"""How a record is written in FASTA and in A3M, one at a time and in plain words: the twin of the compiled parser."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from protlm import vocabulary
+from protlm.data.records import MAX_RECORD_BYTES, Record, shown
+from protlm.errors import RecordError
+
+ANNOTATION_IDS = frozenset(("ss_pred", "ss_conf", "ss_dssp", "sa_pred", "sa_dssp", "aa_pred", "aa_dssp"))
+"""Rows of an A3M file that hold no protein: secondary structure and the like, as HH-suite writes them."""
+ANNOTATION = "alignment_annotation"
+"""The reason under which such rows are counted; they are no fault."""
+
+_A3M_MARK = b"#A3M#"
+_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# Nine digits always fit the int32 columns; whatever is longer is no cluster size and no taxon.
+_CLUSTER_SIZE = re.compile(rb"(?:^|\s)n=(\d{1,9})(?!\S)")
+_TAXON_ID = re.compile(rb"(?:^|\s)(?:TaxID|OX)=(\d{1,9})(?!\S)")
+_SHOWN_LETTERS = 60
+_BINARY_BYTES = 1024
+
+
+def is_a3m(head: bytes) -> bool:
+    """Says whether a FASTA file is an A3M file with rows that are no proteins, from its first lines."""
+    if head.startswith(_A3M_MARK):
+        return True
+    start = head.find(b">")
+    words = head[start + 1 : start + 1 + 64].split(None, 1) if start >= 0 else []
+    return bool(words) and words[0].decode("ascii", "replace") in ANNOTATION_IDS
+
+
+def split_head(text: bytes) -> tuple[bytes, bytes]:
+    r"""Splits a text before its first header: what stands above it, and from its `>` on; `\n` line ends only."""
+    if text.startswith(b">"):
+        return b"", text
+    start = text.find(b"\n>") + 1
+    return (text[:start], text[start:]) if start else (text, b"")
+
+
+def parse_fasta(path: str | Path, text: bytes, repairs: Counter[str]) -> Iterator[Record | RecordError]:
+    r"""Yields the records of a text and, in their place, the errors of those that cannot be used.
+
+    Args:
+        path: The file, for messages.
+        text: Whole records, from a `>` on; `\n` line ends only.
+        repairs: Letters repaired are counted here.
+    """
+    line = 1
+    # A text is ">record\n>record…".
+    for part in text[1:].split(b"\n>"):
+        try:
+            yield _parse(path, part, line, repairs)
+        except RecordError as error:
+            yield error
+        line += 1 + part.count(b"\n")
+
+
+def _parse(path: str | Path, part: bytes, line: int, repairs: Counter[str]) -> Record:
+    header, _, body = part.partition(b"\n")
+    words = header.split(None, 1)
+    if not words:
+        raise RecordError(path, line, "expected an id after `>`, got none", reason="empty_id")
+    name = words[0].decode("utf-8", "replace")
+    try:
+        record_id = words[0].decode()
+        description = words[1].rstrip().decode() if len(words) > 1 else ""
+    except UnicodeDecodeError as error:
+        message = f"the header of {shown(name)} is not UTF-8 text; convert the file"
+        raise RecordError(path, line, message, reason="header_not_utf8", record_id=name) from error
+    if len(part) > MAX_RECORD_BYTES:
+        raise too_long(path, line, name)
+    residues, made = clean_body(path, name, body, line)
+    repairs.update(made)
+    cluster_size = taxon_id = None
+    if len(words) > 1 and b"=" in words[1]:
+        cluster_size = _number(_CLUSTER_SIZE, words[1])
+        taxon_id = _number(_TAXON_ID, words[1])
+    return Record(record_id, description, residues.decode(), cluster_size, taxon_id, line)
+
+
+def clean_body(path: str | Path, record_id: str, body: bytes, line: int) -> tuple[bytes, Counter[str]]:
+    r"""Returns the residues of the lines below a header, and the repairs.
+
+    Args:
+        path: The file, for messages.
+        record_id: The record, for messages.
+        body: The lines, with `\n` line ends.
+        line: Line of the header.
+
+    Raises:
+        RecordError: An illegal character, at its line and column; no residue at all.
+    """
+    try:
+        residues, repairs = vocabulary.clean(body.replace(b"\n", b""))
+    except vocabulary.IllegalLetterError as error:
+        at, column = _place(body, error.offset)
+        message = f"record {shown(record_id)}: illegal character {error.letter!r} in column {column}"
+        raise RecordError(path, line + at, message, reason="illegal_character", record_id=record_id) from error
+    if not residues:
+        message = f"record {shown(record_id)} has no sequence"
+        raise RecordError(path, line, message, reason="empty_sequence", record_id=record_id)
+    return residues, repairs
+
+
+def too_long(path: str | Path, line: int, record_id: str) -> RecordError:
+    """Returns the error of a record that takes more than `MAX_RECORD_BYTES`; the id may be empty."""
+    name = f"record {shown(record_id)}" if record_id else "a record"
+    message = f"{name} is longer than {MAX_RECORD_BYTES:,} bytes, which no protein is; is this a protein file?"
+    return RecordError(path, line, message, reason="oversized", record_id=record_id)
+
+
+def fault_above(path: str | Path, above: bytes) -> RecordError | None:
+    """Returns what is wrong with the text above the first header; nothing with blank and `#` lines."""
+    lines = above.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (line.startswith(b"#") and not line.startswith(_UTF8_MARK)):
+            continue
+        if line.startswith(_UTF8_MARK):
+            message, reason = "a UTF-8 byte order mark: save the file without", "byte_order_mark"
+        elif line.startswith(_UTF16_MARKS):
+            message, reason = "UTF-16 text: save the file as plain text", "text_above_first_header"
+        elif b"\0" in above[:_BINARY_BYTES]:
+            message, reason = "a binary file; expected FASTA, a line that starts with `>`", "text_above_first_header"
+        else:
+            found = line[:_SHOWN_LETTERS].decode("ascii", "replace")
+            message = f"expected FASTA, a line that starts with `>`, got {found!r}"
+            reason = "text_above_first_header"
+        return RecordError(path, number, message, reason=reason)
+    return None
+
+
+def _place(body: bytes, offset: int) -> tuple[int, int]:
+    """Finds a letter: how many lines below the header, from 1, and its column, from 1; `offset` counts no line ends."""
+    lines = body.split(b"\n")
+    for number, text in enumerate(lines, start=1):
+        if offset < len(text):
+            return number, offset + 1
+        offset -= len(text)
+    raise AssertionError("an offset lies inside its sequence")
+
+
+def _number(pattern: re.Pattern[bytes], description: bytes) -> int | None:
+    found = pattern.search(description)
+    return int(found[1]) if found else None

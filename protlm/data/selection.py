@@ -1,0 +1,196 @@
+"""Which records of all pieces stay, in which split and under which id: decided from digests, in bounded memory."""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from protlm.data import splits
+from protlm.data.duplicates import Digests, duplicates, repeats
+from protlm.data.piece_files import Piece, PieceFile
+from protlm.data.splits import SPLIT_NAMES
+from protlm.data.table import digests_of
+
+FIRST_REJECT = 100
+"""Codes below are those of splits."""
+TOO_SHORT, TOO_LONG, NOT_LISTED, DUPLICATE_WITHIN, DUPLICATE_ACROSS = range(FIRST_REJECT, FIRST_REJECT + 5)
+NO_SPLIT = 255
+"""What a split file says of a record that it does not list."""
+REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
+
+_COMPARED_AT_ONCE = 1 << 22
+_HASHES = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How records are chosen; see `workflows.prep.prepare`.
+
+    Attributes:
+        method: `random`, `cluster`, `family`, `file` or `ready-made`.
+        ood_families: The families held out, for `family`.
+    """
+
+    method: str
+    seed: int
+    valid_fraction: float
+    test_fraction: float
+    min_length: int
+    max_length: int | None
+    dedupe: bool
+    ood_families: frozenset[str] = frozenset()
+
+
+@dataclass
+class Selection:
+    """What was decided.
+
+    Attributes:
+        codes_path: A file with a byte for every record of all pieces: the code of its split, or of why it is left out.
+        starts: The number of the first record of each piece, and the number of all.
+        numbers: For the kept records whose id repeats an earlier one: the number that it gets.
+        counts: How many records have each code.
+        num_unclustered: Records that no cluster names, where a split by cluster was asked for.
+    """
+
+    codes_path: Path
+    starts: np.ndarray
+    numbers: dict[int, int] = field(default_factory=dict)
+    counts: Counter[int] = field(default_factory=Counter)
+    num_unclustered: int = 0
+
+    def codes(self, start: int, end: int) -> np.ndarray:
+        """Returns the codes of a range of records, uint8, writable in place."""
+        if start == end:
+            return np.zeros(0, dtype=np.uint8)
+        return np.memmap(self.codes_path, dtype=np.uint8, mode="r+", offset=start, shape=end - start)
+
+    def codes_of(self, number: int) -> np.ndarray:
+        """Returns the codes of the records of a piece, uint8, writable in place."""
+        return self.codes(int(self.starts[number]), int(self.starts[number + 1]))
+
+
+def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selection:
+    """Decides for every record of the pieces, in order.
+
+    Memory: digests are compared a range at a time, some four million records; the codes lie in a file of a byte a
+    record; numbers of repeated ids take about 100 bytes each.
+
+    Args:
+        pieces: All pieces in the order of the input.
+        rules: How to choose.
+        codes_path: Where the codes are kept.
+    """
+    starts = np.concatenate([[0], np.cumsum([piece.num_records for piece in pieces], dtype=np.int64)]).astype(np.int64)
+    num_records = int(starts[-1])
+    with codes_path.open("wb") as file:
+        file.truncate(num_records)
+    found = Selection(codes_path, starts)
+    codes = found.codes(0, num_records)
+    for number, piece_file in enumerate(pieces):
+        if piece_file.num_records:
+            piece = Piece(piece_file.path)
+            found.codes_of(number)[:] = _first_codes(piece, piece_file.part, rules)
+            if rules.method == "cluster":
+                found.num_unclustered += _num_unclustered(piece)
+    for digests in _digest_ranges(pieces, found, "sequence"):
+        within, across = duplicates(digests, codes[digests.index], dedupe=rules.dedupe)
+        codes[within] = DUPLICATE_WITHIN
+        codes[across] = DUPLICATE_ACROSS
+    for digests in _digest_ranges(pieces, found, "id"):
+        found.numbers.update(zip(*(column.tolist() for column in repeats(digests)), strict=True))
+    if found.numbers and any(piece.has_numbered_ids for piece in pieces):
+        _avoid_taken_numbers(pieces, found)
+    for number in range(len(pieces)):
+        values, counts = np.unique(found.codes_of(number), return_counts=True)
+        found.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    return found
+
+
+def _first_codes(piece: Piece, part: str, rules: Rules) -> np.ndarray:
+    lengths = piece.lengths
+    if part != "input":
+        codes = np.full(len(lengths), SPLIT_NAMES.index(part), dtype=np.uint8)
+    else:
+        codes = _split_codes(piece, rules)
+    codes[lengths < rules.min_length] = TOO_SHORT
+    if rules.max_length is not None:
+        codes[lengths > rules.max_length] = TOO_LONG
+    return codes
+
+
+def _split_codes(piece: Piece, rules: Rules) -> np.ndarray:
+    if rules.method == "ready-made":
+        return np.full(len(piece.lengths), splits.TRAIN, dtype=np.uint8)
+    if rules.method == "file":
+        listed = piece["split"].copy()
+        listed[listed == NO_SPLIT] = NOT_LISTED
+        return listed
+    digests = piece["sequence_digest/low"].copy()
+    if rules.method == "cluster" and "cluster_id/offsets" in piece:
+        names = piece.strings("cluster_id").to_list()
+        is_named = np.array([bool(name) for name in names])
+        digests[is_named] = digests_of(name.encode() for name in names if name)[:, 1]
+    codes = splits.random_split(
+        digests, seed=rules.seed, valid_fraction=rules.valid_fraction, test_fraction=rules.test_fraction
+    )
+    if rules.method == "family" and "family/offsets" in piece:
+        for index, joined in enumerate(piece.strings("family").to_list()):
+            if joined and not rules.ood_families.isdisjoint(map(splits.plain_family, joined.split(";"))):
+                codes[index] = splits.OOD
+    return codes
+
+
+def _num_unclustered(piece: Piece) -> int:
+    if "cluster_id/offsets" not in piece:
+        return len(piece.lengths)
+    return int((np.diff(piece["cluster_id/offsets"]) == 0).sum())
+
+
+def _digest_ranges(pieces: Sequence[PieceFile], found: Selection, kind: str) -> Iterator[Digests]:
+    """Yields the digests of the records kept so far, range by range of their high halves: all equal ones in one."""
+    num_ranges = int(found.starts[-1]) // _COMPARED_AT_ONCE + 1
+    bounds = [_HASHES * number // num_ranges for number in range(num_ranges + 1)]
+    for start, end in itertools.pairwise(bounds):
+        parts = []
+        for number, piece_file in enumerate(pieces):
+            if not piece_file.num_records:
+                continue
+            piece = Piece(piece_file.path)
+            high = piece[f"{kind}_digest/high"]
+            is_wanted = found.codes_of(number) < FIRST_REJECT
+            if num_ranges > 1:
+                is_wanted &= (high >= np.uint64(start)) & (high <= np.uint64(end - 1))
+            index = np.flatnonzero(is_wanted)
+            parts.append(Digests(high[index], piece[f"{kind}_digest/low"][index], index + found.starts[number]))
+        if parts:
+            yield Digests(
+                *(np.concatenate([getattr(part, name) for part in parts]) for name in ("high", "low", "index"))
+            )
+
+
+def _avoid_taken_numbers(pieces: Sequence[PieceFile], found: Selection) -> None:
+    """Gives repeated ids the next numbers where `id#n` is an id of its own."""
+    taken: defaultdict[str, set[int]] = defaultdict(set)
+    repeated: dict[int, str] = {}
+    for number, piece_file in enumerate(pieces):
+        if not piece_file.num_records:
+            continue
+        start, kept = int(found.starts[number]), found.codes_of(number) < FIRST_REJECT
+        for index, name in enumerate(Piece(piece_file.path).strings("ids").to_list()):
+            if start + index in found.numbers:
+                repeated[start + index] = name
+            stem, mark, suffix = name.rpartition("#")
+            if mark and kept[index] and suffix.isascii() and suffix.isdigit():
+                taken[stem].add(int(suffix))
+    next_free: dict[str, int] = {}
+    for index in sorted(repeated):
+        name = repeated[index]
+        free = next_free.get(name, 2)
+        while free in taken[name]:
+            free += 1
+        found.numbers[index] = free
+        next_free[name] = free + 1

@@ -1,0 +1,253 @@
+"""Where prep keeps what is finished until the dataset is whole: what lies there, and when it may be used again."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from protlm.data import dataset, files
+from protlm.data.piece_files import PieceFile, open_piece_file
+from protlm.data.sources import STDIN
+from protlm.data.text_pieces import Format
+from protlm.errors import ProtlmError
+
+FORMAT = "protlm-prep"
+FORMAT_VERSION = 1
+SUFFIX = ".partial"
+
+_WORTH_KEEPING_BYTES = 64 << 20
+
+Part = Literal["input", "valid", "test", "ood"]
+Start = Literal["new", "resume", "part", "merge"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file to read, and the part of the dataset that it is given as."""
+
+    part: Part
+    path: str
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Size and time of the last change, by which a change is noticed."""
+        if self.path == STDIN:
+            return 0, 0
+        found = os.stat(self.path)
+        return found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedSource:
+    """A file that was read to its end."""
+
+    name: str
+    sha256: str
+    format: Format
+    num_pieces: int
+    num_records: int
+    size: int
+    mtime_ns: int
+
+
+class PrepFolder:
+    """The folder `DATASET.partial` beside the dataset to be.
+
+    Attributes:
+        path: The folder.
+        inputs: The files to read, in order.
+    """
+
+    def __init__(self, path: Path, inputs: Sequence[InputFile]) -> None:
+        self.path = path
+        self.inputs = inputs
+
+    @property
+    def codes_path(self) -> Path:
+        """The file of decisions."""
+        return self.path / "codes.bin"
+
+    @property
+    def dataset_path(self) -> Path:
+        """The folder that becomes the dataset."""
+        return self.path / "dataset"
+
+    def piece_path(self, number: int, piece: int) -> Path:
+        """Returns where a piece of a file lies."""
+        return self.path / "pieces" / f"{number:05d}-{piece:06d}.h5"
+
+    @property
+    def finished_bytes(self) -> int:
+        """Bytes of the finished pieces."""
+        return sum(path.stat().st_size for path in (self.path / "pieces").glob("*.h5"))
+
+    def finished_source(self, number: int) -> FinishedSource | None:
+        """Returns what is known of a file that was read to its end and has not changed since."""
+        try:
+            found = FinishedSource(**json.loads(self._source_path(number).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        is_same = (found.size, found.mtime_ns) == self.inputs[number].state
+        has_all = all(self.piece_path(number, piece).exists() for piece in range(found.num_pieces))
+        return found if is_same and has_all else None
+
+    def finish_source(self, number: int, source: FinishedSource) -> None:
+        """Notes that a file was read to its end."""
+        _write_json(self._source_path(number), asdict(source))
+
+    def pieces(self, number: int) -> list[PieceFile]:
+        """Returns the pieces of a file that was read to its end."""
+        source = self.finished_source(number)
+        assert source is not None
+        given = self.inputs[number]
+        found = [
+            open_piece_file(self.piece_path(number, piece), given.path, given.part)
+            for piece in range(source.num_pieces)
+        ]
+        pieces = [piece for piece in found if piece is not None]
+        if len(pieces) < source.num_pieces:
+            raise ProtlmError(f"{self.path}: a piece of {given.path} is damaged; start afresh with --force")
+        return pieces
+
+    def begin_dataset(self, plan: Mapping[str, Any]) -> None:
+        """Makes the folder of the dataset; shards of another plan are gone, those of the same are kept."""
+        plan_path = self.path / "plan.json"
+        if not (self.dataset_path.is_dir() and _read_json(plan_path) == plan):
+            shutil.rmtree(self.dataset_path, ignore_errors=True)
+            _write_json(plan_path, plan)
+        self.dataset_path.mkdir(exist_ok=True)
+
+    def remove(self) -> None:
+        """Removes the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _source_path(self, number: int) -> Path:
+        return self.path / "sources" / f"{number:05d}.json"
+
+
+def open_prep_folder(
+    out: Path, inputs: Sequence[InputFile], labels: Mapping[str, str | None], start: Start, *, force: bool
+) -> PrepFolder:
+    """Makes or finds the folder for a dataset.
+
+    Args:
+        out: The dataset to be.
+        inputs: The files to read.
+        labels: The sha256 of each file that tells clusters, families or splits, by kind; they are part of the pieces.
+        start: `new` wants none there, `resume` uses one that is there, `part` shares it, `merge` needs one.
+        force: With `new`, an unfinished one is removed.
+
+    Raises:
+        ProtlmError: It is there, or not there, or made from other inputs.
+    """
+    path = out.with_name(out.name + SUFFIX)
+    about = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "inputs": [[given.part, given.path] for given in inputs],
+        "labels": dict(labels),
+    }
+    if path.exists():
+        _check_own(path)
+        if start == "new" and force:
+            shutil.rmtree(path)
+        elif start == "new":
+            raise ProtlmError(
+                f"{path}: an unfinished run for this dataset; go on with --resume, or start afresh with --force"
+            )
+        elif (found := _read_json(path / "work.json")) != about:
+            differing = next(name for name in about if not isinstance(found, dict) or found.get(name) != about[name])
+            raise ProtlmError(f"{path}: made with other {differing}; give the same, or start afresh with --force")
+    elif start == "merge":
+        raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
+    for name in ("pieces", "sources"):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    if not (path / "work.json").exists():
+        _write_json(path / "work.json", about)
+    for left_over in path.glob(f"*/.*{files.PARTIAL_SUFFIX}"):
+        # Other parts may be writing now.
+        if start != "part":
+            left_over.unlink(missing_ok=True)
+    return PrepFolder(path, inputs)
+
+
+def _check_own(path: Path) -> None:
+    found = _read_json(path / "work.json")
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ProtlmError(f"{path}: in the way, and nothing that prep made; choose another --out")
+
+
+def check_replaceable(out: Path, *, force: bool) -> None:
+    """Refuses an output that is there already, unless it is a dataset or an empty folder and may be replaced.
+
+    Raises:
+        ProtlmError: Something is in the way that may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ProtlmError(f"{out}: expected a folder to make or replace, got a file; choose another --out")
+    if not force:
+        raise ProtlmError(f"{out}: exists already; choose another --out, or replace it with --force")
+    entries = sorted(os.listdir(out))
+    if entries and not dataset.is_dataset(out):
+        raise ProtlmError(f"{out}: not a protlm dataset, so --force does not replace it; choose another --out")
+    own = (dataset.MANIFEST_NAME, dataset.REPORT_NAME, dataset.REJECTS_NAME)
+    for entry in entries:
+        if entry not in own and not re.search(dataset.SHARD_NAME_PATTERN, entry):
+            raise ProtlmError(f"{out}: holds {entry!r}, which is no part of a dataset, so --force does not replace it")
+
+
+def put_in_place(folder: Path, out: Path, *, force: bool) -> None:
+    """Renames a finished dataset to its place; one that is there goes only once the new one has its name."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    check_replaceable(out, force=force)
+    old = files.partial_path(out)
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def kept_or_removed(folder: PrepFolder, start: Start) -> Iterator[None]:
+    """Where something goes wrong, keeps the folder and says how to go on; what a moment can make again is removed."""
+    try:
+        yield
+    except BaseException as error:
+        if start in ("part", "merge"):
+            raise
+        worth_keeping = _WORTH_KEEPING_BYTES if start == "new" and not isinstance(error, OSError) else 1
+        if folder.finished_bytes < worth_keeping:
+            folder.remove()
+            raise
+        hint = f"what is finished is kept in {folder.path}: go on with the same command and --resume"
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            reason = (error.strerror or str(error)).split("\n")[0]
+            raise ProtlmError(f"{where}{reason}; {hint}") from error
+        if isinstance(error, ProtlmError) and "--resume" not in str(error):
+            raise ProtlmError(f"{error}; {hint}") from error
+        raise
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with files.written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")

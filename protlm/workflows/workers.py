@@ -1,0 +1,98 @@
+"""How work is shared among processes so that its outcome does not depend on their number."""
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from protlm.errors import ProtlmError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_shared: Any = None
+
+
+class Workers:
+    """Some processes that know a common object; a single one is a thread of this process.
+
+    Use it as a context: at its end they are gone.
+
+    Attributes:
+        number: How many.
+    """
+
+    def __init__(self, number: int, shared: Any) -> None:
+        """Starts nothing yet.
+
+        Args:
+            number: How many processes.
+            shared: What every task is given beside its own.
+        """
+        self.number = number
+        self._shared = shared
+        self._executor: Executor
+
+    def __enter__(self) -> "Workers":
+        if self.number > 1:
+            # A fork has the shared object at once, and starts in no time; only Linux forks safely.
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            self._executor = ProcessPoolExecutor(
+                self.number, mp_context=context, initializer=_begin, initargs=(self._shared,)
+            )
+        else:
+            self._executor = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def in_order(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Yields function(shared, task) for each task, in the order of the tasks; few are held at a time.
+
+        Raises:
+            ProtlmError: A process died.
+        """
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                if len(waiting) > self.number:
+                    yield waiting.popleft().result()
+                waiting.append(self._submit(function, task))
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ProtlmError(
+                "a worker process died, perhaps for want of memory; go on with --resume and fewer --workers"
+            ) from error
+
+    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> "Future[Result]":
+        if self.number == 1:
+            return self._executor.submit(function, self._shared, task)
+        with _forks_of_threads_allowed():
+            return self._executor.submit(_call, function, task)
+
+
+@contextlib.contextmanager
+def _forks_of_threads_allowed() -> Iterator[None]:
+    # Newer Pythons warn of any fork beside threads. The workers call no library whose threads they would miss.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _begin(shared: Any) -> None:
+    global _shared
+    _shared = shared
+    # Ctrl-C reaches every process of a terminal; only the first one answers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
+    return function(_shared, task)

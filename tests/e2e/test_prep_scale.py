@@ -1,0 +1,305 @@
+"""The bytes of a dataset depend on neither workers, kills, parts nor the size of pieces."""
+
+import errno
+import gzip
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from protlm.cli.app import main
+from protlm.data import fasta, selection, sources, text_pieces
+from protlm.data.dataset import open_dataset
+from protlm.workflows import prep_folder, prep_reading
+from protlm.workflows.prep import PrepUsageError, prepare
+from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json
+
+SMALL = {"shard_residues": 200_000, "valid_fraction": 0.1, "test_fraction": 0.1}
+OPTIONS = ("--shard-residues", "200000", "--valid-fraction", "0.1", "--test-fraction", "0.1")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    # Some ten pieces for each of the plain files.
+    monkeypatch.setattr(prep_reading, "PIECE_BYTES", 15_000)
+    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 5_000)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The sample in three files, one of them compressed, with bad records, repeats and short ones among them."""
+    records = gzip.decompress(SAMPLE.read_bytes()).removeprefix(b">").rstrip(b"\n").split(b"\n>")[:900]
+    texts = [b"".join(b">" + record + b"\n" for record in records[start::3]) for start in range(3)]
+    texts[1] += b">bad\nMK1\n>" + records[0] + b"\n>short\nM\n"
+    found = [tmp_path / f"{number}.fasta" for number in range(3)]
+    for path, text in zip(found, texts, strict=True):
+        path.write_bytes(text)
+    found[2].write_bytes(gzip.compress(texts[2], mtime=0))
+    return found
+
+
+MORE = {**SMALL, "on_bad_record": "skip", "min_length": 2}
+
+
+@pytest.fixture
+def expected(files, tmp_path):
+    prepare(files, tmp_path / "expected", **MORE)
+    return digests(tmp_path / "expected")
+
+
+def test_the_number_of_workers_changes_no_byte(small_pieces, files, expected, tmp_path):
+    for workers in (2, 3):
+        prepare(files, tmp_path / "out", workers=workers, force=True, **MORE)
+        assert digests(tmp_path / "out") == expected
+    assert len(expected) > 5
+
+
+def test_the_size_of_pieces_and_of_the_ranges_compared_changes_no_byte(files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "_COMPARED_AT_ONCE", 100)
+    for piece_bytes in (1, 20_000):
+        monkeypatch.setattr(prep_reading, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 3_000)
+        prepare(files, tmp_path / "out", force=True, **MORE)
+        assert digests(tmp_path / "out") == expected
+
+
+def test_the_twin_in_python_makes_the_same_dataset_as_the_compiled_parser(files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("protlm.data.compiled_fasta.is_available", lambda: False)
+    prepare(files, tmp_path / "out", **MORE)
+    assert digests(tmp_path / "out") == expected
+
+
+def test_parts_merged_are_the_dataset_of_one_run(files, expected, tmp_path):
+    names = []
+    for number in (2, 3, 1):
+        names += prepare(files, tmp_path / "out", part=(number, 3), **MORE).files
+        if number != 1:
+            with pytest.raises(Exception, match="not read yet, or changed since"):
+                prepare(files, tmp_path / "out", merge=True, **MORE)
+    assert sorted(names) == sorted(map(str, files))
+    prepare(files, tmp_path / "out", merge=True, **MORE)
+    assert digests(tmp_path / "out") == expected
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_parts_by_the_command(files, expected, tmp_path, capsys):
+    command = ("prep", *files, "--out", tmp_path / "out", *OPTIONS, "--on-bad-record", "skip", "--min-length", "2")
+    assert run_json(capsys, *command, "--part", "1/2")["num_records"] > 0
+    assert "are missing" in error_line(capsys, *command, "--merge")
+    assert main([*map(str, command), "--part", "2/2"]) == 0
+    assert "records: " in capsys.readouterr().out
+    assert main([*map(str, command), "--merge"]) == 0
+    assert digests(tmp_path / "out") == expected
+    assert main([*map(str, command), "--part", "4/4"]) == 0
+    assert "this part has no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["pieces/*", "sources/*", "dataset/*.h5"])
+def test_a_run_killed_at_any_stage_goes_on_to_the_same_bytes(files, expected, tmp_path, stage):
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from protlm.data import sources\n"
+        "from protlm.workflows import prep_reading\n"
+        "from protlm.workflows.prep import prepare\n"
+        "prep_reading.PIECE_BYTES, sources._RAW_BLOCK_BYTES = 15_000, 5_000\n"
+        "replace = os.replace\n"
+        "def die_after(source, target):\n"
+        "    replace(source, target)\n"
+        f"    if len(list(Path({str(out) + '.partial'!r}).glob({stage!r}))) >= 2:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.replace = die_after\n"
+        f"prepare({list(map(str, files))!r}, {str(out)!r}, **{MORE!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    with pytest.raises(Exception, match="an unfinished run for this dataset; go on with --resume"):
+        prepare(files, out, **MORE)
+    prepare(files, out, resume=True, **MORE)
+    assert digests(out) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.fasta", "1.fasta", "2.fasta", "expected", "out"]
+
+
+def test_resuming_reads_no_finished_piece_again(small_pieces, files, expected, tmp_path, monkeypatch):
+    out, written = tmp_path / "out", []
+    write_piece = prep_reading.write_piece
+
+    def fail_at_the_tenth(path, *arguments, **options):
+        if len(written) == 10:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_piece(path, *arguments, **options)
+        written.append(path)
+
+    monkeypatch.setattr(prep_reading, "write_piece", fail_at_the_tenth)
+    with pytest.raises(Exception, match=r"No space left on device; what is finished is kept in .*out\.partial: go on"):
+        prepare(files, out, **MORE)
+    first, written[:] = list(written), []
+    monkeypatch.setattr(prep_reading, "write_piece", lambda *a, **o: (write_piece(*a, **o), written.append(a[0])))
+    prepare(files, out, resume=True, **MORE)
+    assert digests(out) == expected
+    assert set(first).isdisjoint(written)
+    assert len(first) == 10
+
+
+def test_a_shard_that_cannot_be_written_leaves_the_finished_ones(files, expected, tmp_path, monkeypatch):
+    from protlm.data import assembly
+
+    out, write_shard, names = tmp_path / "out", assembly.write_shard, []
+
+    def fail_at_the_third(folder, name, *arguments):
+        if len(names) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / name))
+        names.append(name)
+        return write_shard(folder, name, *arguments)
+
+    monkeypatch.setattr(assembly, "write_shard", fail_at_the_third)
+    with pytest.raises(Exception, match="No space left on device"):
+        prepare(files, out, **MORE)
+    assert sorted(path.name for path in (tmp_path / "out.partial" / "dataset").glob("*.h5")) == sorted(names)
+    made = []
+    monkeypatch.setattr(assembly, "write_shard", lambda *a: (made.append(a[1]), write_shard(*a))[1])
+    prepare(files, out, resume=True, **MORE)
+    assert digests(out) == expected
+    assert set(made).isdisjoint(names)
+
+
+def test_a_changed_file_is_read_again_on_resume(small_pieces, files, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
+    monkeypatch.setattr("protlm.workflows.prep.build_dataset", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(files, out, **MORE)
+    monkeypatch.undo()
+    files[0].write_bytes(files[0].read_bytes() + b">new\nMKVLAAGIV\n")
+    prepare(files, out, resume=True, **MORE)
+    prepare(files, tmp_path / "afresh", **MORE)
+    assert digests(out) == digests(tmp_path / "afresh")
+
+
+def test_other_options_may_follow_but_not_other_inputs(files, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
+    message = error_line(capsys, "prep", *files, "--out", out, *OPTIONS)
+    assert "1.fasta" in message
+    assert "what is finished is kept in" in message
+    assert "made with other inputs" in error_line(capsys, "prep", files[0], "--out", out, "--resume")
+    assert main(["prep", *map(str, files), "--out", str(out), *OPTIONS, "--on-bad-record", "skip", "--resume"]) == 0
+    assert open_dataset(out).manifest.rejects == {"illegal_character": 1}
+
+
+def test_force_starts_afresh(files, expected, tmp_path):
+    out = tmp_path / "out"
+    prepare(files, out, part=(1, 2), **MORE)
+    prepare(files, out, force=True, **MORE)
+    assert digests(out) == expected
+
+
+def test_what_is_in_the_way_is_never_removed(files, tmp_path, capsys):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.doc").write_text("precious")
+    for option in ("--force", "--resume"):
+        message = error_line(capsys, "prep", files[0], "--out", tmp_path / "out", option)
+        assert "nothing that prep made" in message
+    assert (tmp_path / "out.partial" / "thesis.doc").read_text() == "precious"
+
+
+def test_a_worker_that_dies_is_one_error_line(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prep_reading.reader, "parse_piece", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    message = error_line(capsys, "prep", *files, "--out", tmp_path / "out", "--workers", "2")
+    assert "a worker process died" in message
+
+
+def test_an_error_in_a_worker_names_the_line_of_the_whole_file(small_pieces, tmp_path, capsys):
+    path = tmp_path / "long.fasta"
+    text = gzip.decompress(SAMPLE.read_bytes())
+    line = text.count(b"\n") + 2
+    path.write_bytes(text + b">bad\nM7\n")
+    for workers in ("1", "2"):
+        message = error_line(capsys, "prep", path, "--out", tmp_path / "out", "--workers", workers)
+        assert f"{path}:{line}: record 'bad': illegal character '7'" in message
+
+
+def test_an_interrupt_ends_workers_at_once_and_leaves_nothing_of_small_work(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    command = [
+        sys.executable,
+        "-m",
+        "protlm.cli.app",
+        "prep",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with path.open("wb") as pipe:
+        pipe.write(b">a\nMKV\n")
+        pipe.flush()
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert told == "interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_record_beyond_the_bound_is_an_error_in_bounded_memory_and_can_be_skipped(tmp_path, capsys, monkeypatch):
+    for module in (fasta, text_pieces):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 3000)
+    monkeypatch.setattr("protlm.data.compiled_fasta.MAX_RECORD_BYTES", 3000)
+    monkeypatch.setattr(prep_reading, "PIECE_BYTES", 100)
+    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 512)
+    monkeypatch.setattr("protlm.data.text_pieces._HEAD_BYTES", 1024)
+    path = tmp_path / "a.fasta"
+    path.write_bytes(b">a\nMKV\n>huge one\n" + b"M" * 20_000 + b"\nMK\n>b\nMKW\n>c\nM1\n")
+    message = error_line(capsys, "prep", path, "--out", tmp_path / "out")
+    assert f"{path}:3: record 'huge' is longer than 3,000 bytes" in message
+    arguments = ("prep", path, "--out", tmp_path / "out", "--on-bad-record", "skip")
+    report = run_json(capsys, *arguments, "--valid-fraction", "0", "--test-fraction", "0")
+    assert report["rejects"] == {"illegal_character": 1, "oversized": 1}
+    assert ids(tmp_path / "out", "train") == ["a", "b"]
+    rows = (tmp_path / "out" / "rejects.tsv").read_text().splitlines()
+    assert rows == ["source\tline\tid\treason", "a.fasta\t3\thuge\toversized", "a.fasta\t9\tc\tillegal_character"]
+
+
+def test_a_dry_run_makes_nothing_and_comes_close(tmp_path, capsys):
+    found = run_json(capsys, "prep", SAMPLE, "--out", tmp_path / "out", "--dry-run")
+    assert os.listdir(tmp_path) == []
+    assert abs(found["num_records"] - 2500) < 25
+    prepare([SAMPLE], tmp_path / "out")
+    assert found["num_residues"] == pytest.approx(1_160_000, rel=0.2)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.h5"))
+    assert found["dataset_bytes"] == pytest.approx(size, rel=0.3)
+    assert found["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    assert main(["prep", str(SAMPLE), "--out", str(tmp_path / "new"), "--dry-run"]) == 0
+    assert "seconds, about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resume": True, "merge": True}, "only one of them"),
+        ({"part": (0, 2)}, "expected i/n with i from 1 to n, got 0/2"),
+        ({"part": (3, 2)}, "got 3/2"),
+        ({"workers": 0}, "workers: expected at least 1"),
+    ],
+)
+def test_options_of_scale_that_contradict_each_other_are_wrong_usage(tmp_path, options, message):
+    with pytest.raises(PrepUsageError, match=message):
+        prepare([SAMPLE], tmp_path / "out", **options)
+    assert not Path(f"{tmp_path}/out.partial").exists()
+
+
+@pytest.mark.parametrize("part", ["2", "a/b", "1/2/3", "-1/2"])
+def test_a_part_of_another_form_is_wrong_usage(tmp_path, capsys, part):
+    assert main(["prep", str(SAMPLE), "--out", str(tmp_path / "out"), f"--part={part}"]) == 2
+    assert "expected i/n" in capsys.readouterr().err

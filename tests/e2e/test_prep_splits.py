@@ -1,0 +1,239 @@
+"""Splits by cluster, by family and by a file, and what is told of leaks between them."""
+
+import gzip
+import math
+import os
+import stat
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from protlm import vocabulary
+from protlm.cli.app import main
+from protlm.data.dataset import open_dataset
+from protlm.data.splits import PFAM_20
+from protlm.workflows.prep import PrepUsageError, prepare
+from tests.e2e.prep_tools import error_line, ids, run_json
+
+LETTERS = vocabulary.RESIDUES[:20]
+FRACTIONS = {"valid_fraction": 0.2, "test_fraction": 0.2}
+
+
+def random_sequences(number, length=60, seed=0):
+    generator = np.random.default_rng(seed)
+    return ["".join(generator.choice(list(LETTERS), length)) for _ in range(number)]
+
+
+def write_fasta(path, names, sequences):
+    path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in zip(names, sequences, strict=True)))
+    return path
+
+
+@pytest.fixture
+def clustered(tmp_path):
+    """300 proteins in 100 clusters of three, and the clusters as MMseqs2 writes them."""
+    names = [f"p{number}" for number in range(300)]
+    table = tmp_path / "clusters.tsv"
+    table.write_text("".join(f"c{number % 100}\tp{number}\n" for number in range(300)))
+    return write_fasta(tmp_path / "proteins.fasta", names, random_sequences(300)), table
+
+
+def split_of_ids(out):
+    manifest = open_dataset(out).manifest
+    return {
+        name: split for split, summary in manifest.splits.items() if summary.num_records for name in ids(out, split)
+    }
+
+
+def test_whole_clusters_go_to_one_split_each(clustered, tmp_path):
+    fasta, table = clustered
+    report = prepare([fasta], tmp_path / "out", split="cluster", clusters=table, **FRACTIONS)
+    found = split_of_ids(tmp_path / "out")
+    assert len(found) == 300
+    for number in range(100):
+        assert len({found[f"p{number + step}"] for step in (0, 100, 200)}) == 1
+    sizes = Counter(found.values())
+    for split in ("valid", "test"):
+        assert abs(sizes[split] / 3 - 20) < 5 * math.sqrt(100 * 0.2 * 0.8)
+    assert [pair.num_labels for pair in report.manifest.leakage.clusters] == [0, 0, 0]
+    assert report.num_unclustered == 0
+    shard = open_dataset(tmp_path / "out").split("train").shard(0)
+    assert (shard.cluster_size == 3).all()
+    assert all(f"c{int(shard.ids[index][1:]) % 100}" == shard.cluster_id[index] for index in range(shard.num_records))
+
+
+def test_a_random_split_of_clustered_proteins_is_told_as_a_leak(clustered, tmp_path, capsys):
+    fasta, table = clustered
+    arguments = ("prep", fasta, "--out", tmp_path / "out", "--clusters", table, "--valid-fraction", "0.3")
+    report = run_json(capsys, *arguments)
+    pairs = {(pair["first"], pair["second"]): pair["num_labels"] for pair in report["leakage"]["clusters"]}
+    assert pairs["train", "valid"] > 20
+
+
+def test_records_in_no_cluster_are_told_and_drawn_for_themselves(clustered, tmp_path, capsys):
+    fasta, table = clustered
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:200]))
+    arguments = ["prep", str(fasta), "--out", str(tmp_path / "out"), "--split", "cluster", "--clusters", str(table)]
+    assert main(arguments) == 0
+    assert "warning: 100 records are in no cluster; each was drawn for itself" in capsys.readouterr().err
+
+
+def test_a_split_by_cluster_wants_clusters(clustered, tmp_path, capsys):
+    message = error_line(capsys, "prep", clustered[0], "--out", tmp_path / "out", "--split", "cluster")
+    assert "no record is in a cluster; give --clusters" in message
+
+
+def test_the_split_of_a_cluster_depends_on_its_name_and_the_seed_alone(clustered, tmp_path):
+    fasta, table = clustered
+    prepare([fasta], tmp_path / "whole", split="cluster", clusters=table, **FRACTIONS)
+    records = fasta.read_text().split(">")[1:]
+    fasta.write_text("".join(f">{record}" for record in records[::-2]))
+    prepare([fasta], tmp_path / "part", split="cluster", clusters=table, **FRACTIONS)
+    prepare([fasta], tmp_path / "other", split="cluster", clusters=table, seed=1, **FRACTIONS)
+    whole, part, other = (split_of_ids(tmp_path / name) for name in ("whole", "part", "other"))
+    assert part.items() <= whole.items()
+    assert not other.items() <= whole.items()
+
+
+def test_uniref_xml_brings_its_clusters(shared_data, tmp_path):
+    prepare([shared_data / "uniref" / "50_Q9EPS7_Q95604.xml.gz"], tmp_path / "out", valid_fraction=0, test_fraction=0)
+    shard = open_dataset(tmp_path / "out").split("train").shard(0)
+    assert shard.ids.to_list() == shard.cluster_id.to_list() == ["UniRef50_Q9EPS7", "UniRef50_Q95604"]
+    assert shard.cluster_size[0] == 64
+
+
+def test_members_are_found_in_the_clusters_of_uniref_xml(shared_data, tmp_path):
+    names = ["UniRef90_Q9EPS7", "tr|F6MB06|F6MB06_MOUSE", "elsewhere"]
+    fasta = write_fasta(tmp_path / "a.fasta", names, random_sequences(3))
+    clusters = shared_data / "uniref" / "50_Q9EPS7_Q95604.xml.gz"
+    prepare([fasta], tmp_path / "out", clusters=clusters, valid_fraction=0, test_fraction=0)
+    shard = open_dataset(tmp_path / "out").split("train").shard(0)
+    assert shard.cluster_id.to_list() == ["UniRef50_Q9EPS7", "UniRef50_Q9EPS7", ""]
+    assert shard.cluster_size.tolist() == [64, 64, -1]
+
+
+def test_held_out_families_are_the_ood_split(shared_data, tmp_path, capsys):
+    source = shared_data / "flatfile" / "uniprot_sample.dat.gz"
+    arguments = ("prep", source, "--out", tmp_path / "out", "--split", "family", "--ood-family", "PF00069.25",
+                 "--on-bad-record", "skip", "--valid-fraction", "0.1", "--test-fraction", "0")  # fmt: skip
+    report = run_json(capsys, *arguments)
+    out = open_dataset(tmp_path / "out")
+    assert report["options"]["ood_families"] == ["PF00069"]
+    assert report["splits"]["ood"]["num_records"] > 0
+    for name, summary in out.manifest.splits.items():
+        for number in range(len(summary.shards)):
+            families = out.split(name).shard(number).family.to_list()
+            assert all(("PF00069" in family.split(";")) == (name == "ood") for family in families)
+    pairs = {(pair["first"], pair["second"]): pair["num_labels"] for pair in report["leakage"]["families"]}
+    # Other families of the kinases, such as InterPro's, do stand on both sides: that is what the table is for.
+    assert ("train", "ood") in pairs
+
+
+def test_families_from_a_file_and_the_paper_s_preset(tmp_path):
+    fasta = write_fasta(tmp_path / "a.fasta", ["a", "b", "c", "d"], random_sequences(4))
+    table = tmp_path / "families.tsv"
+    table.write_text(f"# id\tfamily\na\t{PFAM_20[3]}.7\nb\tPF00001\nb\t{PFAM_20[0]}\nc\tPF00001\n")
+    report = prepare(
+        [fasta], tmp_path / "out", split="family", families=table, ood_families=["paper-pfam-20"],
+        valid_fraction=0, test_fraction=0,
+    )  # fmt: skip
+    assert ids(tmp_path / "out", "ood") == ["a", "b"]
+    assert ids(tmp_path / "out", "train") == ["c", "d"]
+    assert [(pair.first, pair.second, pair.num_labels) for pair in report.manifest.leakage.families] == [
+        ("train", "ood", 1)
+    ]
+
+
+def test_a_file_gives_each_record_its_split_and_others_are_left_out(tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "a.fasta", ["a", "sp|P1|B_X", "c", "d", "e"], random_sequences(5))
+    table = tmp_path / "splits.tsv"
+    table.write_text("a\ttrain\nP1\tvalid\nc\tood\nd\ttest\n")
+    report = run_json(capsys, "prep", fasta, "--out", tmp_path / "out", "--split", "file", "--split-file", table)
+    assert split_of_ids(tmp_path / "out") == {"a": "train", "sp|P1|B_X": "valid", "c": "ood", "d": "test"}
+    assert report["rejects"] == {"not_in_split_file": 1}
+    assert (tmp_path / "out" / "rejects.tsv").read_text().splitlines()[1:] == ["a.fasta\t9\te\tnot_in_split_file"]
+    table.write_text("a\ttrain\nP1\tvalidation\n")
+    assert f"{table}:2:" in error_line(
+        capsys, "prep", fasta, "--out", tmp_path / "out2", "--split", "file", "--split-file", table
+    )
+
+
+def test_equal_sequences_that_a_file_gives_to_two_splits_stay_in_the_earlier_one(tmp_path):
+    fasta = write_fasta(tmp_path / "a.fasta", ["a", "b", "c"], ["MKVLAAGIV", "MKVLAAGIV", "WWWWW"])
+    table = tmp_path / "splits.tsv"
+    table.write_text("a\ttest\nb\ttrain\nc\ttest\n")
+    report = prepare([fasta], tmp_path / "out", split="file", split_file=table)
+    assert split_of_ids(tmp_path / "out") == {"b": "train", "c": "test"}
+    assert report.manifest.leakage.exact_duplicates_removed == 1
+
+
+def test_a_fragment_in_another_split_is_found(tmp_path, capsys):
+    (whole, other) = random_sequences(2, 200)
+    train = write_fasta(tmp_path / "train.fasta", ["a", "b"], [whole, other[50:90]])
+    valid = write_fasta(tmp_path / "valid.fasta", ["c", "d"], [whole[20:70], other])
+    report = run_json(capsys, "prep", train, "--valid-input", valid, "--out", tmp_path / "out")
+    pairs = {(pair["inner"], pair["outer"]): pair["num_records"] for pair in report["leakage"]["substrings"]}
+    assert pairs == {("train", "valid"): 1, ("valid", "train"): 1}
+    assert (
+        main(["prep", str(train), "--valid-input", str(valid), "--out", str(tmp_path / "o2"), "--no-check-leaks"]) == 0
+    )
+    assert open_dataset(tmp_path / "o2").manifest.leakage.substrings is None
+
+
+@pytest.fixture
+def mmseqs(tmp_path, monkeypatch):
+    """A program of that name that puts every two sequences of its first file into a cluster."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "mmseqs"
+    program.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = easy-linclust ] || exit 9\n'
+        '[ -n "$MMSEQS_FAILS" ] && { echo "no such thing" >&2; exit 3; }\n'
+        """grep '>' "$2" | sed 's/>//' | awk 'NR % 2 {name = $1} {print name "\\t" $1}' > "$3_cluster.tsv"\n"""
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_mmseqs_is_asked_for_the_clusters_where_it_is_installed(mmseqs, clustered, tmp_path, capsys, monkeypatch):
+    arguments = ("prep", clustered[0], "--out", tmp_path / "out", "--split", "cluster", "--cluster-with", "mmseqs")
+    run_json(capsys, *arguments, "--valid-fraction", "0.3")
+    found = split_of_ids(tmp_path / "out")
+    assert all(found[f"p{number}"] == found[f"p{number + 1}"] for number in range(0, 300, 2))
+    assert set(found.values()) == {"train", "valid", "test"}
+    monkeypatch.setenv("MMSEQS_FAILS", "1")
+    assert "mmseqs: ended with status 3: no such thing" in error_line(capsys, *arguments, "--force")
+
+
+def test_a_program_that_is_not_installed_is_one_line(clustered, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ("prep", clustered[0], "--out", tmp_path / "out", "--split", "cluster", "--cluster-with", "mmseqs")
+    message = error_line(capsys, *arguments)
+    assert "mmseqs: not installed; install MMseqs2, or give its clusters with --clusters" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "family"}, "ood_families: wanted with split 'family'"),
+        ({"ood_families": ["PF1"]}, "ood_families: wanted with split 'family', and only with it"),
+        ({"split": "file"}, "split_file: wanted with split 'file'"),
+        ({"split": "cluster", "valid_inputs": ["{fasta}"]}, "split: 'cluster' only without ready-made splits"),
+    ],
+)
+def test_ways_to_split_that_contradict_each_other_are_wrong_usage(clustered, tmp_path, options, message):
+    given = {name: [text.format(fasta=clustered[0]) for text in value] if name == "valid_inputs" else value
+             for name, value in options.items()}  # fmt: skip
+    with pytest.raises(PrepUsageError, match=message):
+        prepare([clustered[0]], tmp_path / "out", **given)
+
+
+def test_clusters_may_be_compressed(clustered, tmp_path):
+    fasta, table = clustered
+    packed = tmp_path / "clusters.tsv.gz"
+    packed.write_bytes(gzip.compress(table.read_bytes()))
+    for name, path in (("plain", table), ("packed", packed)):
+        prepare([fasta], tmp_path / name, split="cluster", clusters=path, **FRACTIONS)
+    assert split_of_ids(tmp_path / "plain") == split_of_ids(tmp_path / "packed")

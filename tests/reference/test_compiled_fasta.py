@@ -1,0 +1,249 @@
+"""The compiled FASTA parser against its twin in Python: every column, every repair, every bad record, every digest."""
+
+import ctypes
+import dataclasses
+import gzip
+import importlib.machinery
+from collections import Counter
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from protlm import vocabulary
+from protlm.data import compiled_fasta, fasta
+from protlm.data.compiled_fasta import count_residues, parse_fasta
+from protlm.data.records import Record
+from protlm.data.table import RecordTable, Strings, table_of
+from protlm.errors import RecordError
+
+needs_compiled_parser = pytest.mark.skipif(
+    not compiled_fasta.is_available(), reason=f"the compiled FASTA parser: {compiled_fasta.why_not()}"
+)
+
+FRAGMENTS = [
+    b">", b"\n", b"\n", b"\n>", b"\n>", b"\n>id ", b" ", b"\t", b"\v", b"\f", b"*", b"**", b"-", b".", b"ACDEFGHIKL",
+    b"MNPQ", b"lmx", b"J", b"j", b"BXZUO", b"7", b"n=12", b"n=", b" n=123456789 ", b" n=1234567890", b"TaxID=",
+    b" TaxID=9606", b"OX=", b" OX=10", b" n=5x", b"=", "é\u00a0".encode(), b"\0", b"\x1c", b"_", b"@", b"[", b"`", b"{",
+    b"\n*", b"W" * 250,
+]  # fmt: skip
+
+HAND_CASES = [
+    b">",
+    b">\n",
+    b">\n>",
+    b">a",
+    b">a\n",
+    b">a\nMK",
+    b">a\nMK\n",
+    b">a\nMK\n\n\n>b\nM\n",
+    b">a\n>b\nM\n>",
+    b">a\n\n\n>b\n\nM",
+    b"> a b\nM",
+    b"> \t\v\f\nM\n>b\nK",
+    b">a \t description with a tail \t \nM",
+    b">a>b >c\nM>K\n>d\nM",
+    b">>a\nM",
+    b">a\nM K\n L\t\v\fM \n",
+    b">a\nmkJj-.x*\n",
+    b">a\nMK*\n- .\n\n",
+    b">a\nM*K\n>b\nMK**\n>c\n*\n>d\n-. \n>e\n*K\n",
+    b">a\nMK7\n>b\nM\xc3\xa9\n>c\nM\0K\n>d\nM\n",
+    b">a\nM[K\n>b\nM{K\n>c\nM@K\n>d\nM`K\n",
+    b">a n=3 n=4 TaxID=5 OX=6\nM",
+    b">a OX=6 TaxID=5\nM",
+    b">a n=1234567890 n=7\nM",
+    b">a n=999999999 OX=000000001\nM",
+    b">a n=3x n= xn=4 =n=5 n=-6 n=+7 TaxID= OX=8.\nM",
+    b">a\tn=3\vOX=4\f\nM",
+    b">n=3 TaxID=x\nM\n>OX=3\nM",
+    b">a n=3\nM\n>b\nM\n>c OX=3\nM",
+    b">a N=3 taxid=4 ox=5 GN=n=6 TaxIDOX=7\nM",
+    "> Ägg\u00a0x beskrivning\u00a0\u2003\nM".encode(),
+    b">long\n" + b"ACDEFGHIKLMNPQRSTVWYBXZUO" * 5000,
+    b">long\n" + b"ACDEFGHIKL\n" * 5000 + b"*\n",
+    b"\n".join(b">r%d d\n%s" % (i, b"ACDEFGHIKLMNPQRSTVWY"[: i % 20] * i) for i in range(300)),
+]
+
+
+def twin(text: bytes) -> tuple[RecordTable, list[tuple[int, RecordError]]]:
+    """Parses in Python: the table, and of each bad record how many good ones stand before it and its error."""
+    repairs: Counter[str] = Counter()
+    records: list[Record] = []
+    bad: list[tuple[int, RecordError]] = []
+    for found in fasta.parse_fasta("file", text, repairs):
+        if isinstance(found, Record):
+            records.append(found)
+        else:
+            bad.append((len(records), found))
+    return table_of(records, repairs), bad
+
+
+def assert_same(found, expected, name):
+    if isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype, name
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+    elif isinstance(expected, Strings):
+        assert_same(found.text, expected.text, f"{name}.text")
+        assert_same(found.offsets, expected.offsets, f"{name}.offsets")
+    else:
+        assert found == expected, name
+
+
+def assert_as_twin(text):
+    table, bad_records = parse_fasta(text)
+    expected_table, expected_bad = twin(text)
+    for field in dataclasses.fields(RecordTable):
+        assert_same(getattr(table, field.name), getattr(expected_table, field.name), field.name)
+    assert [bad.index for bad in bad_records] == [index for index, _ in expected_bad]
+    for bad, (_, error) in zip(bad_records, expected_bad, strict=True):
+        (explained,) = fasta.parse_fasta("file", text[bad.start : bad.end], Counter())
+        moved = explained.moved(bad.line - 1)
+        assert (str(moved), moved.reason, moved.record_id) == (str(error), error.reason, error.record_id)
+
+
+@needs_compiled_parser
+@pytest.mark.parametrize("text", HAND_CASES, ids=lambda text: repr(text[:40]))
+def test_a_text_by_hand_gives_what_the_twin_gives(text):
+    assert_as_twin(text)
+
+
+@needs_compiled_parser
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=40).map(lambda parts: b">" + b"".join(parts)))
+@example(b">a\nM\n>b\nK")
+def test_any_text_gives_what_the_twin_gives(text):
+    assert_as_twin(text)
+
+
+@needs_compiled_parser
+@given(st.lists(st.text(alphabet=[chr(c) for c in range(128) if c != 13], max_size=60), min_size=1, max_size=6))
+def test_any_ascii_records_give_what_the_twin_gives(parts):
+    assert_as_twin(b">" + "\n>id ".join(parts).encode())
+
+
+@needs_compiled_parser
+@pytest.mark.parametrize("byte", [byte for byte in range(256) if byte not in b"\r\n"])
+def test_every_byte_in_a_sequence_is_treated_as_by_the_twin(byte):
+    letter = bytes([byte])
+    assert_as_twin(b">a\nMK" + letter + b"L\n>b\n" + letter + b"\n>c\nMK" + letter + b"\n")
+
+
+@needs_compiled_parser
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swissprot/test_random_5k.fasta.gz",
+        "swissprot/ood_pfam24.fasta.gz",
+        "uniref/uniref100_sample14k.fasta.gz",
+        "uniref/uniref90_jackhmmer_hits.fasta.gz",
+    ],
+)
+def test_real_files_give_what_the_twin_gives(shared_data, name):
+    text = gzip.decompress((shared_data / name).read_bytes())
+    assert_as_twin(text)
+    assert len(parse_fasta(text)[0]) == text.count(b"\n>") + 1
+
+
+@needs_compiled_parser
+def test_a_record_that_is_too_long_is_left_to_the_twin(monkeypatch):
+    for module in (fasta, compiled_fasta):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 20)
+    assert_as_twin(b">a\n" + b"M" * 18 + b"\n>b\n" + b"M" * 19 + b"\n>c\n" + b"M" * 17 + b"\n")
+    assert len(parse_fasta(b">a\n" + b"M" * 19 + b"\n>b\nM")[1]) == 1
+
+
+@needs_compiled_parser
+def test_repairs_of_a_bad_record_are_not_counted():
+    table, bad_records = parse_fasta(b">a\nmk7-j*\n>b\nmk-\n")
+    assert len(bad_records) == 1
+    assert table.repairs == {"lower_case": 2, "gap": 1}
+
+
+@needs_compiled_parser
+def test_a_bad_record_is_pointed_at_without_the_line_end_before_the_next_one():
+    text = b">a\nM\n>b\nM7\n\n>c\nM\n>d"
+    _, bad_records = parse_fasta(text)
+    assert [text[bad.start : bad.end] for bad in bad_records] == [b">b\nM7\n", b">d"]
+    assert [(bad.line, bad.index) for bad in bad_records] == [(3, 1), (8, 2)]
+
+
+@needs_compiled_parser
+def test_a_digest_is_that_of_xxhash_at_every_length_and_alignment():
+    digest = compiled_fasta._load().protlm_digest
+    digest.restype, digest.argtypes = None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    content = np.random.default_rng(0).integers(0, 256, size=(1 << 20) + 64, dtype=np.uint8)
+    found = np.zeros(2, dtype=np.uint64)
+    for length in (*range(1101), 2047, 2048, 2049, 3073, 65536, (1 << 20) - 1, 1 << 20):
+        for start in range(9):
+            digest(content.ctypes.data + start, length, found.ctypes.data)
+            expected = xxhash.xxh3_128_intdigest(content[start : start + length].tobytes())
+            assert (int(found[0]) << 64) | int(found[1]) == expected, (length, start)
+
+
+@needs_compiled_parser
+def test_a_text_that_is_no_fasta_breaks_the_contract():
+    for text in (b"", b"MK\n>a\nM", b"\n>a\nM"):
+        with pytest.raises(ValueError, match="text: expected FASTA"):
+            parse_fasta(text)
+
+
+@pytest.fixture(params=["compiled", "NumPy"])
+def counting(request, monkeypatch):
+    """Counts once in C++ and once without the library."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(compiled_fasta, "_load", lambda: "hidden by this test")
+    elif not compiled_fasta.is_available():
+        pytest.skip(f"the compiled FASTA parser: {compiled_fasta.why_not()}")
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 7, 1000, (1 << 20) - 1, (1 << 20) + 1, (2 << 20) + 3])
+def test_residues_are_counted_and_nothing_else(length):
+    tokens = np.random.default_rng(length).integers(0, 256, size=length, dtype=np.uint8)
+    counts = count_residues(tokens)
+    first = vocabulary.FIRST_RESIDUE
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [int((tokens == first + i).sum()) for i in range(vocabulary.NUM_RESIDUES)]
+    # Every other byte, as a slice of a column may be.
+    assert count_residues(np.repeat(tokens, 2)[::2]).tolist() == counts.tolist()
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("tokens", [np.zeros(3, dtype=np.int64), np.zeros((2, 3), dtype=np.uint8)])
+def test_tokens_of_another_type_or_rank_break_the_contract(tokens):
+    with pytest.raises(ValueError, match="tokens: expected uint8 of one axis"):
+        count_residues(tokens)
+
+
+@pytest.fixture
+def unloaded():
+    """Has the library looked for again, and once more after the test."""
+    compiled_fasta._load.cache_clear()
+    yield
+    compiled_fasta._load.cache_clear()
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_without_the_library_there_is_a_reason_and_no_crash(monkeypatch):
+    monkeypatch.setattr(compiled_fasta, "_EXTENSION", "protlm.data._no_such_parser")
+    assert not compiled_fasta.is_available()
+    assert "compiler" in compiled_fasta.why_not()
+    with pytest.raises(RuntimeError, match="not available: it was not built"):
+        parse_fasta(b">a\nM")
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_damaged_library_is_not_used(monkeypatch, tmp_path):
+    (tmp_path / f"damaged_parser{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(compiled_fasta, "_EXTENSION", "damaged_parser")
+    assert "cannot be loaded" in compiled_fasta.why_not()
+
+
+@needs_compiled_parser
+@pytest.mark.usefixtures("unloaded")
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(compiled_fasta, "_VERSION", compiled_fasta._VERSION + 1)
+    assert "install protlm again" in compiled_fasta.why_not()
