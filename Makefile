@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup lint types imports test test-slow bench check demo clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py protlm/data/fasta_parser.cpp protlm/data/xxh3.h
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -38,6 +38,7 @@ check: lint types imports test
 
 bench: setup
 	$(BIN)/python scripts/bench/attention.py
+	$(BIN)/python scripts/bench/prep.py
 
 # The four commands on real proteins: make demo FASTA=my.fasta runs them on yours.
 FASTA ?= data/trembl_sample.fasta.gz

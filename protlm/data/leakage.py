@@ -7,7 +7,7 @@ window in `stride` of the outer tokens is looked up, and what fits is compared l
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, pairwise
+from itertools import chain, combinations, pairwise, permutations
 from typing import Literal
 
 import numpy as np
@@ -26,11 +26,11 @@ Shards = Sequence[ShardReader]
 
 _WORD = 8
 _BLOCK_RESIDUES = 1 << 26
-_CHUNK_WORDS = 1 << 15
+_CHUNK_WORDS = 1 << 16
 _BATCH = 1 << 20
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _HASH_BITS = 40
-_MAX_SLOT_BITS = 26
+_MAX_SLOT_BITS = 29
 _PROBES = 8
 # A form is a hash with a place and the rank of a length below it.
 _FORM_BITS = np.uint64(64 - _HASH_BITS)
@@ -39,18 +39,23 @@ _FORM_MASK = np.uint64((1 << 64 - _HASH_BITS) - 1)
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """How inner sequences of `shortest` to `longest` residues are found: all have width + stride - 1 residues."""
+    """How inner sequences of `shortest` to `longest` residues are found: all have `span` residues."""
 
     width: int
     stride: int
     shortest: int
     longest: int = 1 << 62
 
+    @property
+    def span(self) -> int:
+        """Any stretch of so many residues holds a whole window at a multiple of the stride."""
+        return self.width + self.stride - 1
 
-# The fewer windows of the larger side are read, the better: of a large outer side one in 16, of a large inner side one
-# for each sequence.
-_LARGE_OUTER = (_Level(8, 16, 23), _Level(5, 8, MIN_LENGTH, 22))
-_LARGE_INNER = (_Level(8, 1, MIN_LENGTH),)
+
+# Fewer windows of the larger side are read: of a large outer side one in 32 residues, of a large inner side a few for
+# each sequence.
+_LARGE_OUTER = (_Level(8, 32, 39), _Level(5, 8, MIN_LENGTH, 38))
+_LARGE_INNER = _Level(8, 4, MIN_LENGTH)
 
 
 def look_for_leaks(splits: Mapping[SplitName, Shards], exact_duplicates_removed: int, *, substrings: bool) -> Leakage:
@@ -62,11 +67,6 @@ def look_for_leaks(splits: Mapping[SplitName, Shards], exact_duplicates_removed:
         substrings: Look for sequences that are part of longer ones, too; this reads all tokens.
     """
     filled = {name: splits[name] for name in SPLIT_NAMES if any(shard.num_records for shard in splits.get(name, ()))}
-    counts: dict[tuple[SplitName, SplitName], int] = {}
-    for outer in filled if substrings else ():
-        inner = [name for name in filled if name != outer]
-        found = _contained([filled[name] for name in inner], filled[outer])
-        counts.update(zip(((name, outer) for name in inner), found, strict=True))
     shared: dict[LabelColumn, tuple[Shared, ...] | None] = {"cluster_id": None, "family": None}
     for column in shared:
         if any(getattr(shard, column) is not None for shard in chain.from_iterable(filled.values())):
@@ -77,13 +77,27 @@ def look_for_leaks(splits: Mapping[SplitName, Shards], exact_duplicates_removed:
             )
     return Leakage(
         exact_duplicates_removed=exact_duplicates_removed,
-        substrings=tuple(
-            Contained(inner=inner, outer=outer, num_records=counts[inner, outer])
-            for inner in filled for outer in filled if inner != outer
-        ) if substrings else None,
+        substrings=_contained_pairs(filled) if substrings else None,
         clusters=shared["cluster_id"],
         families=shared["family"],
-    )  # fmt: skip
+    )
+
+
+def _contained_pairs(splits: Mapping[SplitName, Shards]) -> tuple[Contained, ...]:
+    """Compares each split with all smaller ones at once, both ways."""
+    counts: dict[tuple[SplitName, SplitName], int] = {}
+    waiting = sorted(splits, key=lambda name: _num_residues(splits[name]))
+    while len(waiting) > 1:
+        large = waiting.pop()
+        smaller = [splits[name] for name in waiting]
+        for name, count in zip(waiting, _small_in_large(smaller, splits[large]), strict=True):
+            counts[name, large] = count
+        for name, count in zip(waiting, _large_in_small(splits[large], smaller), strict=True):
+            counts[large, name] = count
+    return tuple(
+        Contained(inner=inner, outer=outer, num_records=counts[inner, outer])
+        for inner, outer in permutations(splits, 2)
+    )
 
 
 def shared_labels(first: Shards, second: Shards, column: LabelColumn) -> int:
@@ -118,36 +132,53 @@ def contained(inner: Shards, outer: Shards) -> int:
     Records of fewer than `MIN_LENGTH` residues are not looked for. What is found is exact.
 
     Both sides are read shard by shard, and the inner sequences that are looked for at once are bounded, as is what is
-    noted of a shard of the outer side. Time is linear in the residues for proteins. Repeats, whose windows fit in many
-    places, cost at most a comparison for each outer residue and each length that occurs among the inner records, not
-    for each pair of records; and what was found once is not looked for again.
+    noted of the outer ones. Time is linear in the residues for proteins. Repeats, whose windows fit in many places, cost
+    at most a comparison for each outer residue and each length that occurs among the inner records, not for each pair
+    of records; and what was found once is not looked for again.
     """
-    return _contained([inner], outer)[0]
+    if _num_residues(inner) > _num_residues(outer):
+        return _large_in_small(inner, [outer])[0]
+    return _small_in_large([inner], outer)[0]
 
 
-def _contained(inners: Sequence[Shards], outer: Shards) -> list[int]:
-    """Returns for each of several inner sides how many of their records are part of a longer outer one.
-
-    The outer side is read once for all inner ones that are smaller.
-    """
-    is_larger = [_num_residues(inner) > _num_residues(outer) for inner in inners]
-    counts = [0] * len(inners)
-    for number in np.flatnonzero(is_larger).tolist():
-        found = [np.zeros(0, dtype=np.int64)]
-        for shard in outer:
-            windows = _windows_of(shard, _LARGE_INNER[0])
-            for needles in _needles(inners[number], windows, _LARGE_INNER[0]):
-                found.append(_search(needles, [shard], _LARGE_INNER[0]))
-        counts[number] = len(_distinct(np.concatenate(found)))
-    smaller = np.flatnonzero(np.logical_not(is_larger)).tolist()
-    together = [shard for number in smaller for shard in inners[number]]
-    starts = np.cumsum([0] + [sum(shard.num_records for shard in inners[number]) for number in smaller])
+def _small_in_large(inners: Sequence[Shards], outer: Shards) -> list[int]:
+    """Returns for each inner side how many of its records are part of a longer outer one, which is read once."""
+    counts = np.zeros(len(inners), dtype=np.int64)
+    together = [shard for inner in inners for shard in inner]
+    bounds = bounds_of([sum(shard.num_records for shard in inner) for inner in inners])
     for level in _LARGE_OUTER:
         for needles in _needles(together, None, level):
-            found_by_side = np.histogram(_search(needles, outer, level), starts)[0]
-            for number, count in zip(smaller, found_by_side.tolist(), strict=True):
-                counts[number] += count
-    return counts
+            found = _search(needles, outer, level)
+            counts += np.bincount(np.searchsorted(bounds, found, side="right") - 1, minlength=len(inners))
+    return counts.tolist()
+
+
+def _large_in_small(inner: Shards, outers: Sequence[Shards]) -> list[int]:
+    """Returns for each outer side how many of the inner records are part of a longer one of it.
+
+    Only inner records that share windows with an outer side are looked at more closely.
+    """
+    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in outers]
+    for block in _blocks([(number, shard) for number, outer in enumerate(outers) for shard in outer]):
+        windows = _windows_of([shard for _, shard in block], _LARGE_INNER)
+        for needles in _needles(inner, windows, _LARGE_INNER):
+            for number, shard in block:
+                found[number].append(_search(needles, [shard], _LARGE_INNER))
+    # A record may have been found in several shards.
+    return [len(_distinct(np.concatenate(numbers))) for numbers in found]
+
+
+def _blocks(shards: Sequence[tuple[int, ShardReader]]) -> list[list[tuple[int, ShardReader]]]:
+    """Returns the shards in groups of about `_BLOCK_RESIDUES`."""
+    blocks: list[list[tuple[int, ShardReader]]] = []
+    size = _BLOCK_RESIDUES
+    for number, shard in shards:
+        if size >= _BLOCK_RESIDUES:
+            blocks.append([])
+            size = 0
+        blocks[-1].append((number, shard))
+        size += shard.num_residues
+    return blocks
 
 
 def _num_residues(shards: Shards) -> int:
@@ -161,24 +192,32 @@ def _distinct(numbers: np.ndarray) -> np.ndarray:
 
 
 class _HashSet:
-    """Hashes, by a part of their bits: has all that were put in, and a few others."""
+    """Hashes, by a part of their bits: has all that were put in, and few others."""
 
     def __init__(self, num_slots: int) -> None:
-        bits = min(max(16, num_slots.bit_length()), _MAX_SLOT_BITS)
+        bits = min(max(20, num_slots.bit_length()), _MAX_SLOT_BITS)
         self._shift = np.uint64(_HASH_BITS - bits)
-        self._slots = np.zeros(1 << bits, dtype=np.bool_)
+        self._bytes = np.zeros(1 << bits - 3, dtype=np.uint8)
 
     def add(self, hashes: np.ndarray) -> None:
-        self._slots[(hashes >> self._shift).view(np.int64)] = True
+        slots = hashes >> self._shift
+        bits = slots.astype(np.uint8) & np.uint8(7)
+        # One bit after the other: within each, several hashes of a byte write the same.
+        for bit in range(8):
+            self._bytes[(slots[bits == bit] >> np.uint64(3)).view(np.int64)] |= np.uint8(1 << bit)
 
     def has(self, hashes: np.ndarray) -> np.ndarray:
-        held: np.ndarray = self._slots.take((hashes >> self._shift).view(np.int64))
-        return held
+        slots = hashes >> self._shift
+        held: np.ndarray = self._bytes.take((slots >> np.uint64(3)).view(np.int64))
+        held >>= slots.astype(np.uint8) & np.uint8(7)
+        held &= np.uint8(1)
+        return held.view(np.bool_)
 
 
-def _hashed(windows: np.ndarray) -> np.ndarray:
-    """Returns a hash of `_HASH_BITS` bits of each window."""
-    return (windows * _FACTOR) >> _FORM_BITS
+def _hashed(words: np.ndarray, width: int) -> np.ndarray:
+    """Returns a hash of `_HASH_BITS` bits of the first `width` residues of each word."""
+    # The shifted factor moves the others out at the top.
+    return (words * (_FACTOR << np.uint64(8 * (_WORD - width)))) >> _FORM_BITS
 
 
 def _window_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.ndarray]]:
@@ -192,28 +231,29 @@ def _window_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.
             if len(chunk) % _WORD:
                 chunk = np.concatenate([chunk, np.zeros(-len(chunk) % _WORD, dtype=np.uint8)])
             words = chunk.view("<u8")[:: max(1, level.stride // _WORD)]
-            yield start, _hashed(words if level.width == _WORD else words & _mask(level.width))
+            yield start, _hashed(words, level.width)
 
 
-def _windows_of(shard: ShardReader, level: _Level) -> _HashSet:
-    found = _HashSet(2 * shard.num_residues)
-    for _, hashes in _window_chunks(shard.tokens, level):
-        found.add(hashes)
+def _windows_of(shards: Shards, level: _Level) -> _HashSet:
+    found = _HashSet(16 * _num_residues(shards) // level.stride)
+    for shard in shards:
+        for _, hashes in _window_chunks(shard.tokens, level):
+            found.add(hashes)
     return found
 
 
-def _windows_at(tokens: np.ndarray, places: np.ndarray, width: int) -> np.ndarray:
-    """Returns the windows of `width` residues from each place on; all must lie within the tokens, of which 8 are there."""
+def _words_at(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Returns the 8 residues from each place on as one number, zeros after the end of the tokens."""
     tokens = np.ascontiguousarray(tokens)
     words = np.ndarray(max(0, len(tokens) - _WORD + 1), dtype="<u8", buffer=tokens.data, strides=(1,))
-    # A short window near the end is the upper part of the last word.
     whole = np.minimum(places, len(words) - 1)
-    windows = words[whole] >> ((places - whole) << 3).astype(np.uint64)
-    return windows if width == _WORD else windows & _mask(width)
+    return words[whole] >> ((places - whole) << 3).astype(np.uint64)
 
 
-def _mask(width: int) -> np.uint64:
-    return np.uint64((1 << 8 * width) - 1)
+def _first_windows(tokens: np.ndarray, starts: np.ndarray, level: _Level) -> np.ndarray:
+    """Returns the hashes of the windows at each start and the next ones, (starts, stride)."""
+    places = starts[:, None] + np.arange(level.stride)
+    return _hashed(_words_at(tokens, places), level.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +270,23 @@ class _Needles:
     bounds: np.ndarray
     numbers: np.ndarray
 
+    @classmethod
+    def of(cls, shard: ShardReader, records: np.ndarray, numbers: np.ndarray) -> "_Needles":
+        """Returns some records of a shard."""
+        starts, ends = shard.offsets[records], shard.offsets[records + 1]
+        parts = [shard.tokens[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return cls(np.concatenate([np.zeros(0, dtype=np.uint8), *parts]), bounds_of(ends - starts), numbers)
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Needles"]) -> "_Needles":
+        """Returns several as one."""
+        lengths = np.concatenate([np.diff(part.bounds) for part in parts])
+        return cls(
+            np.concatenate([part.tokens for part in parts]),
+            bounds_of(lengths),
+            np.concatenate([part.numbers for part in parts]),
+        )
+
     def chosen(self, kept: np.ndarray) -> "_Needles":
         """Returns some of them."""
         lengths = np.diff(self.bounds)
@@ -239,23 +296,26 @@ class _Needles:
 def _needles(inner: Shards, windows: _HashSet | None, level: _Level) -> Iterator[_Needles]:
     """Yields the inner sequences of a level in blocks.
 
-    Where the windows of an outer side are given, at a stride of 1, those are left out of which one is not among them.
+    Where the windows of an outer side are given, those are left out that have a stretch with none of them.
     """
     num_before = 0
+    waiting: list[_Needles] = []
     for shard in inner:
         starts, ends = shard.offsets[:-1], shard.offsets[1:]
         wanted = np.flatnonzero((ends - starts >= level.shortest) & (ends - starts <= level.longest))
         if windows is not None:
             for probe in range(_PROBES):
-                places = starts[wanted] + (ends - starts - level.width)[wanted] * probe // (_PROBES - 1)
-                wanted = wanted[windows.has(_hashed(_windows_at(shard.tokens, places, level.width)))]
-        lengths = (ends - starts)[wanted]
-        blocks = np.cumsum(lengths) // _BLOCK_RESIDUES
+                firsts = starts[wanted] + (ends - starts - level.span)[wanted] * probe // (_PROBES - 1)
+                wanted = wanted[windows.has(_first_windows(shard.tokens, firsts, level)).any(axis=1)]
+        blocks = np.cumsum((ends - starts)[wanted]) // _BLOCK_RESIDUES
         for block in np.split(wanted, np.flatnonzero(np.diff(blocks)) + 1):
-            if len(block):
-                parts = [shard.tokens[a:b] for a, b in zip(starts[block].tolist(), ends[block].tolist(), strict=True)]
-                yield _Needles(np.concatenate(parts), bounds_of((ends - starts)[block]), block + num_before)
+            waiting.append(_Needles.of(shard, block, block + num_before))
+            if sum(len(needles.tokens) for needles in waiting) >= _BLOCK_RESIDUES:
+                yield _Needles.joined(waiting)
+                waiting = []
         num_before += shard.num_records
+    if any(len(needles.numbers) for needles in waiting):
+        yield _Needles.joined(waiting)
 
 
 class _Index:
@@ -271,8 +331,8 @@ class _Index:
         self._lengths, ranks = np.unique(lengths, return_inverse=True)
         within = np.arange(level.stride)
         places = (starts[:, None] + within).ravel()
-        hashes = _hashed(_windows_at(needles.tokens, places, level.width))
-        self._windows = _HashSet(32 * len(hashes))
+        hashes = _hashed(_words_at(needles.tokens, places), level.width)
+        self._windows = _HashSet(64 * len(hashes))
         self._windows.add(hashes)
         tails = (ranks[:, None] * level.stride + within).ravel().astype(np.uint64)
         self._forms = _distinct((hashes << _FORM_BITS) | tails)
@@ -282,13 +342,19 @@ class _Index:
         self._digests = digests[self._order]
 
     def hits(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the windows of outer tokens that may be in the index: their places and hashes."""
+        """Returns the windows of outer tokens that are in the index: their places and hashes."""
         places, kept = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
         for first, hashes in _window_chunks(tokens, self._level):
             hits = np.flatnonzero(self._windows.has(hashes))
             places.append(hits * max(_WORD, self._level.stride) + first)
             kept.append(hashes[hits])
-        return np.concatenate(places), np.concatenate(kept)
+        return self._known(np.concatenate(places), np.concatenate(kept))
+
+    def _known(self, places: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns those windows whose hashes are in the index."""
+        firsts = np.minimum(np.searchsorted(self._forms, hashes << _FORM_BITS), len(self._forms) - 1)
+        known = self._forms[firsts] >> _FORM_BITS == hashes
+        return places[known], hashes[known]
 
     def next_batch(self, hashes: np.ndarray, start: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Returns the forms of windows from `start` on, of as many windows as give about `_BATCH` of them.
@@ -333,7 +399,7 @@ class _Index:
 
 def _end_marks(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Returns a hash of the length and the last residues of each sequence."""
-    last = _windows_at(tokens, starts + lengths - _WORD, _WORD)
+    last = _words_at(tokens, starts + lengths - _WORD)
     return (last ^ (lengths.astype(np.uint64) << _FORM_BITS)) * _FACTOR
 
 

@@ -22,6 +22,8 @@ NO_SPLIT = 255
 REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
 
 _COMPARED_AT_ONCE = 1 << 22
+# Every range is a pass over all digests.
+_MOST_RANGES = 64
 _HASHES = 2**64
 
 
@@ -76,8 +78,8 @@ class Selection:
 def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selection:
     """Decides for every record of the pieces, in order.
 
-    Memory: digests are compared a range at a time, some four million records; the codes lie in a file of a byte a
-    record; numbers of repeated ids take about 100 bytes each.
+    Memory: digests are compared a range at a time, some four million records or a 64th of all, 50 bytes each; the codes
+    lie in a file of a byte a record; numbers of repeated ids take about 100 bytes each.
 
     Args:
         pieces: All pieces in the order of the input.
@@ -152,7 +154,7 @@ def _num_unclustered(piece: Piece) -> int:
 
 def _digest_ranges(pieces: Sequence[PieceFile], found: Selection, kind: str) -> Iterator[Digests]:
     """Yields the digests of the records kept so far, range by range of their high halves: all equal ones in one."""
-    num_ranges = int(found.starts[-1]) // _COMPARED_AT_ONCE + 1
+    num_ranges = min(int(found.starts[-1]) // _COMPARED_AT_ONCE + 1, _MOST_RANGES)
     bounds = [_HASHES * number // num_ranges for number in range(num_ranges + 1)]
     for start, end in itertools.pairwise(bounds):
         parts = []

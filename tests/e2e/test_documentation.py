@@ -38,7 +38,18 @@ def public_commands() -> list[str]:
 def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, proteins):
     """One folder for all documents, the README first: a later one may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
-    write_fasta(tmp_path / "my_proteins.fasta", sorted(proteins, key=lambda protein: len(protein[1]))[:NUM_PROTEINS])
+    chosen = sorted(proteins, key=lambda protein: len(protein[1]))[:NUM_PROTEINS]
+    write_fasta(tmp_path / "my_proteins.fasta", chosen)
+    write_fasta(tmp_path / "my_other_proteins.fasta", proteins[-5:])
+    # What a reader is told to have for the splits: a label for each id.
+    for name, labels, is_label_first in (
+        ("my_clusters.tsv", ("c1", "c2", "c3", "c4", "c5", "c6"), True),
+        ("my_families.tsv", ("PF00069.25", "PF00001", "PF00002", "PF00003", "PF00004", "PF00005"), False),
+        ("my_splits.tsv", ("train", "train", "train", "train", "valid", "test"), False),
+    ):
+        rows = [(labels[number % 6], record_id) for number, (record_id, _) in enumerate(chosen)]
+        lines = ["\t".join(row if is_label_first else row[::-1]) for row in rows]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
     for document in DOCUMENTS:
         names: dict[str, object] = {"__name__": "__main__"}
         for number, (language, text) in enumerate(blocks(document), start=1):

@@ -55,7 +55,9 @@ def write(tmp_path):
 @pytest.fixture(params=[1, 5, 64, 1 << 20])
 def block_bytes(request, monkeypatch):
     monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", request.param)
-    monkeypatch.setattr(labels, "_HEAD_BYTES", 8)
+    # Plain text is not put together to look at it as a whole.
+    monkeypatch.setattr(sources, "_MAGIC_BYTES", 1)
+    monkeypatch.setattr(labels, "_HEAD_BYTES", 64)
     monkeypatch.setattr(labels, "_BATCH_ROWS", request.param)
 
 
@@ -82,9 +84,9 @@ def fault(read, path, kind=RecordError):
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.usefixtures("block_bytes")
 def test_clusters_of_mmseqs_are_read_whatever_the_blocks_and_line_ends(write, line_end):
-    text = "# comment\na\ta\na\tb\n\nc\tç\na\td\n# x\ty\tz\n".replace("\n", line_end)
+    text = "# comment\na\ta\na\tb\n\nc\tç\na\td\n# x\ty\n".replace("\n", line_end)
     clusters = read_clusters(write(text))
-    assert found(clusters, "b", "ç", "x", "d", "a", "c") == ["a", "c", "", "a", "a", ""]
+    assert found(clusters, "b", "ç", "y", "d", "a", "c") == ["a", "c", "", "a", "a", ""]
     assert sizes(clusters) == {"a": 3, "c": 1}
 
 
@@ -126,20 +128,20 @@ def test_an_id_of_uniprot_is_found_whole_then_by_accession_then_by_entry_name(wr
     assert found(clusters, *ids) == ["c1", "c2", "c4", "c5", "", "", "", "", "c6"]
 
 
-def test_digests_that_agree_in_one_half_are_told_apart(write, monkeypatch):
-    def digests(texts):
-        whole = table.digests_of(texts)
-        return whole % np.array([3, 1 << 63], dtype=np.uint64)
+@pytest.fixture(params=[None, 3], ids=["whole", "colliding"])
+def digests(request, monkeypatch):
+    """Digests whose high halves, in the second case, are almost all the same."""
 
-    monkeypatch.setattr(labels, "digests_of", digests)
-    clusters = read_clusters(write("".join(f"c{number // 7}\t{number}\n" for number in range(500))))
-    ids = [str(number) for number in range(700)]
-    names = clusters.names(clusters.lookup(Strings.of(ids), digests(name.encode() for name in ids))).to_list()
-    assert names == [f"c{number // 7}" if number < 500 else "" for number in range(700)]
+    def colliding(texts):
+        return table.digests_of(texts) % np.array([request.param, 1 << 63], dtype=np.uint64)
+
+    function = colliding if request.param else table.digests_of
+    monkeypatch.setattr(labels, "digests_of", function)
+    return function
 
 
 @pytest.mark.usefixtures("block_bytes")
-def test_any_order_of_rows_gives_what_a_dictionary_gives(write):
+def test_any_order_of_rows_gives_what_a_dictionary_gives_even_where_digests_nearly_collide(write, digests):
     draw = random.Random(5)
     rows = [(f"id{draw.randrange(300)}", f"F{draw.randrange(40)}") for _ in range(600)]
     expected = defaultdict(list)
@@ -148,7 +150,8 @@ def test_any_order_of_rows_gives_what_a_dictionary_gives(write):
             expected[name].append(family)
     families = read_families(write("".join(f"{name}\t{family}\n" for name, family in rows)))
     ids = [f"id{number}" for number in range(310)]
-    assert found(families, *ids) == [";".join(expected.get(name, [])) for name in ids]
+    numbers = families.lookup(Strings.of(ids), digests(name.encode() for name in ids))
+    assert families.names(numbers).to_list() == [";".join(expected.get(name, [])) for name in ids]
     assert families.sizes.sum() == len(expected)
 
 
@@ -176,14 +179,19 @@ def test_an_id_in_two_clusters_or_splits_is_an_error_that_names_both_and_their_l
     assert all(part in error.message for part in parts)
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("read", [read_clusters, read_families, read_splits])
-@pytest.mark.parametrize("row", ["a", "a\ttest\tx", "\ttest", "test\t", "a test", "\t"])
+@pytest.mark.parametrize("row", ["a", "a\ttest\tx", "\ttest", "test\t", "a test", "\tx\t"])
 @pytest.mark.usefixtures("block_bytes")
-def test_a_row_of_other_than_two_fields_is_an_error_with_its_line(write, read, row):
-    if not row.strip():
-        row += "x"
-    error = fault(read, write(f"test\ttest\n\n# x\n{row}\n"))
-    assert (error.line, error.reason) == (4, "malformed_row")
+def test_a_row_of_other_than_two_fields_is_an_error_with_its_line(write, read, row, line_end):
+    for above in ("test\ttest\n" * 9 + "\n# x\n", "test\ttest\n" * 9, ""):
+        error = fault(read, write(f"{above}{row}\ntest\ttest\n".replace("\n", line_end)))
+        assert (error.line, error.reason) == (above.count("\n") + 1, "malformed_row")
+
+
+def test_the_first_of_several_ids_in_two_clusters_is_reported(write):
+    text = "".join(f"c{number}\t{number % 50}\n" for number in range(100))
+    assert fault(read_clusters, write(text)).line == 51
 
 
 def test_an_unknown_split_is_an_error_with_its_line_and_a_header_is_no_exception(write):

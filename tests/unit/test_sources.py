@@ -41,6 +41,7 @@ def write(tmp_path):
 @pytest.fixture(params=[1, 2, 7, 1 << 20])
 def block_bytes(request, monkeypatch):
     monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", request.param)
+    monkeypatch.setattr(sources, "_FEED_BYTES", request.param)
 
 
 def unpacked(path):
