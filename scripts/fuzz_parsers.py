@@ -95,7 +95,9 @@ def main() -> None:
     arguments.corpus.mkdir(exist_ok=True)
     for number, seed in enumerate(SEEDS):
         (arguments.corpus / f"seed-{number}").write_bytes(seed)
-    atheris.Setup([sys.argv[0], str(arguments.corpus), f"-max_total_time={arguments.seconds}", "-max_len=2000"], try_one)
+    atheris.Setup(
+        [sys.argv[0], str(arguments.corpus), f"-max_total_time={arguments.seconds}", "-max_len=2000"], try_one
+    )
     atheris.Fuzz()
 
 

@@ -1,6 +1,6 @@
 """How the kept records of all pieces become shards: where each shard begins and ends, and what goes into it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 from protlm.data import compiled_fasta
 from protlm.data.piece_files import Piece, PieceFile
 from protlm.data.selection import Selection
-from protlm.data.shards import LABEL_COLUMNS, NUMBER_COLUMNS, TOKENS, ShardInfo, ShardReader, write_shard
+from protlm.data.shards import LABEL_COLUMNS, NUMBER_COLUMNS, ShardInfo, ShardReader, write_shard
 from protlm.data.splits import SPLIT_NAMES, SplitName
 from protlm.data.table import UNKNOWN, Strings, bounds_of
 from protlm.errors import ShardError
@@ -51,6 +51,15 @@ class FinishedShard:
     residue_counts: np.ndarray
     lengths: np.ndarray
     length_counts: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """The records of a shard that come from one piece: the piece, the number of its first record, their places in it."""
+
+    path: Path
+    start: int
+    places: np.ndarray
 
 
 def plan_shards(pieces: Sequence[PieceFile], selection: Selection, shard_residues: int) -> list[ShardPlan]:
@@ -113,9 +122,11 @@ def make_shard(plan: ShardPlan, directory: Path, pieces: Sequence[PieceFile], se
         info = ShardInfo(plan.name, reader.num_records, reader.num_residues, reader.checksum)
         residue_counts = compiled_fasta.count_residues(reader.tokens)
     else:
-        tokens, found = _gather(plan, pieces, selection)
+        members = list(_members(plan, pieces, selection))
+        found = _columns(members, selection)
         offsets = found["offsets"]
-        info, residue_counts = write_shard(directory, plan.name, plan.split, tokens, found)
+        tokens = _tokens(members)
+        info, residue_counts = write_shard(directory, plan.name, plan.split, plan.num_residues, tokens, found)
     lengths, length_counts = np.unique(np.diff(offsets), return_counts=True)
     return FinishedShard(plan.split, info, residue_counts, lengths, length_counts)
 
@@ -131,26 +142,30 @@ def _finished(plan: ShardPlan, path: Path) -> ShardReader | None:
     return reader if (reader.split, reader.num_residues) == (plan.split, plan.num_residues) else None
 
 
-def _gather(
-    plan: ShardPlan, pieces: Sequence[PieceFile], selection: Selection
-) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Returns stretches of the tokens of a shard, and its other columns."""
-    parts: list[dict[str, list[np.ndarray]]] = []
+def _members(plan: ShardPlan, pieces: Sequence[PieceFile], selection: Selection) -> Iterator[_Members]:
+    """Yields the records of a shard, piece by piece."""
     first = int(np.searchsorted(selection.starts, plan.start, side="right")) - 1
     for number in range(first, len(pieces)):
         start, end = int(selection.starts[number]), int(selection.starts[number + 1])
         if start >= plan.end:
-            break
+            return
         begin, stop = max(start, plan.start), min(end, plan.end)
-        codes = selection.codes(begin, stop)
-        places = np.flatnonzero(codes == SPLIT_NAMES.index(plan.split)) + (begin - start)
-        if len(places):
-            numbers = (
-                {index: selection.numbers.get(start + index) for index in places.tolist()} if selection.numbers else {}
-            )
-            parts.append(_part(Piece(pieces[number].path), places, numbers))
-    tokens = [stretch for part in parts for stretch in part.pop(TOKENS)]
-    found = {name: np.concatenate([column for part in parts for column in part[name]]) for name in parts[0]}
+        is_member = selection.codes(begin, stop) == SPLIT_NAMES.index(plan.split)
+        if is_member.any():
+            yield _Members(pieces[number].path, start, np.flatnonzero(is_member) + (begin - start))
+
+
+def _tokens(members: Sequence[_Members]) -> Iterator[np.ndarray]:
+    """Yields the tokens of a shard in stretches; one piece is open at a time."""
+    for member in members:
+        piece = Piece(member.path)
+        yield from _stretches(piece["tokens"], piece["offsets"], member.places)
+
+
+def _columns(members: Sequence[_Members], selection: Selection) -> dict[str, np.ndarray]:
+    """Returns the columns of a shard but for its tokens."""
+    parts = [_part(member, selection) for member in members]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     for name in [name for name in found if name.endswith("lengths")]:
         found[name.removesuffix("lengths") + "offsets"] = bounds_of(found.pop(name))
     for name in NUMBER_COLUMNS:
@@ -159,30 +174,33 @@ def _gather(
     for name in LABEL_COLUMNS:
         if not len(found[f"{name}/bytes"]):
             del found[f"{name}/bytes"], found[f"{name}/offsets"]
-    return tokens, found
+    return found
 
 
-def _part(piece: Piece, places: np.ndarray, numbers: Mapping[int, int | None]) -> dict[str, list[np.ndarray]]:
-    """Returns what one piece gives to a shard: stretches of its columns, and lengths in place of bounds."""
-    found = {TOKENS: _stretches(piece["tokens"], piece["offsets"], places), "lengths": [piece.lengths[places]]}
+def _part(member: _Members, selection: Selection) -> dict[str, np.ndarray]:
+    """Returns what one piece gives to a shard, copied from it: columns, and lengths in place of bounds."""
+    piece, places = Piece(member.path), member.places
+    found = {"lengths": piece.lengths[places]}
     for name in ("ids", "descriptions", *LABEL_COLUMNS):
         if f"{name}/offsets" not in piece:
-            no_text, no_lengths = np.zeros(0, dtype=np.uint8), np.zeros(len(places), dtype=np.int64)
-            found |= {f"{name}/bytes": [no_text], f"{name}/lengths": [no_lengths]}
+            found |= {f"{name}/bytes": np.zeros(0, np.uint8), f"{name}/lengths": np.zeros(len(places), np.int64)}
             continue
         strings = piece.strings(name)
-        if name == "ids" and any(number is not None for number in numbers.values()):
-            strings = _renamed(strings, numbers)
-        found[f"{name}/bytes"] = _stretches(strings.text, strings.offsets, places)
-        found[f"{name}/lengths"] = [np.diff(strings.offsets)[places]]
-    return found | {name: [piece[name][places]] for name in NUMBER_COLUMNS}
+        if name == "ids":
+            strings = _renamed(strings, member.start, selection)
+        found[f"{name}/bytes"] = np.concatenate(_stretches(strings.text, strings.offsets, places))
+        found[f"{name}/lengths"] = np.diff(strings.offsets)[places]
+    return found | {name: piece[name][places] for name in NUMBER_COLUMNS}
 
 
-def _renamed(ids: Strings, numbers: Mapping[int, int | None]) -> Strings:
+def _renamed(ids: Strings, start: int, selection: Selection) -> Strings:
+    """Returns the ids of a piece, with the numbers of those that repeat an earlier one."""
+    numbers = selection.numbers_between(start, start + len(ids))
+    if not numbers:
+        return ids
     renamed = ids.to_list()
     for index, number in numbers.items():
-        if number is not None:
-            renamed[index] += f"#{number}"
+        renamed[index - start] += f"#{number}"
     return Strings.of(renamed)
 
 

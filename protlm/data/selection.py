@@ -53,14 +53,14 @@ class Selection:
     Attributes:
         codes_path: A file with a byte for every record of all pieces: the code of its split, or of why it is left out.
         starts: The number of the first record of each piece, and the number of all.
-        numbers: For the kept records whose id repeats an earlier one: the number that it gets.
+        repeats: The kept records whose id repeats an earlier one, rising, and the number that each id gets; int64 (2, …).
         counts: How many records have each code.
         num_unclustered: Records that no cluster names, where a split by cluster was asked for.
     """
 
     codes_path: Path
     starts: np.ndarray
-    numbers: dict[int, int] = field(default_factory=dict)
+    repeats: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), dtype=np.int64))
     counts: Counter[int] = field(default_factory=Counter)
     num_unclustered: int = 0
 
@@ -69,6 +69,11 @@ class Selection:
         if start == end:
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(self.codes_path, dtype=np.uint8, mode="r+", offset=start, shape=end - start)
+
+    def numbers_between(self, start: int, end: int) -> dict[int, int]:
+        """Returns the records of a range whose id repeats an earlier one, with the number that it gets."""
+        first, last = np.searchsorted(self.repeats[0], [start, end]).tolist()
+        return dict(zip(*self.repeats[:, first:last].tolist(), strict=True))
 
     def codes_of(self, number: int) -> np.ndarray:
         """Returns the codes of the records of a piece, uint8, writable in place."""
@@ -79,7 +84,7 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
     """Decides for every record of the pieces, in order.
 
     Memory: digests are compared a range at a time, some four million records or a 64th of all, 50 bytes each; the codes
-    lie in a file of a byte a record; numbers of repeated ids take about 100 bytes each.
+    lie in a file of a byte a record; repeated ids take 16 bytes each, and about 200 where an id holds a `#`.
 
     Args:
         pieces: All pieces in the order of the input.
@@ -102,9 +107,11 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
         within, across = duplicates(digests, codes[digests.index], dedupe=rules.dedupe)
         codes[within] = DUPLICATE_WITHIN
         codes[across] = DUPLICATE_ACROSS
-    for digests in _digest_ranges(pieces, found, "id"):
-        found.numbers.update(zip(*(column.tolist() for column in repeats(digests)), strict=True))
-    if found.numbers and any(piece.has_numbered_ids for piece in pieces):
+    repeated = [np.stack(repeats(digests)) for digests in _digest_ranges(pieces, found, "id")]
+    if repeated:
+        found.repeats = np.concatenate(repeated, axis=1)
+        found.repeats = found.repeats[:, np.argsort(found.repeats[0])]
+    if found.repeats.size and any(piece.has_numbered_ids for piece in pieces):
         _avoid_taken_numbers(pieces, found)
     for number in range(len(pieces)):
         values, counts = np.unique(found.codes_of(number), return_counts=True)
@@ -177,22 +184,22 @@ def _digest_ranges(pieces: Sequence[PieceFile], found: Selection, kind: str) -> 
 def _avoid_taken_numbers(pieces: Sequence[PieceFile], found: Selection) -> None:
     """Gives repeated ids the next numbers where `id#n` is an id of its own."""
     taken: defaultdict[str, set[int]] = defaultdict(set)
-    repeated: dict[int, str] = {}
+    repeated: list[str] = []
     for number, piece_file in enumerate(pieces):
         if not piece_file.num_records:
             continue
         start, kept = int(found.starts[number]), found.codes_of(number) < FIRST_REJECT
+        numbers = found.numbers_between(start, start + len(kept))
         for index, name in enumerate(Piece(piece_file.path).strings("ids").to_list()):
-            if start + index in found.numbers:
-                repeated[start + index] = name
+            if start + index in numbers:
+                repeated.append(name)
             stem, mark, suffix = name.rpartition("#")
             if mark and kept[index] and suffix.isascii() and suffix.isdigit():
                 taken[stem].add(int(suffix))
     next_free: dict[str, int] = {}
-    for index in sorted(repeated):
-        name = repeated[index]
+    for place, name in enumerate(repeated):
         free = next_free.get(name, 2)
         while free in taken[name]:
             free += 1
-        found.numbers[index] = free
+        found.repeats[1, place] = free
         next_free[name] = free + 1

@@ -1,6 +1,6 @@
 """How tokenised records lie in one shard file, so that each is read through a memory map, and how it is checked."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,12 @@ class ShardInfo:
 
 
 def write_shard(
-    directory: Path, name: str, split: SplitName, tokens: Sequence[np.ndarray], found: Mapping[str, np.ndarray]
+    directory: Path,
+    name: str,
+    split: SplitName,
+    num_residues: int,
+    tokens: Iterable[np.ndarray],
+    found: Mapping[str, np.ndarray],
 ) -> tuple[ShardInfo, np.ndarray]:
     """Writes one shard, whole or not at all; the tokens are never brought together in memory.
 
@@ -53,13 +58,13 @@ def write_shard(
         directory: The folder for it.
         name: Its base name.
         split: The split that its records belong to.
-        tokens: Stretches of the tokens of its records, in order.
+        num_residues: Residues of its records.
+        tokens: Stretches of the tokens of its records, in order; asked for only once.
         found: The other columns by name, those of `REQUIRED_COLUMNS` and any of `OPTIONAL_COLUMNS`.
 
     Returns:
         What the manifest tells of it, and how often each letter of `vocabulary.RESIDUES` occurs, int64 (25).
     """
-    num_residues = sum(map(len, tokens))
     ordered = {column: found[column] for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if column in found}
     residue_counts = np.zeros(vocabulary.NUM_RESIDUES, dtype=np.int64)
     digest = xxhash.xxh3_128(_column_mark(TOKENS, num_residues))
@@ -86,7 +91,7 @@ def write_shard(
     return ShardInfo(name, num_records, num_residues, checksum), residue_counts
 
 
-def _batches(stretches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+def _batches(stretches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yields the same bytes in fewer pieces; each is gone when the next one is asked for."""
     buffer = np.empty(_BATCH_BYTES, dtype=np.uint8)
     waiting: list[np.ndarray] = []

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from protlm import vocabulary
+from protlm.data.containment import MIN_LENGTH
 from protlm.data.dataset import LENGTH_BIN_STARTS, Manifest, SplitSummary
-from protlm.data.leakage import MIN_LENGTH
 from protlm.data.splits import SplitName
 
 SWISS_PROT_RELEASE = "2026_03"

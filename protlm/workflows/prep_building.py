@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from protlm import vocabulary
 from protlm.data import assembly, dataset, files, leakage, selection
@@ -27,6 +28,19 @@ class _ShardTask:
     folder: Path
     pieces: Sequence[PieceFile]
     selection: Selection
+
+
+class _Shards(Sequence[ShardReader]):
+    """Shards that are opened when they are asked for: a dataset may have more of them than files may be open."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return ShardReader(self._paths[index])
 
 
 def build_dataset(
@@ -71,8 +85,9 @@ def build_dataset(
     for piece in pieces:
         repairs.update(piece.repairs)
     across = chosen.counts[selection.DUPLICATE_ACROSS]
-    readers = {split: [ShardReader(folder.dataset_path / shard.info.name) for shard in found]
-               for split, found in finished.items()}  # fmt: skip
+    readers = {
+        split: _Shards([folder.dataset_path / shard.info.name for shard in found]) for split, found in finished.items()
+    }
     manifest = dataset.Manifest(
         format=dataset.FORMAT,
         format_version=dataset.FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""The tokens and the other columns of a shard from records, for tests."""
+"""The number of residues, the tokens and the other columns of a shard from records, for tests."""
 
 import numpy as np
 
@@ -15,4 +15,4 @@ def columns_of(records):
     for name in ("cluster_size", "taxon_id"):
         if np.any(getattr(table, name) != UNKNOWN):
             found[name] = getattr(table, name)
-    return [table.tokens], found
+    return len(table.tokens), [table.tokens], found
