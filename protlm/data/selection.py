@@ -21,6 +21,7 @@ NO_SPLIT = 255
 """What a split file says of a record that it does not list."""
 REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
 
+_UNIREF = ("UniRef50_", "UniRef90_", "UniRef100_")
 _COMPARED_AT_ONCE = 1 << 22
 # Every range is a pass over all digests.
 _MOST_RANGES = 64
@@ -102,7 +103,7 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
             piece = Piece(piece_file.path)
             found.codes_of(number)[:] = _first_codes(piece, piece_file.part, rules)
             if rules.method == "cluster":
-                found.num_unclustered += _num_unclustered(piece)
+                found.num_unclustered += _cluster_names(piece).count("")
     for digests in _digest_ranges(pieces, found, "sequence"):
         within, across = duplicates(digests, codes[digests.index], dedupe=rules.dedupe)
         codes[within] = DUPLICATE_WITHIN
@@ -139,8 +140,8 @@ def _split_codes(piece: Piece, rules: Rules) -> np.ndarray:
         listed[listed == NO_SPLIT] = NOT_LISTED
         return listed
     digests = piece["sequence_digest/low"].copy()
-    if rules.method == "cluster" and "cluster_id/offsets" in piece:
-        names = piece.strings("cluster_id").to_list()
+    if rules.method == "cluster":
+        names = _cluster_names(piece)
         is_named = np.array([bool(name) for name in names])
         digests[is_named] = digests_of(name.encode() for name in names if name)[:, 1]
     codes = splits.random_split(
@@ -153,10 +154,13 @@ def _split_codes(piece: Piece, rules: Rules) -> np.ndarray:
     return codes
 
 
-def _num_unclustered(piece: Piece) -> int:
-    if "cluster_id/offsets" not in piece:
-        return len(piece.lengths)
-    return int((np.diff(piece["cluster_id/offsets"]) == 0).sum())
+def _cluster_names(piece: Piece) -> list[str]:
+    """Returns the name of each record's cluster; an entry of UniRef is one by its id; empty if none is known."""
+    ids = piece.strings("ids").to_list()
+    told = piece.strings("cluster_id").to_list() if "cluster_id/offsets" in piece else [""] * len(ids)
+    return [
+        name or (record_id if record_id.startswith(_UNIREF) else "") for name, record_id in zip(told, ids, strict=True)
+    ]
 
 
 def _digest_ranges(pieces: Sequence[PieceFile], found: Selection, kind: str) -> Iterator[Digests]:

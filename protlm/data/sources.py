@@ -114,7 +114,8 @@ class SourceBlocks:
     Attributes:
         name: Base name of the file; bytes that are no text are written as escapes.
         sha256: Of the bytes as they lie on disk, in hex; empty before the end is reached.
-        is_plain: The file is not compressed; known once the first block is there.
+        is_plain: The file is neither compressed nor a pipe, so that a part of it can be read alone; known once the
+            first block is there.
     """
 
     def __init__(self, path: str | Path, *, progress: Callable[[int], object] | None = None) -> None:
@@ -134,18 +135,19 @@ class SourceBlocks:
         digest = hashlib.sha256()
         try:
             with _open(self._path) as file:
-                yield from self._unpacked(self._raw_blocks(file, digest.update))
+                yield from self._unpacked(self._raw_blocks(file, digest.update), is_pipe=not file.seekable())
         except OSError as error:
             raise _unreadable(self._path, error) from error
         self.sha256 = digest.hexdigest()
 
-    def _unpacked(self, raw_blocks: Iterator[bytes]) -> Iterator[bytes]:
+    def _unpacked(self, raw_blocks: Iterator[bytes], *, is_pipe: bool) -> Iterator[bytes]:
         """Yields the bytes of a file without its compression, after a look at what they are."""
         first = _beginning(raw_blocks)
         if message := _unreadable_kind(first):
             raise ProtlmError(f"{self._path}: {message}")
         compression = _compression_of(first)
         if compression is None:
+            self.is_plain = not is_pipe
             if first:
                 yield first
             yield from raw_blocks

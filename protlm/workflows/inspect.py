@@ -127,5 +127,7 @@ def _verify(found: Dataset, progress: Callable[[int], object]) -> None:
                 faults.append(fault)
             progress(shard.num_residues)
     if faults:
-        others = f", and {len(faults) - 1} more damaged shards" if len(faults) > 1 else ""
-        raise ShardError(f"{faults[0]}{others}; restore them from a copy, or prepare the dataset again")
+        others = {1: "", 2: "; 1 more shard is damaged"}.get(
+            len(faults), f"; {len(faults) - 1} more shards are damaged"
+        )
+        raise ShardError(f"{faults[0]}{others}; restore from a copy, or prepare the dataset again")

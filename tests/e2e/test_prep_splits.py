@@ -103,6 +103,17 @@ def test_uniref_xml_brings_its_clusters(shared_data, tmp_path):
     assert shard.cluster_size[0] == 64
 
 
+def test_the_entries_of_uniref_are_clusters_by_their_ids(tmp_path):
+    sequences = random_sequences(40)
+    fasta = write_fasta(tmp_path / "a.fasta", [f"UniRef50_A{number}" for number in range(40)], sequences)
+    report = prepare([fasta], tmp_path / "one", split="cluster", **FRACTIONS)
+    assert report.num_unclustered == 0
+    # The name decides, not the sequence.
+    write_fasta(fasta, [f"UniRef50_A{number}" for number in range(40)], sequences[::-1])
+    prepare([fasta], tmp_path / "two", split="cluster", **FRACTIONS)
+    assert split_of_ids(tmp_path / "one") == split_of_ids(tmp_path / "two")
+
+
 def test_members_are_found_in_the_clusters_of_uniref_xml(shared_data, tmp_path):
     names = ["UniRef90_Q9EPS7", "tr|F6MB06|F6MB06_MOUSE", "elsewhere"]
     fasta = write_fasta(tmp_path / "a.fasta", names, random_sequences(3))

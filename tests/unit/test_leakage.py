@@ -1,4 +1,5 @@
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -50,28 +51,35 @@ def count_each_way(folder, inner_groups, outer_groups):
     }
 
 
-@st.composite
-def sides(draw):
-    """Groups of outer sequences of few letters, and of inner ones, most of them cut out of outer ones."""
-    letters = draw(st.sampled_from(["A", "AC", "WXBUZO", "ACDEFGHIKLMNPQRSTVWY"]))
-    sequence = st.text(letters, min_size=1, max_size=120)
-    outer = draw(st.lists(st.lists(sequence, min_size=1, max_size=4), min_size=1, max_size=3))
-    pool = [text for group in outer for text in group]
+def random_sides(letters, seed):
+    """Groups of outer sequences of some letters, and of inner ones: parts of outer ones, half with a change."""
+    draw = random.Random(seed)
 
-    def cut(place):
-        text = pool[place[0] % len(pool)]
-        start = place[1] % len(text)
-        return text[start : start + 1 + place[2]]
+    def sequence():
+        return "".join(draw.choices(letters, k=draw.randint(1, 120)))
 
-    pieces = st.tuples(*[st.integers(0, 120)] * 3).map(cut)
-    inner = draw(
-        st.lists(st.lists(st.one_of(pieces, pieces, sequence), min_size=1, max_size=5), min_size=1, max_size=3)
-    )
+    outer = [[sequence() for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(1, 3))]
+
+    def part():
+        text = draw.choice(draw.choice(outer))
+        start = draw.randrange(len(text))
+        found = list(text[start : start + draw.randint(1, 120)])
+        if draw.random() < 0.5:
+            found[draw.randrange(len(found))] = draw.choice(letters)
+        return "".join(found)
+
+    inner = [[part() for _ in range(draw.randint(1, 5))] for _ in range(draw.randint(1, 3))]
     return inner, outer
 
 
+# Few letters make many parts that nearly fit.
+sides = st.builds(
+    random_sides, st.sampled_from(["A", "AC", "WXBUZO", "ACDEFGHIKLMNPQRSTVWY"]), st.integers(0, 2**32 - 1)
+)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sides=sides())
+@given(sides=sides)
 def test_what_is_found_is_what_comparing_all_pairs_finds(folder, sides):
     inner, outer = sides
     assert count_each_way(folder, inner, outer) == {oracle(inner, outer)}
@@ -84,7 +92,7 @@ def small_pieces(monkeypatch):
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sides=sides())
+@given(sides=sides)
 def test_chunks_blocks_and_batches_change_nothing(folder, small_pieces, sides):
     inner, outer = sides
     assert count_each_way(folder, inner, outer) == {oracle(inner, outer)}
@@ -97,7 +105,7 @@ def colliding_hashes(monkeypatch):
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sides=sides())
+@given(sides=sides)
 def test_hashes_that_all_collide_change_nothing(folder, colliding_hashes, sides):
     inner, outer = sides
     assert count_each_way(folder, inner, outer) == {oracle(inner, outer)}
@@ -116,9 +124,12 @@ def test_a_sequence_is_no_part_of_an_equal_one(folder):
 
 
 def test_what_spans_two_records_is_no_part_of_either(folder):
-    first, second = PROTEIN[:40], PROTEIN[40:]
-    inner = [PROTEIN[30:50], PROTEIN[20:60], PROTEIN[:41]]
-    assert count_each_way(folder, [inner], [[first + "C", second, first, second + "C"]]) == {0}
+    # The shift moves the bounds to all places within the windows that are read.
+    outer = [
+        text for shift in range(33) for text in ("A" * shift, "A" * 33 + PROTEIN[:45], PROTEIN[45:] + PROTEIN[:44])
+    ]
+    inner = [PROTEIN[start : start + 46] for start in range(45)]
+    assert count_each_way(folder, [inner], [outer]) == {0}
 
 
 def test_one_other_residue_anywhere_is_no_match(folder):

@@ -221,6 +221,13 @@ def test_the_hash_and_the_progress_are_of_the_bytes_on_disk(write, data):
     assert source.name == "a.fasta"
 
 
+@pytest.mark.parametrize(("data", "is_plain"), [(FASTA, True), (gzip.compress(FASTA), False)])
+def test_a_source_tells_whether_it_is_compressed_from_the_first_block_on(write, data, is_plain):
+    source = SourceBlocks(write(data))
+    next(iter(source))
+    assert source.is_plain is is_plain
+
+
 @pytest.mark.parametrize("data", [b"", gzip.compress(b"")])
 def test_an_empty_file_has_no_blocks(write, data):
     assert list(SourceBlocks(write(data))) == []
@@ -247,11 +254,15 @@ def test_a_dash_is_the_standard_input(data):
 def test_a_pipe_is_read_like_a_file(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    writer = threading.Thread(target=path.write_bytes, args=(gzip.compress(FASTA),), daemon=True)
-    writer.start()
-    assert expand_inputs([path]).paths == [str(path)]
-    assert unpacked(path) == FASTA
-    writer.join()
+    for data in (FASTA, gzip.compress(FASTA)):
+        writer = threading.Thread(target=path.write_bytes, args=(data,), daemon=True)
+        writer.start()
+        assert expand_inputs([path]).paths == [str(path)]
+        source = SourceBlocks(path)
+        assert b"".join(source) == FASTA
+        # Its parts cannot be read once more.
+        assert not source.is_plain
+        writer.join()
 
 
 def test_what_cannot_be_opened_is_an_error_in_one_line(tmp_path):
