@@ -55,7 +55,7 @@ class FinishedShard:
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """The records of a shard that come from one piece: the piece, the number of its first record, their places in it."""
+    """The records of a shard that come from one piece: its path, the number of its first record, their places in it."""
 
     path: Path
     start: int

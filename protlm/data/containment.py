@@ -204,6 +204,10 @@ class _Needles:
             np.concatenate([part.numbers for part in parts]),
         )
 
+    def sequence(self, place: int) -> np.ndarray:
+        """Returns one of them."""
+        return self.tokens[self.bounds[place] : self.bounds[place + 1]]
+
     def chosen(self, kept: np.ndarray) -> "_Needles":
         """Returns some of them."""
         lengths = np.diff(self.bounds)
@@ -300,14 +304,19 @@ class _Index:
         digests = _digests(tokens, starts, lengths)
         lows = np.searchsorted(self._digests, digests)
         highs = np.searchsorted(self._digests, digests, side="right")
-        found: set[int] = set()
+        found: list[int] = []
+        # Sequences of one digest that were not found yet.
+        missing: dict[int, list[int]] = {}
         for place in np.flatnonzero(highs > lows).tolist():
-            sequence = tokens[starts[place] : starts[place] + lengths[place]]
-            for number in self._order[lows[place] : highs[place]].tolist():
-                own = self._needles.tokens[self._needles.bounds[number] : self._needles.bounds[number + 1]]
-                if number not in found and np.array_equal(own, sequence):
-                    found.add(number)
-        return list(found)
+            low, start = int(lows[place]), int(starts[place])
+            if low not in missing:
+                missing[low] = self._order[low : highs[place]].tolist()
+            if missing[low]:
+                sequence = tokens[start : start + int(lengths[place])]
+                equal = {number for number in missing[low] if np.array_equal(self._needles.sequence(number), sequence)}
+                missing[low] = [number for number in missing[low] if number not in equal]
+                found += equal
+        return found
 
 
 def _end_marks(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -319,7 +328,8 @@ def _end_marks(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> n
 
 def _digests(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     bounds = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
-    found = (xxhash.xxh3_64_intdigest(tokens[start:end].data) for start, end in bounds)
+    content = np.ascontiguousarray(tokens).data
+    found = (xxhash.xxh3_64_intdigest(content[start:end]) for start, end in bounds)
     return np.fromiter(found, dtype=np.uint64, count=len(starts))
 
 

@@ -19,7 +19,7 @@ from protlm.errors import RecordError
 _READ_PIECE_BYTES = 1 << 20
 _ENTRY_START = re.compile(rb"<entry[\s>]")
 _ENTRY_END = b"</entry>"
-_ROOT_END = re.compile(rb"</(?:uniprot|UniRef)\s*>")
+_ROOT_END = re.compile(rb"</(?:uniprot|UniRef(?:100|90|50)?)\s*>")
 _NO_RECORDS = "no records: expected protein FASTA, a line `>id …` and lines of residues"
 
 

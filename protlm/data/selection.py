@@ -54,7 +54,7 @@ class Selection:
     Attributes:
         codes_path: A file with a byte for every record of all pieces: the code of its split, or of why it is left out.
         starts: The number of the first record of each piece, and the number of all.
-        repeats: The kept records whose id repeats an earlier one, rising, and the number that each id gets; int64 (2, …).
+        repeats: The kept records whose id repeats an earlier one, rising, and the number that each gets; int64 (2, n).
         counts: How many records have each code.
         num_unclustered: Records that no cluster names, where a split by cluster was asked for.
     """

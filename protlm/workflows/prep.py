@@ -181,7 +181,7 @@ def _read(
 ) -> None:
     """Reads the files that were not read before."""
     waiting = [number for number in numbers if folder.finished_source(number) is None]
-    progress = begin("read", sum(folder.inputs[number].state[0] for number in waiting))
+    progress = begin("read", sum(folder.inputs[number].num_bytes for number in waiting))
     for number in waiting:
         read_source(folder, number, pool, on_bad_record, progress)
 
@@ -189,7 +189,7 @@ def _read(
 def _read_part(
     folder: PrepFolder, pool: Workers, part: tuple[int, int], on_bad_record: OnBadRecord, begin: StartProgress
 ) -> PartReport:
-    numbers = _files_of_part([given.state[0] for given in folder.inputs], part)
+    numbers = _files_of_part([given.num_bytes for given in folder.inputs], part)
     _read(folder, pool, numbers, on_bad_record, begin)
     finished = [folder.finished_source(number) for number in numbers]
     return PartReport(

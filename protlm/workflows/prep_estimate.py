@@ -11,7 +11,7 @@ from pathlib import Path
 from protlm.data import reader
 from protlm.data.piece_files import write_piece
 from protlm.data.records import OnBadRecord
-from protlm.data.sources import STDIN, SourceBlocks
+from protlm.data.sources import SourceBlocks
 from protlm.data.text_pieces import cut_into_pieces
 from protlm.workflows import prep_options
 from protlm.workflows.prep_folder import check_replaceable
@@ -94,10 +94,10 @@ def estimate(
     found = prep_options.find_inputs(
         {"input": inputs, "valid": valid_inputs, "test": test_inputs, "ood": ood_inputs}, Path(out)
     )
-    if any(given.path == STDIN for given in found.files):
-        raise PrepUsageError("dry run: the standard input, -, has no size to tell from; write it to a file")
+    if any(given.state is None for given in found.files):
+        raise PrepUsageError("dry run: a pipe has no size to tell from; write it to a file")
     check_replaceable(Path(out).resolve(), force=force)
-    sizes = [given.state[0] for given in found.files]
+    sizes = [given.num_bytes for given in found.files]
     step = max(1, len(found.files) // _SAMPLED_FILES)
     sample, rejects = _Sample(), Counter[str]()
     begun = time.perf_counter()

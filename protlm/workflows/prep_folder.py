@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +35,16 @@ class InputFile:
     path: str
 
     @property
-    def state(self) -> tuple[int, int]:
-        """Size and time of the last change, by which a change is noticed."""
-        if self.path == STDIN:
-            return 0, 0
-        found = os.stat(self.path)
+    def state(self) -> tuple[int, int] | None:
+        """Size and time of the last change, by which a change is noticed; None for a pipe, which is read only once."""
+        if self.path == STDIN or not stat.S_ISREG((found := os.stat(self.path)).st_mode):
+            return None
         return found.st_size, found.st_mtime_ns
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk, 0 for a pipe."""
+        return 0 if self.state is None else self.state[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,7 @@ class FinishedSource:
     format: Format
     num_pieces: int
     num_records: int
-    size: int
-    mtime_ns: int
+    state: tuple[int, int] | None
 
 
 class PrepFolder:
@@ -66,6 +70,7 @@ class PrepFolder:
     def __init__(self, path: Path, inputs: Sequence[InputFile]) -> None:
         self.path = path
         self.inputs = inputs
+        self._read_here: set[int] = set()
 
     @property
     def codes_path(self) -> Path:
@@ -90,14 +95,17 @@ class PrepFolder:
         """Returns what is known of a file that was read to its end and has not changed since."""
         try:
             found = FinishedSource(**json.loads(self._source_path(number).read_bytes()))
+            state = self.inputs[number].state
         except (OSError, ValueError, TypeError):
             return None
-        is_same = (found.size, found.mtime_ns) == self.inputs[number].state
+        # What came through a pipe before may not be what comes now.
+        is_same = number in self._read_here if state is None else found.state == list(state)
         has_all = all(self.piece_path(number, piece).exists() for piece in range(found.num_pieces))
         return found if is_same and has_all else None
 
     def finish_source(self, number: int, source: FinishedSource) -> None:
         """Notes that a file was read to its end."""
+        self._read_here.add(number)
         _write_json(self._source_path(number), asdict(source))
 
     def pieces(self, number: int) -> list[PieceFile]:

@@ -73,8 +73,8 @@ def start_of(inputs: Inputs, *, resume: bool, part: tuple[int, int] | None, merg
         raise PrepUsageError("resume, part and merge: only one of them")
     if part is not None and not 1 <= part[0] <= part[1]:
         raise PrepUsageError(f"part: expected i/n with i from 1 to n, got {part[0]}/{part[1]}")
-    if (part is not None or merge) and any(given.path == STDIN for given in inputs.files):
-        raise PrepUsageError("inputs: the standard input, -, cannot be shared among parts; write it to a file")
+    if (part is not None or merge) and any(given.state is None for given in inputs.files):
+        raise PrepUsageError("inputs: a pipe cannot be shared among parts; write it to a file")
     return "part" if part is not None else "merge" if merge else "resume" if resume else "new"
 
 

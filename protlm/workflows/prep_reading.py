@@ -66,7 +66,7 @@ def read_source(
         OSError: A file that cannot be read, or no room for what is made of it.
     """
     given = folder.inputs[number]
-    size, mtime_ns = given.state
+    state = given.state
     source = SourceBlocks(given.path, progress=progress)
     formats: list[Format] = []
     num_pieces = num_records = num_lines = num_entries = 0
@@ -78,9 +78,7 @@ def read_source(
         num_entries += piece.num_entries
     if not num_entries:
         raise reader.no_records(given.path, num_lines)
-    folder.finish_source(
-        number, FinishedSource(source.name, source.sha256, formats[0], num_pieces, num_records, size, mtime_ns)
-    )
+    folder.finish_source(number, FinishedSource(source.name, source.sha256, formats[0], num_pieces, num_records, state))
 
 
 def faults_of(piece: PieceFile, num_lines: int, on_bad_record: OnBadRecord) -> list[RecordError]:

@@ -1,10 +1,13 @@
 """Whatever people download: formats, compression, folders, patterns, the standard input; and files that are damaged."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
+import os
 import sys
+import threading
 
 import pytest
 
@@ -96,6 +99,41 @@ def test_the_standard_input_is_an_input(tmp_path, monkeypatch):
     assert main(["prep", "-", "--out", str(tmp_path / "out"), "--valid-fraction", "0", "--test-fraction", "0"]) == 0
     assert ids(tmp_path / "out", "train") == ["a", "b"]
     assert open_dataset(tmp_path / "out").manifest.sources[0].name == "-"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pipe_is_an_input_and_is_read_again_on_resume(tmp_path, workers):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def feed(content):
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        return writer
+
+    writer = feed(TEXT)
+    # The folder is left as by a run that was killed after it had read everything.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr("protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr("protlm.workflows.prep.kept_or_removed", lambda *_: contextlib.nullcontext())
+        prepare([pipe], tmp_path / "out", workers=workers, **ALL_TRAIN)
+    writer.join()
+    writer = feed(TEXT.replace(b"WWW", b"WWC"))
+    prepare([pipe], tmp_path / "out", workers=workers, resume=True, **ALL_TRAIN)
+    writer.join()
+    assert sequences(tmp_path / "out", "train") == ["MKVLA", "WWC"]
+
+
+@pytest.mark.parametrize("root", ["UniRef", "UniRef50", "UniRef90", "UniRef100"])
+def test_uniref_xml_of_any_level_is_read_to_its_end(tmp_path, root):
+    path = tmp_path / "a.xml"
+    entry = (
+        '<entry id="UniRef50_A"><name>Cluster: A</name><representativeMember><dbReference type="UniProtKB ID" id="A_B"/>'
+        '<sequence length="3">MKV</sequence></representativeMember></entry>'
+    )
+    path.write_text(f"<?xml version='1.0' encoding='UTF-8'?>\n<{root}>\n{entry}\n</{root}>\n")
+    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    assert ids(tmp_path / "out", "train") == ["UniRef50_A"]
 
 
 def test_ids_are_kept_as_they_are(tmp_path):
