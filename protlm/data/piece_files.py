@@ -34,6 +34,7 @@ class PieceFile:
         path: The file.
         path_of_source: The file that its records come from, for messages.
         part: `input`, or the ready-made split that it belongs to.
+        text_hash: Hash of the text it was read from.
         num_records: Its good records.
         num_lines: Line ends in its text.
         num_entries: Records found in it, good or bad.
@@ -45,6 +46,7 @@ class PieceFile:
     path: Path
     path_of_source: str
     part: str
+    text_hash: str
     num_records: int
     num_lines: int
     num_entries: int
@@ -79,7 +81,7 @@ class Piece:
                 if header["size"] != len(self._content):
                     raise ValueError("cut short")
             except (ValueError, KeyError, struct.error) as error:
-                raise ProtlmError(f"{path}: a damaged piece ({error}); start afresh with --force") from error
+                raise ProtlmError(f"{path}: a damaged piece ({error}); remove its folder to start afresh") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         dtype, offset, count = self._places[name]
@@ -171,5 +173,4 @@ def open_piece_file(path: Path, path_of_source: str, part: str, text_hash: str |
         about = Piece(path).about
     except (FileNotFoundError, ProtlmError):
         return None
-    found_hash = about.pop("text_hash")
-    return PieceFile(path, path_of_source, part, **about) if text_hash in (None, found_hash) else None
+    return PieceFile(path, path_of_source, part, **about) if text_hash in (None, about["text_hash"]) else None

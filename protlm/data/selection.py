@@ -1,6 +1,7 @@
 """Which records of all pieces stay, in which split and under which id: decided from digests, in bounded memory."""
 
 import itertools
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ NO_SPLIT = 255
 """What a split file says of a record that it does not list."""
 REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
 
+# As prep writes them, and no longer than it ever will.
+_NUMBERED_ID = re.compile(r"(.*)#([1-9][0-9]{0,17})", re.DOTALL)
 _UNIREF = ("UniRef50_", "UniRef90_", "UniRef100_")
 _COMPARED_AT_ONCE = 1 << 22
 # Every range is a pass over all digests.
@@ -197,9 +200,8 @@ def _avoid_taken_numbers(pieces: Sequence[PieceFile], found: Selection) -> None:
         for index, name in enumerate(Piece(piece_file.path).strings("ids").to_list()):
             if start + index in numbers:
                 repeated.append(name)
-            stem, mark, suffix = name.rpartition("#")
-            if mark and kept[index] and suffix.isascii() and suffix.isdigit():
-                taken[stem].add(int(suffix))
+            if kept[index] and (numbered := _NUMBERED_ID.fullmatch(name)):
+                taken[numbered[1]].add(int(numbered[2]))
     next_free: dict[str, int] = {}
     for place, name in enumerate(repeated):
         free = next_free.get(name, 2)

@@ -36,8 +36,8 @@ p { margin: .5rem 0; } .soft, caption { color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.code { font: .85em monospace; overflow-wrap: anywhere; min-width: 16rem; }
-.name { overflow-wrap: anywhere; }
+td.code { font: .85em monospace; overflow-wrap: anywhere; min-width: 16rem; }
+.name { overflow-wrap: break-word; max-width: 24rem; }
 .warnings { background: var(--warn); padding: .6rem 1rem .6rem 2.2rem; border-radius: .3rem; }
 svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 svg .soft { fill: var(--soft); } .grid { stroke: var(--rule); } .line { fill: none; stroke-width: 2; }
@@ -163,10 +163,10 @@ def _lengths(splits: Mapping[SplitName, SplitSummary]) -> str:
     def across(length: float) -> float:
         return _LEFT + (math.log2(length) - low) / (high - low) * (_RIGHT - _LEFT)
 
-    # Bins of short lengths are wider on the axis than others; per doubling, all are to scale.
+    # Lengths are whole numbers, so bins differ in width on the axis; for a quarter of a doubling, all are to scale.
     heights = {
         name: [
-            split.length_histogram[place] / split.num_records / math.log2(ends[place] / LENGTH_BIN_STARTS[place])
+            split.length_histogram[place] / split.num_records / (4 * math.log2(ends[place] / LENGTH_BIN_STARTS[place]))
             for place in range(first, last + 1)
         ]
         for name, split in filled.items()
@@ -188,13 +188,13 @@ def _lengths(splits: Mapping[SplitName, SplitSummary]) -> str:
 
 
 def _length_axes(ticks: Sequence[int], across: Callable[[float], float], peak: float) -> list[str]:
-    """Returns rules and numbers: lengths below, shares per doubling of length on the left."""
+    """Returns rules and numbers: lengths below, shares on the left."""
     parts = []
-    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if peak <= 6 * step)
+    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if peak <= 6 * step)
     for number in range(math.floor(peak / step + 1e-9) + 1):
         height = _BOTTOM - number * step / peak * (_BOTTOM - _TOP)
         parts.append(f'<path class="grid" d="M{_LEFT:.1f} {height:.1f} H{_RIGHT:.1f}"/>')
-        label = f"{100 * number * step:.0f} %"
+        label = f"{100 * number * step:g} %"
         parts.append(f'<text class="soft" x="{_LEFT - 6:.1f}" y="{height + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in ticks:
         place = across(tick)
@@ -203,7 +203,7 @@ def _length_axes(ticks: Sequence[int], across: Callable[[float], float], peak: f
     middle = (_LEFT + _RIGHT) / 2
     parts.append(
         f'<text class="soft" x="{middle:.1f}" y="{_BOTTOM + 36:.1f}" text-anchor="middle">'
-        "residues; height: share of the records of the split per doubling of length</text>"
+        "residues; height: share of the records of the split, for a quarter of a doubling in length</text>"
     )
     return parts
 

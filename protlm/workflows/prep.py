@@ -18,6 +18,7 @@ from protlm.workflows.prep_building import build_dataset
 from protlm.workflows.prep_folder import (
     PrepFolder,
     check_replaceable,
+    finished_before,
     kept_or_removed,
     open_prep_folder,
     put_in_place,
@@ -146,6 +147,8 @@ def prepare(
     start = prep_options.start_of(found, resume=resume, part=part, merge=merge)
     # Through a link the folder it leads to is made or replaced, not the link.
     target = Path(out).resolve()
+    if start == "resume" and (done := finished_before(target)) is not None:
+        return PrepReport(str(out), done.hash, done.manifest, 0, found.left_out)
     check_replaceable(target, force=force or part is not None)
     labels = prep_options.read_labels(clusters, families, split_file)
     options = prep_options.resolve_options(
@@ -166,6 +169,7 @@ def prepare(
             check_leaks=check_leaks, progress=lambda size: begin("write", size),
         )  # fmt: skip
         digest = dataset.open_dataset(folder.dataset_path).hash
+        folder.note_finished(digest)
         put_in_place(folder.dataset_path, target, force=force)
     folder.remove()
     return PrepReport(str(out), digest, manifest, num_unclustered, found.left_out)

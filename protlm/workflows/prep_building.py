@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from protlm import vocabulary
 from protlm.data import assembly, dataset, files, leakage, selection
 from protlm.data.assembly import FinishedShard, ShardPlan
@@ -75,7 +77,9 @@ def build_dataset(
     if options.split == "cluster" and chosen.num_unclustered == chosen.starts[-1]:
         raise ProtlmError("split by cluster: no record is in a cluster; give --clusters, or --cluster-with mmseqs")
     plans = assembly.plan_shards(pieces, chosen, options.shard_residues)
-    folder.begin_dataset({"options": options.model_dump(mode="json"), "starts": chosen.starts.tolist()})
+    # Shards that were made before are those to be made only if all that shapes them is the same.
+    texts = xxhash.xxh3_128_hexdigest("".join(f"{piece.part} {piece.text_hash}\n" for piece in pieces).encode())
+    folder.begin_dataset({"options": options.model_dump(mode="json"), "texts": texts})
     rejects = _write_rejects(folder, sources, by_source, chosen, options)
     if not any(plan.split == "train" for plan in plans):
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))

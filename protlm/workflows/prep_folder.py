@@ -1,6 +1,7 @@
 """Where prep keeps what is finished until the dataset is whole: what lies there, and when it may be used again."""
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -56,7 +57,7 @@ class FinishedSource:
     format: Format
     num_pieces: int
     num_records: int
-    state: tuple[int, int] | None
+    state: Sequence[int] | None
 
 
 class PrepFolder:
@@ -99,7 +100,7 @@ class PrepFolder:
         except (OSError, ValueError, TypeError):
             return None
         # What came through a pipe before may not be what comes now.
-        is_same = number in self._read_here if state is None else found.state == list(state)
+        is_same = number in self._read_here if state is None else list(found.state or ()) == list(state)
         has_all = all(self.piece_path(number, piece).exists() for piece in range(found.num_pieces))
         return found if is_same and has_all else None
 
@@ -119,7 +120,7 @@ class PrepFolder:
         ]
         pieces = [piece for piece in found if piece is not None]
         if len(pieces) < source.num_pieces:
-            raise ProtlmError(f"{self.path}: a piece of {given.path} is damaged; start afresh with --force")
+            raise ProtlmError(f"{self.path}: a piece of {given.path} is damaged; remove {self.path} to start afresh")
         return pieces
 
     def begin_dataset(self, plan: Mapping[str, Any]) -> None:
@@ -130,9 +131,17 @@ class PrepFolder:
             _write_json(plan_path, plan)
         self.dataset_path.mkdir(exist_ok=True)
 
+    def note_finished(self, digest: str) -> None:
+        """Notes that the dataset is whole, and its hash, before it leaves the folder."""
+        _write_json(self.path / "finished.json", {"hash": digest})
+
+    def is_finished(self, digest: str) -> bool:
+        """Says whether the dataset of this hash left this folder."""
+        return not self.dataset_path.exists() and _read_json(self.path / "finished.json") == {"hash": digest}
+
     def remove(self) -> None:
         """Removes the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
 
     def _source_path(self, number: int) -> Path:
         return self.path / "sources" / f"{number:05d}.json"
@@ -160,28 +169,62 @@ def open_prep_folder(
         "inputs": [[given.part, given.path] for given in inputs],
         "labels": dict(labels),
     }
-    if path.exists():
+    if start != "part":
+        # What a run that was killed was about to remove. Other parts may be at work on theirs.
+        for doomed in path.parent.glob(f".{glob.escape(path.name)}.*{files.PARTIAL_SUFFIX}"):
+            shutil.rmtree(doomed)
+    if path.exists() and start == "new":
         _check_own(path)
-        if start == "new" and force:
-            shutil.rmtree(path)
-        elif start == "new":
+        if not force:
             raise ProtlmError(
                 f"{path}: an unfinished run for this dataset; go on with --resume, or start afresh with --force"
             )
-        elif (found := _read_json(path / "work.json")) != about:
-            differing = next(name for name in about if not isinstance(found, dict) or found.get(name) != about[name])
-            raise ProtlmError(f"{path}: made with other {differing}; give the same, or start afresh with --force")
-    elif start == "merge":
-        raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
-    for name in ("pieces", "sources"):
-        (path / name).mkdir(parents=True, exist_ok=True)
-    if not (path / "work.json").exists():
-        _write_json(path / "work.json", about)
+        _remove(path)
+    if not path.exists():
+        if start == "merge":
+            raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
+        _make(path, about)
+    _check_own(path)
+    if (found := _read_json(path / "work.json")) != about:
+        differing = next(name for name in about if found.get(name) != about[name])
+        raise ProtlmError(f"{path}: made with other {differing}; give the same, or remove this folder to start afresh")
     for left_over in path.glob(f"*/.*{files.PARTIAL_SUFFIX}"):
-        # Other parts may be writing now.
         if start != "part":
             left_over.unlink(missing_ok=True)
     return PrepFolder(path, inputs)
+
+
+def finished_before(out: Path) -> dataset.Dataset | None:
+    """Returns the dataset of a run that was killed once it was in place, and removes what is left of the run."""
+    folder = PrepFolder(out.with_name(out.name + SUFFIX), [])
+    if not (folder.path.is_dir() and dataset.is_dataset(out)):
+        return None
+    found = dataset.open_dataset(out)
+    if not folder.is_finished(found.hash):
+        return None
+    folder.remove()
+    return found
+
+
+def _make(path: Path, about: Mapping[str, Any]) -> None:
+    """Makes the folder with all that it begins with at once: other parts may be doing the same."""
+    temporary = files.partial_path(path)
+    for name in ("pieces", "sources"):
+        (temporary / name).mkdir(parents=True)
+    _write_json(temporary / "work.json", about)
+    try:
+        temporary.rename(path)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not path.exists():
+            raise
+
+
+def _remove(path: Path) -> None:
+    """Removes the folder; if that is cut short, no half of it has its name."""
+    doomed = files.partial_path(path)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _check_own(path: Path) -> None:

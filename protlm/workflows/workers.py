@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +22,8 @@ Result = TypeVar("Result")
 
 # Nearly all of the work, hashing, parsing, copying and writing, runs outside Python's lock.
 _THREADS = 2
+# How often a worker looks whether its parent still lives.
+_PARENT_SECONDS = 0.5
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -101,6 +106,14 @@ def _begin(shared: Any) -> None:
     # Ctrl-C reaches every process of a terminal; only the first one answers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _keep_memory()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent was killed, which could not tell it."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)
 
 
 def _keep_memory() -> None:

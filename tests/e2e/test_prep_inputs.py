@@ -1,7 +1,6 @@
 """Whatever people download: formats, compression, folders, patterns, the standard input; and files that are damaged."""
 
 import bz2
-import contextlib
 import gzip
 import io
 import lzma
@@ -14,6 +13,7 @@ import pytest
 from protlm.cli.app import main
 from protlm.data.dataset import open_dataset
 from protlm.data.sources import zstd
+from protlm.errors import ProtlmError
 from protlm.workflows.prep import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json, sequences
 
@@ -112,11 +112,11 @@ def test_a_pipe_is_an_input_and_is_read_again_on_resume(tmp_path, workers):
         return writer
 
     writer = feed(TEXT)
-    # The folder is left as by a run that was killed after it had read everything.
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="killed"):
-        patch.setattr("protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("killed")))
-        patch.setattr("protlm.workflows.prep.kept_or_removed", lambda *_: contextlib.nullcontext())
-        prepare([pipe], tmp_path / "out", workers=workers, **ALL_TRAIN)
+    # Of a run that fails when it has read everything, because the disk is full, all that was read is kept.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(ProtlmError, match="full; what is finished is kept"):
+            prepare([pipe], tmp_path / "out", workers=workers, **ALL_TRAIN)
     writer.join()
     writer = feed(TEXT.replace(b"WWW", b"WWC"))
     prepare([pipe], tmp_path / "out", workers=workers, resume=True, **ALL_TRAIN)
@@ -128,8 +128,8 @@ def test_a_pipe_is_an_input_and_is_read_again_on_resume(tmp_path, workers):
 def test_uniref_xml_of_any_level_is_read_to_its_end(tmp_path, root):
     path = tmp_path / "a.xml"
     entry = (
-        '<entry id="UniRef50_A"><name>Cluster: A</name><representativeMember><dbReference type="UniProtKB ID" id="A_B"/>'
-        '<sequence length="3">MKV</sequence></representativeMember></entry>'
+        '<entry id="UniRef50_A"><name>Cluster: A</name><representativeMember>'
+        '<dbReference type="UniProtKB ID" id="A_B"/><sequence length="3">MKV</sequence></representativeMember></entry>'
     )
     path.write_text(f"<?xml version='1.0' encoding='UTF-8'?>\n<{root}>\n{entry}\n</{root}>\n")
     prepare([path], tmp_path / "out", **ALL_TRAIN)
@@ -143,6 +143,14 @@ def test_ids_are_kept_as_they_are(tmp_path):
     prepare([path], tmp_path / "out", **ALL_TRAIN)
     # A user's own id goes before one that prep would have made.
     assert ids(tmp_path / "out", "train") == [*names[:6], "a#3", "a#4"]
+
+
+def test_only_numbers_as_prep_writes_them_are_taken(tmp_path):
+    names = ["a#" + "9" * 5000, "a#02", "a", "a"]
+    path = tmp_path / "a.fasta"
+    path.write_text("".join(f">{name}\nMKV{'A' * number}\n" for number, name in enumerate(names)))
+    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    assert ids(tmp_path / "out", "train") == [*names[:3], "a#2"]
 
 
 def test_ten_thousand_equal_ids_are_told_apart(tmp_path):

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from protlm.cli.app import main
 from protlm.data import fasta, selection, sources, text_pieces
 from protlm.data.dataset import open_dataset
+from protlm.errors import ProtlmError
 from protlm.workflows import prep_folder, prep_reading
 from protlm.workflows.prep import PrepUsageError, prepare
 from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json
@@ -181,6 +184,84 @@ def test_a_changed_file_is_read_again_on_resume(small_pieces, files, tmp_path, m
     prepare(files, out, resume=True, **MORE)
     prepare(files, tmp_path / "afresh", **MORE)
     assert digests(out) == digests(tmp_path / "afresh")
+
+
+def test_shards_of_a_file_that_changed_by_one_letter_are_made_again(files, tmp_path, monkeypatch):
+    from protlm.data import assembly
+
+    out, write_shard = tmp_path / "out", assembly.write_shard
+
+    def fail_at_the_last(folder, name, *arguments):
+        if name.startswith("test"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / name))
+        return write_shard(folder, name, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "write_shard", fail_at_the_last)
+        with pytest.raises(ProtlmError, match="No space left"):
+            prepare(files, out, **MORE)
+    text = bytearray(files[0].read_bytes())
+    place = text.index(b"\n") + 5
+    text[place] = ord("W") if text[place] != ord("W") else ord("Y")
+    files[0].write_bytes(text)
+    prepare(files, out, resume=True, **MORE)
+    prepare(files, tmp_path / "afresh", **MORE)
+    assert digests(out) == digests(tmp_path / "afresh")
+
+
+def test_a_run_killed_after_its_dataset_was_put_in_place_is_finished_by_resume(files, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prep_folder.PrepFolder, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(files, out, **MORE)
+    assert (tmp_path / "out.partial").exists()
+    assert prepare(files, out, resume=True, **MORE).hash == open_dataset(out).hash
+    assert digests(out) == expected
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_parts_that_begin_at_once_share_one_folder(files, expected, tmp_path):
+    out = tmp_path / "out"
+    barrier = threading.Barrier(3)
+
+    def read(number):
+        barrier.wait()
+        prepare(files, out, part=(number, 3), **MORE)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(read, (1, 2, 3)))
+    prepare(files, out, merge=True, **MORE)
+    assert digests(out) == expected
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    command = [sys.executable, "-m", "protlm.cli.app", "prep", str(path), str(path), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL, start_new_session=True)
+    with path.open("wb") as pipe:
+        pipe.write(b">a\nMKV\n")
+    deadline = time.monotonic() + 20
+    while len(children := _children(process.pid)) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children
+    process.kill()
+    process.wait()
+    while any(_is_alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _children(parent):
+    return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def _is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_other_options_may_follow_but_not_other_inputs(files, tmp_path, capsys, monkeypatch):

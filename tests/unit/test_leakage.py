@@ -78,7 +78,7 @@ sides = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sides=sides)
 def test_what_is_found_is_what_comparing_all_pairs_finds(folder, sides):
     inner, outer = sides
@@ -91,7 +91,7 @@ def small_pieces(monkeypatch):
         monkeypatch.setattr(containment, name, value)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sides=sides)
 def test_chunks_blocks_and_batches_change_nothing(folder, small_pieces, sides):
     inner, outer = sides
@@ -104,7 +104,7 @@ def colliding_hashes(monkeypatch):
     monkeypatch.setattr(containment.xxhash, "xxh3_64_intdigest", lambda text: 7)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sides=sides)
 def test_hashes_that_all_collide_change_nothing(folder, colliding_hashes, sides):
     inner, outer = sides
