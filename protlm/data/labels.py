@@ -4,15 +4,13 @@ No id is kept, only its digest, in sorted NumPy columns: 20 bytes a row, and eac
 row takes some 60 bytes, and 200 where ids have several families in ever new combinations.
 """
 
-import itertools
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from protlm.data import xml_records
+from protlm.data import label_rows, xml_records
 from protlm.data.records import shown
 from protlm.data.sources import SourceBlocks, sniff_format
 from protlm.data.table import Strings, bounds_of, digests_of
@@ -21,20 +19,8 @@ from protlm.errors import ProtlmError, RecordError
 UNLABELLED = -1
 """What `Labels.lookup` returns for a record without label."""
 
-SPLITS = ("train", "valid", "test", "ood")
-
-_HEAD_BYTES = 1 << 16
-_MAX_LINE_BYTES = 16 << 20
 _BATCH_ROWS = 1 << 17
-_TAB, _NEWLINE, _BAR = b"\t\n|"
-_MARKS = {
-    b"\xef\xbb\xbf": "a UTF-8 byte order mark: save the file without",
-    b"\xff\xfe": "UTF-16 text: save the file as plain text",
-    b"\xfe\xff": "UTF-16 text: save the file as plain text",
-}
-_ABOVE_ROWS = re.compile(rb"(?:\s|#[^\r\n]*(?:[\r\n]|$))*")
-_CD_HIT_CLUSTER = b">Cluster"
-_CD_HIT_MEMBER = re.compile(rb"\d+\t\d+(?:aa|nt), >(.+)\.\.\. (\*|at .*)")
+_BAR = ord("|")
 
 
 class _Index:
@@ -139,24 +125,24 @@ def read_clusters(path: str | Path) -> Labels:
         RecordError: A line that is not understood, or a member in two clusters.
         ProtlmError: A file that is missing, damaged, or of another format.
     """
-    source, blocks, start = _open(path)
+    source, blocks, start = label_rows.open_rows(path)
     if start.startswith(b"<"):
         if sniff_format(start, path) != "uniref-xml":
             raise ProtlmError(f"{path}: expected clusters, got UniProtKB XML, which has none")
         xml_records.check_prolog(path, start)
         return _read_uniref(path, source, blocks)
-    if start.startswith(_CD_HIT_CLUSTER):
-        return _label(path, source, _rows_of(_cd_hit_clusters(path, blocks)), "cluster")
+    if start.startswith(label_rows.CD_HIT_CLUSTER):
+        return _label(path, source, label_rows.rows_of(label_rows.cd_hit_clusters(path, blocks)), "cluster")
     if start.startswith(b">"):
         raise ProtlmError(f"{path}: expected clusters, rows of `cluster<TAB>member`, got FASTA")
-    rows = _tsv_rows(path, blocks, "cluster<TAB>member")
-    return _label(path, source, (_Rows(r.labels, r.ids, r.lines) for r in rows), "cluster")
+    rows = label_rows.tsv_rows(path, blocks, "cluster<TAB>member")
+    return _label(path, source, (label_rows.Rows(r.labels, r.ids, r.lines) for r in rows), "cluster")
 
 
 def read_splits(path: str | Path) -> Labels:
     r"""Reads which split each id is in, from rows of `id<TAB>split`; errors as in `read_clusters`."""
-    source, blocks, _ = _open(path)
-    return _label(path, source, _split_rows(path, blocks), "split")
+    source, blocks, _ = label_rows.open_rows(path)
+    return _label(path, source, label_rows.split_rows(path, blocks), "split")
 
 
 def read_families(path: str | Path) -> Labels:
@@ -169,31 +155,13 @@ def read_families(path: str | Path) -> Labels:
         RecordError: A line that is not understood.
         ProtlmError: A file that is missing or damaged.
     """
-    source, blocks, _ = _open(path)
-    rows = _collect(path, _tsv_rows(path, blocks, "id<TAB>family"))
+    source, blocks, _ = label_rows.open_rows(path)
+    rows = _collect(path, label_rows.tsv_rows(path, blocks, "id<TAB>family"))
     is_first = rows.is_first()
     starts = np.append(np.flatnonzero(is_first), len(is_first))
     numbers = _joined(rows.labels, starts, rows.names)
     index, names = _Index(rows.high[is_first], rows.low[is_first], numbers), rows.names.to_strings()
     return Labels(source, index, names, np.bincount(numbers, minlength=len(names)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows as they are written: the id and the label of each, and its line in the file, int64."""
-
-    ids: Sequence[bytes]
-    labels: Sequence[bytes]
-    lines: np.ndarray
-
-
-@dataclass(slots=True)
-class _Cluster:
-    """A cluster while it is read: its name, its members, and the line of each."""
-
-    name: bytes = b""
-    ids: list[bytes] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
 
 
 class _Names:
@@ -265,7 +233,7 @@ class _Collected:
         return _Collected(high, low, labels, lines, self.names)
 
 
-def _collect(path: str | Path, rows: Iterable[_Rows]) -> _Collected:
+def _collect(path: str | Path, rows: Iterable[label_rows.Rows]) -> _Collected:
     names = _Names()
     parts: list[list[np.ndarray]] = [[], [], [], []]
     for row in rows:
@@ -301,7 +269,7 @@ def _sorted(columns: list[np.ndarray]) -> list[np.ndarray]:
     return columns
 
 
-def _label(path: str | Path, source: SourceBlocks, rows: Iterable[_Rows], kind: str) -> Labels:
+def _label(path: str | Path, source: SourceBlocks, rows: Iterable[label_rows.Rows], kind: str) -> Labels:
     """Returns the labels of a file in which an id has one only."""
     found = _collect(path, rows)
     names = found.names.to_strings()
@@ -353,132 +321,18 @@ def _joined(labels: np.ndarray, starts: np.ndarray, names: _Names) -> np.ndarray
     return numbers
 
 
-def _open(path: str | Path) -> tuple[SourceBlocks, Iterator[bytes], bytes]:
-    """Returns a file, its uncompressed blocks, and the first 64 KiB of them from the first row on."""
-    source = SourceBlocks(path)
-    blocks = iter(source)
-    head = b""
-    while len(head) < _HEAD_BYTES and (block := next(blocks, b"")):
-        head += block
-    for mark, message in _MARKS.items():
-        if head.startswith(mark):
-            raise ProtlmError(f"{path}: {message}")
-    if b"\0" in head:
-        raise ProtlmError(f"{path}: a binary file; expected text with an id and its label on each line")
-    above = _ABOVE_ROWS.match(head)
-    assert above is not None
-    return source, itertools.chain([head], blocks), head[above.end() :]
-
-
-def _whole_lines(path: str | Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    r"""Yields text in whole lines with `\n` line ends, and the number of the first line of each."""
-    line, pending = 1, b""
-    for block in itertools.chain(blocks, [b""]):
-        text = pending + block if block else pending + b"\n" if pending else b""
-        # The `\n` of a CRLF may be the first byte of the next block.
-        held = b"\r" if block and text.endswith(b"\r") else b""
-        if b"\r" in text:
-            text = text[: len(text) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        end = text.rfind(b"\n") + 1
-        text, pending = text[:end], text[end:] + held
-        if len(pending) > _MAX_LINE_BYTES:
-            raise RecordError(path, line + text.count(b"\n"), f"a line of more than {_MAX_LINE_BYTES:,} bytes")
-        if text:
-            _check_utf8(path, text, line)
-            yield line, text
-            line += text.count(b"\n")
-
-
-def _check_utf8(path: str | Path, text: bytes, line: int) -> None:
-    if not text.isascii():
-        try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            at = line + text.count(b"\n", 0, error.start)
-            raise RecordError(path, at, "this line is not UTF-8 text; convert the file") from error
-
-
-def _tsv_rows(path: str | Path, blocks: Iterable[bytes], expected: str) -> Iterator[_Rows]:
-    """Yields rows of two fields, the first as the id."""
-    for line, text in _whole_lines(path, blocks):
-        fields = text.replace(b"\n", b"\t").split(b"\t")
-        if _are_pairs(text):
-            yield _Rows(fields[0:-1:2], fields[1::2], np.arange(line, line + len(fields) // 2))
-            continue
-        ids, labels, lines = [], [], []
-        for number, row in enumerate(text[:-1].split(b"\n"), start=line):
-            if row.startswith(b"#") or not row.strip():
-                continue
-            fields = row.split(b"\t")
-            if len(fields) != 2 or not all(fields):
-                found = row.decode()
-                raise RecordError(path, number, f"expected `{expected}`, got {shown(found)}", reason="malformed_row")
-            ids.append(fields[0])
-            labels.append(fields[1])
-            lines.append(number)
-        yield _Rows(ids, labels, np.array(lines, dtype=np.int64))
-
-
-def _are_pairs(text: bytes) -> bool:
-    """Says whether every line is two fields and no comment, so that lines need not be looked at one by one."""
-    if text.startswith(b"#") or b"\n#" in text:
-        return False
-    letters = np.frombuffer(text, dtype=np.uint8)
-    marks = np.flatnonzero((letters == _TAB) | (letters == _NEWLINE))
-    if len(marks) % 2 or marks[0] == 0 or (np.diff(marks) == 1).any():
-        return False
-    return bool((letters[marks[0::2]] == _TAB).all() and (letters[marks[1::2]] == _NEWLINE).all())
-
-
-def _split_rows(path: str | Path, blocks: Iterable[bytes]) -> Iterator[_Rows]:
-    allowed = {split.encode() for split in SPLITS}
-    for rows in _tsv_rows(path, blocks, "id<TAB>split"):
-        if not allowed.issuperset(rows.labels):
-            place = next(place for place, split in enumerate(rows.labels) if split not in allowed)
-            message = f"expected one of {', '.join(SPLITS)}, got {shown(rows.labels[place].decode())}"
-            raise RecordError(path, int(rows.lines[place]), message, reason="malformed_row")
-        yield rows
-
-
-def _cd_hit_clusters(path: str | Path, blocks: Iterable[bytes]) -> Iterator[_Cluster]:
-    cluster = _Cluster()
-    for line, text in _whole_lines(path, blocks):
-        for number, row in enumerate(text[:-1].split(b"\n"), start=line):
-            if row.startswith(_CD_HIT_CLUSTER):
-                if cluster.lines:
-                    yield _named(path, cluster)
-                cluster = _Cluster()
-            elif found := _CD_HIT_MEMBER.fullmatch(row):
-                cluster.ids.append(found[1])
-                cluster.lines.append(number)
-                if found[2] == b"*":
-                    cluster.name = found[1]
-            elif row.strip() and not row.startswith(b"#"):
-                message = f"expected a line of CD-HIT such as `0 120aa, >id... *`, got {shown(row.decode())}"
-                raise RecordError(path, number, message, reason="malformed_row")
-    if cluster.lines:
-        yield _named(path, cluster)
-
-
-def _named(path: str | Path, cluster: _Cluster) -> _Cluster:
-    if not cluster.name:
-        message = "a cluster without a representative, which CD-HIT marks by `*`; make the file again"
-        raise RecordError(path, cluster.lines[-1], message, reason="malformed_row")
-    return cluster
-
-
 def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]) -> Labels:
     sizes: list[int] = []
 
-    def clusters() -> Iterator[_Cluster]:
+    def clusters() -> Iterator[label_rows.Cluster]:
         for found in xml_records.uniref_clusters(path, blocks):
             sizes.append(found.num_members)
             names, secondary = ([name.encode() for name in part] for part in (found.names, found.secondary))
             # A negative line marks what need not be in one cluster only.
             lines = [found.line] * len(names) + [-found.line] * len(secondary)
-            yield _Cluster(found.id.encode(), names + secondary, lines)
+            yield label_rows.Cluster(found.id.encode(), names + secondary, lines)
 
-    rows = _collect(path, _rows_of(clusters()))
+    rows = _collect(path, label_rows.rows_of(clusters()))
     if len(sizes) != rows.names.count:
         raise ProtlmError(f"{path}: a cluster stands in the file twice; was it put together from overlapping files?")
     names = rows.names.to_strings()
@@ -492,18 +346,3 @@ def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]
     others = others.only(is_new)
     index = index.extended(others.high, others.low, others.labels)
     return Labels(source, index, names, np.array(sizes, dtype=np.int64))
-
-
-def _rows_of(clusters: Iterable[_Cluster]) -> Iterator[_Rows]:
-    """Yields the members of many clusters at once."""
-    ids: list[bytes] = []
-    labels: list[bytes] = []
-    lines: list[int] = []
-    for cluster in clusters:
-        ids += cluster.ids
-        labels += [cluster.name] * len(cluster.ids)
-        lines += cluster.lines
-        if len(ids) > _BATCH_ROWS:
-            yield _Rows(ids, labels, np.array(lines, dtype=np.int64))
-            ids, labels, lines = [], [], []
-    yield _Rows(ids, labels, np.array(lines, dtype=np.int64))

@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from protlm.data import labels, sources, table
+from protlm.data import label_rows, labels, sources, table
 from protlm.data.labels import UNLABELLED, Labels, read_clusters, read_families, read_splits
 from protlm.data.table import Strings, digests_of
 from protlm.errors import ProtlmError, RecordError
@@ -57,8 +57,9 @@ def block_bytes(request, monkeypatch):
     monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", request.param)
     # Plain text is not put together to look at it as a whole.
     monkeypatch.setattr(sources, "_MAGIC_BYTES", 1)
-    monkeypatch.setattr(labels, "_HEAD_BYTES", 64)
+    monkeypatch.setattr(label_rows, "_HEAD_BYTES", 64)
     monkeypatch.setattr(labels, "_BATCH_ROWS", request.param)
+    monkeypatch.setattr(label_rows, "_BATCH_ROWS", request.param)
 
 
 def found(table: Labels, *ids):
