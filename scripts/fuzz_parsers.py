@@ -45,7 +45,7 @@ def try_one(data: bytes) -> None:
         for piece in text_pieces.cut_into_pieces("fuzz", iter((data[:half], data[half:])), piece_bytes=64):
             parsed = reader.parse_piece("fuzz", piece)
             check(parsed.table)
-            assert all(1 <= fault.line <= parsed.num_lines + 1 for fault in parsed.faults)
+            assert all(1 <= line <= parsed.num_lines + 1 for line in parsed.faults.lines)
     text = reader.with_plain_line_ends(data)
     if text.startswith(b">") and compiled_fasta.is_available() and is_utf8(text):
         compare(text)

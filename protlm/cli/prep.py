@@ -55,8 +55,9 @@ def prep_command(
         Literal["mmseqs"] | None, typer.Option(help="Find the clusters of INPUT with a program that is installed.")
     ] = None,
     cluster_identity: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sequence identity in a cluster, with --cluster-with.")
-    ] = 0.3,
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sequence identity in a cluster, with --cluster-with.  [default: 0.3]"),
+    ] = None,
     families: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Families: TSV of id and family; flat files tell their own.")
     ] = None,
@@ -102,26 +103,25 @@ def prep_command(
     """  # noqa: D301 (\b is Typer's mark to keep the lines)
     from protlm.workflows.mmseqs import clusters_of
     from protlm.workflows.prep import PartReport, prepare
-    from protlm.workflows.prep_estimate import estimate
+    from protlm.workflows.prep_estimate import Estimate
     from protlm.workflows.prep_options import PrepUsageError, parse_part
 
-    parts = {"valid_inputs": valid_input or (), "test_inputs": test_input or (), "ood_inputs": ood_input or ()}
-    shared: dict[str, Any] = {**parts, "on_bad_record": on_bad_record, "workers": workers, "force": force}
     try:
-        if dry_run:
-            _tell_estimate(estimate(inputs, out, **shared), as_json)
-            return
         with _Bars() as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:
             report = prepare(
-                inputs, out, **shared, split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
+                inputs, out, valid_inputs=valid_input or (), test_inputs=test_input or (), ood_inputs=ood_input or (),
+                split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
                 clusters=cluster_file, families=families, ood_families=ood_family or (), split_file=split_file,
-                seed=seed, min_length=min_length, max_length=max_length, dedupe=dedupe, shard_residues=shard_residues,
-                check_leaks=check_leaks, resume=resume, part=None if part is None else parse_part(part), merge=merge,
+                seed=seed, min_length=min_length, max_length=max_length, dedupe=dedupe, on_bad_record=on_bad_record,
+                shard_residues=shard_residues, check_leaks=check_leaks, workers=workers, resume=resume,
+                part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run, force=force,
                 start_progress=bars.start,
             )  # fmt: skip
     except PrepUsageError as error:
         raise typer.BadParameter(str(error)) from error
-    if isinstance(report, PartReport):
+    if isinstance(report, Estimate):
+        _tell_estimate(report, as_json)
+    elif isinstance(report, PartReport):
         _tell_part(report, as_json)
     else:
         _tell(report, as_json)

@@ -3,8 +3,9 @@
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,19 @@ class BadRecord:
     index: int
 
 
+class BadRecords(Sequence[BadRecord]):
+    """Bad records, each made when it is asked for: a bad file may be all of them."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return BadRecord(*self._rows[index].tolist())
+
+
 def is_available() -> bool:
     """Says whether the compiled parser was built and can be loaded."""
     return why_not() is None
@@ -69,7 +83,7 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def parse_fasta(text: bytes) -> tuple[RecordTable, list[BadRecord]]:
+def parse_fasta(text: bytes) -> tuple[RecordTable, BadRecords]:
     r"""Returns the good records of a text as columns, and where the bad ones stand; some 1 GB/s.
 
     Args:
@@ -87,8 +101,8 @@ def parse_fasta(text: bytes) -> tuple[RecordTable, list[BadRecord]]:
     arrays = _room_for(sizes, len(text))
     columns = _Columns(**{name: array.ctypes.data for name, array in arrays.items()})
     library.protlm_parse_fasta(text, len(text), MAX_RECORD_BYTES, ctypes.byref(columns))
-    bad_records = [BadRecord(*row) for row in arrays["bad_records"][: columns.num_bad_records].tolist()]
-    return _table(arrays, columns), bad_records
+    bad_records = arrays["bad_records"][: columns.num_bad_records].copy()
+    return _table(arrays, columns), BadRecords(bad_records)
 
 
 def count_residues(tokens: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ of its first `stride` windows stands at a multiple of `stride`. So that many win
 one window in `stride` of the outer tokens is looked up, and what fits is compared letter by letter.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +57,9 @@ _LARGE_INNER = _Level(8, 4, MIN_LENGTH)
 def small_in_large(inners: Sequence[Shards], outer: Shards) -> list[int]:
     """Returns for each inner side how many of its records are part of a longer outer one, which is read once."""
     counts = np.zeros(len(inners), dtype=np.int64)
-    together = [shard for inner in inners for shard in inner]
     bounds = bounds_of([sum(shard.num_records for shard in inner) for inner in inners])
     for level in _LARGE_OUTER:
-        for needles in _needles(together, None, level):
+        for needles in _needles(itertools.chain.from_iterable(inners), None, level):
             found = _search(needles, outer, level)
             counts += np.bincount(np.searchsorted(bounds, found, side="right") - 1, minlength=len(inners))
     return counts.tolist()
@@ -71,25 +71,27 @@ def large_in_small(inner: Shards, outers: Sequence[Shards]) -> list[int]:
     Only inner records that share windows with an outer side are looked at more closely.
     """
     found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in outers]
-    for block in _blocks([(number, shard) for number, outer in enumerate(outers) for shard in outer]):
-        windows = _windows_of([shard for _, shard in block], _LARGE_INNER)
+    for block in _blocks(outers):
+        size = sum(outers[number][place].num_residues for number, place in block)
+        windows = _windows_of((outers[number][place] for number, place in block), size, _LARGE_INNER)
         for needles in _needles(inner, windows, _LARGE_INNER):
-            for number, shard in block:
-                found[number].append(_search(needles, [shard], _LARGE_INNER))
+            for number, place in block:
+                found[number].append(_search(needles, [outers[number][place]], _LARGE_INNER))
     # A record may have been found in several shards.
     return [len(distinct(np.concatenate(numbers))) for numbers in found]
 
 
-def _blocks(shards: Sequence[tuple[int, ShardReader]]) -> list[list[tuple[int, ShardReader]]]:
-    """Returns the shards in groups of about `_BLOCK_RESIDUES`."""
-    blocks: list[list[tuple[int, ShardReader]]] = []
+def _blocks(sides: Sequence[Shards]) -> list[list[tuple[int, int]]]:
+    """Returns the shards of some sides, by side and place, in groups of about `_BLOCK_RESIDUES`; none is kept open."""
+    blocks: list[list[tuple[int, int]]] = []
     size = _BLOCK_RESIDUES
-    for number, shard in shards:
-        if size >= _BLOCK_RESIDUES:
-            blocks.append([])
-            size = 0
-        blocks[-1].append((number, shard))
-        size += shard.num_residues
+    for number, shards in enumerate(sides):
+        for place, shard in enumerate(shards):
+            if size >= _BLOCK_RESIDUES:
+                blocks.append([])
+                size = 0
+            blocks[-1].append((number, place))
+            size += shard.num_residues
     return blocks
 
 
@@ -150,8 +152,9 @@ def _window_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.
             yield start, _hashed(words, level.width)
 
 
-def _windows_of(shards: Shards, level: _Level) -> _HashSet:
-    found = _HashSet(16 * num_residues(shards) // level.stride)
+def _windows_of(shards: Iterable[ShardReader], size: int, level: _Level) -> _HashSet:
+    """Returns the windows of shards that hold `size` residues."""
+    found = _HashSet(16 * size // level.stride)
     for shard in shards:
         for _, hashes in _window_chunks(shard.tokens, level):
             found.add(hashes)
@@ -214,7 +217,7 @@ class _Needles:
         return _Needles(self.tokens[np.repeat(kept, lengths)], bounds_of(lengths[kept]), self.numbers[kept])
 
 
-def _needles(inner: Shards, windows: _HashSet | None, level: _Level) -> Iterator[_Needles]:
+def _needles(inner: Iterable[ShardReader], windows: _HashSet | None, level: _Level) -> Iterator[_Needles]:
     """Yields the inner sequences of a level in blocks.
 
     Where the windows of an outer side are given, those are left out that have a stretch with none of them.

@@ -11,8 +11,6 @@ from protlm.errors import RecordError
 
 ANNOTATION_IDS = frozenset(("ss_pred", "ss_conf", "ss_dssp", "sa_pred", "sa_dssp", "aa_pred", "aa_dssp"))
 """Rows of an A3M file that hold no protein: secondary structure and the like, as HH-suite writes them."""
-ANNOTATION = "alignment_annotation"
-"""The reason under which such rows are counted; they are no fault."""
 
 _A3M_MARK = b"#A3M#"
 _UTF8_MARK = b"\xef\xbb\xbf"

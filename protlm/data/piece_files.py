@@ -6,7 +6,7 @@ These files are short-lived and many, so they are plainer than HDF5 and open twe
 import json
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,13 @@ from protlm.data import columns, files
 from protlm.data.reader import ParsedPiece
 from protlm.data.shards import LABEL_COLUMNS
 from protlm.data.table import RecordTable, Strings
-from protlm.errors import ProtlmError, RecordError
+from protlm.errors import ProtlmError
 
 _MAGIC = b"protlm-piece 1\n"
 _HEADER_SIZE = struct.Struct("<q")
+_FAULT = ("line", "message", "reason", "record_id")
 # Room for the header of any piece, since all its columns are known.
-_COLUMNS_START = 8192
+_COLUMNS_START = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class PieceFile:
         num_lines: Line ends in its text.
         num_entries: Records found in it, good or bad.
         num_faults: What could not be used.
+        first_fault: Line, message, reason and id of the first that is to be raised where nothing may be skipped.
         repairs: Letters repaired, by rule.
         has_numbered_ids: An id in it holds a `#`.
     """
@@ -51,6 +53,7 @@ class PieceFile:
     num_lines: int
     num_entries: int
     num_faults: int
+    first_fault: tuple[int, str, str, str] | None
     repairs: Mapping[str, int] = field(default_factory=dict)
     has_numbered_ids: bool = False
 
@@ -99,38 +102,36 @@ class Piece:
         """Returns a column of strings."""
         return Strings(self[f"{name}/bytes"], self[f"{name}/offsets"])
 
-    def faults(self, path: str) -> list[RecordError]:
-        """Returns what could not be used, lines counted in the piece."""
-        found = json.loads(self["faults"].tobytes() or b"[]")
-        return [
-            RecordError(path, line, message, reason=reason, record_id=name) for line, message, reason, name in found
-        ]
+    def faults(self) -> Iterator[tuple[int, str, str]]:
+        """Yields line in the piece, id and reason of what could not be used."""
+        ids, reasons = self.strings("faults/ids").to_list(), self.strings("faults/reasons").to_list()
+        return zip(self["faults/lines"].tolist(), ids, reasons, strict=True)
 
 
-def write_piece(
-    path: Path, parsed: ParsedPiece, *, text_hash: str, num_entries: int, split: np.ndarray | None = None
-) -> None:
+def write_piece(path: Path, parsed: ParsedPiece, *, text_hash: str, split: np.ndarray | None = None) -> None:
     """Writes a piece, whole or not at all.
 
     Args:
         path: The file.
         parsed: What was read.
         text_hash: Hash of the text it was read from, by which it is known again.
-        num_entries: Records found in the text, good or bad.
         split: The split of each record where a file says so, uint8 (records).
     """
     table = parsed.table
     found = _columns_of(table)
     if split is not None:
         found["split"] = split
-    faults = [[fault.line, fault.message, fault.reason, fault.record_id] for fault in parsed.faults]
-    found["faults"] = np.frombuffer(json.dumps(faults).encode(), dtype=np.uint8)
+    faults = parsed.faults
+    found["faults/lines"] = np.frombuffer(faults.lines, dtype=np.int64) if faults else np.zeros(0, dtype=np.int64)
+    for name, strings in (("ids", Strings.of(faults.ids)), ("reasons", Strings.of(faults.reasons))):
+        found |= {f"faults/{name}/bytes": strings.text, f"faults/{name}/offsets": strings.offsets}
     about = {
         "text_hash": text_hash,
         "num_records": len(table),
         "num_lines": parsed.num_lines,
-        "num_entries": num_entries,
+        "num_entries": len(table) + parsed.faults.num_entries,
         "num_faults": len(faults),
+        "first_fault": None if faults.first is None else [getattr(faults.first, name) for name in _FAULT],
         "repairs": dict(table.repairs),
         "has_numbered_ids": b"#" in table.ids.text.tobytes(),
     }

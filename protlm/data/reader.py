@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from protlm.data import compiled_fasta, fasta, flatfile, xml_records
+from protlm.data.faults import ANNOTATION, Faults, is_entry
 from protlm.data.records import MAX_RECORD_BYTES, OnBadRecord, Record
 from protlm.data.sources import SourceBlocks
 from protlm.data.table import RecordTable, table_of
@@ -34,7 +35,7 @@ class ParsedPiece:
     """
 
     table: RecordTable
-    faults: tuple[RecordError, ...]
+    faults: Faults
     num_lines: int
 
 
@@ -90,7 +91,7 @@ class RecordReader:
         for piece in cut_into_pieces(path, source, piece_bytes=_READ_PIECE_BYTES):
             text = with_plain_line_ends(piece.text)
             for found in records_in(path, piece, text, self.repairs):
-                num_found += is_entry(found)
+                num_found += not isinstance(found, RecordError) or is_entry(found)
                 if isinstance(found, RecordError):
                     self._reject(found.moved(num_lines))
                 else:
@@ -101,7 +102,7 @@ class RecordReader:
         self.sources.append(Source(source.name, source.sha256))
 
     def _reject(self, error: RecordError) -> None:
-        if self._on_bad_record == "error" and error.reason != fasta.ANNOTATION:
+        if self._on_bad_record == "error" and error.reason != ANNOTATION:
             raise error
         self.rejects[error.reason] += 1
 
@@ -130,25 +131,30 @@ def parse_piece(path: str | Path, piece: TextPiece) -> ParsedPiece:
             return _parse_compiled(path, above, rest)
     repairs: Counter[str] = Counter()
     records: list[Record] = []
-    faults: list[RecordError] = []
+    faults = Faults()
     for found in records_in(path, piece, text, repairs):
-        (faults if isinstance(found, RecordError) else records).append(found)  # type: ignore[arg-type]
-    return ParsedPiece(table_of(records, repairs), tuple(faults), count_lines(piece, text))
+        if isinstance(found, RecordError):
+            faults.add(found)
+        else:
+            records.append(found)
+    return ParsedPiece(table_of(records, repairs), faults, count_lines(piece, text))
 
 
 def _parse_compiled(path: str | Path, above: bytes, text: bytes) -> ParsedPiece:
     table, bad_records = compiled_fasta.parse_fasta(text)
     num_above = above.count(b"\n")
-    faults = [fault] if (fault := fasta.fault_above(path, above)) is not None else []
+    faults = Faults()
+    if (fault := fasta.fault_above(path, above)) is not None:
+        faults.add(fault)
     for bad in bad_records:
         (found,) = fasta.parse_fasta(path, text[bad.start : bad.end], Counter())
         assert isinstance(found, RecordError)
-        faults.append(found.moved(num_above + bad.line - 1))
+        faults.add(found.moved(num_above + bad.line - 1))
     # The lines are counted up to the last record already.
     last_line = max(table.lines[-1] if len(table) else 0, bad_records[-1].line if bad_records else 0)
     num_lines = num_above + int(last_line) - 1 + text.count(b"\n", text.rfind(b"\n>") + 1)
     table.lines[:] += num_above
-    return ParsedPiece(table, tuple(faults), num_lines)
+    return ParsedPiece(table, faults, num_lines)
 
 
 def records_in(
@@ -174,7 +180,7 @@ def records_in(
     for record in found:
         name = record.record_id if isinstance(record, RecordError) else record.id
         if piece.format == "a3m" and name in fasta.ANNOTATION_IDS:
-            yield RecordError(path, record.line, f"{name} is no protein", reason=fasta.ANNOTATION, record_id=name)
+            yield RecordError(path, record.line, f"{name} is no protein", reason=ANNOTATION, record_id=name)
         else:
             yield record
 
@@ -239,11 +245,6 @@ def _entry(
     else:
         repairs.update(made)
         yield record
-
-
-def is_entry(found: Record | RecordError) -> bool:
-    """Says whether something found in a file is a record, good or bad, and not only text above the first one."""
-    return isinstance(found, Record) or found.reason not in ("text_above_first_header", "byte_order_mark")
 
 
 def no_records(path: str | Path, num_lines: int) -> RecordError:

@@ -92,21 +92,22 @@ def write_shard(
 
 
 def _batches(stretches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields the same bytes in fewer pieces; each is gone when the next one is asked for."""
+    """Yields the same bytes in fewer pieces; each is gone when the next one is asked for.
+
+    No stretch is held: each may keep a file open.
+    """
     buffer = np.empty(_BATCH_BYTES, dtype=np.uint8)
-    waiting: list[np.ndarray] = []
     size = 0
     for stretch in stretches:
-        if size + len(stretch) > _BATCH_BYTES and waiting:
-            yield np.concatenate(waiting, out=buffer[:size])
-            waiting, size = [], 0
+        if size + len(stretch) > _BATCH_BYTES:
+            yield buffer[:size]
+            size = 0
         if len(stretch) > _BATCH_BYTES:
             yield stretch
         else:
-            waiting.append(stretch)
+            buffer[size : size + len(stretch)] = stretch
             size += len(stretch)
-    if waiting:
-        yield np.concatenate(waiting, out=buffer[:size])
+    yield buffer[:size]
 
 
 class ShardReader:

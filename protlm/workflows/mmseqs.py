@@ -11,12 +11,13 @@ from protlm.data.sources import STDIN, expand_inputs
 from protlm.errors import ProtlmError
 from protlm.workflows.prep_options import PrepUsageError
 
+DEFAULT_IDENTITY = 0.3
 _COVERAGE = "0.8"
 
 
 @contextlib.contextmanager
 def clusters_of(
-    inputs: Sequence[str | Path], program: str | None, identity: float, clusters: Path | None
+    inputs: Sequence[str | Path], program: str | None, identity: float | None, clusters: Path | None
 ) -> Iterator[Path | None]:
     """Gives the file of clusters to use: the one that is given, or one that MMseqs2 makes of the inputs meanwhile.
 
@@ -25,14 +26,16 @@ def clusters_of(
     Args:
         inputs: FASTA files, plain, .gz or .bz2: what MMseqs2 reads.
         program: `mmseqs`, or None to use `clusters`.
-        identity: Least sequence identity of a member to its representative.
+        identity: Least sequence identity of a member to its representative, by default `DEFAULT_IDENTITY`.
         clusters: A file of clusters, or None.
 
     Raises:
-        PrepUsageError: Both a program and a file; the standard input.
+        PrepUsageError: Both a program and a file; an identity without a program; the standard input.
         ProtlmError: The program is not installed, or fails.
     """
     if program is None:
+        if identity is not None:
+            raise PrepUsageError("cluster_identity: only with cluster_with")
         yield clusters
         return
     if clusters is not None:
@@ -43,12 +46,13 @@ def clusters_of(
     command = shutil.which(program)
     if command is None:
         raise ProtlmError(f"{program}: not installed; install MMseqs2, or give its clusters with --clusters")
+    least = DEFAULT_IDENTITY if identity is None else identity
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "clusters"
         # Absolute paths, so that no file name is taken for an option.
         arguments = [*(str(Path(path).resolve()) for path in paths), str(result), str(Path(folder) / "tmp")]
         done = subprocess.run(
-            [command, "easy-linclust", *arguments, "--min-seq-id", str(identity), "-c", _COVERAGE, "--cov-mode", "1"],
+            [command, "easy-linclust", *arguments, "--min-seq-id", str(least), "-c", _COVERAGE, "--cov-mode", "1"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:

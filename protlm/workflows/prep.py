@@ -5,6 +5,7 @@ Files become pieces (`prep_reading`); the digests of all pieces decide what stay
 or the jobs of a cluster, go on from there.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from protlm.data.shards import DEFAULT_SHARD_RESIDUES
 from protlm.workflows import prep_options
 from protlm.workflows.inspect import DatasetSummary, summarise
 from protlm.workflows.prep_building import build_dataset
+from protlm.workflows.prep_estimate import Estimate, estimate
 from protlm.workflows.prep_folder import (
     PrepFolder,
     check_replaceable,
@@ -26,6 +28,8 @@ from protlm.workflows.prep_folder import (
 from protlm.workflows.prep_options import PrepUsageError
 from protlm.workflows.prep_reading import LabelFiles, read_source
 from protlm.workflows.workers import Workers
+
+_MOST_WORKERS = 64
 
 StartProgress = Callable[[str, int], Callable[[int], object]]
 """Called with the name and the size of a stage; what it returns is called with what is done of it."""
@@ -95,9 +99,10 @@ def prepare(
     resume: bool = False,
     part: tuple[int, int] | None = None,
     merge: bool = False,
+    dry_run: bool = False,
     force: bool = False,
     start_progress: StartProgress | None = None,
-) -> PrepReport | PartReport:
+) -> PrepReport | PartReport | Estimate:
     """Turns protein files into a dataset folder.
 
     Without ready-made splits each sequence is drawn for train, valid or test. With any, `inputs` are the training set.
@@ -129,24 +134,26 @@ def prepare(
         resume: Go on with what an unfinished run left; without any, begin.
         part: Only read the i-th of n parts of the files, (i, n) with i from 1, for a later `merge`.
         merge: Make the dataset from the parts that were read before.
+        dry_run: Make nothing; tell from samples what would be made.
         force: Replace a dataset that is there already, or an empty folder; nothing else is ever replaced.
         start_progress: Told of the stages `read` (bytes on disk) and `write` (residues).
 
     Returns:
-        What was made; of a part what was read.
+        What was made; of a part what was read; of a dry run what is to be expected.
 
     Raises:
         PrepUsageError: The options contradict each other or lie out of range.
         ProtlmError: A bad record or file, no training record left, or an output that is in the way.
     """
-    if workers < 1:
-        raise PrepUsageError(f"workers: expected at least 1, got {workers}")
+    most = max(_MOST_WORKERS, 4 * (os.cpu_count() or 1))
+    if not 1 <= workers <= most:
+        raise PrepUsageError(f"workers: expected 1 to {most} on this machine, got {workers}")
     found = prep_options.find_inputs(
         {"input": inputs, "valid": valid_inputs, "test": test_inputs, "ood": ood_inputs}, Path(out)
     )
     start = prep_options.start_of(found, resume=resume, part=part, merge=merge)
     # Through a link the folder it leads to is made or replaced, not the link.
-    target = Path(out).resolve()
+    target = Path(os.path.realpath(out))
     if start == "resume" and (done := finished_before(target)) is not None:
         return PrepReport(str(out), done.hash, done.manifest, 0, found.left_out)
     check_replaceable(target, force=force or part is not None)
@@ -156,6 +163,8 @@ def prepare(
         ood_families=ood_families, min_length=min_length, max_length=max_length, dedupe=dedupe,
         on_bad_record=on_bad_record, shard_residues=shard_residues,
     )  # fmt: skip
+    if dry_run:
+        return estimate(found, target, on_bad_record=on_bad_record, workers=workers)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = open_prep_folder(target, found.files, _hashes(labels), start, force=force)
     begin = start_progress or (lambda _stage, _size: lambda _done: None)

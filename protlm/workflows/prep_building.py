@@ -18,7 +18,7 @@ from protlm.data.splits import SplitName
 from protlm.errors import ProtlmError
 from protlm.workflows.dataset_report import render_report
 from protlm.workflows.prep_folder import FinishedSource, PrepFolder
-from protlm.workflows.prep_reading import faults_of
+from protlm.workflows.prep_reading import raise_first_fault
 from protlm.workflows.workers import Workers
 
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -197,11 +197,14 @@ def _write_rejects(
 def _rejects_of(
     piece: PieceFile, number: int, num_lines: int, chosen: Selection, options: dataset.PrepOptions
 ) -> list[tuple[int, str, str]]:
-    faults = faults_of(piece, num_lines, options.on_bad_record)
-    found = [(fault.line, fault.record_id, fault.reason) for fault in faults]
-    if any(chosen.counts[code] for code in selection.REASONS) and piece.num_records:
+    raise_first_fault(piece, num_lines, options.on_bad_record)
+    has_others = piece.num_records and any(chosen.counts[code] for code in selection.REASONS)
+    if not (piece.num_faults or has_others):
+        return []
+    columns = Piece(piece.path)
+    found = [(line + num_lines, record_id, reason) for line, record_id, reason in columns.faults()]
+    if has_others:
         codes = chosen.codes_of(number)
-        columns = Piece(piece.path)
         ids = columns.strings("ids")
         for code, reason in selection.REASONS.items():
             for index in (codes == code).nonzero()[0].tolist():

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,7 @@ from protlm.data.piece_files import write_piece
 from protlm.data.records import OnBadRecord
 from protlm.data.sources import SourceBlocks
 from protlm.data.text_pieces import cut_into_pieces
-from protlm.workflows import prep_options
-from protlm.workflows.prep_folder import check_replaceable
-from protlm.workflows.prep_options import PrepUsageError
-from protlm.workflows.prep_reading import raise_faults
+from protlm.workflows.prep_options import Inputs, PrepUsageError
 
 _SAMPLE_BYTES = 8 << 20
 _SAMPLED_FILES = 8
@@ -64,45 +61,27 @@ class _Sample:
     piece_bytes: int = 0
 
 
-def estimate(
-    inputs: Sequence[str | Path],
-    out: str | Path,
-    *,
-    valid_inputs: Sequence[str | Path] = (),
-    test_inputs: Sequence[str | Path] = (),
-    ood_inputs: Sequence[str | Path] = (),
-    on_bad_record: OnBadRecord = "error",
-    workers: int = 1,
-    force: bool = False,
-) -> Estimate:
-    """Reads the beginning of some of the files and tells what `prepare` would make of them all.
+def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, workers: int) -> Estimate:
+    """Reads the beginning of some of the files and tells what would become of them all.
 
     Args:
-        inputs: As for `prepare`, like the others.
-        out: The dataset folder, which is not made.
-        valid_inputs: Ready-made validation set.
-        test_inputs: Ready-made test set.
-        ood_inputs: Ready-made out-of-distribution set.
+        inputs: The files.
+        target: Where the dataset would go.
         on_bad_record: Whether a bad record in a sample is an error.
         workers: Processes that would read and write.
-        force: Whether a dataset that is there would be replaced.
 
     Raises:
-        PrepUsageError: The standard input, which has no size.
-        ProtlmError: A bad file, or an output that is in the way.
+        PrepUsageError: A pipe, which has no size.
+        ProtlmError: A bad file.
     """
-    found = prep_options.find_inputs(
-        {"input": inputs, "valid": valid_inputs, "test": test_inputs, "ood": ood_inputs}, Path(out)
-    )
-    if any(given.state is None for given in found.files):
+    if any(given.state is None for given in inputs.files):
         raise PrepUsageError("dry run: a pipe has no size to tell from; write it to a file")
-    check_replaceable(Path(out).resolve(), force=force)
-    sizes = [given.num_bytes for given in found.files]
-    step = max(1, len(found.files) // _SAMPLED_FILES)
+    sizes = [given.num_bytes for given in inputs.files]
+    step = max(1, len(inputs.files) // _SAMPLED_FILES)
     sample, rejects = _Sample(), Counter[str]()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for given in found.files[::step][:_SAMPLED_FILES]:
+        for given in inputs.files[::step][:_SAMPLED_FILES]:
             _add_sample(sample, given.path, Path(folder) / "piece.h5", on_bad_record, rejects)
     seconds = time.perf_counter() - begun
     scale = sum(sizes) / max(1.0, sample.disk_bytes)
@@ -116,10 +95,10 @@ def estimate(
         num_residues=round(sample.num_residues * scale),
         dataset_bytes=dataset_bytes,
         peak_bytes=2 * dataset_bytes,
-        free_bytes=shutil.disk_usage(_existing(Path(out).resolve())).free,
+        free_bytes=shutil.disk_usage(_existing(target)).free,
         seconds=seconds * scale * (1 + _WORK_AFTER_READING) / share,
         rejects=dict(sorted(rejects.items())),
-        left_out=found.left_out,
+        left_out=inputs.left_out,
     )
 
 
@@ -142,12 +121,12 @@ def _add_sample(
     pieces = cut_into_pieces(path, counted(SourceBlocks(path, progress=count)), piece_bytes=_SAMPLE_BYTES)
     piece = next(pieces)
     parsed = reader.parse_piece(path, piece)
-    raise_faults(parsed.faults, on_bad_record)
-    for fault in parsed.faults:
-        rejects[fault.reason] += 1
+    if on_bad_record == "error" and parsed.faults.first is not None:
+        raise parsed.faults.first
+    rejects.update(parsed.faults.reasons)
     if not len(parsed.table) and not parsed.faults:
         raise reader.no_records(path, parsed.num_lines)
-    write_piece(piece_path, parsed, text_hash="", num_entries=len(parsed.table))
+    write_piece(piece_path, parsed, text_hash="")
     # The reader is ahead of the piece by a few blocks.
     sample.disk_bytes += on_disk * len(piece.text) / max(1, text_bytes)
     sample.num_records += len(parsed.table)

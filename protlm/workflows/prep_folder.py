@@ -276,18 +276,22 @@ def kept_or_removed(folder: PrepFolder, start: Start) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if start in ("part", "merge"):
-            raise
-        worth_keeping = _WORTH_KEEPING_BYTES if start == "new" and not isinstance(error, OSError) else 1
-        if folder.finished_bytes < worth_keeping:
+        is_system = isinstance(error, OSError)
+        worth_keeping = _WORTH_KEEPING_BYTES if start == "new" and not is_system else 1
+        if start == "part":
+            hint = "run the same command again to go on"
+        elif start == "merge" or folder.finished_bytes >= worth_keeping:
+            option = "" if start == "merge" else " and --resume"
+            hint = f"what is finished is kept in {folder.path}: go on with the same command{option}"
+        else:
             folder.remove()
-            raise
-        hint = f"what is finished is kept in {folder.path}: go on with the same command and --resume"
+            hint = "nothing was made"
+            if not is_system:
+                raise
         if isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
             reason = (error.strerror or str(error)).split("\n")[0]
-            raise ProtlmError(f"{where}{reason}; {hint}") from error
-        if isinstance(error, ProtlmError) and "--resume" not in str(error):
+            raise ProtlmError(f"{error.filename or folder.path}: {reason}; {hint}") from error
+        if isinstance(error, ProtlmError) and start in ("new", "resume") and "--resume" not in str(error):
             raise ProtlmError(f"{error}; {hint}") from error
         raise
 

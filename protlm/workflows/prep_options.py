@@ -1,5 +1,6 @@
 """What prep is asked to do: which files, which options, and whether they fit together; before anything is read."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,9 +54,9 @@ def find_inputs(parts: Mapping[Part, Sequence[str | Path]], out: Path) -> Inputs
         expanded = expand_inputs(inputs)
         found += [InputFile(part, path) for path in expanded.paths]
         left_out += expanded.left_out
-    target = out.resolve()
+    target = Path(os.path.realpath(out))
     for path in [given.path for given in found] + [str(given) for inputs in parts.values() for given in inputs]:
-        source = Path(path).resolve()
+        source = Path(os.path.realpath(path))
         if path != STDIN and (source.is_relative_to(target) or target.is_relative_to(source)):
             raise ProtlmError(f"{out}: the output and the input {path} lie inside each other; choose another --out")
     if sum(given.path == STDIN for given in found) > 1:

@@ -1,7 +1,7 @@
 """From files to finished pieces: the first half of prep, shared among worker processes, each piece done once."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,8 @@ import numpy as np
 import xxhash
 
 from protlm.data import reader
-from protlm.data.fasta import ANNOTATION
 from protlm.data.labels import Labels
-from protlm.data.piece_files import Piece, PieceFile, open_piece_file, write_piece
+from protlm.data.piece_files import PieceFile, open_piece_file, write_piece
 from protlm.data.records import OnBadRecord
 from protlm.data.selection import NO_SPLIT
 from protlm.data.sources import STDIN, SourceBlocks
@@ -71,7 +70,7 @@ def read_source(
     formats: list[Format] = []
     num_pieces = num_records = num_lines = num_entries = 0
     for piece in workers.in_order(make_piece, _tasks(folder, number, source, workers, formats)):
-        faults_of(piece, num_lines, on_bad_record)
+        raise_first_fault(piece, num_lines, on_bad_record)
         num_pieces += 1
         num_records += piece.num_records
         num_lines += piece.num_lines
@@ -81,29 +80,17 @@ def read_source(
     folder.finish_source(number, FinishedSource(source.name, source.sha256, formats[0], num_pieces, num_records, state))
 
 
-def faults_of(piece: PieceFile, num_lines: int, on_bad_record: OnBadRecord) -> list[RecordError]:
-    """Returns what could not be used of a piece, lines counted in its file.
+def raise_first_fault(piece: PieceFile, num_lines: int, on_bad_record: OnBadRecord) -> None:
+    """Raises the first bad record of a piece, unless bad records are skipped.
 
     Args:
         piece: The piece.
-        num_lines: Lines of the file before it.
-        on_bad_record: Whether the first one is raised.
-
-    Raises:
-        RecordError: The first bad record, unless bad records are skipped.
+        num_lines: Lines of its file before it.
+        on_bad_record: Whether to raise.
     """
-    if not piece.num_faults:
-        return []
-    faults = [fault.moved(num_lines) for fault in Piece(piece.path).faults(piece.path_of_source)]
-    raise_faults(faults, on_bad_record)
-    return faults
-
-
-def raise_faults(faults: Sequence[RecordError], on_bad_record: OnBadRecord) -> None:
-    """Raises the first of what could not be used, unless bad records are skipped."""
-    for fault in faults:
-        if on_bad_record == "error" and fault.reason != ANNOTATION:
-            raise fault
+    if on_bad_record == "error" and piece.first_fault is not None:
+        line, message, reason, record_id = piece.first_fault
+        raise RecordError(piece.path_of_source, line + num_lines, message, reason=reason, record_id=record_id)
 
 
 def _tasks(
@@ -133,8 +120,7 @@ def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
     parsed = reader.parse_piece(given.path, text)
     table, split_codes = _labelled(parsed.table, labels)
     parsed = dataclasses.replace(parsed, table=table)
-    num_entries = len(table) + sum(map(reader.is_entry, parsed.faults))
-    write_piece(task.path, parsed, text_hash=task.text_hash, num_entries=num_entries, split=split_codes)
+    write_piece(task.path, parsed, text_hash=task.text_hash, split=split_codes)
     written = open_piece_file(task.path, given.path, given.part, task.text_hash)
     assert written is not None
     return written

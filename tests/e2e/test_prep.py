@@ -342,7 +342,7 @@ def test_the_command_and_the_workflow_have_the_same_defaults():
     workflow = inspect.signature(prepare).parameters
     command = inspect.signature(cli_prep.prep_command).parameters
     shared = workflow.keys() & command.keys() - {"inputs", "out"}
-    assert len(shared) == 18
+    assert len(shared) == 19
     assert {name: command[name].default for name in shared} == {name: workflow[name].default for name in shared}
 
 

@@ -221,6 +221,24 @@ def test_a_run_killed_after_its_dataset_was_put_in_place_is_finished_by_resume(f
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_many_small_files_and_shards_want_few_files_open(files, tmp_path):
+    records = gzip.decompress(SAMPLE.read_bytes()).removeprefix(b">").rstrip(b"\n").split(b"\n>")[:300]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, record in enumerate(records):
+        (folder / f"{number:04d}.fasta").write_bytes(b">" + record + b"\n")
+    code = (
+        "import resource, sys\n"
+        "from protlm.cli.app import main\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        f"sys.exit(main(['prep', {str(folder)!r}, '--out', {str(tmp_path / 'out')!r}, '--shard-residues', '500',"
+        " '--valid-fraction', '0.3', '--test-fraction', '0.3']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.h5"))) > 150
+
+
 def test_parts_that_begin_at_once_share_one_folder(files, expected, tmp_path):
     out = tmp_path / "out"
     barrier = threading.Barrier(3)
@@ -368,10 +386,13 @@ def test_a_dry_run_makes_nothing_and_comes_close(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dry_run": True, "split": "file"}, "split_file: wanted with split 'file'"),
+        ({"dry_run": True, "part": (9, 2)}, "got 9/2"),
         ({"resume": True, "merge": True}, "only one of them"),
         ({"part": (0, 2)}, "expected i/n with i from 1 to n, got 0/2"),
         ({"part": (3, 2)}, "got 3/2"),
-        ({"workers": 0}, "workers: expected at least 1"),
+        ({"workers": 0}, "workers: expected 1 to"),
+        ({"workers": 100_000}, "on this machine, got 100000"),
     ],
 )
 def test_options_of_scale_that_contradict_each_other_are_wrong_usage(tmp_path, options, message):
