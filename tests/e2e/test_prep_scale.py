@@ -135,7 +135,7 @@ def test_resuming_reads_no_finished_piece_again(small_pieces, files, expected, t
     write_piece = prep_reading.write_piece
 
     def fail_at_the_tenth(path, *arguments, **options):
-        if len(written) == 10:
+        if len(written) >= 10:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write_piece(path, *arguments, **options)
         written.append(path)
@@ -148,7 +148,7 @@ def test_resuming_reads_no_finished_piece_again(small_pieces, files, expected, t
     prepare(files, out, resume=True, **MORE)
     assert digests(out) == expected
     assert set(first).isdisjoint(written)
-    assert len(first) == 10
+    assert len(first) >= 10
 
 
 def test_a_shard_that_cannot_be_written_leaves_the_finished_ones(files, expected, tmp_path, monkeypatch):
