@@ -11,7 +11,7 @@ from protlm.cli import output
 def inspect_command(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset made by protlm prep.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every byte and compare it with the checksums.")
+        bool, typer.Option("--verify", help="Read all shards and compare them with their checksums.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -35,4 +35,4 @@ def inspect_command(
     print_summary(report.manifest)
     print(f"\ndataset: {report.path}\nhash: {report.hash}")
     if verify:
-        print("verified: every byte is as it was written")
+        print("verified: the shards hold what was written")

@@ -19,6 +19,7 @@ from protlm.data.assembly import FinishedShard
 from protlm.data.records import OnBadRecord
 from protlm.data.shards import ShardReader
 from protlm.data.splits import SplitName
+from protlm.data.text_pieces import Format
 from protlm.errors import ShardError
 
 FORMAT: Final = "protlm-dataset"
@@ -39,6 +40,8 @@ LENGTH_BIN_STARTS = tuple(sorted({round(2 ** (step / 4)) for step in range(4 * 1
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Part = Literal["input", "valid", "test", "ood"]
+"""What a file is given as: something to split or train on, or a ready-made split."""
 SplitMethod = Literal["random", "cluster", "family", "file"]
 
 
@@ -52,9 +55,9 @@ class SourceSummary(_Strict):
     `num_records` counts what could be read, before anything was left out.
     """
 
-    part: Literal["input", "valid", "test", "ood"]
+    part: Part
     name: str
-    format: Literal["fasta", "a3m", "flatfile", "uniprot-xml", "uniref-xml"]
+    format: Format
     num_records: Count
     sha256: Digest
 

@@ -35,7 +35,7 @@ def duplicates(digests: Digests, splits: np.ndarray, *, dedupe: bool) -> tuple[n
 
     Args:
         digests: What to compare.
-        splits: The code of the split of each, uint8.
+        splits: Of each, the place of its split among those that claim sequences, uint8.
         dedupe: Leave out repeats within a split too; across splits that is always so.
 
     Returns:

@@ -1,6 +1,7 @@
 """What one split tells of another: sequences that are part of longer ones, and labels that occur on both sides."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, combinations, pairwise, permutations
 from typing import Literal
 
@@ -48,10 +49,12 @@ def _contained_pairs(splits: Mapping[SplitName, Shards]) -> tuple[Contained, ...
     while len(waiting) > 1:
         large = waiting.pop()
         smaller = [splits[name] for name in waiting]
-        for name, count in zip(waiting, containment.small_in_large(smaller, splits[large]), strict=True):
-            counts[name, large] = count
-        for name, count in zip(waiting, containment.large_in_small(splits[large], smaller), strict=True):
-            counts[large, name] = count
+        # Nearly all of the work runs outside Python's lock.
+        with ThreadPoolExecutor(2) as threads:
+            inside = threads.submit(containment.small_in_large, smaller, splits[large])
+            around = threads.submit(containment.large_in_small, splits[large], smaller)
+        for name, num_inside, num_around in zip(waiting, inside.result(), around.result(), strict=True):
+            counts[name, large], counts[large, name] = num_inside, num_around
     return tuple(
         Contained(inner=inner, outer=outer, num_records=counts[inner, outer])
         for inner, outer in permutations(splits, 2)
@@ -69,7 +72,7 @@ def _num_common(first: np.ndarray, second: np.ndarray) -> int:
 
 def _label_digests(shards: Shards, column: LabelColumn) -> np.ndarray:
     """Returns the xxh3-64 of each distinct label, rising."""
-    found = np.zeros(0, dtype=np.uint64)
+    found = [np.zeros(0, dtype=np.uint64)]
     for shard in shards:
         strings = getattr(shard, column)
         if strings is None:
@@ -80,8 +83,8 @@ def _label_digests(shards: Shards, column: LabelColumn) -> np.ndarray:
             labels = {label for joined in labels for label in joined.split(b";")}
         labels.discard(b"")
         digests = np.fromiter(map(xxhash.xxh3_64_intdigest, labels), dtype=np.uint64, count=len(labels))
-        found = containment.distinct(np.concatenate([found, digests]))
-    return found
+        found.append(digests)
+    return containment.distinct(np.concatenate(found))
 
 
 def contained(inner: Shards, outer: Shards) -> int:

@@ -1,6 +1,7 @@
 """Which records of all pieces stay, in which split and under which id: decided from digests, in bounded memory."""
 
 import itertools
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,12 @@ class Selection:
     counts: Counter[int] = field(default_factory=Counter)
     num_unclustered: int = 0
 
+    def between(self, first: int, last: int) -> "Selection":
+        """Returns what was decided on some neighbouring pieces, without what was decided on others."""
+        starts = self.starts[first : last + 1]
+        low, high = np.searchsorted(self.repeats[0], [starts[0], starts[-1]]).tolist()
+        return Selection(self.codes_path, starts, self.repeats[:, low:high])
+
     def codes(self, start: int, end: int) -> np.ndarray:
         """Returns the codes of a range of records, uint8, writable in place."""
         if start == end:
@@ -98,6 +105,9 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
     starts = np.concatenate([[0], np.cumsum([piece.num_records for piece in pieces], dtype=np.int64)]).astype(np.int64)
     num_records = int(starts[-1])
     with codes_path.open("wb") as file:
+        if num_records and hasattr(os, "posix_fallocate"):
+            # Otherwise a disk that fills up later would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, num_records)
         file.truncate(num_records)
     found = Selection(codes_path, starts)
     codes = found.codes(0, num_records)
@@ -108,7 +118,11 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
             if rules.method == "cluster":
                 found.num_unclustered += _cluster_names(piece).count("")
     for digests in _digest_ranges(pieces, found, "sequence"):
-        within, across = duplicates(digests, codes[digests.index], dedupe=rules.dedupe)
+        claims = codes[digests.index]
+        if rules.method == "family":
+            # What is held out is held out of all other splits.
+            claims = (claims - splits.OOD) % len(SPLIT_NAMES)
+        within, across = duplicates(digests, claims, dedupe=rules.dedupe)
         codes[within] = DUPLICATE_WITHIN
         codes[across] = DUPLICATE_ACROSS
     repeated = [np.stack(repeats(digests)) for digests in _digest_ranges(pieces, found, "id")]
@@ -118,8 +132,7 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
     if found.repeats.size and any(piece.has_numbered_ids for piece in pieces):
         _avoid_taken_numbers(pieces, found)
     for number in range(len(pieces)):
-        values, counts = np.unique(found.codes_of(number), return_counts=True)
-        found.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        found.counts.update(dict(enumerate(np.bincount(found.codes_of(number)).tolist())))
     return found
 
 

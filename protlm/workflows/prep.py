@@ -61,7 +61,7 @@ class PrepReport:
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """What `read_part` read.
+    """What `prepare` read as one part of several.
 
     Attributes:
         folder: Where it lies until the parts are merged.
@@ -106,8 +106,8 @@ def prepare(
     """Turns protein files into a dataset folder.
 
     Without ready-made splits each sequence is drawn for train, valid or test. With any, `inputs` are the training set.
-    A sequence that two splits would share stays in the earlier one of train, valid, test, ood only. Equal input,
-    options and seed give equal bytes, whatever `workers`, `resume`, `part` and `merge` are.
+    A sequence that two splits would share stays in the earlier one of train, valid, test, ood only; where families are
+    held out, in ood. Equal input, options and seed give equal bytes, whatever `workers`, `resume`, `part` and `merge` are.
 
     Args:
         inputs: The files to split, or the training set: files, folders, patterns, or `-` for the standard input.
@@ -168,7 +168,7 @@ def prepare(
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = open_prep_folder(target, found.files, _hashes(labels), start, force=force)
     begin = start_progress or (lambda _stage, _size: lambda _done: None)
-    with kept_or_removed(folder, start), Workers(workers, labels) as pool:
+    with folder.locked(start), kept_or_removed(folder, start), Workers(workers, labels) as pool:
         if part is not None:
             return _read_part(folder, pool, part, on_bad_record, begin)
         if not merge:

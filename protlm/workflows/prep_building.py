@@ -1,11 +1,13 @@
 """From finished pieces to a dataset: the second half of prep. What stays, the shards, leaks, rejects, the manifest."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from protlm import vocabulary
@@ -21,7 +23,9 @@ from protlm.workflows.prep_folder import FinishedSource, PrepFolder
 from protlm.workflows.prep_reading import raise_first_fault
 from protlm.workflows.workers import Workers
 
-_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+# Per split.
+_OPEN_SHARDS = 8
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +41,13 @@ class _Shards(Sequence[ShardReader]):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
+        self._open = functools.lru_cache(maxsize=_OPEN_SHARDS)(ShardReader)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: Any) -> Any:
-        return ShardReader(self._paths[index])
+        return self._open(self._paths[index])
 
 
 def build_dataset(
@@ -152,11 +157,18 @@ def _make_shards(
 ) -> dict[SplitName, list[FinishedShard]]:
     finished: dict[SplitName, list[FinishedShard]] = {}
     advance = progress(sum(plan.num_residues for plan in plans))
-    tasks = (_ShardTask(plan, folder.dataset_path, pieces, chosen) for plan in plans)
+    tasks = (_shard_task(plan, folder.dataset_path, pieces, chosen) for plan in plans)
     for shard in workers.in_order(_make_shard, tasks):
         finished.setdefault(shard.split, []).append(shard)
         advance(shard.info.num_residues)
     return finished
+
+
+def _shard_task(plan: ShardPlan, path: Path, pieces: Sequence[PieceFile], chosen: Selection) -> _ShardTask:
+    """Returns what a worker needs to make a shard, and no more: it goes through a pipe."""
+    first = int(np.searchsorted(chosen.starts, plan.start, side="right")) - 1
+    last = int(np.searchsorted(chosen.starts, plan.end))
+    return _ShardTask(plan, path, pieces[first:last], chosen.between(first, last))
 
 
 def _make_shard(_shared: object, task: _ShardTask) -> FinishedShard:

@@ -7,16 +7,23 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from protlm.data import dataset, files
+from protlm.data.dataset import Part
 from protlm.data.piece_files import PieceFile, open_piece_file
 from protlm.data.sources import STDIN
 from protlm.data.text_pieces import Format
 from protlm.errors import ProtlmError
+
+if sys.platform == "win32":
+    fcntl = None
+else:
+    import fcntl
 
 FORMAT = "protlm-prep"
 FORMAT_VERSION = 1
@@ -24,7 +31,6 @@ SUFFIX = ".partial"
 
 _WORTH_KEEPING_BYTES = 64 << 20
 
-Part = Literal["input", "valid", "test", "ood"]
 Start = Literal["new", "resume", "part", "merge"]
 
 
@@ -82,6 +88,26 @@ class PrepFolder:
     def dataset_path(self) -> Path:
         """The folder that becomes the dataset."""
         return self.path / "dataset"
+
+    @contextlib.contextmanager
+    def locked(self, start: Start) -> Iterator[None]:
+        """Keeps other runs out of the folder meanwhile; parts share it.
+
+        Raises:
+            ProtlmError: Another run is at work.
+        """
+        if fcntl is None:
+            yield
+            return
+        with (self.path / "work.json").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if start == "part" else fcntl.LOCK_EX))
+            except BlockingIOError as error:
+                raise ProtlmError(f"{self.path}: another run is at work here; wait for it, or stop it") from error
+            except OSError:
+                # A file system without locks: then nothing is kept out.
+                pass
+            yield
 
     def piece_path(self, number: int, piece: int) -> Path:
         """Returns where a piece of a file lies."""
@@ -179,7 +205,8 @@ def open_prep_folder(
             raise ProtlmError(
                 f"{path}: an unfinished run for this dataset; go on with --resume, or start afresh with --force"
             )
-        _remove(path)
+        with PrepFolder(path, inputs).locked(start):
+            _remove(path)
     if not path.exists():
         if start == "merge":
             raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
@@ -188,7 +215,8 @@ def open_prep_folder(
     if (found := _read_json(path / "work.json")) != about:
         differing = next(name for name in about if found.get(name) != about[name])
         raise ProtlmError(f"{path}: made with other {differing}; give the same, or remove this folder to start afresh")
-    for left_over in path.glob(f"*/.*{files.PARTIAL_SUFFIX}"):
+    # Parts may be at work on pieces of theirs.
+    for left_over in path.glob(f"{'*' if start in ('new', 'resume') else 'dataset'}/.*{files.PARTIAL_SUFFIX}"):
         if start != "part":
             left_over.unlink(missing_ok=True)
     return PrepFolder(path, inputs)

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from protlm.data import dataset, splits
+from protlm.data.dataset import Part
 from protlm.data.labels import Labels, read_clusters, read_families, read_splits
 from protlm.data.sources import STDIN, expand_inputs
 from protlm.errors import ProtlmError
-from protlm.workflows.prep_folder import InputFile, Part, Start
+from protlm.workflows.prep_folder import InputFile, Start
 from protlm.workflows.prep_reading import LabelFiles
 
 DEFAULT_FRACTION = 0.01

@@ -139,7 +139,7 @@ def _labelled(table: RecordTable, labels: LabelFiles) -> tuple[RecordTable, np.n
     """Adds what files tell of the records; it goes before what the records tell themselves."""
     if labels.clusters is not None:
         found = labels.clusters.lookup(table.ids, table.id_digests)
-        sizes = np.append(labels.clusters.sizes, UNKNOWN)[found].astype(np.int32)
+        sizes = np.where(found < 0, UNKNOWN, labels.clusters.sizes[found]).astype(np.int32)
         table = dataclasses.replace(table, cluster_ids=labels.clusters.names(found), cluster_size=sizes)
     if labels.families is not None:
         found = labels.families.lookup(table.ids, table.id_digests)

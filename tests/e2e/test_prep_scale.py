@@ -253,6 +253,18 @@ def test_parts_that_begin_at_once_share_one_folder(files, expected, tmp_path):
     assert digests(out) == expected
 
 
+def test_two_runs_do_not_share_a_folder_unless_they_are_parts(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare(files, out, part=(1, 2), **MORE)
+    folder = prep_folder.PrepFolder(tmp_path / "out.partial", [])
+    with folder.locked("part"):
+        prepare(files, out, part=(2, 2), **MORE)
+        for option in ("--resume", "--force", "--merge"):
+            message = error_line(capsys, "prep", *files, "--out", out, "--on-bad-record", "skip", option)
+            assert "another run is at work here" in message
+    prepare(files, out, merge=True, **MORE)
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)

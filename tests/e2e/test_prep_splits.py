@@ -156,6 +156,16 @@ def test_families_from_a_file_and_the_paper_s_preset(tmp_path):
     ]
 
 
+def test_a_copy_of_a_held_out_sequence_that_names_no_family_is_not_trained_on(tmp_path):
+    (held, other) = random_sequences(2)
+    fasta = write_fasta(tmp_path / "a.fasta", ["copy", "held", "other", "again"], [held, held, other, other])
+    table = tmp_path / "families.tsv"
+    table.write_text("held\tPF00001\n")
+    prepare([fasta], tmp_path / "out", split="family", families=table, ood_families=["PF00001"], valid_fraction=0,
+            test_fraction=0)  # fmt: skip
+    assert split_of_ids(tmp_path / "out") == {"held": "ood", "other": "train"}
+
+
 def test_a_file_gives_each_record_its_split_and_others_are_left_out(tmp_path, capsys):
     fasta = write_fasta(tmp_path / "a.fasta", ["a", "sp|P1|B_X", "c", "d", "e"], random_sequences(5))
     table = tmp_path / "splits.tsv"
