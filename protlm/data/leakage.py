@@ -1,7 +1,6 @@
 """What one split tells of another: sequences that are part of longer ones, and labels that occur on both sides."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, combinations, pairwise, permutations
 from typing import Literal
 
@@ -49,11 +48,9 @@ def _contained_pairs(splits: Mapping[SplitName, Shards]) -> tuple[Contained, ...
     while len(waiting) > 1:
         large = waiting.pop()
         smaller = [splits[name] for name in waiting]
-        # Nearly all of the work runs outside Python's lock.
-        with ThreadPoolExecutor(2) as threads:
-            inside = threads.submit(containment.small_in_large, smaller, splits[large])
-            around = threads.submit(containment.large_in_small, splits[large], smaller)
-        for name, num_inside, num_around in zip(waiting, inside.result(), around.result(), strict=True):
+        inside = containment.small_in_large(smaller, splits[large])
+        around = containment.large_in_small(splits[large], smaller)
+        for name, num_inside, num_around in zip(waiting, inside, around, strict=True):
             counts[name, large], counts[large, name] = num_inside, num_around
     return tuple(
         Contained(inner=inner, outer=outer, num_records=counts[inner, outer])

@@ -107,7 +107,8 @@ def prepare(
 
     Without ready-made splits each sequence is drawn for train, valid or test. With any, `inputs` are the training set.
     A sequence that two splits would share stays in the earlier one of train, valid, test, ood only; where families are
-    held out, in ood. Equal input, options and seed give equal bytes, whatever `workers`, `resume`, `part` and `merge` are.
+    held out, in ood. Equal input, options and seed give equal bytes, whatever `workers`, `resume`, `part` and `merge`
+    are.
 
     Args:
         inputs: The files to split, or the training set: files, folders, patterns, or `-` for the standard input.

@@ -23,8 +23,8 @@ from protlm.workflows.prep_folder import FinishedSource, PrepFolder
 from protlm.workflows.prep_reading import raise_first_fault
 from protlm.workflows.workers import Workers
 
-# Per split.
-_OPEN_SHARDS = 8
+# Per split: they are read one after the other.
+_OPEN_SHARDS = 1
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 

@@ -105,7 +105,7 @@ def _begin(shared: Any) -> None:
     _shared = shared
     # Ctrl-C reaches every process of a terminal; only the first one answers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _keep_memory()
+    keep_memory()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -116,7 +116,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Makes glibc keep what is freed: asking for each piece's memory anew costs a tenth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
