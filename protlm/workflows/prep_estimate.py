@@ -17,7 +17,7 @@ from protlm.workflows.prep_options import Inputs, PrepUsageError
 
 _SAMPLE_BYTES = 8 << 20
 _SAMPLED_FILES = 8
-# Measured with scripts/bench/prep.py: the second half of the work takes about as long as the first does.
+# The second half of the work takes about as long as the first.
 _WORK_AFTER_READING = 1.0
 _WORKER_EFFICIENCY = 0.85
 
