@@ -105,9 +105,6 @@ def prep_command(
     from protlm.workflows.prep import PartReport, prepare
     from protlm.workflows.prep_estimate import Estimate
     from protlm.workflows.prep_options import PrepUsageError, parse_part
-    from protlm.workflows.workers import keep_memory
-
-    keep_memory()
 
     try:
         with _Bars() as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:

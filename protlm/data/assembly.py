@@ -165,7 +165,8 @@ def _tokens(members: Sequence[_Members]) -> Iterator[np.ndarray]:
 def _columns(members: Sequence[_Members], selection: Selection) -> dict[str, np.ndarray]:
     """Returns the columns of a shard but for its tokens."""
     parts = [_part(member, selection) for member in members]
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    # Taken out, so that each column is there twice only while it is put together.
+    found = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
     for name in [name for name in found if name.endswith("lengths")]:
         found[name.removesuffix("lengths") + "offsets"] = bounds_of(found.pop(name))
     for name in NUMBER_COLUMNS:

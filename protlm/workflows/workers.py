@@ -27,7 +27,7 @@ _PARENT_SECONDS = 0.5
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 1 << 30
+_MMAP_THRESHOLD_BYTES, _KEPT_BYTES = 32 << 20, 64 << 20
 
 _shared: Any = None
 
@@ -105,7 +105,7 @@ def _begin(shared: Any) -> None:
     _shared = shared
     # Ctrl-C reaches every process of a terminal; only the first one answers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keep_memory()
+    _keep_memory()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -116,11 +116,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def keep_memory() -> None:
+def _keep_memory() -> None:
     """Makes glibc keep what is freed: asking for each piece's memory anew costs a tenth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
         library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
