@@ -24,7 +24,7 @@ from protlm.workflows.prep_reading import raise_first_fault
 from protlm.workflows.workers import Workers
 
 # Per split: they are read one after the other.
-_OPEN_SHARDS = 1
+_OPEN_SHARDS = 2
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
