@@ -107,16 +107,23 @@ class PrepFolder:
             except OSError:
                 # A file system without locks: then nothing is kept out.
                 pass
+            self._remove_left_overs(start)
             yield
+
+    def _remove_left_overs(self, start: Start) -> None:
+        """Removes what a run that was killed had not finished; parts may be at work on pieces of theirs."""
+        for folder in {"new": ("*",), "resume": ("*",), "merge": ("dataset",), "part": ()}[start]:
+            for left_over in self.path.glob(f"{folder}/.*{files.PARTIAL_SUFFIX}"):
+                left_over.unlink(missing_ok=True)
 
     def piece_path(self, number: int, piece: int) -> Path:
         """Returns where a piece of a file lies."""
-        return self.path / "pieces" / f"{number:05d}-{piece:06d}.h5"
+        return self.path / "pieces" / f"{number:05d}-{piece:06d}.piece"
 
     @property
     def finished_bytes(self) -> int:
         """Bytes of the finished pieces."""
-        return sum(path.stat().st_size for path in (self.path / "pieces").glob("*.h5"))
+        return sum(path.stat().st_size for path in (self.path / "pieces").glob("*.piece"))
 
     def finished_source(self, number: int) -> FinishedSource | None:
         """Returns what is known of a file that was read to its end and has not changed since."""
@@ -215,10 +222,6 @@ def open_prep_folder(
     if (found := _read_json(path / "work.json")) != about:
         differing = next(name for name in about if found.get(name) != about[name])
         raise ProtlmError(f"{path}: made with other {differing}; give the same, or remove this folder to start afresh")
-    # Parts may be at work on pieces of theirs.
-    for left_over in path.glob(f"{'*' if start in ('new', 'resume') else 'dataset'}/.*{files.PARTIAL_SUFFIX}"):
-        if start != "part":
-            left_over.unlink(missing_ok=True)
     return PrepFolder(path, inputs)
 
 

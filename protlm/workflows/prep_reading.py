@@ -100,13 +100,18 @@ def _tasks(
     for index, piece in enumerate(cut_into_pieces(given.path, source, piece_bytes=PIECE_BYTES)):
         if not formats:
             formats.append(piece.format)
-        digest = xxhash.xxh3_128(f"{piece.format} {piece.is_first} {piece.is_last} {piece.oversized_lines}\n".encode())
-        digest.update(piece.text)
-        num_bytes = len(piece.text)
+        num_bytes, text_hash = len(piece.text), _hash_of(piece)
         # What lies in a plain file need not be sent through a pipe.
         if workers.number > 1 and source.is_plain and not piece.oversized_lines and given.path != STDIN:
             piece = dataclasses.replace(piece, text=b"")
-        yield PieceTask(given, piece, num_bytes, digest.hexdigest(), folder.piece_path(number, index))
+        yield PieceTask(given, piece, num_bytes, text_hash, folder.piece_path(number, index))
+
+
+def _hash_of(piece: TextPiece) -> str:
+    """Returns a hash of all that decides what is read from a piece."""
+    digest = xxhash.xxh3_128(f"{piece.format} {piece.is_first} {piece.is_last} {piece.oversized_lines}\n".encode())
+    digest.update(piece.text)
+    return digest.hexdigest()
 
 
 def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
@@ -117,6 +122,8 @@ def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
     text = task.text
     if not text.text and task.num_bytes:
         text = dataclasses.replace(text, text=_read_range(given.path, text.start, task.num_bytes))
+        if _hash_of(text) != task.text_hash:
+            raise ProtlmError(f"{given.path}: changed while it was read; prepare it again")
     parsed = reader.parse_piece(given.path, text)
     table, split_codes = _labelled(parsed.table, labels)
     parsed = dataclasses.replace(parsed, table=table)
@@ -129,10 +136,7 @@ def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
 def _read_range(path: str, start: int, num_bytes: int) -> bytes:
     with Path(path).open("rb") as file:
         file.seek(start)
-        text = file.read(num_bytes)
-    if len(text) != num_bytes:
-        raise ProtlmError(f"{path}: changed while it was read; prepare it again")
-    return text
+        return file.read(num_bytes)
 
 
 def _labelled(table: RecordTable, labels: LabelFiles) -> tuple[RecordTable, np.ndarray | None]:

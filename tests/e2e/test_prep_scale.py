@@ -253,6 +253,29 @@ def test_parts_that_begin_at_once_share_one_folder(files, expected, tmp_path):
     assert digests(out) == expected
 
 
+def test_a_file_that_changes_while_workers_read_it_is_an_error(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prep_reading, "_read_range", lambda path, start, num_bytes: b">" + b"M" * (num_bytes - 1))
+    message = error_line(capsys, "prep", *files, "--out", tmp_path / "out", "--workers", "2")
+    assert f"{files[0]}: changed while it was read" in message
+
+
+def test_what_a_killed_run_left_half_written_is_removed_by_resume(files, expected, tmp_path):
+    out = tmp_path / "out"
+    prepare(files, out, part=(1, 2), **MORE)
+    half = tmp_path / "out.partial" / "pieces" / ".00000-000000.piece.0123.partial"
+    half.write_bytes(b"half")
+    prepare(files, out, part=(2, 2), **MORE)
+    # It could be that of another part.
+    assert half.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(ProtlmError, match="full; what is finished is kept"):
+            prepare(files, out, resume=True, **MORE)
+    assert not half.exists()
+    prepare(files, out, resume=True, **MORE)
+    assert digests(out) == expected
+
+
 def test_two_runs_do_not_share_a_folder_unless_they_are_parts(files, tmp_path, capsys):
     out = tmp_path / "out"
     prepare(files, out, part=(1, 2), **MORE)
