@@ -104,6 +104,7 @@ def prep_command(
     from protlm.workflows.mmseqs import clusters_of
     from protlm.workflows.prep import PartReport, prepare
     from protlm.workflows.prep_estimate import Estimate
+    from protlm.workflows.prep_folder import partial_folder
     from protlm.workflows.prep_options import PrepUsageError, parse_part
 
     try:
@@ -119,6 +120,10 @@ def prep_command(
             )  # fmt: skip
     except PrepUsageError as error:
         raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt:
+        if (kept := partial_folder(out)).is_dir():
+            output.warn(f"what is finished is kept in {kept}; go on with the same command and --resume")
+        raise
     if isinstance(report, Estimate):
         _tell_estimate(report, as_json)
     elif isinstance(report, PartReport):

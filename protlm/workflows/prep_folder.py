@@ -180,6 +180,12 @@ class PrepFolder:
         return self.path / "sources" / f"{number:05d}.json"
 
 
+def partial_folder(out: Path) -> Path:
+    """Returns where the folder for a dataset lies."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(target.name + SUFFIX)
+
+
 def open_prep_folder(
     out: Path, inputs: Sequence[InputFile], labels: Mapping[str, str | None], start: Start, *, force: bool
 ) -> PrepFolder:
@@ -195,7 +201,7 @@ def open_prep_folder(
     Raises:
         ProtlmError: It is there, or not there, or made from other inputs.
     """
-    path = out.with_name(out.name + SUFFIX)
+    path = partial_folder(out)
     about = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -227,7 +233,7 @@ def open_prep_folder(
 
 def finished_before(out: Path) -> dataset.Dataset | None:
     """Returns the dataset of a run that was killed once it was in place, and removes what is left of the run."""
-    folder = PrepFolder(out.with_name(out.name + SUFFIX), [])
+    folder = PrepFolder(partial_folder(out), [])
     if not (folder.path.is_dir() and dataset.is_dataset(out)):
         return None
     found = dataset.open_dataset(out)

@@ -386,6 +386,19 @@ def test_an_interrupt_ends_workers_at_once_and_leaves_nothing_of_small_work(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_an_interrupt_of_much_work_says_how_to_go_on(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
+    monkeypatch.setattr(
+        "protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert main(["prep", *map(str, files), "--out", str(tmp_path / "out"), "--on-bad-record", "skip"]) == 130
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"warning: what is finished is kept in {tmp_path / 'out.partial'}; go on with the same command and --resume",
+        "interrupted",
+    ]
+
+
 def test_a_record_beyond_the_bound_is_an_error_in_bounded_memory_and_can_be_skipped(tmp_path, capsys, monkeypatch):
     for module in (fasta, text_pieces):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 3000)
