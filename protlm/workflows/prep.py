@@ -144,7 +144,7 @@ def prepare(
 
     Raises:
         PrepUsageError: The options contradict each other or lie out of range.
-        ProtlmError: A bad record or file, no training record left, or an output that is in the way.
+        ProtlmError: A bad record or file, no record left, or an output that is in the way.
     """
     most = max(_MOST_WORKERS, 4 * (os.cpu_count() or 1))
     if not 1 <= workers <= most:

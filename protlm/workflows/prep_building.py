@@ -73,7 +73,7 @@ def build_dataset(
         The manifest, and how many records no cluster names where the split is by cluster.
 
     Raises:
-        ProtlmError: Files that were not read yet, a bad record, or no record left for training.
+        ProtlmError: Files that were not read yet, a bad record, or no record left.
     """
     sources = _finished_sources(folder)
     by_source = [folder.pieces(number) for number in range(len(sources))]
@@ -86,9 +86,9 @@ def build_dataset(
     texts = xxhash.xxh3_128_hexdigest("".join(f"{piece.part} {piece.text_hash}\n" for piece in pieces).encode())
     folder.begin_dataset({"options": options.model_dump(mode="json"), "texts": texts})
     rejects = _write_rejects(folder, sources, by_source, chosen, options)
-    if not any(plan.split == "train" for plan in plans):
+    if not plans:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
-        raise ProtlmError(f"no record is left for training; rejected: {told or 'none'}")
+        raise ProtlmError(f"no record is left; rejected: {told}")
     finished = _make_shards(folder, plans, pieces, chosen, workers, progress)
     repairs: Counter[str] = Counter()
     for piece in pieces:

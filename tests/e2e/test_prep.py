@@ -230,7 +230,7 @@ def test_missing_files_and_folders_are_told_before_anything_is_read(write, out, 
 def test_records_that_all_go_elsewhere_leave_no_dataset(write, out, tmp_path, capsys):
     path = write("a", "MKV", "MK")
     arguments = ["prep", path, "--out", out, "--min-length", "9"]
-    assert_fails(capsys, tmp_path, arguments, "no record is left for training; rejected: 2 too_short")
+    assert_fails(capsys, tmp_path, arguments, "no record is left; rejected: 2 too_short")
 
 
 def test_the_output_may_not_lie_in_an_input_nor_the_other_way_round(write, tmp_path, capsys):

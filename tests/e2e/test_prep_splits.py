@@ -180,6 +180,19 @@ def test_a_file_gives_each_record_its_split_and_others_are_left_out(tmp_path, ca
     )
 
 
+def test_a_dataset_may_be_for_testing_only(tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "a.fasta", ["a", "b"], random_sequences(2))
+    table = tmp_path / "splits.tsv"
+    table.write_text("a\ttest\nb\ttest\n")
+    arguments = ("prep", fasta, "--out", tmp_path / "out", "--split", "file", "--split-file", table)
+    assert main([*map(str, arguments)]) == 0
+    assert "warning: split 'train' is empty" in capsys.readouterr().err
+    assert split_of_ids(tmp_path / "out") == {"a": "test", "b": "test"}
+    assert "no records in split 'train'; it has test" in error_line(
+        capsys, "train", tmp_path / "out", "--out", tmp_path / "run", "--config", "tiny"
+    )
+
+
 def test_equal_sequences_that_a_file_gives_to_two_splits_stay_in_the_earlier_one(tmp_path):
     fasta = write_fasta(tmp_path / "a.fasta", ["a", "b", "c"], ["MKVLAAGIV", "MKVLAAGIV", "WWWWW"])
     table = tmp_path / "splits.tsv"
