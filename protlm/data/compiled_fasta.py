@@ -84,7 +84,7 @@ def why_not() -> str | None:
 
 
 def parse_fasta(text: bytes) -> tuple[RecordTable, BadRecords]:
-    r"""Returns the good records of a text as columns, and where the bad ones stand; some 1 GB/s.
+    r"""Returns the good records of a text as columns, and where the bad ones stand.
 
     Args:
         text: Whole records, from a `>` on; `\n` line ends only, and headers in UTF-8.

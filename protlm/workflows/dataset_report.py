@@ -83,13 +83,8 @@ def warnings_of(manifest: Manifest) -> list[str]:
     return found
 
 
-def render_report(manifest: Manifest, name: str) -> str:
-    """Returns the page of a dataset; equal arguments give equal bytes.
-
-    Args:
-        manifest: What the dataset says about itself.
-        name: What to call it.
-    """
+def render_report(manifest: Manifest) -> str:
+    """Returns the page of a dataset; it names no folder, so that equal datasets have equal pages."""
     sections = [
         ("Splits", _splits(manifest)),
         ("Lengths", _lengths(manifest.splits)),
@@ -100,14 +95,13 @@ def render_report(manifest: Manifest, name: str) -> str:
         ("Options", _options(manifest)),
     ]
     warnings = "".join(f"<li>{escape(warning)}</li>" for warning in warnings_of(manifest))
-    title = escape(name)
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{title}: protlm dataset</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
-            '<p class="soft">A dataset of protein sequences, made by <code>protlm prep</code>.</p>',
+            f"<title>Protein dataset</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Protein dataset</h1>",
+            '<p class="soft">Made by <code>protlm prep</code>.</p>',
             f'<ul class="warnings">{warnings}</ul>' if warnings else "",
             *(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in sections),
             "</body>\n</html>\n",

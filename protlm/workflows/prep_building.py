@@ -118,7 +118,7 @@ def build_dataset(
         repairs=dict(sorted(repairs.items())),
     )  # fmt: skip
     with files.written_whole(folder.dataset_path / dataset.REPORT_NAME) as path:
-        path.write_text(render_report(manifest, "dataset"), encoding="utf-8")
+        path.write_text(render_report(manifest), encoding="utf-8")
     dataset.write_manifest(folder.dataset_path, manifest)
     return manifest, chosen.num_unclustered
 

@@ -27,7 +27,6 @@ else:
 
 FORMAT = "protlm-prep"
 FORMAT_VERSION = 1
-SUFFIX = ".partial"
 
 _WORTH_KEEPING_BYTES = 64 << 20
 
@@ -183,7 +182,7 @@ class PrepFolder:
 def partial_folder(out: Path) -> Path:
     """Returns where the folder for a dataset lies."""
     target = Path(os.path.realpath(out))
-    return target.with_name(target.name + SUFFIX)
+    return target.with_name(target.name + files.PARTIAL_SUFFIX)
 
 
 def open_prep_folder(
