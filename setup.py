@@ -1,18 +1,64 @@
-"""Builds the compiled FASTA parser; everything else about the package is in pyproject.toml."""
+"""Builds the compiled parts, each optional; everything else about the package is in pyproject.toml."""
+
+import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# What a source is compiled for beyond the machine that every installation has; the kernels are chosen at run time.
+_INSTRUCTION_SETS = {
+    "favor_avx2.cpp": ["-mavx2", "-mfma"],
+    "favor_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+}
+_KERNELS = Path("protlm/ops/cpp")
+
+
+class BuildSourceBySource(build_ext):
+    """Compiles every source with the flags of its own instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compiles the sources with flags of their own first, then the rest, and links them."""
+        special = [source for source in ext.sources if Path(source).name in _INSTRUCTION_SETS]
+        ext.sources = [source for source in ext.sources if source not in special]
+        for source in special:
+            flags = [*ext.extra_compile_args, *_INSTRUCTION_SETS[Path(source).name]]
+            ext.extra_objects += self.compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
+            )
+        super().build_extension(ext)
+
+
+def attention_sources() -> list[str]:
+    """Returns the sources of the attention kernels that a compiler for this machine understands."""
+    names = ["favor.cpp", "favor_portable.cpp"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        names += _INSTRUCTION_SETS
+    return [str(_KERNELS / name) for name in names]
+
 
 setup(
+    cmdclass={"build_ext": BuildSourceBySource},
+    # No Python modules: compiled_fasta.py and favor_cpp.py find the files by these names and load them with ctypes.
+    # Without a compiler protlm still installs; it then reads FASTA in Python, and attention runs on torch.
     ext_modules=[
         Extension(
-            # No Python module: compiled_fasta.py finds the file by this name and loads it with ctypes.
             "protlm.data._fasta_parser",
             sources=["protlm/data/fasta_parser.cpp"],
             depends=["protlm/data/xxh3.h"],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17"],
-            # Without a compiler protlm still installs, and reads FASTA in Python.
             optional=True,
-        )
-    ]
+        ),
+        Extension(
+            "protlm.ops._favor",
+            sources=attention_sources(),
+            depends=sorted(str(path) for path in _KERNELS.glob("*.h")),
+            language="c++",
+            # No fast-math: linked in, it would make the whole process flush denormals to zero.
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        ),
+    ],
 )

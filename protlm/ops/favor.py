@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protlm.ops import favor_torch
+from protlm.ops import favor_cpp, favor_torch
 from protlm.ops.inputs import AttentionInputs
 from protlm.ops.oprf import oprf_a_from_data
 from protlm.ops.random_features import FeatureMap
 
-Backend = Literal["auto", "torch"]
+Backend = Literal["auto", "torch", "cpp"]
 
-_BACKENDS: dict[str, ModuleType] = {"torch": favor_torch}
+_BACKENDS: dict[str, ModuleType] = {"torch": favor_torch, "cpp": favor_cpp}
 
 # From here on the variance of the estimate is infinite.
 _MAX_OPRF_A = 0.125
@@ -82,7 +82,6 @@ def favor_attention(
     AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
-    chosen = "torch" if backend == "auto" else backend
     if feature_map == "oprf" and oprf_a is None:
         oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens)
     dtype = v.dtype
@@ -90,8 +89,16 @@ def favor_attention(
         # The backward reads the output, and the small renormaliser would multiply what rounding took from it.
         projection = projection.to(dtype)
         q, k, v = q.float(), k.float(), v.float()
-    out: Tensor = _favor(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, chosen)[0]
+    out: Tensor = _favor(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend)[0]
     return out.to(dtype)
+
+
+def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
+    """Returns the backend of a call, the same for its forward and its backward."""
+    if backend == "auto":
+        return favor_cpp if favor_cpp.covers(inputs) and favor_cpp.why_not() is None else favor_torch
+    chosen = _BACKENDS[backend]
+    return favor_torch if chosen is favor_cpp and not favor_cpp.covers(inputs) else chosen
 
 
 @torch.library.custom_op("protlm::oprf_a", mutates_args=())
@@ -125,7 +132,7 @@ def _favor(
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
     # Autocast would round the exponents and sums of the operations inside.
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].forward(inputs)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _module(backend, inputs).forward(inputs)
     return result
 
 
@@ -149,7 +156,7 @@ def _favor_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].backward(
+        result: tuple[Tensor, Tensor, Tensor] = _module(backend, inputs).backward(
             inputs, out_grad, out, states, references, query_sums
         )
     return result

@@ -102,7 +102,7 @@ def cut_into_blocks(
     batch, _, length, _ = q.shape
     step = min(max_tokens, max_positions)
     if cu_seqlens is not None:
-        yield from _packed_blocks(token_mask, _checked_bounds(cu_seqlens, length), max_tokens, step, q.device)
+        yield from _packed_blocks(token_mask, checked_bounds(cu_seqlens, length), max_tokens, step, q.device)
         return
     if length == 0:
         return
@@ -122,7 +122,7 @@ def _cut(piece: Piece, step: int) -> tuple[Piece, ...]:
     return tuple(piece.narrow(start, min(start + step, piece.length)) for start in range(0, piece.length, step))
 
 
-def _checked_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
+def checked_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(start > stop for start, stop in pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the length {length}, got {bounds[:8]}…")

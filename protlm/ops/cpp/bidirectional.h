@@ -1,0 +1,389 @@
+// Bidirectional FAVOR: the keys of a segment folded into its state, the state read by every query, and their gradients.
+//
+// The state of an exponential map is a mean of v for every feature, and the logarithm of the feature's sum over the keys
+// (`references`, to base 2): attention from the projection to the keys, then from the queries to the projection. While
+// keys are folded the references are guesses, and any that keep exponents within kRange give the same: where a guess
+// fails, a panel of features is taken once more. No feature outlives its tile.
+
+#pragma once
+
+#include "workspace.h"
+
+namespace PROTLM_NAMESPACE {
+
+// Exponents may exceed their reference by as much: 2^32, times the keys of a segment, leaves room in float32.
+constexpr float kRange = 32.0f;
+constexpr float kLogZero = -1e30f;
+
+// One unit of tokens of one head, with all that belongs to it.
+template <bool kExponential>
+struct Work {
+    const Sizes& sizes;
+    const Tokens tokens;
+    const Projection projection;
+    const Scratch& scratch;
+    const Index dim = sizes.head_dim, padded_dim = sizes.padded_dim, padded = sizes.padded_features;
+    const double a = tokens.oprf_a();
+    const float factor = a ? static_cast<float>(std::sqrt(1 - 4 * a)) : 1.0f;
+    // Of ‖k‖², in the exponent to base 2.
+    const float norm_scale = kExponential ? static_cast<float>(0.5 * 1.4426950408889634 / std::sqrt(double(dim))) : 0.0f;
+
+    PROTLM_INLINE static Vec feature(Vec x) { return kExponential ? exp2(x) : larger(Vec{}, x) + kReluOffset; }
+
+    // Calls visit(first token, number of tokens) for every tile.
+    template <class Visit>
+    void for_each_tile_of_tokens(Visit&& visit) const {
+        for (Index first = 0; first < tokens.unit.count; first += sizes.tile)
+            visit(first, tokens.unit.count - first < sizes.tile ? tokens.unit.count - first : sizes.tile);
+    }
+
+    // Gathers keys for the projection, and their ‖k‖² in the exponent.
+    void gather_keys(Index first, Index count, float* rows, float* norms) const {
+        const FavorTensor& k = tokens.call.k;
+        tokens.gather(k, first, count, factor, rows);
+        for (Index t = 0; t < count && kExponential; ++t) {
+            const float* x = tokens.at(k, first + t);
+            norms[t] = norm_scale * dot(x, x, dim);
+        }
+    }
+
+    // Adds the keys of the unit to `state`, which is that of no key before.
+    void fold(const State& state) const {
+        std::memset(state.context, 0, sizeof(float) * sizes.state_floats());
+        bool is_first = true;
+        for_each_tile_of_tokens([&](Index first, Index count) {
+            gather_keys(first, count, scratch.rows[0], scratch.numbers[0]);
+            tokens.gather(tokens.call.v, first, count, 1.0f, scratch.rows[1]);
+            pack(scratch.rows[1], dim, count, dim, 1.0f, scratch.panels);
+            for (Index j = 0; j < padded; j += kPanel) {
+                key_panel(state, j, count, is_first);
+                for (Index c = 0; c < padded_dim; c += kPanel)
+                    add_product(kPanel, Operand{scratch.features[0], 1, kPanel, count},
+                                scratch.panels + c * count, state.context + (c * padded + j * kPanel));
+            }
+            is_first = false;
+        });
+    }
+
+    // Writes the features j ... of a tile of keys, and adds them to the sums of the state.
+    PROTLM_INLINE void key_panel(const State& state, Index j, Index count, bool is_first) const {
+        const float* const columns = projection.columns + j * dim;
+        const float* const norms = scratch.numbers[0];
+        float* const features = scratch.features[0];
+        while (true) {
+            const Vec left_reference = load(state.references + j), right_reference = load(state.references + j + kLanes);
+            Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
+            Vec left_largest = all(-INFINITY), right_largest = left_largest;
+            product(count, row_major(scratch.rows[0], dim), columns, [&](Index t, Vec left, Vec right) {
+                if (kExponential) {
+                    left -= norms[t], right -= norms[t];
+                    left_largest = larger(left_largest, left), right_largest = larger(right_largest, right);
+                    left -= left_reference, right -= right_reference;
+                }
+                left = feature(left), right = feature(right);
+                left_sum += left, right_sum += right;
+                store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
+            });
+            if (!kExponential || (fits(left_largest - left_reference, is_first) &&
+                                  fits(right_largest - right_reference, is_first))) {
+                store(state.sums + j, left_sum), store(state.sums + j + kLanes, right_sum);
+                return;
+            }
+            float largest[kPanel];
+            store(largest, left_largest), store(largest + kLanes, right_largest);
+            for (Index i = 0; i < kPanel; ++i) move_reference(state, j + i, largest[i], is_first);
+        }
+    }
+
+    // Neither too large nor, where nothing else gives the feature a weight, too small; NaN fits, and stays.
+    PROTLM_INLINE static bool fits(Vec rise, bool is_first) {
+        return !any(rise > kRange) && !(is_first && any(rise < -kRange));
+    }
+
+    void move_reference(const State& state, Index j, float largest, bool is_first) const {
+        const float rise = largest - state.references[j];
+        if (!(rise > kRange || (is_first && rise < -kRange))) return;
+        const float shrink = is_first ? 0.0f : std::exp2(-rise);
+        state.references[j] = largest;
+        state.sums[j] *= shrink;
+        for (Index c = 0; c < padded_dim; ++c) state.context[(c / kPanel * padded + j) * kPanel + c % kPanel] *= shrink;
+    }
+
+    // Makes means and logarithms of sums; features that only fill a panel weigh nothing from here on.
+    void finish(const State& state) const {
+        for (Index j = 0; j < padded && kExponential; ++j) {
+            const float inverse = 1.0f / state.sums[j];
+            state.references[j] += std::log2(state.sums[j]);
+            state.sums[j] = 1.0f;
+            for (Index c = 0; c < padded_dim; c += kPanel) {
+                float* const means = state.context + (c / kPanel * padded + j) * kPanel;
+                store(means, load(means) * inverse), store(means + kLanes, load(means + kLanes) * inverse);
+            }
+        }
+        clear_filling(state);
+    }
+
+    void clear_filling(const State& state) const {
+        for (Index j = sizes.features; j < padded; ++j) {
+            state.sums[j] = 0.0f;
+            for (Index c = 0; c < padded_dim; c += kPanel)
+                std::memset(state.context + (c / kPanel * padded + j) * kPanel, 0, sizeof(float) * kPanel);
+        }
+    }
+
+    // What a query finds of a feature: its reference, and the constant of `oprf`; returns the largest.
+    float prepare_query_references(const float* references) const {
+        float largest = -INFINITY;
+        for (Index j = 0; j < padded; ++j) {
+            float reference = kLogZero;
+            if (j < sizes.features) {
+                reference = references[j];
+                if (a != 0) reference += static_cast<float>(2 * a * 1.4426950408889634 * projection.squares[j]);
+                if (reference > largest) largest = reference;
+            }
+            scratch.query_references[j] = reference;
+        }
+        return largest;
+    }
+
+    // Writes the output and the query sums of the unit.
+    void read(const State& state) const {
+        const float largest_reference = kExponential ? prepare_query_references(state.references) : 0.0f;
+        float* const offsets = scratch.numbers[0];
+        float* const totals = scratch.numbers[1];
+        for_each_tile_of_tokens([&](Index first, Index count) {
+            tokens.gather(tokens.call.q, first, count, factor, scratch.rows[0]);
+            for (Index t = 0; t < count && kExponential; ++t)
+                offsets[t] = first_offset(scratch.rows[0] + t * dim, largest_reference);
+            query_features(state, scratch.rows[0], scratch.features[0], count, count);
+            if (kExponential && !offsets_fit(count))
+                query_features(state, scratch.rows[0], scratch.features[0], count, count);
+            for (Index t = 0; t < count; ++t) {
+                const float total = sum_of(load(scratch.vectors[1] + t * kLanes));
+                totals[t] = 1.0f / total;
+                *tokens.query_sum(first + t) = kExponential ? offsets[t] + std::log2(total) : total;
+            }
+            for (Index c = 0; c < dim; c += kPanel)
+                product(count, from_panels(scratch.features[0], count, padded), state.context + c * padded,
+                        [&](Index t, Vec left, Vec right) {
+                            store_columns(tokens.at(tokens.call.out, first + t) + c, dim - c, left * totals[t],
+                                          right * totals[t]);
+                        });
+        });
+    }
+
+    // A guess at the largest exponent of a query: two standard deviations of ω·q.
+    float first_offset(const float* q, float largest_reference) const {
+        return largest_reference + 2 * std::sqrt(2 * kLog2E * norm_scale * dot(q, q, dim));
+    }
+
+    // Writes the features of a tile of queries, in panels of `stride` rows, and for each query its largest exponent and
+    // the product of its features with the sums of the state.
+    void query_features(const State& state, const float* queries, float* panels, Index stride, Index count) const {
+        float *const largest = scratch.vectors[0], *const totals = scratch.vectors[1];
+        const float* const offsets = scratch.numbers[0];
+        for (Index t = 0; t < count; ++t) {
+            store(largest + t * kLanes, all(-INFINITY));
+            store(totals + t * kLanes, Vec{});
+        }
+        for (Index j = 0; j < padded; j += kPanel) {
+            const Vec left_reference = load(scratch.query_references + j);
+            const Vec right_reference = load(scratch.query_references + j + kLanes);
+            const Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
+            float* const features = panels + j * stride;
+            product(count, row_major(queries, dim), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
+                if (kExponential) {
+                    left += left_reference, right += right_reference;
+                    const Vec known = load(largest + t * kLanes);
+                    store(largest + t * kLanes, larger(larger(known, left), right));
+                    left -= offsets[t], right -= offsets[t];
+                }
+                left = feature(left), right = feature(right);
+                store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
+                store(totals + t * kLanes, load(totals + t * kLanes) + left * left_sum + right * right_sum);
+            });
+        }
+    }
+
+    // Says whether every offset is near the largest exponent; moves there those that are not.
+    bool offsets_fit(Index count) const {
+        bool fit = true;
+        for (Index t = 0; t < count; ++t) {
+            const float largest = largest_of(load(scratch.vectors[0] + t * kLanes));
+            const float rise = largest - scratch.numbers[0][t];
+            if (rise <= kRange && rise >= -kRange) continue;
+            scratch.numbers[0][t] = largest;
+            fit = false;
+        }
+        return fit;
+    }
+
+    // Writes the gradients of the queries of the unit, and what they give to the gradient of the state.
+    void query_gradients(const State& state, const State& gradient) const {
+        std::memset(gradient.context, 0, sizeof(float) * sizes.state_floats());
+        transpose_panels(state.context, padded, dim, scratch.transposed);
+        if (kExponential) prepare_query_references(state.references);
+        float* const query_sums = scratch.numbers[0];
+        float *const queries = scratch.rows[0], *const pulled = scratch.rows[1];
+        for_each_tile_of_tokens([&](Index first, Index count) {
+            tokens.gather(tokens.call.q, first, count, factor, queries);
+            for (Index t = 0; t < count; ++t) query_sums[t] = *tokens.query_sum(first + t);
+            gather_pulled(first, count, pulled);
+            pack(pulled, dim, count, dim, 1.0f, scratch.panels);
+            for (Index j = 0; j < padded; j += kPanel) {
+                query_gradient_panel(state, gradient, j, count);
+                for (Index c = 0; c < padded_dim; c += kPanel)
+                    add_product(kPanel, Operand{scratch.features[0], 1, kPanel, count}, scratch.panels + c * count,
+                                gradient.context + (c * padded + j * kPanel));
+            }
+            for (Index c = 0; c < dim; c += kPanel)
+                product(count, from_panels(scratch.features[1], count, padded), projection.rows + c * padded,
+                        [&](Index t, Vec left, Vec right) {
+                            store_columns(tokens.at(tokens.call.q_grad, first + t) + c, dim - c, left * factor,
+                                          right * factor);
+                        });
+        });
+        clear_filling(gradient);
+    }
+
+    // Gathers the gradient of the output, and minus its inner product with the output in numbers[1].
+    void gather_pulled(Index first, Index count, float* pulled) const {
+        for (Index t = 0; t < count; ++t, pulled += dim) {
+            const float* out_grad = tokens.at(tokens.call.out_grad, first + t);
+            const float weight = kExponential ? 1.0f : 1.0f / *tokens.query_sum(first + t);
+            scratch.numbers[1][t] = -weight * dot(out_grad, tokens.at(tokens.call.out, first + t), dim);
+            for (Index c = 0; c < dim; ++c) pulled[c] = out_grad[c] * weight;
+        }
+    }
+
+    PROTLM_INLINE void query_gradient_panel(const State& state, const State& gradient, Index j, Index count) const {
+        const Vec left_reference = load(scratch.query_references + j);
+        const Vec right_reference = load(scratch.query_references + j + kLanes);
+        float *const features = scratch.features[0], *const grads = scratch.features[1] + j * count;
+        const float *const query_sums = scratch.numbers[0], *const inner = scratch.numbers[1];
+        Vec left_grad = load(gradient.sums + j), right_grad = load(gradient.sums + j + kLanes);
+        product(count, row_major(scratch.rows[0], dim), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
+            if (kExponential) {
+                left = left + left_reference - query_sums[t], right = right + right_reference - query_sums[t];
+            }
+            left = feature(left), right = feature(right);
+            left_grad += left * inner[t], right_grad += right * inner[t];
+            store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
+        });
+        store(gradient.sums + j, left_grad), store(gradient.sums + j + kLanes, right_grad);
+        const Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
+        product(count, row_major(scratch.rows[1], dim), scratch.transposed + j * dim, [&](Index t, Vec left, Vec right) {
+            left += left_sum * inner[t], right += right_sum * inner[t];
+            store(grads + t * kPanel, slope(load(features + t * kPanel)) * left);
+            store(grads + t * kPanel + kLanes, slope(load(features + t * kPanel + kLanes)) * right);
+        });
+    }
+
+    // The derivative of a feature by its exponent, or by ω·y.
+    PROTLM_INLINE static Vec slope(Vec feature) {
+        if (kExponential) return feature;
+        return feature > kReluOffset ? all(1.0f) : Vec{};
+    }
+
+    // Writes the gradients of the keys and values of the unit.
+    void key_gradients(const State& state, const State& gradient) const {
+        transpose_panels(gradient.context, padded, dim, scratch.transposed);
+        float *const keys = scratch.rows[0], *const values = scratch.rows[1];
+        for_each_tile_of_tokens([&](Index first, Index count) {
+            gather_keys(first, count, keys, scratch.numbers[0]);
+            tokens.gather(tokens.call.v, first, count, 1.0f, values);
+            for (Index t = 0; t < count; ++t) store(scratch.vectors[0] + t * kLanes, Vec{});
+            for (Index j = 0; j < padded; j += kPanel) key_gradient_panel(state, gradient, j, count);
+            for (Index c = 0; c < dim; c += kPanel)
+                product(count, from_panels(scratch.features[0], count, padded), gradient.context + c * padded,
+                        [&](Index t, Vec left, Vec right) {
+                            store_columns(tokens.at(tokens.call.v_grad, first + t) + c, dim - c, left, right);
+                        });
+            write_key_gradients(scratch.features[1], count, first, count);
+        });
+    }
+
+    // Writes the gradients of keys from those of their exponents, in panels of `stride` rows, and from the sums of the
+    // latter in vectors[0]; overwrites numbers[0].
+    void write_key_gradients(const float* exponent_grads, Index stride, Index first, Index count) const {
+        float* const norm_grads = scratch.numbers[0];
+        const float norm_factor = -1.0f / std::sqrt(static_cast<float>(dim));
+        if (kExponential)
+            for (Index t = 0; t < count; ++t) norm_grads[t] = norm_factor * sum_of(load(scratch.vectors[0] + t * kLanes));
+        const Operand grads{exponent_grads, kPanel, 1, kPanel, padded / kPanel, stride * kPanel};
+        for (Index c = 0; c < dim; c += kPanel)
+            product(count, grads, projection.rows + c * padded, [&](Index t, Vec left, Vec right) {
+                const float* key = tokens.at(tokens.call.k, first + t) + c;
+                float* const grad = tokens.at(tokens.call.k_grad, first + t) + c;
+                store_columns(grad, dim - c, left * factor, right * factor);
+                const Index columns = dim - c < kPanel ? dim - c : kPanel;
+                for (Index i = 0; i < columns && kExponential; ++i) grad[i] += norm_grads[t] * key[i];
+            });
+    }
+
+    PROTLM_INLINE void key_gradient_panel(const State& state, const State& gradient, Index j, Index count) const {
+        const Vec left_reference = load(state.references + j), right_reference = load(state.references + j + kLanes);
+        float *const features = scratch.features[0] + j * count, *const grads = scratch.features[1] + j * count;
+        const float* const norms = scratch.numbers[0];
+        product(count, row_major(scratch.rows[0], dim), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
+            if (kExponential) left = left - norms[t] - left_reference, right = right - norms[t] - right_reference;
+            store(features + t * kPanel, feature(left)), store(features + t * kPanel + kLanes, feature(right));
+        });
+        const Vec left_grad = load(gradient.sums + j), right_grad = load(gradient.sums + j + kLanes);
+        float* const totals = scratch.vectors[0];
+        product(count, row_major(scratch.rows[1], dim), scratch.transposed + j * dim, [&](Index t, Vec left, Vec right) {
+            left = slope(load(features + t * kPanel)) * (left + left_grad);
+            right = slope(load(features + t * kPanel + kLanes)) * (right + right_grad);
+            if (kExponential) store(totals + t * kLanes, load(totals + t * kLanes) + left + right);
+            store(grads + t * kPanel, left), store(grads + t * kPanel + kLanes, right);
+        });
+    }
+
+    // Loads a state that `store_state` wrote.
+    void load_state(const State& state) const {
+        const FavorCall& call = tokens.call;
+        const Index place = tokens.unit.segment * sizes.heads + tokens.head, features = sizes.features;
+        const float* rows = call.states + place * features * (dim + 1);
+        std::memset(state.context, 0, sizeof(float) * sizes.state_floats());
+        for (Index j = 0; j < features; ++j, rows += dim + 1) {
+            for (Index c = 0; c < dim; ++c) state.context[(c / kPanel * padded + j) * kPanel + c % kPanel] = rows[c];
+            state.sums[j] = rows[dim];
+            if (kExponential) state.references[j] = call.references[place * features + j];
+        }
+    }
+};
+
+// Adds the keys of a finished state to another one, which may be that of no key.
+template <bool kExponential>
+void merge(const Sizes& sizes, const State& merged, const State& next) {
+    const Index padded = sizes.padded_features;
+    for (Index j = 0; j < sizes.features; ++j) {
+        float mine = 1.0f, theirs = 1.0f;
+        if (kExponential) {
+            const float a = merged.references[j], b = next.references[j], larger_one = a > b ? a : b;
+            const float sum = std::exp2(a - larger_one) + std::exp2(b - larger_one);
+            mine = std::exp2(a - larger_one) / sum;
+            theirs = std::exp2(b - larger_one) / sum;
+            merged.references[j] = larger_one + std::log2(sum);
+            merged.sums[j] = 1.0f;
+        } else {
+            merged.sums[j] += next.sums[j];
+        }
+        for (Index c = 0; c < sizes.padded_dim; c += kLanes) {
+            const Index place = (c / kPanel * padded + j) * kPanel + c % kPanel;
+            store(merged.context + place, load(merged.context + place) * mine + load(next.context + place) * theirs);
+        }
+    }
+}
+
+// Adds the partial gradients of a state, in their order, in the memory of the first.
+inline void add_gradients(const Workspace& workspace, const FavorGroup& group, Index head) {
+    const State sum = workspace.slot(group.first_slot, head);
+    for (Index i = 1; i < group.num_slots; ++i) {
+        const State next = workspace.slot(group.first_slot + i, head);
+        for (Index place = 0; place < workspace.sizes.state_floats(); place += kLanes)
+            store(sum.context + place, load(sum.context + place) + load(next.context + place));
+    }
+}
+
+}  // namespace PROTLM_NAMESPACE

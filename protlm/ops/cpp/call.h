@@ -1,0 +1,57 @@
+// What favor_cpp.py hands over for one call of the op: plain structures of pointers, strides and counts.
+//
+// Every size is in floats or in counts. The caller owns all memory; results for tokens that no unit names stay untouched.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// A float32 tensor (batch, heads, tokens, head_dim) whose last axis is contiguous.
+struct FavorTensor {
+    float* data;
+    std::int64_t batch_stride, head_stride, token_stride;
+};
+
+// Consecutive tokens of one segment, which one thread takes at once.
+struct FavorUnit {
+    std::int64_t segment, row;  // row of the batch
+    std::int64_t first, count;  // in `positions`, or tokens of the row where that is null
+    std::int64_t slot;          // where its partial state goes; -1 if the segment is this one unit
+    std::int64_t first_slot;    // that of the first unit of the segment
+};
+
+// Units of one segment that is longer than one unit: slots first_slot ... first_slot + num_slots - 1, in their order.
+struct FavorGroup {
+    std::int64_t segment, first_slot, num_slots;
+};
+
+struct FavorCall {
+    std::int64_t heads, head_dim, num_tokens;
+    std::int64_t num_rows;        // of the projection
+    std::int64_t mirror;          // 1: every row also with its sign changed, behind all others
+    std::int64_t is_exponential;  // 0: ReLU
+    std::int64_t is_causal;
+    std::int64_t projection_head_stride;  // 0: shared by the heads
+    double scale;                         // of the rows of the projection
+
+    const float* projection;
+    const double* oprf_a;  // (segments, heads), or null
+    const std::int32_t* positions;
+    const FavorUnit* units;
+    const FavorGroup* groups;
+    std::int64_t num_units, num_groups, num_slots, longest_unit;
+
+    FavorTensor q, k, v, out;
+    float* query_sums;  // (batch, heads, tokens)
+    float* states;      // (segments, heads, features, head_dim + 1)
+    float* references;  // (segments, heads, features), or (segments, heads) for ReLU
+
+    FavorTensor out_grad, q_grad, k_grad, v_grad;
+
+    float* workspace;
+    std::int64_t num_threads;
+};
+
+}  // extern "C"

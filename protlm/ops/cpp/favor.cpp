@@ -1,0 +1,19 @@
+// Which of the compiled kernels this machine can run. favor_cpp.py finds the functions of a kernel by its name.
+
+#include "call.h"
+
+extern "C" {
+
+// Raised whenever FavorCall changes.
+std::int64_t protlm_favor_version() { return 1; }
+
+const char* protlm_favor_best_kernel() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+    return "portable";
+}
+
+}  // extern "C"

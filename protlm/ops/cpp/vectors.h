@@ -1,0 +1,73 @@
+// Vectors of PROTLM_LANES floats, in the vector extensions of GCC and clang: the same code for every machine.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define PROTLM_INLINE inline __attribute__((always_inline))
+
+namespace PROTLM_NAMESPACE {
+
+constexpr int kLanes = PROTLM_LANES;
+// Columns of a tile of a matrix product: two vectors.
+constexpr int kPanel = 2 * kLanes;
+
+typedef float Vec __attribute__((vector_size(4 * PROTLM_LANES)));
+typedef float LooseVec __attribute__((vector_size(4 * PROTLM_LANES), aligned(4), may_alias));
+typedef std::int32_t Ints __attribute__((vector_size(4 * PROTLM_LANES)));
+
+PROTLM_INLINE Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
+PROTLM_INLINE void store(float* to, Vec x) { *reinterpret_cast<LooseVec*>(to) = x; }
+PROTLM_INLINE Vec all(float x) { return x - Vec{}; }
+// The second argument where either is NaN.
+PROTLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+PROTLM_INLINE float sum_of(Vec x) {
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += x[i];
+    return sum;
+}
+
+PROTLM_INLINE float largest_of(Vec x) {
+    float largest = x[0];
+    for (int i = 1; i < kLanes; ++i) largest = x[i] > largest || x[i] != x[i] ? x[i] : largest;
+    return largest;
+}
+
+PROTLM_INLINE bool any(Ints x) {
+    std::int32_t found = 0;
+    for (int i = 0; i < kLanes; ++i) found |= x[i];
+    return found != 0;
+}
+
+// What exp2 makes of everything below: far under what counts beside the largest weight, far above where floats thin out.
+constexpr float kSmallestExponent = -100.0f;
+
+// 2^x to 1.5e-7, for x up to 127; below kSmallestExponent that of it, NaN for NaN.
+PROTLM_INLINE Vec exp2(Vec x) {
+    x = larger(all(kSmallestExponent), x);
+    // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
+    const Vec shifted = x + 12582912.0f;
+    const Vec f = x - (shifted - 12582912.0f);
+    // The minimax polynomial of 2^f on [-1/2, 1/2].
+    Vec p = all(0.0013264727f);
+    p = p * f + 0.009671513f;
+    p = p * f + 0.055507336f;
+    p = p * f + 0.24022242f;
+    p = p * f + 0.693147f;
+    p = p * f + 1.0f;
+    return (Vec)((Ints)p + ((Ints)shifted << 23));
+}
+
+inline float dot(const float* a, const float* b, std::int64_t count) {
+    Vec sums = {};
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) sums = load(a + i) * load(b + i) + sums;
+    float sum = sum_of(sums);
+    for (; i < count; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+}  // namespace PROTLM_NAMESPACE

@@ -1,0 +1,214 @@
+// Sizes of one call, and where in the caller's workspace everything lies.
+
+#pragma once
+
+#include "call.h"
+#include "tiles.h"
+
+namespace PROTLM_NAMESPACE {
+
+// Tokens taken at once: their features and the rows they are made of stay in a core's second-level cache.
+constexpr Index kLongestTile = 96, kTileFloats = 40 * 1024;
+// The same for causal attention, whose cost within a piece grows with the square of its length.
+constexpr Index kLongestPiece = 64;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kReluOffset = 1e-3f;  // random_features.RELU_OFFSET
+
+struct Sizes {
+    Index heads, head_dim, padded_dim, features, padded_features, tile, piece, projections;
+
+    explicit Sizes(const FavorCall& call)
+        : heads(call.heads), head_dim(call.head_dim), padded_dim(round_up(head_dim, kPanel)),
+          features(call.num_rows * (1 + call.mirror)), padded_features(round_up(features, kPanel)),
+          projections(call.projection_head_stride ? heads : 1) {
+        const Index fitting = kTileFloats / (padded_features + 2 * padded_dim) / kRows * kRows;
+        tile = fitting < 2 * kRows ? 2 * kRows : fitting > kLongestTile ? kLongestTile : fitting;
+        piece = tile < kLongestPiece ? tile : kLongestPiece;
+        if (call.is_causal) tile = padded_piece();
+    }
+
+    Index padded_piece() const { return round_up(piece, kPanel); }
+    Index state_floats() const { return padded_features * (padded_dim + 2); }
+    Index projection_floats() const { return padded_features * (head_dim + padded_dim + 1); }
+};
+
+// Sums over keys, for one segment and head; for exponential maps relative to 2^references.
+struct State {
+    float *context;     // [padded_dim / kPanel][padded_features][kPanel]
+    float *sums;        // [padded_features]
+    float *references;  // [padded_features]
+
+    State(float* memory, const Sizes& sizes)
+        : context(memory), sums(memory + sizes.padded_features * sizes.padded_dim),
+          references(sums + sizes.padded_features) {}
+};
+
+// The projection of one head, scaled.
+struct Projection {
+    float* columns;  // [padded_features / kPanel][head_dim][kPanel]: for scores; exponential ones are logarithms to base 2
+    float* rows;     // [padded_dim / kPanel][padded_features][kPanel]: for gradients
+    float* squares;  // ‖ω‖² of the rows as given
+
+    Projection(float* memory, const Sizes& sizes)
+        : columns(memory), rows(memory + sizes.padded_features * sizes.head_dim),
+          squares(rows + sizes.padded_features * sizes.padded_dim) {}
+};
+
+// What one thread works with.
+struct Scratch {
+    float *state, *gradient, *transposed, *query_references;
+    float *features[2];             // [padded_features / kPanel][tile][kPanel]
+    float *rows[2], *panels;        // [tile][head_dim], [padded_dim / kPanel][tile][kPanel]
+    float *numbers[2], *vectors[2]; // a number, and a vector, for every token of a tile
+
+    Scratch(float* memory, const Sizes& sizes) {
+        const auto take = [&memory](Index count) {
+            float* const taken = memory;
+            memory += round_up(count, 16);
+            return taken;
+        };
+        for (float*& x : vectors) x = take(sizes.tile * kLanes);
+        for (float*& x : numbers) x = take(sizes.tile);
+        for (float*& x : rows) x = take(sizes.tile * sizes.padded_dim);
+        panels = take(sizes.tile * sizes.padded_dim);
+        for (float*& x : features) x = take(sizes.tile * sizes.padded_features);
+        state = take(sizes.state_floats());
+        gradient = take(sizes.state_floats());
+        transposed = take(sizes.padded_features * sizes.padded_dim);
+        query_references = take(sizes.padded_features);
+        end = memory;
+    }
+
+    static Index floats(const Sizes& sizes) { return Scratch(nullptr, sizes).end - static_cast<float*>(nullptr); }
+
+private:
+    float* end;
+};
+
+// Further memory of a thread for causal calls.
+struct CausalScratch {
+    float *queries, *query_panels;    // q as rows; the gradient of the output as panels
+    float *key_columns;               // features of keys, [piece / kPanel][padded_features][kPanel]
+    float *weights, *weights_grad;    // [piece][padded piece]
+    float *value_columns;             // [piece / kPanel][head_dim][kPanel]
+    float *norms;
+    float *step_references;           // [steps][padded_features]
+    float *step_bounds;               // [steps + 1], tokens of the unit as floats
+    float *end;
+
+    CausalScratch(float* memory, const Sizes& sizes, Index unit_tokens) {
+        const auto take = [&memory](Index count) {
+            float* const taken = memory;
+            memory += round_up(count, 16);
+            return taken;
+        };
+        const Index piece = sizes.padded_piece();
+        queries = take(piece * sizes.padded_dim);
+        query_panels = take(piece * sizes.padded_dim);
+        key_columns = take(piece * sizes.padded_features);
+        weights = take(piece * piece);
+        weights_grad = take(piece * piece);
+        value_columns = take(piece * sizes.head_dim);
+        norms = take(piece);
+        step_bounds = take(unit_tokens + 1);
+        step_references = take(unit_tokens * sizes.padded_features);
+        end = memory;
+    }
+
+    static Index floats(const Sizes& sizes, Index unit_tokens) {
+        return CausalScratch(nullptr, sizes, unit_tokens).end - static_cast<float*>(nullptr);
+    }
+};
+
+struct Workspace {
+    const Sizes sizes;
+    const Index causal_floats;  // of a thread
+    float *projections, *slots, *gradient_slots, *threads;
+
+    explicit Workspace(const FavorCall& call)
+        : sizes(call), causal_floats(call.is_causal ? CausalScratch::floats(sizes, call.longest_unit) : 0),
+          projections(call.workspace) {
+        slots = projections + round_up(sizes.projections * sizes.projection_floats(), 16);
+        gradient_slots = slots + round_up(call.num_slots * sizes.heads * sizes.state_floats(), 16);
+        threads = gradient_slots + (call.is_causal ? gradient_slots - slots : 0);
+    }
+
+    Projection projection(Index head) const {
+        return {projections + (sizes.projections > 1 ? head : 0) * sizes.projection_floats(), sizes};
+    }
+    State slot(Index index, Index head) const {
+        return {slots + (index * sizes.heads + head) * sizes.state_floats(), sizes};
+    }
+    State gradient_slot(Index index, Index head) const {
+        return {gradient_slots + (index * sizes.heads + head) * sizes.state_floats(), sizes};
+    }
+    float* thread(Index index) const { return threads + index * (Scratch::floats(sizes) + causal_floats); }
+    float* causal_thread(Index index) const { return thread(index) + Scratch::floats(sizes); }
+
+    static Index floats(const FavorCall& call) {
+        const Workspace laid_out(call);
+        return laid_out.thread(call.num_threads) - call.workspace;
+    }
+};
+
+inline void pack_projection(const FavorCall& call, const Sizes& sizes, Index head, const Projection& projection) {
+    const float* rows = call.projection + head * call.projection_head_stride;
+    const float scale = static_cast<float>(call.scale);
+    const float column_scale = call.is_exponential ? static_cast<float>(call.scale * 1.4426950408889634) : scale;
+    const Index padded = sizes.padded_features, dim = sizes.head_dim;
+    std::memset(projection.rows, 0, sizeof(float) * padded * sizes.padded_dim);
+    for (Index j = 0; j < padded; ++j) {
+        const bool is_mirrored = j >= call.num_rows;
+        const float sign = j >= sizes.features ? 0.0f : is_mirrored ? -1.0f : 1.0f;
+        const float* row = rows + (j >= sizes.features ? 0 : is_mirrored ? j - call.num_rows : j) * dim;
+        float* column = projection.columns + (j / kPanel * dim) * kPanel + j % kPanel;
+        for (Index i = 0; i < dim; ++i) {
+            column[i * kPanel] = row[i] * (sign * column_scale);
+            projection.rows[(i / kPanel * padded + j) * kPanel + i % kPanel] = row[i] * (sign * scale);
+        }
+        projection.squares[j] = dot(row, row, dim);
+    }
+}
+
+// Where the tokens of one call, unit and head lie.
+struct Tokens {
+    const FavorCall& call;
+    const FavorUnit& unit;
+    Index head;
+
+    Index token(Index i) const { return call.positions ? call.positions[unit.first + i] : unit.first + i; }
+    float* at(const FavorTensor& tensor, Index i) const {
+        return tensor.data + unit.row * tensor.batch_stride + head * tensor.head_stride + token(i) * tensor.token_stride;
+    }
+    float* query_sum(Index i) const {
+        return call.query_sums + (unit.row * call.heads + head) * call.num_tokens + token(i);
+    }
+    double oprf_a() const { return call.oprf_a ? call.oprf_a[unit.segment * call.heads + head] : 0.0; }
+
+    // Copies vectors, times a factor, to contiguous rows.
+    void gather(const FavorTensor& tensor, Index first, Index count, float factor, float* rows) const {
+        const Index dim = call.head_dim;
+        for (Index i = 0; i < count; ++i, rows += dim) {
+            const float* x = at(tensor, first + i);
+            for (Index c = 0; c < dim; ++c) rows[c] = x[c] * factor;
+        }
+    }
+};
+
+inline void store_state(const FavorCall& call, const Sizes& sizes, const State& state, Index segment, Index head) {
+    const Index dim = sizes.head_dim, padded = sizes.padded_features;
+    float* rows = call.states + (segment * sizes.heads + head) * sizes.features * (dim + 1);
+    for (Index j = 0; j < sizes.features; ++j, rows += dim + 1) {
+        for (Index c = 0; c < dim; c += kPanel)
+            std::memcpy(rows + c, state.context + (c / kPanel * padded + j) * kPanel,
+                        sizeof(float) * (dim - c < kPanel ? dim - c : kPanel));
+        rows[dim] = state.sums[j];
+    }
+    if (call.is_exponential)
+        std::memcpy(call.references + (segment * sizes.heads + head) * sizes.features, state.references,
+                    sizeof(float) * sizes.features);
+    else
+        call.references[segment * sizes.heads + head] = 0.0f;
+}
+
+}  // namespace PROTLM_NAMESPACE

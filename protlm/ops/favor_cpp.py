@@ -1,0 +1,254 @@
+"""FAVOR on the CPU by a compiled kernel: hides whether it was built, how a call is shared out and crosses into C++.
+
+The kernel takes float32 and every feature map but `trig`. A call is cut into units, consecutive tokens of one segment;
+the partial states of a long segment are put together in their order. Nothing depends on the number of threads.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.pieces import checked_bounds
+from protlm.ops.random_features import to_common_length
+
+_EXTENSION = "protlm.ops._favor"
+# As in cpp/favor.cpp: after an update, a library of before may still lie there.
+_VERSION = 1
+# Tokens of a segment that one thread takes at once: enough to make the state they are folded into cheap.
+_UNIT_TOKENS = 2048
+# References of segments without a key, as in favor_torch.
+_LOG_ZERO = -1e30
+
+_Pointer = ctypes.c_void_p
+_Integer = ctypes.c_int64
+
+
+class _Tensor(ctypes.Structure):
+    """What `FavorTensor` is in C++."""
+
+    _fields_ = [("data", _Pointer), *((f"{name}_stride", _Integer) for name in ("batch", "head", "token"))]
+
+
+class _Call(ctypes.Structure):
+    """What `FavorCall` is in C++."""
+
+    _fields_ = [
+        *((name, _Integer) for name in (
+            "heads", "head_dim", "num_tokens", "num_rows", "mirror", "is_exponential", "is_causal",
+            "projection_head_stride",
+        )),
+        ("scale", ctypes.c_double),
+        *((name, _Pointer) for name in ("projection", "oprf_a", "positions", "units", "groups")),
+        *((name, _Integer) for name in ("num_units", "num_groups", "num_slots", "longest_unit")),
+        *((name, _Tensor) for name in ("q", "k", "v", "out")),
+        *((name, _Pointer) for name in ("query_sums", "states", "references")),
+        *((name, _Tensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
+        ("workspace", _Pointer),
+        ("num_threads", _Integer),
+    ]  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Returns why the kernel cannot be used here, None if it can."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def best_kernel() -> str:
+    """Returns the name of the kernel for this machine: `avx512`, `avx2` or `portable`."""
+    name: bytes = _function(_library(), "protlm_favor_best_kernel", ctypes.c_char_p)()
+    return name.decode()
+
+
+def covers(inputs: AttentionInputs) -> bool:
+    """Says whether the kernel takes such a call; another one is left to `favor_torch`."""
+    return inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32 and inputs.feature_map != "trig"
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns what `favor_torch.forward` returns; references and query sums of exponential maps are to base 2."""
+    run = _Run(inputs)
+    out = run.result_like(inputs.v)
+    query_sums = run.result_like(inputs.q[..., 0])
+    states, references = run.empty_states()
+    run("forward", {"out": out}, query_sums, states, references)
+    return out, states, references, query_sums
+
+
+def backward(
+    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v; features are computed once more."""
+    run = _Run(inputs)
+    q_grad, k_grad, v_grad = (run.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
+    run("backward", tensors, query_sums, states, references)
+    return q_grad, k_grad, v_grad
+
+
+class _Run:
+    """One call of the kernel: everything but its results."""
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self._inputs = inputs
+        self._heads, self._head_dim = inputs.q.shape[1], inputs.q.shape[-1]
+        # What the call only points at has to live until it is over.
+        self._alive: list[Any] = []
+        first, counts, self._positions = _segments(inputs)
+        self._is_partial = self._positions is not None
+        self._has_empty = bool((counts == 0).any())
+        self._units, self._groups, num_slots = _plan(first, counts, inputs.cu_seqlens is not None)
+        projection, scale = self._projection()
+        self._call = _Call(
+            heads=self._heads,
+            head_dim=self._head_dim,
+            num_tokens=inputs.q.shape[2],
+            num_rows=projection.shape[-2],
+            mirror=inputs.feature_map == "hyperbolic",
+            is_exponential=inputs.feature_map != "relu",
+            is_causal=inputs.causal,
+            projection_head_stride=projection[0].numel() if projection.dim() == 3 else 0,
+            scale=scale,
+            projection=self._pointer(projection),
+            oprf_a=self._oprf_a(),
+            positions=self._positions.ctypes.data if self._positions is not None else None,
+            units=self._units.ctypes.data,
+            groups=self._groups.ctypes.data,
+            num_units=len(self._units),
+            num_groups=len(self._groups),
+            num_slots=num_slots,
+            longest_unit=int(self._units[:, 3].max(initial=0)),
+            q=self._strided(inputs.q),
+            k=self._strided(inputs.k),
+            v=self._strided(inputs.v),
+            num_threads=torch.get_num_threads(),
+        )
+
+    def __call__(
+        self, what: str, tensors: dict[str, Tensor], query_sums: Tensor, states: Tensor, references: Tensor
+    ) -> None:
+        """Runs `forward` or `backward` on further tensors, which it reads or writes."""
+        call = self._call
+        for name, tensor in tensors.items():
+            setattr(call, name, self._strided(tensor))
+        call.query_sums, call.states, call.references = map(self._pointer, (query_sums, states, references))
+        library, kernel = _library(), best_kernel()
+        size = _function(library, f"protlm_favor_{kernel}_workspace", _Integer, _Pointer)(ctypes.byref(call))
+        call.workspace = self._pointer(torch.empty(size))
+        _function(library, f"protlm_favor_{kernel}_{what}", None, _Pointer)(ctypes.byref(call))
+
+    def result_like(self, x: Tensor) -> Tensor:
+        """Returns a tensor for results along the length, zero where the kernel writes nothing."""
+        make = torch.zeros_like if self._is_partial else torch.empty_like
+        return make(x, memory_format=torch.contiguous_format)
+
+    def empty_states(self) -> tuple[Tensor, Tensor]:
+        """Returns states and references to be written, those of no key where the kernel writes nothing."""
+        inputs = self._inputs
+        sizes = (inputs.num_segments, self._heads, inputs.num_features)
+        states = inputs.q.new_empty((*sizes, self._head_dim + 1))
+        references = inputs.q.new_empty((*sizes[:2], 1 if inputs.feature_map == "relu" else sizes[2]))
+        if self._has_empty:
+            states.zero_()
+            references.fill_(_LOG_ZERO)
+        return states, references
+
+    def _projection(self) -> tuple[Tensor, float]:
+        """Returns the rows as the kernel takes them, and the factor that it gives them."""
+        projection = self._inputs.projection
+        if projection is None:
+            return torch.eye(self._head_dim), 1.0
+        if self._inputs.feature_map == "regularised":
+            projection = to_common_length(projection.float())
+        return projection.float().contiguous(), self._head_dim**-0.25
+
+    def _oprf_a(self) -> int | None:
+        a = self._inputs.oprf_a
+        if a is None:
+            return None
+        return self._pointer(a.detach().double().expand(self._inputs.num_segments, -1).contiguous())
+
+    def _strided(self, x: Tensor) -> _Tensor:
+        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        return _Tensor(self._pointer(x), *x.stride()[:3])
+
+    def _pointer(self, x: Tensor) -> int:
+        self._alive.append(x)
+        return x.data_ptr()
+
+
+def _segments(inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns first token and number of real tokens of every segment; with a mask, first places in a list of tokens.
+
+    Returns:
+        first, counts: int64 (segments).
+        positions: int32, the real tokens of every row in order; None where every token is real.
+    """
+    batch, length = inputs.q.shape[0], inputs.q.shape[2]
+    if inputs.cu_seqlens is None:
+        bounds = np.arange(batch + 1, dtype=np.int64) * length
+    else:
+        bounds = np.asarray(checked_bounds(inputs.cu_seqlens, length), dtype=np.int64)
+    if inputs.token_mask is None:
+        first = np.zeros(batch, dtype=np.int64) if inputs.cu_seqlens is None else bounds[:-1]
+        return first, np.diff(bounds), None
+    is_real = inputs.token_mask.contiguous().numpy().reshape(-1)
+    real = np.flatnonzero(is_real)
+    first = np.searchsorted(real, bounds)
+    return first[:-1], np.diff(first), (real % max(length, 1)).astype(np.int32)
+
+
+def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns units and groups as `FavorUnit` and `FavorGroup`, and the number of slots; the longest units first."""
+    num_units = -(-counts // _UNIT_TOKENS)
+    segment = np.repeat(np.arange(len(counts)), num_units)
+    index = np.arange(len(segment)) - np.repeat(np.cumsum(num_units) - num_units, num_units)
+    starts = counts[segment] * index // num_units[segment]
+    stops = counts[segment] * (index + 1) // num_units[segment]
+    is_part = num_units > 1
+    slots = np.where(is_part, num_units, 0)
+    first_slot = np.where(is_part, np.cumsum(slots) - slots, -1)
+    slot = np.where(is_part[segment], first_slot[segment] + index, -1)
+    row = np.zeros_like(segment) if is_packed else segment
+    columns = (segment, row, first[segment] + starts, stops - starts, slot, first_slot[segment])
+    units = np.stack(columns, 1).astype(np.int64)
+    groups = np.stack((np.arange(len(counts)), first_slot, num_units), 1)[is_part].astype(np.int64)
+    order = np.argsort(starts - stops, kind="stable")
+    return np.ascontiguousarray(units[order]), np.ascontiguousarray(groups), int(slots.sum())
+
+
+def _library() -> ctypes.CDLL:
+    found = _load()
+    if isinstance(found, str):
+        raise ValueError(f"backend: expected one that was built, got 'cpp': {found}")
+    return found
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """Returns the library, or why there is none."""
+    spec = importlib.util.find_spec(_EXTENSION)
+    if spec is None or spec.origin is None:
+        return "it was not built; install a C++17 compiler with OpenMP such as g++, then install protlm again"
+    try:
+        # torch has loaded its OpenMP by now, and the loader gives the kernel the same one.
+        library = ctypes.CDLL(spec.origin)
+        version = _function(library, "protlm_favor_version", _Integer)()
+    except (OSError, AttributeError) as error:
+        return f"{spec.origin} cannot be loaded ({error}); install protlm again"
+    if version != _VERSION:
+        return f"{spec.origin} is of version {version}, not {_VERSION}; install protlm again"
+    return library
+
+
+def _function(library: ctypes.CDLL, name: str, returned: type | None, *arguments: type) -> Callable[..., Any]:
+    function = getattr(library, name)
+    function.restype, function.argtypes = returned, arguments
+    return function  # type: ignore[no-any-return]

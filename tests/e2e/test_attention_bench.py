@@ -1,0 +1,145 @@
+"""The attention benchmark, made small: it tells every figure it promises, and none after a wrong result."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from protlm.ops import backends
+from scripts.bench import attention, attention_figures, attention_implementations, attention_parts
+from scripts.bench.attention_implementations import BOTH, FORWARD
+from scripts.report.cost import FEATURES, HEADS, can_measure_memory
+
+ROOT = Path(__file__).parents[2]
+HAS_PEER = importlib.util.find_spec("performer_pytorch") is not None
+TINY = ["--lengths", "128", "256", "--malloc-length", "128", "--thread-length", "256", "--memory-length", "256",
+        "--slope-lengths", "128", "256", "--packed-tokens", "512", "--threads", "2"]  # fmt: skip
+
+
+def expected_figures():
+    found = {
+        f"{name} / favor"
+        for name in ("chunked torch", "favor causal", "plain formula", "compiled formula", "exact (SDPA)")
+    }
+    found |= {f"share of the GEMM rate (2048² matrices), {name}" for name in ("favor", "favor relu", "chunked torch")}
+    found |= {
+        f"favor with H1 for H{HEADS}: 1 thread / 2 threads",
+        "log-log slope of time against length, favor",
+        "favor: packed proteins / one row of the same length",
+    }
+    measured_in_memory = ["chunked torch"]
+    if HAS_PEER:
+        measured_in_memory.append("performer-pytorch softmax")
+        for kind, ours in (("softmax", "favor"), ("relu", "favor relu")):
+            found |= {f"performer-pytorch {kind} / {ours}{suffix}" for suffix in ("", ", tuned malloc")}
+    if can_measure_memory():
+        found |= {f"peak memory above inputs and outputs, {name}" for name in ("favor", *measured_in_memory)}
+        found |= {f"peak memory of {name} / favor" for name in measured_in_memory}
+    return found
+
+
+def test_a_tiny_run_tells_every_figure(tmp_path, monkeypatch, capsys):
+    # Compiling, and new processes, would take longer than all else.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(
+        attention_parts, "in_a_process", lambda _, what, **job: attention_parts.run(job | {"what": what})
+    )
+    out, picture = tmp_path / "found.json", tmp_path / "speed.png"
+    threads = torch.get_num_threads()
+    attention.main([*TINY, "--repeats", "5", "--rows", "--json", str(out), "--plot", str(picture)])
+    assert torch.get_num_threads() == threads
+    content = json.loads(out.read_text())
+    assert {figure["measured"] for figure in content["figures"]} == expected_figures()
+    for figure in content["figures"]:
+        assert figure["low"] <= figure["high"]
+        assert math.isfinite(figure["value"])
+    assert content["environment"]["threads"] == 2
+    assert content["environment"]["backends"] == backends()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(measured in lines for measured in expected_figures())
+    rows = [line for line in lines if line.startswith("| ")]
+    header = next(line for line in (ROOT / "scripts/bench/RESULTS.md").read_text().splitlines() if "| date" in line)
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    assert len(rows) == len(expected_figures())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not can_measure_memory(), reason="this system cannot reset the peak of a process")
+def test_a_peak_is_measured_in_a_new_process():
+    length = 8192
+    (peak,) = attention_parts.peak_bytes(["plain formula"], length).values()
+    # The features of queries and keys, at the least.
+    assert peak > 2 * 4 * HEADS * length * FEATURES
+
+
+def test_what_does_not_compile_takes_no_part_and_is_told(monkeypatch, capsys):
+    def compile_nothing(function, **_):
+        def fail(*_):
+            raise RuntimeError("No working C++ compiler found\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    assert attention_implementations.compiled_formula() == {}
+    assert capsys.readouterr().err == "torch.compile takes no part: RuntimeError: No working C++ compiler found\n"
+
+
+@pytest.mark.parametrize("what", ["output", "dq"])
+def test_a_wrong_result_ends_the_run_without_a_figure(what, monkeypatch, capsys, tmp_path):
+    right = attention_implementations.favor_attention
+
+    def wrong(q, k, v, projection, **options):
+        # One backend, so that nothing else can be wrong.
+        out = right(q, k, v, projection, **{**options, "backend": "torch"})
+        if not options.get("causal"):
+            return out
+        # The second has the right output, and takes a thousandth from its gradients.
+        return out * 1.001 if what == "output" else out * 0.999 + out.detach() * 0.001
+
+    monkeypatch.setattr(attention_implementations, "favor_attention", wrong)
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as ended:
+        attention.main([*TINY, "--threads", "1", "--json", str(tmp_path / "found.json")])
+    # A message as the code is printed, and the status is 1.
+    assert str(ended.value.code).startswith(f"error: favor causal: {what} differs")
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("options", [["--json", "--rows"], ["--only", "slope", "--plot", "x.png"]])
+def test_options_that_do_not_go_together_are_a_usage_error(options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        attention.main(options)
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_the_script_runs_as_a_file_and_takes_no_rows_from_few_repeats(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "attention.py"), "--repeats", "4", "--rows"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--repeats: expected at least" in done.stderr
+
+
+def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
+    half_a_second = {FORWARD: [0.5, 0.5, 0.5], BOTH: [1.0, 1.0, 1.0]}
+    times = {
+        "GEMM": {FORWARD: [0.1, 0.1, 0.1]},
+        "favor": half_a_second,
+        "exact (SDPA)": {FORWARD: [1.0, 2.0, 1.5], BOTH: [2.0, 2.0, 2.0]},
+    }
+    told = {(figure.measured, figure.where): figure for figure in attention_figures.figures({"speed": {2048: times}})}
+    exact = told["exact (SDPA) / favor", "L 2048 forward"]
+    assert (exact.value, exact.low, exact.high, exact.text) == (3.0, 2.0, 4.0, "3.00× (2.00–4.00)")
+    share = told["share of the GEMM rate (2048² matrices), favor", "L 2048 forward"]
+    # 8 heads · 8·L·M·d operations in half a second, against 2·2048³ in a tenth.
+    assert share.value == pytest.approx(100 * (64 * 2048 * 256 * 64 / 0.5) / (2 * 2048**3 / 0.1))
+    slopes = {str(length): {FORWARD: [length / 1e3] * 2, BOTH: [length**2 / 1e6] * 2} for length in (100, 200, 400)}
+    values = [figure.value for figure in attention_figures.figures({"slope": slopes})]
+    assert values == pytest.approx([1.0, 2.0])
