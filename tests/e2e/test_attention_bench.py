@@ -44,6 +44,7 @@ def expected_figures():
 
 
 def test_a_tiny_run_tells_every_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention_implementations, "GEMM_SIZE", 64)
     # Compiling, and new processes, would take longer than all else.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ from itertools import accumulate, cycle
 
 import torch
 
-from protlm.ops import draw_projection, favor_attention, favor_torch, reference
+from protlm.ops import draw_projection, favor_attention, favor_cpp, favor_torch, reference
 from tests.conftest import LOOSER, TOLERANCE, relative_error
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -118,9 +118,16 @@ def differentiate(attention, q, k, v, out_grad, projection, options):
     return out.detach(), *torch.autograd.grad(out, leaves, out_grad)
 
 
-def found_of(arguments):
+def found_of(arguments, backend="auto"):
     """Returns output and gradients of the op."""
-    return differentiate(favor_attention, *arguments)
+    *tensors, options = arguments
+    return differentiate(favor_attention, *tensors, {**options, "backend": backend})
+
+
+def backends_of(feature_map, dtype):
+    """Returns the backends that compute such a call here."""
+    is_compiled = dtype == torch.float32 and feature_map != "trig" and favor_cpp.why_not() is None
+    return ("torch", "cpp") if is_compiled else ("torch",)
 
 
 def expected_of(q, k, v, out_grad, projection, options):
@@ -143,20 +150,24 @@ def assert_equal(found, expected, tolerance, told="", feature_map="positive"):
 
 
 def assert_op_equals_twin(case, dtype, seed=0):
-    """Fails unless output and gradients of the op have the dtype and the values of the twin."""
+    """Fails unless output and gradients of the op, on every backend, have the dtype and the values of the twin."""
     arguments = draw(case, dtype, seed)
-    found = found_of(arguments)
-    assert [tensor.dtype for tensor in found] == [dtype] * 4
-    assert_equal(found, expected_of(*arguments), TOLERANCE[dtype], f"{case}, {dtype}", arguments[-1]["feature_map"])
+    expected = expected_of(*arguments)
+    for backend in backends_of(case.feature_map, dtype):
+        found = found_of(arguments, backend)
+        assert [tensor.dtype for tensor in found] == [dtype] * 4
+        told = f"{case}, {dtype}, {backend}"
+        assert_equal(found, expected, TOLERANCE[dtype], told, arguments[-1]["feature_map"])
 
 
 def make_pieces_small(case, monkeypatch):
-    """Sets the constants of the backend to the piece sizes of the case."""
+    """Sets the constants of the backends to the piece sizes of the case."""
     if case.piece_tokens is not None:
         features = case.head_dim if case.feature_map == "bare relu" else case.rows
         features *= 2 if case.feature_map in ("hyperbolic", "trig") else 1
         monkeypatch.setattr(favor_torch, "_MIN_PIECE_TOKENS", 1)
         monkeypatch.setattr(favor_torch, "_PIECE_FEATURES", case.piece_tokens * case.heads * features)
+        monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", case.piece_tokens)
     if case.causal_piece_length is not None:
         monkeypatch.setattr(favor_torch, "_CAUSAL_PIECE_LENGTH", case.causal_piece_length)
 

@@ -1,0 +1,24 @@
+"""The laws of attention hold on every backend."""
+
+import pytest
+
+from protlm.ops import favor_cpp
+
+ATTENTION = ("test_causality.py", "test_favor_laws.py", "test_guarantees.py")
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.path.name in ATTENTION:
+        metafunc.parametrize("_backend", ["torch", "cpp"], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _backend(request):
+    """Leaves one backend to `auto`."""
+    backend = getattr(request, "param", None)
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "torch":
+            patch.setattr(favor_cpp, "why_not", lambda: "a test takes torch")
+        elif backend == "cpp" and favor_cpp.why_not():
+            pytest.skip(favor_cpp.why_not())
+        yield
