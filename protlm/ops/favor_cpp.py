@@ -5,9 +5,11 @@ the partial states of a long segment are put together in their order. Nothing de
 """
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,7 @@ class _Call(ctypes.Structure):
         *((name, _Integer) for name in ("num_units", "num_groups", "num_slots", "longest_unit")),
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
         *((name, _Pointer) for name in ("query_sums", "states", "references")),
+        ("result_bytes", _Integer),
         *((name, _Tensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
         ("workspace", _Pointer),
         ("num_threads", _Integer),
@@ -61,6 +64,7 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
+@functools.cache
 def best_kernel() -> str:
     """Returns the name of the kernel for this machine: `avx512`, `avx2` or `portable`."""
     name: bytes = _function(_library(), "protlm_favor_best_kernel", ctypes.c_char_p)()
@@ -100,11 +104,9 @@ class _Run:
         self._inputs = inputs
         self._heads, self._head_dim = inputs.q.shape[1], inputs.q.shape[-1]
         # What the call only points at has to live until it is over.
-        self._alive: list[Any] = []
-        first, counts, self._positions = _segments(inputs)
-        self._is_partial = self._positions is not None
-        self._has_empty = bool((counts == 0).any())
-        self._units, self._groups, num_slots = _plan(first, counts, inputs.cu_seqlens is not None)
+        plan = _plan_of(inputs)
+        self._alive: list[Any] = [plan]
+        self._has_empty, self._is_partial = plan.has_empty, plan.positions is not None
         projection, scale = self._projection()
         self._call = _Call(
             heads=self._heads,
@@ -118,16 +120,17 @@ class _Run:
             scale=scale,
             projection=self._pointer(projection),
             oprf_a=self._oprf_a(),
-            positions=self._positions.ctypes.data if self._positions is not None else None,
-            units=self._units.ctypes.data,
-            groups=self._groups.ctypes.data,
-            num_units=len(self._units),
-            num_groups=len(self._groups),
-            num_slots=num_slots,
-            longest_unit=int(self._units[:, 3].max(initial=0)),
+            positions=plan.positions.ctypes.data if plan.positions is not None else None,
+            units=plan.units.ctypes.data,
+            groups=plan.groups.ctypes.data,
+            num_units=len(plan.units),
+            num_groups=len(plan.groups),
+            num_slots=plan.num_slots,
+            longest_unit=plan.longest_unit,
             q=self._strided(inputs.q),
             k=self._strided(inputs.k),
             v=self._strided(inputs.v),
+            result_bytes=inputs.q.numel() * inputs.q.element_size(),
             num_threads=torch.get_num_threads(),
         )
 
@@ -139,10 +142,9 @@ class _Run:
         for name, tensor in tensors.items():
             setattr(call, name, self._strided(tensor))
         call.query_sums, call.states, call.references = map(self._pointer, (query_sums, states, references))
-        library, kernel = _library(), best_kernel()
-        size = _function(library, f"protlm_favor_{kernel}_workspace", _Integer, _Pointer)(ctypes.byref(call))
-        call.workspace = self._pointer(torch.empty(size))
-        _function(library, f"protlm_favor_{kernel}_{what}", None, _Pointer)(ctypes.byref(call))
+        functions = _functions(best_kernel())
+        call.workspace = self._pointer(torch.empty(functions["workspace"](ctypes.byref(call))))
+        functions[what](ctypes.byref(call))
 
     def result_like(self, x: Tensor) -> Tensor:
         """Returns a tensor for results along the length, zero where the kernel writes nothing."""
@@ -184,44 +186,80 @@ class _Run:
         return x.data_ptr()
 
 
-def _segments(inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Returns first token and number of real tokens of every segment; with a mask, first places in a list of tokens.
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a call is shared out.
 
-    Returns:
-        first, counts: int64 (segments).
+    Attributes:
+        units: int64, rows of `FavorUnit`, the longest first.
+        groups: int64, rows of `FavorGroup`.
+        num_slots: Partial states.
+        longest_unit: Its tokens.
+        has_empty: Whether a segment has no real token.
         positions: int32, the real tokens of every row in order; None where every token is real.
     """
+
+    units: np.ndarray
+    groups: np.ndarray
+    num_slots: int
+    longest_unit: int
+    has_empty: bool
+    positions: np.ndarray | None = None
+
+
+def _plan_of(inputs: AttentionInputs) -> _Plan:
     batch, length = inputs.q.shape[0], inputs.q.shape[2]
+    if inputs.cu_seqlens is None and inputs.token_mask is None:
+        return _plan_of_rows(batch, length, _UNIT_TOKENS)
+    is_packed = inputs.cu_seqlens is not None
     if inputs.cu_seqlens is None:
         bounds = np.arange(batch + 1, dtype=np.int64) * length
     else:
         bounds = np.asarray(checked_bounds(inputs.cu_seqlens, length), dtype=np.int64)
     if inputs.token_mask is None:
-        first = np.zeros(batch, dtype=np.int64) if inputs.cu_seqlens is None else bounds[:-1]
-        return first, np.diff(bounds), None
-    is_real = inputs.token_mask.contiguous().numpy().reshape(-1)
-    real = np.flatnonzero(is_real)
-    first = np.searchsorted(real, bounds)
-    return first[:-1], np.diff(first), (real % max(length, 1)).astype(np.int32)
+        return _plan(bounds[:-1], np.diff(bounds), is_packed, _UNIT_TOKENS)
+    real = np.flatnonzero(inputs.token_mask.contiguous().numpy())
+    bounds = np.searchsorted(real, bounds)
+    plan = _plan(bounds[:-1], np.diff(bounds), is_packed, _UNIT_TOKENS)
+    return dataclasses.replace(plan, positions=(real % max(length, 1)).astype(np.int32))
 
 
-def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns units and groups as `FavorUnit` and `FavorGroup`, and the number of slots; the longest units first."""
-    num_units = -(-counts // _UNIT_TOKENS)
+@functools.lru_cache(maxsize=64)
+def _plan_of_rows(batch: int, length: int, unit_tokens: int) -> _Plan:
+    return _plan(np.zeros(batch, dtype=np.int64), np.full(batch, length, dtype=np.int64), False, unit_tokens)
+
+
+def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: int) -> _Plan:
+    """Returns how segments are shared out, given the place of the first token of each and the number of its tokens."""
+    num_units = -(-counts // unit_tokens)
     segment = np.repeat(np.arange(len(counts)), num_units)
     index = np.arange(len(segment)) - np.repeat(np.cumsum(num_units) - num_units, num_units)
     starts = counts[segment] * index // num_units[segment]
     stops = counts[segment] * (index + 1) // num_units[segment]
-    is_part = num_units > 1
-    slots = np.where(is_part, num_units, 0)
-    first_slot = np.where(is_part, np.cumsum(slots) - slots, -1)
-    slot = np.where(is_part[segment], first_slot[segment] + index, -1)
+    is_cut = num_units > 1
+    slots = np.where(is_cut, num_units, 0)
+    first_slot = np.where(is_cut, np.cumsum(slots) - slots, -1)
+    slot = np.where(is_cut[segment], first_slot[segment] + index, -1)
     row = np.zeros_like(segment) if is_packed else segment
     columns = (segment, row, first[segment] + starts, stops - starts, slot, first_slot[segment])
-    units = np.stack(columns, 1).astype(np.int64)
-    groups = np.stack((np.arange(len(counts)), first_slot, num_units), 1)[is_part].astype(np.int64)
-    order = np.argsort(starts - stops, kind="stable")
-    return np.ascontiguousarray(units[order]), np.ascontiguousarray(groups), int(slots.sum())
+    units = np.stack(columns, 1)[np.argsort(starts - stops, kind="stable")]
+    groups = np.stack((np.arange(len(counts)), first_slot, num_units), 1)[is_cut]
+    return _Plan(
+        units=np.ascontiguousarray(units, dtype=np.int64),
+        groups=np.ascontiguousarray(groups, dtype=np.int64),
+        num_slots=int(slots.sum()),
+        longest_unit=int(units[:, 3].max(initial=0)),
+        has_empty=bool((counts == 0).any()),
+    )
+
+
+@functools.cache
+def _functions(kernel: str) -> dict[str, Callable[..., Any]]:
+    """Returns the functions of a kernel; each takes a pointer to a `_Call`."""
+    returned = {"workspace": _Integer, "forward": None, "backward": None}
+    return {
+        name: _function(_library(), f"protlm_favor_{kernel}_{name}", kind, _Pointer) for name, kind in returned.items()
+    }
 
 
 def _library() -> ctypes.CDLL:

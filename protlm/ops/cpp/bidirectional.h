@@ -1,9 +1,11 @@
 // Bidirectional FAVOR: the keys of a segment folded into its state, the state read by every query, and their gradients.
 //
 // The state of an exponential map is a mean of v for every feature, and the logarithm of the feature's sum over the keys
-// (`references`, to base 2): attention from the projection to the keys, then from the queries to the projection. While
-// keys are folded the references are guesses, and any that keep exponents within kRange give the same: where a guess
-// fails, a panel of features is taken once more. No feature outlives its tile.
+// (`references`, to base 2): attention from the projection to the keys, then from the queries to the projection. What is
+// subtracted from an exponent before it is raised cancels, so it may be any guess that keeps the results in range. The
+// plain guess costs nothing: 0 for keys, two standard deviations for queries. The norms tell whether it may overflow, the
+// sums whether all vanished; then a panel of keys, or a tile of queries, is taken once more around its largest exponents.
+// No feature outlives its tile.
 
 #pragma once
 
@@ -11,8 +13,12 @@
 
 namespace PROTLM_NAMESPACE {
 
-// Exponents may exceed their reference by as much: 2^32, times the keys of a segment, leaves room in float32.
-constexpr float kRange = 32.0f;
+// Exponents may exceed what is subtracted by as much: 2^60, times the keys of a segment, leaves room in float32.
+constexpr float kRange = 60.0f;
+// A sum that is smaller may have lost what counts to kSmallestExponent.
+constexpr float kSmallestSum = 0x1p-32f;
+// Logarithms of weights that may be multiplied into a state.
+constexpr float kWidestSpread = 32.0f;
 constexpr float kLogZero = -1e30f;
 
 // One unit of tokens of one head, with all that belongs to it.
@@ -37,14 +43,18 @@ struct Work {
             visit(first, tokens.unit.count - first < sizes.tile ? tokens.unit.count - first : sizes.tile);
     }
 
-    // Gathers keys for the projection, and their ‖k‖² in the exponent.
-    void gather_keys(Index first, Index count, float* rows, float* norms) const {
+    // Gathers keys for the projection, and their ‖k‖² in the exponent. Returns what bounds the exponents from above.
+    float gather_keys(Index first, Index count, float* rows, float* norms) const {
         const FavorTensor& k = tokens.call.k;
         tokens.gather(k, first, count, factor, rows);
+        float largest_square = 0;
         for (Index t = 0; t < count && kExponential; ++t) {
             const float* x = tokens.at(k, first + t);
-            norms[t] = norm_scale * dot(x, x, dim);
+            const float square = dot(x, x, dim);
+            norms[t] = norm_scale * square;
+            if (!(square <= largest_square)) largest_square = square;
         }
+        return factor * *projection.longest * std::sqrt(largest_square);
     }
 
     // Adds the keys of the unit to `state`, which is that of no key before.
@@ -52,24 +62,49 @@ struct Work {
         std::memset(state.context, 0, sizeof(float) * sizes.state_floats());
         bool is_first = true;
         for_each_tile_of_tokens([&](Index first, Index count) {
-            gather_keys(first, count, scratch.rows[0], scratch.numbers[0]);
+            const bool is_bounded = gather_keys(first, count, scratch.rows[0], scratch.numbers[0]) <= kRange;
             tokens.gather(tokens.call.v, first, count, 1.0f, scratch.rows[1]);
             pack(scratch.rows[1], dim, count, dim, 1.0f, scratch.panels);
-            for (Index j = 0; j < padded; j += kPanel) {
-                key_panel(state, j, count, is_first);
-                for (Index c = 0; c < padded_dim; c += kPanel)
-                    add_product(kPanel, Operand{scratch.features[0], 1, kPanel, count},
-                                scratch.panels + c * count, state.context + (c * padded + j * kPanel));
-            }
+            for (Index j = 0; j < padded; j += kPanel)
+                if (!(is_bounded && plain_key_features(state, j, count, is_first))) key_features(state, j, count, is_first);
+            add_features(scratch.features[0], count, scratch.panels, state.context);
             is_first = false;
         });
     }
 
-    // Writes the features j ... of a tile of keys, and adds them to the sums of the state.
-    PROTLM_INLINE void key_panel(const State& state, Index j, Index count, bool is_first) const {
+    // Adds Σ features ⊗ values over the tokens of a tile; one pass after the other, so that what each reads again and
+    // again stays in the first-level cache.
+    void add_features(const float* features, Index count, const float* values, float* context) const {
+        for (Index j = 0; j < padded; j += kPanel)
+            for (Index c = 0; c < padded_dim; c += kPanel)
+                add_product(kPanel, Operand{features + j * count, 1, kPanel, count}, values + c * count,
+                            context + (c * padded + j * kPanel));
+    }
+
+    // Writes the features j ... of a tile of keys relative to references of 0, and adds them to the sums of the state.
+    // Returns whether they are in range; if not, the sums are as before.
+    PROTLM_INLINE bool plain_key_features(const State& state, Index j, Index count, bool is_first) const {
+        if (any(load(state.references + j) != 0) || any(load(state.references + j + kLanes) != 0)) return false;
+        const float* const norms = scratch.numbers[0];
+        float* const features = scratch.features[0] + j * count;
+        Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
+        product(count, row_major(scratch.rows[0], dim), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
+            if (kExponential) left -= norms[t], right -= norms[t];
+            left = feature(left), right = feature(right);
+            left_sum += left, right_sum += right;
+            store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
+        });
+        if (kExponential && is_first && !(all_of(left_sum >= kSmallestSum) && all_of(right_sum >= kSmallestSum)))
+            return false;
+        store(state.sums + j, left_sum), store(state.sums + j + kLanes, right_sum);
+        return true;
+    }
+
+    // The same relative to the references of the state, which move to the largest exponents where these are out of range.
+    void key_features(const State& state, Index j, Index count, bool is_first) const {
         const float* const columns = projection.columns + j * dim;
         const float* const norms = scratch.numbers[0];
-        float* const features = scratch.features[0];
+        float* const features = scratch.features[0] + j * count;
         while (true) {
             const Vec left_reference = load(state.references + j), right_reference = load(state.references + j + kLanes);
             Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
@@ -97,12 +132,12 @@ struct Work {
 
     // Neither too large nor, where nothing else gives the feature a weight, too small; NaN fits, and stays.
     PROTLM_INLINE static bool fits(Vec rise, bool is_first) {
-        return !any(rise > kRange) && !(is_first && any(rise < -kRange));
+        return !any(rise > kRange) && !(is_first && any(rise < -kWidestSpread));
     }
 
     void move_reference(const State& state, Index j, float largest, bool is_first) const {
         const float rise = largest - state.references[j];
-        if (!(rise > kRange || (is_first && rise < -kRange))) return;
+        if (!(rise > kRange || (is_first && rise < -kWidestSpread))) return;
         const float shrink = is_first ? 0.0f : std::exp2(-rise);
         state.references[j] = largest;
         state.sums[j] *= shrink;
@@ -149,22 +184,24 @@ struct Work {
     // Writes the output and the query sums of the unit.
     void read(const State& state) const {
         const float largest_reference = kExponential ? prepare_query_references(state.references) : 0.0f;
-        float* const offsets = scratch.numbers[0];
-        float* const totals = scratch.numbers[1];
+        const bool is_plain = !kExponential || prepare_plain_state(state, largest_reference);
+        float *const offsets = scratch.numbers[0], *const totals = scratch.numbers[1];
         for_each_tile_of_tokens([&](Index first, Index count) {
             tokens.gather(tokens.call.q, first, count, factor, scratch.rows[0]);
-            for (Index t = 0; t < count && kExponential; ++t)
-                offsets[t] = first_offset(scratch.rows[0] + t * dim, largest_reference);
-            query_features(state, scratch.rows[0], scratch.features[0], count, count);
-            if (kExponential && !offsets_fit(count))
+            const bool is_bounded = guess_offsets(scratch.rows[0], count, largest_reference) && is_plain;
+            const float* context = kExponential ? scratch.transposed : state.context;
+            if (!is_bounded || !plain_query_features(kExponential ? scratch.state_weights : state.sums, largest_reference, count)) {
+                context = state.context;
                 query_features(state, scratch.rows[0], scratch.features[0], count, count);
+                if (!offsets_fit(count)) query_features(state, scratch.rows[0], scratch.features[0], count, count);
+            }
             for (Index t = 0; t < count; ++t) {
                 const float total = sum_of(load(scratch.vectors[1] + t * kLanes));
                 totals[t] = 1.0f / total;
                 *tokens.query_sum(first + t) = kExponential ? offsets[t] + std::log2(total) : total;
             }
             for (Index c = 0; c < dim; c += kPanel)
-                product(count, from_panels(scratch.features[0], count, padded), state.context + c * padded,
+                product(count, from_panels(scratch.features[0], count, padded), context + c * padded,
                         [&](Index t, Vec left, Vec right) {
                             store_columns(tokens.at(tokens.call.out, first + t) + c, dim - c, left * totals[t],
                                           right * totals[t]);
@@ -172,9 +209,57 @@ struct Work {
         });
     }
 
-    // A guess at the largest exponent of a query: two standard deviations of ω·q.
-    float first_offset(const float* q, float largest_reference) const {
-        return largest_reference + 2 * std::sqrt(2 * kLog2E * norm_scale * dot(q, q, dim));
+    // Multiplies the state by 2^references, relative to the largest, so that exponents of queries need not hold them.
+    // Returns whether that keeps all of it.
+    bool prepare_plain_state(const State& state, float largest_reference) const {
+        for (Index j = 0; j < padded; ++j) {
+            const float relative = scratch.query_references[j] - largest_reference;
+            if (j < sizes.features && !(relative >= -kWidestSpread)) return false;
+            const float weight = j < sizes.features ? std::exp2(relative) : 0.0f;
+            scratch.state_weights[j] = weight * state.sums[j];
+            for (Index c = 0; c < padded_dim; c += kPanel) {
+                const Index place = c * padded + j * kPanel;
+                store(scratch.transposed + place, load(state.context + place) * weight);
+                store(scratch.transposed + place + kLanes, load(state.context + place + kLanes) * weight);
+            }
+        }
+        return true;
+    }
+
+    // Writes what is subtracted from the exponents of a tile of queries; returns whether that keeps them in range.
+    bool guess_offsets(const float* queries, Index count, float largest_reference) const {
+        bool is_bounded = true;
+        for (Index t = 0; t < count && kExponential; ++t, queries += dim) {
+            const float square = dot(queries, queries, dim);
+            // The standard deviation of ω·q; the largest of them is near its double.
+            const float deviation = std::sqrt(2 * kLog2E * norm_scale * square);
+            scratch.numbers[0][t] = largest_reference + 2 * deviation;
+            if (!(*projection.longest * std::sqrt(square) - 2 * deviation <= kRange)) is_bounded = false;
+        }
+        return is_bounded;
+    }
+
+    // Writes the features of a tile of queries, and in vectors[1] their products with weights of the features, for a
+    // state that holds 2^references. Returns whether they are in range.
+    PROTLM_INLINE bool plain_query_features(const float* weights, float largest_reference, Index count) const {
+        float *const totals = scratch.vectors[1], *const offsets = scratch.vectors[0];
+        for (Index t = 0; t < count; ++t) {
+            store(totals + t * kLanes, Vec{});
+            offsets[t] = kExponential ? scratch.numbers[0][t] - largest_reference : 0.0f;
+        }
+        for (Index j = 0; j < padded; j += kPanel) {
+            const Vec left_weight = load(weights + j), right_weight = load(weights + j + kLanes);
+            float* const features = scratch.features[0] + j * count;
+            product(count, row_major(scratch.rows[0], dim), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
+                if (kExponential) left -= offsets[t], right -= offsets[t];
+                left = feature(left), right = feature(right);
+                store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
+                store(totals + t * kLanes, load(totals + t * kLanes) + left * left_weight + right * right_weight);
+            });
+        }
+        for (Index t = 0; t < count && kExponential; ++t)
+            if (!(sum_of(load(totals + t * kLanes)) >= kSmallestSum)) return false;
+        return true;
     }
 
     // Writes the features of a tile of queries, in panels of `stride` rows, and for each query its largest exponent and
@@ -211,7 +296,7 @@ struct Work {
         for (Index t = 0; t < count; ++t) {
             const float largest = largest_of(load(scratch.vectors[0] + t * kLanes));
             const float rise = largest - scratch.numbers[0][t];
-            if (rise <= kRange && rise >= -kRange) continue;
+            if (rise <= kRange && rise >= -kWidestSpread) continue;
             scratch.numbers[0][t] = largest;
             fit = false;
         }
@@ -230,14 +315,11 @@ struct Work {
             for (Index t = 0; t < count; ++t) query_sums[t] = *tokens.query_sum(first + t);
             gather_pulled(first, count, pulled);
             pack(pulled, dim, count, dim, 1.0f, scratch.panels);
-            for (Index j = 0; j < padded; j += kPanel) {
-                query_gradient_panel(state, gradient, j, count);
-                for (Index c = 0; c < padded_dim; c += kPanel)
-                    add_product(kPanel, Operand{scratch.features[0], 1, kPanel, count}, scratch.panels + c * count,
-                                gradient.context + (c * padded + j * kPanel));
-            }
+            for (Index j = 0; j < padded; j += kPanel) scaled_query_features(gradient, j, count);
+            add_features(scratch.features[0], count, scratch.panels, gradient.context);
+            for (Index j = 0; j < padded; j += kPanel) query_exponent_grads(state, j, count);
             for (Index c = 0; c < dim; c += kPanel)
-                product(count, from_panels(scratch.features[1], count, padded), projection.rows + c * padded,
+                product(count, from_panels(scratch.features[0], count, padded), projection.rows + c * padded,
                         [&](Index t, Vec left, Vec right) {
                             store_columns(tokens.at(tokens.call.q_grad, first + t) + c, dim - c, left * factor,
                                           right * factor);
@@ -256,33 +338,38 @@ struct Work {
         }
     }
 
-    PROTLM_INLINE void query_gradient_panel(const State& state, const State& gradient, Index j, Index count) const {
+    // Features of queries divided by their sums; adds what they give to the gradient of the sums of the state.
+    PROTLM_INLINE void scaled_query_features(const State& gradient, Index j, Index count) const {
         const Vec left_reference = load(scratch.query_references + j);
         const Vec right_reference = load(scratch.query_references + j + kLanes);
-        float *const features = scratch.features[0], *const grads = scratch.features[1] + j * count;
+        float* const features = scratch.features[0] + j * count;
         const float *const query_sums = scratch.numbers[0], *const inner = scratch.numbers[1];
         Vec left_grad = load(gradient.sums + j), right_grad = load(gradient.sums + j + kLanes);
         product(count, row_major(scratch.rows[0], dim), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
-            if (kExponential) {
+            if (kExponential)
                 left = left + left_reference - query_sums[t], right = right + right_reference - query_sums[t];
-            }
             left = feature(left), right = feature(right);
             left_grad += left * inner[t], right_grad += right * inner[t];
             store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
         });
         store(gradient.sums + j, left_grad), store(gradient.sums + j + kLanes, right_grad);
+    }
+
+    // Makes of the features of queries the gradients of their exponents.
+    PROTLM_INLINE void query_exponent_grads(const State& state, Index j, Index count) const {
+        float* const features = scratch.features[0] + j * count;
+        const float* const inner = scratch.numbers[1];
         const Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
         product(count, row_major(scratch.rows[1], dim), scratch.transposed + j * dim, [&](Index t, Vec left, Vec right) {
+            float* const x = features + t * kPanel;
             left += left_sum * inner[t], right += right_sum * inner[t];
-            store(grads + t * kPanel, slope(load(features + t * kPanel)) * left);
-            store(grads + t * kPanel + kLanes, slope(load(features + t * kPanel + kLanes)) * right);
+            store(x, exponent_grad(load(x), left)), store(x + kLanes, exponent_grad(load(x + kLanes), right));
         });
     }
 
-    // The derivative of a feature by its exponent, or by ω·y.
-    PROTLM_INLINE static Vec slope(Vec feature) {
-        if (kExponential) return feature;
-        return feature > kReluOffset ? all(1.0f) : Vec{};
+    // The gradient of an exponent, or of ω·y, from the feature and its gradient.
+    PROTLM_INLINE static Vec exponent_grad(Vec feature, Vec grad) {
+        return kExponential ? feature * grad : (Vec)((Ints)grad & (Ints)(feature > kReluOffset));
     }
 
     // Writes the gradients of the keys and values of the unit.
@@ -293,7 +380,8 @@ struct Work {
             gather_keys(first, count, keys, scratch.numbers[0]);
             tokens.gather(tokens.call.v, first, count, 1.0f, values);
             for (Index t = 0; t < count; ++t) store(scratch.vectors[0] + t * kLanes, Vec{});
-            for (Index j = 0; j < padded; j += kPanel) key_gradient_panel(state, gradient, j, count);
+            for (Index j = 0; j < padded; j += kPanel) scaled_key_features(state, j, count);
+            for (Index j = 0; j < padded; j += kPanel) key_exponent_grads(gradient, j, count);
             for (Index c = 0; c < dim; c += kPanel)
                 product(count, from_panels(scratch.features[0], count, padded), gradient.context + c * padded,
                         [&](Index t, Vec left, Vec right) {
@@ -313,27 +401,33 @@ struct Work {
         const Operand grads{exponent_grads, kPanel, 1, kPanel, padded / kPanel, stride * kPanel};
         for (Index c = 0; c < dim; c += kPanel)
             product(count, grads, projection.rows + c * padded, [&](Index t, Vec left, Vec right) {
-                const float* key = tokens.at(tokens.call.k, first + t) + c;
-                float* const grad = tokens.at(tokens.call.k_grad, first + t) + c;
-                store_columns(grad, dim - c, left * factor, right * factor);
-                const Index columns = dim - c < kPanel ? dim - c : kPanel;
-                for (Index i = 0; i < columns && kExponential; ++i) grad[i] += norm_grads[t] * key[i];
+                left *= factor, right *= factor;
+                if (kExponential) {
+                    const Vec norm_grad = all(norm_grads[t]);
+                    const float* const key = tokens.at(tokens.call.k, first + t) + c;
+                    left += norm_grad * load_columns(key, dim - c), right += norm_grad * load_columns(key + kLanes, dim - c - kLanes);
+                }
+                store_columns(tokens.at(tokens.call.k_grad, first + t) + c, dim - c, left, right);
             });
     }
 
-    PROTLM_INLINE void key_gradient_panel(const State& state, const State& gradient, Index j, Index count) const {
+    PROTLM_INLINE void scaled_key_features(const State& state, Index j, Index count) const {
         const Vec left_reference = load(state.references + j), right_reference = load(state.references + j + kLanes);
-        float *const features = scratch.features[0] + j * count, *const grads = scratch.features[1] + j * count;
+        float* const features = scratch.features[0] + j * count;
         const float* const norms = scratch.numbers[0];
         product(count, row_major(scratch.rows[0], dim), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
             if (kExponential) left = left - norms[t] - left_reference, right = right - norms[t] - right_reference;
             store(features + t * kPanel, feature(left)), store(features + t * kPanel + kLanes, feature(right));
         });
+    }
+
+    PROTLM_INLINE void key_exponent_grads(const State& gradient, Index j, Index count) const {
+        const float* const features = scratch.features[0] + j * count;
+        float *const grads = scratch.features[1] + j * count, *const totals = scratch.vectors[0];
         const Vec left_grad = load(gradient.sums + j), right_grad = load(gradient.sums + j + kLanes);
-        float* const totals = scratch.vectors[0];
         product(count, row_major(scratch.rows[1], dim), scratch.transposed + j * dim, [&](Index t, Vec left, Vec right) {
-            left = slope(load(features + t * kPanel)) * (left + left_grad);
-            right = slope(load(features + t * kPanel + kLanes)) * (right + right_grad);
+            left = exponent_grad(load(features + t * kPanel), left + left_grad);
+            right = exponent_grad(load(features + t * kPanel + kLanes), right + right_grad);
             if (kExponential) store(totals + t * kLanes, load(totals + t * kLanes) + left + right);
             store(grads + t * kPanel, left), store(grads + t * kPanel + kLanes, right);
         });

@@ -15,8 +15,8 @@ namespace PROTLM_NAMESPACE {
 template <bool kExponential>
 struct CausalWork : Work<kExponential> {
     using Base = Work<kExponential>;
-    using Base::clear_filling, Base::dim, Base::factor, Base::feature, Base::padded, Base::padded_dim,
-        Base::prepare_query_references, Base::projection, Base::scratch, Base::sizes, Base::slope, Base::tokens;
+    using Base::clear_filling, Base::dim, Base::exponent_grad, Base::factor, Base::feature, Base::padded, Base::padded_dim,
+        Base::prepare_query_references, Base::projection, Base::scratch, Base::sizes, Base::tokens;
 
     const CausalScratch& more;
     const Index stride;  // rows of a panel of features, and of the triangles
@@ -159,8 +159,7 @@ struct CausalWork : Work<kExponential> {
             });
             tokens.gather(tokens.call.q, first, count, factor, more.queries);
             const float largest_reference = kExponential ? prepare_query_references(state.references) : 0.0f;
-            for (Index t = 0; t < count && kExponential; ++t)
-                offsets[t] = this->first_offset(more.queries + t * dim, largest_reference);
+            this->guess_offsets(more.queries, count, largest_reference);
             this->query_features(state, more.queries, scratch.features[1], stride, count);
             if (kExponential && !this->offsets_fit(count))
                 this->query_features(state, more.queries, scratch.features[1], stride, count);
@@ -229,7 +228,7 @@ struct CausalWork : Work<kExponential> {
                     [&](Index t, Vec left, Vec right) {
                         left += left_sum * inner[t], right += right_sum * inner[t];
                         float* const x = features + t * kPanel;
-                        store(x, slope(load(x)) * left), store(x + kLanes, slope(load(x + kLanes)) * right);
+                        store(x, exponent_grad(load(x), left)), store(x + kLanes, exponent_grad(load(x + kLanes), right));
                     });
             }
             for (Index c = 0; c < dim; c += kPanel)
@@ -359,8 +358,8 @@ struct CausalWork : Work<kExponential> {
                     [&](Index s) { return scratch.features[1] + j * stride + s * kPanel; },
                     [&](Index s, Vec left, Vec right) {
                         float* const x = features + s * kPanel;
-                        left = slope(load(x)) * (left + left_grad);
-                        right = slope(load(x + kLanes)) * (right + right_grad);
+                        left = exponent_grad(load(x), left + left_grad);
+                        right = exponent_grad(load(x + kLanes), right + right_grad);
                         if (kExponential) store(totals + s * kLanes, load(totals + s * kLanes) + left + right);
                         store(x, left), store(x + kLanes, right);
                     });

@@ -3,7 +3,12 @@
 
 #pragma once
 
+#include <initializer_list>
+
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "bidirectional.h"
 #include "causal.h"
@@ -29,10 +34,10 @@ struct Team {
         return {work(unit, head), causal_scratch};
     }
 
-    void pack_projections() const {
+    void pack_projections(bool is_backward) const {
 #pragma omp for schedule(static)
         for (Index head = 0; head < sizes.projections; ++head)
-            pack_projection(call, sizes, head, workspace.projection(head));
+            pack_projection(call, sizes, head, is_backward, workspace.projection(head));
     }
 
     // Calls visit(unit, head) for the units of segments that are one unit, of longer ones, or of both.
@@ -136,13 +141,30 @@ struct Team {
     }
 };
 
+// Asks for pages of 2 MiB below a large result that is about to be written for the first time: a fault for every 4 KiB
+// costs as much as a tenth of the attention.
+inline void ask_for_huge_pages(const FavorCall& call, const FavorTensor& result) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t page = std::uintptr_t{1} << 21;
+    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(result.data);
+    const std::uintptr_t first = (begin + page - 1) / page * page;
+    const std::uintptr_t last = (begin + call.result_bytes) / page * page;
+    // Advice: where it is not taken, everything works as before.
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 template <bool kExponential, bool kBackward>
 void run_team(const FavorCall& call) {
     const Workspace workspace(call);
+    if (kBackward)
+        for (const FavorTensor* grad : {&call.q_grad, &call.k_grad, &call.v_grad}) ask_for_huge_pages(call, *grad);
+    else
+        ask_for_huge_pages(call, call.out);
 #pragma omp parallel num_threads(static_cast<int>(call.num_threads))
     {
         const Team<kExponential> team{call, workspace};
-        team.pack_projections();
+        team.pack_projections(kBackward);
         if (call.is_causal)
             kBackward ? team.causal_backward() : team.causal_forward();
         else

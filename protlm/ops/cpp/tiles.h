@@ -120,6 +120,14 @@ PROTLM_INLINE void add_product(Index rows, const Operand& a, const float* b, flo
     });
 }
 
+// The first `count` lanes, at most kLanes, and zeros; nothing behind them is read.
+PROTLM_INLINE Vec load_columns(const float* from, Index count) {
+    if (count >= kLanes) return load(from);
+    float columns[kLanes] = {};
+    for (Index i = 0; i < count; ++i) columns[i] = from[i];
+    return load(columns);
+}
+
 // Writes `count` columns of a panel; memory behind them may belong to something else.
 PROTLM_INLINE void store_columns(float* to, Index count, Vec left, Vec right) {
     if (count >= kPanel) {

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #define PROTLM_INLINE inline __attribute__((always_inline))
 
 namespace PROTLM_NAMESPACE {
@@ -21,8 +25,18 @@ typedef std::int32_t Ints __attribute__((vector_size(4 * PROTLM_LANES)));
 PROTLM_INLINE Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
 PROTLM_INLINE void store(float* to, Vec x) { *reinterpret_cast<LooseVec*>(to) = x; }
 PROTLM_INLINE Vec all(float x) { return x - Vec{}; }
-// The second argument where either is NaN.
-PROTLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+// The second argument where either is NaN. (From the plain form compilers make a comparison and a blend.)
+PROTLM_INLINE Vec larger(Vec a, Vec b) {
+#if PROTLM_LANES == 16 && defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif PROTLM_LANES == 8 && defined(__AVX__)
+    return _mm256_max_ps(a, b);
+#elif PROTLM_LANES == 4 && defined(__SSE__)
+    return _mm_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 PROTLM_INLINE float sum_of(Vec x) {
     float sum = 0;
@@ -39,6 +53,12 @@ PROTLM_INLINE float largest_of(Vec x) {
 PROTLM_INLINE bool any(Ints x) {
     std::int32_t found = 0;
     for (int i = 0; i < kLanes; ++i) found |= x[i];
+    return found != 0;
+}
+
+PROTLM_INLINE bool all_of(Ints x) {
+    std::int32_t found = -1;
+    for (int i = 0; i < kLanes; ++i) found &= x[i];
     return found != 0;
 }
 

@@ -8,7 +8,7 @@
 namespace PROTLM_NAMESPACE {
 
 // Tokens taken at once: their features and the rows they are made of stay in a core's second-level cache.
-constexpr Index kLongestTile = 96, kTileFloats = 40 * 1024;
+constexpr Index kLongestTile = 96, kTileFloats = 48 * 1024;
 // The same for causal attention, whose cost within a piece grows with the square of its length.
 constexpr Index kLongestPiece = 64;
 constexpr float kLog2E = 1.44269504088896341f;
@@ -29,7 +29,7 @@ struct Sizes {
 
     Index padded_piece() const { return round_up(piece, kPanel); }
     Index state_floats() const { return padded_features * (padded_dim + 2); }
-    Index projection_floats() const { return padded_features * (head_dim + padded_dim + 1); }
+    Index projection_floats() const { return padded_features * (head_dim + padded_dim + 1) + 1; }
 };
 
 // Sums over keys, for one segment and head; for exponential maps relative to 2^references.
@@ -48,15 +48,16 @@ struct Projection {
     float* columns;  // [padded_features / kPanel][head_dim][kPanel]: for scores; exponential ones are logarithms to base 2
     float* rows;     // [padded_dim / kPanel][padded_features][kPanel]: for gradients
     float* squares;  // ‖ω‖² of the rows as given
+    float* longest;  // the largest norm of a column: scores are at most that times the norm of a vector
 
     Projection(float* memory, const Sizes& sizes)
         : columns(memory), rows(memory + sizes.padded_features * sizes.head_dim),
-          squares(rows + sizes.padded_features * sizes.padded_dim) {}
+          squares(rows + sizes.padded_features * sizes.padded_dim), longest(squares + sizes.padded_features) {}
 };
 
 // What one thread works with.
 struct Scratch {
-    float *state, *gradient, *transposed, *query_references;
+    float *state, *gradient, *transposed, *query_references, *state_weights;
     float *features[2];             // [padded_features / kPanel][tile][kPanel]
     float *rows[2], *panels;        // [tile][head_dim], [padded_dim / kPanel][tile][kPanel]
     float *numbers[2], *vectors[2]; // a number, and a vector, for every token of a tile
@@ -76,6 +77,7 @@ struct Scratch {
         gradient = take(sizes.state_floats());
         transposed = take(sizes.padded_features * sizes.padded_dim);
         query_references = take(sizes.padded_features);
+        state_weights = take(sizes.padded_features);
         end = memory;
     }
 
@@ -151,23 +153,34 @@ struct Workspace {
     }
 };
 
-inline void pack_projection(const FavorCall& call, const Sizes& sizes, Index head, const Projection& projection) {
-    const float* rows = call.projection + head * call.projection_head_stride;
+inline void pack_projection(const FavorCall& call, const Sizes& sizes, Index head, bool is_backward,
+                            const Projection& projection) {
+    const Index padded = sizes.padded_features, dim = sizes.head_dim;
     const float scale = static_cast<float>(call.scale);
     const float column_scale = call.is_exponential ? static_cast<float>(call.scale * 1.4426950408889634) : scale;
-    const Index padded = sizes.padded_features, dim = sizes.head_dim;
-    std::memset(projection.rows, 0, sizeof(float) * padded * sizes.padded_dim);
-    for (Index j = 0; j < padded; ++j) {
-        const bool is_mirrored = j >= call.num_rows;
-        const float sign = j >= sizes.features ? 0.0f : is_mirrored ? -1.0f : 1.0f;
-        const float* row = rows + (j >= sizes.features ? 0 : is_mirrored ? j - call.num_rows : j) * dim;
-        float* column = projection.columns + (j / kPanel * dim) * kPanel + j % kPanel;
-        for (Index i = 0; i < dim; ++i) {
-            column[i * kPanel] = row[i] * (sign * column_scale);
-            projection.rows[(i / kPanel * padded + j) * kPanel + i % kPanel] = row[i] * (sign * scale);
+    float largest_square = 0;
+    if (is_backward) std::memset(projection.rows, 0, sizeof(float) * padded * sizes.padded_dim);
+    for (Index first = 0; first < padded; first += kPanel) {
+        const float* rows[kPanel];
+        float signs[kPanel];
+        for (Index i = 0; i < kPanel; ++i) {
+            const Index j = first + i;
+            const bool is_mirrored = j >= call.num_rows, is_filling = j >= sizes.features;
+            rows[i] = call.projection + head * call.projection_head_stride;
+            if (!is_filling) rows[i] += (is_mirrored ? j - call.num_rows : j) * dim;
+            signs[i] = is_filling ? 0.0f : is_mirrored ? -1.0f : 1.0f;
+            projection.squares[j] = dot(rows[i], rows[i], dim);
+            // Not std::max: a row that is not finite has to show.
+            if (!(projection.squares[j] <= largest_square)) largest_square = projection.squares[j];
         }
-        projection.squares[j] = dot(row, row, dim);
+        float* columns = projection.columns + first * dim;
+        for (Index c = 0; c < dim; ++c, columns += kPanel)
+            for (Index i = 0; i < kPanel; ++i) columns[i] = rows[i][c] * (signs[i] * column_scale);
+        for (Index i = 0; i < kPanel && is_backward; ++i)
+            for (Index c = 0; c < dim; ++c)
+                projection.rows[(c / kPanel * padded + first + i) * kPanel + c % kPanel] = rows[i][c] * (signs[i] * scale);
     }
+    *projection.longest = column_scale * std::sqrt(largest_square);
 }
 
 // Where the tokens of one call, unit and head lie.
