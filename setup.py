@@ -9,7 +9,7 @@ from setuptools.command.build_ext import build_ext
 # What a source is compiled for beyond the machine that every installation has; the kernels are chosen at run time.
 _INSTRUCTION_SETS = {
     "favor_avx2.cpp": ["-mavx2", "-mfma"],
-    "favor_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    "favor_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mfma", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
 }
 _KERNELS = Path("protlm/ops/cpp")
 
@@ -56,7 +56,7 @@ setup(
             depends=sorted(str(path) for path in _KERNELS.glob("*.h")),
             language="c++",
             # No fast-math: linked in, it would make the whole process flush denormals to zero.
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast"],
+            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast"],
             extra_link_args=["-fopenmp"],
             optional=True,
         ),

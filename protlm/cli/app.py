@@ -13,6 +13,7 @@ from protlm.cli.evaluate import eval_command
 from protlm.cli.inspect import inspect_command
 from protlm.cli.prep import prep_command
 from protlm.cli.train import train_command
+from protlm.cli.versions import print_versions
 from protlm.errors import ProtlmError
 
 EXIT_SUCCESS, EXIT_FAILURE, EXIT_INTERRUPTED = 0, 1, 130
@@ -31,19 +32,21 @@ app.command("eval")(eval_command)
 app.command("embed")(embed_command)
 
 
-def _print_version(wanted: bool | None) -> None:
-    if wanted:
-        typer.echo(f"protlm {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
-    version: bool | None = typer.Option(
-        None, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version."),
+    verbose: bool = typer.Option(
+        False, "--verbose", help="With --version: also of what it builds on, and what runs here."
     ),
 ) -> None:
-    pass
+    if version:
+        typer.echo(f"protlm {__version__}")
+        if verbose:
+            print_versions()
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        context.fail("Missing command.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,8 +25,14 @@ _MAX_OPRF_A = 0.125
 
 
 def backends() -> dict[str, str]:
-    """Returns the backends that can run here, each with a line on what it is."""
-    return {"torch": "chunked torch operations with a recomputing backward, on any device"}
+    """Returns every backend by name, each with a line on what it is, or on why it cannot run here."""
+    why_not = favor_cpp.why_not()
+    return {
+        "torch": "chunked torch operations with a recomputing backward, on any device",
+        "cpp": f"not available: {why_not}"
+        if why_not
+        else f"compiled kernel for float32 on the CPU ({favor_cpp.best_kernel()}), every feature map but trig",
+    }
 
 
 def favor_attention(
@@ -71,13 +77,14 @@ def favor_attention(
         oprf_a: The A of `oprf`, below 1/8, one a head or (segments, heads); no gradient flows to it. None takes
             `oprf_parameter` of the mean ‖x + y‖² over all pairs of real tokens of the segment; causal attention needs
             a value, as the data would tell of later tokens.
-        backend: `auto` takes the fastest that covers the arguments.
+        backend: `auto` takes the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
+            `trig`, where it was built, else `torch`. `cpp` leaves to `torch` what it does not cover.
 
     Returns:
         Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates.
 
     Raises:
-        ValueError: A shape, dtype, device, bound or A that does not fit.
+        ValueError: A shape, dtype, device, bound or A that does not fit; `cpp` where it was not built.
     """
     AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
     if backend not in ("auto", *_BACKENDS):
@@ -94,7 +101,7 @@ def favor_attention(
 
 
 def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
-    """Returns the backend of a call, the same for its forward and its backward."""
+    """Returns the backend of a call; its forward and its backward get the same one."""
     if backend == "auto":
         return favor_cpp if favor_cpp.covers(inputs) and favor_cpp.why_not() is None else favor_torch
     chosen = _BACKENDS[backend]

@@ -101,6 +101,7 @@ class _Run:
     """One call of the kernel: everything but its results."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
+        _library()
         self._inputs = inputs
         self._heads, self._head_dim = inputs.q.shape[1], inputs.q.shape[-1]
         # What the call only points at has to live until it is over.

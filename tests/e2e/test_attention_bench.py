@@ -18,7 +18,7 @@ from scripts.report.cost import FEATURES, HEADS, can_measure_memory
 ROOT = Path(__file__).parents[2]
 HAS_PEER = importlib.util.find_spec("performer_pytorch") is not None
 TINY = ["--lengths", "128", "256", "--malloc-length", "128", "--thread-length", "256", "--memory-length", "256",
-        "--slope-lengths", "128", "256", "--packed-tokens", "512", "--threads", "2"]  # fmt: skip
+        "--slope-lengths", "128", "256", "--packed-tokens", "512", "--threads", "1"]  # fmt: skip
 
 
 def expected_figures():
@@ -28,7 +28,6 @@ def expected_figures():
     }
     found |= {f"share of the GEMM rate (2048² matrices), {name}" for name in ("favor", "favor relu", "chunked torch")}
     found |= {
-        f"favor with H1 for H{HEADS}: 1 thread / 2 threads",
         "log-log slope of time against length, favor",
         "favor: packed proteins / one row of the same length",
     }
@@ -59,15 +58,29 @@ def test_a_tiny_run_tells_every_figure(tmp_path, monkeypatch, capsys):
     for figure in content["figures"]:
         assert figure["low"] <= figure["high"]
         assert math.isfinite(figure["value"])
-    assert content["environment"]["threads"] == 2
+    assert content["environment"]["threads"] == 1
     assert content["environment"]["backends"] == backends()
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert "threads: cannot be measured here: it needs --threads of at least 2" in printed.err
+    lines = printed.out.splitlines()
     assert all(measured in lines for measured in expected_figures())
     rows = [line for line in lines if line.startswith("| ")]
     header = next(line for line in (ROOT / "scripts/bench/RESULTS.md").read_text().splitlines() if "| date" in line)
     assert {row.count("|") for row in rows} == {header.count("|")}
     assert len(rows) == len(expected_figures())
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_threads_are_compared_and_their_number_is_restored():
+    # Apart from the tiny run: threads that wait for each other on a busy machine would take minutes for all of it.
+    threads = torch.get_num_threads()
+    favor = attention_implementations.implementations()["favor"]
+    times = attention_parts.threads(favor, 64, (1, 2), repeats=1)
+    assert torch.get_num_threads() == threads
+    told = attention_figures.figures({"threads": {"length": 64, "times": times}})
+    assert [(figure.measured, figure.where) for figure in told] == [
+        (f"favor with H1 for H{HEADS}: 1 thread / 2 threads", f"L 64 {what}") for what in (FORWARD, BOTH)
+    ]
 
 
 @pytest.mark.skipif(not can_measure_memory(), reason="this system cannot reset the peak of a process")
@@ -105,7 +118,7 @@ def test_a_wrong_result_ends_the_run_without_a_figure(what, monkeypatch, capsys,
     monkeypatch.setattr(attention_implementations, "favor_attention", wrong)
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as ended:
-        attention.main([*TINY, "--threads", "1", "--json", str(tmp_path / "found.json")])
+        attention.main([*TINY, "--json", str(tmp_path / "found.json")])
     # A message as the code is printed, and the status is 1.
     assert str(ended.value.code).startswith(f"error: favor causal: {what} differs")
     assert capsys.readouterr().out == ""

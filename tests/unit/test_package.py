@@ -8,8 +8,11 @@ import torch
 
 import protlm
 import protlm.ops
+from protlm import __version__
+from protlm.cli.app import main
 from protlm.config import load_config, shipped_configs
 from protlm.model.performer import Performer
+from protlm.ops import backends
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "pytorch_lightning", "h5py", "matplotlib", "Bio")
@@ -73,3 +76,13 @@ def test_public_names_resolve():
 
 def test_the_package_says_that_it_is_typed():
     assert (ROOT / "protlm" / "py.typed").is_file()
+
+
+def test_version_tells_on_request_what_protlm_builds_on_and_what_runs_here(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"protlm {__version__}\n"
+    assert main(["--version", "--verbose"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"protlm {__version__}"
+    assert any(line.startswith("torch ") for line in lines)
+    assert {f"attention, {name}: {what}" for name, what in backends().items()} < set(lines)

@@ -1,0 +1,208 @@
+"""The compiled kernel beyond its values under `auto`: its variants, threads and units, what it shares, what it costs."""
+
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from protlm.ops import backends, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
+from protlm.ops.inputs import AttentionInputs
+from tests.conftest import TOLERANCE, relative_error
+from tests.reference.cases import MAPS, MIXED, Case, assert_equal, assert_op_equals_twin, draw, expected_of, found_of
+
+SOURCES = Path(favor_cpp.__file__).parent / "cpp"
+COVERED = [name for name in MAPS if name != "trig"]
+needs_kernel = pytest.mark.skipif(favor_cpp.why_not() is not None, reason=str(favor_cpp.why_not()))
+
+LAYOUTS = {
+    "rows": {"length": 100, "head_dim": 24},
+    "long rows": {"length": 1000, "head_dim": 64, "num_features": 256, "batch": 1, "heads": 1},
+    "padding": {"length": 257, "padding": "some", "head_dim": 60, "is_strided": True},
+    "segments": {"segments": MIXED, "num_features": 130},
+    "masked segments": {"segments": MIXED, "padding": "some", "head_dim": 17},
+    "wide": {"length": 63, "head_dim": 256, "num_features": 33},
+    "narrow": {"length": 63, "head_dim": 1, "num_features": 1},
+    "many features": {"length": 70, "head_dim": 8, "num_features": 1000},
+}
+
+
+def assert_kernel_equals_twin(monkeypatch):
+    for options in LAYOUTS.values():
+        for feature_map in COVERED:
+            for causal in (False, True):
+                for unit_tokens in (favor_cpp._UNIT_TOKENS, 70):
+                    monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", unit_tokens)
+                    assert_op_equals_twin(Case(feature_map=feature_map, causal=causal, **options), torch.float32)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kernel", ["portable", "avx2", "avx512"])
+def test_every_kernel_that_this_machine_can_run_equals_the_float64_twin(kernel, monkeypatch):
+    runnable = {"avx512": ("portable", "avx2", "avx512"), "avx2": ("portable", "avx2"), "portable": ("portable",)}
+    if kernel not in runnable[favor_cpp.best_kernel()]:
+        pytest.skip(f"this machine cannot run the {kernel} kernel")
+    monkeypatch.setattr(favor_cpp, "best_kernel", lambda: kernel)
+    assert_kernel_equals_twin(monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ for x86-64")
+def test_vectors_of_avx512_taken_apart_for_avx2_equal_the_float64_twin(tmp_path, monkeypatch):
+    flags = ["-O2", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-mavx2", "-mfma", "-Wno-psabi"]
+    library = tmp_path / "favor.so"
+    sources = [str(SOURCES / name) for name in ("favor.cpp", "favor_avx512.cpp")]
+    subprocess.run(["g++", *flags, *sources, "-o", str(library)], check=True)
+    monkeypatch.setattr(favor_cpp.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(library)}))
+    monkeypatch.setattr(favor_cpp, "best_kernel", lambda: "avx512")
+    for cached in (favor_cpp._load, favor_cpp._functions):
+        cached.cache_clear()
+    try:
+        assert_kernel_equals_twin(monkeypatch)
+    finally:
+        monkeypatch.undo()
+        for cached in (favor_cpp._load, favor_cpp._functions):
+            cached.cache_clear()
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("feature_map", ["positive", "relu"])
+def test_the_number_of_threads_changes_no_bit(feature_map, causal, monkeypatch):
+    monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", 64)
+    for options in ({"length": 700, "heads": 1, "batch": 1}, {"segments": MIXED, "heads": 3}):
+        arguments = draw(Case(feature_map=feature_map, causal=causal, head_dim=16, **options), torch.float32)
+        results = []
+        for num_threads in (1, 2, 5):
+            monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+            results.append(found_of(arguments, "cpp"))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("rise", [50.0, 100.0, -100.0])
+def test_exponents_far_from_every_guess_equal_the_float64_twin(rise, causal, monkeypatch):
+    monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", 150)
+    q, k, v, out_grad, projection, options = draw(Case(length=400, head_dim=16, causal=causal), torch.float32)
+    # Keys along one row of the projection, the larger the later, or the other way round.
+    direction = projection[:, 0] / projection[:, 0].norm(dim=-1, keepdim=True)
+    sizes = torch.linspace(0, abs(rise), 400) if rise > 0 else torch.linspace(abs(rise), 0, 400)
+    k = 0.1 * k + sizes.view(1, 1, -1, 1).sqrt() * direction.view(1, 2, 1, 16)
+    q = q * 5
+    arguments = (q, k, v, out_grad, projection, options)
+    expected, torch_found = expected_of(*arguments), found_of(arguments, "torch")
+    for name, found, wanted, other in zip(
+        ("out", "dq", "dk", "dv"), found_of(arguments, "cpp"), expected, torch_found, strict=True
+    ):
+        assert relative_error(found, wanted) <= max(TOLERANCE[torch.float32], 3 * relative_error(other, wanted)), name
+
+
+@needs_kernel
+def test_strided_inputs_are_read_where_they_lie():
+    arguments = draw(Case(is_strided=True), torch.float32)
+    inputs = AttentionInputs(*arguments[:3], arguments[4])
+    assert not inputs.q.is_contiguous()
+    call = favor_cpp._Run(inputs)._call
+    for name in "qkv":
+        assert getattr(call, name).data == getattr(inputs, name).data_ptr()
+    transposed = torch.randn(2, 2, 8, 100).transpose(2, 3)
+    found = favor_attention(transposed, transposed, transposed, arguments[4], backend="cpp")
+    expected = reference.favor_attention(*[transposed.double()] * 3, arguments[4])
+    assert relative_error(found, expected) < TOLERANCE[torch.float32]
+
+
+@needs_kernel
+def test_memory_beside_the_results_does_not_grow_with_short_sequences_and_hardly_with_long_ones(monkeypatch):
+    sizes = []
+
+    def remember(size, empty=torch.empty):
+        sizes.append(size)
+        return empty(size)
+
+    for length in (256, 2048, 32768):
+        q = torch.zeros(1, 1, length, 64)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", remember)
+            favor_attention(q, q, q, torch.zeros(256, 64), backend="cpp")
+    assert sizes[0] == sizes[1]
+    # 16 states of (features, head_dim + 2) for 32,768 tokens: no features.
+    assert sizes[2] - sizes[1] <= 17 * 256 * (64 + 2)
+
+
+@needs_kernel
+def test_denormal_numbers_stay_what_they_are():
+    q = torch.randn(1, 1, 200, 16)
+    favor_attention(q, q, q, draw_projection(16, 16), backend="cpp")
+    tiny = torch.full((1000,), 1e-40)
+    assert torch.equal(tiny * 1.0, tiny)
+    assert (tiny * 0.5 > 0).all()
+    assert float.fromhex("0x1p-1060") * 1.0 > 0
+
+
+@needs_kernel
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
+def test_the_kernel_shares_the_openmp_of_torch():
+    favor_cpp.why_not()
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(mapped) <= 1
+
+
+@needs_kernel
+def test_what_the_kernel_does_not_cover_is_left_to_torch():
+    projection = draw_projection(16, 8)
+    for dtype, feature_map in ((torch.float64, "positive"), (torch.bfloat16, "positive"), (torch.float32, "trig")):
+        q, k, v = (torch.randn(1, 2, 20, 8).to(dtype) for _ in range(3))
+        found, expected = (
+            favor_attention(q, k, v, projection, feature_map=feature_map, backend=name) for name in ("cpp", "torch")
+        )
+        assert torch.equal(found, expected)
+
+
+def test_a_kernel_that_was_not_built_is_told_and_left_out(monkeypatch):
+    monkeypatch.setattr(favor_cpp.importlib.util, "find_spec", lambda _: None)
+    favor_cpp._load.cache_clear()
+    try:
+        assert favor_cpp.why_not().startswith("it was not built; install a C++17 compiler")
+        assert backends()["cpp"].startswith("not available: it was not built")
+        q = torch.randn(1, 2, 20, 8)
+        projection = draw_projection(16, 8)
+        found = favor_attention(q, q, q, projection)
+        assert torch.equal(found, favor_attention(q, q, q, projection, backend="torch"))
+        with pytest.raises(ValueError, match=r"^backend: expected one that was built, got 'cpp': it was not built"):
+            favor_attention(q, q, q, projection, backend="cpp")
+    finally:
+        favor_cpp._load.cache_clear()
+
+
+def test_a_library_of_another_version_or_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
+    broken = tmp_path / f"_favor{sysconfig.get_config_var('EXT_SUFFIX')}"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(favor_cpp.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(broken)}))
+    favor_cpp._load.cache_clear()
+    try:
+        assert "cannot be loaded" in favor_cpp.why_not()
+    finally:
+        monkeypatch.undo()
+        favor_cpp._load.cache_clear()
+    if favor_cpp.why_not() is None:
+        monkeypatch.setattr(favor_cpp, "_VERSION", -1)
+        favor_cpp._load.cache_clear()
+        try:
+            assert "not -1; install protlm again" in favor_cpp.why_not()
+        finally:
+            favor_cpp._load.cache_clear()
+
+
+@needs_kernel
+def test_auto_takes_the_kernel_for_float32_on_the_cpu():
+    q = torch.zeros(1, 1, 4, 8)
+    inputs = AttentionInputs(q, q, q, torch.zeros(4, 8))
+    assert favor._module("auto", inputs) is favor_cpp
+    assert favor._module("torch", inputs) is favor_torch
+    doubles = AttentionInputs(q.double(), q.double(), q.double(), torch.zeros(4, 8))
+    assert favor._module("auto", doubles) is favor_torch
