@@ -123,6 +123,11 @@ def _cut(piece: Piece, step: int) -> tuple[Piece, ...]:
 
 
 def checked_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
+    """Returns the bounds of segments as integers.
+
+    Raises:
+        ValueError: Bounds that do not rise from 0 to the length.
+    """
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(start > stop for start, stop in pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the length {length}, got {bounds[:8]}…")

@@ -1,4 +1,4 @@
-"""The compiled kernel beyond its values under `auto`: its variants, threads and units, what it shares, what it costs."""
+"""The compiled kernel beyond its values under `auto`: its variants, threads, units and memory, what it shares."""
 
 import platform
 import shutil
@@ -12,7 +12,7 @@ import torch
 from protlm.ops import backends, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE, relative_error
-from tests.reference.cases import MAPS, MIXED, Case, assert_equal, assert_op_equals_twin, draw, expected_of, found_of
+from tests.reference.cases import MAPS, MIXED, Case, assert_op_equals_twin, draw, expected_of, found_of
 
 SOURCES = Path(favor_cpp.__file__).parent / "cpp"
 COVERED = [name for name in MAPS if name != "trig"]
