@@ -21,7 +21,7 @@ from protlm.ops.pieces import checked_bounds
 from protlm.ops.random_features import to_common_length
 
 _EXTENSION = "protlm.ops._favor"
-# As in cpp/favor.cpp: after an update, a library of before may still lie there.
+# As in cpp/favor.cpp.
 _VERSION = 1
 # Tokens of a segment that one thread takes at once: enough to make the state they are folded into cheap.
 _UNIT_TOKENS = 2048
@@ -279,11 +279,14 @@ def _load() -> ctypes.CDLL | str:
     try:
         # torch has loaded its OpenMP by now, and the loader gives the kernel the same one.
         library = ctypes.CDLL(spec.origin)
-        version = _function(library, "protlm_favor_version", _Integer)()
+        version = (
+            _function(library, "protlm_favor_version", _Integer)(),
+            _function(library, "protlm_favor_call_bytes", _Integer)(),
+        )
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be loaded ({error}); install protlm again"
-    if version != _VERSION:
-        return f"{spec.origin} is of version {version}, not {_VERSION}; install protlm again"
+    if version != (_VERSION, ctypes.sizeof(_Call)):
+        return f"{spec.origin} is not of this version of protlm; install protlm again"
     return library
 
 

@@ -12,7 +12,7 @@ import torch
 from protlm.ops import backends, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE, relative_error
-from tests.reference.cases import MAPS, MIXED, Case, assert_op_equals_twin, draw, expected_of, found_of
+from tests.reference.cases import MAPS, MIXED, Case, assert_equal, assert_op_equals_twin, draw, expected_of, found_of
 
 SOURCES = Path(favor_cpp.__file__).parent / "cpp"
 COVERED = [name for name in MAPS if name != "trig"]
@@ -100,6 +100,52 @@ def test_exponents_far_from_every_guess_equal_the_float64_twin(rise, causal, mon
         ("out", "dq", "dk", "dv"), found_of(arguments, "cpp"), expected, torch_found, strict=True
     ):
         assert relative_error(found, wanted) <= max(TOLERANCE[torch.float32], 3 * relative_error(other, wanted)), name
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_causal_keys_and_queries_at_the_edge_of_both_ranges_equal_the_float64_twin(size):
+    head_dim = 128
+    projection = draw_projection(64, head_dim, generator=torch.Generator().manual_seed(0))
+    direction = projection[0] / projection[0].norm()
+    q, k = (length * direction.expand(1, 1, 64, head_dim).clone() for length in (15.2, 15.9))
+    k[:, :, 0] = 0
+    v, out_grad = (size * torch.randn(1, 1, 64, head_dim) for _ in range(2))
+    arguments = (q, k, v, out_grad, projection, {"causal": True})
+    found, expected = found_of(arguments, "cpp"), expected_of(*arguments)
+    for index in (0, 3):
+        assert relative_error(found[index], expected[index]) < TOLERANCE[torch.float32]
+    # All keys but one are the same: dq and dk are what is left of terms that cancel.
+    assert all(gradient.isfinite().all() for gradient in found[1:3])
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_rows_of_very_different_length_equal_the_float64_twin(causal):
+    generator = torch.Generator().manual_seed(396315346)
+    q, k, v, out_grad = (torch.randn(1, 2, 97, 16, generator=generator) for _ in range(4))
+    projection = draw_projection(17, 16, num_heads=2, generator=generator)
+    projection = projection * 10 ** (torch.rand(17, 1, generator=generator) * 4 - 2)
+    arguments = (q, k, v, out_grad, projection, {"causal": causal})
+    assert_equal(found_of(arguments, "cpp"), expected_of(*arguments), 2 * TOLERANCE[torch.float32])
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_thousands_of_features_lose_no_digit(causal):
+    case = Case(length=200, head_dim=64, num_features=4096, feature_map="hyperbolic", causal=causal, batch=1, heads=1)
+    assert_op_equals_twin(case, torch.float32)
+
+
+@needs_kernel
+@pytest.mark.parametrize("feature_map", COVERED)
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_nan_in_a_real_token_reaches_its_own_gradient(feature_map, causal):
+    for name in (0, 1):
+        arguments = list(draw(Case(length=60, feature_map=feature_map, causal=causal), torch.float32))
+        arguments[name][:, :, 40, 3] = torch.nan
+        found = found_of(tuple(arguments), "cpp")
+        assert found[1 + name][:, :, 40].isnan().any()
 
 
 @needs_kernel
@@ -193,7 +239,7 @@ def test_a_library_of_another_version_or_that_cannot_be_loaded_is_told(monkeypat
         monkeypatch.setattr(favor_cpp, "_VERSION", -1)
         favor_cpp._load.cache_clear()
         try:
-            assert "not -1; install protlm again" in favor_cpp.why_not()
+            assert favor_cpp.why_not().endswith("is not of this version of protlm; install protlm again")
         finally:
             favor_cpp._load.cache_clear()
 

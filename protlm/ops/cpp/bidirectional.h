@@ -17,7 +17,9 @@ namespace PROTLM_NAMESPACE {
 constexpr float kRange = 60.0f;
 // A sum that is smaller may have lost what counts to kSmallestExponent.
 constexpr float kSmallestSum = 0x1p-32f;
-// Logarithms of weights that may be multiplied into a state.
+// The largest exponent may fall below what is subtracted by as much.
+constexpr float kLargestFall = 32.0f;
+// References of a state may differ by as much for 2^references to be multiplied into it.
 constexpr float kWidestSpread = 32.0f;
 constexpr float kLogZero = -1e30f;
 
@@ -32,7 +34,7 @@ struct Work {
     const double a = tokens.oprf_a();
     const float factor = a ? static_cast<float>(std::sqrt(1 - 4 * a)) : 1.0f;
     // Of ‖k‖², in the exponent to base 2.
-    const float norm_scale = kExponential ? static_cast<float>(0.5 * 1.4426950408889634 / std::sqrt(double(dim))) : 0.0f;
+    const float norm_scale = kExponential ? static_cast<float>(0.5 * kLog2E / std::sqrt(double(dim))) : 0.0f;
 
     PROTLM_INLINE static Vec feature(Vec x) { return kExponential ? exp2(x) : larger(Vec{}, x) + kReluOffset; }
 
@@ -64,7 +66,7 @@ struct Work {
         for_each_tile_of_tokens([&](Index first, Index count) {
             const bool is_bounded = gather_keys(first, count, scratch.rows[0], scratch.numbers[0]) <= kRange;
             tokens.gather(tokens.call.v, first, count, 1.0f, scratch.rows[1]);
-            pack(scratch.rows[1], dim, count, dim, 1.0f, scratch.panels);
+            pack(scratch.rows[1], count, dim, scratch.panels);
             for (Index j = 0; j < padded; j += kPanel)
                 if (!(is_bounded && plain_key_features(state, j, count, is_first))) key_features(state, j, count, is_first);
             add_features(scratch.features[0], count, scratch.panels, state.context);
@@ -132,12 +134,12 @@ struct Work {
 
     // Neither too large nor, where nothing else gives the feature a weight, too small; NaN fits, and stays.
     PROTLM_INLINE static bool fits(Vec rise, bool is_first) {
-        return !any(rise > kRange) && !(is_first && any(rise < -kWidestSpread));
+        return !any(rise > kRange) && !(is_first && any(rise < -kLargestFall));
     }
 
     void move_reference(const State& state, Index j, float largest, bool is_first) const {
         const float rise = largest - state.references[j];
-        if (!(rise > kRange || (is_first && rise < -kWidestSpread))) return;
+        if (!(rise > kRange || (is_first && rise < -kLargestFall))) return;
         const float shrink = is_first ? 0.0f : std::exp2(-rise);
         state.references[j] = largest;
         state.sums[j] *= shrink;
@@ -173,7 +175,7 @@ struct Work {
             float reference = kLogZero;
             if (j < sizes.features) {
                 reference = references[j];
-                if (a != 0) reference += static_cast<float>(2 * a * 1.4426950408889634 * projection.squares[j]);
+                if (a != 0) reference += static_cast<float>(2 * a * kLog2E * projection.squares[j]);
                 if (reference > largest) largest = reference;
             }
             scratch.query_references[j] = reference;
@@ -189,7 +191,7 @@ struct Work {
         for_each_tile_of_tokens([&](Index first, Index count) {
             tokens.gather(tokens.call.q, first, count, factor, scratch.rows[0]);
             const bool is_bounded = guess_offsets(scratch.rows[0], count, largest_reference) && is_plain;
-            const float* context = kExponential ? scratch.transposed : state.context;
+            const float* context = kExponential ? scratch.other_context : state.context;
             if (!is_bounded || !plain_query_features(kExponential ? scratch.state_weights : state.sums, largest_reference, count)) {
                 context = state.context;
                 query_features(state, scratch.rows[0], scratch.features[0], count, count);
@@ -219,8 +221,8 @@ struct Work {
             scratch.state_weights[j] = weight * state.sums[j];
             for (Index c = 0; c < padded_dim; c += kPanel) {
                 const Index place = c * padded + j * kPanel;
-                store(scratch.transposed + place, load(state.context + place) * weight);
-                store(scratch.transposed + place + kLanes, load(state.context + place + kLanes) * weight);
+                store(scratch.other_context + place, load(state.context + place) * weight);
+                store(scratch.other_context + place + kLanes, load(state.context + place + kLanes) * weight);
             }
         }
         return true;
@@ -232,7 +234,7 @@ struct Work {
         for (Index t = 0; t < count && kExponential; ++t, queries += dim) {
             const float square = dot(queries, queries, dim);
             // The standard deviation of ω·q; the largest of them is near its double.
-            const float deviation = std::sqrt(2 * kLog2E * norm_scale * square);
+            const float deviation = std::sqrt(2 * static_cast<float>(kLog2E) * norm_scale * square);
             scratch.numbers[0][t] = largest_reference + 2 * deviation;
             if (!(*projection.longest * std::sqrt(square) - 2 * deviation <= kRange)) is_bounded = false;
         }
@@ -296,7 +298,7 @@ struct Work {
         for (Index t = 0; t < count; ++t) {
             const float largest = largest_of(load(scratch.vectors[0] + t * kLanes));
             const float rise = largest - scratch.numbers[0][t];
-            if (rise <= kRange && rise >= -kWidestSpread) continue;
+            if (rise <= kRange && rise >= -kLargestFall) continue;
             scratch.numbers[0][t] = largest;
             fit = false;
         }
@@ -306,7 +308,7 @@ struct Work {
     // Writes the gradients of the queries of the unit, and what they give to the gradient of the state.
     void query_gradients(const State& state, const State& gradient) const {
         std::memset(gradient.context, 0, sizeof(float) * sizes.state_floats());
-        transpose_panels(state.context, padded, dim, scratch.transposed);
+        transpose_panels(state.context, padded, dim, scratch.other_context);
         if (kExponential) prepare_query_references(state.references);
         float* const query_sums = scratch.numbers[0];
         float *const queries = scratch.rows[0], *const pulled = scratch.rows[1];
@@ -314,7 +316,7 @@ struct Work {
             tokens.gather(tokens.call.q, first, count, factor, queries);
             for (Index t = 0; t < count; ++t) query_sums[t] = *tokens.query_sum(first + t);
             gather_pulled(first, count, pulled);
-            pack(pulled, dim, count, dim, 1.0f, scratch.panels);
+            pack(pulled, count, dim, scratch.panels);
             for (Index j = 0; j < padded; j += kPanel) scaled_query_features(gradient, j, count);
             add_features(scratch.features[0], count, scratch.panels, gradient.context);
             for (Index j = 0; j < padded; j += kPanel) query_exponent_grads(state, j, count);
@@ -360,7 +362,7 @@ struct Work {
         float* const features = scratch.features[0] + j * count;
         const float* const inner = scratch.numbers[1];
         const Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
-        product(count, row_major(scratch.rows[1], dim), scratch.transposed + j * dim, [&](Index t, Vec left, Vec right) {
+        product(count, row_major(scratch.rows[1], dim), scratch.other_context + j * dim, [&](Index t, Vec left, Vec right) {
             float* const x = features + t * kPanel;
             left += left_sum * inner[t], right += right_sum * inner[t];
             store(x, exponent_grad(load(x), left)), store(x + kLanes, exponent_grad(load(x + kLanes), right));
@@ -369,12 +371,12 @@ struct Work {
 
     // The gradient of an exponent, or of ω·y, from the feature and its gradient.
     PROTLM_INLINE static Vec exponent_grad(Vec feature, Vec grad) {
-        return kExponential ? feature * grad : (Vec)((Ints)grad & (Ints)(feature > kReluOffset));
+        return kExponential ? feature * grad : (Vec)((Ints)grad & ~(Ints)(feature <= kReluOffset));
     }
 
     // Writes the gradients of the keys and values of the unit.
     void key_gradients(const State& state, const State& gradient) const {
-        transpose_panels(gradient.context, padded, dim, scratch.transposed);
+        transpose_panels(gradient.context, padded, dim, scratch.other_context);
         float *const keys = scratch.rows[0], *const values = scratch.rows[1];
         for_each_tile_of_tokens([&](Index first, Index count) {
             gather_keys(first, count, keys, scratch.numbers[0]);
@@ -425,7 +427,7 @@ struct Work {
         const float* const features = scratch.features[0] + j * count;
         float *const grads = scratch.features[1] + j * count, *const totals = scratch.vectors[0];
         const Vec left_grad = load(gradient.sums + j), right_grad = load(gradient.sums + j + kLanes);
-        product(count, row_major(scratch.rows[1], dim), scratch.transposed + j * dim, [&](Index t, Vec left, Vec right) {
+        product(count, row_major(scratch.rows[1], dim), scratch.other_context + j * dim, [&](Index t, Vec left, Vec right) {
             left = exponent_grad(load(features + t * kPanel), left + left_grad);
             right = exponent_grad(load(features + t * kPanel + kLanes), right + right_grad);
             if (kExponential) store(totals + t * kLanes, load(totals + t * kLanes) + left + right);

@@ -12,6 +12,10 @@
 
 namespace PROTLM_NAMESPACE {
 
+// A key may exceed the references of its piece by as much. A query may be as far from its offset as 2^-32 or 2^60: with
+// 2^24, what exp2 makes of the smallest exponents stays far below the one, and weights far below the largest float.
+constexpr float kLargestKeyRise = 24.0f;
+
 template <bool kExponential>
 struct CausalWork : Work<kExponential> {
     using Base = Work<kExponential>;
@@ -68,7 +72,7 @@ struct CausalWork : Work<kExponential> {
             }
         }
         Index kept = 1;
-        while (kept < count && !(largest_of(load(rises + kept * kLanes)) > kRange)) ++kept;
+        while (kept < count && !(largest_of(load(rises + kept * kLanes)) > kLargestKeyRise)) ++kept;
         return kExponential ? kept : count;
     }
 
@@ -164,7 +168,7 @@ struct CausalWork : Work<kExponential> {
             if (kExponential && !this->offsets_fit(count))
                 this->query_features(state, more.queries, scratch.features[1], stride, count);
             triangle_of_weights(scratch.features[1], count);
-            pack(scratch.rows[1], dim, count, dim, 1.0f, scratch.panels);
+            pack(scratch.rows[1], count, dim, scratch.panels);
             for (Index t = 0; t < count; ++t) {
                 float total = sum_of(load(totals + t * kLanes));
                 for (Index s = 0; s <= t; ++s) total += more.weights[t * stride + s];
@@ -217,6 +221,7 @@ struct CausalWork : Work<kExponential> {
             });
             keep_step(steps++, first, state);
             gather_queries(state.references, first, count);
+            triangle_of_gradients(count);
             for (Index j = 0; j < padded; j += kPanel) {
                 const Vec left_sum = load(state.sums + j), right_sum = load(state.sums + j + kLanes);
                 const float* const inner = scratch.numbers[1];
@@ -243,20 +248,19 @@ struct CausalWork : Work<kExponential> {
             add_key_sums(state, count);
             for (Index j = sizes.features; j < padded; ++j) state.sums[j] = 0.0f;
         }
-        more.step_bounds[steps] = static_cast<float>(tokens.unit.count);
+        more.step_bounds[steps] = tokens.unit.count;
         return steps;
     }
 
     void keep_step(Index step, Index first, const State& state) const {
-        more.step_bounds[step] = static_cast<float>(first);
+        more.step_bounds[step] = first;
         std::memcpy(more.step_references + step * padded, state.references, sizeof(float) * padded);
     }
 
     // Gathers the queries of a piece for the backward: their scaled features in features[1], the gradient of the output
-    // as rows in `queries` and as panels, its inner products with the output in numbers[1], and the triangle of the
-    // gradients of the weights.
+    // as rows in `queries` and as panels, and its inner products with the output in numbers[1].
     void gather_queries(const float* references, Index first, Index count) const {
-        float *const query_sums = scratch.numbers[0], *const inner = scratch.numbers[1];
+        float* const query_sums = scratch.numbers[0];
         tokens.gather(tokens.call.q, first, count, factor, more.queries);
         for (Index t = 0; t < count; ++t) query_sums[t] = *tokens.query_sum(first + t);
         if (kExponential) prepare_query_references(references);
@@ -271,8 +275,13 @@ struct CausalWork : Work<kExponential> {
             });
         }
         this->gather_pulled(first, count, more.queries);
-        pack(more.queries, dim, count, dim, 1.0f, more.query_panels);
-        pack_transposed(scratch.rows[1], dim, count, dim, 1.0f, more.value_columns);
+        pack(more.queries, count, dim, more.query_panels);
+    }
+
+    // Writes the lower triangle [t][s] of the gradients of the weights, zeros above it.
+    void triangle_of_gradients(Index count) const {
+        const float* const inner = scratch.numbers[1];
+        pack_transposed(scratch.rows[1], count, dim, more.value_columns);
         for (Index s = 0; s < count; s += kPanel)
             product(count, row_major(more.queries, dim), more.value_columns + s * dim, [&](Index t, Vec left, Vec right) {
                 float* const to = more.weights_grad + t * stride + s;
@@ -321,7 +330,6 @@ struct CausalWork : Work<kExponential> {
         std::memcpy(gradient.references, references, sizeof(float) * padded);
         for (Index first = 0; first < tokens.unit.count; first += sizes.piece) {
             const Index rest = tokens.unit.count - first, count = rest < sizes.piece ? rest : sizes.piece;
-            gather_piece(first, count);
             gather_queries(references, first, count);
             add_queries(gradient, count);
         }
@@ -330,12 +338,13 @@ struct CausalWork : Work<kExponential> {
     // Writes the gradients of keys and values, from the last piece to the first; `gradient` is that of later units.
     void key_scan(Index steps, const State& gradient) const {
         for (Index step = steps - 1; step >= 0; --step) {
-            const Index first = static_cast<Index>(more.step_bounds[step]);
-            const Index count = static_cast<Index>(more.step_bounds[step + 1]) - first;
+            const Index first = more.step_bounds[step];
+            const Index count = more.step_bounds[step + 1] - first;
             const float* const references = more.step_references + step * padded;
             move_gradient(gradient, references);
             known_piece(references, first, count);
             gather_queries(references, first, count);
+            triangle_of_gradients(count);
             triangle_of_weights(scratch.features[1], count);
             clear_above_diagonal(more.weights, count);
             for (Index c = 0; c < dim; c += kPanel)
@@ -346,14 +355,14 @@ struct CausalWork : Work<kExponential> {
                     [&](Index s, Vec left, Vec right) {
                         store_columns(tokens.at(tokens.call.v_grad, first + s) + c, dim - c, left, right);
                     });
-            transpose_panels(gradient.context, padded, dim, scratch.transposed);
+            transpose_panels(gradient.context, padded, dim, scratch.other_context);
             float* const totals = scratch.vectors[0];
             for (Index s = 0; s < count; ++s) store(totals + s * kLanes, Vec{});
             for (Index j = 0; j < padded; j += kPanel) {
                 const Vec left_grad = load(gradient.sums + j), right_grad = load(gradient.sums + j + kLanes);
                 float* const features = scratch.features[0] + j * stride;
                 product_with_triangle(
-                    count, row_major(scratch.rows[1], dim), scratch.transposed + j * dim,
+                    count, row_major(scratch.rows[1], dim), scratch.other_context + j * dim,
                     [&](Index s, int) { return Operand{more.weights_grad + s * stride + s, 1, stride, count - s}; },
                     [&](Index s) { return scratch.features[1] + j * stride + s * kPanel; },
                     [&](Index s, Vec left, Vec right) {

@@ -1,8 +1,8 @@
 // Matrix products in tiles that stay in registers, and how their operands lie in memory.
 //
 // Products are rows of `a`, an element at a time, times columns of `b`, a panel of kPanel at a time. Every element of a
-// result is one chain of multiply-adds in the order of the inner axis, whatever tile it falls in: results of a row do
-// not depend on its neighbours.
+// result is a chain of multiply-adds in the order of the inner axis (a sum of chains where that is long), whatever tile
+// it falls in: results of a row do not depend on its neighbours.
 
 #pragma once
 
@@ -60,6 +60,33 @@ PROTLM_INLINE void multiply(Vec (&c)[R][2], const Operand& a, const float* b) {
     }
 }
 
+// Panels of the inner axis that one chain takes: rounding grows with the length of a chain.
+constexpr Index kLongestChain = 512 / kPanel;
+
+// The product over a long inner axis, in blocks.
+template <int R>
+__attribute__((noinline)) void multiply_in_blocks(Vec (&c)[R][2], const Operand& a, const float* b) {
+    for (Index p = 0; p < a.num_panels; p += kLongestChain) {
+        Operand block = a;
+        block.data += p * a.panel_stride;
+        block.num_panels = a.num_panels - p < kLongestChain ? a.num_panels - p : kLongestChain;
+        Vec sums[R][2] = {};
+        multiply<R>(sums, block, b + p * a.panel_size * kPanel);
+        for (int i = 0; i < R; ++i) c[i][0] += sums[i][0], c[i][1] += sums[i][1];
+    }
+}
+
+// The first product of a tile, whose sums are zero.
+template <int R>
+PROTLM_INLINE void multiply_first(Vec (&c)[R][2], const Operand& a, const float* b) {
+    if (a.num_panels <= kLongestChain) return multiply<R>(c, a, b);
+    // Of its own, so that c need not have an address.
+    Vec sums[R][2] = {};
+    multiply_in_blocks<R>(sums, a, b);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) c[i][0] = sums[i][0], c[i][1] = sums[i][1];
+}
+
 // Calls visit(first row, number of rows as a constant) for tiles of nearly equal size.
 template <class Visit>
 PROTLM_INLINE void for_each_tile(Index rows, Visit&& visit) {
@@ -85,7 +112,7 @@ PROTLM_INLINE void product(Index rows, const Operand& a, const float* b, Take&& 
     for_each_tile(rows, [&](Index first, auto size) __attribute__((always_inline)) {
         constexpr int R = decltype(size)::value;
         Vec c[R][2] = {};
-        multiply<R>(c, a.from_row(first), b);
+        multiply_first<R>(c, a.from_row(first), b);
 #pragma GCC unroll 6
         for (int i = 0; i < R; ++i) take(first + i, c[i][0], c[i][1]);
     });
@@ -99,7 +126,7 @@ PROTLM_INLINE void product_with_triangle(Index rows, const Operand& a, const flo
     for_each_tile(rows, [&](Index first, auto size) __attribute__((always_inline)) {
         constexpr int R = decltype(size)::value;
         Vec c[R][2] = {};
-        multiply<R>(c, a.from_row(first), b);
+        multiply_first<R>(c, a.from_row(first), b);
         multiply<R>(c, left(first, R), right(first));
 #pragma GCC unroll 6
         for (int i = 0; i < R; ++i) take(first + i, c[i][0], c[i][1]);
@@ -141,35 +168,21 @@ PROTLM_INLINE void store_columns(float* to, Index count, Vec left, Vec right) {
     std::memcpy(to, columns, sizeof(float) * count);
 }
 
-// Rows to panels [columns / kPanel][rows][kPanel]; the last panel is filled up with zeros.
-inline void pack(const float* from, Index row_stride, Index rows, Index columns, float factor, float* panels) {
-    for (Index first = 0; first < columns; first += kPanel) {
-        const Index count = columns - first < kPanel ? columns - first : kPanel;
+// Contiguous rows to panels [columns / kPanel][rows][kPanel]; the last panel is filled up with zeros.
+inline void pack(const float* from, Index rows, Index columns, float* panels) {
+    for (Index first = 0; first < columns; first += kPanel)
         for (Index row = 0; row < rows; ++row, panels += kPanel) {
-            const float* x = from + row * row_stride + first;
-            if (count == kPanel) {
-                store(panels, load(x) * factor);
-                store(panels + kLanes, load(x + kLanes) * factor);
-                continue;
-            }
-            for (Index i = 0; i < kPanel; ++i) panels[i] = i < count ? x[i] * factor : 0.0f;
+            const float* const x = from + row * columns + first;
+            store(panels, load_columns(x, columns - first));
+            store(panels + kLanes, load_columns(x + kLanes, columns - first - kLanes));
         }
-    }
 }
 
-// The transpose of rows to panels [rows / kPanel][columns][kPanel]; the last panel is filled up with zeros.
-inline void pack_transposed(const float* from, Index row_stride, Index rows, Index columns, float factor, float* panels) {
-    for (Index first = 0; first < rows; first += kPanel) {
-        const Index count = rows - first < kPanel ? rows - first : kPanel;
-        for (Index column = 0; column < columns; ++column, panels += kPanel) {
-            const float* x = from + first * row_stride + column;
-            if (count == kPanel) {
-                for (Index i = 0; i < kPanel; ++i) panels[i] = x[i * row_stride] * factor;
-                continue;
-            }
-            for (Index i = 0; i < kPanel; ++i) panels[i] = i < count ? x[i * row_stride] * factor : 0.0f;
-        }
-    }
+// The transpose of contiguous rows to panels [rows / kPanel][columns][kPanel]; the last panel is filled up with zeros.
+inline void pack_transposed(const float* from, Index rows, Index columns, float* panels) {
+    for (Index first = 0; first < rows; first += kPanel)
+        for (Index column = 0; column < columns; ++column, panels += kPanel)
+            for (Index i = 0; i < kPanel; ++i) panels[i] = first + i < rows ? from[(first + i) * columns + column] : 0.0f;
 }
 
 // The transpose of panels [columns / kPanel][rows][kPanel] to panels [rows / kPanel][columns][kPanel], of padded sizes.

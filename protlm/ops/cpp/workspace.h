@@ -11,7 +11,7 @@ namespace PROTLM_NAMESPACE {
 constexpr Index kLongestTile = 96, kTileFloats = 48 * 1024;
 // The same for causal attention, whose cost within a piece grows with the square of its length.
 constexpr Index kLongestPiece = 64;
-constexpr float kLog2E = 1.44269504088896341f;
+constexpr double kLog2E = 1.4426950408889634;
 constexpr float kReluOffset = 1e-3f;  // random_features.RELU_OFFSET
 
 struct Sizes {
@@ -57,7 +57,7 @@ struct Projection {
 
 // What one thread works with.
 struct Scratch {
-    float *state, *gradient, *transposed, *query_references, *state_weights;
+    float *state, *gradient, *other_context, *query_references, *state_weights;
     float *features[2];             // [padded_features / kPanel][tile][kPanel]
     float *rows[2], *panels;        // [tile][head_dim], [padded_dim / kPanel][tile][kPanel]
     float *numbers[2], *vectors[2]; // a number, and a vector, for every token of a tile
@@ -75,7 +75,7 @@ struct Scratch {
         for (float*& x : features) x = take(sizes.tile * sizes.padded_features);
         state = take(sizes.state_floats());
         gradient = take(sizes.state_floats());
-        transposed = take(sizes.padded_features * sizes.padded_dim);
+        other_context = take(sizes.padded_features * sizes.padded_dim);
         query_references = take(sizes.padded_features);
         state_weights = take(sizes.padded_features);
         end = memory;
@@ -95,7 +95,7 @@ struct CausalScratch {
     float *value_columns;             // [piece / kPanel][head_dim][kPanel]
     float *norms;
     float *step_references;           // [steps][padded_features]
-    float *step_bounds;               // [steps + 1], tokens of the unit as floats
+    Index* step_bounds;               // [steps + 1], tokens of the unit
     float *end;
 
     CausalScratch(float* memory, const Sizes& sizes, Index unit_tokens) {
@@ -112,7 +112,7 @@ struct CausalScratch {
         weights_grad = take(piece * piece);
         value_columns = take(piece * sizes.head_dim);
         norms = take(piece);
-        step_bounds = take(unit_tokens + 1);
+        step_bounds = reinterpret_cast<Index*>(take(2 * (unit_tokens + 1)));
         step_references = take(unit_tokens * sizes.padded_features);
         end = memory;
     }
@@ -157,7 +157,7 @@ inline void pack_projection(const FavorCall& call, const Sizes& sizes, Index hea
                             const Projection& projection) {
     const Index padded = sizes.padded_features, dim = sizes.head_dim;
     const float scale = static_cast<float>(call.scale);
-    const float column_scale = call.is_exponential ? static_cast<float>(call.scale * 1.4426950408889634) : scale;
+    const float column_scale = call.is_exponential ? static_cast<float>(call.scale * kLog2E) : scale;
     float largest_square = 0;
     if (is_backward) std::memset(projection.rows, 0, sizeof(float) * padded * sizes.padded_dim);
     for (Index first = 0; first < padded; first += kPanel) {
