@@ -109,8 +109,7 @@ def compiled_formula() -> dict[str, Attention]:
     compiled = torch.compile(plain_formula, fullgraph=True, dynamic=False)
     try:
         draw_inputs(64).backward(compiled)
-    # A compiler may fail in any way.
-    except Exception as error:
+    except Exception as error:  # a compiler may fail in any way, which is told
         reason = str(error).strip().splitlines() or [""]
         print(f"torch.compile takes no part: {type(error).__name__}: {reason[0]}", file=sys.stderr)
         return {}

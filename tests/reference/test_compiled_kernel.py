@@ -225,7 +225,7 @@ def test_a_kernel_that_was_not_built_is_told_and_left_out(monkeypatch):
         favor_cpp._load.cache_clear()
 
 
-def test_a_library_of_another_version_or_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
+def test_a_library_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
     broken = tmp_path / f"_favor{sysconfig.get_config_var('EXT_SUFFIX')}"
     broken.write_bytes(b"no library")
     monkeypatch.setattr(favor_cpp.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(broken)}))
@@ -233,15 +233,22 @@ def test_a_library_of_another_version_or_that_cannot_be_loaded_is_told(monkeypat
     try:
         assert "cannot be loaded" in favor_cpp.why_not()
     finally:
-        monkeypatch.undo()
         favor_cpp._load.cache_clear()
-    if favor_cpp.why_not() is None:
-        monkeypatch.setattr(favor_cpp, "_VERSION", -1)
+
+
+class LongerCall(favor_cpp._Call):
+    _fields_ = (("added", favor_cpp._Integer),)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("name", "other"), [("_VERSION", -1), ("_Call", LongerCall)])
+def test_a_library_of_another_version_or_layout_is_refused(name, other, monkeypatch):
+    monkeypatch.setattr(favor_cpp, name, other)
+    favor_cpp._load.cache_clear()
+    try:
+        assert favor_cpp.why_not().endswith("is not of this version of protlm; install protlm again")
+    finally:
         favor_cpp._load.cache_clear()
-        try:
-            assert favor_cpp.why_not().endswith("is not of this version of protlm; install protlm again")
-        finally:
-            favor_cpp._load.cache_clear()
 
 
 @needs_kernel
