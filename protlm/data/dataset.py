@@ -257,6 +257,7 @@ class Split:
     Shards are opened when they are first needed, so a worker process opens its own.
 
     Attributes:
+        directory: The folder of its dataset.
         name: train, valid, test or ood.
         num_records: Number of records.
         summary: What the manifest says about the split.
@@ -266,7 +267,7 @@ class Split:
         self.name = name
         self.num_records = summary.num_records
         self.summary = summary
-        self._directory = directory
+        self.directory = directory
         # The first running number of each shard.
         self._starts = [0, *accumulate(shard.num_records for shard in summary.shards)][:-1]
         self._shards: list[ShardReader | None] = [None] * len(summary.shards)
@@ -275,7 +276,7 @@ class Split:
         return self.num_records
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Split, (self._directory, self.name, self.summary)
+        return Split, (self.directory, self.name, self.summary)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -318,7 +319,7 @@ class Split:
         """
         if (shard := self._shards[number]) is None:
             expected = self.summary.shards[number]
-            shard = ShardReader(self._directory / expected.name)
+            shard = ShardReader(self.directory / expected.name)
             for name, got, wanted in (
                 ("split", shard.split, self.name),
                 ("num_records", shard.num_records, expected.num_records),

@@ -9,44 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from protlm.config import ModelConfig
-from protlm.model.segments import Segments, rotate
-from protlm.ops import draw_projection, favor_attention
+from protlm.model.convolution import SegmentConvolution
+from protlm.model.positions import rotate
+from protlm.model.qk_norm import normalise, normalise_and_rotate
+from protlm.model.segments import Segments
+from protlm.ops import draw_projection, favor_attention, oprf_parameter
 
 _INITIAL_TEMPERATURE = 0.75
 """Share of max_temperature at which every head starts."""
 
-# A vector shorter than this keeps its direction and stays short, instead of dividing by zero.
-_SMALLEST_NORM = 1e-12
-
-
-class SegmentConvolution(nn.Module):
-    """A depthwise convolution along the length that stays inside segments; it starts as the identity."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, channels))
-
-    def reset(self) -> None:
-        """Sets the identity: weight 1 on the token itself, 0 on its neighbours."""
-        nn.init.zeros_(self.weight)
-        nn.init.ones_(self.weight[len(self.weight) // 2])
-
-    def forward(self, x: Float[Tensor, "length channels"], segments: Segments) -> Float[Tensor, "length channels"]:
-        """Returns Σ_o weight_o · x_{t+o} over the neighbours of the same segment."""
-        half = len(self.weight) // 2
-        out = x * self.weight[half]
-        for offset in range(-half, half + 1):
-            if offset:
-                # What the roll brings round the end has no neighbour there either.
-                shifted = x.roll(-offset, 0)
-                # Zeros put in rather than multiplied with: what another protein holds cannot even pass on a NaN.
-                shifted = shifted.index_fill_(0, segments.without_neighbour(offset), 0.0)
-                out = torch.addcmul(out, shifted, self.weight[half + offset])
-        return out
-
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with rotary positions: FAVOR with any feature map, or exact `softmax`.
+    """Multi-head attention: FAVOR with any feature map, or exact `softmax`; bidirectional or causal.
 
     Under qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], so that the
     variance of the estimated weights stays bounded: (e^{4τ} − 1)/num_features relative to the weight, at the worst.
@@ -56,6 +30,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kind = config.attention
+        self.causal = config.causal
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rescale_qk = config.rescale_qk
         self.projection_kind = config.projection
@@ -63,7 +38,11 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.output = (
             nn.Linear(config.model_dim, config.model_dim) for _ in range(4)
         )
-        self.convolution = SegmentConvolution(3 * config.model_dim, config.conv_width) if config.conv_width else None
+        self.convolution = (
+            SegmentConvolution(3 * config.model_dim, config.conv_width, causal=config.causal)
+            if config.conv_width
+            else None
+        )
         self.temperature_logit = nn.Parameter(torch.empty(config.num_heads)) if config.qk_norm else None
         shape = (config.num_heads, config.num_features, config.head_dim)
         self.projection: Tensor | None
@@ -87,33 +66,66 @@ class SelfAttention(nn.Module):
             self.projection.copy_(drawn)
 
     def forward(
-        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor]
+        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "length model_dim"]:
-        """Returns the attention's output for one packed row."""
-        inputs = torch.cat((self.query(x), self.key(x), self.value(x)), dim=-1)
-        if self.convolution is not None:
-            inputs = self.convolution(inputs, segments)
-        heads = inputs.view(len(x), 3, self.num_heads, self.head_dim)
-        # One call for q and k, and back to the dtype of v, which autocast may have made shorter.
-        q_and_k = rotate(self._normalise(heads[:, :2]).flatten(1, 2), *rotary).to(heads.dtype)
-        q, k = q_and_k.view(len(x), 2, self.num_heads, self.head_dim).unbind(1)
-        if self.rescale_qk:
-            q, k = rescale(q, k, segments)
-        q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in (q, k, heads[:, 2]))
+        """Returns the attention's output for one packed row; without `rotary` q and k are not turned."""
+        q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in self.queries_keys_values(x, segments, rotary))
         if self.kind == "softmax":
-            out = _exact_attention(q, k, v, segments)
+            out = _exact_attention(q, k, v, segments, self.causal)
         else:
-            out = favor_attention(q, k, v, self.projection, feature_map=self.kind, cu_seqlens=segments.cu_seqlens)
+            out = favor_attention(
+                q,
+                k,
+                v,
+                self.projection,
+                feature_map=self.kind,
+                cu_seqlens=segments.cu_seqlens,
+                causal=self.causal,
+                oprf_a=self.fixed_oprf_a(),
+            )
         result: Tensor = self.output(out.squeeze(0).transpose(0, 1).flatten(1))
         return result
 
-    def _normalise(self, x: Tensor) -> Tensor:
-        if self.temperature_logit is None:
-            return x
-        temperature = self.max_temperature * torch.sigmoid(self.temperature_logit)
-        wanted = torch.sqrt(temperature * math.sqrt(self.head_dim)).unsqueeze(-1)
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x * (wanted / norm.clamp_min(_SMALLEST_NORM))
+    def queries_keys_values(
+        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[
+        Float[Tensor, "length heads head_dim"],
+        Float[Tensor, "length heads head_dim"],
+        Float[Tensor, "length heads head_dim"],
+    ]:
+        """Returns q, k and v as the attention takes them."""
+        parts = [self.query(x), self.key(x), self.value(x)]
+        if self.convolution is not None:
+            parts = self.convolution(parts, segments)
+        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in parts)
+        # Back to the dtype of v, which autocast may have made shorter.
+        q, k = (self._prepare(y, rotary).to(v.dtype) for y in (q, k))
+        if self.rescale_qk:
+            q, k = rescale(q, k, segments)
+        return q, k, v
+
+    def fixed_oprf_a(self) -> Float[Tensor, " heads"] | None:
+        """Returns the A of causal `oprf`, which must not depend on later tokens; None where the op finds its own.
+
+        With x = q/d^¼ and y = k/d^¼, ‖x‖² = ‖y‖² = τ under qk_norm, so the mean ‖x + y‖² over directions that do not
+        know of each other is 2τ: a function of the weights alone. No gradient flows to it.
+        """
+        if self.kind != "oprf" or not self.causal:
+            return None
+        temperature = self._temperature()
+        assert temperature is not None
+        return oprf_parameter(2 * temperature.detach(), self.head_dim)
+
+    def _temperature(self) -> Tensor | None:
+        """Returns τ of every head."""
+        return None if self.temperature_logit is None else self.max_temperature * torch.sigmoid(self.temperature_logit)
+
+    def _prepare(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        temperature = self._temperature()
+        if temperature is None:
+            return x if rotary is None else rotate(x, *rotary)
+        lengths = torch.sqrt(temperature * math.sqrt(self.head_dim))
+        return normalise(x, lengths) if rotary is None else normalise_and_rotate(x, lengths, rotary)
 
 
 def rescale(
@@ -132,11 +144,13 @@ def rescale(
     return (q * psi).to(q.dtype), (k / psi).to(k.dtype)
 
 
-def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+# How many segments there are shows in the number of calls, so a compiled layer leaves them to Python.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """Returns softmax attention, one segment at a time: never a (length, length) mask over the row."""
     outs = [
-        F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop])
-        for start, stop in pairwise(segments.bounds)
+        F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], is_causal=causal)
+        for start, stop in pairwise(segments.cpu_bounds.tolist())
         if stop > start
     ]
     return torch.cat(outs, dim=2)

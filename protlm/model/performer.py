@@ -1,14 +1,17 @@
-"""The Performer masked language model: a pre-LN encoder over packed rows, with a head of ESM's shape."""
+"""The Performer language model: an encoder over packed rows, with a head of ESM's shape."""
 
+import math
 from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from protlm.config import ModelConfig
 from protlm.model.attention import SelfAttention
+from protlm.model.positions import rotary_angles, sinusoids
 from protlm.model.segments import Segments
 from protlm.vocabulary import PAD, VOCABULARY_SIZE
 
@@ -16,24 +19,40 @@ _EMBEDDING_SCALE = 0.02
 
 
 class EncoderLayer(nn.Module):
-    """x + attention(LN(x)), then x + feed-forward(LN(x)), with GELU."""
+    """Attention and a feed-forward layer f, each with a residual sum: x + f(LN(x)), or LN(x + f(x)) for post-LN.
+
+    The feed-forward layer is W_out·GELU(W_in·x), or W_out·(SiLU(W_gate·x) · W_in·x) for SwiGLU. W_gate and W_in are two
+    matrices, as Muon orthogonalises each matrix by itself.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.is_pre_norm = config.layer_norm == "pre"
         self.attention_norm = nn.LayerNorm(config.model_dim)
         self.attention = SelfAttention(config)
         self.ffn_norm = nn.LayerNorm(config.model_dim)
         self.ffn_in = nn.Linear(config.model_dim, config.ffn_dim)
+        self.ffn_gate = nn.Linear(config.model_dim, config.ffn_dim) if config.ffn == "swiglu" else None
         self.ffn_out = nn.Linear(config.ffn_dim, config.model_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor]
+        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "length model_dim"]:
         """Returns the residual stream after this layer."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), segments, rotary))
-        x = x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
+        if self.is_pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), segments, rotary))
+            x = x + self.dropout(self._feed_forward(self.ffn_norm(x)))
+        else:
+            x = self.attention_norm(x + self.dropout(self.attention(x, segments, rotary)))
+            x = self.ffn_norm(x + self.dropout(self._feed_forward(x)))
         return x
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        inner = self.ffn_in(x)
+        inner = F.gelu(inner) if self.ffn_gate is None else F.silu(self.ffn_gate(x)) * inner
+        out: Tensor = self.ffn_out(inner)
+        return out
 
 
 class LanguageModelHead(nn.Module):
@@ -51,18 +70,27 @@ class LanguageModelHead(nn.Module):
 
 
 class Performer(nn.Module):
-    """A masked language model over packed rows of proteins.
+    """A language model over packed rows of proteins: of hidden residues, or causal and of the next token.
 
     A row is a 1-D tensor of tokens, `<cls> residues <eos>` of each protein back to back, with the bounds of its
     segments; no protein sees another. Weights and projections are undefined until `reset` or a loaded state.
+
+    Attributes:
+        checkpoint_activations: Whether training keeps only what enters each layer, and computes the rest again for the
+            gradients, which stay the same to the bit.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.embedding = nn.Embedding(VOCABULARY_SIZE, config.model_dim, padding_idx=PAD)
+        self.position_embedding = (
+            nn.Embedding(config.max_positions, config.model_dim) if config.positions == "learned" else None
+        )
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.model_dim)
+        # The last layer of a post-LN encoder ends with a norm of its own.
+        self.final_norm = nn.LayerNorm(config.model_dim) if config.layer_norm == "pre" else None
         self.head = LanguageModelHead(config)
 
     @torch.no_grad()
@@ -78,8 +106,11 @@ class Performer(nn.Module):
             elif isinstance(module, SelfAttention):
                 module.reset(generator)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE, generator=generator)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding.weight, std=_EMBEDDING_SCALE, generator=generator)
         nn.init.zeros_(self.head.bias)
-        # The residual stream sums two outputs a layer; its variance at the start must not grow with depth.
+        # The residual stream sums two outputs a layer; its variance at the start must not grow with depth. Where a norm
+        # follows each sum, small outputs keep deep encoders stable (arXiv 2203.00555).
         for layer in self._encoder_layers():
             layer.attention.output.weight.mul_((2 * self.config.num_layers) ** -0.5)
             layer.ffn_out.weight.mul_((2 * self.config.num_layers) ** -0.5)
@@ -89,6 +120,11 @@ class Performer(nn.Module):
         for layer in self._encoder_layers():
             layer.attention.redraw(generator)
 
+    def compile_layers(self) -> None:
+        """Has torch.compile replace each encoder layer's forward, once for rows of all lengths; no name changes."""
+        for layer in self._encoder_layers():
+            layer.compile(dynamic=True)
+
     def hidden_states(
         self, tokens: Int[Tensor, " length"], cu_seqlens: Int[Tensor, " bounds"], layers: Collection[int]
     ) -> dict[int, Tensor]:
@@ -97,21 +133,27 @@ class Performer(nn.Module):
         Args:
             tokens: A packed row.
             cu_seqlens: int32 bounds of its segments.
-            layers: 0 is the embedding, i the residual stream after layer i; the last one is after the final LayerNorm.
+            layers: 0 is the embedding, with the positions that are added to it; i is the residual stream after layer i;
+                the last one is after the final LayerNorm.
 
         Raises:
-            ValueError: A layer that is not there.
+            ValueError: A layer that is not there, or a segment that the learned positions do not reach.
         """
         unknown = sorted(set(layers) - set(range(self.config.num_layers + 1)))
         if unknown:
             raise ValueError(f"layers: expected numbers from 0 to {self.config.num_layers}, got {unknown}")
         segments = Segments.from_bounds(cu_seqlens)
-        x = self.embedding(tokens)
+        x = self._embed(tokens, segments)
         wanted = {0: x} if 0 in layers else {}
-        rotary = segments.rotary(self.config.head_dim, x.dtype)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_angles(segments.positions, self.config.head_dim, x.dtype)
         for number, layer in enumerate(self._encoder_layers(), start=1):
-            x = layer(x, segments, rotary)
-            if number == self.config.num_layers:
+            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, segments, rotary, use_reentrant=False)
+            else:
+                x = layer(x, segments, rotary)
+            if number == self.config.num_layers and self.final_norm is not None:
                 x = self.final_norm(x)
             if number in layers:
                 wanted[number] = x
@@ -123,13 +165,32 @@ class Performer(nn.Module):
         cu_seqlens: Int[Tensor, " bounds"],
         target_positions: Int[Tensor, " targets"] | None = None,
     ) -> Float[Tensor, "targets vocab_size"]:
-        """Returns the logits at the target positions, by default at all of the row."""
+        """Returns the logits at the target positions, by default at all of the row.
+
+        Raises:
+            ValueError: A segment that the learned positions do not reach.
+        """
         last = self.config.num_layers
         x = self.hidden_states(tokens, cu_seqlens, (last,))[last]
         if target_positions is not None:
             x = x.index_select(0, target_positions)
         logits: Tensor = self.head(x, self.embedding.weight)
         return logits
+
+    def _embed(self, tokens: Tensor, segments: Segments) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        if self.position_embedding is not None:
+            longest, limit = segments.longest, self.config.max_positions
+            if longest > limit:
+                raise ValueError(
+                    f"cu_seqlens: expected segments of at most max_positions = {limit} tokens, got one of {longest}"
+                )
+            x = x + self.position_embedding(segments.positions)
+        elif self.config.positions == "sinusoidal":
+            # Sines have a mean square of 1/2: scaled to that of an embedding at the start, neither drowns the other.
+            scale = math.sqrt(2) * _EMBEDDING_SCALE
+            x = x + scale * sinusoids(segments.positions, self.config.model_dim).to(x.dtype)
+        return x
 
     def _encoder_layers(self) -> list[EncoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, EncoderLayer)]

@@ -3,24 +3,24 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of one packed row, computed once for all layers.
+    """The segments of one packed row, computed once for all layers; tensors only, so that layers can be compiled.
 
     Attributes:
         cu_seqlens: int32 bounds, 0 to length.
-        bounds: The same bounds as Python numbers.
+        cpu_bounds: The same on the CPU, for loops over segments.
         positions: Place of every token in its segment, from 0.
         lengths: Length of every token's segment.
         numbers: Number of every token's segment, from 0.
     """
 
     cu_seqlens: Int[Tensor, " bounds"]
-    bounds: tuple[int, ...]
+    cpu_bounds: Int[Tensor, " bounds"]
     positions: Int[Tensor, " length"]
     lengths: Int[Tensor, " length"]
     numbers: Int[Tensor, " length"]
@@ -33,35 +33,19 @@ class Segments:
         positions = torch.arange(len(starts), device=cu_seqlens.device) - starts
         lengths = torch.repeat_interleave(sizes, sizes)
         numbers = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-        return cls(cu_seqlens, tuple(cu_seqlens.tolist()), positions, lengths, numbers)
+        return cls(cu_seqlens, cu_seqlens.cpu(), positions, lengths, numbers)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return int(self.cpu_bounds.diff().max())
 
     def sums(self, x: Float[Tensor, "length heads head_dim"]) -> Float[Tensor, "segments heads head_dim"]:
         """Returns the sum of x over the tokens of every segment, always in the same order."""
         sums: Tensor = torch.segment_reduce(x, "sum", lengths=self.cu_seqlens.diff().long(), unsafe=True)
         return sums
 
-    def without_neighbour(self, offset: int) -> Int[Tensor, " tokens"]:
-        """Returns the places in the row whose token `offset` places further is of another segment or of none."""
+    def lacks_neighbour(self, offset: int) -> Bool[Tensor, " length"]:
+        """Returns True at each token whose neighbour `offset` places further is of another segment or of none."""
         neighbour = self.positions + offset
-        return ((neighbour < 0) | (neighbour >= self.lengths)).nonzero().squeeze(1)
-
-    def rotary(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns the cosines and sines, each (length, head_dim), of rotary positions that start anew in every segment.
-
-        Angles are position · 10000^(−2i/head_dim) for the pairs (i, i + head_dim/2), as in ESM-2.
-        """
-        pairs = torch.arange(0, head_dim, 2, device=self.positions.device, dtype=torch.float32)
-        frequencies = 10000.0 ** (-pairs / head_dim)
-        angles = torch.outer(self.positions.float(), frequencies).repeat(1, 2)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(
-    x: Float[Tensor, "length heads head_dim"],
-    cosines: Float[Tensor, "length head_dim"],
-    sines: Float[Tensor, "length head_dim"],
-) -> Float[Tensor, "length heads head_dim"]:
-    """Returns x turned by the angles of its position; norms stay, and q·k depends on the distance alone."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return torch.addcmul(x * cosines.unsqueeze(1), turned, sines.unsqueeze(1))
+        return (neighbour < 0) | (neighbour >= self.lengths)

@@ -1,40 +1,41 @@
-"""What happens between updates: metrics, validation and the exported model, checkpoints, progress, a wished stop."""
+"""What happens between updates: measurements, the exported model, checkpoints, a wished stop."""
 
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-from tqdm import tqdm
 
 from protlm.config import Config
-from protlm.data.dataset import Split
+from protlm.data.batches import Proteins
+from protlm.model.health import attention_health
+from protlm.workflows import run_checkpoints
 from protlm.workflows.checkpoint import ModelDescription, ValidScore, save_model
-from protlm.workflows.lightning import MaskedLanguageModelling
-from protlm.workflows.metrics import MetricsFile
-from protlm.workflows.scoring import Scores, score_model
+from protlm.workflows.lightning import LanguageModelling, Update
+from protlm.workflows.run_log import RunLog
+from protlm.workflows.scoring import Scores, score_split
+from protlm.workflows.stop_request import StopRequest
 
 
 class Watch(pl.Callback):
-    """After every update: one row of metrics.csv; at the steps due for it a measurement, a model and a checkpoint.
+    """After every update: what is due of a row in the files, a measurement, a model and a checkpoint.
+
+    All processes of a run do the same; only the first one writes.
 
     Attributes:
         last_step: The latest update.
         best: The measurement of the exported model; None without a valid split.
+        ended_early: Why the run ended before max_steps, in words; None if it did not.
     """
 
     def __init__(
         self,
         run_dir: Path,
         config: Config,
-        valid: Split | None,
+        valid: Proteins | None,
         describe: Callable[[int, ValidScore | None], ModelDescription],
-        stop_request: "StopRequest",
+        stop_request: StopRequest,
         first_step: int,
     ) -> None:
         self._run_dir = run_dir
@@ -42,141 +43,141 @@ class Watch(pl.Callback):
         self._valid = valid
         self._describe = describe
         self._stop_request = stop_request
-        self._metrics: MetricsFile | None = None
-        self._progress: tqdm[Any] | None = None
-        self._started = 0.0
-        self._num_residues = 0.0
-        self._valid_perplexity = "-"
+        self._log: RunLog | None = None
+        self._num_without_improvement = 0
+        self._update_began = self._batch_asked_for = 0.0
+        self._seconds_waited = 0.0
         self.last_step = first_step
         self.best: ValidScore | None = None
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """The one checkpoint that a run is resumed from."""
-        return checkpoint_path(self._run_dir)
+        self.ended_early: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens metrics.csv at the step that the run starts from."""
-        self._started = time.perf_counter()
-        assert self.last_step == trainer.global_step
-        self._metrics = MetricsFile(self._run_dir / "metrics.csv", last_step=self.last_step)
-        self._progress = tqdm(
-            total=self._config.train.max_steps, initial=self.last_step, unit="step", desc="train", disable=None
-        )
+        """Opens the files at the step that the run starts from."""
+        # Lightning has taken SIGTERM for itself meanwhile, and would end a run in the middle of an update.
+        self._stop_request.listen()
+        self.last_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._log = RunLog(self._run_dir, self._config, self.last_step, trainer.loggers)
+        self._update_began = self._batch_asked_for = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes how long the row was waited for."""
+        self._seconds_waited += time.perf_counter() - self._batch_asked_for
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Does what is due after an update; nothing between the rows of one."""
-        if trainer.global_step == self.last_step:
-            return
-        assert isinstance(pl_module, MaskedLanguageModelling)
-        assert self._metrics is not None
-        self.last_step = step = trainer.global_step
-        settings = self._config.train
-        update = pl_module.last_update
-        row: dict[str, float] = {
-            "step": step,
-            "epoch": int(update["epoch"]),
-            "train/loss": update["loss"],
-            "train/perplexity": math.exp(min(update["loss"], 700.0)),
-            "lr": update["lr"],
-            "grad_norm": update["grad_norm"],
-        }
+        if trainer.global_step > self.last_step:
+            assert isinstance(pl_module, LanguageModelling)
+            self.last_step = trainer.global_step
+            self._after_update(trainer, pl_module)
+            self._update_began, self._seconds_waited = time.perf_counter(), 0.0
+        self._batch_asked_for = time.perf_counter()
+
+    def _after_update(self, trainer: pl.Trainer, task: LanguageModelling) -> None:
+        step, settings, update = self.last_step, self._config.train, task.last_update
+        assert update is not None
+        seconds = time.perf_counter() - self._update_began
         is_last = step >= settings.max_steps
-        stops = self._stop_request.wanted
+        valid: dict[str, float] = {}
+        has_improved = False
         if is_last or step % settings.valid_every_steps == 0:
-            row |= self._measure_and_export(pl_module)
-        self._metrics.append(row)
-        self._show(row, update["num_residues"])
-        if is_last or stops or step % settings.checkpoint_every_steps == 0:
-            trainer.save_checkpoint(self.checkpoint_path)
-        if stops:
+            valid, has_improved = self._measure(trainer, task)
+        self.ended_early = None if is_last else self._reason_to_stop(update)
+        if self._log is not None:
+            self._log.update(step, update, valid, seconds, self._seconds_waited)
+        if settings.health_every_steps and step % settings.health_every_steps == 0:
+            assert task.first_batch is not None
+            layers = attention_health(task.model, task.first_batch.tokens, task.first_batch.cu_seqlens)
+            if self._log is not None:
+                self._log.health(step, layers)
+        ends = is_last or self.ended_early is not None
+        if ends or has_improved or self._is_due(step):
+            self._save_checkpoints(trainer, has_improved=has_improved)
+            if self._log is not None:
+                self._log.draw_curves(is_last=ends)
+        if ends:
             trainer.should_stop = True
 
-    def _measure_and_export(self, task: MaskedLanguageModelling) -> dict[str, float]:
-        """Scores the valid split and exports the model if it is the best so far, or if there is nothing to compare."""
+    def _is_due(self, step: int) -> bool:
+        settings = self._config.train
+        return step % settings.checkpoint_every_steps == 0 or (
+            settings.keep_every_steps > 0 and step % settings.keep_every_steps == 0
+        )
+
+    def _reason_to_stop(self, update: Update) -> str | None:
+        patience = self._config.train.patience
+        if update.interrupted:
+            return "interrupted"
+        if update.time_is_over:
+            return "its time is over"
+        if patience and self._num_without_improvement >= patience:
+            return f"no lower perplexity on valid in {patience} measurements"
+        return None
+
+    def _measure(self, trainer: pl.Trainer, task: LanguageModelling) -> tuple[dict[str, float], bool]:
+        """Scores the valid split; exports the model if it is the best so far, or if there is nothing to compare.
+
+        Returns:
+            The columns of metrics.csv, and whether the model is better than all before.
+        """
+        description = self._describe(self.last_step, None)
         if self._valid is None:
-            self._export(task, None)
-            return {}
-        scores = score_model(
-            task.model,
-            self._valid,
-            self._describe(self.last_step, None).residue_counts,
-            mask_rate=self._config.train.mask_rate,
+            self._export(trainer, task, description)
+            return {}, False
+        scores = score_split(
+            task.model, description, self._valid, rank=trainer.global_rank, world_size=trainer.world_size
         )
         valid = _valid_score(scores)
         # A perplexity that is not a number is no improvement, but a run must end with a model.
-        if self.best is None or not self.best.perplexity <= valid.perplexity:
-            self._export(task, valid)
-        return {
+        has_improved = self.best is None or not self.best.perplexity <= valid.perplexity
+        self._num_without_improvement = 0 if has_improved else self._num_without_improvement + 1
+        if has_improved:
+            self.best = valid
+            self._export(trainer, task, self._describe(self.last_step, valid))
+        columns = {
             "valid/loss": scores.model.loss,
             "valid/accuracy": scores.model.accuracy,
             "valid/perplexity": scores.model.perplexity,
         }
+        return columns, has_improved
 
-    def _export(self, task: MaskedLanguageModelling, valid: ValidScore | None) -> None:
-        self.best = valid
-        save_model(self._run_dir / "model", task.model, self._describe(self.last_step, valid))
+    def _export(self, trainer: pl.Trainer, task: LanguageModelling, description: ModelDescription) -> None:
+        state = task.full_state()
+        if trainer.is_global_zero:
+            save_model(self._run_dir / "model", state, description)
 
-    def _show(self, row: dict[str, float], num_residues: float) -> None:
-        assert self._progress is not None
-        self._num_residues += num_residues
-        if "valid/perplexity" in row:
-            self._valid_perplexity = f"{row['valid/perplexity']:.2f}"
-        rate = self._num_residues / (time.perf_counter() - self._started)
-        self._progress.set_postfix(
-            {
-                "loss": f"{row['train/loss']:.3f}",
-                "perplexity": f"{row['train/perplexity']:.2f}",
-                "valid": self._valid_perplexity,
-                "residues/s": f"{rate:,.0f}",
-            },
-            refresh=False,
-        )
-        self._progress.update()
+    def _save_checkpoints(self, trainer: pl.Trainer, *, has_improved: bool) -> None:
+        last = run_checkpoints.last_checkpoint(self._run_dir)
+        trainer.save_checkpoint(last)
+        if not trainer.is_global_zero:
+            return
+        every = self._config.train.keep_every_steps
+        if every and self.last_step % every == 0:
+            run_checkpoints.keep(last, run_checkpoints.kept_checkpoint(self._run_dir, self.last_step))
+        if has_improved:
+            run_checkpoints.keep(last, run_checkpoints.best_checkpoint(self._run_dir))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best measurement, so that a resumed run goes on comparing with it."""
-        return {"best": None if self.best is None else self.best.model_dump()}
+        """Returns the best measurement and how long ago it was, so that a resumed run goes on comparing with it."""
+        return {
+            "best": None if self.best is None else self.best.model_dump(),
+            "num_without_improvement": self._num_without_improvement,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best measurement."""
+        """Restores the best measurement and how long ago it was."""
         saved = state_dict["best"]
         self.best = None if saved is None else ValidScore.model_validate(saved)
+        self._num_without_improvement = state_dict["num_without_improvement"]
 
     def close(self) -> None:
-        """Closes the file and the progress bar, however the run ended."""
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._progress is not None:
-            self._progress.close()
-
-
-class StopRequest:
-    """The first Ctrl-C asks for a stop between two updates, for a whole checkpoint; the second stops at once."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _ask(self, signal_number: int, frame: FrameType | None) -> None:
-        self.wanted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def checkpoint_path(run_dir: Path) -> Path:
-    """Returns where a run keeps the checkpoint that it is resumed from."""
-    return run_dir / "checkpoints" / "last.ckpt"
+        """Closes the files and the progress bar, however the run ended."""
+        if self._log is not None:
+            self._log.close()
 
 
 def _valid_score(scores: Scores) -> ValidScore:

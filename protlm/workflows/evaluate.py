@@ -1,17 +1,18 @@
-"""`protlm eval`: a model's masked-residue accuracy and perplexity on a split, beside the empirical baseline."""
+"""`protlm eval`: a model's accuracy and perplexity on a split, beside the empirical baseline."""
 
 import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from protlm.data import files
 from protlm.data.dataset import open_dataset
 from protlm.errors import ProtlmError
 from protlm.workflows.checkpoint import read_model
-from protlm.workflows.device import best_device
-from protlm.workflows.scoring import EVALUATION_SEED, Score, score_model
+from protlm.workflows.devices import best_device
+from protlm.workflows.scoring import EVALUATION_SEED, Score, score_split, scored_residues
 
 REPORT_FORMAT_VERSION = 1
 
@@ -24,8 +25,10 @@ class EvalReport:
         format_version: Of this report.
         split: Which split was scored.
         seed: Of the masks.
-        mask_rate: Probability that a residue was scored; the model's own.
+        objective: `masked`, or `next-token` for a causal model, which is scored at every residue.
+        mask_rate: Probability that a residue was scored; the model's own. Unused by `next-token`.
         num_records: Proteins in the split.
+        num_cut: Proteins longer than the model's learned positions reach, of which the rest was left out.
         num_targets: Scored residues.
         model: Accuracy and perplexity of the model.
         empirical: Those of the residue frequencies of the model's training set, on the same targets.
@@ -37,8 +40,10 @@ class EvalReport:
     format_version: int
     split: str
     seed: int
+    objective: Literal["masked", "next-token"]
     mask_rate: float
     num_records: int
+    num_cut: int
     num_targets: int
     model: Score
     empirical: Score
@@ -81,21 +86,23 @@ def evaluate(
     dataset = open_dataset(dataset_path)
     proteins = dataset.split(split)
     model, description = read_model(model_path)
-    scores = score_model(
+    scores = score_split(
         model.to(best_device()),
+        description,
         proteins,
-        description.residue_counts,
-        mask_rate=description.mask_rate,
         seed=seed,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
+    limit = scored_residues(description)
     report = EvalReport(
         format_version=REPORT_FORMAT_VERSION,
         split=split,
         seed=seed,
+        objective="next-token" if description.objective.causal else "masked",
         mask_rate=description.mask_rate,
         num_records=proteins.num_records,
+        num_cut=0 if limit is None else int((proteins.lengths > limit).sum()),
         num_targets=scores.num_targets,
         model=scores.model,
         empirical=scores.empirical,

@@ -1,37 +1,63 @@
-"""metrics.csv and curves.png of a run: hides how a resumed run continues the file of the run before it."""
+"""The tables of numbers that a run writes: hides how a resumed run continues those of the run before it."""
 
-import csv
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from protlm.data import files
 from protlm.errors import CheckpointError
 
-COLUMNS = (
-    "step", "epoch", "train/loss", "train/perplexity", "lr", "grad_norm",
+METRICS = (
+    "step", "epoch", "train/loss", "train/accuracy", "train/perplexity", "lr", "grad_norm",
     "valid/loss", "valid/accuracy", "valid/perplexity",
 )  # fmt: skip
+"""Columns of metrics.csv, a row per update: only numbers that are the same in two equal runs."""
+
+SPEED = ("step", "seconds", "residues_per_second", "data_wait_fraction", "peak_memory_bytes")
+"""Columns of speed.csv: what depends on the machine and its other work."""
+
+HEALTH = (
+    "step", "layer", "q_norm", "k_norm", "max_q_norm", "max_k_norm", "effective_features", "dead_features",
+)  # fmt: skip
+"""Columns of health.csv, a row per layer at each step that is measured."""
+
+_BLOCK_BYTES = 2**24
 
 
-class MetricsFile:
-    """One row per optimizer update; each is on disk when `append` returns to the operating system."""
+class CsvLog:
+    """A table that grows while a run goes on; each row is on disk when `append` returns to the operating system."""
 
-    def __init__(self, path: Path, *, last_step: int = 0) -> None:
-        """Opens the file, keeping the rows up to last_step and dropping those past it."""
-        kept = [row for row in read_metrics(path) if int(row["step"]) <= last_step] if path.exists() else []
-        with files.written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(kept)
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
+    def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
+        """Opens the file, keeping the rows up to last_step and dropping those past it.
 
-    def append(self, row: Mapping[str, float]) -> None:
-        """Adds one row; columns it lacks stay empty. Floats are written with all their digits."""
-        self._writer.writerow(
-            {key: value if isinstance(value, int) else repr(float(value)) for key, value in row.items()}
-        )
+        Args:
+            path: The file; made if it is not there.
+            columns: Names of the columns; the first is `step`.
+            last_step: The step that the run goes on from.
+
+        Raises:
+            CheckpointError: The file is no such table.
+        """
+        self._columns = tuple(columns)
+        with files.written_whole(path) as partial, partial.open("wb") as kept:
+            kept.write(_header(columns))
+            if path.exists():
+                kept.writelines(line for line in _lines(path, columns) if int(line.partition(b",")[0]) <= last_step)
+        self._file = path.open("ab")
+
+    def append(self, row: Mapping[str, float | None]) -> None:
+        """Adds one row; a column that is None or not there stays empty. Floats are written with all their digits.
+
+        Raises:
+            ValueError: A column that the table does not have.
+        """
+        unknown = sorted(row.keys() - set(self._columns))
+        if unknown:
+            raise ValueError(f"row: expected the columns {', '.join(self._columns)}, got also {', '.join(unknown)}")
+        fields = (row.get(column) for column in self._columns)
+        self._file.write(",".join(map(_text, fields)).encode() + b"\r\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -39,50 +65,108 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Returns the complete rows of a metrics.csv as texts by column; a row cut off by a kill is left out.
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yields the complete rows of a table as texts by column; a row cut off by a kill is left out.
 
     Raises:
-        CheckpointError: The file is no metrics.csv.
+        CheckpointError: The file is no such table.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        whole_lines = (line for line in file if line.endswith("\n"))
-        try:
-            rows = csv.DictReader(whole_lines)
-            if tuple(rows.fieldnames or ()) != COLUMNS:
-                raise CheckpointError(f"{path}: line 1: expected the columns of protlm train; delete the file")
-            return [row for row in rows if row["step"].isdigit() and None not in row.values()]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise CheckpointError(f"{path}: not a metrics file of protlm train ({error}); delete the file") from None
+    for line in _lines(path, columns):
+        yield _fields(line, columns)
 
 
-def plot_curves(metrics_path: Path, picture_path: Path) -> None:
-    """Draws perplexity against step for training, smoothed, and for the valid split."""
-    # The figure class is used directly: pyplot would look for a display and keep global state.
-    # It says on stderr when it finds no folder for its font cache, which is no news to anyone.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.figure import Figure
+def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[dict[str, str]]:
+    """Returns rows that are spread evenly over a table of any length, in order, its last among them.
 
-    rows = read_metrics(metrics_path)
-    steps = [int(row["step"]) for row in rows]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    train = [float(row["train/perplexity"]) for row in rows]
-    axes.plot(steps, train, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smoothed(train), color="tab:blue", label="train (smoothed)")
-    valid = [(int(row["step"]), float(row["valid/perplexity"])) for row in rows if row["valid/perplexity"]]
-    if valid:
-        axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=3, label="valid")
-    axes.set(xlabel="step", ylabel="perplexity of masked residues", title="Training")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with files.written_whole(picture_path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    Of rows whose last column is filled as many are taken again, so that what is measured seldom is not missed. Lines
+    are found in one pass over the bytes, and only those chosen are taken apart: a million cost a fraction of a second.
+
+    Args:
+        path: A table of `CsvLog`.
+        columns: Its columns.
+        most_steps: The most steps to take evenly; of each, all rows.
+
+    Raises:
+        CheckpointError: The file is no such table.
+    """
+    with path.open("rb") as file:
+        _check_header(path, file.readline(), columns)
+        starts, has_last = _find_lines(file)
+        num_rows = len(has_last)
+        rows_per_step = _rows_of_first_step(file, int(starts[0]), columns)
+        steps = _spread(np.arange(0, num_rows, rows_per_step), most_steps)
+        chosen = np.concatenate(
+            ((steps[:, None] + np.arange(rows_per_step)).ravel(), _spread(has_last.nonzero()[0], most_steps))
+        )
+        rows = []
+        for number in np.unique(chosen[chosen < num_rows]):
+            file.seek(starts[number])
+            line = file.readline()
+            if _is_row(line, columns):
+                rows.append(_fields(line, columns))
+    return rows
 
 
-def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    average, result = 0.0, []
-    for number, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**number))
-    return result
+def _find_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where the whole lines after the header start, the end of the last one, and which have a last field."""
+    ends, has_last = [np.array([file.tell()])], []
+    place, before = file.tell(), np.frombuffer(b"\n\n", np.uint8)
+    while block := file.read(_BLOCK_BYTES):
+        # Two bytes of the block before, so that what stands before the end of a line is in sight.
+        seen = np.concatenate((before, np.frombuffer(block, np.uint8)))
+        newlines = (seen[2:] == ord("\n")).nonzero()[0]
+        ends.append(place + newlines + 1)
+        has_last.append(seen[newlines] != ord(","))
+        place, before = place + len(block), seen[-2:]
+    return np.concatenate(ends), np.concatenate(has_last) if has_last else np.zeros(0, dtype=bool)
+
+
+def _rows_of_first_step(file: BinaryIO, start: int, columns: Sequence[str]) -> int:
+    """Returns how many rows a step has, 1 at least; a log writes the same number at each."""
+    file.seek(start)
+    first, count = b"", 0
+    for line in file:
+        step = line.partition(b",")[0]
+        if not _is_row(line, columns) or (count and step != first):
+            break
+        first, count = step, count + 1
+    return max(1, count)
+
+
+def _spread(numbers: np.ndarray, most: int) -> np.ndarray:
+    if len(numbers) <= most:
+        return numbers
+    return numbers[np.linspace(0, len(numbers) - 1, most).round().astype(np.int64)]
+
+
+def _header(columns: Sequence[str]) -> bytes:
+    return ",".join(columns).encode() + b"\r\n"
+
+
+def _check_header(path: Path, line: bytes, columns: Sequence[str]) -> None:
+    if line.rstrip(b"\r\n") != _header(columns).rstrip(b"\r\n"):
+        raise CheckpointError(
+            f"{path}: line 1: expected the columns {', '.join(columns)}, got {line[:80].decode(errors='replace')!r}; "
+            "move the file away"
+        )
+
+
+def _lines(path: Path, columns: Sequence[str]) -> Iterator[bytes]:
+    """Yields the complete rows as they are in the file."""
+    with path.open("rb") as file:
+        _check_header(path, file.readline(), columns)
+        yield from (line for line in file if _is_row(line, columns))
+
+
+def _is_row(line: bytes, columns: Sequence[str]) -> bool:
+    return line.endswith(b"\n") and line.count(b",") == len(columns) - 1 and line.partition(b",")[0].isdigit()
+
+
+def _fields(line: bytes, columns: Sequence[str]) -> dict[str, str]:
+    return dict(zip(columns, line.rstrip(b"\r\n").decode(errors="replace").split(","), strict=True))
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else repr(float(value))

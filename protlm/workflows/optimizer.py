@@ -1,4 +1,4 @@
-"""The optimizers and the learning-rate schedule: hides which rule updates which parameter.
+"""The optimizer and the learning-rate schedule: hides which rule updates which parameter, and where its shards lie.
 
 Muon is written here rather than taken from torch because torch's version orthogonalises in bfloat16 always, which a CPU
 without native bfloat16 does a hundred times slower than in float32.
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim.adamw import adamw
 
 from protlm.config import TrainConfig
 
@@ -20,6 +22,9 @@ _FINAL_SHARE = 0.1
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
+
+MOST_NUMBERS_AT_ONCE = 2**25
+"""Numbers in a batch of matrices that are orthogonalised together: whole matrices are in memory where shards were."""
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -33,59 +38,115 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return _FINAL_SHARE + (1 - _FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig) -> "TrainingOptimizer":
     """Returns the optimizer of a run; every parameter group keeps its peak learning rate as `peak_lr`.
 
     Matrices of linear layers decay, and are Muon's where it is wanted. Embeddings, biases, norms,
     temperatures and convolutions do not decay.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    matrices = [parameter for parameter in model.parameters() if id(parameter) in linear]
-    others = [parameter for parameter in model.parameters() if id(parameter) not in linear]
-    plain = {"params": others, "weight_decay": 0.0, "lr": config.lr, "peak_lr": config.lr}
-    decayed = {"params": matrices, "weight_decay": config.weight_decay, "lr": config.lr, "peak_lr": config.lr}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW([decayed, plain], betas=config.betas)
-    muon = Muon([{**decayed, "lr": config.muon_lr, "peak_lr": config.muon_lr}])
-    return Joined([muon, torch.optim.AdamW([plain], betas=config.betas)])
+    groups = []
+    for parameter in model.parameters():
+        is_matrix = id(parameter) in linear
+        is_muons = is_matrix and config.optimizer == "muon"
+        lr = config.muon_lr if is_muons else config.lr
+        groups.append(
+            {
+                "params": [parameter],
+                "rule": "muon" if is_muons else "adamw",
+                "lr": lr,
+                "peak_lr": lr,
+                "weight_decay": config.weight_decay if is_matrix else 0.0,
+                "betas": config.betas,
+                "eps": config.eps,
+            }
+        )
+    return TrainingOptimizer(groups)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, for matrices: the algorithm of `torch.optim.Muon`.
+class TrainingOptimizer(torch.optim.Optimizer):
+    """Fused AdamW, and Muon for the parameters whose group says so; every parameter is a group of its own.
 
-    Float32 on a CPU, bfloat16 elsewhere; matrices of one shape are orthogonalised as one batch.
+    Groups in the order of the model's parameters give the states in a `state_dict` the numbers of the parameters, which
+    is how Lightning numbers them under FSDP2, while torch.distributed.checkpoint numbers them by the groups. So all
+    three agree, and what one process has saved loads into shards, and the other way round.
+
+    Muon is momentum whose update is orthogonalised: the algorithm of `torch.optim.Muon`.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, {"lr": 0.02, "weight_decay": 0.0})
+        """Takes groups of one parameter each, with `rule` ("adamw" or "muon") and all settings of the rule."""
+        # On loading, torch puts the counts of a group that says "fused" beside its parameter, on the device.
+        super().__init__(groups, {"fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Makes one update with Nesterov momentum; returns what the closure returns."""
+        """Makes one update; returns what the closure returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                directions = orthogonalise(torch.stack([self._momentum(parameter) for parameter in parameters]))
-                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for parameter, direction in zip(parameters, directions, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+            (parameter,) = group["params"]
+            if parameter.grad is not None:
+                settings = (group["rule"], group["lr"], group["weight_decay"], *group["betas"], group["eps"])
+                alike.setdefault(settings, []).append(parameter)
+        for (rule, lr, weight_decay, beta1, beta2, eps), parameters in alike.items():
+            if rule == "muon":
+                self._step_muon(parameters, lr, weight_decay)
+            else:
+                self._step_adamw(parameters, lr, weight_decay, (beta1, beta2), eps)
         return loss
+
+    def _step_adamw(
+        self, parameters: list[Tensor], lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        # The update of a number depends on that number alone, so each device updates what it holds.
+        adamw(
+            [_local(parameter) for parameter in parameters],
+            [_local(_gradient(parameter)) for parameter in parameters],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
+
+    def _step_muon(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, alike in by_shape.items():
+            rate = lr * max(1.0, shape[0] / shape[1]) ** 0.5
+            num_at_once = max(1, MOST_NUMBERS_AT_ONCE // shape.numel())
+            for start in range(0, len(alike), num_at_once):
+                batch = alike[start : start + num_at_once]
+                directions = orthogonalise(torch.stack([_whole(self._momentum(parameter)) for parameter in batch]))
+                for parameter, direction in zip(batch, directions, strict=True):
+                    own_part = _local(_like(parameter, direction))
+                    _local(parameter).mul_(1 - lr * weight_decay).sub_(own_part, alpha=rate)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        grad = parameter.grad
-        assert grad is not None
-        state["momentum"].lerp_(grad, 1 - _MOMENTUM)
-        return grad.lerp(state["momentum"], _MOMENTUM)
+        gradient = _gradient(parameter)
+        state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
+        return gradient.lerp(state["momentum"], _MOMENTUM)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -101,31 +162,36 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class Joined(torch.optim.Optimizer):
-    """Several optimizers that step as one, so that a trainer sees a single one."""
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Returns the norm of the whole gradient, a plain number on every device, wherever its shards lie."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return _whole(torch.nn.utils.get_total_norm(gradients))
 
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Makes one update with every part; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
-        return loss
+def clip_gradients(parameters: Iterable[Tensor], largest_norm: float, norm: Tensor) -> None:
+    """Scales the gradients so that their norm, which is given, becomes at most largest_norm."""
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the states of the parts, in order."""
-        return {"parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the states of the parts."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        # Loading gave the parts new group objects.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Returns the part of a tensor that this process holds; writing to it writes to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor that is whole in this process; all processes that share it must ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(sharded: Tensor, whole: Tensor) -> Tensor:
+    """Returns a tensor that is whole in every process, sharded like another; nothing is sent."""
+    if not isinstance(sharded, DTensor):
+        return whole
+    mesh = sharded.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=sharded.placements)

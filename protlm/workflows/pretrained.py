@@ -13,7 +13,7 @@ from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batches import pack_row
 from protlm.model.performer import Performer
 from protlm.workflows.checkpoint import ModelDescription, read_model
-from protlm.workflows.device import best_device
+from protlm.workflows.devices import best_device
 
 EmbeddingKind = Literal["mean", "per-residue", "cls"]
 

@@ -1,4 +1,3 @@
-import csv
 import json
 import os
 import shutil
@@ -13,20 +12,13 @@ import torch
 
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL, write_fasta
-
-
-def rows(run_dir):
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def train(dataset, out, *arguments):
-    return main(["train", str(dataset), "--out", str(out), "--config", "tiny", *SMALL, *map(str, arguments)])
+from tests.e2e.train_tools import rows, train
 
 
 def test_a_run_leaves_what_the_contract_names(run_dir):
     assert {path.name for path in run_dir.iterdir()} == {
-        "config.toml", "metrics.csv", "curves.png", "checkpoints", "model"
+        "config.toml", "run.json", "metrics.csv", "speed.csv", "health.csv", "curves.png", "checkpoints", "model",
+        "tensorboard",
     }  # fmt: skip
     assert {path.name for path in (run_dir / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert [row["step"] for row in rows(run_dir)] == [str(step) for step in range(1, 10)]
@@ -95,7 +87,7 @@ def test_ctrl_c_stops_between_updates_and_leaves_a_usable_checkpoint(dataset, tm
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "--resume" in errors
     assert "Traceback" not in errors
     steps = len(rows(out))
@@ -114,8 +106,11 @@ def test_accumulated_rows_are_weighted_by_their_targets(dataset, tmp_path):
     # Without clipping and noise, one update over two rows equals the update over their targets together: the loss of
     # step 1 is the mean over both rows, which a mean of means would miss.
     from protlm.config import load_config
-    from protlm.data.batches import training_batch, training_rows
+    from protlm.data.batches import Objective, training_batch, training_rows
     from protlm.data.dataset import open_dataset
+    from protlm.data.draws import Draws
+    from protlm.data.masking import MaskRates
+    from protlm.data.mixture import Mixture
     from protlm.model.performer import Performer
 
     assert train(dataset, tmp_path / "run", "--max-steps", 1, "--set", "train.accumulate=2") == 0
@@ -123,8 +118,10 @@ def test_accumulated_rows_are_weighted_by_their_targets(dataset, tmp_path):
     split = open_dataset(dataset).split("train")
     model = Performer(config.model)
     model.reset(config.train.seed)
-    stream = training_rows(split.lengths, config.data, config.train.seed)
-    batches = [training_batch(next(stream), split, config.data, config.train.seed, 0.15) for _ in range(2)]
+    proteins = Mixture([split])
+    stream = training_rows(Draws.of(proteins, config.data, config.train.seed), split.lengths, config.data)
+    objective = Objective(causal=False, rates=MaskRates(0.15))
+    batches = [training_batch(next(stream), split, config.data, config.train.seed, objective) for _ in range(2)]
     nll = sum(
         torch.nn.functional.cross_entropy(
             model(batch.tokens, batch.cu_seqlens, batch.target_positions), batch.targets, reduction="sum"

@@ -5,17 +5,22 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from protlm import open_embeddings, read_records, vocabulary
+from protlm.config import DataConfig
 from protlm.data import sources
+from protlm.data.batches import Objective, epoch_size, evaluation_batches, training_batch, training_rows
 from protlm.data.dataset import open_dataset
+from protlm.data.draws import Draws
 from protlm.data.duplicates import sequence_digest
 from protlm.data.embeddings import EmbeddingsWriter
+from protlm.data.masking import MaskRates
 from protlm.data.records import Record, UniqueIds
 from protlm.errors import ProtlmError
 from protlm.workflows.prep import prepare
+from tests.unit.batch_cases import InMemory, joined_epoch, segments
 
 sequences = st.text(vocabulary.RESIDUES, min_size=1, max_size=40)
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
@@ -171,3 +176,114 @@ def test_embeddings_give_back_what_was_written_in_any_order(lengths, layers, dim
             for record_id in ids:
                 np.testing.assert_array_equal(means[record_id], expected[record_id, layer][0])
                 np.testing.assert_array_equal(per_residue[record_id], expected[record_id, layer][1])
+
+
+seeds = st.integers(0, 2**63 - 1)
+objectives = st.builds(Objective, st.booleans(), st.builds(MaskRates, st.sampled_from([1e-9, 0.15, 1.0])))
+
+
+@st.composite
+def data_settings(draw, whole=False):
+    """Draws settings of rows; `whole` ones cut no protein of up to 60 residues."""
+    mode = draw(st.sampled_from(["packed", "clipped", "concatenated"]))
+    tokens_per_batch = draw(st.integers(62 if whole and mode != "concatenated" else 3, 130))
+    if mode == "concatenated":
+        window_tokens = draw(st.integers(3, tokens_per_batch))
+        return DataConfig(mode=mode, tokens_per_batch=tokens_per_batch, window_tokens=window_tokens)
+    longest = None if whole else draw(st.none() | st.integers(1, tokens_per_batch - 2))
+    return DataConfig(mode=mode, tokens_per_batch=tokens_per_batch, max_length=longest)
+
+
+@st.composite
+def proteins_and_draws(draw):
+    lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12))
+    proteins = InMemory(*lengths, seed=draw(st.integers(0, 9)))
+    bound = draw(st.integers(0, len(lengths) - 1))
+    num_units = [bound, len(lengths) - bound] if bound else [len(lengths)]
+    weights = draw(st.sampled_from([(), (1.0,) * len(num_units)]))
+    return proteins, Draws(num_units, draw(seeds), weights=weights)
+
+
+def batches_from(first_row, last_row, proteins, draws, config, objective):
+    stream = training_rows(draws, proteins.lengths, config, first_row)
+    rows = itertools.islice(stream, last_row - first_row)
+    return [training_batch(row, proteins, config, draws.seed, objective) for row in rows]
+
+
+def first_epoch(proteins, draws, config, objective):
+    num_rows = epoch_size(draws, proteins.lengths, config).num_rows
+    batches = batches_from(0, num_rows + 1, proteins, draws, config, objective)
+    assert [batch.epoch for batch in batches] == [0] * num_rows + [1]
+    return batches[:-1]
+
+
+@settings(deadline=None)
+@given(proteins_and_draws(), data_settings(whole=True), objectives)
+def test_an_epoch_shows_every_residue_of_every_drawn_protein_once(found, config, objective):
+    proteins, draws = found
+    batches = first_epoch(proteins, draws, config, objective)
+    true, seen, places = joined_epoch(batches, objective)
+    expected = [proteins.tokens(record) for record in draws.epoch(0)]
+    assert true == [token for tokens in expected for token in (*tokens.tolist(), vocabulary.EOS)]
+    assert sum(batch.num_residues for batch in batches) == sum(map(len, expected))
+    # What is hidden is a function of the draw, not of how draws become rows.
+    reference = DataConfig(tokens_per_batch=10_000)
+    assert (true, seen, places) == joined_epoch(first_epoch(proteins, draws, reference, objective), objective)
+
+
+@settings(deadline=None)
+@given(proteins_and_draws(), data_settings(), objectives)
+def test_no_row_exceeds_its_budget_and_no_target_is_special_hidden_elsewhere_or_in_another_segment(
+    found, config, objective
+):
+    proteins, draws = found
+    for batch in batches_from(0, 30, proteins, draws, config, objective):
+        assert len(batch.tokens) <= config.tokens_per_batch
+        assert batch.cu_seqlens.diff().max() <= config.longest_segment
+        assert len(batch.targets) == len(set(batch.target_positions.tolist()))
+        for true, seen, places in segments(batch, objective):
+            changed = [place for place in range(len(true)) if true[place] != seen[place]]
+            assert set(changed) <= set(places)
+            assert not (objective.causal and changed)
+            allowed = set(range(4, 29)) | ({vocabulary.EOS} if objective.causal else set())
+            assert {true[place] for place in places} <= allowed
+
+
+@settings(deadline=None)
+@given(proteins_and_draws(), data_settings(), objectives, st.integers(0, 20))
+def test_a_stream_of_batches_can_start_anywhere(found, config, objective, first_row):
+    proteins, draws = found
+    walked = batches_from(0, first_row + 5, proteins, draws, config, objective)[first_row:]
+    started = batches_from(first_row, first_row + 5, proteins, draws, config, objective)
+    for a, b in zip(walked, started, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=12), seeds, objectives, st.integers(1, 200),
+    st.none() | st.integers(3, 100),
+)  # fmt: skip
+def test_evaluation_shows_the_same_whatever_the_budget_and_the_windows(lengths, seed, objective, budget, window_tokens):
+    proteins = InMemory(*lengths)
+    found = joined_epoch(evaluation_batches(proteins, budget, seed, objective, window_tokens=window_tokens), objective)
+    assert found == joined_epoch(evaluation_batches(proteins, 10_000, seed, objective), objective)
+    assert found[0] == [token for tokens in proteins.sequences for token in (*tokens.tolist(), vocabulary.EOS)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=1, max_size=4), seeds, st.integers(1, 8))
+def test_weights_hold_in_every_epoch_and_records_take_turns(datasets, seed, num_epochs):
+    num_units, weights = zip(*datasets, strict=True)
+    exact = np.array(weights) / sum(weights) * sum(num_units)
+    assume((exact >= 1).all())
+    draws = Draws(num_units, seed, weights=weights)
+    counts = np.zeros(sum(num_units), dtype=np.int64)
+    for number in range(num_epochs):
+        epoch = np.bincount(draws.epoch(number), minlength=len(counts))
+        counts += epoch
+        bounds = np.cumsum(num_units)[:-1]
+        shares = np.array([inside.sum() for inside in np.split(epoch, bounds)])
+        assert (np.abs(shares - exact) < 1).all()
+        assert shares.sum() == sum(num_units)
+        assert all(inside.max() - inside.min() <= 1 for inside in np.split(counts, bounds))

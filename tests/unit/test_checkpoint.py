@@ -8,10 +8,20 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from protlm.config import ModelConfig
+from protlm.data.batches import Objective
+from protlm.data.masking import MaskRates
 from protlm.errors import CheckpointError
 from protlm.model.performer import Performer
 from protlm.vocabulary import RESIDUES, TOKENS
-from protlm.workflows.checkpoint import ModelDescription, ValidScore, find_model, read_model, save_model
+from protlm.workflows.checkpoint import (
+    ModelDescription,
+    ValidScore,
+    dataset_hash_of,
+    find_model,
+    initial_weights,
+    read_model,
+    save_model,
+)
 
 VALID = ValidScore(
     num_targets=1234, accuracy=0.4321, perplexity=5.6789, empirical_accuracy=0.0987, empirical_perplexity=17.8123
@@ -20,7 +30,7 @@ TOKENS_OF_A_ROW = torch.tensor([0, 5, 6, 7, 2, 0, 9, 2])
 BOUNDS = torch.tensor([0, 5, 8], dtype=torch.int32)
 
 
-def describe(model, **changes):
+def describe(model, /, **changes):
     content = {
         "model": model.config,
         "mask_rate": 0.15,
@@ -183,7 +193,11 @@ def test_weights_of_another_model_are_refused(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "expected format version 1, got 2"),
+        ({"format_version": 3}, "expected format version 1 or 2, got 3"),
+        ({"mask_share": 1.5}, "mask_share"),
+        ({"data_mode": "concatenated"}, "window_tokens"),
+        ({"window_tokens": 100}, "window_tokens"),
+        ({"data_mode": "other"}, "data_mode"),
         ({"format": "other"}, "expected a protlm model"),
         ({"vocabulary": list(TOKENS[::-1])}, "another vocabulary"),
         ({"surprise": 1}, "surprise"),
@@ -243,3 +257,114 @@ def test_weights_of_another_kind_are_refused_in_one_short_line(folder, change, m
     with pytest.raises(CheckpointError, match=message) as caught:
         read_model(folder)
     assert len(str(caught.value)) < 400
+
+
+def test_tensors_by_name_are_saved_like_the_network_they_are_of(folder, model, tmp_path):
+    save_model(tmp_path / "again", dict(model.state_dict()), describe(model))
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_a_model_of_version_1_reads_as_packed_with_berts_masking(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for key in ("mask_share", "random_share", "data_mode", "window_tokens"):
+        del content[key]
+    for key in ("ffn", "layer_norm", "positions", "max_positions", "causal"):
+        del content["model"][key]
+    path.write_text(json.dumps({**content, "format_version": 1}))
+    found, description = read_model(folder)
+    assert description.objective == Objective(causal=False, rates=MaskRates(0.15, 0.8, 0.1))
+    assert (description.data_mode, description.window_tokens, description.max_residues) == ("packed", None, None)
+    assert found.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+
+
+def test_the_objective_is_that_of_training(model, tmp_path):
+    causal = describe(model, model=model.config.model_copy(update={"causal": True}))
+    assert causal.objective.causal
+    save_model(tmp_path, model, describe(model, mask_rate=0.2, mask_share=0.1, random_share=0.7))
+    assert read_model(tmp_path)[1].objective == Objective(causal=False, rates=MaskRates(0.2, 0.1, 0.7))
+
+
+def test_learned_positions_reach_so_many_residues_and_others_any(model):
+    config = model.config.model_copy(update={"positions": "learned", "max_positions": 50})
+    assert describe(model, model=config).max_residues == 48
+    assert describe(model).max_residues is None
+
+
+def test_the_model_card_says_what_is_predicted_and_of_what_rows(model, tmp_path):
+    save_model(tmp_path, model, describe(model))
+    card = (tmp_path / "README.md").read_text()
+    assert "masked residues: 15% of them, of which 80% were hidden and 10% replaced" in card
+    causal = model.config.model_copy(update={"causal": True})
+    save_model(tmp_path, model, describe(model, model=causal, data_mode="concatenated", window_tokens=8192))
+    card = (tmp_path / "README.md").read_text()
+    assert "causal Performer" in card
+    assert "next token" in card
+    assert "8,192 tokens" in card
+    assert "masked" not in card
+
+
+def test_one_dataset_stands_for_itself_and_several_for_their_order():
+    assert dataset_hash_of(["a" * 32]) == "a" * 32
+    both = dataset_hash_of(["a" * 32, "b" * 32])
+    assert both == xxhash.xxh3_128_hexdigest(b"a" * 32 + b"b" * 32)
+    assert both != dataset_hash_of(["b" * 32, "a" * 32])
+
+
+def network(seed=5, **changes):
+    shape = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "ffn_dim": 24, "num_features": 8}
+    model = Performer(ModelConfig(**{**shape, **changes}))
+    model.reset(seed)
+    return model.eval()
+
+
+def saved(tmp_path, **changes):
+    model = network(seed=1, **changes)
+    save_model(tmp_path / "model", model, describe(model))
+    return model
+
+
+@torch.no_grad()
+def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
+    source, target = saved(tmp_path), network()
+    assert initial_weights(target, tmp_path) == []
+    assert torch.equal(target(TOKENS_OF_A_ROW, BOUNDS), source(TOKENS_OF_A_ROW, BOUNDS))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ({"attention": "softmax"}, {}, ["projection"]),
+        ({"attention": "softmax", "qk_norm": False}, {}, ["projection", "temperature_logit"]),
+        ({"num_features": 16}, {}, ["projection"]),
+        ({"projection": "iid"}, {}, ["projection"]),
+        ({}, {"attention": "softmax"}, []),
+        ({"attention": "relu"}, {"attention": "hyperbolic"}, []),
+    ],
+)
+def test_weights_start_another_kind_of_attention_that_keeps_its_own_draw(tmp_path, before, after, kept):
+    source, target, fresh = saved(tmp_path, **before), network(**after), network(**after)
+    names = initial_weights(target, tmp_path)
+    assert set(names) == {f"layers.{layer}.attention.{name}" for layer in range(2) for name in kept}
+    for name, tensor in target.state_dict().items():
+        origin = fresh if name in names else source
+        assert torch.equal(tensor, origin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, {"num_layers": 3}, r"tensor 'layers\.2\..*' is missing in the saved one"),
+        ({"num_layers": 3}, {}, r"tensor 'layers\.2\..*' of the saved one has no place"),
+        ({}, {"conv_width": 0}, r"tensor 'layers\.0\.attention\.convolution\.weight' of the saved one has no place"),
+        ({}, {"conv_width": 5}, r"tensor 'layers\.0\.attention\.convolution\.weight': expected \(3, 48\) as in the"),
+        ({}, {"ffn_dim": 32}, r"tensor 'layers\.0\.ffn_in\.weight': expected \(24, 16\) as in the saved one, got"),
+        ({}, {"num_heads": 4}, "num_heads: expected 2 as in the saved one, got 4"),
+    ],
+)
+def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, message):
+    saved(tmp_path, **before)
+    target, fresh = network(**after), network(**after)
+    with pytest.raises(CheckpointError, match=message):
+        initial_weights(target, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), fresh.parameters(), strict=True))

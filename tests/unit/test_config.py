@@ -81,6 +81,28 @@ def test_a_shipped_configuration_is_found_by_name():
             "[data]\ntokens_per_batch = 100\nmax_length = 99",
             "data.max_length: expected at most tokens_per_batch - 2 = 98, got 99",
         ),
+        (
+            "[data]\nmode = 'concatenated'\nmax_length = 9",
+            "data.max_length: expected none with mode = 'concatenated'",
+        ),
+        (
+            "[data]\nmode = 'concatenated'\ntokens_per_batch = 100\nwindow_tokens = 101",
+            "data.window_tokens: expected more than 2 and at most tokens_per_batch = 100, got 101",
+        ),
+        ("[data]\nweights = [1.0, 0.0]", "data.weights.1: input should be greater than 0, got 0.0"),
+        (
+            "[model]\npositions = 'learned'\nmax_positions = 100\n[data]\nmax_length = 99",
+            "model.max_positions: expected at least 101, the most tokens of a protein or window in training, got 100",
+        ),
+        ("[model]\ncausal = true\nrescale_qk = true", "model.rescale_qk: expected false with causal = true"),
+        (
+            "[model]\ncausal = true\nattention = 'oprf'\nqk_norm = false",
+            "model.qk_norm: expected true with causal oprf",
+        ),
+        (
+            "[train]\nmask_share = 0.8\nrandom_share = 0.3",
+            "train.random_share: expected at most 1 - mask_share = 0.2, got 0.3",
+        ),
         ("[data\n", "not a TOML file"),
         (b"\xff", "not a TOML file"),
     ],
@@ -171,3 +193,14 @@ def test_a_seed_that_no_generator_takes_is_an_error():
 
 def test_the_defaults_are_those_of_the_tiny_configuration():
     assert load_config() == load_config("tiny")
+
+
+def test_the_longest_segment_is_a_protein_with_its_ends_or_a_window():
+    assert DataConfig(tokens_per_batch=100).longest_segment == 100
+    assert DataConfig(tokens_per_batch=100, max_length=10, mode="clipped").longest_segment == 12
+    assert DataConfig(tokens_per_batch=100, window_tokens=50, mode="concatenated").longest_segment == 50
+
+
+def test_shares_that_add_up_to_one_as_people_write_them_are_taken():
+    for mask_share, random_share in ((0.1, 0.9), (0.8, 0.2), (0.9, 0.1), (0.7, 0.3)):
+        assert TrainConfig(mask_share=mask_share, random_share=random_share).random_share == random_share

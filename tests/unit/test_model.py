@@ -6,9 +6,11 @@ import torch
 
 from protlm.config import ModelConfig
 from protlm.model import attention as attention_module
-from protlm.model.attention import SegmentConvolution, SelfAttention
+from protlm.model.attention import SelfAttention
+from protlm.model.convolution import SegmentConvolution
 from protlm.model.performer import Performer
-from protlm.model.segments import Segments, rotate
+from protlm.model.positions import rotary_angles, rotate
+from protlm.model.segments import Segments
 from protlm.ops import reference
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE
 from tests.conftest import TOLERANCE, relative_error
@@ -171,7 +173,7 @@ def test_favor_attention_is_given_the_saved_projection_of_its_head(kind, monkeyp
 
 
 def test_rotary_positions_make_products_depend_on_distance_alone():
-    cosines, sines = Segments.from_bounds(bounds(50)).rotary(16, torch.float64)
+    cosines, sines = rotary_angles(torch.arange(50), 16, torch.float64)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, 16, generator=generator, dtype=torch.float64).expand(50, 2, 16) for _ in range(2))
     turned_q, turned_k = (rotate(x, cosines, sines) for x in (q, k))
@@ -184,7 +186,7 @@ def test_rotary_positions_make_products_depend_on_distance_alone():
 
 
 def test_rotary_positions_start_anew_in_every_segment_and_turn_as_in_esm():
-    cosines, sines = Segments.from_bounds(bounds(3, 0, 4)).rotary(8, torch.float32)
+    cosines, sines = rotary_angles(Segments.from_bounds(bounds(3, 0, 4)).positions, 8, torch.float32)
     assert torch.equal(cosines[:3], cosines[3:6])
     assert torch.equal(sines[:3], sines[3:6])
     angle = 3 * 10000 ** (-2 * 1 / 8)
@@ -205,7 +207,7 @@ def test_the_convolution_is_a_padded_depthwise_one_on_every_segment(width):
         convolution.weight.copy_(torch.randn(width, 6, generator=generator))
     sizes = (3, 0, 1, 2, 9)
     x = torch.randn(15, 6, generator=generator, dtype=torch.float64)
-    found = convolution(x, Segments.from_bounds(bounds(*sizes)))
+    found = convolution([x], Segments.from_bounds(bounds(*sizes)))[0]
     kernel = convolution.weight.T.unsqueeze(1)
     for start, stop in pairwise(bounds(*sizes).tolist()):
         if stop > start:
@@ -225,7 +227,7 @@ def test_the_convolution_starts_as_the_identity():
     convolution = SegmentConvolution(4, 5)
     convolution.reset()
     x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(convolution(x, Segments.from_bounds(bounds(7))), x)
+    assert torch.equal(convolution([x], Segments.from_bounds(bounds(7)))[0], x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -333,17 +335,18 @@ def test_attention_copes_with_one_token_and_with_a_segment_of_length_zero():
     for sizes in ((1,), (0, 1), (2, 0, 3)):
         segments = Segments.from_bounds(bounds(*sizes))
         x = torch.ones(sum(sizes), 16)
-        assert attention(x, segments, segments.rotary(8, x.dtype)).isfinite().all()
+        assert attention(x, segments, rotary_angles(segments.positions, 8, x.dtype)).isfinite().all()
 
 
 def test_segments_know_positions_lengths_and_neighbours():
     segments = Segments.from_bounds(bounds(2, 0, 3))
-    assert segments.bounds == (0, 2, 2, 5)
+    assert segments.cpu_bounds.tolist() == [0, 2, 2, 5]
+    assert segments.longest == 3
     assert segments.positions.tolist() == [0, 1, 0, 1, 2]
     assert segments.lengths.tolist() == [2, 2, 3, 3, 3]
     assert segments.numbers.tolist() == [0, 0, 2, 2, 2]
-    assert segments.without_neighbour(1).tolist() == [1, 4]
-    assert segments.without_neighbour(-2).tolist() == [0, 1, 2, 3]
+    assert segments.lacks_neighbour(1).tolist() == [False, True, False, False, True]
+    assert segments.lacks_neighbour(-2).tolist() == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize("conv_width", [0, 3])
@@ -363,7 +366,7 @@ def test_a_protein_that_went_to_nan_spoils_no_other():
     torch.nn.init.ones_(convolution.weight)
     x = torch.ones(7, 4)
     x[:3] = torch.nan
-    out = convolution(x, Segments.from_bounds(bounds(3, 4)))
+    out = convolution([x], Segments.from_bounds(bounds(3, 4)))[0]
     assert out[:3].isnan().all()
     assert out[3:].isfinite().all()
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -5,7 +6,8 @@ import pytest
 import torch
 
 from protlm.config import ModelConfig
-from protlm.data.batches import evaluation_batches
+from protlm.data.batches import Objective, evaluation_batches
+from protlm.data.masking import MaskRates
 from protlm.model.performer import Performer
 from protlm.vocabulary import FIRST_RESIDUE, RESIDUES, encode
 from protlm.workflows.scoring import Score, empirical_score, score_model
@@ -23,6 +25,13 @@ class InMemory:
 
     def tokens(self, record):
         return encode(self.sequences[record].encode())
+
+
+def masked(rate):
+    return Objective(causal=False, rates=MaskRates(rate))
+
+
+NEXT_TOKEN = Objective(causal=True, rates=MaskRates(0.15))
 
 
 def random_proteins(num_records=30, seed=0):
@@ -56,7 +65,7 @@ def test_a_baseline_of_no_counts_is_uniform_over_25_letters():
 def test_a_model_that_knows_nothing_scores_like_chance(model):
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
-    scores = score_model(model, random_proteins(), {}, mask_rate=0.5)
+    scores = score_model(model, random_proteins(), {}, masked(0.5))
     assert scores.model.perplexity == pytest.approx(33, rel=1e-5)
     assert scores.model.accuracy == 0.0
 
@@ -67,7 +76,7 @@ def test_a_model_that_always_says_one_residue_has_the_accuracy_of_its_share(mode
     with torch.no_grad():
         model.head.bias[FIRST_RESIDUE] = math.log(7)
     proteins = InMemory("LLLA" * 40)
-    scores = score_model(model, proteins, {"L": 10**9}, mask_rate=1.0)
+    scores = score_model(model, proteins, {"L": 10**9}, masked(1.0))
     assert scores.num_targets == 160
     assert scores.model.accuracy == scores.empirical.accuracy == 0.75
     nll = math.log(39) - 0.75 * math.log(7)
@@ -76,9 +85,9 @@ def test_a_model_that_always_says_one_residue_has_the_accuracy_of_its_share(mode
 
 def test_the_score_is_the_plain_sum_over_every_target(model):
     proteins = random_proteins()
-    scores = score_model(model, proteins, {}, mask_rate=0.3, seed=4)
+    scores = score_model(model, proteins, {}, masked(0.3), seed=4)
     nlls, hits = [], []
-    for batch in evaluation_batches(proteins, 1, 4, 0.3):
+    for batch in evaluation_batches(proteins, 1, 4, masked(0.3)):
         log_probabilities = torch.log_softmax(model(batch.tokens, batch.cu_seqlens).double(), -1)[
             batch.target_positions
         ]
@@ -92,7 +101,7 @@ def test_the_score_is_the_plain_sum_over_every_target(model):
 def test_the_budget_of_a_row_changes_nothing_and_the_seed_does(model):
     proteins = random_proteins()
     small, large, other = (
-        score_model(model, proteins, {}, mask_rate=0.15, seed=seed, tokens_per_batch=budget)
+        score_model(model, proteins, {}, masked(0.15), seed=seed, tokens_per_batch=budget)
         for seed, budget in ((0, 20), (0, 10_000), (1, 20))
     )
     assert small.model.perplexity == pytest.approx(large.model.perplexity, rel=1e-5)
@@ -106,14 +115,14 @@ def test_the_mode_of_the_model_is_restored_and_dropout_is_off(training):
     model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8, dropout=0.5))
     model.reset(0)
     model.train(training)
-    first, second = (score_model(model, random_proteins(5), {}, mask_rate=0.5) for _ in range(2))
+    first, second = (score_model(model, random_proteins(5), {}, masked(0.5)) for _ in range(2))
     assert model.training is training
     assert first == second
 
 
 def test_progress_counts_every_residue(model):
     proteins, counts = random_proteins(), []
-    score_model(model, proteins, {}, mask_rate=0.15, tokens_per_batch=100, progress=counts.append)
+    score_model(model, proteins, {}, masked(0.15), tokens_per_batch=100, progress=counts.append)
     assert len(counts) > 1
     assert sum(counts) == proteins.lengths.sum()
 
@@ -121,6 +130,64 @@ def test_progress_counts_every_residue(model):
 def test_a_loss_beyond_what_exp_can_hold_is_an_infinite_perplexity(model):
     with torch.no_grad():
         model.head.bias[0] = 1e6
-    scores = score_model(model, random_proteins(3), {}, mask_rate=0.5)
+    scores = score_model(model, random_proteins(3), {}, masked(0.5))
     assert scores.model == Score(0.0, math.inf)
     assert scores.model.loss == math.inf
+
+
+def test_the_next_residue_is_scored_at_every_residue():
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model.reset(0)
+    proteins = random_proteins()
+    scores = score_model(model, proteins, {}, NEXT_TOKEN, tokens_per_batch=100)
+    assert scores.num_targets == proteins.lengths.sum()
+
+
+def test_only_what_the_positions_reach_is_scored(model):
+    proteins = InMemory("LLLA" * 10, "AA")
+    assert score_model(model, proteins, {}, masked(1.0), max_residues=3).num_targets == 5
+
+
+def test_windows_score_every_residue_once(model):
+    proteins = random_proteins()
+    whole = score_model(model, proteins, {}, masked(1.0))
+    joined = score_model(model, proteins, {}, masked(1.0), window_tokens=17, tokens_per_batch=34)
+    assert joined.num_targets == whole.num_targets == proteins.lengths.sum()
+    assert joined.empirical == whole.empirical
+    assert joined.model.perplexity != whole.model.perplexity
+
+
+ODD_BUDGET = 120
+"""Makes an odd number of rows of the random proteins."""
+
+
+def score_in_a_process(rank, world_size, folder):
+    """Runs in each of several processes; writes down what it was told."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size
+    )
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model.reset(0)
+    num_passes = []
+    model.register_forward_hook(lambda *_: num_passes.append(1))
+    counts = []
+    scores = score_model(
+        model, random_proteins(), {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET, progress=counts.append,
+        rank=rank, world_size=world_size,
+    )  # fmt: skip
+    torch.save((dataclasses.asdict(scores), len(num_passes), sum(counts)), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_the_number_of_processes_changes_no_bit_and_all_make_as_many_passes(tmp_path, model):
+    proteins = random_proteins()
+    one = score_model(model, proteins, {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET)
+    num_rows = len(list(evaluation_batches(proteins, ODD_BUDGET, 0, masked(0.3))))
+    assert num_rows % 2 == 1, "one process must run out of rows before the other"
+    torch.multiprocessing.spawn(score_in_a_process, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        scores, num_passes, num_residues = torch.load(tmp_path / str(rank), weights_only=True)
+        assert scores == dataclasses.asdict(one)
+        assert num_passes == num_rows // 2 + 1
+        assert num_residues == proteins.lengths.sum()

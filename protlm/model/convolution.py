@@ -1,0 +1,111 @@
+"""The convolution before attention: hides how it stays inside the proteins of a row, and which way is fast where."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from protlm.model.segments import Segments
+
+
+class SegmentConvolution(nn.Module):
+    """A depthwise convolution along the length that stays inside segments; it starts as the identity.
+
+    It is centred on a token, or ends with it where it is causal.
+    """
+
+    def __init__(self, channels: int, width: int, *, causal: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        first = 1 - width if causal else -(width // 2)
+        self.offsets = tuple(range(first, first + width))
+
+    def reset(self) -> None:
+        """Sets the identity: weight 1 on the token itself, 0 on its neighbours."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.weight[self.offsets.index(0)])
+
+    def forward(
+        self, parts: Sequence[Float[Tensor, "length _"]], segments: Segments
+    ) -> list[Float[Tensor, "length _"]]:
+        """Returns Σ_o weight_o · x_{t+o} over the neighbours of the same segment.
+
+        Args:
+            parts: Tensors whose channels, one after the other, are those of the convolution.
+            segments: The segments of the row.
+        """
+        pairs = zip(parts, torch.split(self.weight, [x.shape[1] for x in parts], dim=1), strict=True)
+        x = parts[0]
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != self.weight.dtype:
+            return [shifted_sum(x, weight, self.offsets, segments) for x, weight in pairs]
+        lacking = [segments.lacks_neighbour(offset).nonzero().squeeze(1) for offset in self.offsets]
+        lacked = [segments.lacks_neighbour(-offset).nonzero().squeeze(1) for offset in self.offsets]
+        return [
+            _InPlaceSum.apply(x, weight, self.offsets, lacking, lacked)  # type: ignore[no-untyped-call]
+            for x, weight in pairs
+        ]
+
+
+def shifted_sum(
+    x: Float[Tensor, "length channels"],
+    weight: Float[Tensor, "width channels"],
+    offsets: Sequence[int],
+    segments: Segments,
+) -> Float[Tensor, "length channels"]:
+    """Returns the convolution by whole tensors: few kernels on a GPU, and what a compiler fuses into one."""
+    out = x * weight[offsets.index(0)]
+    for row, offset in enumerate(offsets):
+        if offset:
+            # What the roll brings round the end has no neighbour there either. Zeros put in rather than multiplied
+            # with: what another protein holds cannot even pass on a NaN.
+            shifted = x.roll(-offset, 0).masked_fill(segments.lacks_neighbour(offset).unsqueeze(1), 0.0)
+            out = torch.addcmul(out, shifted, weight[row])
+    return out
+
+
+class _InPlaceSum(torch.autograd.Function):
+    """The same on a CPU, without shifted copies of the row, which would cost more than the sums themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, offsets: Sequence[int], lacking: list[Tensor], lacked: list[Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.offsets, ctx.lacking, ctx.lacked = offsets, lacking, lacked
+        return _add_shifted(x, weight, offsets, lacking)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight = ctx.saved_tensors
+        # Where t + o is the neighbour of t, t is the neighbour at −o of t + o.
+        x_grad = _add_shifted(grad, weight, [-offset for offset in ctx.offsets], ctx.lacked)
+        weight_grad = torch.empty_like(weight)
+        products = torch.empty_like(x)
+        for row, (offset, lacking) in enumerate(zip(ctx.offsets, ctx.lacking, strict=True)):
+            here, there = _overlap(len(x), offset)
+            torch.mul(grad[here], x[there], out=products[here])
+            torch.sum(products.index_fill_(0, lacking, 0.0), 0, out=weight_grad[row])
+        return x_grad, weight_grad, None, None, None
+
+
+def _add_shifted(x: Tensor, weight: Tensor, offsets: Sequence[int], lacking: list[Tensor]) -> Tensor:
+    out = x * weight[offsets.index(0)]
+    for row, offset in enumerate(offsets):
+        if offset:
+            here, there = _overlap(len(x), offset)
+            # Kept and put back rather than corrected: what another protein holds cannot even pass on a NaN.
+            kept = out.index_select(0, lacking[row])
+            out[here].addcmul_(x[there], weight[row])
+            out.index_copy_(0, lacking[row], kept)
+    return out
+
+
+def _overlap(length: int, offset: int) -> tuple[slice, slice]:
+    """Returns the tokens whose neighbour at `offset` is in the row, and these neighbours."""
+    start = max(0, -offset)
+    stop = max(start, min(length, length - offset))
+    return slice(start, stop), slice(start + offset, stop + offset)

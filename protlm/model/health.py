@@ -1,0 +1,184 @@
+"""Health of the attention: hides how a row shows, layer by layer, whether random features still estimate anything.
+
+The estimate of one (query, key) pair is a sum of parts t_f = φ_f(q)·φ_f(k), one for each feature f. Where norms grow,
+ever fewer features hold the whole sum, the variance explodes, and training stalls without an error.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from protlm.model.attention import SelfAttention
+from protlm.model.segments import Segments
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.oprf import oprf_a_from_data
+from protlm.ops.random_features import RELU_OFFSET, FeatureMap, to_common_length
+
+_NUM_QUERIES = 64
+_NUM_KEYS = 64
+_DEAD_SHARE = 0.01
+"""Part of its fair share that a feature must reach in some pair."""
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """What one row says about the attention of one layer.
+
+    Attributes:
+        layer: Number of the layer, from 1.
+        q_norm: Mean ‖x‖², x = q/d^¼, over tokens and heads: with k_norm it bounds the variance of the estimates.
+        k_norm: The same of the keys.
+        max_q_norm: Mean of the head where it is largest: one head that runs away does not show in the mean of all.
+        max_k_norm: The same of the keys.
+        effective_features: Mean over sampled pairs and heads of (Σt)²/Σt², for `trig` of |t|: how many features share
+            an estimate, from 1 to their number. None for exact attention.
+        dead_features: Share of the features that hold less than a hundredth of their fair share of every sampled pair.
+            None for exact attention.
+    """
+
+    layer: int
+    q_norm: float
+    k_norm: float
+    max_q_norm: float
+    max_k_norm: float
+    effective_features: float | None
+    dead_features: float | None
+
+
+@torch.no_grad()
+def attention_health(
+    model: nn.Module, tokens: Int[Tensor, " length"], cu_seqlens: Int[Tensor, " bounds"]
+) -> list[LayerHealth]:
+    """Returns the health of every layer on one row.
+
+    The row goes once through `model(tokens, cu_seqlens)` in evaluation mode, uncompiled, so a model that is wrapped for
+    several devices works too; then every one of them has to make this call. At most 64 queries of the row and 64 keys
+    for each of them are looked at, spaced evenly and the same at every call.
+
+    Args:
+        model: A `Performer`, or what wraps one.
+        tokens: A packed row, not empty.
+        cu_seqlens: int32 bounds of its segments.
+    """
+    healths: list[LayerHealth] = []
+
+    def measure(attention: nn.Module, arguments: tuple[Tensor, Segments, tuple[Tensor, Tensor] | None]) -> None:
+        assert isinstance(attention, SelfAttention)
+        # While the layer runs its weights are whole, however they are shared out between devices.
+        q, k, _ = attention.queries_keys_values(*arguments)
+        healths.append(_layer_health(len(healths) + 1, attention, q, k, arguments[1]))
+
+    attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
+    handles = [attention.register_forward_pre_hook(measure) for attention in attentions]
+    try:
+        # A compiled layer would not call the hooks.
+        with _evaluating(model), torch.compiler.set_stance("force_eager"):
+            model(tokens, cu_seqlens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return healths
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _layer_health(layer: int, attention: SelfAttention, q: Tensor, k: Tensor, segments: Segments) -> LayerHealth:
+    q_norms, k_norms = (x.float().square().sum(-1).mean(0) / math.sqrt(attention.head_dim) for x in (q, k))
+    effective, dead = None, None
+    if attention.kind != "softmax":
+        effective, dead = _feature_use(attention, attention.kind, q, k, segments)
+    return LayerHealth(
+        layer=layer,
+        q_norm=q_norms.mean().item(),
+        k_norm=k_norms.mean().item(),
+        max_q_norm=q_norms.max().item(),
+        max_k_norm=k_norms.max().item(),
+        effective_features=effective,
+        dead_features=dead,
+    )
+
+
+def _feature_use(
+    attention: SelfAttention, feature_map: FeatureMap, q: Tensor, k: Tensor, segments: Segments
+) -> tuple[float, float]:
+    """Returns the effective features, and the share of dead ones."""
+    queries, keys = _sampled_pairs(segments, attention.causal)
+    oprf_a = _oprf_a(attention, q, k, segments)
+    effective, dead = [], []
+    # One head at a time: the parts of all pairs of all heads would take more memory than the layer itself.
+    for head in range(attention.num_heads):
+        rows = None if attention.projection is None else attention.projection[head].float()
+        a = None if oprf_a is None else oprf_a[segments.numbers[queries], head].view(-1, 1, 1)
+        q_logs, k_logs = (
+            log_features(x[tokens, head].float(), rows, feature_map, a)
+            for x, tokens in ((q, queries.unsqueeze(1)), (k, keys))
+        )
+        # Softmax subtracts the largest of each pair, so norms of any size leave the shares finite.
+        shares = torch.softmax(q_logs + k_logs, -1)
+        effective.append(shares.square().sum(-1).reciprocal().mean())
+        dead.append((shares.amax((0, 1)) < _DEAD_SHARE / shares.shape[-1]).float().mean())
+    return torch.stack(effective).mean().item(), torch.stack(dead).mean().item()
+
+
+def _sampled_pairs(segments: Segments, causal: bool) -> tuple[Tensor, Tensor]:
+    """Returns queries (queries,) and for each of them keys (queries, keys) that it sees, as places in the row."""
+    length = len(segments.positions)
+    queries = _spaced(torch.tensor(length, device=segments.positions.device), min(length, _NUM_QUERIES))
+    positions = segments.positions[queries]
+    num_seen = positions + 1 if causal else segments.lengths[queries]
+    # Of a shorter segment each key is taken several times, all about as often.
+    return queries, (queries - positions).unsqueeze(1) + _spaced(num_seen.unsqueeze(1), _NUM_KEYS)
+
+
+def _spaced(sizes: Tensor, count: int) -> Tensor:
+    """Returns `count` numbers from 0 to size − 1, spaced evenly, along the last axis."""
+    steps = torch.arange(count, device=sizes.device)
+    return (2 * steps + 1) * sizes // (2 * count)
+
+
+def _oprf_a(attention: SelfAttention, q: Tensor, k: Tensor, segments: Segments) -> Tensor | None:
+    """Returns the A of every segment and head (segments, heads) that the attention takes; None for other maps."""
+    if attention.kind != "oprf":
+        return None
+    fixed = attention.fixed_oprf_a()
+    if fixed is not None:
+        return fixed.expand(len(segments.cu_seqlens) - 1, -1)
+    q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+    return oprf_a_from_data(AttentionInputs(q, k, q, None, None, segments.cu_seqlens)).float()
+
+
+def log_features(
+    x: Float[Tensor, "*axes head_dim"],
+    projection: Float[Tensor, "rows head_dim"] | None,
+    feature_map: FeatureMap,
+    oprf_a: Float[Tensor, "*broadcast 1"] | None = None,
+) -> Float[Tensor, "*axes features"]:
+    """Returns log|φ(x)| of `kernel_features`, less what all features of x have in common: it is in no share."""
+    if projection is None:
+        return (torch.relu(x) + RELU_OFFSET).log()
+    if feature_map == "regularised":
+        projection = to_common_length(projection)
+    scores: Tensor = x @ projection.T * x.shape[-1] ** -0.25
+    if feature_map == "relu":
+        return (torch.relu(scores) + RELU_OFFSET).log()
+    if feature_map == "trig":
+        return torch.cat((scores.sin(), scores.cos()), -1).abs().log()
+    if feature_map == "hyperbolic":
+        return torch.cat((scores, -scores), -1)
+    if oprf_a is not None:
+        scores = oprf_a * projection.square().sum(-1) + (1 - 4 * oprf_a).sqrt() * scores
+    return scores

@@ -1,0 +1,40 @@
+"""Where a token stands in its protein: hides how each kind of position is computed and what it is applied to."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_BASE = 10000.0
+
+
+def rotary_angles(
+    positions: Int[Tensor, " length"], head_dim: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "length head_dim"], Float[Tensor, "length head_dim"]]:
+    """Returns the cosines and sines of rotary positions.
+
+    Angles are position · 10000^(−2i/head_dim) for the pairs (i, i + head_dim/2), as in ESM-2.
+    """
+    angles = _angles(positions, head_dim).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(
+    x: Float[Tensor, "length heads head_dim"],
+    cosines: Float[Tensor, "length head_dim"],
+    sines: Float[Tensor, "length head_dim"],
+) -> Float[Tensor, "length heads head_dim"]:
+    """Returns x turned by the angles of its position; norms stay, and q·k depends on the distance alone."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return torch.addcmul(x * cosines.unsqueeze(1), turned, sines.unsqueeze(1))
+
+
+def sinusoids(positions: Int[Tensor, " length"], model_dim: int) -> Float[Tensor, "length model_dim"]:
+    """Returns sin and cos of position · 10000^(−2i/model_dim) in the columns 2i and 2i + 1 (arXiv 1706.03762)."""
+    angles = _angles(positions, model_dim)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
+def _angles(positions: Tensor, dim: int) -> Tensor:
+    pairs = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+    return torch.outer(positions.float(), _BASE ** (-pairs / dim))

@@ -1,0 +1,66 @@
+"""On how many devices a run is: hides which process this is, and which of Lightning's strategies joins them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+
+StrategyName = Literal["auto", "ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a run.
+
+    Attributes:
+        per_node: Devices, and so processes, on each machine.
+        num_nodes: Machines.
+        strategy: `ddp`: each device has the whole model; `fsdp`: each holds a part of it (FSDP2); `auto`: ddp where
+            there are several devices.
+    """
+
+    per_node: int = 1
+    num_nodes: int = 1
+    strategy: StrategyName = "auto"
+
+    @property
+    def total(self) -> int:
+        """Devices on all machines."""
+        return self.per_node * self.num_nodes
+
+    @property
+    def accelerator(self) -> str:
+        """What Lightning calls the kind of device."""
+        return "gpu" if best_device().type == "cuda" else "cpu"
+
+    def lightning_strategy(self) -> Any:
+        """Returns what Lightning's trainer takes as its strategy."""
+        if self.strategy == "fsdp":
+            # One file in which any number of devices finds its part again.
+            return ModelParallelStrategy(
+                data_parallel_size=self.total, tensor_parallel_size=1, save_distributed_checkpoint=False
+            )
+        if self.total == 1:
+            return "auto"
+        # The projections are the same everywhere: all processes draw them from one seed.
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def process_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Returns the number of this process among those of the run, before they are joined; 0 is the first.
+
+    torchrun sets RANK; SLURM numbers the tasks of a step; Lightning gives the processes that it starts a LOCAL_RANK.
+    """
+    if "RANK" in environment:
+        return int(environment["RANK"])
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        return int(environment["SLURM_PROCID"])
+    return int(environment.get("LOCAL_RANK", "0")) or int(environment.get("NODE_RANK", "0"))
+
+
+def best_device() -> torch.device:
+    """Returns the first CUDA GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

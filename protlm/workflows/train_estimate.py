@@ -1,0 +1,158 @@
+"""What a training run will need, from its settings alone: hides how the memory of a step follows from the shapes."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from protlm.config import Config, ModelConfig
+from protlm.errors import ConfigError
+from protlm.model.performer import Performer
+from protlm.vocabulary import VOCABULARY_SIZE
+
+_FLOAT_BYTES = 4
+_SHORT_BYTES = 2
+_GRADIENTS_AT_ONCE = 2
+"""Numbers a token, in units of model_dim, that the backward pass works with when most is kept: it frees as it goes."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The memory of one device in training that holds the whole model.
+
+    Attributes:
+        parameters: Trained numbers.
+        projections: Numbers of the random matrices.
+        weights_bytes: Of both.
+        gradients_bytes: Of all parameters.
+        optimizer_bytes: Moments of AdamW, momentum of Muon.
+        activations_bytes: What a row keeps for the backward pass, and what that pass works with.
+    """
+
+    parameters: int
+    projections: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """What is there whatever the row: weights, gradients and the state of the optimizer."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes at the largest."""
+        return self.state_bytes + self.activations_bytes
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Returns the memory of a device, or of the machine for its processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
+    """Returns the memory of a training step, from the shapes: activations to about a fifth, the rest exactly.
+
+    Args:
+        config: Settings of the run; one device is taken to hold all of the model and one row of tokens_per_batch.
+        in_place: Whether the device is a CPU, where some layers keep less.
+    """
+    with torch.device("meta"):
+        model = Performer(config.model)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    num_projections = sum(buffer.numel() for buffer in model.buffers())
+    num_muons = num_matrices if config.train.optimizer == "muon" else 0
+    activations = _activations_bytes(config, in_place=in_place and config.train.precision == "32")
+    if config.train.precision == "bf16-mixed":
+        # Autocast keeps a short copy of every matrix that a layer multiplied with.
+        activations += _SHORT_BYTES * num_matrices
+    return MemoryEstimate(
+        parameters=num_parameters,
+        projections=num_projections,
+        weights_bytes=_FLOAT_BYTES * (num_parameters + num_projections),
+        gradients_bytes=_FLOAT_BYTES * num_parameters,
+        optimizer_bytes=_FLOAT_BYTES * (2 * num_parameters - num_muons),
+        activations_bytes=activations,
+    )
+
+
+def check_fits(config: Config, available_bytes: int) -> None:
+    """Raises ConfigError if a run certainly does not fit into the memory of a device that holds the whole model.
+
+    Certain is what any row needs beside its activations, which may turn out smaller than estimated.
+
+    Args:
+        config: Settings of the run.
+        available_bytes: Memory of the device.
+
+    Raises:
+        ConfigError: Weights, gradients and optimizer need more than there is.
+    """
+    memory = estimate_memory(config)
+    if memory.state_bytes <= available_bytes:
+        return
+    parts = {
+        "weights": memory.weights_bytes, "gradients": memory.gradients_bytes, "optimizer": memory.optimizer_bytes
+    }  # fmt: skip
+    told = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
+    raise ConfigError(
+        f"model: {memory.parameters:,} parameters need {_gigabytes(memory.state_bytes)} of memory ({told}), expected at "
+        f"most the {_gigabytes(available_bytes)} of the device; lower model.num_layers, model.model_dim, model.ffn_dim "
+        "or model.num_features, or share the model out with --strategy fsdp on several devices"
+    )
+
+
+def _activations_bytes(config: Config, *, in_place: bool) -> int:
+    """Returns what autograd saves of a row until its backward pass, and the gradients that this works with."""
+    model = config.model
+    is_short = config.train.precision == "bf16-mixed"
+    layer = _layer_bytes(model, is_short=is_short, in_place=in_place)
+    if config.train.activation_checkpointing:
+        kept = model.num_layers * _FLOAT_BYTES * model.model_dim + layer
+    else:
+        kept = model.num_layers * layer
+    working = _FLOAT_BYTES * _GRADIENTS_AT_ONCE * model.model_dim
+    # The embedding and the last norm; rotary angles; at each target the head and three rows of logits.
+    ends = _FLOAT_BYTES * (2 * model.model_dim + 2 * model.head_dim)
+    share_of_targets = 1.0 if model.causal else config.train.mask_rate
+    head = share_of_targets * _FLOAT_BYTES * (5 * model.model_dim + 3 * VOCABULARY_SIZE)
+    return int(config.data.tokens_per_batch * (kept + working + ends + head))
+
+
+def _layer_bytes(model: ModelConfig, *, is_short: bool, in_place: bool) -> int:
+    """Returns what autograd saves of one token in one layer, but for a few numbers a head.
+
+    Args:
+        model: The shape of the network.
+        is_short: Whether matrix products are bfloat16, and so what enters and leaves them.
+        in_place: Whether the convolution, and QK-norm with rotary positions, keep no tensors in between: on a CPU in
+            float32.
+    """
+    dim = model.model_dim
+    # The residual stream before attention and before the feed-forward layer.
+    floats = 2 * dim
+    # What enters q, k and v (autocast shortens it for each of them) and the feed-forward layer; q, k and v; attention's
+    # output, and the same with its heads side by side.
+    parts = (3 if is_short else 1) * dim + dim + 3 * dim + 2 * dim
+    # What enters the activation function and what leaves it; SwiGLU: gate, its SiLU, value and product.
+    parts += (4 if model.ffn == "swiglu" else 2) * model.ffn_dim
+    if model.conv_width:
+        parts += 3 * dim if in_place else 3 * model.conv_width * dim
+    if model.qk_norm and not (in_place and model.positions == "rotary"):
+        parts += 2 * dim
+    if model.rescale_qk:
+        parts += 3 * dim if in_place else dim
+    masks = 2 * dim if model.dropout else 0
+    part_bytes = _SHORT_BYTES if is_short else _FLOAT_BYTES
+    # A CPU keeps dropout masks as numbers, a GPU as bytes.
+    return _FLOAT_BYTES * floats + part_bytes * parts + (_FLOAT_BYTES if in_place else 1) * masks
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"

@@ -1,0 +1,164 @@
+"""What a run tells of itself while it goes on, when it ends, and before it starts."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from protlm.cli.app import main
+from tests.e2e.conftest import SMALL
+from tests.e2e.train_tools import finish, losses, rows, start, train
+
+
+def wait_for_rows(out, number, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(rows(out)) >= number):
+        time.sleep(0.05)
+
+
+def test_a_run_explains_itself(run_dir, dataset):
+    description = json.loads((run_dir / "run.json").read_text())
+    (session,) = description["sessions"]
+    assert description["datasets"][0]["name"] == dataset.name
+    assert session["versions"]["torch"] == torch.__version__
+    assert str(run_dir) not in (run_dir / "run.json").read_text()
+    speed = rows(run_dir, "speed.csv")
+    assert [row["step"] for row in speed] == [row["step"] for row in rows(run_dir)]
+    assert all(float(row["seconds"]) > 0 and float(row["residues_per_second"]) > 0 for row in speed)
+    assert all(0 <= float(row["data_wait_fraction"]) < 1 for row in speed)
+
+
+def test_the_health_of_every_layer_is_measured(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 4, "--set", "train.health_every_steps=2") == 0
+    health = rows(out, "health.csv")
+    assert [(row["step"], row["layer"]) for row in health] == [(step, layer) for step in "24" for layer in "123"]
+    for row in health:
+        assert 1 <= float(row["effective_features"]) <= 16
+        # The start of the temperature, three quarters of its bound.
+        assert float(row["q_norm"]) == pytest.approx(1.5, abs=0.2)
+
+
+def test_health_and_loggers_change_no_loss(dataset, run_dir, tmp_path):
+    assert train(dataset, tmp_path / "run", "--max-steps", 9, "--set", "train.health_every_steps=1") == 0
+    assert rows(tmp_path / "run") == rows(run_dir)
+
+
+def test_tensorboard_reads_what_the_run_wrote(dataset, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 4) == 0
+    assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", "6"]) == 0
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    found = events.Scalars("train/loss")
+    assert [event.step for event in found] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in found] == pytest.approx(losses(out), rel=1e-6)
+
+
+def test_a_run_without_progress_ends_early_and_keeps_its_best_checkpoint(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = ["train.valid_every_steps=1", "train.patience=2", "train.lr=1e-12", "train.muon_lr=1e-12",
+                "train.keep_every_steps=2", "train.warmup_steps=0"]  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert train(dataset, out, "--max-steps", 50, *words) == 0
+    assert len(rows(out)) < 50
+    assert "no lower perplexity" in capsys.readouterr().err
+    valid = [float(row["valid/perplexity"]) for row in rows(out)]
+    best = torch.load(out / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 1 + valid.index(min(valid)) == len(valid) - 2
+    kept = sorted(path.name for path in (out / "checkpoints").glob("step-*.ckpt"))
+    assert kept == [f"step-{step:08d}.ckpt" for step in range(2, len(valid) + 1, 2)]
+    assert torch.load(out / "checkpoints" / kept[0], weights_only=True)["global_step"] == 2
+
+
+def test_time_ends_a_run_with_a_checkpoint_and_status_0(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 100_000, "--max-time", "00:00:02") == 0
+    assert "its time is over" in capsys.readouterr().err
+    steps = len(rows(out))
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
+    assert train(dataset, out, "--max-time", "2h") == 2
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_a_run_between_two_updates_and_it_resumes(name, dataset, tmp_path):
+    out = tmp_path / "run"
+    process = start("train", dataset, "--out", out, "--config", "tiny", *SMALL, "--max-steps", 100_000)
+    wait_for_rows(out, 3)
+    os.kill(process.pid, getattr(signal, name))
+    status, _, errors = finish(process)
+    assert status == 130, errors
+    assert "Traceback" not in errors
+    steps = len(rows(out))
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
+    assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", str(steps + 1)]) == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(dataset, tmp_path, failure):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    checkpoint = out / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Files of this process cannot grow beyond this: enough for everything but a checkpoint.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        message = failure("train", dataset, "--out", out, "--resume", "--max-steps", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.strerror(errno.EFBIG) in message
+    assert checkpoint.read_bytes() == before
+    assert not list(out.rglob("*.partial"))
+    assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", "4"]) == 0
+
+
+def test_a_dry_run_tells_what_a_run_would_be_and_writes_nothing(dataset, tmp_path, capsys, failure):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--dry-run", "--json", "--max-steps", 12) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert train(dataset, out, "--max-steps", 1, "--json") == 0
+    assert report["num_parameters"] == json.loads(capsys.readouterr().out)["num_parameters"]
+    manifest = json.loads((dataset / "manifest.json").read_text())["splits"]["train"]
+    assert report["residues_per_epoch"] == manifest["num_residues"]
+    assert report["tokens_per_epoch"] == manifest["num_residues"] + 2 * manifest["num_records"]
+    assert report["epochs"] == pytest.approx(12 / report["rows_per_epoch"])
+    assert 0 < report["seconds_per_step"] < 60
+    assert train(dataset, out, "--dry-run", "--resume") == 0
+    shown = capsys.readouterr().out
+    for word in ("parameters", "memory", "steps", "epoch"):
+        assert word in shown
+    assert "exists already" in failure("train", dataset, "--out", out, "--dry-run")
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base", "paper-trembl-1024", "paper-concat-8192"])
+def test_a_dry_run_of_every_shipped_configuration(name, dataset, tmp_path, capsys, monkeypatch):
+    from protlm.workflows import train_dry_run
+
+    # The step itself would take minutes for the large ones.
+    monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda *_: 1.0)
+    assert main(["train", str(dataset), "--out", str(tmp_path / "run"), "--config", name, "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["memory_bytes"] > 12 * report["num_parameters"]
+
+
+def test_the_search_for_the_largest_row_needs_a_gpu(dataset, tmp_path, failure):
+    message = failure("train", dataset, "--out", tmp_path / "run", "--dry-run", "--find-batch")
+    assert "GPU" in message
+    assert main(["train", str(dataset), "--out", str(tmp_path / "run"), "--find-batch"]) == 2
+
+
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_written(dataset, tmp_path, failure):
+    message = failure(
+        "train", dataset, "--out", tmp_path / "run", "--set", "model.num_layers=2000", "--set", "model.model_dim=8192"
+    )
+    assert "memory" in message
+    assert "model.num_layers" in message
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,40 @@
+"""How tests start `protlm train`: in this process, or in processes of their own where several work together."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from protlm.cli.app import main
+from tests.e2e.conftest import SMALL
+
+TIMEOUT_SECONDS = 180
+
+
+def rows(run_dir: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    with (run_dir / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [float(row["train/loss"]) for row in rows(run_dir)]
+
+
+def train(dataset: Path, out: Path, *arguments: object) -> int:
+    return main(["train", str(dataset), "--out", str(out), "--config", "tiny", *SMALL, *map(str, arguments)])
+
+
+def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+    """Starts a command in a process of its own, with one thread as all tests: the order of sums decides last bits."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "protlm.cli.app", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Returns its status, stdout and stderr."""
+    out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    return process.returncode, out, errors
