@@ -28,8 +28,9 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports --no-cache
 
+# As many tests at a time as there are cores; each of them uses one.
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
@@ -39,6 +40,7 @@ check: lint types imports test
 bench: setup
 	$(BIN)/python scripts/bench/attention.py
 	$(BIN)/python scripts/bench/prep.py
+	$(BIN)/python scripts/bench/train_step.py
 
 # The four commands on real proteins: make demo FASTA=my.fasta runs them on yours.
 FASTA ?= data/trembl_sample.fasta.gz

@@ -102,9 +102,9 @@ def check_fits(config: Config, available_bytes: int) -> None:
     }  # fmt: skip
     told = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
     raise ConfigError(
-        f"model: {memory.parameters:,} parameters need {_gigabytes(memory.state_bytes)} of memory ({told}), expected at "
-        f"most the {_gigabytes(available_bytes)} of the device; lower model.num_layers, model.model_dim, model.ffn_dim "
-        "or model.num_features, or share the model out with --strategy fsdp on several devices"
+        f"model: {memory.parameters:,} parameters need {_gigabytes(memory.state_bytes)} of memory ({told}), expected "
+        f"at most the {_gigabytes(available_bytes)} of the device; lower model.num_layers, model.model_dim, "
+        "model.ffn_dim or model.num_features, or share the model out with --strategy fsdp on several devices"
     )
 
 

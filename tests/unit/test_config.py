@@ -92,7 +92,7 @@ def test_a_shipped_configuration_is_found_by_name():
         ("[data]\nweights = [1.0, 0.0]", "data.weights.1: input should be greater than 0, got 0.0"),
         (
             "[model]\npositions = 'learned'\nmax_positions = 100\n[data]\nmax_length = 99",
-            "model.max_positions: expected at least 101, the most tokens of a protein or window in training, got 100",
+            "model.max_positions: expected at least 101, the most tokens that training looks at together, got 100",
         ),
         ("[model]\ncausal = true\nrescale_qk = true", "model.rescale_qk: expected false with causal = true"),
         (

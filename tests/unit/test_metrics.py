@@ -120,7 +120,7 @@ def test_what_was_not_measured_is_empty(path):
     log = CsvLog(path, HEALTH)
     log.append({"step": 1, "layer": 2, "q_norm": 0.5, "k_norm": 0.5, "effective_features": None, "dead_features": None})
     log.close()
-    assert path.read_text().splitlines()[1] == "1,2,0.5,0.5,,"
+    assert path.read_text().splitlines()[1] == "1,2,0.5,0.5,,,,"
 
 
 def test_an_unknown_column_is_an_error(path):
