@@ -40,7 +40,8 @@ class SegmentConvolution(nn.Module):
         pairs = zip(parts, torch.split(self.weight, [x.shape[1] for x in parts], dim=1), strict=True)
         x = parts[0]
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != self.weight.dtype:
-            return [shifted_sum(x, weight, self.offsets, segments) for x, weight in pairs]
+            # In the dtype of x, which autocast may have made shorter: attention after it is worth keeping short.
+            return [shifted_sum(x, weight.to(x.dtype), self.offsets, segments) for x, weight in pairs]
         lacking = [segments.lacks_neighbour(offset).nonzero().squeeze(1) for offset in self.offsets]
         lacked = [segments.lacks_neighbour(-offset).nonzero().squeeze(1) for offset in self.offsets]
         return [

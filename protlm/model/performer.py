@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from protlm.config import ModelConfig
 from protlm.model.attention import SelfAttention
+from protlm.model.feed_forward import activate_and_project
 from protlm.model.positions import rotary_angles, sinusoids
 from protlm.model.segments import Segments
 from protlm.vocabulary import PAD, VOCABULARY_SIZE
@@ -49,10 +50,8 @@ class EncoderLayer(nn.Module):
         return x
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        inner = self.ffn_in(x)
-        inner = F.gelu(inner) if self.ffn_gate is None else F.silu(self.ffn_gate(x)) * inner
-        out: Tensor = self.ffn_out(inner)
-        return out
+        gate = None if self.ffn_gate is None else self.ffn_gate(x)
+        return activate_and_project(self.ffn_in(x), gate, self.ffn_out)
 
 
 class LanguageModelHead(nn.Module):

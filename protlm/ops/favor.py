@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from protlm.ops import favor_cpp, favor_torch
-from protlm.ops.inputs import AttentionInputs
+from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.oprf import oprf_a_from_data
 from protlm.ops.random_features import FeatureMap
 
@@ -183,14 +183,14 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    out = result_like(v)
     states, references = favor_torch.empty_states(inputs)
     return out, states, references, q.new_empty(q.shape[:3], dtype=inputs.compute_dtype)
 
 
 @_favor_backward.register_fake
 def _(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q_grad, k_grad, v_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q_grad, k_grad, v_grad = (result_like(x) for x in (q, k, v))
     return q_grad, k_grad, v_grad
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.ops.inputs import AttentionInputs
+from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.pieces import checked_bounds
 from protlm.ops.random_features import to_common_length
 
@@ -80,7 +80,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns what `favor_torch.forward` returns; references and query sums of exponential maps are to base 2."""
     run = _Run(inputs)
     out = run.result_like(inputs.v)
-    query_sums = run.result_like(inputs.q[..., 0])
+    query_sums = run.query_sums()
     states, references = run.empty_states()
     run("forward", {"out": out}, query_sums, states, references)
     return out, states, references, query_sums
@@ -149,8 +149,12 @@ class _Run:
 
     def result_like(self, x: Tensor) -> Tensor:
         """Returns a tensor for results along the length, zero where the kernel writes nothing."""
-        make = torch.zeros_like if self._is_partial else torch.empty_like
-        return make(x, memory_format=torch.contiguous_format)
+        return result_like(x, is_zeroed=self._is_partial)
+
+    def query_sums(self) -> Tensor:
+        """Returns a tensor for a number of each query and head, zero where the kernel writes nothing."""
+        q = self._inputs.q
+        return (q.new_zeros if self._is_partial else q.new_empty)(q.shape[:3])
 
     def empty_states(self) -> tuple[Tensor, Tensor]:
         """Returns states and references to be written, those of no key where the kernel writes nothing."""

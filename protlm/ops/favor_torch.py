@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protlm.ops.inputs import AttentionInputs
+from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.pieces import Block, Piece, cut_into_blocks
 from protlm.ops.torch_maps import TorchMap, torch_map
 
@@ -36,7 +36,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, for exponential maps its logarithm.
     """
     run = _Run(inputs)
-    out = torch.zeros_like(inputs.v, memory_format=torch.contiguous_format)
+    out = result_like(inputs.v, is_zeroed=True)
     query_sums = inputs.q.new_zeros(inputs.q.shape[:3], dtype=run.map.dtype)
     states, references = empty_states(inputs)
     references.fill_(_LOG_ZERO)
@@ -56,9 +56,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; features are computed once more."""
     run = _Run(inputs)
-    q_grad, k_grad, v_grad = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k, inputs.v)
-    )
+    q_grad, k_grad, v_grad = (result_like(x, is_zeroed=True) for x in (inputs.q, inputs.k, inputs.v))
     for block in run.blocks():
         saved = _Saved(out_grad, out, query_sums)
         if inputs.causal:

@@ -91,6 +91,18 @@ class AttentionInputs:
                 _expect(name, f"the device of q, {device}", tensor.device == device, tensor.device)
 
 
+def result_like(x: Tensor, *, is_zeroed: bool = False) -> Tensor:
+    """Returns a tensor for results in the layout of x, so that whoever made x as a view need not copy them.
+
+    Only head_dim is always the axis along which numbers are neighbours.
+    """
+    make = torch.zeros_like if is_zeroed else torch.empty_like
+    result = make(x)
+    if result.stride(-1) == 1 or result.shape[-1] == 1:
+        return result
+    return make(x, memory_format=torch.contiguous_format)
+
+
 def _expect(argument: str, expected: str, holds: bool, got: object) -> None:
     if not holds:
         raise ValueError(f"{argument}: expected {expected}, got {got}")

@@ -138,10 +138,11 @@ def _layer_bytes(model: ModelConfig, *, is_short: bool, in_place: bool) -> int:
     # The residual stream before attention and before the feed-forward layer.
     floats = 2 * dim
     # What enters q, k and v (autocast shortens it for each of them) and the feed-forward layer; q, k and v; attention's
-    # output, and the same with its heads side by side.
-    parts = (3 if is_short else 1) * dim + dim + 3 * dim + 2 * dim
-    # What enters the activation function and what leaves it; SwiGLU: gate, its SiLU, value and product.
-    parts += (4 if model.ffn == "swiglu" else 2) * model.ffn_dim
+    # output, of exact attention also with its heads side by side.
+    parts = (3 if is_short else 1) * dim + dim + 3 * dim + (2 if model.attention == "softmax" else 1) * dim
+    # What enters the activation function (SwiGLU: gate and value). Where autocast shortens matrices also what leaves
+    # it (SwiGLU: the SiLU of the gate and the product).
+    parts += (2 if model.ffn == "swiglu" else 1) * (2 if is_short else 1) * model.ffn_dim
     if model.conv_width:
         parts += 3 * dim if in_place else 3 * model.conv_width * dim
     if model.qk_norm and not (in_place and model.positions == "rotary"):

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from protlm.ops import favor_attention, kernel_features, reference
+from protlm.ops import draw_projection, favor_attention, kernel_features, reference
 from tests.conftest import TOLERANCE, relative_error
 from tests.reference.cases import (
     MAPS,
@@ -197,3 +197,16 @@ def test_exact_softmax_twin_equals_torch_on_masked_segments(causal):
             parts = (x[:, :, chosen] for x in (q, k, v))
             expected[:, :, chosen] = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal)
     assert relative_error(found, expected) < 1e-13
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_results_lie_in_memory_as_the_inputs_do(backend):
+    # Tokens before heads, as a model makes them: the results need no copy to go on.
+    q, k, v = (torch.randn(1, 50, 2, 8).transpose(1, 2).requires_grad_() for _ in range(3))
+    out = favor_attention(q, k, v, draw_projection(8, 8), backend=backend)
+    assert out.transpose(1, 2).is_contiguous()
+    for grad in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert grad.transpose(1, 2).is_contiguous()
+    # Whatever the inputs are like, the numbers of a head are neighbours.
+    across = [x.detach().transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    assert favor_attention(*across, draw_projection(8, 8), backend=backend).stride(-1) == 1

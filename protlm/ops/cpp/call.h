@@ -48,7 +48,7 @@ struct FavorCall {
     float* states;      // (segments, heads, features, head_dim + 1)
     float* references;  // (segments, heads, features), or (segments, heads) for ReLU
 
-    std::int64_t result_bytes;  // of `out` and of each gradient that is written; they are contiguous
+    std::int64_t result_bytes;  // of `out` and of each gradient that is written; each lies in one piece
     FavorTensor out_grad, q_grad, k_grad, v_grad;
 
     float* workspace;
