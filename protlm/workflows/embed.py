@@ -99,6 +99,7 @@ def embed(
     except ValueError as error:
         raise ProtlmError(f"{model_path}: {error}") from None
     census = _count(inputs, on_bad_record)
+    _check_lengths(census, model.description.max_residues)
     kinds = tuple(dict.fromkeys(include))
     progress = start_progress(sum(census.lengths)) if start_progress is not None else None
     with EmbeddingsWriter.create(
@@ -138,6 +139,18 @@ def _check_output(out: Path, *, force: bool) -> None:
         raise ProtlmError(
             f"{out}: is no embeddings file of protlm, so --force does not replace it; choose another --out"
         ) from None
+
+
+def _check_lengths(census: _Census, limit: int | None) -> None:
+    """Raises ProtlmError at the first protein that the model's learned positions do not reach."""
+    if limit is None:
+        return
+    for name, length in zip(census.ids, census.lengths, strict=True):
+        if length > limit:
+            raise ProtlmError(
+                f"{name[:80]}: has {length:,} residues, and the positions of this model reach {limit:,}; leave it out, "
+                "or use a model without learned positions"
+            )
 
 
 def _count(inputs: Sequence[Path], on_bad_record: Literal["error", "skip"]) -> _Census:

@@ -115,3 +115,14 @@ def test_a_run_starts_from_the_weights_of_a_model(dataset, tmp_path, failure):
     message = failure("train", dataset, "--out", tmp_path / "b", "--init", exact)
     assert "model.num_heads" in message
     assert not (tmp_path / "b").exists()
+
+
+def test_a_protein_beyond_learned_positions_is_cut_by_eval_and_refused_by_embed(dataset, fasta, tmp_path, failure):
+    run, out = tmp_path / "run", tmp_path / "report"
+    settings = ["model.positions=learned", "model.max_positions=62", "data.max_length=60"]
+    assert train(dataset, run, "--max-steps", 1, *words(settings)) == 0
+    assert main(["eval", str(run), str(dataset), "--split", "test", "--out", str(out)]) == 0
+    assert json.loads((out / "report.json").read_text())["num_cut"] > 0
+    message = failure("embed", run, fasta, "--out", tmp_path / "embeddings.h5")
+    assert "reach 60" in message
+    assert not (tmp_path / "embeddings.h5").exists()

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from protlm.cli.app import main
+from protlm.config import load_config
+from protlm.workflows.train import TrainingSets
 from tests.e2e.conftest import SMALL
 from tests.e2e.train_tools import finish, losses, rows, start, train
 
@@ -162,3 +164,27 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_written(dataset, 
     assert "memory" in message
     assert "model.num_layers" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(dataset, tmp_path, monkeypatch):
+    """There is no GPU here: the model runs out of memory where the test says so."""
+    from protlm.model.performer import Performer
+    from protlm.workflows import train_dry_run
+
+    largest, tried = 900, []
+    forward = Performer.forward
+
+    def with_little_memory(self, tokens, *arguments):
+        tried.append(len(tokens))
+        if len(tokens) > largest:
+            raise RuntimeError("CUDA out of memory. Tried to allocate more than there is")
+        return forward(self, tokens, *arguments)
+
+    monkeypatch.setattr(Performer, "forward", with_little_memory)
+    monkeypatch.setattr(train_dry_run, "best_device", lambda: torch.device("cuda"))
+    settings = load_config("tiny", ["data.tokens_per_batch=256", "model.num_layers=1", "model.model_dim=32"])
+    sets = TrainingSets.open([dataset])
+    found = train_dry_run._largest_budget(train_dry_run.build_model(settings, None), sets, settings)
+    # The search leaves some room, and rows are not filled to the last token.
+    assert 0.7 * largest < found <= 1.3 * largest
+    assert max(tried) > largest
