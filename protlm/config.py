@@ -35,7 +35,7 @@ class DataConfig(_Section):
     Attributes:
         tokens_per_batch: Budget of one row, special tokens included.
         max_length: Longest stretch of one protein that enters a training row, in residues. Default: what fits into the
-            row. Not for `concatenated`.
+            row. Unused by `concatenated`.
         mode: `packed`: whole proteins side by side, none sees another; of one longer than max_length a random stretch,
             another at every draw. `clipped`: the same with the first max_length residues, always. `concatenated`: all
             proteins joined by `<eos>` and cut into windows of window_tokens; inside a window attention crosses the
@@ -58,8 +58,6 @@ class DataConfig(_Section):
     @model_validator(mode="after")
     def _a_protein_fits(self) -> Self:
         if self.mode == "concatenated":
-            if self.max_length is not None:
-                raise ValueError("max_length: expected none with mode = 'concatenated', which cuts no protein")
             if not SPECIAL_TOKENS_PER_SEGMENT < self.window_tokens <= self.tokens_per_batch:
                 raise ValueError(
                     f"window_tokens: expected more than {SPECIAL_TOKENS_PER_SEGMENT} and at most "
@@ -112,8 +110,8 @@ class ModelConfig(_Section):
         rescale_qk: Divide each dimension of q and multiply that of k by what evens out their sizes in a protein: q·k
             stays, and estimates vary less.
         max_temperature: Upper bound of ‖q/d^¼‖² under qk_norm; training starts at three quarters of it.
-        conv_width: Width of the depthwise convolution on q, k, v inside each protein, odd; 0 for none. It is centred,
-            but looks back only where the model is causal.
+        conv_width: Width of the depthwise convolution on q, k, v inside each protein, odd and at most 127; 0 for none.
+            It is centred, but looks back only where the model is causal.
         dropout: Dropped fraction after attention and feed-forward.
     """
 
@@ -132,7 +130,7 @@ class ModelConfig(_Section):
     qk_norm: bool = True
     rescale_qk: bool = False
     max_temperature: PositiveFloat = 2.0
-    conv_width: NonNegative = 3
+    conv_width: Annotated[int, Field(ge=0, le=127)] = 3
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -240,10 +238,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _positions_reach(self) -> Self:
         longest = self.data.longest_segment
+        shorter = "data.window_tokens" if self.data.mode == "concatenated" else "data.max_length"
         if self.model.positions == "learned" and longest > self.model.max_positions:
             raise ValueError(
                 f"model.max_positions: expected at least {longest}, the most tokens that training looks at together, "
-                f"got {self.model.max_positions}; raise it or lower data.max_length"
+                f"got {self.model.max_positions}; raise it or lower {shorter}"
             )
         return self
 
@@ -314,7 +313,7 @@ def _read_settings(name_or_file: str | Path | None) -> tuple[dict[str, Any], str
             raise ConfigError(f"{text}: no such configuration; there are {known}, or give the path of a TOML file")
         content = file.read_bytes()
     try:
-        return tomllib.loads(content.decode()), source
+        return tomllib.loads(content.decode("utf-8-sig")), source
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: not a TOML file: {error}") from None
 
@@ -325,12 +324,14 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     if not (equals and dot and section and key):
         raise ConfigError(f"--set {override}: expected SECTION.KEY=VALUE, such as train.max_steps=800")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        found = {"value": text.strip()}
+    if len(found) > 1:
+        raise ConfigError(f"--set {section}.{key}: expected one value, got more lines than one")
     if not isinstance(settings.setdefault(section, {}), dict):
         raise ConfigError(f"--set {override}: {section} is not a section")
-    settings[section][key] = value
+    settings[section][key] = found["value"]
 
 
 def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:

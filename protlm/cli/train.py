@@ -93,7 +93,7 @@ def train_command(
       protlm train dataset --out run --config tiny
       protlm train dataset --out run --config tiny --set train.lr=1e-3 --max-steps 2000
       protlm train dataset --out run --resume
-      protlm train dataset --out run --config base --devices 8 --set train.accumulate=32 --max-time 47:30:00
+      protlm train dataset --out run --config base --devices 8 --max-time 47:30:00
       protlm train dataset --out run --config base --dry-run
     """  # noqa: D301  \b must reach Typer as a backspace
     if resume and force:

@@ -1,7 +1,7 @@
 """From draws to batches: hides how proteins are put into rows, and what of a row is hidden and predicted.
 
-A training run is one endless stream of rows that is a function of (seed, lengths, settings): it can start at any row,
-which is how a resumed run finds its place. A row is planned from lengths alone, and only its own proteins are read.
+A training run is one endless stream of rows that is a function of (seed, lengths, settings), so a resumed run finds its
+place by planning it again. A row is planned from lengths alone, and only its own proteins are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -126,7 +126,7 @@ def training_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, first_r
 
 
 def epoch_size(draws: Draws, lengths: np.ndarray, config: DataConfig) -> EpochSize:
-    """Returns what the first epoch comes to; where clusters are sampled, others differ a little."""
+    """Returns what the first epoch comes to; others may differ a little."""
     sizes = lengths[draws.epoch(0)]
     if config.mode == "concatenated":
         num_joined = int(sizes.sum()) + len(sizes)

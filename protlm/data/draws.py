@@ -1,6 +1,6 @@
 """Which record is drawn when: hides how an endless run is arranged in epochs, and where its random order comes from.
 
-Every epoch is a function of the seed and its number, so a run can be taken up at any of them. The generators are
+Every epoch is a function of the seed and its number. The generators are
 Philox with a key of the seed and a number, and a counter that says what the random numbers are for:
 
 | last word of the counter | the other number of the key | what for |

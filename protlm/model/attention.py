@@ -121,10 +121,11 @@ class SelfAttention(nn.Module):
         return None if self.temperature_logit is None else self.max_temperature * torch.sigmoid(self.temperature_logit)
 
     def _prepare(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        temperature = self._temperature()
-        if temperature is None:
+        if self.temperature_logit is None:
             return x if rotary is None else rotate(x, *rotary)
-        lengths = torch.sqrt(temperature * math.sqrt(self.head_dim))
+        # The root of τ·√d by way of logarithms: a τ near zero would have no gradient, and its root an infinite one.
+        largest = math.sqrt(self.max_temperature * math.sqrt(self.head_dim))
+        lengths = largest * torch.exp(0.5 * F.logsigmoid(self.temperature_logit))
         return normalise(x, lengths) if rotary is None else normalise_and_rotate(x, lengths, rotary)
 
 

@@ -28,6 +28,8 @@ class Segments:
     @classmethod
     def from_bounds(cls, cu_seqlens: Int[Tensor, " bounds"]) -> "Segments":
         """Returns the segments between the given bounds."""
+        if len(cu_seqlens) < 2:
+            raise ValueError(f"cu_seqlens: expected at least 2 bounds, got {len(cu_seqlens)}")
         sizes = cu_seqlens.diff().long()
         starts = torch.repeat_interleave(cu_seqlens[:-1].long(), sizes)
         positions = torch.arange(len(starts), device=cu_seqlens.device) - starts

@@ -78,9 +78,6 @@ class LanguageModelling(pl.LightningModule):
         self._redraw_generator = torch.Generator().manual_seed(config.train.seed + 1)
         self._num_rows = 0
         self._sums = [0.0, 0.0, 0.0, 0.0]
-        model.checkpoint_activations = config.train.activation_checkpointing
-        if config.train.compile:
-            model.compile_layers()
 
     def configure_model(self) -> None:
         """Gives every device its part of the model, where FSDP2 is wanted."""

@@ -224,7 +224,7 @@ def check_devices(settings: Config, devices: Devices) -> None:
 
 
 def build_model(settings: Config, init: Path | None) -> Performer:
-    """Returns the network with its first weights.
+    """Returns the network with its first weights, computed in the way that the settings ask for.
 
     Raises:
         ProtlmError: A model that does not fit into memory, or an `init` that does not fit the settings.
@@ -236,6 +236,9 @@ def build_model(settings: Config, init: Path | None) -> Performer:
         raise ConfigError("model: does not fit into the memory of this machine; make it smaller") from None
     if init is not None:
         initial_weights(model, init)
+    model.checkpoint_activations = settings.train.activation_checkpointing
+    if settings.train.compile:
+        model.compile_layers()
     return model
 
 

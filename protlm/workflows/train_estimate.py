@@ -56,7 +56,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
-    """Returns the memory of a training step, from the shapes: activations to about a fifth, the rest exactly.
+    """Returns the memory of a training step, from the shapes: activations to about a third, the rest exactly.
 
     Args:
         config: Settings of the run; one device is taken to hold all of the model and one row of tokens_per_batch.

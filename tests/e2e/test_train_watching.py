@@ -188,3 +188,14 @@ def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(datase
     # The search leaves some room, and rows are not filled to the last token.
     assert 0.7 * largest < found <= 1.3 * largest
     assert max(tried) > largest
+
+
+def test_a_dry_run_makes_its_step_in_the_way_of_the_run(dataset, tmp_path, monkeypatch):
+    from protlm.workflows import train_dry_run
+
+    seen = []
+    monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda model, *_: seen.append(model) or 1.0)
+    assert train(dataset, tmp_path / "run", "--dry-run", "--set", "train.activation_checkpointing=true") == 0
+    assert train(dataset, tmp_path / "run", "--dry-run", "--set", "train.compile=true") == 0
+    assert [model.checkpoint_activations for model in seen] == [True, False]
+    assert [model.layers[0]._compiled_call_impl is not None for model in seen] == [False, True]

@@ -82,8 +82,9 @@ def test_a_shipped_configuration_is_found_by_name():
             "data.max_length: expected at most tokens_per_batch - 2 = 98, got 99",
         ),
         (
-            "[data]\nmode = 'concatenated'\nmax_length = 9",
-            "data.max_length: expected none with mode = 'concatenated'",
+            "[model]\npositions = 'learned'\n[data]\nmode = 'concatenated'\ntokens_per_batch = 8192",
+            "model.max_positions: expected at least 8192, the most tokens that training looks at together, got 1024; "
+            "raise it or lower data.window_tokens",
         ),
         (
             "[data]\nmode = 'concatenated'\ntokens_per_batch = 100\nwindow_tokens = 101",
@@ -113,6 +114,12 @@ def test_a_bad_setting_is_one_line_that_names_file_and_key(write, text, message)
         load_config(path)
     assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["train.lr=1e-3\nmax_steps=3", "train.lr=[1]\n[a]"])
+def test_an_override_is_one_value(override):
+    with pytest.raises(ConfigError, match="--set train.lr: expected one value"):
+        load_config(None, [override])
 
 
 @pytest.mark.parametrize("override", ["train.lr", "lr=1", "=1", "train.=1", ".lr=1", "", "train=1"])

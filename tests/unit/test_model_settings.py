@@ -298,3 +298,22 @@ def test_attention_without_rotary_positions_leaves_q_unturned():
     x = torch.ones(5, 16)
     q, _, _ = attention.queries_keys_values(x, Segments.from_bounds(bounds(5)), None)
     assert relative_error(q.flatten(1), attention.query(x)) < FLOAT32
+
+
+@pytest.mark.parametrize("conv_width", [0, 3])
+def test_autocast_makes_what_enters_attention_short(conv_width):
+    model = build(conv_width=conv_width)
+    tokens, segments = proteins(30)[0], Segments.from_bounds(bounds(30))
+    attention = model.layers[0].attention
+    rotary = rotary_angles(segments.positions, attention.head_dim, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.queries_keys_values(model.embedding(tokens), segments, rotary)
+    assert {x.dtype for x in found} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("logit", [-100.0, 100.0])
+def test_a_temperature_at_the_end_of_its_range_has_gradients(logit):
+    model = build()
+    torch.nn.init.constant_(model.layers[0].attention.temperature_logit, logit)
+    model(proteins(30)[0], bounds(30)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
