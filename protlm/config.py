@@ -204,7 +204,7 @@ class TrainConfig(_Section):
     weight_decay: NonNegativeFloat = 0.01
     warmup_steps: NonNegative = 40
     clip_norm: NonNegativeFloat = 1.0
-    accumulate: Positive = 1
+    accumulate: Annotated[int, Field(gt=0, le=2**20)] = 1
     precision: Precision = "32"
     activation_checkpointing: bool = False
     compile: bool = False

@@ -1,5 +1,6 @@
 """`protlm train`: options in, a training run, its results out."""
 
+import re
 import shlex
 import sys
 from enum import StrEnum
@@ -34,10 +35,9 @@ def _seconds(text: str | None) -> float | None:
     """Returns the seconds of HH:MM:SS."""
     if text is None:
         return None
-    parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts) or int(parts[1]) > 59 or int(parts[2]) > 59:
+    if not re.fullmatch("[0-9]{1,6}:[0-5][0-9]:[0-5][0-9]", text):
         raise typer.BadParameter(f"expected HH:MM:SS, such as 47:30:00, got {text!r}", param_hint="--max-time")
-    hours, minutes, seconds = map(int, parts)
+    hours, minutes, seconds = map(int, text.split(":"))
     return 3600.0 * hours + 60.0 * minutes + seconds
 
 
@@ -107,30 +107,32 @@ def train_command(
             wanted.append(f"train.{key}={value}")
 
     from protlm.workflows.devices import Devices
+    from protlm.workflows.train_start import TrainRequest
 
-    where = Devices(devices, num_nodes, strategy.value)
+    request = TrainRequest(
+        datasets, out.resolve(), config, wanted, init, Devices(devices, num_nodes, strategy.value), wandb, resume, force
+    )
     if dry_run:
         from protlm.workflows.train_dry_run import dry_run as estimate
 
-        found = estimate(
-            datasets, out, config=config, overrides=wanted, init=init, devices=where, resume=resume, force=force,
-            find_batch=find_batch,
-        )  # fmt: skip
+        found = estimate(request, find_batch=find_batch)
         output.print_json(found) if as_json else _print_estimate(found)
         return
 
     from protlm.workflows.train import train
 
-    report = train(
-        datasets, out, config=config, overrides=wanted, init=init, devices=where, max_seconds=max_seconds,
-        wandb_project=wandb, command=sys.argv[1:], resume=resume, force=force,
-    )  # fmt: skip
+    report = train(request, max_seconds=max_seconds, command=sys.argv[1:])
     if report is None:
         # One of the other processes of the run: the first one tells.
         return
     output.print_json(report) if as_json else _print(report)
+    for note in report.notes:
+        output.warn(note)
     if report.ended_early is not None:
-        again = f"protlm train {shlex.join(map(str, datasets))} --out {shlex.quote(str(out))} --resume"
+        given = [("--devices", devices, 1), ("--num-nodes", num_nodes, 1), ("--strategy", strategy.value, "auto"),
+                 ("--wandb", wandb, None)]  # fmt: skip
+        words = [str(word) for name, value, default in given if value != default for word in (name, value)]
+        again = shlex.join(["protlm", "train", *map(str, datasets), "--out", str(out), "--resume", *words])
         output.warn(f"stopped at step {report.step}: {report.ended_early}; go on with: {again}")
     if report.interrupted:
         raise typer.Exit(130)
@@ -157,23 +159,24 @@ def _print(report: "TrainReport") -> None:
 def _print_estimate(report: "DryRunReport") -> None:
     memory = report.memory
     print(f"parameters  {report.num_parameters:,}, and {memory.projections:,} numbers of random projections")
-    print(
-        f"memory      {_gib(report.memory_bytes)} a device by estimate, of {_gib(report.available_bytes)}: weights "
-        f"{_gib(memory.weights_bytes)}, gradients {_gib(memory.gradients_bytes)}, optimizer "
-        f"{_gib(memory.optimizer_bytes)}, one row {_gib(memory.activations_bytes)}"
-    )
+    parts = {
+        "weights": memory.weights_bytes, "gradients": memory.gradients_bytes, "optimizer": memory.optimizer_bytes,
+        "one row": memory.activations_bytes,
+    }  # fmt: skip
+    told = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+    print(f"memory      {_gib(report.memory_bytes)} of {_gib(report.available_bytes)} by estimate: {told}")
     print(
         f"an epoch    {report.num_records:,} proteins, {report.residues_per_epoch:,} residues, "
         f"{report.tokens_per_epoch:,} tokens in {report.rows_per_epoch:,} rows"
     )
-    print(f"the run     {report.steps:,} steps, {report.epochs:.2f} epochs")
+    done = f", {report.first_step:,} of them made" if report.first_step else ""
+    print(f"the run     {report.steps:,} steps{done}, {report.epochs:.2f} epochs")
     if report.seconds_per_step is None or report.seconds is None:
         print("a step      not timed: it needs more memory than is here")
     else:
         hours = report.seconds / 3600
-        print(
-            f"a step      {report.seconds_per_step:.2f} s here, so {hours:.1f} h for the run, measurements not counted"
-        )
+        left = "for what is left, measurements not counted"
+        print(f"a step      {report.seconds_per_step:.2f} s here, and so {hours:.1f} h {left}")
     if report.largest_tokens_per_batch is not None:
         print(f"a row       at most data.tokens_per_batch = {report.largest_tokens_per_batch:,} fits")
 

@@ -27,6 +27,7 @@ class Watch(pl.Callback):
         last_step: The latest update.
         best: The measurement of the exported model; None without a valid split.
         ended_early: Why the run ended before max_steps, in words; None if it did not.
+        notes: What a user should know of the files that the run goes on with.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Watch(pl.Callback):
         run_dir: Path,
         config: Config,
         valid: Proteins | None,
-        describe: Callable[[int, ValidScore | None], ModelDescription],
+        describe: Callable[[int], ModelDescription],
         stop_request: StopRequest,
         first_step: int,
     ) -> None:
@@ -50,6 +51,7 @@ class Watch(pl.Callback):
         self.last_step = first_step
         self.best: ValidScore | None = None
         self.ended_early: str | None = None
+        self.notes: tuple[str, ...] = ()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the files at the step that the run starts from."""
@@ -58,6 +60,7 @@ class Watch(pl.Callback):
         self.last_step = trainer.global_step
         if trainer.is_global_zero:
             self._log = RunLog(self._run_dir, self._config, self.last_step, trainer.loggers)
+            self.notes = self._log.notes
         self._update_began = self._batch_asked_for = time.perf_counter()
 
     def on_train_batch_start(
@@ -83,10 +86,12 @@ class Watch(pl.Callback):
         seconds = time.perf_counter() - self._update_began
         is_last = step >= settings.max_steps
         valid: dict[str, float] = {}
-        has_improved = False
+        has_improved = is_patience_over = False
         if is_last or step % settings.valid_every_steps == 0:
             valid, has_improved = self._measure(trainer, task)
-        self.ended_early = None if is_last else self._reason_to_stop(update)
+            is_patience_over = 0 < settings.patience <= self._num_without_improvement
+        if not is_last:
+            self.ended_early = _reason_to_stop(update, settings.patience if is_patience_over else None)
         if self._log is not None:
             self._log.update(step, update, valid, seconds, self._seconds_waited)
         if settings.health_every_steps and step % settings.health_every_steps == 0:
@@ -108,23 +113,13 @@ class Watch(pl.Callback):
             settings.keep_every_steps > 0 and step % settings.keep_every_steps == 0
         )
 
-    def _reason_to_stop(self, update: Update) -> str | None:
-        patience = self._config.train.patience
-        if update.interrupted:
-            return "interrupted"
-        if update.time_is_over:
-            return "its time is over"
-        if patience and self._num_without_improvement >= patience:
-            return f"no lower perplexity on valid in {patience} measurements"
-        return None
-
     def _measure(self, trainer: pl.Trainer, task: LanguageModelling) -> tuple[dict[str, float], bool]:
         """Scores the valid split; exports the model if it is the best so far, or if there is nothing to compare.
 
         Returns:
             The columns of metrics.csv, and whether the model is better than all before.
         """
-        description = self._describe(self.last_step, None)
+        description = self._describe(self.last_step)
         if self._valid is None:
             self._export(trainer, task, description)
             return {}, False
@@ -137,7 +132,7 @@ class Watch(pl.Callback):
         self._num_without_improvement = 0 if has_improved else self._num_without_improvement + 1
         if has_improved:
             self.best = valid
-            self._export(trainer, task, self._describe(self.last_step, valid))
+            self._export(trainer, task, description.model_copy(update={"valid": valid}))
         columns = {
             "valid/loss": scores.model.loss,
             "valid/accuracy": scores.model.accuracy,
@@ -178,6 +173,16 @@ class Watch(pl.Callback):
         """Closes the files and the progress bar, however the run ended."""
         if self._log is not None:
             self._log.close()
+
+
+def _reason_to_stop(update: Update, lost_patience: int | None) -> str | None:
+    if update.interrupted:
+        return "interrupted"
+    if update.time_is_over:
+        return "its time is over"
+    if lost_patience is not None:
+        return f"no lower perplexity on valid in {lost_patience} measurements"
+    return None
 
 
 def _valid_score(scores: Scores) -> ValidScore:

@@ -5,6 +5,7 @@ which the devices share out among themselves, so that their number changes neith
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from protlm.data.mixture import Mixture
 from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor
-from protlm.workflows.stop_request import StopRequest
+from protlm.workflows.stop_request import SIGNALS, StopRequest
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class LanguageModelling(pl.LightningModule):
                 raise OtherProcessError
             raise ProtlmError(
                 f"step {self.global_step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; expected finite "
-                "numbers. A checkpoint from before is kept; try a lower train.lr or train.muon_lr"
+                "numbers. Checkpoints from before are kept; try a lower train.lr, train.muon_lr or "
+                "model.max_temperature"
             )
         if settings.clip_norm:
             clip_gradients(self.model.parameters(), settings.clip_norm, norm)
@@ -242,6 +244,7 @@ class TrainingData(pl.LightningDataModule):
             # Without its own generator a loader draws a number from torch's global one.
             generator=torch.Generator(),
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_leave_signals_to_the_run,
         )
         return loader
 
@@ -271,6 +274,12 @@ def objective_of(config: Config) -> Objective:
     """Returns what a run with these settings learns to predict."""
     settings = config.train
     return Objective(config.model.causal, MaskRates(settings.mask_rate, settings.mask_share, settings.random_share))
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Keeps a worker at work when a whole job is signalled: the run still needs rows, and ends its workers itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

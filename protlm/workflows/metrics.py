@@ -27,7 +27,11 @@ _BLOCK_BYTES = 2**24
 
 
 class CsvLog:
-    """A table that grows while a run goes on; each row is on disk when `append` returns to the operating system."""
+    """A table that grows while a run goes on; each row is on disk when `append` returns to the operating system.
+
+    Attributes:
+        last_step: The last step that was kept; 0 for none.
+    """
 
     def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
         """Opens the file, keeping the rows up to last_step and dropping those past it.
@@ -41,10 +45,14 @@ class CsvLog:
             CheckpointError: The file is no such table.
         """
         self._columns = tuple(columns)
+        self.last_step = 0
         with files.written_whole(path) as partial, partial.open("wb") as kept:
             kept.write(_header(columns))
-            if path.exists():
-                kept.writelines(line for line in _lines(path, columns) if int(line.partition(b",")[0]) <= last_step)
+            for line in _lines(path, columns) if path.exists() else ():
+                step = int(line.partition(b",")[0])
+                if step <= last_step:
+                    kept.write(line)
+                    self.last_step = step
         self._file = path.open("ab")
 
     def append(self, row: Mapping[str, float | None]) -> None:

@@ -17,6 +17,7 @@ import protlm
 from protlm.data import files
 from protlm.errors import CheckpointError
 
+RUN_NAME = "run.json"
 RUN_FORMAT: Literal["protlm-run"] = "protlm-run"
 RUN_FORMAT_VERSION: Literal[1] = 1
 
@@ -69,11 +70,12 @@ class Session(_Part):
 
 
 class RunDescription(_Part):
-    """The content of run.json."""
+    """The content of run.json; `init_hash` is that of the weights of --init, if the run began with some."""
 
     format: Literal["protlm-run"] = RUN_FORMAT
     format_version: Literal[1] = RUN_FORMAT_VERSION
     datasets: list[TrainingSet]
+    init_hash: str | None = None
     sessions: list[Session]
 
 
@@ -103,14 +105,16 @@ def describe_session(
     )
 
 
-def write_run_description(path: Path, datasets: Sequence[TrainingSet], session: Session) -> None:
+def write_run_description(
+    path: Path, datasets: Sequence[TrainingSet], session: Session, init_hash: str | None = None
+) -> None:
     """Writes run.json whole, with this session after those that are in it already.
 
     Raises:
         CheckpointError: A file that is there and is no run.json.
     """
     earlier = read_run_description(path).sessions if path.exists() else []
-    description = RunDescription(datasets=list(datasets), sessions=[*earlier, session])
+    description = RunDescription(datasets=list(datasets), init_hash=init_hash, sessions=[*earlier, session])
     with files.written_whole(path) as partial:
         partial.write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

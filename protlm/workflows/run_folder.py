@@ -68,9 +68,17 @@ def check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
 
 
 def prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool) -> None:
-    """Makes the folder, empty unless the run is resumed, and writes its settings."""
+    """Makes the folder, empty unless the run is resumed, writes its settings, and takes away what a kill left half."""
     if run_dir.exists() and not resume:
-        shutil.rmtree(run_dir)
-    run_checkpoints.last_checkpoint(run_dir).parent.mkdir(parents=True, exist_ok=True)
+        # A kill in the middle leaves a folder that nobody takes for a run.
+        old = files.partial_path(run_dir)
+        run_dir.rename(old)
+        shutil.rmtree(old)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # First, since it is what makes a folder a run.
     with files.written_whole(run_dir / CONFIG_NAME) as partial:
         partial.write_text(dump_config(settings), encoding="utf-8")
+    for folder in (run_dir, run_dir / run_checkpoints.FOLDER_NAME, run_dir / "model"):
+        for leftover in folder.glob(f".*{files.PARTIAL_SUFFIX}"):
+            leftover.unlink()
+    (run_dir / run_checkpoints.FOLDER_NAME).mkdir(exist_ok=True)

@@ -24,7 +24,11 @@ _SECONDS_BETWEEN_CURVES = 60.0
 
 
 class RunLog:
-    """The files, loggers and progress bar of a run, from the step that it starts from."""
+    """The files, loggers and progress bar of a run, from the step that it starts from.
+
+    Attributes:
+        notes: What a user should know of the files that the run goes on with.
+    """
 
     def __init__(self, run_dir: Path, config: Config, first_step: int, loggers: Sequence[Logger]) -> None:
         self._run_dir = run_dir
@@ -33,6 +37,10 @@ class RunLog:
         self._metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step=first_step)
         self._speed = CsvLog(run_dir / "speed.csv", SPEED, last_step=first_step)
         self._health = CsvLog(run_dir / "health.csv", HEALTH, last_step=first_step)
+        self.notes: tuple[str, ...] = ()
+        if self._metrics.last_step < first_step:
+            missing = f"{self._metrics.last_step + 1} to {first_step}"
+            self.notes = (f"{run_dir / 'metrics.csv'}: the rows of steps {missing} are gone, and stay away",)
         self._progress: tqdm[Any] = tqdm(
             total=config.train.max_steps, initial=first_step, unit="step", desc="train", disable=None, smoothing=0.05
         )

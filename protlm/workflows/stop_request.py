@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Ctrl-C; what ends a process or a preempted job; what SLURM sends ahead of a time limit (`--signal=USR1@120`)."""
 
 
@@ -32,7 +32,7 @@ class StopRequest:
     def listen(self) -> None:
         """Takes the signals over, again where somebody else did meanwhile; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 previous = signal.signal(number, self._ask)
                 self._previous.setdefault(number, previous)
 

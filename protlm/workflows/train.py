@@ -6,34 +6,25 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
+import torch.distributed
 from pytorch_lightning.loggers import Logger
 
 from protlm.config import Config
-from protlm.data.dataset import Dataset, open_dataset
-from protlm.data.mixture import Mixture
-from protlm.errors import ConfigError, ProtlmError
-from protlm.model.performer import Performer
 from protlm.workflows.callbacks import Watch
-from protlm.workflows.checkpoint import (
-    ModelDescription,
-    ValidScore,
-    dataset_hash_of,
-    initial_weights,
-    read_description,
-)
-from protlm.workflows.curves import plot_curves
-from protlm.workflows.devices import Devices, best_device, process_rank
+from protlm.workflows.checkpoint import ModelDescription, ValidScore, read_description
+from protlm.workflows.devices import Devices, process_rank
 from protlm.workflows.lightning import LanguageModelling, OtherProcessError, TrainingData
-from protlm.workflows.run_checkpoints import WholeCheckpointIO, check_checkpoint, last_checkpoint
-from protlm.workflows.run_description import TrainingSet, describe_session, write_run_description
-from protlm.workflows.run_folder import check_replaceable, prepare_run_dir, resolve_settings
+from protlm.workflows.run_checkpoints import WholeCheckpointIO, last_checkpoint
+from protlm.workflows.run_description import RUN_NAME, describe_session, write_run_description
+from protlm.workflows.run_folder import prepare_run_dir
 from protlm.workflows.stop_request import StopRequest
-from protlm.workflows.train_estimate import check_fits, memory_bytes
+from protlm.workflows.train_start import Start, TrainRequest, prepare_start
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
+"""How gloo says that the process at the other end is gone; NCCL has an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,7 @@ class TrainReport:
         step: Optimizer updates since step 0.
         interrupted: Whether Ctrl-C or another signal ended the run before max_steps.
         ended_early: Why it ended before max_steps, in words; None if it did not.
+        notes: What the user should know of the files that it went on with.
         seconds: Wall time of this call.
         num_parameters: Trained numbers of the model.
         model: The exported model; None in a run that was stopped before its first measurement.
@@ -55,196 +47,77 @@ class TrainReport:
     step: int
     interrupted: bool
     ended_early: str | None
+    notes: tuple[str, ...]
     seconds: float
     num_parameters: int
     model: Path | None
     valid: ValidScore | None
 
 
-@dataclass(frozen=True)
-class TrainingSets:
-    """The opened datasets of a run.
-
-    Attributes:
-        datasets: In the order given.
-        train: Their train splits together.
-        valid: Their valid splits together; None if all are empty.
-        hash: Of all of them.
-    """
-
-    datasets: tuple[Dataset, ...]
-    train: Mixture
-    valid: Mixture | None
-    hash: str
-
-    @classmethod
-    def open(cls, paths: Sequence[Path]) -> "TrainingSets":
-        """Opens datasets and all their shards, so that what is missing is found before hours of work.
-
-        Raises:
-            ShardError: A dataset or shard that is missing or damaged, or one without a train split.
-        """
-        datasets = tuple(open_dataset(path) for path in paths)
-        train = Mixture([dataset.split("train") for dataset in datasets])
-        summaries = [dataset.manifest.splits.get("valid") for dataset in datasets]
-        is_filled = [summary is not None and summary.num_records > 0 for summary in summaries]
-        filled = [dataset.split("valid") for dataset in compress(datasets, is_filled)]
-        valid = Mixture(filled) if filled else None
-        for mixture in (train, valid):
-            if mixture is not None:
-                mixture.open_shards()
-        return cls(datasets, train, valid, dataset_hash_of([dataset.hash for dataset in datasets]))
-
-    def summaries(self) -> list[TrainingSet]:
-        """Returns what a run remembers of each dataset."""
-        return [
-            TrainingSet(
-                name=dataset.path.resolve().name,
-                hash=dataset.hash,
-                num_records=split.num_records,
-                num_residues=split.summary.num_residues,
-            )
-            for dataset, split in zip(self.datasets, self.train.splits, strict=True)
-        ]
-
-
 def train(
-    dataset_paths: Sequence[Path],
-    run_dir: Path,
-    *,
-    config: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    init: Path | None = None,
-    devices: Devices | None = None,
-    max_seconds: float | None = None,
-    wandb_project: str | None = None,
-    command: Sequence[str] = (),
-    resume: bool = False,
-    force: bool = False,
+    request: TrainRequest, *, max_seconds: float | None = None, command: Sequence[str] = ()
 ) -> TrainReport | None:
     """Trains a language model and returns what it ended with; None in every process of the run but the first.
 
     Args:
-        dataset_paths: Datasets of `protlm prep`, each with a train split.
-        run_dir: Where the run is written; must not exist unless resume or force is given.
-        config: Name of a shipped configuration or path of a TOML file.
-        overrides: Texts `section.key=value` that override it.
-        init: A model whose weights the run starts from.
-        devices: On what to train; default: one device.
+        request: What the run is asked to be.
         max_seconds: When to stop, with a checkpoint.
-        wandb_project: Where Weights & Biases keeps the numbers too.
         command: The words of the command, for run.json.
-        resume: Continues the run in run_dir with its own settings; of those given only train.max_steps may differ.
-        force: Replaces an existing run.
 
     Raises:
         ProtlmError: Bad settings or data, an existing run, or a loss that is not finite.
     """
     started = time.perf_counter()
-    devices = devices or Devices()
-    run_dir, is_first = run_dir.resolve(), process_rank() == 0
-    check_apart(run_dir, dataset_paths)
-    sets = TrainingSets.open(dataset_paths)
-    settings = resolve_settings(run_dir, config, overrides, resume=resume)
-    check_devices(settings, devices)
-    # All that can be at fault is looked at before an old run is touched; only the first process touches it.
-    first_step = 0
-    if is_first:
-        first_step = check_checkpoint(last_checkpoint(run_dir), sets.hash, settings) if resume else 0
-        if first_step > settings.train.max_steps:
-            raise ConfigError(
-                f"{run_dir}: the run is at step {first_step} already, past max_steps = {settings.train.max_steps}; "
-                "ask for more steps"
-            )
-        check_replaceable(run_dir, resume=resume, force=force)
-    if devices.strategy != "fsdp":
-        check_fits(settings, memory_bytes(best_device()))
-    data = TrainingData(sets.train, settings)
-    model = build_model(settings, init)
-    if is_first:
-        prepare_run_dir(run_dir, settings, resume=resume)
-        if first_step < settings.train.max_steps:
-            session = describe_session(
-                command,
-                devices=devices.per_node,
-                num_nodes=devices.num_nodes,
-                strategy=devices.strategy,
-                first_step=first_step,
-            )
-            write_run_description(run_dir / "run.json", sets.summaries(), session)
+    run_dir, is_first = request.run_dir, process_rank() == 0
+    start = prepare_start(request)
+    settings = start.settings
+    has_work = start.first_step < settings.train.max_steps
+    if is_first and has_work:
+        prepare_run_dir(run_dir, settings, resume=request.resume)
+        devices = request.devices
+        session = describe_session(
+            command,
+            devices=devices.per_node,
+            num_nodes=devices.num_nodes,
+            strategy=devices.strategy,
+            first_step=start.first_step,
+        )
+        write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.init_hash)
     with StopRequest(max_seconds) as stop_request:
-        task = LanguageModelling(model, settings, sets.hash, stop_request)
-        watch = Watch(run_dir, settings, sets.valid, _describer(settings, sets), stop_request, first_step)
-        if first_step < settings.train.max_steps:
-            checkpoint = last_checkpoint(run_dir)
+        watch = Watch(run_dir, settings, start.sets.valid, _describer(start), stop_request, start.first_step)
+        if has_work:
+            task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
             with quiet_lightning():
-                loggers = _loggers(run_dir, first_step, wandb_project) if is_first else []
-                trainer = make_trainer(settings, devices, run_dir, [watch], loggers)
+                loggers = _loggers(run_dir, start.first_step, request.wandb_project) if is_first else []
+                trainer = make_trainer(settings, request.devices, run_dir, [watch], loggers)
+                checkpoint = last_checkpoint(run_dir) if start.first_step else None
                 try:
-                    _fit(trainer, task, data, checkpoint if resume and checkpoint.exists() else None)
+                    _fit(trainer, task, start.data, checkpoint)
                 except OtherProcessError:
                     return None
                 finally:
                     watch.close()
     if not is_first:
         return None
-    plot_curves(run_dir, causal=settings.model.causal)
     has_model = (run_dir / "model" / "config.json").is_file()
     return TrainReport(
         run_dir=run_dir,
         step=watch.last_step,
         interrupted=stop_request.interrupted and watch.last_step < settings.train.max_steps,
         ended_early=watch.ended_early,
+        notes=watch.notes,
         seconds=time.perf_counter() - started,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=start.memory.parameters,
         model=run_dir / "model" if has_model else None,
         valid=read_description(run_dir / "model").valid if has_model else None,
     )
 
 
-def check_apart(run_dir: Path, dataset_paths: Sequence[Path]) -> None:
-    """Raises ProtlmError where a run and a dataset would lie inside each other."""
-    for path in dataset_paths:
-        if run_dir.is_relative_to(path.resolve()) or path.resolve().is_relative_to(run_dir):
-            raise ProtlmError(f"{run_dir}: the run and the dataset {path} lie inside each other; choose another --out")
+def _describer(start: Start) -> Callable[[int], ModelDescription]:
+    settings, sets = start.settings, start.sets
+    is_concatenated = settings.data.mode == "concatenated"
 
-
-def check_devices(settings: Config, devices: Devices) -> None:
-    """Raises ConfigError unless the rows of an update can be shared out, and the devices are there."""
-    if settings.train.accumulate % devices.total:
-        wanted = -(-settings.train.accumulate // devices.total) * devices.total
-        raise ConfigError(
-            f"train.accumulate: expected a multiple of the {devices.total} devices, which share the rows of an update, "
-            f"got {settings.train.accumulate}; for example --set train.accumulate={wanted}"
-        )
-    if devices.accelerator == "gpu" and devices.per_node > torch.cuda.device_count():
-        raise ConfigError(
-            f"--devices {devices.per_node}: this machine has {torch.cuda.device_count()} GPUs; ask for at most as many"
-        )
-
-
-def build_model(settings: Config, init: Path | None) -> Performer:
-    """Returns the network with its first weights, computed in the way that the settings ask for.
-
-    Raises:
-        ProtlmError: A model that does not fit into memory, or an `init` that does not fit the settings.
-    """
-    try:
-        model = Performer(settings.model)
-        model.reset(settings.train.seed)
-    except (RuntimeError, MemoryError):
-        raise ConfigError("model: does not fit into the memory of this machine; make it smaller") from None
-    if init is not None:
-        initial_weights(model, init)
-    model.checkpoint_activations = settings.train.activation_checkpointing
-    if settings.train.compile:
-        model.compile_layers()
-    return model
-
-
-def _describer(settings: Config, sets: TrainingSets) -> Callable[[int, ValidScore | None], ModelDescription]:
-    def describe(step: int, valid: ValidScore | None) -> ModelDescription:
-        is_concatenated = settings.data.mode == "concatenated"
+    def describe(step: int) -> ModelDescription:
         return ModelDescription(
             model=settings.model,
             mask_rate=settings.train.mask_rate,
@@ -257,7 +130,6 @@ def _describer(settings: Config, sets: TrainingSets) -> Callable[[int, ValidScor
             step=step,
             residue_counts=sets.train.residue_counts,
             dataset_hash=sets.hash,
-            valid=valid,
         )
 
     return describe
@@ -265,16 +137,11 @@ def _describer(settings: Config, sets: TrainingSets) -> Callable[[int, ValidScor
 
 def _loggers(run_dir: Path, first_step: int, wandb_project: str | None) -> list[Logger]:
     """Returns what keeps the numbers beside our own files; TensorBoard forgets the steps past the checkpoint."""
-    from pytorch_lightning.loggers import TensorBoardLogger
+    from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
     loggers: list[Logger] = [TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1)]
     if wandb_project is not None:
-        try:
-            from pytorch_lightning.loggers import WandbLogger
-
-            loggers.append(WandbLogger(project=wandb_project, save_dir=run_dir, name=run_dir.name))
-        except ModuleNotFoundError:
-            raise ProtlmError("--wandb: the package wandb is not installed; pip install 'protlm[wandb]'") from None
+        loggers.append(WandbLogger(project=wandb_project, save_dir=run_dir, name=run_dir.name))
     return loggers
 
 
@@ -324,3 +191,8 @@ def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, check
     except SystemExit:
         # Lightning exits on the second Ctrl-C; the command line knows what an interrupt means.
         raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        is_lost_peer = isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_PEER)
+        if process_rank() and is_lost_peer:
+            raise OtherProcessError from None
+        raise

@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from protlm.data.mixture import Mixture
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
 from protlm.workflows.devices import Devices, best_device
-from protlm.workflows.lightning import LanguageModelling, TrainingData, objective_of
+from protlm.workflows.lightning import LanguageModelling, objective_of
 from protlm.workflows.optimizer import build_optimizer
-from protlm.workflows.run_folder import check_replaceable, resolve_settings
 from protlm.workflows.stop_request import StopRequest
-from protlm.workflows.train import TrainingSets, build_model, check_apart, check_devices, make_trainer, quiet_lightning
-from protlm.workflows.train_estimate import MemoryEstimate, check_fits, estimate_memory, memory_bytes
+from protlm.workflows.train import make_trainer, quiet_lightning
+from protlm.workflows.train_estimate import MemoryEstimate, memory_bytes
+from protlm.workflows.train_start import Start, TrainRequest, prepare_start
 
 _LARGEST_BUDGET = 2**24
 """Where the search for the largest row ends, in tokens."""
@@ -42,10 +41,11 @@ class DryRunReport:
         residues_per_epoch: Residues that an epoch trains on.
         tokens_per_epoch: Tokens in its rows, special tokens included.
         rows_per_epoch: Its rows.
+        first_step: Updates that are made already.
         steps: Updates of the whole run.
         epochs: Times that the run goes through the data.
         seconds_per_step: Of an update on this machine, from one row that was trained on; None if it was not tried.
-        seconds: Of the whole run at that pace, without measurements and checkpoints.
+        seconds: Of the steps that are left at that pace, without measurements and checkpoints.
         largest_tokens_per_batch: The largest data.tokens_per_batch that fits; None where it was not looked for.
     """
 
@@ -57,6 +57,7 @@ class DryRunReport:
     residues_per_epoch: int
     tokens_per_epoch: int
     rows_per_epoch: int
+    first_step: int
     steps: int
     epochs: float
     seconds_per_step: float | None
@@ -64,64 +65,38 @@ class DryRunReport:
     largest_tokens_per_batch: int | None
 
 
-def dry_run(
-    dataset_paths: Sequence[Path],
-    run_dir: Path,
-    *,
-    config: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    init: Path | None = None,
-    devices: Devices | None = None,
-    resume: bool = False,
-    force: bool = False,
-    find_batch: bool = False,
-) -> DryRunReport:
+def dry_run(request: TrainRequest, *, find_batch: bool = False) -> DryRunReport:
     """Checks all that `train` checks, writes nothing, and returns what the run would be.
 
     Args:
-        dataset_paths: Datasets of `protlm prep`.
-        run_dir: Where the run would be written.
-        config: Name of a shipped configuration or path of a TOML file.
-        overrides: Texts `section.key=value` that override it.
-        init: A model whose weights the run would start from.
-        devices: On what it would train.
-        resume: Whether it would continue a run.
-        force: Whether it would replace one.
+        request: What the run would be asked to be.
         find_batch: Looks for the largest row that fits into the memory of a GPU.
 
     Raises:
         ProtlmError: What would keep the run from starting.
     """
-    devices = devices or Devices()
-    run_dir = run_dir.resolve()
-    check_apart(run_dir, dataset_paths)
-    sets = TrainingSets.open(dataset_paths)
-    settings = resolve_settings(run_dir, config, overrides, resume=resume)
-    check_devices(settings, devices)
-    check_replaceable(run_dir, resume=resume, force=force)
-    memory, available = estimate_memory(settings, in_place=best_device().type == "cpu"), memory_bytes(best_device())
-    if devices.strategy != "fsdp":
-        check_fits(settings, available)
-    model = build_model(settings, init)
-    draws = TrainingData(sets.train, settings).draws
-    epoch = epoch_size(draws, sets.train.lengths, settings.data)
+    start = prepare_start(request)
+    settings, proteins, memory = start.settings, start.sets.train, start.memory
+    available = memory_bytes(best_device())
+    epoch = epoch_size(start.data.draws, proteins.lengths, settings.data)
     seconds = None
     if memory.total <= available:
-        seconds = _seconds_per_step(model, sets.train, draws, settings, devices)
+        seconds = _seconds_per_step(start.model, proteins, start.data.draws, settings, request.devices)
     return DryRunReport(
         num_parameters=memory.parameters,
         memory=memory,
         memory_bytes=memory.total,
         available_bytes=available,
-        num_records=sets.train.num_records,
+        num_records=proteins.num_records,
         residues_per_epoch=epoch.num_residues,
         tokens_per_epoch=epoch.num_tokens,
         rows_per_epoch=epoch.num_rows,
+        first_step=start.first_step,
         steps=settings.train.max_steps,
         epochs=settings.train.max_steps * settings.train.accumulate / epoch.num_rows,
         seconds_per_step=seconds,
-        seconds=None if seconds is None else seconds * settings.train.max_steps,
-        largest_tokens_per_batch=_largest_budget(model, sets, settings) if find_batch else None,
+        seconds=None if seconds is None else seconds * (settings.train.max_steps - start.first_step),
+        largest_tokens_per_batch=_largest_budget(start) if find_batch else None,
     )
 
 
@@ -158,7 +133,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _largest_budget(model: Performer, sets: TrainingSets, settings: Config) -> int:
+def _largest_budget(start: Start) -> int:
     """Returns the largest data.tokens_per_batch with which Lightning's search gets through some updates.
 
     Raises:
@@ -166,12 +141,12 @@ def _largest_budget(model: Performer, sets: TrainingSets, settings: Config) -> i
     """
     if best_device().type != "cuda":
         raise ConfigError("--find-batch: looks for the limit of a GPU's memory, and no GPU is here")
+    settings = start.settings
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop_request, quiet_lightning():
-        task = LanguageModelling(model, settings, sets.hash, stop_request)
-        data = TrainingData(sets.train, settings)
+        task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
         tuner = Tuner(make_trainer(settings, Devices(), Path(folder)))
         found = tuner.scale_batch_size(
-            task, datamodule=data, mode="binsearch", init_val=settings.data.tokens_per_batch,
+            task, datamodule=start.data, mode="binsearch", init_val=settings.data.tokens_per_batch,
             batch_arg_name="tokens_per_batch", max_val=_LARGEST_BUDGET,
         )  # fmt: skip
     assert found is not None

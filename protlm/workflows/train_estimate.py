@@ -61,9 +61,15 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
     Args:
         config: Settings of the run; one device is taken to hold all of the model and one row of tokens_per_batch.
         in_place: Whether the device is a CPU, where some layers keep less.
+
+    Raises:
+        ConfigError: A model whose tensors have more numbers than can be counted.
     """
-    with torch.device("meta"):
-        model = Performer(config.model)
+    try:
+        with torch.device("meta"):
+            model = Performer(config.model)
+    except RuntimeError as error:
+        raise ConfigError(f"model: too large to be built ({str(error)[:80]}); make it smaller") from None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     num_projections = sum(buffer.numel() for buffer in model.buffers())
@@ -82,19 +88,18 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
     )
 
 
-def check_fits(config: Config, available_bytes: int) -> None:
+def check_fits(memory: MemoryEstimate, available_bytes: int) -> None:
     """Raises ConfigError if a run certainly does not fit into the memory of a device that holds the whole model.
 
     Certain is what any row needs beside its activations, which may turn out smaller than estimated.
 
     Args:
-        config: Settings of the run.
+        memory: What a step needs.
         available_bytes: Memory of the device.
 
     Raises:
         ConfigError: Weights, gradients and optimizer need more than there is.
     """
-    memory = estimate_memory(config)
     if memory.state_bytes <= available_bytes:
         return
     parts = {

@@ -91,4 +91,18 @@ def test_a_second_process_changes_nothing_in_the_run(dataset, tmp_path, monkeypa
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(workflow, "_fit", lambda *_: None)
     assert train(dataset, out, "--max-steps", 3, "--force") == 0
+    # A finished run has nothing to train, for none of them: nobody waits for the others.
+    monkeypatch.undo()
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", str(dataset), "--out", str(out), "--resume"]) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_what_goes_wrong_in_the_first_process_is_told_once(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2, "--set", "train.accumulate=2") == 0
+    (out / "metrics.csv").write_text("garbage\n")
+    status, _, errors = finish(train_on_two(dataset, out, "--resume", "--max-steps", 4))
+    assert status == 1
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines(), errors
+    assert errors.count("\n") == 1

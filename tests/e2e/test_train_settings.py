@@ -1,6 +1,7 @@
 """Every objective, data mode and kind of model gets through the whole road: train, resume, eval, embed."""
 
 import json
+import shutil
 
 import pytest
 
@@ -110,6 +111,12 @@ def test_a_run_starts_from_the_weights_of_a_model(dataset, tmp_path, failure):
     trained = [float(row["valid/loss"]) for row in rows(exact) if row["valid/loss"]]
     (valid,) = [float(row["valid/loss"]) for row in rows(tmp_path / "again")]
     assert valid == pytest.approx(min(trained), rel=1e-4)
+    # A run that began so, and was killed before its first checkpoint, goes on from the same weights or not at all.
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    resumed = ["train", dataset, "--out", tmp_path / "again", "--resume", "--max-steps", 2]
+    assert "give the same --init" in failure(*resumed)
+    assert main([str(word) for word in [*resumed, "--init", exact]]) == 0
+    assert float(rows(tmp_path / "again")[0]["train/loss"]) < 3.2
     # A Performer takes the weights of a Transformer, and draws the projections that it lacks.
     assert train(dataset, performer, "--max-steps", 1, "--init", exact) == 0
     message = failure("train", dataset, "--out", tmp_path / "b", "--init", exact)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from protlm.cli.app import main
-from protlm.config import load_config
-from protlm.workflows.train import TrainingSets
+from protlm.workflows.train_start import TrainRequest, prepare_start
 from tests.e2e.conftest import SMALL
 from tests.e2e.train_tools import finish, losses, rows, start, train
 
@@ -86,7 +85,8 @@ def test_time_ends_a_run_with_a_checkpoint_and_status_0(dataset, tmp_path, capsy
     assert "its time is over" in capsys.readouterr().err
     steps = len(rows(out))
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
-    assert train(dataset, out, "--max-time", "2h") == 2
+    for text in ("2h", "²:00:00", "00:60:00"):
+        assert train(dataset, out, "--max-time", text) == 2
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -101,6 +101,53 @@ def test_a_signal_ends_a_run_between_two_updates_and_it_resumes(name, dataset, t
     steps = len(rows(out))
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
     assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", str(steps + 1)]) == 0
+
+
+def test_a_signal_to_a_whole_job_reaches_the_workers_that_prepare_rows_too(dataset, tmp_path):
+    out = tmp_path / "run"
+    endless = ["--set", "data.num_workers=2", "--max-steps", 100_000]
+    process = start("train", dataset, "--out", out, "--config", "tiny", *SMALL, *endless, is_group=True)
+    wait_for_rows(out, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    status, _, errors = finish(process)
+    assert status == 130, errors
+    assert "Traceback" not in errors
+    saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == len(rows(out))
+
+
+def test_patience_is_asked_at_measurements_only(dataset, tmp_path):
+    out = tmp_path / "run"
+    settings = ["train.valid_every_steps=3", "train.patience=1", "train.lr=1e-12", "train.muon_lr=1e-12"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert train(dataset, out, "--max-steps", 50, *words) == 0
+    ended = len(rows(out))
+    assert ended < 50
+    assert main(["train", str(dataset), "--out", str(out), "--resume"]) == 0
+    assert len(rows(out)) == ended + 3
+
+
+def test_what_a_kill_left_half_is_taken_away_and_what_is_gone_is_told(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    leftover = out / "checkpoints" / ".last.ckpt.0123abcd.partial"
+    leftover.write_bytes(b"half")
+    (out / "metrics.csv").unlink()
+    assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", "3"]) == 0
+    assert not leftover.exists()
+    assert "the rows of steps 1 to 2 are gone" in capsys.readouterr().err
+    assert [row["step"] for row in rows(out)] == ["3"]
+
+
+def test_a_run_that_cannot_start_leaves_an_old_one(dataset, fasta, tmp_path, failure):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 1) == 0
+    before = sorted(out.rglob("*"))
+    assert "wandb" in failure("train", dataset, "--out", out, "--force", "--wandb", "mine")
+    alone = tmp_path / "alone"
+    assert main(["prep", str(fasta), "--out", str(alone), "--valid-fraction", "0"]) == 0
+    assert "train.patience" in failure("train", alone, "--out", out, "--force", "--set", "train.patience=2")
+    assert sorted(out.rglob("*")) == before
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(dataset, tmp_path, failure):
@@ -138,6 +185,8 @@ def test_a_dry_run_tells_what_a_run_would_be_and_writes_nothing(dataset, tmp_pat
     for word in ("parameters", "memory", "steps", "epoch"):
         assert word in shown
     assert "exists already" in failure("train", dataset, "--out", out, "--dry-run")
+    (out / "checkpoints" / "last.ckpt").write_bytes(b"half")
+    assert "damaged" in failure("train", dataset, "--out", out, "--dry-run", "--resume")
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "paper-trembl-1024", "paper-concat-8192"])
@@ -182,14 +231,15 @@ def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(datase
 
     monkeypatch.setattr(Performer, "forward", with_little_memory)
     monkeypatch.setattr(train_dry_run, "best_device", lambda: torch.device("cuda"))
-    settings = load_config("tiny", ["data.tokens_per_batch=256", "model.num_layers=1", "model.model_dim=32"])
-    sets = TrainingSets.open([dataset])
-    found = train_dry_run._largest_budget(train_dry_run.build_model(settings, None), sets, settings)
+    settings = ["data.tokens_per_batch=256", "model.num_layers=1", "model.model_dim=32"]
+    request = TrainRequest([dataset], tmp_path / "run", "tiny", settings)
+    found = train_dry_run._largest_budget(prepare_start(request))
     # The search leaves some room, and rows are not filled to the last token.
     assert 0.7 * largest < found <= 1.3 * largest
     assert max(tried) > largest
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's compiler uses it itself
 def test_a_dry_run_makes_its_step_in_the_way_of_the_run(dataset, tmp_path, monkeypatch):
     from protlm.workflows import train_dry_run
 

@@ -25,12 +25,15 @@ def train(dataset: Path, out: Path, *arguments: object) -> int:
     return main(["train", str(dataset), "--out", str(out), "--config", "tiny", *SMALL, *map(str, arguments)])
 
 
-def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
-    """Starts a command in a process of its own, with one thread as all tests: the order of sums decides last bits."""
+def start(*arguments: object, is_group: bool = False, **variables: str) -> subprocess.Popen[str]:
+    """Starts a command in a process of its own, with one thread as all tests: the order of sums decides last bits.
+
+    With `is_group` the process and its children are a group that can be signalled together.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "protlm.cli.app", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=is_group,
     )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_a_bad_setting_is_one_line_that_names_file_and_key(write, text, message)
 
 @pytest.mark.parametrize("override", ["train.lr=1e-3\nmax_steps=3", "train.lr=[1]\n[a]"])
 def test_an_override_is_one_value(override):
-    with pytest.raises(ConfigError, match="--set train.lr: expected one value"):
+    with pytest.raises(ConfigError, match=re.escape("--set train.lr: expected one value")):
         load_config(None, [override])
 
 

@@ -165,9 +165,9 @@ def test_short_numbers_take_less():
 def test_what_certainly_does_not_fit_is_an_error_with_the_numbers_and_what_to_lower():
     config = load_config("small")
     needed = estimate_memory(config).state_bytes
-    check_fits(config, needed)
+    check_fits(estimate_memory(config), needed)
     with pytest.raises(ConfigError) as caught:
-        check_fits(config, needed - 1)
+        check_fits(estimate_memory(config), needed - 1)
     message = str(caught.value)
     assert "\n" not in message
     for part in (f"{estimate_memory(config).parameters:,}", f"{needed / 1e9:.1f} GB", "num_layers", "fsdp"):
