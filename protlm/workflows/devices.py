@@ -52,13 +52,16 @@ class Devices:
 def process_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Returns the number of this process among those of the run, before they are joined; 0 is the first.
 
-    torchrun sets RANK; SLURM numbers the tasks of a step; Lightning gives the processes that it starts a LOCAL_RANK.
+    torchrun sets RANK; Lightning gives the processes that it starts a LOCAL_RANK, also inside a job of SLURM; where
+    SLURM starts them, it numbers the tasks of a step.
     """
     if "RANK" in environment:
         return int(environment["RANK"])
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        return int(environment["SLURM_PROCID"])
-    return int(environment.get("LOCAL_RANK", "0")) or int(environment.get("NODE_RANK", "0"))
+    if "LOCAL_RANK" in environment:
+        return int(environment["LOCAL_RANK"]) or int(environment.get("NODE_RANK", "0"))
+    if int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return int(environment.get("SLURM_PROCID", "0"))
+    return int(environment.get("NODE_RANK", "0"))
 
 
 def best_device() -> torch.device:

@@ -12,7 +12,7 @@ import torch
 
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL, write_fasta
-from tests.e2e.train_tools import rows, train
+from tests.e2e.train_tools import rows, train, wait_for_rows
 
 
 def test_a_run_leaves_what_the_contract_names(run_dir):
@@ -82,9 +82,7 @@ def test_ctrl_c_stops_between_updates_and_leaves_a_usable_checkpoint(dataset, tm
     command = [sys.executable, "-m", "protlm.cli.app", "train", str(dataset), "--out", str(out), "--config", "tiny",
                *SMALL, "--set", "train.checkpoint_every_steps=100000", "--max-steps", "100000"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(rows(out)) > 3):
-        time.sleep(0.05)
+    wait_for_rows(out, 4)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

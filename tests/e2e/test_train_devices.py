@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
 
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL
-from tests.e2e.train_tools import finish, losses, rows, start, train
+from tests.e2e.train_tools import finish, losses, rows, start, train, wait_for_rows
 
 # Ranks add in another order.
 CLOSE = {"rel": 2e-5}
@@ -63,9 +62,7 @@ def test_a_signal_to_one_process_stops_both_in_the_same_update(dataset, tmp_path
     process = train_on_two(
         dataset, out, "--config", "tiny", *SMALL, "--set", "train.accumulate=2", "--max-steps", 100_000
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(rows(out)) > 2):
-        time.sleep(0.1)
+    wait_for_rows(out, 3)
     os.kill(process.pid, signal.SIGTERM)
     status, _, errors = finish(process)
     assert status == 130, errors

@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import time
 
 import pytest
 import torch
@@ -13,13 +12,7 @@ import torch
 from protlm.cli.app import main
 from protlm.workflows.train_start import TrainRequest, prepare_start
 from tests.e2e.conftest import SMALL
-from tests.e2e.train_tools import finish, losses, rows, start, train
-
-
-def wait_for_rows(out, number, seconds=120):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(rows(out)) >= number):
-        time.sleep(0.05)
+from tests.e2e.train_tools import finish, losses, rows, start, train, wait_for_rows
 
 
 def test_a_run_explains_itself(run_dir, dataset):

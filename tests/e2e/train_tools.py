@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from protlm.cli.app import main
@@ -41,3 +42,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Returns its status, stdout and stderr."""
     out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     return process.returncode, out, errors
+
+
+def wait_for_rows(out: Path, number: int) -> None:
+    """Returns when a run that goes on beside the test has made so many updates."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(rows(out)) >= number):
+        time.sleep(0.05)
