@@ -22,7 +22,7 @@ TEXT = b">a one\nMKV\nLA\n>b two\nWWW\n"
 PACK = {
     "plain": lambda text: text,
     "gz": gzip.compress,
-    "gz members": lambda text: gzip.compress(text[:7]) + gzip.compress(text[7:]),
+    "gz members": lambda text: gzip.compress(text[:7], mtime=0) + gzip.compress(text[7:], mtime=0),
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "zst": zstd.compress,
@@ -95,7 +95,7 @@ def test_folders_and_patterns_stand_for_their_protein_files_in_order(tmp_path, c
 
 
 def test_the_standard_input_is_an_input(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(TEXT))))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(TEXT, mtime=0))))
     assert main(["prep", "-", "--out", str(tmp_path / "out"), "--valid-fraction", "0", "--test-fraction", "0"]) == 0
     assert ids(tmp_path / "out", "train") == ["a", "b"]
     assert open_dataset(tmp_path / "out").manifest.sources[0].name == "-"
@@ -188,7 +188,7 @@ GOOD = b">a\nMKVLAAGIV\n" * 50
         (b"\x00\x01\x02binary\n", ":1: a binary file"),
         (b"\x89HDF\r\n\x1a\n" + b"\0" * 600, "an HDF5 file"),
         (b"PK\x03\x04" + b"\0" * 600, "a zip archive"),
-        (gzip.compress(GOOD)[:-20], "the gzip data end too early"),
+        (gzip.compress(GOOD, mtime=0)[:-20], "the gzip data end too early"),
         (zstd.compress(GOOD)[:-5], "the zstd data end too early"),
         (lzma.compress(GOOD)[:-20], "the xz data end too early"),
         (bz2.compress(GOOD)[:-5], "the bzip2 data end too early"),
@@ -218,7 +218,7 @@ def test_a_bad_file_is_one_line_and_no_dataset(tmp_path, capsys, content, messag
 def test_what_is_skipped_is_listed_with_its_place(tmp_path, capsys):
     first, second = tmp_path / "1.fasta", tmp_path / "2.fasta.gz"
     first.write_bytes(b"rubbish\n>a\nMKVA\n>b\nM1\n>c\nMK\n")
-    second.write_bytes(gzip.compress(b">\nMKVL\n>d\n\n>e\nMKVW\n"))
+    second.write_bytes(gzip.compress(b">\nMKVL\n>d\n\n>e\nMKVW\n", mtime=0))
     report = run_json(
         capsys, "prep", first, second, "--out", tmp_path / "out", "--on-bad-record", "skip", "--min-length", "3",
         "--valid-fraction", "0", "--test-fraction", "0",

@@ -82,7 +82,7 @@ def test_gzip_headers_with_name_and_extra_fields_are_read(write):
     named = io.BytesIO()
     with gzip.GzipFile("a name.fasta", "wb", fileobj=named) as file:
         file.write(FASTA)
-    body = gzip.compress(FASTA)[10:]
+    body = gzip.compress(FASTA, mtime=0)[10:]
     extra = b"\x1f\x8b\x08\x04" + bytes(5) + b"\xff" + b"\x06\x00BC\x02\x00ab" + body
     assert unpacked(write(named.getvalue() + extra)) == 2 * FASTA
 
@@ -201,15 +201,17 @@ def archive_of(kind):
 def test_archives_and_hdf5_are_refused_by_name_packed_or_not(write, kind):
     data = archive_of(kind)
     assert f" {kind} " in fault(unpacked, write(data))
-    assert f"gzip data that hold a{'n' if kind == 'HDF5' else ''} {kind}" in fault(unpacked, write(gzip.compress(data)))
+    assert f"gzip data that hold a{'n' if kind == 'HDF5' else ''} {kind}" in fault(
+        unpacked, write(gzip.compress(data, mtime=0))
+    )
     assert not is_protein_file(write(data))
 
 
 def test_data_compressed_twice_are_refused(write):
-    assert "bzip2 data inside gzip data" in fault(unpacked, write(gzip.compress(bz2.compress(FASTA))))
+    assert "bzip2 data inside gzip data" in fault(unpacked, write(gzip.compress(bz2.compress(FASTA), mtime=0)))
 
 
-@pytest.mark.parametrize("data", [FASTA, gzip.compress(FASTA) + bytes(99)])
+@pytest.mark.parametrize("data", [FASTA, gzip.compress(FASTA, mtime=0) + bytes(99)])
 @pytest.mark.usefixtures("block_bytes")
 def test_the_hash_and_the_progress_are_of_the_bytes_on_disk(write, data):
     seen = []
@@ -221,14 +223,14 @@ def test_the_hash_and_the_progress_are_of_the_bytes_on_disk(write, data):
     assert source.name == "a.fasta"
 
 
-@pytest.mark.parametrize(("data", "is_plain"), [(FASTA, True), (gzip.compress(FASTA), False)])
+@pytest.mark.parametrize(("data", "is_plain"), [(FASTA, True), (gzip.compress(FASTA, mtime=0), False)])
 def test_a_source_tells_whether_it_is_compressed_from_the_first_block_on(write, data, is_plain):
     source = SourceBlocks(write(data))
     next(iter(source))
     assert source.is_plain is is_plain
 
 
-@pytest.mark.parametrize("data", [b"", gzip.compress(b"")])
+@pytest.mark.parametrize("data", [b"", gzip.compress(b"", mtime=0)])
 def test_an_empty_file_has_no_blocks(write, data):
     assert list(SourceBlocks(write(data))) == []
 
@@ -254,7 +256,7 @@ def test_a_dash_is_the_standard_input(data):
 def test_a_pipe_is_read_like_a_file(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    for data in (FASTA, gzip.compress(FASTA)):
+    for data in (FASTA, gzip.compress(FASTA, mtime=0)):
         writer = threading.Thread(target=path.write_bytes, args=(data,), daemon=True)
         writer.start()
         assert expand_inputs([path]).paths == [str(path)]
@@ -274,7 +276,7 @@ def test_inputs_keep_their_order_and_a_folder_is_read_by_name(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("b.fa", "a.fa.gz", ".hidden.fa"):
-        (folder / name).write_bytes(gzip.compress(FASTA) if name.endswith("gz") else FASTA)
+        (folder / name).write_bytes(gzip.compress(FASTA, mtime=0) if name.endswith("gz") else FASTA)
     (folder / "README.md").write_bytes(b"text")
     (folder / "sub").mkdir()
     first = tmp_path / "z.fa"
