@@ -88,7 +88,7 @@ class Workers:
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> "Future[Result]":
         if self.number == 1:
             return self._executor.submit(function, self._shared, task)
-        with _forks_of_threads_allowed():
+        with _forks_of_threads_allowed(), _interrupts_put_off():
             return self._executor.submit(_call, function, task)
 
 
@@ -100,11 +100,26 @@ def _forks_of_threads_allowed() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Keeps Ctrl-C from coming between the start of a worker and its being known, after which nobody would end it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(shared: Any) -> None:
     global _shared
     _shared = shared
     # Ctrl-C reaches every process of a terminal; only the first one answers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _keep_memory()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
