@@ -374,7 +374,11 @@ def test_an_interrupt_ends_workers_at_once_and_leaves_nothing_of_small_work(tmp_
         "--workers",
         "2",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell that starts the tests in its background has its children ignore Ctrl-C.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     with path.open("wb") as pipe:
         pipe.write(b">a\nMKV\n")
         pipe.flush()
