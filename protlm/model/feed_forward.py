@@ -21,8 +21,8 @@ def activate_and_project(
 ) -> Float[Tensor, "length model_dim"]:
     """Returns out(activated(inner, gate)), and keeps for the gradients what entered, not what was made of it.
 
-    That is a third of all that a layer would keep, for the price of the activation function once more. Where autocast
-    makes matrices shorter, or a compiler decides what is kept, it is the plain formula.
+    So the widest tensors of a layer are kept once, not twice, for the price of the activation function once more. Where
+    autocast makes matrices shorter, or a compiler decides what is kept, it is the plain formula.
     """
     if torch.compiler.is_compiling() or inner.dtype != out.weight.dtype:
         projected: Tensor = out(activated(inner, gate))

@@ -68,7 +68,7 @@ def test_every_parameter_gets_a_gradient(options):
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("options", [*SETTINGS, *({"attention": kind} for kind in KINDS)], ids=str)
 def test_reset_is_a_function_of_the_seed_alone_and_sets_everything(options):
     states = []
     for seed, rubbish in ((0, 7.0), (0, -3.0), (1, 7.0)):
