@@ -1,12 +1,12 @@
 """`protlm prep`: what its options are called and how its outcome is told."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from protlm.cli import output
+from protlm.cli.progress import Bars
 from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
@@ -104,11 +104,11 @@ def prep_command(
     from protlm.workflows.mmseqs import clusters_of
     from protlm.workflows.prep import PartReport, prepare
     from protlm.workflows.prep_estimate import Estimate
-    from protlm.workflows.prep_folder import partial_folder
     from protlm.workflows.prep_options import PrepUsageError, parse_part
+    from protlm.workflows.work_folder import partial_folder
 
     try:
-        with _Bars() as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:
+        with Bars(_UNITS) as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:
             report = prepare(
                 inputs, out, valid_inputs=valid_input or (), test_inputs=test_input or (), ood_inputs=ood_input or (),
                 split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
@@ -130,35 +130,6 @@ def prep_command(
         _tell_part(report, as_json)
     else:
         _tell(report, as_json)
-
-
-class _Bars:
-    """One progress bar after the other."""
-
-    def __init__(self) -> None:
-        from tqdm import tqdm
-
-        # Its thread would have to be forked with the workers.
-        tqdm.monitor_interval = 0
-        self._tqdm = tqdm
-        self._bar: Any = None
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def start(self, stage: str, size: int) -> Callable[[int], object]:
-        self.__exit__()
-        bar = self._tqdm(total=size, unit=_UNITS[stage], unit_scale=True, desc=stage, disable=None)
-        self._bar = bar
-
-        def advance(done: int) -> None:
-            bar.update(done)
-
-        return advance
 
 
 def _tell(report: "PrepReport", as_json: bool) -> None:

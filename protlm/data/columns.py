@@ -21,6 +21,9 @@ from protlm.errors import ShardError
 ALIGNMENT_BYTES = 64
 """Every column starts at a multiple of this in its file: a cache line, and enough for any number type."""
 
+_SLICE_STRINGS = 1 << 16
+"""Strings of a column that are read at a time."""
+
 Scalar = TypeVar("Scalar", str, int)
 
 
@@ -47,14 +50,16 @@ def write_column(file: h5py.File, name: str, column: np.ndarray) -> None:
     file.create_dataset(name, data=np.ascontiguousarray(column), track_times=False)
 
 
-def write_strings(file: h5py.File, name: str, text: bytes | bytearray, offsets: Sequence[int] | np.ndarray) -> None:
+def write_strings(
+    file: h5py.File, name: str, text: bytes | bytearray | np.ndarray, offsets: Sequence[int] | np.ndarray
+) -> None:
     """Writes a string column: its UTF-8 bytes back to back, and the (strings + 1) bounds between them."""
     write_column(file, f"{name}/bytes", np.frombuffer(text, dtype=np.uint8))
     write_column(file, f"{name}/offsets", np.asarray(offsets, dtype=np.int64))
 
 
 def allocate_column(file: h5py.File, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> int | None:
-    """Makes room for a column that is written later through a memory map.
+    """Makes room for a column that is written in place later.
 
     Returns:
         The place of its first byte in the file, None for an empty column, which has no place.
@@ -69,6 +74,19 @@ def allocate_column(file: h5py.File, name: str, shape: tuple[int, ...], dtype: D
     space, stored_type = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(dtype), logical=True)
     offset: int | None = h5py.h5d.create(group.id, leaf.encode(), stored_type, space, dcpl=properties).get_offset()
     return offset
+
+
+def file_attribute(path: Path, name: str) -> str | None:
+    """Returns a text attribute of an HDF5 file, None if there is none or this is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            value = file.attrs.get(name)
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError):
+        # What h5py makes of a damaged file is any of these.
+        return None
+    return value if isinstance(value, str) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +109,17 @@ class StringColumn:
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
         return self._decode(self.text[self.offsets[index] : self.offsets[index + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._decode, self.encoded())
+
+    def encoded(self) -> Iterator[bytes]:
+        """Yields the UTF-8 bytes of each string, in order, reading a slice of them at a time."""
+        for start in range(0, len(self), _SLICE_STRINGS):
+            bounds = self.offsets[start : start + _SLICE_STRINGS + 1]
+            text, first = self.text[bounds[0] : bounds[-1]].tobytes(), int(bounds[0])
+            for begin, end in itertools.pairwise(bounds.tolist()):
+                yield text[begin - first : end - first]
 
     def to_list(self) -> list[str]:
         """Returns all strings."""
@@ -160,6 +189,14 @@ class ColumnFile:
         if 0 in shape:
             return np.frombuffer(b"", dtype=expected).reshape(shape)
         return self._map(name, dataset.id.get_offset(), shape, expected)
+
+    def place(self, name: str) -> int | None:
+        """Returns the place of a column's first byte in the file, None for an empty column, which has no place."""
+        dataset = self._resolve(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise self._fault(name, "a column", "nothing" if dataset is None else "a group")
+        place: int | None = dataset.id.get_offset()
+        return place
 
     def strings(self, name: str) -> StringColumn:
         """Maps a string column after checking its offsets."""

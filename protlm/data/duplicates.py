@@ -57,6 +57,16 @@ def repeats(digests: Digests) -> tuple[np.ndarray, np.ndarray]:
     return digests.index[places[rank > 0]], rank[rank > 0] + 1
 
 
+def firsts(digests: Digests) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the records that are not the first with their digest.
+
+    Returns:
+        Their numbers, and the number of the first of each; both int64.
+    """
+    places, rank, first = _groups(digests, np.zeros(len(digests.index), dtype=np.uint8))
+    return digests.index[places[rank > 0]], digests.index[first[rank > 0]]
+
+
 def _groups(digests: Digests, splits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the places of the records that share a digest, their rank, and the place of their first."""
     order = np.argsort(digests.high)

@@ -1,5 +1,7 @@
 """What one protein record is, in whatever format it was written, and how repeated ids are told apart."""
 
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +11,8 @@ MAX_RECORD_BYTES = 64 << 20
 """The longest protein known has some 45,000 residues; what takes more than this in its file is no protein."""
 
 _SHOWN_ID_LETTERS = 60
+# As repeats are numbered, and no longer than they ever will be.
+_NUMBERED_ID = re.compile(r"(.*)#([1-9][0-9]{0,17})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +40,34 @@ class Record:
     families: tuple[str, ...] = ()
 
 
-class UniqueIds:
-    """Makes ids unique: the n-th repeat of an id gets `#n`, n ≥ 2, the next free number if that one is taken.
-
-    Keeps every id in memory, about 100 bytes each.
-    """
+class NumberedIds:
+    """The numbers that no repeat of an id may get, since `id#n` is an id of its own; some 200 bytes each."""
 
     def __init__(self) -> None:
-        self._next_number: dict[str, int] = {}
+        self._taken: defaultdict[str, set[int]] = defaultdict(set)
+        self._next: dict[str, int] = {}
 
-    def __call__(self, record_id: str) -> str:
-        """Returns the id itself at its first use, a numbered one later."""
-        number = self._next_number.get(record_id)
-        unique = record_id
-        if number is not None:
-            while (unique := f"{record_id}#{number}") in self._next_number:
-                number += 1
-            self._next_number[record_id] = number + 1
-        self._next_number[unique] = 2
-        return unique
+    def __contains__(self, record_id: object) -> bool:
+        """Says whether a number of this id is taken."""
+        return record_id in self._taken
+
+    def add(self, record_id: str, number: int) -> None:
+        """Takes a number of an id."""
+        self._taken[record_id].add(number)
+
+    def next_free(self, record_id: str) -> int:
+        """Returns the number of the next repeat of an id, from 2."""
+        number = self._next.get(record_id, 2)
+        while number in self._taken.get(record_id, ()):
+            number += 1
+        self._next[record_id] = number + 1
+        return number
+
+
+def numbered_id(text: str) -> tuple[str, int] | None:
+    """Returns the id and the number if a repeat of that id could be called so, else None."""
+    found = _NUMBERED_ID.fullmatch(text)
+    return None if found is None else (found[1], int(found[2]))
 
 
 def shown(record_id: str) -> str:

@@ -2,8 +2,7 @@
 
 import itertools
 import os
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from protlm.data import splits
 from protlm.data.duplicates import Digests, duplicates, repeats
 from protlm.data.piece_files import Piece, PieceFile
+from protlm.data.records import NumberedIds, numbered_id
 from protlm.data.splits import SPLIT_NAMES
 from protlm.data.table import digests_of
 
@@ -23,8 +23,6 @@ NO_SPLIT = 255
 """What a split file says of a record that it does not list."""
 REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
 
-# As prep writes them, and no longer than it ever will.
-_NUMBERED_ID = re.compile(r"(.*)#([1-9][0-9]{0,17})", re.DOTALL)
 _UNIREF = ("UniRef50_", "UniRef90_", "UniRef100_")
 _COMPARED_AT_ONCE = 1 << 22
 # Every range is a pass over all digests.
@@ -203,7 +201,7 @@ def _digest_ranges(pieces: Sequence[PieceFile], found: Selection, kind: str) -> 
 
 def _avoid_taken_numbers(pieces: Sequence[PieceFile], found: Selection) -> None:
     """Gives repeated ids the next numbers where `id#n` is an id of its own."""
-    taken: defaultdict[str, set[int]] = defaultdict(set)
+    taken = NumberedIds()
     repeated: list[str] = []
     for number, piece_file in enumerate(pieces):
         if not piece_file.num_records:
@@ -213,12 +211,7 @@ def _avoid_taken_numbers(pieces: Sequence[PieceFile], found: Selection) -> None:
         for index, name in enumerate(Piece(piece_file.path).strings("ids").to_list()):
             if start + index in numbers:
                 repeated.append(name)
-            if kept[index] and (numbered := _NUMBERED_ID.fullmatch(name)):
-                taken[numbered[1]].add(int(numbered[2]))
-    next_free: dict[str, int] = {}
+            if kept[index] and (numbered := numbered_id(name)):
+                taken.add(*numbered)
     for place, name in enumerate(repeated):
-        free = next_free.get(name, 2)
-        while free in taken[name]:
-            free += 1
-        found.repeats[1, place] = free
-        next_free[name] = free + 1
+        found.repeats[1, place] = taken.next_free(name)

@@ -1,14 +1,24 @@
 """On how many devices a run is: hides which process this is, and which of Lightning's strategies joins them."""
 
+import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+import torch.distributed
 
 StrategyName = Literal["auto", "ddp", "fsdp"]
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
+"""How gloo says that the process at the other end is gone; NCCL has an error of its own."""
+
+
+class OtherProcessError(Exception):
+    """Ends this process quietly: the first one tells the user what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,9 @@ class Devices:
 
     def lightning_strategy(self) -> Any:
         """Returns what Lightning's trainer takes as its strategy."""
+        # Here, because who uses one device alone should not wait for Lightning to be imported.
+        from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+
         if self.strategy == "fsdp":
             # One file in which any number of devices finds its part again.
             return ModelParallelStrategy(
@@ -62,6 +75,22 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
     if int(environment.get("SLURM_NTASKS", "1")) > 1:
         return int(environment.get("SLURM_PROCID", "0"))
     return int(environment.get("NODE_RANK", "0"))
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Says whether an error means that another process of the run is gone."""
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_PEER)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hides Lightning's advice for other ways of working than ours, such as a loader with many workers."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+        warnings.filterwarnings("ignore", module="lightning_fabric.*")
+        yield
 
 
 def best_device() -> torch.device:

@@ -1,23 +1,40 @@
-"""`protlm embed`: protein files in, one embeddings file out, in two passes over the input.
+"""`protlm embed`: proteins in, one output of embeddings in the layout that is asked for.
 
-The first pass counts, so that the file can be laid out at its final size; the second computes and writes in place.
-Memory holds ids and lengths of all proteins, and the hidden states of one row.
+The proteins are read once into a store; what is computed of them is written part by part; the parts are put together in
+the order of the input. All of that lies in `OUT.partial` until the output is whole.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from protlm import vocabulary
-from protlm.data.duplicates import sequence_digest
-from protlm.data.embeddings import EmbeddingsWriter, open_embeddings
-from protlm.data.reader import RecordReader
-from protlm.data.records import UniqueIds
+from protlm.data.embeddings import Dtype
+from protlm.data.protein_store import ProteinStore, write_proteins
+from protlm.data.records import shown
 from protlm.errors import ProtlmError
-from protlm.workflows.pretrained import EmbeddingKind, load_model, pool
+from protlm.model.performer import Performer
+from protlm.workflows.checkpoint import ModelDescription, read_model
+from protlm.workflows.devices import OtherProcessError, best_device, process_rank
+from protlm.workflows.embed_assembly import assemble
+from protlm.workflows.embed_folder import EmbedFolder, check_replaceable, open_embed_folder
+from protlm.workflows.embed_inputs import ProteinInputs, StartProgress
+from protlm.workflows.embed_parts import PartRows, PartWriter
+from protlm.workflows.embed_plan import Plan
+from protlm.workflows.embed_settings import EmbedRequest, EmbedSettings, settings_of
+from protlm.workflows.long_proteins import Cut
+from protlm.workflows.row_embeddings import RowEmbedder
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A protein that did not fit into memory."""
+
+    id: str
+    num_residues: int
 
 
 @dataclass(frozen=True)
@@ -25,157 +42,161 @@ class EmbedReport:
     """What was embedded.
 
     Attributes:
-        out: The embeddings file.
+        out: The output.
+        layout: How it is laid out.
+        files: What belongs to the output and lies beside it.
         num_records: Proteins in it.
         num_residues: Their residues.
+        num_equal: Proteins among them whose sequence stood before, and was computed once.
         num_renamed: Proteins whose id stood before and that got a `#n`.
+        num_windowed: Proteins computed in windows.
+        num_truncated: Proteins of which only the first residues are embedded.
         include: Kinds of embedding.
         layers: Absolute layer numbers.
         dim: Width of an embedding.
-        rejects: Skipped records by reason.
+        dtype: Type of the numbers.
+        skipped: Proteins that did not fit into memory, and are not in the output.
+        rejects: Records that could not be read, by reason.
         repairs: Repaired letters by rule.
+        left_out: What lies in a named folder and is no protein file.
     """
 
     out: Path
+    layout: str
+    files: tuple[Path, ...]
     num_records: int
     num_residues: int
+    num_equal: int
     num_renamed: int
+    num_windowed: int
+    num_truncated: int
     include: tuple[str, ...]
     layers: tuple[int, ...]
     dim: int
-    rejects: dict[str, int]
-    repairs: dict[str, int]
+    dtype: Dtype
+    skipped: tuple[Skipped, ...]
+    rejects: Mapping[str, int]
+    repairs: Mapping[str, int]
+    left_out: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Census:
-    """What the first pass found."""
-
-    ids: list[str]
-    lengths: list[int]
-    digests: list[bytes]
-    num_renamed: int
-    rejects: dict[str, int]
-    repairs: dict[str, int]
-
-
-def embed(
-    model_path: Path,
-    inputs: Sequence[Path],
-    out: Path,
-    *,
-    include: Sequence[EmbeddingKind] = ("mean",),
-    layers: Sequence[int] = (-1,),
-    dtype: Literal["float32", "float16"] = "float32",
-    tokens_per_batch: int = 8192,
-    on_bad_record: Literal["error", "skip"] = "error",
-    force: bool = False,
-    start_progress: Callable[[int], Callable[[int], object]] | None = None,
-) -> EmbedReport:
-    """Embeds every protein of the inputs, in order, each whole and alone whatever it is computed beside.
+def embed(request: EmbedRequest, start_progress: StartProgress | None = None) -> EmbedReport | None:
+    """Embeds every protein of the inputs, in order, whatever it is computed beside.
 
     Args:
-        model_path: A model directory or a run.
-        inputs: FASTA files, plain or gzip.
-        out: The embeddings file, written under a temporary name until it is complete.
-        include: `mean` over the residues, `per-residue`, `cls`.
-        layers: 0 is the embedding, -1 the last layer.
-        dtype: Of the stored numbers.
-        tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own.
-        on_bad_record: Stop at a bad record, or skip and count it.
-        force: Replaces an existing file.
-        start_progress: Called with the number of residues to do; returns what is called with residues done.
+        request: What is asked for.
+        start_progress: Told of the stages `read` (bytes), `embed` (residues) and `write` (proteins).
+
+    Returns:
+        What was embedded; None in every process of a run on several devices but the first.
 
     Raises:
-        ProtlmError: A model or an input that cannot be read, an existing output, or an unknown layer.
+        EmbedUsageError: Options that contradict each other.
+        ProtlmError: A model or an input that cannot be read, an output that is in the way, a protein that is too long
+            for the model, or a run before this one that does not fit to it.
     """
-    _check_output(out, force=force)
-    for path in inputs:
-        if path.exists() and not path.is_file():
-            raise ProtlmError(f"{path}: expected a file, which can be read twice, got a folder or a pipe")
-    model = load_model(model_path)
-    try:
-        numbers = tuple(dict.fromkeys(model.layer_number(layer) for layer in layers))
-    except ValueError as error:
-        raise ProtlmError(f"{model_path}: {error}") from None
-    census = _count(inputs, on_bad_record)
-    _check_lengths(census, model.description.max_residues)
-    kinds = tuple(dict.fromkeys(include))
-    progress = start_progress(sum(census.lengths)) if start_progress is not None else None
-    with EmbeddingsWriter.create(
-        out, census.ids, census.lengths, census.digests, kinds, numbers, [model.model_dim] * len(numbers), dtype,
-        model.description.weights_hash, force=force,
-    ) as writer:  # fmt: skip
-        proteins = _proteins(inputs, on_bad_record, census)
-        for index, states in enumerate(model.hidden_states(proteins, numbers, tokens_per_batch)):
-            for number in numbers:
-                pooled = pool(states[number])
-                for kind in kinds:
-                    writer.write(kind, number, index, pooled[kind].astype(dtype))
-            if progress is not None:
-                progress(census.lengths[index])
-    return EmbedReport(
-        out=out,
-        num_records=len(census.ids),
-        num_residues=sum(census.lengths),
-        num_renamed=census.num_renamed,
-        include=kinds,
-        layers=numbers,
-        dim=model.model_dim,
-        rejects=census.rejects,
-        repairs=census.repairs,
-    )
+    model, description = read_model(request.model)
+    settings = settings_of(request, description)
+    if process_rank():
+        _join(request, model, settings)
+        return None
+    # Through a link the file it leads to is made or replaced, not the link.
+    out = Path(os.path.realpath(request.out))
+    if not (request.resume and EmbedFolder(out).is_finished):
+        check_replaceable(settings.layout, out, force=request.force)
+    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
+    folder = open_embed_folder(out, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
+    with folder.locked(), folder.kept_or_removed():
+        proteins = folder.keep_proteins(_read(folder, inputs))
+        check_lengths(proteins, settings.cut, description)
+        plan = Plan.of(proteins, settings)
+        if not folder.is_finished:
+            _compute(folder, proteins, plan, model, settings, request, start_progress)
+            progress = None if start_progress is None else start_progress("write", proteins.num_records)
+            assemble(folder, proteins, plan, settings, progress)
+        is_kept = ~np.isin(proteins.first, folder.skipped())
+        folder.put_in_place(settings.layout)
+        report = _report(request, settings, proteins, inputs, is_kept)
+    folder.remove()
+    return report
 
 
-def _check_output(out: Path, *, force: bool) -> None:
-    """Raises ProtlmError unless the output is new, or an embeddings file that may be replaced."""
-    if not out.exists():
+def _read(folder: EmbedFolder, inputs: ProteinInputs) -> ProteinStore:
+    proteins = write_proteins(folder.new_proteins_path, inputs)
+    if not proteins.num_records:
+        raise ProtlmError(f"{inputs.names}: no usable record; nothing to embed")
+    return proteins
+
+
+def _join(request: EmbedRequest, model: Performer, settings: EmbedSettings) -> None:
+    """Takes part in a run that the first process leads."""
+    from protlm.workflows.embed_devices import compute_on_devices
+
+    with suppress(OtherProcessError):
+        compute_on_devices(EmbedFolder(request.out), model, settings, request.devices, None)
+
+
+def _compute(
+    folder: EmbedFolder,
+    proteins: ProteinStore,
+    plan: Plan,
+    model: Performer,
+    settings: EmbedSettings,
+    request: EmbedRequest,
+    start_progress: StartProgress | None,
+) -> None:
+    """Computes the parts that are not finished."""
+    if request.devices.total > 1:
+        # Here, because who uses one device alone should not wait for Lightning to be imported.
+        from protlm.workflows.embed_devices import compute_on_devices
+
+        compute_on_devices(folder, model, settings, request.devices, start_progress)
         return
-    if not force:
-        raise ProtlmError(f"{out}: exists already; replace it with --force or choose another --out")
-    try:
-        open_embeddings(out)
-    except (ProtlmError, OSError):
+    rows = PartRows(plan, proteins, [part for part in range(plan.num_parts) if not folder.part_is_finished(part)])
+    progress = None if start_progress is None else start_progress("embed", rows.num_residues)
+    embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
+    with closing(PartWriter(folder, proteins, plan, settings, progress)) as writer:
+        for row in rows:
+            writer.add(row, row.computed(embedder))
+
+
+def check_lengths(proteins: ProteinStore, cut: Cut, description: ModelDescription) -> None:
+    """Raises ProtlmError if there is a protein that the model's learned positions do not reach."""
+    limit = description.max_residues
+    if limit is None or cut.window is not None or cut.truncate is not None:
+        return
+    too_long = np.flatnonzero(proteins.lengths > limit)
+    if len(too_long):
+        first = int(too_long[0])
+        others = f" (and {len(too_long) - 1:,} more proteins are too long)" if len(too_long) > 1 else ""
         raise ProtlmError(
-            f"{out}: is no embeddings file of protlm, so --force does not replace it; choose another --out"
-        ) from None
+            f"{shown(proteins.id(first))}: has {int(proteins.lengths[first]):,} residues, and the positions of this "
+            f"model reach {limit:,}{others}; embed long proteins in windows with --window {limit}, or only their "
+            f"beginning with --truncate {limit}, or use a model without learned positions"
+        )
 
 
-def _check_lengths(census: _Census, limit: int | None) -> None:
-    """Raises ProtlmError at the first protein that the model's learned positions do not reach."""
-    if limit is None:
-        return
-    for name, length in zip(census.ids, census.lengths, strict=True):
-        if length > limit:
-            raise ProtlmError(
-                f"{name[:80]}: has {length:,} residues, and the positions of this model reach {limit:,}; leave it out, "
-                "or use a model without learned positions"
-            )
-
-
-def _count(inputs: Sequence[Path], on_bad_record: Literal["error", "skip"]) -> _Census:
-    reader = RecordReader(inputs, on_bad_record=on_bad_record)
-    unique = UniqueIds()
-    ids: list[str] = []
-    lengths: list[int] = []
-    digests: list[bytes] = []
-    num_renamed = 0
-    for record in reader:
-        name = unique(record.id)
-        num_renamed += name != record.id
-        ids.append(name)
-        lengths.append(len(record.sequence))
-        digests.append(sequence_digest(record.sequence.encode()))
-    if not ids:
-        raise ProtlmError(f"{', '.join(map(str, inputs))}: no usable record; nothing to embed")
-    return _Census(ids, lengths, digests, num_renamed, dict(reader.rejects), dict(reader.repairs))
-
-
-def _proteins(inputs: Sequence[Path], on_bad_record: Literal["error", "skip"], census: _Census) -> Iterator[np.ndarray]:
-    """Yields the tokens of the second pass, and makes sure that it meets the same proteins as the first."""
-    records = iter(RecordReader(inputs, on_bad_record=on_bad_record))
-    for index, digest in enumerate(census.digests):
-        record = next(records, None)
-        if record is None or sequence_digest(record.sequence.encode()) != digest:
-            raise ProtlmError(f"the input changed while it was read (record {index + 1}); embed it again")
-        yield vocabulary.encode(record.sequence.encode())
+def _report(
+    request: EmbedRequest, settings: EmbedSettings, proteins: ProteinStore, inputs: ProteinInputs, is_kept: np.ndarray
+) -> EmbedReport:
+    lengths, cut = proteins.lengths[is_kept], settings.cut
+    skipped = np.flatnonzero(~is_kept).tolist()
+    return EmbedReport(
+        out=request.out,
+        layout=settings.layout.name,
+        files=settings.layout.paths(Path(os.path.realpath(request.out)))[1:],
+        num_records=len(lengths),
+        num_residues=int(cut.kept(lengths).sum()),
+        num_equal=int((proteins.first != np.arange(proteins.num_records))[is_kept].sum()),
+        num_renamed=proteins.num_renamed,
+        num_windowed=0 if cut.window is None else int((lengths > cut.window).sum()),
+        num_truncated=0 if cut.truncate is None else int((lengths > cut.truncate).sum()),
+        include=settings.kinds,
+        layers=settings.layers,
+        dim=settings.model_dim,
+        dtype=settings.dtype,
+        skipped=tuple(Skipped(proteins.id(record), int(proteins.lengths[record])) for record in skipped),
+        rejects=dict(inputs.rejects),
+        repairs=dict(inputs.repairs),
+        left_out=inputs.left_out,
+    )

@@ -27,6 +27,7 @@ from protlm.data.masking import MaskRates
 from protlm.data.mixture import Mixture
 from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
+from protlm.workflows.devices import OtherProcessError
 from protlm.workflows.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor
 from protlm.workflows.stop_request import SIGNALS, StopRequest
 
@@ -54,10 +55,6 @@ class Update:
     num_residues: int
     interrupted: bool
     time_is_over: bool
-
-
-class OtherProcessError(Exception):
-    """Ends this process quietly: the first one tells the user what is wrong."""
 
 
 class LanguageModelling(pl.LightningModule):

@@ -1,13 +1,10 @@
 """Where prep keeps what is finished until the dataset is whole: what lies there, and when it may be used again."""
 
 import contextlib
-import glob
-import json
 import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +16,8 @@ from protlm.data.piece_files import PieceFile, open_piece_file
 from protlm.data.sources import STDIN
 from protlm.data.text_pieces import Format
 from protlm.errors import ProtlmError
-
-if sys.platform == "win32":
-    fcntl = None
-else:
-    import fcntl
+from protlm.workflows import work_folder
+from protlm.workflows.work_folder import partial_folder, read_json, write_json
 
 FORMAT = "protlm-prep"
 FORMAT_VERSION = 1
@@ -95,17 +89,7 @@ class PrepFolder:
         Raises:
             ProtlmError: Another run is at work.
         """
-        if fcntl is None:
-            yield
-            return
-        with (self.path / "work.json").open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if start == "part" else fcntl.LOCK_EX))
-            except BlockingIOError as error:
-                raise ProtlmError(f"{self.path}: another run is at work here; wait for it, or stop it") from error
-            except OSError:
-                # A file system without locks: then nothing is kept out.
-                pass
+        with work_folder.locked(self.path, shared=start == "part"):
             self._remove_left_overs(start)
             yield
 
@@ -127,9 +111,9 @@ class PrepFolder:
     def finished_source(self, number: int) -> FinishedSource | None:
         """Returns what is known of a file that was read to its end and has not changed since."""
         try:
-            found = FinishedSource(**json.loads(self._source_path(number).read_bytes()))
+            found = FinishedSource(**read_json(self._source_path(number)))
             state = self.inputs[number].state
-        except (OSError, ValueError, TypeError):
+        except (OSError, TypeError):
             return None
         # What came through a pipe before may not be what comes now.
         is_same = number in self._read_here if state is None else list(found.state or ()) == list(state)
@@ -139,7 +123,7 @@ class PrepFolder:
     def finish_source(self, number: int, source: FinishedSource) -> None:
         """Notes that a file was read to its end."""
         self._read_here.add(number)
-        _write_json(self._source_path(number), asdict(source))
+        write_json(self._source_path(number), asdict(source))
 
     def pieces(self, number: int) -> list[PieceFile]:
         """Returns the pieces of a file that was read to its end."""
@@ -158,31 +142,25 @@ class PrepFolder:
     def begin_dataset(self, plan: Mapping[str, Any]) -> None:
         """Makes the folder of the dataset; shards of another plan are gone, those of the same are kept."""
         plan_path = self.path / "plan.json"
-        if not (self.dataset_path.is_dir() and _read_json(plan_path) == plan):
+        if not (self.dataset_path.is_dir() and read_json(plan_path) == plan):
             shutil.rmtree(self.dataset_path, ignore_errors=True)
-            _write_json(plan_path, plan)
+            write_json(plan_path, plan)
         self.dataset_path.mkdir(exist_ok=True)
 
     def note_finished(self, digest: str) -> None:
         """Notes that the dataset is whole, and its hash, before it leaves the folder."""
-        _write_json(self.path / "finished.json", {"hash": digest})
+        write_json(self.path / "finished.json", {"hash": digest})
 
     def is_finished(self, digest: str) -> bool:
         """Says whether the dataset of this hash left this folder."""
-        return not self.dataset_path.exists() and _read_json(self.path / "finished.json") == {"hash": digest}
+        return not self.dataset_path.exists() and read_json(self.path / "finished.json") == {"hash": digest}
 
     def remove(self) -> None:
         """Removes the folder with all that is in it."""
-        _remove(self.path)
+        work_folder.remove_folder(self.path)
 
     def _source_path(self, number: int) -> Path:
         return self.path / "sources" / f"{number:05d}.json"
-
-
-def partial_folder(out: Path) -> Path:
-    """Returns where the folder for a dataset lies."""
-    target = Path(os.path.realpath(out))
-    return target.with_name(target.name + files.PARTIAL_SUFFIX)
 
 
 def open_prep_folder(
@@ -208,26 +186,28 @@ def open_prep_folder(
         "labels": dict(labels),
     }
     if start != "part":
-        # What a run that was killed was about to remove. Other parts may be at work on theirs.
-        for doomed in path.parent.glob(f".{glob.escape(path.name)}.*{files.PARTIAL_SUFFIX}"):
-            shutil.rmtree(doomed)
+        # Other parts may be at work on theirs.
+        work_folder.finish_removing(path)
     if path.exists() and start == "new":
-        _check_own(path)
+        _about(path)
         if not force:
             raise ProtlmError(
                 f"{path}: an unfinished run for this dataset; go on with --resume, or start afresh with --force"
             )
         with PrepFolder(path, inputs).locked(start):
-            _remove(path)
+            work_folder.remove_folder(path)
     if not path.exists():
         if start == "merge":
             raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
-        _make(path, about)
-    _check_own(path)
-    if (found := _read_json(path / "work.json")) != about:
+        work_folder.make_folder(path, about, ("pieces", "sources"))
+    if (found := _about(path)) != about:
         differing = next(name for name in about if found.get(name) != about[name])
         raise ProtlmError(f"{path}: made with other {differing}; give the same, or remove this folder to start afresh")
     return PrepFolder(path, inputs)
+
+
+def _about(path: Path) -> Mapping[str, Any]:
+    return work_folder.check_own(path, FORMAT, "prep")
 
 
 def finished_before(out: Path) -> dataset.Dataset | None:
@@ -240,33 +220,6 @@ def finished_before(out: Path) -> dataset.Dataset | None:
         return None
     folder.remove()
     return found
-
-
-def _make(path: Path, about: Mapping[str, Any]) -> None:
-    """Makes the folder with all that it begins with at once: other parts may be doing the same."""
-    temporary = files.partial_path(path)
-    for name in ("pieces", "sources"):
-        (temporary / name).mkdir(parents=True)
-    _write_json(temporary / "work.json", about)
-    try:
-        temporary.rename(path)
-    except OSError:
-        shutil.rmtree(temporary)
-        if not path.exists():
-            raise
-
-
-def _remove(path: Path) -> None:
-    """Removes the folder; if that is cut short, no half of it has its name."""
-    doomed = files.partial_path(path)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _check_own(path: Path) -> None:
-    found = _read_json(path / "work.json")
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ProtlmError(f"{path}: in the way, and nothing that prep made; choose another --out")
 
 
 def check_replaceable(out: Path, *, force: bool) -> None:
@@ -330,15 +283,3 @@ def kept_or_removed(folder: PrepFolder, start: Start) -> Iterator[None]:
         if isinstance(error, ProtlmError) and start in ("new", "resume") and "--resume" not in str(error):
             raise ProtlmError(f"{error}; {hint}") from error
         raise
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with files.written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")

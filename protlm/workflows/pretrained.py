@@ -1,21 +1,18 @@
 """The facade of a trained model: hides tokens, packing and devices from whoever wants embeddings or logits."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
 
 from protlm import vocabulary
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.batches import pack_row
+from protlm.data.embeddings import KINDS, Kind
 from protlm.model.performer import Performer
 from protlm.workflows.checkpoint import ModelDescription, read_model
 from protlm.workflows.devices import best_device
-
-EmbeddingKind = Literal["mean", "per-residue", "cls"]
+from protlm.workflows.embed_settings import absolute_layer
+from protlm.workflows.row_embeddings import RowEmbedder, merged
 
 
 class ProteinModel:
@@ -42,7 +39,7 @@ class ProteinModel:
     def embed(
         self,
         sequences: Iterable[str],
-        include: Sequence[EmbeddingKind] = ("mean",),
+        include: Sequence[Kind] = ("mean",),
         *,
         layer: int = -1,
         tokens_per_batch: int = 8192,
@@ -53,25 +50,19 @@ class ProteinModel:
 
         Args:
             sequences: Residues as text; repaired like records of a FASTA file.
-            include: `mean` over the residues (dim,), `per-residue` (num_residues, dim), `cls` (dim,).
+            include: `mean` over the residues (dim,), `per-residue` (num_residues, dim), `cls` (dim,), `logits`
+                (num_residues, 33), which are those of the last layer whatever `layer` is.
             layer: 0 is the embedding, -1 the last layer.
             tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own.
 
         Raises:
             ValueError: An unknown kind or layer, an empty sequence or a letter that stands for no residue.
         """
-        if isinstance(include, str) or not set(include) <= {"mean", "per-residue", "cls"}:
-            raise ValueError(f"include: expected some of 'mean', 'per-residue', 'cls', got {include!r}")
-        number = self.layer_number(layer)
+        if isinstance(include, str) or not set(include) <= set(KINDS):
+            raise ValueError(f"include: expected some of {', '.join(map(repr, KINDS))}, got {include!r}")
+        number = absolute_layer(layer, self.num_layers)
         proteins = _tokens(sequences, tokens_per_batch)
-
-        def embeddings() -> Iterator[dict[str, np.ndarray]]:
-            for states in self.hidden_states(proteins, (number,), tokens_per_batch):
-                pooled = pool(states[number])
-                # Copies, so that a kept vector does not keep the whole row in memory.
-                yield {kind: pooled[kind].copy() for kind in include}
-
-        return embeddings()
+        return self._computed(proteins, tuple(dict.fromkeys(include)), number, tokens_per_batch)
 
     def logits(self, sequences: Iterable[str], *, tokens_per_batch: int = 8192) -> Iterator[np.ndarray]:
         """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), nothing masked.
@@ -80,48 +71,17 @@ class ProteinModel:
             ValueError: An empty sequence or a letter that stands for no residue.
         """
         proteins = _tokens(sequences, tokens_per_batch)
+        found = self._computed(proteins, ("logits",), self.num_layers, tokens_per_batch)
+        return (embeddings["logits"] for embeddings in found)
 
-        def logits_of_each() -> Iterator[np.ndarray]:
-            for row in _rows(proteins, tokens_per_batch):
-                tokens, bounds = pack_row(row)
-                with torch.inference_mode():
-                    logits = self._model(tokens.to(self._device), bounds.to(self._device)).float().cpu().numpy()
-                for start, stop in pairwise(bounds.tolist()):
-                    yield logits[start + 1 : stop - 1].copy()
-
-        return logits_of_each()
-
-    def layer_number(self, layer: int) -> int:
-        """Returns the absolute number of a layer given from either end.
-
-        Raises:
-            ValueError: There is no such layer.
-        """
-        if not -self.num_layers - 1 <= layer <= self.num_layers:
-            raise ValueError(f"layer: expected {-self.num_layers - 1} to {self.num_layers}, got {layer}")
-        return layer if layer >= 0 else self.num_layers + 1 + layer
-
-    def hidden_states(
-        self, proteins: Iterable[np.ndarray], layers: Collection[int], tokens_per_batch: int
-    ) -> Iterator[dict[int, np.ndarray]]:
-        """Yields for each protein, in order, its hidden states by layer number, float32 (num_residues + 2, dim).
-
-        Args:
-            proteins: Residue tokens, uint8.
-            layers: Absolute numbers.
-            tokens_per_batch: Budget of one forward pass.
-        """
+    def _computed(
+        self, proteins: Iterable[np.ndarray], kinds: Sequence[Kind], layer: int, tokens_per_batch: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        embedder = RowEmbedder(self._model, kinds, (layer,))
         for row in _rows(proteins, tokens_per_batch):
-            tokens, bounds = pack_row(row)
-            with torch.inference_mode():
-                states = self._model.hidden_states(tokens.to(self._device), bounds.to(self._device), layers)
-            arrays = {number: state.float().cpu().numpy() for number, state in states.items()}
-            for start, stop in pairwise(bounds.tolist()):
-                yield {number: array[start:stop] for number, array in arrays.items()}
-
-    @property
-    def _device(self) -> torch.device:
-        return self._model.embedding.weight.device
+            for protein, sums in zip(row, embedder(row), strict=True):
+                # Copies, so that a kept vector does not keep the whole row in memory.
+                yield {kind: array.copy() for (kind, _), array in merged([sums], len(protein)).items()}
 
 
 def load_model(path: str | Path) -> ProteinModel:
@@ -135,12 +95,6 @@ def load_model(path: str | Path) -> ProteinModel:
     """
     model, description = read_model(Path(path))
     return ProteinModel(model.to(best_device()), description)
-
-
-def pool(states: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the kinds of embedding from the hidden states of one protein with its `<cls>` and `<eos>`."""
-    residues = states[1:-1]
-    return {"mean": residues.mean(0, dtype=np.float64).astype(states.dtype), "per-residue": residues, "cls": states[0]}
 
 
 def _tokens(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[np.ndarray]:

@@ -1,30 +1,23 @@
 """`protlm train`: from datasets to a run directory with metrics, checkpoints and a model."""
 
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch.distributed
 from pytorch_lightning.loggers import Logger
 
 from protlm.config import Config
 from protlm.workflows.callbacks import Watch
 from protlm.workflows.checkpoint import ModelDescription, ValidScore, read_description
-from protlm.workflows.devices import Devices, process_rank
-from protlm.workflows.lightning import LanguageModelling, OtherProcessError, TrainingData
+from protlm.workflows.devices import Devices, OtherProcessError, is_lost_peer, process_rank, quiet_lightning
+from protlm.workflows.lightning import LanguageModelling, TrainingData
 from protlm.workflows.run_checkpoints import WholeCheckpointIO, last_checkpoint
 from protlm.workflows.run_description import RUN_NAME, describe_session, write_run_description
 from protlm.workflows.run_folder import prepare_run_dir
 from protlm.workflows.stop_request import StopRequest
 from protlm.workflows.train_start import Start, TrainRequest, prepare_start
-
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
-"""How gloo says that the process at the other end is gone; NCCL has an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -145,17 +138,6 @@ def _loggers(run_dir: Path, first_step: int, wandb_project: str | None) -> list[
     return loggers
 
 
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Hides Lightning's advice for other ways of working than ours, such as a loader with many workers."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
-        warnings.filterwarnings("ignore", module="lightning_fabric.*")
-        yield
-
-
 def make_trainer(
     settings: Config,
     devices: Devices,
@@ -192,7 +174,6 @@ def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, check
         # Lightning exits on the second Ctrl-C; the command line knows what an interrupt means.
         raise KeyboardInterrupt from None
     except RuntimeError as error:
-        is_lost_peer = isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_PEER)
-        if process_rank() and is_lost_peer:
+        if process_rank() and is_lost_peer(error):
             raise OtherProcessError from None
         raise

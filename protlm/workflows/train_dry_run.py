@@ -16,11 +16,11 @@ from protlm.data.draws import Draws
 from protlm.data.mixture import Mixture
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
-from protlm.workflows.devices import Devices, best_device
+from protlm.workflows.devices import Devices, best_device, quiet_lightning
 from protlm.workflows.lightning import LanguageModelling, objective_of
 from protlm.workflows.optimizer import build_optimizer
 from protlm.workflows.stop_request import StopRequest
-from protlm.workflows.train import make_trainer, quiet_lightning
+from protlm.workflows.train import make_trainer
 from protlm.workflows.train_estimate import MemoryEstimate, memory_bytes
 from protlm.workflows.train_start import Start, TrainRequest, prepare_start
 

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from protlm import open_embeddings, read_records, vocabulary
 from protlm.config import DataConfig
-from protlm.data import sources
+from protlm.data import protein_store, sources
 from protlm.data.batches import Objective, epoch_size, evaluation_batches, training_batch, training_rows
 from protlm.data.dataset import open_dataset
 from protlm.data.draws import Draws
-from protlm.data.duplicates import sequence_digest
-from protlm.data.embeddings import EmbeddingsWriter
+from protlm.data.layouts import LAYOUTS, Contents
 from protlm.data.masking import MaskRates
-from protlm.data.records import Record, UniqueIds
+from protlm.data.protein_store import write_proteins
+from protlm.data.records import Record
+from protlm.data.table import Strings
 from protlm.errors import ProtlmError
 from protlm.workflows.prep import prepare
 from tests.unit.batch_cases import InMemory, joined_epoch, segments
@@ -77,12 +78,37 @@ def test_no_bytes_make_the_reader_fail_other_than_by_its_own_error(content, on_b
         )
 
 
-@given(st.lists(st.sampled_from(["a", "a#2", "a#3", "b", "a#2#2"]), max_size=30))
-def test_unique_ids_are_unique_and_keep_first_uses(names):
-    unique = UniqueIds()
-    found = [unique(name) for name in names]
+repeated_ids = st.lists(st.sampled_from(["a", "a#2", "a#3", "b", "a#2#2", "b#02"]), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(repeated_ids, st.sampled_from([3, 1 << 18]))
+def test_unique_ids_are_unique_and_keep_first_uses(names, compared_at_once):
+    before = protein_store._COMPARED_AT_ONCE
+    protein_store._COMPARED_AT_ONCE = compared_at_once
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            proteins = write_proteins(Path(folder) / "store", ((name, vocabulary.encode(b"M")) for name in names))
+            found = proteins.ids.to_list()
+    finally:
+        protein_store._COMPARED_AT_ONCE = before
     assert len(set(found)) == len(names)
-    assert all(result == name or result.startswith(f"{name}#") for name, result in zip(names, found, strict=True))
+    for number, (result, name) in enumerate(zip(found, names, strict=True)):
+        assert (result == name) == (name not in names[:number])
+        assert result == name or result.startswith(f"{name}#")
+    assert proteins.num_renamed == len(names) - len(set(names))
+
+
+@settings(deadline=None, max_examples=20)
+@given(repeated_ids)
+def test_prep_and_embed_name_a_repeated_id_alike(names):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "in").write_text("".join(f">{record_id}\nM\n" for record_id in names))
+        prepare([folder / "in"], folder / "out", dedupe=False, valid_fraction=0, test_fraction=0)
+        split = open_dataset(folder / "out").split("train")
+        proteins = write_proteins(folder / "store", ((name, vocabulary.encode(b"M")) for name in names))
+        assert proteins.ids.to_list() == [split.id(index) for index in range(len(split))]
 
 
 @settings(deadline=None, max_examples=40)
@@ -155,21 +181,24 @@ def test_embeddings_give_back_what_was_written_in_any_order(lengths, layers, dim
     ids = list(lengths)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "e.h5"
-        hashes = [sequence_digest(record_id.encode()) for record_id in ids]
-        dims = [dim + number for number in range(len(layers))]
+        digests = np.zeros((len(ids), 16), dtype=np.uint8)
+        residues = [b"M" * length for length in lengths.values()]
+        contents = Contents(
+            Strings.of(ids), np.array(list(lengths.values()), dtype=np.int64), digests, residues.__getitem__,
+            ("mean", "per-residue"), tuple(layers), 40, dim, "float32", "m",
+        )  # fmt: skip
         expected = {}
-        with EmbeddingsWriter.create(
-            path, ids, list(lengths.values()), hashes, ["mean", "per-residue"], layers, dims, "float32", "m"
-        ) as writer:
-            order = [(index, layer) for index in range(len(ids)) for layer in layers]
+        with LAYOUTS["protlm"].open(path, contents, resume=False) as writer:
+            order = list(range(len(ids)))
             random.shuffle(order)
-            for index, layer in order:
-                size = dims[layers.index(layer)]
-                mean = np.full(size, random.random(), np.float32)
-                rows = np.arange(lengths[ids[index]] * size, dtype=np.float32).reshape(-1, size) + layer
-                writer.write("mean", layer, index, mean)
-                writer.write("per-residue", layer, index, rows)
-                expected[ids[index], layer] = mean, rows
+            for index in order:
+                found = {}
+                for layer in layers:
+                    mean = np.full(dim, random.random(), np.float32)
+                    rows = np.arange(lengths[ids[index]] * dim, dtype=np.float32).reshape(-1, dim) + layer + index
+                    found |= {("mean", layer): mean, ("per-residue", layer): rows}
+                    expected[ids[index], layer] = mean, rows
+                writer.write(index, found)
         for layer in layers:
             means, per_residue = open_embeddings(path, "mean", layer), open_embeddings(path, "per-residue", layer)
             assert list(means) == list(per_residue) == ids

@@ -1,48 +1,48 @@
-import inspect
 import pickle
+from dataclasses import replace as changed
 
 import h5py
 import numpy as np
 import pytest
 
 from protlm import open_embeddings
-from protlm.data import embeddings
 from protlm.data.duplicates import sequence_digest
-from protlm.data.embeddings import EmbeddingsWriter
-from protlm.errors import ProtlmError, ShardError
+from protlm.data.layouts import LAYOUTS, Contents
+from protlm.data.table import Strings
+from protlm.errors import ShardError
 
 IDS = ["a", "b#2", "é/c"]
 LENGTHS = [3, 1, 5]
 HASHES = [sequence_digest(record_id.encode()) for record_id in IDS]
+ALL_KINDS = ("mean", "per-residue", "cls")
+CONTENTS = Contents(
+    ids=Strings.of(IDS),
+    lengths=np.array(LENGTHS),
+    digests=np.frombuffer(b"".join(HASHES), np.uint8).reshape(3, 16),
+    residues=lambda index: b"M" * LENGTHS[index],
+    kinds=ALL_KINDS,
+    layers=(3, 6, 12),
+    last_layer=12,
+    model_dim=4,
+    dtype="float32",
+    model_hash="abc",
+)
 
 
-def create(path, kinds=("mean", "per-residue", "cls"), layers=(3, 6, 12), dims=(4, 4, 2), **changes):
-    arguments = {
-        "ids": IDS,
-        "lengths": LENGTHS,
-        "sequence_hashes": HASHES,
-        "kinds": kinds,
-        "layers": layers,
-        "dims": dims,
-        "dtype": "float32",
-        "model_hash": "abc",
-        **changes,
-    }
-    return EmbeddingsWriter.create(path, **arguments)
+def create(path, **changes):
+    return LAYOUTS["protlm"].open(path, changed(CONTENTS, **changes), resume=False)
 
 
-def value(kind, layer, index, dim):
-    seed = [("per-residue", "mean", "cls").index(kind), layer, index]
-    shape = (LENGTHS[index], dim) if kind == "per-residue" else (dim,)
+def value(kind, layer, index):
+    seed = [*kind.encode(), layer, index]
+    shape = (LENGTHS[index], 4) if kind == "per-residue" else (4,)
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def fill(writer, kinds=("mean", "per-residue", "cls"), layers=(3, 6, 12), dims=(4, 4, 2)):
+def fill(writer):
     # Out of order, as batches of similar length arrive.
     for index in (2, 0, 1):
-        for kind in kinds:
-            for layer, dim in zip(layers, dims, strict=True):
-                writer.write(kind, layer, index, value(kind, layer, index, dim))
+        writer.write(index, {(kind, layer): value(kind, layer, index) for kind, layer in writer.contents.columns})
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def replace(name, **options):
 
 
 @pytest.mark.parametrize("kind", ["mean", "per-residue", "cls"])
-@pytest.mark.parametrize(("layer", "dim"), [(3, 4), (6, 4), (12, 2)])
-def test_every_kind_and_layer_is_read_as_written(path, kind, layer, dim):
+@pytest.mark.parametrize("layer", [3, 6, 12])
+def test_every_kind_and_layer_is_read_as_written(path, kind, layer):
     found = open_embeddings(path, kind=kind, layer=layer)
     for index, record_id in enumerate(IDS):
-        np.testing.assert_array_equal(found[record_id], value(kind, layer, index, dim))
+        np.testing.assert_array_equal(found[record_id], value(kind, layer, index))
     assert (found.kind, found.layer, found.model_hash) == (kind, layer, "abc")
 
 
@@ -83,8 +83,8 @@ def test_the_default_is_the_richest_kind_and_the_last_layer(path, tmp_path):
         ("per-residue", "mean", "cls"),
         (3, 6, 12),
     )
-    with create(tmp_path / "few.h5", kinds=["cls", "mean"], layers=[0], dims=[4]) as writer:
-        fill(writer, ["cls", "mean"], [0], [4])
+    with create(tmp_path / "few.h5", kinds=("cls", "mean"), layers=(0,)) as writer:
+        fill(writer)
     found = open_embeddings(tmp_path / "few.h5")
     assert (found.kind, found.layer, found.kinds) == ("mean", 0, ("mean", "cls"))
 
@@ -96,7 +96,7 @@ def test_it_is_a_mapping_in_record_order(path):
     assert "a" in found
     assert "z" not in found
     assert found.get("z") is None
-    assert [array.shape for array in found.values()] == [(2,)] * 3
+    assert [array.shape for array in found.values()] == [(4,)] * 3
     assert "mean of layer 12" in repr(found)
     with pytest.raises(KeyError, match="'z'"):
         found["z"]
@@ -118,32 +118,20 @@ def test_the_layout_is_the_one_of_the_contract(path):
         }
         assert file["per-residue/layer_6"].shape == (9, 4)
         assert file["per-residue/offsets"][:].tolist() == [0, 3, 4, 9]
-        assert file["mean/layer_12"].shape == (3, 2)
+        assert file["mean/layer_12"].shape == (3, 4)
         assert file["sequence_hash"].shape == (3, 16)
         assert file["ids/bytes"][:].tobytes().decode() == "ab#2é/c"
-        np.testing.assert_array_equal(file["mean/layer_3"][1], value("mean", 3, 1, 4))
+        np.testing.assert_array_equal(file["mean/layer_3"][1], value("mean", 3, 1))
         for name in ("ids/offsets", "per-residue/offsets", "per-residue/layer_12", "mean/layer_3"):
             assert file[name].id.get_offset() % 64 == 0
 
 
 def test_float16_is_stored_as_such(tmp_path):
-    with create(tmp_path / "e.h5", ["mean"], [1], [4], dtype="float16") as writer:
-        fill(writer, ["mean"], [1], [4])
+    with create(tmp_path / "e.h5", kinds=("mean",), layers=(1,), dtype="float16") as writer:
+        fill(writer)
     found = open_embeddings(tmp_path / "e.h5")["a"]
     assert found.dtype == np.float16
-    np.testing.assert_array_equal(found, value("mean", 1, 0, 4).astype(np.float16))
-
-
-def test_the_folder_is_made_if_it_is_not_there(tmp_path):
-    with create(tmp_path / "new" / "folder" / "e.h5", ["mean"], [1], [4]) as writer:
-        fill(writer, ["mean"], [1], [4])
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["e.h5"]
-
-
-def test_no_records_make_an_empty_mapping(tmp_path):
-    with create(tmp_path / "e.h5", ids=[], lengths=[], sequence_hashes=[]):
-        pass
-    assert dict(open_embeddings(tmp_path / "e.h5")) == {}
+    np.testing.assert_array_equal(found, value("mean", 1, 0).astype(np.float16))
 
 
 def test_a_pickled_file_is_opened_anew(path):
@@ -155,83 +143,46 @@ def test_a_pickled_file_is_opened_anew(path):
     np.testing.assert_array_equal(again["a"], found["a"])
 
 
-def test_nothing_is_left_when_writing_fails(tmp_path):
-    def interrupted():
-        with create(tmp_path / "e.h5") as writer:
-            fill(writer)
-            assert not (tmp_path / "e.h5").exists()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_missing_record_is_found_at_the_end(tmp_path):
-    writer = create(tmp_path / "e.h5", ["mean"], [1], [4])
-    writer.write("mean", 1, 0, value("mean", 1, 0, 4))
-    with pytest.raises(ValueError, match="mean of layer 1: expected every record, got none for 1"):
+    writer = create(tmp_path / "e.h5", kinds=("mean",), layers=(1,))
+    writer.write(0, {("mean", 1): value("mean", 1, 0)})
+    writer.write(2, {("mean", 1): value("mean", 1, 2)})
+    with pytest.raises(ValueError, match="expected every record, got none for 1"):
         writer.close()
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_left_when_there_is_no_room(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", fail)
-    with pytest.raises(OSError, match="No space left"):
-        create(tmp_path / "e.h5")
-    assert list(tmp_path.iterdir()) == []
+def test_a_record_that_there_is_not_is_refused(tmp_path):
+    with create(tmp_path / "e.h5", kinds=("mean",), layers=(1,)) as writer:
+        fill(writer)
+        for index in (-1, 3):
+            with pytest.raises(ValueError, match=f"index: expected one of 3 records, got {index}"):
+                writer.write(index, {("mean", 1): value("mean", 1, 0)})
 
 
-def test_the_space_is_claimed_at_creation(tmp_path):
-    writer = create(tmp_path / "e.h5", ["mean"], [1], [300_000])
-    (temporary,) = tmp_path.iterdir()
-    assert temporary.stat().st_blocks * 512 >= 3 * 300_000 * 4
-    writer.discard()
+def test_logits_are_opened_only_where_asked_for_or_alone(tmp_path):
+    for kinds in (("logits",), ("logits", "cls")):
+        path = tmp_path / "-".join(kinds)
+        with create(path, kinds=kinds, layers=(3, 6)) as writer:
+            for index, length in enumerate(LENGTHS):
+                rows = {(kind, layer): value(kind, layer, index) for kind, layer in writer.contents.columns}
+                writer.write(index, rows | {("logits", 12): np.full((length, 33), index, np.float32)})
+        assert open_embeddings(path).kind == kinds[-1]
+        found = open_embeddings(path, "logits")
+        assert (found.layer, found.layers) == (12, (12,))
+        assert {record_id: rows.shape for record_id, rows in found.items()} == dict(
+            zip(IDS, [(3, 33), (1, 33), (5, 33)], strict=True)
+        )
+        assert [rows.min() for rows in found.values()] == [0, 1, 2]
 
 
-def test_an_existing_file_is_replaced_only_by_force(path):
-    with pytest.raises(ProtlmError, match="exists already"):
-        create(path)
-    with create(path, ["mean"], [1], [4], force=True) as writer:
-        fill(writer, ["mean"], [1], [4])
-    assert open_embeddings(path).kinds == ("mean",)
-    with pytest.raises(ProtlmError, match="exists already"):
-        create(path.parent, force=True)
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (2, 4), (4,), (1, 4)])
-def test_an_embedding_of_another_shape_is_refused(tmp_path, shape):
-    writer = create(tmp_path / "e.h5", ["per-residue"], [1], [4])
-    with pytest.raises(ValueError, match=r"embedding: expected shape \(3, 4\)"):
-        writer.write("per-residue", 1, 0, np.zeros(shape, np.float32))
-    writer.discard()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lengths": [1, 2]}, "expected equal numbers"),
-        ({"ids": ["a", "b", "a"]}, "ids: expected all different"),
-        ({"kinds": []}, "kinds: expected"),
-        ({"kinds": ["mean", "mean"]}, "kinds: expected"),
-        ({"layers": [1]}, "layers, dims: expected"),
-        ({"layers": [1, 1, 2]}, "layers, dims: expected"),
-        ({"layers": [-1, 1, 2]}, "layers, dims: expected"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        create(tmp_path / "e.h5", **changes)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_dtype_is_refused():
-    # Past the type check that only tests have.
-    with pytest.raises(ValueError, match="dtype: expected one of"):
-        inspect.unwrap(embeddings._check_arguments)([], [], [], ["mean"], [1], [4], "float64")
+def test_records_are_found_by_id_whatever_their_hashes(path, monkeypatch):
+    # As if all ids had the same one.
+    monkeypatch.setattr("xxhash.xxh3_64_intdigest", lambda text: 7)
+    found = open_embeddings(path, "mean", 3)
+    for index, record_id in enumerate(IDS):
+        np.testing.assert_array_equal(found[record_id], value("mean", 3, index))
+    for absent in ("z", "\ud800", b"a", 0, None):
+        assert absent not in found
 
 
 def test_a_kind_or_layer_that_is_not_there_is_an_error_that_names_those_there_are(path):
@@ -256,7 +207,7 @@ def test_a_kind_or_layer_that_is_not_there_is_an_error_that_names_those_there_ar
         (replace("sequence_hash", data=np.zeros((2, 16), np.uint8)), "sequence_hash: expected 3 rows, got 2"),
         (replace("per-residue/offsets", data=np.array([0, 3, 9])), "per-residue/offsets: expected 4 rows, got 3"),
         (replace("per-residue/offsets", data=np.array([0, 4, 3, 9])), "per-residue/offsets: expected .* never fall"),
-        (replace("per-residue/layer_12", data=np.zeros((8, 2), np.float32)), "offsets: expected offsets from 0 to 8"),
+        (replace("per-residue/layer_12", data=np.zeros((8, 4), np.float32)), "offsets: expected offsets from 0 to 8"),
         (replace("per-residue/layer_12", data=np.zeros(9, np.float32)), "layer_12: expected 2 axes"),
     ],
 )
@@ -273,8 +224,8 @@ def test_repeated_ids_and_missing_rows_are_refused(path):
         open_embeddings(path, "mean", 3)
     edit(path, replace("ids/bytes", data=np.frombuffer(b"aa", np.uint8)))
     edit(path, replace("ids/offsets", data=np.array([0, 1, 2, 2])))
-    with pytest.raises(ShardError, match="ids: expected all different"):
-        open_embeddings(path)
+    with pytest.raises(ShardError, match="ids: expected all different, got a repeated one"):
+        open_embeddings(path)["a"]
 
 
 def test_what_is_no_embeddings_file_is_a_clear_error(path):

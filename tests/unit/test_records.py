@@ -7,7 +7,7 @@ import pytest
 from protlm import read_records
 from protlm.data import sources
 from protlm.data.reader import RecordReader
-from protlm.data.records import Record, UniqueIds
+from protlm.data.records import NumberedIds, Record, numbered_id
 from protlm.errors import ProtlmError, RecordError
 
 
@@ -202,8 +202,18 @@ def test_an_unknown_policy_is_refused():
         inspect.unwrap(RecordReader.__init__)(object.__new__(RecordReader), [], on_bad_record="ignore")
 
 
-def test_repeated_ids_get_the_next_free_number():
-    unique = UniqueIds()
-    assert [unique(name) for name in ["a", "a#2", "a", "a", "b", "a#2", "b"]] == [
-        "a", "a#2", "a#3", "a#4", "b", "a#2#2", "b#2",
-    ]  # fmt: skip
+def test_the_next_number_of_a_repeat_passes_over_those_that_are_taken():
+    numbered = NumberedIds()
+    for text in ("a#2", "a#4", "b#3", "a#2#2", "a#02", "a#1"):
+        if (found := numbered_id(text)) is not None:
+            numbered.add(*found)
+    assert [numbered.next_free(name) for name in ("a", "a", "b", "a", "a#2", "b", "c")] == [3, 5, 2, 6, 3, 4, 2]
+    assert ("a" in numbered, "c" in numbered) == (True, False)
+
+
+def test_only_what_a_repeat_could_be_called_is_a_numbered_id():
+    assert numbered_id("sp|P1|A#12") == ("sp|P1|A", 12)
+    assert numbered_id("a\n#2#3") == ("a\n#2", 3)
+    assert numbered_id("#2") == ("", 2)
+    for text in ("a", "a#", "#", "a#02", "a#0", "a#2 ", "a#²", "a#" + "9" * 19):
+        assert numbered_id(text) is None

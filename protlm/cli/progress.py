@@ -1,0 +1,40 @@
+"""Progress on stderr, and only on a terminal: one bar after the other, one for each stage of a command."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Bars:
+    """One progress bar after the other; use it as a context, and give `start` to a workflow."""
+
+    def __init__(self, units: Mapping[str, str]) -> None:
+        """Prepares.
+
+        Args:
+            units: What each stage counts.
+        """
+        from tqdm import tqdm
+
+        # Its thread would have to be forked with worker processes.
+        tqdm.monitor_interval = 0
+        self._tqdm = tqdm
+        self._units = units
+        self._bar: Any = None
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, stage: str, size: int) -> Callable[[int], object]:
+        """Begins the bar of a stage; returns what is called with what was done of it."""
+        self.__exit__()
+        bar = self._tqdm(total=size, unit=self._units[stage], unit_scale=True, desc=stage, disable=None)
+        self._bar = bar
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        return advance
