@@ -1,0 +1,153 @@
+"""A trained model as a transformer of scikit-learn: hides when the model is read, and what is a column of sequences."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from protlm import vocabulary
+from protlm.errors import CheckpointError
+from protlm.workflows.pretrained import ProteinModel, load_model
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.utils.validation import check_is_fitted
+except ImportError as error:
+    raise ImportError("protlm.sklearn needs scikit-learn: pip install 'protlm[sklearn]'") from error
+
+_KINDS = ("mean", "cls")
+
+
+class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Turns protein sequences into one vector each, as a step of a scikit-learn pipeline.
+
+    Nothing is learned in `fit`: the vectors are those of the trained model, and a protein's vector does not depend on
+    the others. So `GridSearchCV` may compare layers and kinds by `layer` and `kind`, and give the pipeline's `memory` a
+    folder to have each of them computed once.
+
+    Clones share a model that was given loaded. One given by its path is read at the first need, and not pickled along.
+
+    Args:
+        model: A model directory, a run of `protlm train`, or what `protlm.load_model` returned.
+        kind: `mean` over the residues, or `cls`.
+        layer: 0 is the embedding, -1 the last layer.
+        tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own.
+
+    Attributes:
+        n_features_out_: Width of a vector.
+        model_hash_: Names the model that was there in `fit`; no other one is used after it.
+    """
+
+    _loaded: tuple[str, ProteinModel] | None = None
+
+    def __init__(
+        self,
+        model: str | Path | ProteinModel,
+        *,
+        kind: Literal["mean", "cls"] = "mean",
+        layer: int = -1,
+        tokens_per_batch: int = 8192,
+    ) -> None:
+        self.model = model
+        self.kind = kind
+        self.layer = layer
+        self.tokens_per_batch = tokens_per_batch
+
+    # scikit-learn passes X and y by these names.
+    def fit(self, X: Sequence[str] | np.ndarray, y: object = None) -> Self:  # noqa: N803
+        """Looks whether the sequences and the settings can be used.
+
+        Args:
+            X: Sequences: a list, a NumPy array, a pandas Series or a table of one column.
+            y: Ignored.
+
+        Raises:
+            ValueError: No sequence, one that cannot be used, or an unknown kind or layer.
+            ProtlmError: A model that cannot be read.
+        """
+        if not _column(X):
+            raise ValueError("X: expected at least one sequence, got none")
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
+        model = self._read_model()
+        # Finds fault with the other settings; no sequence, so nothing is computed.
+        model.embed((), (self.kind,), layer=self.layer, tokens_per_batch=self.tokens_per_batch)
+        self.n_features_out_ = model.model_dim
+        self.model_hash_ = model.description.weights_hash
+        return self
+
+    def transform(self, X: Sequence[str] | np.ndarray) -> np.ndarray:  # noqa: N803
+        """Returns the vectors of sequences, in order, float32 (sequences, n_features_out_).
+
+        Args:
+            X: Sequences: a list, a NumPy array, a pandas Series or a table of one column.
+
+        Raises:
+            ValueError: A sequence that cannot be used.
+            ProtlmError: The model is gone, or another one since `fit`.
+        """
+        check_is_fitted(self, "model_hash_")
+        sequences = _column(X)
+        model = self._read_model()
+        if model.description.weights_hash != self.model_hash_:
+            raise CheckpointError(f"{self.model}: another model than in fit; fit again")
+        vectors = np.empty((len(sequences), self.n_features_out_), dtype=np.float32)
+        found = model.embed(sequences, (self.kind,), layer=self.layer, tokens_per_batch=self.tokens_per_batch)
+        for vector, kinds in zip(vectors, found, strict=True):
+            vector[:] = kinds[self.kind]
+        return vectors
+
+    @property
+    def _n_features_out(self) -> int:
+        """What get_feature_names_out counts to."""
+        return self.n_features_out_
+
+    def _read_model(self) -> ProteinModel:
+        if isinstance(self.model, ProteinModel):
+            return self.model
+        path = str(self.model)
+        if self._loaded is None or self._loaded[0] != path:
+            self._loaded = path, load_model(path)
+        return self._loaded[1]
+
+    def __sklearn_clone__(self) -> Self:
+        # A deep copy, as of other parameters, would put one more model into memory for each fold.
+        return type(self)(**self.get_params(deep=False))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_loaded"}
+
+
+def _column(found: Any) -> list[str]:
+    """Returns sequences as a list; raises ValueError for what is no column of usable ones."""
+    # An object without an order of its own, such as a set or a dictionary, has no axis for NumPy; neither has a str.
+    column = np.asarray(found, dtype=object)
+    if column.ndim == 2 and column.shape[1] == 1:
+        column = column[:, 0]
+    if column.ndim != 1:
+        raise ValueError(
+            f"X: expected a list or a column of sequences, got {_named(found, column)}; put a single one into a list"
+        )
+    for number, sequence in enumerate(column):
+        if not isinstance(sequence, str):
+            raise ValueError(f"X[{number}]: expected a sequence as str, got {type(sequence).__name__}")
+        try:
+            residues, _ = vocabulary.clean(sequence.encode())
+        except ValueError as error:
+            raise ValueError(f"X[{number}]: {error}") from None
+        if not residues:
+            raise ValueError(f"X[{number}]: expected at least one residue, got none")
+    return list(column)
+
+
+def _named(found: object, column: np.ndarray) -> str:
+    name = type(found).__name__
+    return f"{name} of shape {column.shape}" if column.ndim else name
