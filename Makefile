@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python scripts/bench/attention.py
 	$(BIN)/python scripts/bench/prep.py
 	$(BIN)/python scripts/bench/train_step.py
+	$(BIN)/python scripts/bench/embed.py
 
 # The four commands on real proteins: make demo FASTA=my.fasta runs them on yours.
 FASTA ?= data/trembl_sample.fasta.gz

@@ -13,6 +13,7 @@ from protlm.model.convolution import SegmentConvolution
 from protlm.model.positions import rotate
 from protlm.model.qk_norm import normalise, normalise_and_rotate
 from protlm.model.segments import Segments
+from protlm.model.stretches import in_stretches
 from protlm.ops import draw_projection, favor_attention, oprf_parameter
 
 _INITIAL_TEMPERATURE = 0.75
@@ -83,7 +84,7 @@ class SelfAttention(nn.Module):
                 causal=self.causal,
                 oprf_a=self.fixed_oprf_a(),
             )
-        result: Tensor = self.output(out.squeeze(0).transpose(0, 1).flatten(1))
+        (result,) = in_stretches(lambda out: (self.output(out),), out.squeeze(0).transpose(0, 1).flatten(1))
         return result
 
     def queries_keys_values(
@@ -94,12 +95,12 @@ class SelfAttention(nn.Module):
         Float[Tensor, "length heads head_dim"],
     ]:
         """Returns q, k and v as the attention takes them."""
-        parts = [self.query(x), self.key(x), self.value(x)]
-        if self.convolution is not None:
-            parts = self.convolution(parts, segments)
-        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in parts)
-        # Back to the dtype of v, which autocast may have made shorter.
-        q, k = (self._prepare(y, rotary).to(v.dtype) for y in (q, k))
+        angles = rotary or ()
+        if self.convolution is None:
+            q, k, v = in_stretches(lambda x, *angles: self._prepared(*self._projected(x), *angles), x, *angles)
+        else:
+            parts = self.convolution(in_stretches(self._projected, x), segments)
+            q, k, v = in_stretches(self._prepared, *parts, *angles)
         if self.rescale_qk:
             q, k = rescale(q, k, segments)
         return q, k, v
@@ -119,6 +120,16 @@ class SelfAttention(nn.Module):
     def _temperature(self) -> Tensor | None:
         """Returns τ of every head."""
         return None if self.temperature_logit is None else self.max_temperature * torch.sigmoid(self.temperature_logit)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query(x), self.key(x), self.value(x)
+
+    def _prepared(self, q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the heads of q, k and v, q and k normalised and turned; each token is treated by itself."""
+        q, k, v = (y.view(-1, self.num_heads, self.head_dim) for y in (q, k, v))
+        rotary = (angles[0], angles[1]) if angles else None
+        # Back to the dtype of v, which autocast may have made shorter.
+        return self._prepare(q, rotary).to(v.dtype), self._prepare(k, rotary).to(v.dtype), v
 
     def _prepare(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.temperature_logit is None:
@@ -154,4 +165,5 @@ def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal
         for start, stop in pairwise(segments.cpu_bounds.tolist())
         if stop > start
     ]
-    return torch.cat(outs, dim=2)
+    # Joined as they lie in memory, tokens first.
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)

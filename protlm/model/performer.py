@@ -14,6 +14,7 @@ from protlm.model.attention import SelfAttention
 from protlm.model.feed_forward import activate_and_project
 from protlm.model.positions import rotary_angles, sinusoids
 from protlm.model.segments import Segments
+from protlm.model.stretches import in_stretches
 from protlm.vocabulary import PAD, VOCABULARY_SIZE
 
 _EMBEDDING_SCALE = 0.02
@@ -43,11 +44,15 @@ class EncoderLayer(nn.Module):
         """Returns the residual stream after this layer."""
         if self.is_pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), segments, rotary))
-            x = x + self.dropout(self._feed_forward(self.ffn_norm(x)))
         else:
             x = self.attention_norm(x + self.dropout(self.attention(x, segments, rotary)))
-            x = self.ffn_norm(x + self.dropout(self._feed_forward(x)))
+        (x,) = in_stretches(self._with_feed_forward, x)
         return x
+
+    def _with_feed_forward(self, x: Tensor) -> tuple[Tensor]:
+        if self.is_pre_norm:
+            return (x + self.dropout(self._feed_forward(self.ffn_norm(x))),)
+        return (self.ffn_norm(x + self.dropout(self._feed_forward(x))),)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         gate = None if self.ffn_gate is None else self.ffn_gate(x)

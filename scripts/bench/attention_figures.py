@@ -138,7 +138,7 @@ def _shares(times: Times, length: int) -> list[Figure]:
         for what, products in MULTIPLIES.items():
             work = HEADS * products * length * FEATURES * HEAD_DIM / GEMM_SIZE**3
             told.append(
-                _compare(
+                compare(
                     f"share of the GEMM rate ({GEMM_SIZE}² matrices), {name}", f"L {length} {what}",
                     times[GEMM][FORWARD], times[name][what], 100 * work, "%",
                 )
@@ -177,14 +177,15 @@ def _slopes(times: Times) -> list[Figure]:
 def _ratios(measured: str, where: str, times: Times, above: str, below: str) -> list[Figure]:
     """Returns the ratio of two times in each pass."""
     return [
-        _compare(measured, f"{where} {what}", times[above][what], times[below][what], 1.0, "×")
+        compare(measured, f"{where} {what}", times[above][what], times[below][what], 1.0, "×")
         for what in (FORWARD, BOTH)
     ]
 
 
-def _compare(
+def compare(
     measured: str, where: str, above: Sequence[float], below: Sequence[float], factor: float, unit: str
 ) -> Figure:
+    """Returns factor · the ratio of two times, with the medians as a note."""
     medians = statistics.median(above), statistics.median(below)
     of_repeats = [factor * a / b for a, b in zip(above, below, strict=True)]
     note = f"medians {medians[0] * 1e3:.4g} and {medians[1] * 1e3:.4g} ms"

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from scripts.bench.attention_implementations import (
     timed,
     using_threads,
 )
-from scripts.report.cost import RETURN_FREED_MEMORY, ROOT, STATUS, WARM_UP_LENGTH
+from scripts.report.cost import RETURN_FREED_MEMORY, ROOT, WARM_UP_LENGTH, reset_peak, status_bytes
 
 SAMPLE = ROOT / "data" / "trembl_sample.fasta.gz"
 PEER_MAX_LENGTH = 8192
@@ -116,16 +115,10 @@ def _peak_bytes_here(attention: Attention, length: int) -> int:
     """Returns the peak of one call in this process; a short call before it pays what libraries allocate once."""
     draw_inputs(WARM_UP_LENGTH).backward(attention)
     inputs = draw_inputs(length)
-    before = _resident_bytes("VmRSS")
-    # 5 resets the peak to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = status_bytes("VmRSS")
+    reset_peak()
     outputs = inputs.backward(attention)
-    return _resident_bytes("VmHWM") - before - sum(output.nbytes for output in outputs)
-
-
-def _resident_bytes(field: str) -> int:
-    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
-    return int(fields[field].split()[0]) * 1024
+    return status_bytes("VmHWM") - before - sum(output.nbytes for output in outputs)
 
 
 def run(job: Mapping[str, Any]) -> Any:

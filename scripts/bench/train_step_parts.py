@@ -27,7 +27,7 @@ from protlm.data.mixture import Mixture
 from scripts.bench.attention_implementations import Times, take_turns
 from scripts.bench.attention_parts import TUNED_MALLOC
 from scripts.bench.train_step_models import PROTLM, Learner, Sizes, Task, build, draw_task
-from scripts.report.cost import RETURN_FREED_MEMORY, ROOT, STATUS, WARM_UP_LENGTH
+from scripts.report.cost import RETURN_FREED_MEMORY, ROOT, WARM_UP_LENGTH, reset_peak, status_bytes
 
 STEP = "step"
 """What is timed: forward, loss, backward and update."""
@@ -112,21 +112,15 @@ def _peak_bytes_here(name: str, sizes: Sizes, length: int) -> dict[str, int]:
     build(name, replace(sizes, num_layers=1), short).step(draw_task(1, short))
     gc.collect()
     task = draw_task(1, length)
-    empty = _resident_bytes("VmRSS")
+    empty = status_bytes("VmRSS")
     learner = build(name, sizes, length)
     # The first update makes the state of the optimizer.
     learner.step(draw_task(1, short))
-    before = _resident_bytes("VmRSS")
-    # 5 resets the peak to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = status_bytes("VmRSS")
+    reset_peak()
     learner.step(task)
-    peak = _resident_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     return {"whole": peak - empty, "above": peak - before}
-
-
-def _resident_bytes(field: str) -> int:
-    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
-    return int(fields[field].split()[0]) * 1024
 
 
 def main() -> None:

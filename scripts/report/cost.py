@@ -111,14 +111,19 @@ def peak_bytes_here(case: Case, length: int) -> int:
     """Returns the peak of one call in this process; a short call before it pays what libraries allocate once."""
     prepare(case, WARM_UP_LENGTH)()
     call = prepare(case, length)
-    before = _status_bytes("VmRSS")
-    # 5 resets the peak to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = status_bytes("VmRSS")
+    reset_peak()
     outputs = call()
-    return _status_bytes("VmHWM") - before - sum(output.nbytes for output in outputs)
+    return status_bytes("VmHWM") - before - sum(output.nbytes for output in outputs)
 
 
-def _status_bytes(field: str) -> int:
+def reset_peak() -> None:
+    """Makes what is resident now the peak of this process."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status_bytes(field: str) -> int:
+    """Returns a size that Linux tells of this process: `VmRSS` is what is resident, `VmHWM` its peak."""
     for line in STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

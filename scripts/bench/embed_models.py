@@ -1,0 +1,165 @@
+"""What the embedding benchmark compares: hides how each model is built and gets the hidden states of proteins."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
+from protlm.data.batches import pack_row
+from protlm.model.performer import Performer
+from protlm.vocabulary import CLS, EOS, MASK, PAD, RESIDUES, VOCABULARY_SIZE, encode
+from protlm.workflows.checkpoint import ModelDescription, save_model
+from scripts.bench.train_step_models import Sizes
+
+EXACT, FAVOR = "protlm, exact", "protlm, FAVOR"
+ESM_PEER, FAIR_PEER = "transformers EsmModel (SDPA), one by one", "fair-esm, as its extract.py"
+PEER_MODULES = {ESM_PEER: "transformers", FAIR_PEER: "esm"}
+FAIR_TOKENS = 4096
+"""What extract.py gives a batch by default."""
+FAIR_MAX_RESIDUES = 1022
+"""Where extract.py cuts a protein by default."""
+
+
+class Embedder(Protocol):
+    """A model that computes the last hidden states of proteins in its own best way."""
+
+    def __call__(self, sequences: Sequence[str]) -> Iterator[Tensor]:
+        """Yields hidden states of every token, (…, model_dim); none is kept."""
+        ...
+
+
+def why_missing(name: str) -> str:
+    """Returns why a model cannot take part; empty if it can."""
+    if name not in PEER_MODULES:
+        return ""
+    try:
+        # Their imports use what Python and torch have deprecated.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = importlib.import_module(PEER_MODULES[name])
+    except ImportError as error:
+        return f"it needs {PEER_MODULES[name]}: {error}"
+    if name == FAIR_PEER and not hasattr(module, "ESM2"):
+        return "it needs fair-esm, and another package is called esm here"
+    return ""
+
+
+def build(name: str, sizes: Sizes, tokens_per_batch: int) -> Embedder:
+    """Returns a freshly drawn model."""
+    if name == ESM_PEER:
+        return _transformers_esm(sizes)
+    if name == FAIR_PEER:
+        return _fair_esm(sizes)
+    return _Packed(performer(sizes, "softmax" if name == EXACT else "positive"), tokens_per_batch)
+
+
+def performer(sizes: Sizes, attention: Any) -> Performer:
+    """Returns a model of the shape of ESM-2: rotary positions, no convolution, no qk_norm."""
+    model = Performer(
+        ModelConfig(
+            num_layers=sizes.num_layers, model_dim=sizes.model_dim, num_heads=sizes.num_heads, ffn_dim=sizes.ffn_dim,
+            num_features=sizes.num_features, attention=attention, projection="orthogonal", positions="rotary",
+            qk_norm=False, conv_width=0, dropout=0.0,
+        )
+    )  # fmt: skip
+    model.reset(seed=0)
+    return model.eval()
+
+
+def save(model: Performer, folder: Path) -> None:
+    """Writes the model directory of a model that was never trained."""
+    description = ModelDescription(
+        model=model.config, mask_rate=0.15, redraw_every_steps=0, seed=0, step=0,
+        residue_counts=dict.fromkeys(RESIDUES, 0), dataset_hash="",
+    )  # fmt: skip
+    save_model(folder, model, description)
+
+
+def check(embedders: dict[str, Embedder], sequences: Sequence[str], model_dim: int) -> None:
+    """Ends the program unless each model gives finite hidden states of every residue."""
+    for name, embed in embedders.items():
+        states = [state.reshape(-1, model_dim) for state in embed(sequences)]
+        num_tokens, expected = sum(map(len, states)), sum(len(sequence) for sequence in sequences)
+        if num_tokens < expected or not all(bool(state.isfinite().all()) for state in states):
+            sys.exit(f"error: {name}: expected finite hidden states of {expected} residues and more, got {num_tokens} "
+                     "or some that are not finite; nothing is timed")  # fmt: skip
+
+
+class _Packed:
+    """protlm: proteins by length, back to back in rows."""
+
+    def __init__(self, model: Performer, tokens_per_batch: int) -> None:
+        self._model, self._tokens_per_batch = model, tokens_per_batch
+
+    def __call__(self, sequences: Sequence[str]) -> Iterator[Tensor]:
+        last = self._model.config.num_layers
+        for row in self._rows(sequences):
+            with torch.inference_mode():
+                yield self._model.hidden_states(*pack_row(row), (last,))[last]
+
+    def _rows(self, sequences: Sequence[str]) -> Iterator[list[np.ndarray]]:
+        row: list[np.ndarray] = []
+        free = self._tokens_per_batch
+        for protein in (encode(sequence.encode()) for sequence in sorted(sequences, key=len)):
+            size = len(protein) + SPECIAL_TOKENS_PER_SEGMENT
+            if row and size > free:
+                yield row
+                row, free = [], self._tokens_per_batch
+            row.append(protein)
+            free -= size
+        yield row
+
+
+def _transformers_esm(sizes: Sizes) -> Embedder:
+    """Returns ESM-2 as transformers has it; one protein at a time has no padding, its fastest way on a CPU."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")
+        from transformers import EsmConfig, EsmModel
+
+        torch.manual_seed(0)
+        config = EsmConfig(
+            vocab_size=VOCABULARY_SIZE, mask_token_id=MASK, pad_token_id=PAD, hidden_size=sizes.model_dim,
+            num_hidden_layers=sizes.num_layers, num_attention_heads=sizes.num_heads, intermediate_size=sizes.ffn_dim,
+            position_embedding_type="rotary", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            attn_implementation="sdpa", layer_norm_eps=1e-5,
+        )  # fmt: skip
+        model = EsmModel(config, add_pooling_layer=False).eval()
+
+    def embed(sequences: Sequence[str]) -> Iterator[Tensor]:
+        for sequence in sequences:
+            tokens = torch.tensor([[CLS, *encode(sequence.encode()).tolist(), EOS]])
+            with torch.inference_mode():
+                yield model(input_ids=tokens).last_hidden_state
+
+    return embed
+
+
+def _fair_esm(sizes: Sizes) -> Embedder:
+    """Returns fair-esm's model, given batches as its scripts/extract.py makes them: padded, no contacts by default."""
+    if sizes.ffn_dim != 4 * sizes.model_dim:
+        raise ValueError(f"ffn_dim: expected {4 * sizes.model_dim}, which fair-esm has, got {sizes.ffn_dim}")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")
+        from esm import ESM2, FastaBatchedDataset
+
+        torch.manual_seed(0)
+        model = ESM2(sizes.num_layers, sizes.model_dim, sizes.num_heads).eval()
+
+    def embed(sequences: Sequence[str]) -> Iterator[Tensor]:
+        dataset = FastaBatchedDataset([str(index) for index in range(len(sequences))], sequences)
+        convert = model.alphabet.get_batch_converter(FAIR_MAX_RESIDUES)
+        for indices in dataset.get_batch_indices(FAIR_TOKENS, extra_toks_per_seq=1):
+            _, _, tokens = convert([dataset[index] for index in indices])
+            # As the script: no_grad, where inference_mode would be a little faster.
+            with torch.no_grad():
+                out = model(tokens, repr_layers=[sizes.num_layers], return_contacts=False)
+            yield out["representations"][sizes.num_layers]
+
+    return embed
