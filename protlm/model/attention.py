@@ -1,6 +1,7 @@
 """Self-attention over packed rows: hides which kind of attention is used, and how q and k are kept in its range."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -48,6 +49,12 @@ class SelfAttention(nn.Module):
         shape = (config.num_heads, config.num_features, config.head_dim)
         self.projection: Tensor | None
         self.register_buffer("projection", torch.empty(shape) if config.has_projection else None)
+        self._uncompiled: Callable[..., Tensor] | None = None
+
+    def prepare_compile(self) -> None:
+        """Leaves exact attention to Python: how many segments there are shows in the number of its calls."""
+        # Here and not as a decorator, which would have everyone wait for the compiler to be imported.
+        self._uncompiled = torch.compiler.disable(_exact_attention)  # type: ignore[no-untyped-call]
 
     def reset(self, generator: torch.Generator) -> None:
         """Sets what is no weight of a linear layer, and draws the projection."""
@@ -72,7 +79,8 @@ class SelfAttention(nn.Module):
         """Returns the attention's output for one packed row; without `rotary` q and k are not turned."""
         q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in self.queries_keys_values(x, segments, rotary))
         if self.kind == "softmax":
-            out = _exact_attention(q, k, v, segments, self.causal)
+            exact_attention = self._uncompiled or _exact_attention
+            out = exact_attention(q, k, v, segments, self.causal)
         else:
             out = favor_attention(
                 q,
@@ -156,8 +164,6 @@ def rescale(
     return (q * psi).to(q.dtype), (k / psi).to(k.dtype)
 
 
-# How many segments there are shows in the number of calls, so a compiled layer leaves them to Python.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """Returns softmax attention, one segment at a time: never a (length, length) mask over the row."""
     outs = [

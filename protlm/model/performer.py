@@ -127,6 +127,7 @@ class Performer(nn.Module):
     def compile_layers(self) -> None:
         """Has torch.compile replace each encoder layer's forward, once for rows of all lengths; no name changes."""
         for layer in self._encoder_layers():
+            layer.attention.prepare_compile()
             layer.compile(dynamic=True)
 
     def hidden_states(
