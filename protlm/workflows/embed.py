@@ -152,7 +152,7 @@ def _compute(
 
         compute_on_devices(folder, model, settings, request.devices, start_progress)
         return
-    rows = PartRows(plan, proteins, [part for part in range(plan.num_parts) if not folder.part_is_finished(part)])
+    rows = PartRows(plan, proteins, folder.unfinished_parts(plan.num_parts))
     progress = None if start_progress is None else start_progress("embed", rows.num_residues)
     embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
     with closing(PartWriter(folder, proteins, plan, settings, progress)) as writer:

@@ -4,7 +4,6 @@ Each process computes every n-th of the parts that are not finished and writes t
 together. With several machines the folder must lie where all of them can reach it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,12 +14,11 @@ from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.devices import Devices, OtherProcessError, is_lost_peer, process_rank, quiet_lightning
 from protlm.workflows.embed_folder import EmbedFolder
+from protlm.workflows.embed_inputs import StartProgress
 from protlm.workflows.embed_parts import PartRow, PartRows, PartWriter
 from protlm.workflows.embed_plan import Plan
 from protlm.workflows.embed_settings import EmbedSettings
 from protlm.workflows.row_embeddings import RowEmbedder, Sums
-
-StartProgress = Callable[[str, int], Callable[[int], object]]
 
 
 def compute_on_devices(
@@ -94,13 +92,14 @@ class _Embedding(pl.LightningModule):
         self.trainer.strategy.barrier()
         proteins = open_proteins(self._folder.proteins_path)
         plan = Plan.of(proteins, self._settings)
-        waiting = [part for part in range(plan.num_parts) if not self._folder.part_is_finished(part)]
+        waiting = self._folder.unfinished_parts(plan.num_parts)
         # No process may finish a part before all have seen what is finished.
         self.trainer.strategy.barrier()
         rows = PartRows(plan, proteins, waiting[self.global_rank :: self.trainer.world_size])
         progress = None if self._start_progress is None else self._start_progress("embed", rows.num_residues)
         self._writer = PartWriter(self._folder, proteins, plan, self._settings, progress)
-        return DataLoader(_Rows(rows), batch_size=None)
+        # As they are: by default arrays would become tensors.
+        return DataLoader(_Rows(rows), batch_size=None, collate_fn=lambda row: row)
 
     def predict_step(self, row: PartRow, index: int) -> list[Sums | None]:
         """Returns what a row gives."""

@@ -44,9 +44,10 @@ class EmbedFolder:
         """Returns where a finished part lies: embeddings in protlm's own layout."""
         return self.path / "parts" / f"{part:06d}.h5"
 
-    def part_is_finished(self, part: int) -> bool:
-        """Says whether a part was computed."""
-        return part < self.num_assembled or self.part_path(part).exists()
+    def unfinished_parts(self, num_parts: int) -> list[int]:
+        """Returns the parts that were not computed yet."""
+        there = {path.name for path in (self.path / "parts").iterdir()}
+        return [part for part in range(self.num_assembled, num_parts) if self.part_path(part).name not in there]
 
     @property
     def num_assembled(self) -> int:

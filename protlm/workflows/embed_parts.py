@@ -129,7 +129,6 @@ class PartWriter:
             try:
                 for index, found in enumerate(embeddings.values()):
                     writer.write(index, found)
-                writer.flush()
                 writer.close()
             except BaseException:
                 writer.discard()

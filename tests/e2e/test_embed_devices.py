@@ -1,13 +1,16 @@
 """Several processes embed what one does. They run on the CPU, each with a Lightning of its own."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from protlm.cli.app import main
 from tests.e2e.train_tools import finish, start
 
-OPTIONS = ["--tokens-per-batch", 200, "--include", "per-residue", "--include", "mean"]
+OPTIONS = ["--tokens-per-batch", 100, "--include", "per-residue", "--include", "mean"]
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +35,41 @@ def test_two_processes_give_the_bytes_of_one(run_dir, fasta, one_process, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["e.h5"]
 
 
-def test_what_goes_wrong_is_told_once_and_the_rest_is_kept(run_dir, fasta, one_process, tmp_path):
-    out = tmp_path / "e.h5"
-    # A folder where a part of the second process should be.
-    (tmp_path / "e.h5.partial").mkdir()
-    status, _, errors = finish(embed_on_two(run_dir, fasta, out))
-    assert status == 1
-    assert errors.count("error: ") == errors.count("\n") == 1, errors
-    (tmp_path / "e.h5.partial").rmdir()
-    status, _, errors = finish(embed_on_two(run_dir, fasta, out))
+# Lightning starts the other processes with the same script.
+FULL_DISK = """
+import os, sys
+from protlm.cli.app import main
+from protlm.workflows import embed_parts
+
+def full(*_):
+    raise OSError(28, "No space left on device", "a disk")
+
+if os.environ.get("LOCAL_RANK", "0") == os.environ["WITH_FULL_DISK"]:
+    embed_parts.PartWriter._write = full
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(rank, run_dir, fasta, one_process, tmp_path):
+    script, out = tmp_path / "full_disk.py", tmp_path / "out" / "e.h5"
+    script.write_text(FULL_DISK)
+    words = map(str, ["embed", run_dir, fasta, "--out", out, "--devices", 2, *OPTIONS])
+    process = subprocess.Popen(
+        [sys.executable, script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "WITH_FULL_DISK": str(rank)},
+    )  # fmt: skip
+    status, shown, errors = finish(process)
+    assert (status, shown) == (1, "")
+    lines = errors.splitlines()
+    assert all(line.startswith("error: ") for line in lines), errors
+    # Who fails says what is wrong; another one may say that somebody failed.
+    assert 1 <= len(lines) <= 2
+    assert "No space left on device" in errors
+    status, _, errors = finish(embed_on_two(run_dir, fasta, out, "--resume"))
     assert status == 0, errors
     assert out.read_bytes() == one_process
+    assert [path.name for path in out.parent.iterdir()] == ["e.h5"]
 
 
 def test_a_second_process_alone_makes_nothing(run_dir, fasta, tmp_path, monkeypatch):
