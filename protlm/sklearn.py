@@ -32,7 +32,8 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         model: A model directory, a run of `protlm train`, or what `protlm.load_model` returned.
         kind: `mean` over the residues, or `cls`.
         layer: 0 is the embedding, -1 the last layer.
-        tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own.
+        tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None for what
+            suits the device.
 
     Attributes:
         n_features_out_: Width of a vector.
@@ -47,7 +48,7 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         *,
         kind: Literal["mean", "cls"] = "mean",
         layer: int = -1,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int | None = None,
     ) -> None:
         self.model = model
         self.kind = kind

@@ -75,7 +75,9 @@ def embed_command(
     dtype: Precision | None = typer.Option(
         None, "--dtype", help="Type of the stored numbers; default: float32, and float16 for the layout uniprot."
     ),
-    tokens_per_batch: int = typer.Option(8192, "--tokens-per-batch", min=3, help="Budget of one forward pass."),
+    tokens_per_batch: int | None = typer.Option(
+        None, "--tokens-per-batch", min=3, help="Budget of one forward pass; default: what suits the device."
+    ),
     window: int | None = typer.Option(
         None, "--window", min=2, help="Compute longer proteins in overlapping windows of so many residues."
     ),

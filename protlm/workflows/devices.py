@@ -93,6 +93,14 @@ def quiet_lightning() -> Iterator[None]:
         yield
 
 
+def default_tokens_per_batch() -> int:
+    """Returns the budget of one forward pass without gradients that suits the device.
+
+    A CPU is fastest while a row and what is made of it stay in its cache; a GPU wants more to do at once.
+    """
+    return 8192 if best_device().type == "cuda" else 2048
+
+
 def best_device() -> torch.device:
     """Returns the first CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

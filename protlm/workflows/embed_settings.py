@@ -11,7 +11,7 @@ from protlm.data.records import OnBadRecord
 from protlm.errors import ProtlmError
 from protlm.vocabulary import VOCABULARY_SIZE
 from protlm.workflows.checkpoint import ModelDescription
-from protlm.workflows.devices import Devices
+from protlm.workflows.devices import Devices, default_tokens_per_batch
 from protlm.workflows.long_proteins import Cut
 
 LayoutName = Literal["protlm", "uniprot", "bio-embeddings", "esm", "npz", "parquet", "npy"]
@@ -37,7 +37,8 @@ class EmbedRequest:
         layers: 0 is the embedding, -1 the last layer.
         layout: How embeddings lie in the output.
         dtype: Of the stored numbers; None for what the layout is known for.
-        tokens_per_batch: Budget of one forward pass; a longer protein or window has a pass of its own.
+        tokens_per_batch: Budget of one forward pass; a longer protein or window has a pass of its own. None for what
+            suits the device.
         window: Compute longer proteins in overlapping windows of so many residues.
         truncate: Embed only the first residues of longer proteins.
         on_bad_record: Stop at a bad record, or skip and count it.
@@ -54,7 +55,7 @@ class EmbedRequest:
     layers: Sequence[int] = (-1,)
     layout: LayoutName = "protlm"
     dtype: Dtype | None = None
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int | None = None
     window: int | None = None
     truncate: int | None = None
     on_bad_record: OnBadRecord = "error"
@@ -141,9 +142,9 @@ def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSe
     for name, size in (("--window", cut.window), ("--truncate", cut.truncate)):
         if size is not None and limit is not None and size > limit:
             raise ProtlmError(f"{request.model}: the positions of this model reach {limit:,} residues; lower {name}")
+    tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()
     return EmbedSettings(
-        layout, kinds, layers, dtype, request.tokens_per_batch, cut, description.model.model_dim, last,
-        description.weights_hash,
+        layout, kinds, layers, dtype, tokens_per_batch, cut, description.model.model_dim, last, description.weights_hash
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.embeddings import KINDS, Kind
 from protlm.model.performer import Performer
 from protlm.workflows.checkpoint import ModelDescription, read_model
-from protlm.workflows.devices import best_device
+from protlm.workflows.devices import best_device, default_tokens_per_batch
 from protlm.workflows.embed_settings import absolute_layer
 from protlm.workflows.row_embeddings import RowEmbedder, merged
 
@@ -42,7 +42,7 @@ class ProteinModel:
         include: Sequence[Kind] = ("mean",),
         *,
         layer: int = -1,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Returns an iterator over the embeddings of each sequence, in order, as float32.
 
@@ -53,7 +53,8 @@ class ProteinModel:
             include: `mean` over the residues (dim,), `per-residue` (num_residues, dim), `cls` (dim,), `logits`
                 (num_residues, 33), which are those of the last layer whatever `layer` is.
             layer: 0 is the embedding, -1 the last layer.
-            tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own.
+            tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None for what suits
+                the device.
 
         Raises:
             ValueError: An unknown kind or layer, an empty sequence or a letter that stands for no residue.
@@ -64,7 +65,7 @@ class ProteinModel:
         proteins = _tokens(sequences, tokens_per_batch)
         return self._computed(proteins, tuple(dict.fromkeys(include)), number, tokens_per_batch)
 
-    def logits(self, sequences: Iterable[str], *, tokens_per_batch: int = 8192) -> Iterator[np.ndarray]:
+    def logits(self, sequences: Iterable[str], *, tokens_per_batch: int | None = None) -> Iterator[np.ndarray]:
         """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), nothing masked.
 
         Raises:
@@ -75,10 +76,10 @@ class ProteinModel:
         return (embeddings["logits"] for embeddings in found)
 
     def _computed(
-        self, proteins: Iterable[np.ndarray], kinds: Sequence[Kind], layer: int, tokens_per_batch: int
+        self, proteins: Iterable[np.ndarray], kinds: Sequence[Kind], layer: int, tokens_per_batch: int | None
     ) -> Iterator[dict[str, np.ndarray]]:
         embedder = RowEmbedder(self._model, kinds, (layer,))
-        for row in _rows(proteins, tokens_per_batch):
+        for row in _rows(proteins, tokens_per_batch or default_tokens_per_batch()):
             for protein, sums in zip(row, embedder(row), strict=True):
                 # Copies, so that a kept vector does not keep the whole row in memory.
                 yield {kind: array.copy() for (kind, _), array in merged([sums], len(protein)).items()}
@@ -97,11 +98,11 @@ def load_model(path: str | Path) -> ProteinModel:
     return ProteinModel(model.to(best_device()), description)
 
 
-def _tokens(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[np.ndarray]:
+def _tokens(sequences: Iterable[str], tokens_per_batch: int | None) -> Iterator[np.ndarray]:
     """Returns an iterator over the tokens of each sequence; checks at once what does not need the sequences."""
     if isinstance(sequences, str):
         raise ValueError("sequences: expected several, such as a list, got a single str; put it into a list")
-    if tokens_per_batch < 1:
+    if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
     return map(_encode, sequences)
 

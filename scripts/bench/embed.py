@@ -132,7 +132,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--long-fasta", type=Path, metavar="FASTA", help="where the protein of long and memory is")
     parser.add_argument("--long-id", default="Q8WZ42", help="its id; human titin")
     parser.add_argument("--growth", type=int, nargs=2, default=[10_000, 40_000], metavar="N", help="proteins of growth")
-    parser.add_argument("--tokens-per-batch", type=int, default=8192)
+    parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--model-dim", type=int, default=320)
     parser.add_argument("--heads", type=int, default=20)
