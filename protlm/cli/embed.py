@@ -8,6 +8,7 @@ import typer
 
 from protlm.cli import output
 from protlm.cli.progress import Bars
+from protlm.data.records import shown
 from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
@@ -166,9 +167,9 @@ def _tell(report: "EmbedReport", as_json: bool) -> None:
         )
         print(f"embeddings  {', '.join(map(str, (report.out, *report.files)))}")
         for found in report.skipped:
-            print(f"left out    {found.id}, {found.num_residues:,} residues: did not fit into memory")
+            print(f"left out    {shown(found.id)}, {found.num_residues:,} residues: did not fit into memory")
     if report.skipped:
-        listed = ", ".join(f"{found.id[:80]} ({found.num_residues:,})" for found in report.skipped[:_SHOWN_SKIPPED])
+        listed = ", ".join(f"{shown(found.id)} ({found.num_residues:,})" for found in report.skipped[:_SHOWN_SKIPPED])
         listed += ", …" if len(report.skipped) > _SHOWN_SKIPPED else ""
         raise ProtlmError(
             f"{len(report.skipped):,} proteins did not fit into memory and are not in {report.out}: {listed}; "

@@ -4,8 +4,11 @@ The files may come from anyone: a column is mapped only after its place, type an
 """
 
 import contextlib
+import errno
 import itertools
 import mmap
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +31,26 @@ Scalar = TypeVar("Scalar", str, int)
 
 
 @contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Turns what HDF5 says when the disk is full, or fails otherwise, into the system's own error."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        found = re.search(r"errno = (\d+)", str(error))
+        if found is None and isinstance(error, OSError):
+            raise
+        number = int(found[1]) if found is not None else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextlib.contextmanager
 def create_columns(path: Path) -> Iterator[h5py.File]:
     """Opens a new HDF5 file whose columns will be aligned; equal content gives equal bytes.
 
     Args:
         path: The file, which must not exist.
     """
-    with h5py.File(path, "x", alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES) as file:
+    with system_errors(path), h5py.File(path, "x", alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES) as file:
         yield file
 
 
@@ -264,6 +280,8 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such file") from error
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
         # What h5py makes of a damaged file is any of these.
         reason = str(error).strip("'\" \n").split("\n")[0]
         raise ShardError(f"{path}: not a readable HDF5 file: {reason}") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def left_overs(path: Path) -> list[Path]:
+    """Returns what killed processes left under the names that `partial_path` gives for a path."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}")
+    return [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)]
 
 
 def partial_path(path: Path) -> Path:

@@ -175,7 +175,9 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
             model = Performer(description.model)
         tensors = load(weights)
     except (SafetensorError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"{weights_path}: does not hold this model: {str(error)[:200]}") from None
+        raise CheckpointError(
+            f"{weights_path}: does not hold this model: {str(error)[:200] or 'not enough memory'}"
+        ) from None
     _check_tensors(weights_path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     return model.eval(), description

@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 
 from protlm.data.embeddings import Dtype
-from protlm.data.protein_store import ProteinStore, write_proteins
+from protlm.data.protein_store import ProteinStore
 from protlm.data.records import shown
 from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.checkpoint import ModelDescription, read_model
 from protlm.workflows.devices import OtherProcessError, best_device, process_rank
-from protlm.workflows.embed_assembly import assemble
+from protlm.workflows.embed_assembly import assemble, can_go_on, is_kept
 from protlm.workflows.embed_folder import EmbedFolder, check_replaceable, open_embed_folder
-from protlm.workflows.embed_inputs import ProteinInputs, StartProgress
+from protlm.workflows.embed_inputs import ProteinInputs, read_proteins
 from protlm.workflows.embed_parts import PartRows, PartWriter
 from protlm.workflows.embed_plan import Plan
 from protlm.workflows.embed_settings import EmbedRequest, EmbedSettings, settings_of
 from protlm.workflows.long_proteins import Cut
 from protlm.workflows.row_embeddings import RowEmbedder
+from protlm.workflows.stages import StartProgress
 
 
 @dataclass(frozen=True)
@@ -102,30 +103,26 @@ def embed(request: EmbedRequest, start_progress: StartProgress | None = None) ->
         return None
     # Through a link the file it leads to is made or replaced, not the link.
     out = Path(os.path.realpath(request.out))
-    if not (request.resume and EmbedFolder(out).is_finished):
-        check_replaceable(settings.layout, out, force=request.force)
+    if request.resume and EmbedFolder(out).has_lost_output():
+        EmbedFolder(out).forget_output()
+    check_replaceable(EmbedFolder(out), settings.layout, out, force=request.force)
     inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
     folder = open_embed_folder(out, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
     with folder.locked(), folder.kept_or_removed():
-        proteins = folder.keep_proteins(_read(folder, inputs))
+        proteins = folder.keep_proteins(read_proteins(folder.new_proteins_path, inputs))
         check_lengths(proteins, settings.cut, description)
         plan = Plan.of(proteins, settings)
         if not folder.is_finished:
+            folder.drop_unusable(settings.columns)
+            if not can_go_on(folder, proteins, plan, settings):
+                folder.forget_output()
             _compute(folder, proteins, plan, model, settings, request, start_progress)
             progress = None if start_progress is None else start_progress("write", proteins.num_records)
             assemble(folder, proteins, plan, settings, progress)
-        is_kept = ~np.isin(proteins.first, folder.skipped())
+        report = _report(request, settings, proteins, inputs, is_kept(folder, proteins))
         folder.put_in_place(settings.layout)
-        report = _report(request, settings, proteins, inputs, is_kept)
     folder.remove()
     return report
-
-
-def _read(folder: EmbedFolder, inputs: ProteinInputs) -> ProteinStore:
-    proteins = write_proteins(folder.new_proteins_path, inputs)
-    if not proteins.num_records:
-        raise ProtlmError(f"{inputs.names}: no usable record; nothing to embed")
-    return proteins
 
 
 def _join(request: EmbedRequest, model: Performer, settings: EmbedSettings) -> None:
@@ -177,17 +174,17 @@ def check_lengths(proteins: ProteinStore, cut: Cut, description: ModelDescriptio
 
 
 def _report(
-    request: EmbedRequest, settings: EmbedSettings, proteins: ProteinStore, inputs: ProteinInputs, is_kept: np.ndarray
+    request: EmbedRequest, settings: EmbedSettings, proteins: ProteinStore, inputs: ProteinInputs, kept: np.ndarray
 ) -> EmbedReport:
-    lengths, cut = proteins.lengths[is_kept], settings.cut
-    skipped = np.flatnonzero(~is_kept).tolist()
+    lengths, cut = proteins.lengths[kept], settings.cut
+    skipped = np.flatnonzero(~kept).tolist()
     return EmbedReport(
         out=request.out,
         layout=settings.layout.name,
         files=settings.layout.paths(Path(os.path.realpath(request.out)))[1:],
         num_records=len(lengths),
         num_residues=int(cut.kept(lengths).sum()),
-        num_equal=int((proteins.first != np.arange(proteins.num_records))[is_kept].sum()),
+        num_equal=int((proteins.first != np.arange(proteins.num_records))[kept].sum()),
         num_renamed=proteins.num_renamed,
         num_windowed=0 if cut.window is None else int((lengths > cut.window).sum()),
         num_truncated=0 if cut.truncate is None else int((lengths > cut.truncate).sum()),

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import numpy as np
 
 from protlm.data.embeddings import EmbeddingsFile, open_embeddings
-from protlm.data.layouts import Column
+from protlm.data.layouts import Column, Contents
 from protlm.data.protein_store import ProteinStore
+from protlm.errors import ProtlmError, ShardError
 from protlm.workflows.embed_folder import EmbedFolder
 from protlm.workflows.embed_parts import contents_of
 from protlm.workflows.embed_plan import Plan
@@ -20,13 +21,30 @@ from protlm.workflows.embed_settings import EmbedSettings
 _OPEN_PARTS = 8
 
 
+def is_kept(folder: EmbedFolder, proteins: ProteinStore) -> np.ndarray:
+    """Returns whether each record is in the output, bool (records,): all but those that did not fit into memory."""
+    kept: np.ndarray = ~np.isin(proteins.first, folder.skipped())
+    return kept
+
+
+def can_go_on(folder: EmbedFolder, proteins: ProteinStore, plan: Plan, settings: EmbedSettings) -> bool:
+    """Says whether an output that was begun is as it was left; without one there is nothing to go on with."""
+    if not 0 < folder.num_assembled <= plan.num_parts or not settings.layout.can_resume:
+        return False
+    try:
+        settings.layout.open(folder.output_path, _contents(folder, proteins, settings), resume=True).discard()
+    except ShardError:
+        return False
+    return True
+
+
 def assemble(
     folder: EmbedFolder,
     proteins: ProteinStore,
     plan: Plan,
     settings: EmbedSettings,
     progress: Callable[[int], object] | None = None,
-) -> np.ndarray:
+) -> None:
     """Writes the output into the folder.
 
     Args:
@@ -36,19 +54,24 @@ def assemble(
         settings: What is stored, and how.
         progress: Called with the number of records after each part.
 
-    Returns:
-        Whether each record is in the output, bool (records,).
+    Raises:
+        ProtlmError: No protein fitted into memory.
     """
-    is_kept = ~np.isin(proteins.first, folder.skipped())
-    contents = contents_of(proteins, settings, None if is_kept.all() else np.flatnonzero(is_kept))
+    kept = is_kept(folder, proteins)
+    if not kept.any():
+        raise ProtlmError(
+            "no protein fits into memory; lower --tokens-per-batch, or take --window, --truncate, fewer --layers, or a "
+            "machine with more memory, where --resume goes on"
+        )
+    contents = _contents(folder, proteins, settings)
     done = folder.num_assembled if settings.layout.can_resume else 0
     parts, last_use = _Parts(folder, plan, settings), plan.last_use()
-    index = int(np.count_nonzero(is_kept[: plan.bounds[done]]))
+    index = int(np.count_nonzero(kept[: plan.bounds[done]]))
     writer = settings.layout.open(folder.output_path, contents, resume=done > 0)
     try:
         for part in range(done, plan.num_parts):
             for record in plan.records(part):
-                if is_kept[record]:
+                if kept[record]:
                     first = int(proteins.first[record])
                     writer.write(index, parts.embeddings(first, proteins.id(first)))
                     index += 1
@@ -64,7 +87,11 @@ def assemble(
     except BaseException:
         writer.discard()
         raise
-    return is_kept
+
+
+def _contents(folder: EmbedFolder, proteins: ProteinStore, settings: EmbedSettings) -> Contents:
+    kept = is_kept(folder, proteins)
+    return contents_of(proteins, settings, None if kept.all() else np.flatnonzero(kept))
 
 
 class _Parts:

@@ -14,11 +14,11 @@ from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.devices import Devices, OtherProcessError, is_lost_peer, process_rank, quiet_lightning
 from protlm.workflows.embed_folder import EmbedFolder
-from protlm.workflows.embed_inputs import StartProgress
 from protlm.workflows.embed_parts import PartRow, PartRows, PartWriter
 from protlm.workflows.embed_plan import Plan
 from protlm.workflows.embed_settings import EmbedSettings
 from protlm.workflows.row_embeddings import RowEmbedder, Sums
+from protlm.workflows.stages import StartProgress
 
 
 def compute_on_devices(

@@ -11,24 +11,25 @@ from pathlib import Path
 import numpy as np
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.protein_store import ProteinStore, write_proteins
+from protlm.data.protein_store import ProteinStore
 from protlm.errors import ProtlmError
 from protlm.workflows.checkpoint import read_model
 from protlm.workflows.devices import best_device
 from protlm.workflows.embed import check_lengths
-from protlm.workflows.embed_folder import check_replaceable
-from protlm.workflows.embed_inputs import ProteinInputs, StartProgress
+from protlm.workflows.embed_folder import EmbedFolder, check_replaceable, check_start
+from protlm.workflows.embed_inputs import ProteinInputs, read_proteins
 from protlm.workflows.embed_plan import Plan
 from protlm.workflows.embed_settings import EmbedRequest, EmbedSettings, settings_of
 from protlm.workflows.row_embeddings import RowEmbedder
+from protlm.workflows.stages import StartProgress
 
 _QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Of the residues, sorted by the length of their protein: the lengths that are timed."""
 
 _SAMPLE_TOKENS = 4096
 _SAMPLE_SECONDS = 30.0
-_BYTES_PER_RECORD = 64
-"""What the store and the output keep of a protein beside its id, its residues and its embeddings, about."""
+_STORE_BYTES = 64
+"""What the store keeps of a protein beside its id and its residues, about."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class EmbedEstimate:
         out_bytes: Size of the output.
         peak_bytes: Disk that is needed while it is made, the output included.
         free_bytes: Free disk where it would go.
-        seconds: Time on this machine, from the sample; None if nothing could be timed.
-        residues_per_second: Of the sample.
+        seconds: Time on this machine, from a sample; devices are taken to share it evenly.
+        residues_per_second: Residues to compute by that time.
         rejects: Records that cannot be read, by reason.
         left_out: What lies in a named folder and is no protein file.
     """
@@ -73,13 +74,12 @@ def estimate(request: EmbedRequest, start_progress: StartProgress | None = None)
     model, description = read_model(request.model)
     settings = settings_of(request, description)
     out = Path(os.path.realpath(request.out))
-    if not request.resume:
-        check_replaceable(settings.layout, out, force=request.force)
+    folder = EmbedFolder(out)
+    check_replaceable(folder, settings.layout, out, force=request.force)
+    check_start(folder, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
     inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
-    with tempfile.TemporaryDirectory() as folder:
-        proteins = write_proteins(Path(folder) / "proteins", inputs)
-        if not proteins.num_records:
-            raise ProtlmError(f"{inputs.names}: no usable record; nothing to embed")
+    with tempfile.TemporaryDirectory() as temporary:
+        proteins = read_proteins(Path(temporary) / "proteins", inputs)
         check_lengths(proteins, settings.cut, description)
         embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
         return _estimate(request, out, settings, proteins, inputs, embedder)
@@ -100,8 +100,10 @@ def _estimate(
     fixed, growing = _seconds_per_token(embedder, proteins, sizes, settings.tokens_per_batch)
     tokens = sizes + SPECIAL_TOKENS_PER_SEGMENT
     seconds = float((tokens * (fixed + growing * sizes)).sum()) / request.devices.total
-    about = len(proteins.ids.text) + _BYTES_PER_RECORD * proteins.num_records
-    out_bytes = settings.num_bytes(proteins.num_records, num_residues) + about
+    id_bytes = len(proteins.ids.text)
+    store_bytes = id_bytes + _STORE_BYTES * proteins.num_records + int(proteins.lengths.sum())
+    out_bytes = settings.num_bytes(proteins.num_records, num_residues) + id_bytes
+    out_bytes += settings.layout.bytes_per_record * proteins.num_records
     return EmbedEstimate(
         num_records=proteins.num_records,
         num_residues=num_residues,
@@ -109,7 +111,7 @@ def _estimate(
         num_computed_residues=int(sizes.sum()),
         longest=int(proteins.lengths.max()),
         out_bytes=out_bytes,
-        peak_bytes=_peak_bytes(settings, proteins, kept, is_first, out_bytes) + about + num_residues,
+        peak_bytes=_peak_bytes(settings, proteins, kept, is_first, out_bytes) + store_bytes,
         free_bytes=shutil.disk_usage(_existing(out)).free,
         seconds=seconds,
         residues_per_second=int(sizes.sum()) / seconds,
@@ -147,14 +149,20 @@ def _seconds_per_token(
     letters = np.concatenate([proteins.tokens(record) for record in range(min(64, proteins.num_records))])
     seconds, begun = [], time.perf_counter()
     for length in lengths:
-        tokens = max(1, min(tokens_per_batch, _SAMPLE_TOKENS) // (length + SPECIAL_TOKENS_PER_SEGMENT))
-        row = [np.resize(letters, length)] * tokens
-        embedder(row)
+        size = length + SPECIAL_TOKENS_PER_SEGMENT
+        row = [np.resize(letters, length)] * max(1, min(tokens_per_batch, _SAMPLE_TOKENS) // size)
+        cores = [slice(0, length)] * len(row)
+        if None in embedder.or_none(row, cores):
+            break
         start = time.perf_counter()
-        embedder(row)
-        seconds.append((time.perf_counter() - start) / (tokens * (length + SPECIAL_TOKENS_PER_SEGMENT)))
+        list(embedder.or_none(row, cores))
+        seconds.append((time.perf_counter() - start) / (len(row) * size))
         if time.perf_counter() - begun > _SAMPLE_SECONDS:
             break
+    if not seconds:
+        raise ProtlmError(
+            f"proteins of {lengths[0]:,} residues do not fit into memory; take --window, --truncate or fewer --layers"
+        )
     if len(seconds) < 2:
         return float(np.mean(seconds)), 0.0
     growing, fixed = np.polyfit(lengths[: len(seconds)], seconds, 1)

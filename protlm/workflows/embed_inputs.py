@@ -1,20 +1,20 @@
 """Where the proteins to embed come from: protein files as in prep, or a split of a dataset; both are read once."""
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from protlm import vocabulary
 from protlm.data.dataset import is_dataset, open_dataset
+from protlm.data.protein_store import ProteinStore, write_proteins
 from protlm.data.reader import RecordReader
 from protlm.data.records import OnBadRecord
 from protlm.data.sources import STDIN, expand_inputs
 from protlm.errors import ProtlmError
-
-StartProgress = Callable[[str, int], Callable[[int], object]]
-"""Called with a stage and its size; returns what is called with what was done of it."""
+from protlm.workflows.stages import StartProgress
 
 
 class ProteinInputs:
@@ -77,3 +77,16 @@ class ProteinInputs:
         found = dataset.split(split)
         found.open_shards()
         return ((found.id(number), found.tokens(number)) for number in range(found.num_records))
+
+
+def read_proteins(path: Path, inputs: ProteinInputs) -> ProteinStore:
+    """Reads the inputs to their end, into a new store.
+
+    Raises:
+        ProtlmError: A record that cannot be used; no record at all.
+    """
+    proteins = write_proteins(path, inputs)
+    if not proteins.num_records:
+        shutil.rmtree(path)
+        raise ProtlmError(f"{inputs.names}: no usable record; nothing to embed")
+    return proteins

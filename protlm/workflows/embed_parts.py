@@ -118,10 +118,12 @@ class PartWriter:
             # The rows are sorted by length; the windows of a protein belong in their own order.
             parts = sorted(gathered.pop(record), key=lambda found: found[0].start)
             sums = [result for _, result in parts if result is not None]
-            if len(sums) < len(parts):
+            try:
+                if len(sums) < len(parts):
+                    raise MemoryError
+                embeddings[record] = self._check(record, merged(sums, parts[-1][0].core_stop))
+            except MemoryError:
                 skipped.append(record)
-                continue
-            embeddings[record] = self._check(record, merged(sums, parts[-1][0].core_stop))
         self._folder.note_skipped(part, skipped)
         with files.written_whole(self._folder.part_path(part)) as path:
             contents = contents_of(self._proteins, self._settings, np.array(list(embeddings), dtype=np.int64))

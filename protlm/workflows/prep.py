@@ -6,7 +6,7 @@ or the jobs of a cluster, go on from there.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,10 @@ from protlm.workflows.prep_folder import (
 )
 from protlm.workflows.prep_options import PrepUsageError
 from protlm.workflows.prep_reading import LabelFiles, read_source
+from protlm.workflows.stages import StartProgress
 from protlm.workflows.workers import Workers
 
 _MOST_WORKERS = 64
-
-StartProgress = Callable[[str, int], Callable[[int], object]]
-"""Called with the name and the size of a stage; what it returns is called with what is done of it."""
 
 
 @dataclass(frozen=True, slots=True)

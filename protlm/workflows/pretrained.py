@@ -57,12 +57,13 @@ class ProteinModel:
                 the device.
 
         Raises:
-            ValueError: An unknown kind or layer, an empty sequence or a letter that stands for no residue.
+            ValueError: An unknown kind or layer, an empty sequence, a letter that stands for no residue, or a sequence
+                longer than the positions of the model reach.
         """
-        if isinstance(include, str) or not set(include) <= set(KINDS):
+        if isinstance(include, str) or not include or not set(include) <= set(KINDS):
             raise ValueError(f"include: expected some of {', '.join(map(repr, KINDS))}, got {include!r}")
         number = absolute_layer(layer, self.num_layers)
-        proteins = _tokens(sequences, tokens_per_batch)
+        proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
         return self._computed(proteins, tuple(dict.fromkeys(include)), number, tokens_per_batch)
 
     def logits(self, sequences: Iterable[str], *, tokens_per_batch: int | None = None) -> Iterator[np.ndarray]:
@@ -71,7 +72,7 @@ class ProteinModel:
         Raises:
             ValueError: An empty sequence or a letter that stands for no residue.
         """
-        proteins = _tokens(sequences, tokens_per_batch)
+        proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
         found = self._computed(proteins, ("logits",), self.num_layers, tokens_per_batch)
         return (embeddings["logits"] for embeddings in found)
 
@@ -98,19 +99,24 @@ def load_model(path: str | Path) -> ProteinModel:
     return ProteinModel(model.to(best_device()), description)
 
 
-def _tokens(sequences: Iterable[str], tokens_per_batch: int | None) -> Iterator[np.ndarray]:
+def _tokens(sequences: Iterable[str], tokens_per_batch: int | None, max_residues: int | None) -> Iterator[np.ndarray]:
     """Returns an iterator over the tokens of each sequence; checks at once what does not need the sequences."""
     if isinstance(sequences, str):
         raise ValueError("sequences: expected several, such as a list, got a single str; put it into a list")
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
-    return map(_encode, sequences)
+    return (_encode(sequence, max_residues) for sequence in sequences)
 
 
-def _encode(sequence: str) -> np.ndarray:
+def _encode(sequence: str, max_residues: int | None) -> np.ndarray:
     residues, _ = vocabulary.clean(sequence.encode())
     if not residues:
         raise ValueError("sequences: expected at least one residue in each, got an empty one")
+    if max_residues is not None and len(residues) > max_residues:
+        raise ValueError(
+            f"sequences: expected at most {max_residues} residues, which the positions of this model reach, "
+            f"got {len(residues)}"
+        )
     return vocabulary.encode(residues)
 
 

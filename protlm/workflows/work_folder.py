@@ -5,7 +5,6 @@ own folder from one in the way.
 """
 
 import contextlib
-import glob
 import json
 import os
 import shutil
@@ -27,8 +26,14 @@ ABOUT_NAME = "work.json"
 
 
 def partial_folder(out: Path) -> Path:
-    """Returns where the folder for an output lies; through a link it is the target's."""
+    """Returns where the folder for an output lies; through a link it is the target's.
+
+    Raises:
+        ProtlmError: The output has no name.
+    """
     target = Path(os.path.realpath(out))
+    if not target.name:
+        raise ProtlmError(f"{out}: expected the name of something to make; choose another --out")
     return target.with_name(target.name + files.PARTIAL_SUFFIX)
 
 
@@ -56,7 +61,7 @@ def remove_folder(path: Path) -> None:
 
 def finish_removing(path: Path) -> None:
     """Removes what a run that was killed was about to remove."""
-    for doomed in path.parent.glob(f".{glob.escape(path.name)}.*{files.PARTIAL_SUFFIX}"):
+    for doomed in files.left_overs(path):
         shutil.rmtree(doomed)
 
 
@@ -68,7 +73,7 @@ def check_own(path: Path, expected_format: str, command: str) -> Mapping[str, An
     """
     found = read_json(path / ABOUT_NAME)
     if not isinstance(found, dict) or found.get("format") != expected_format:
-        raise ProtlmError(f"{path}: in the way, and nothing that {command} made; choose another --out")
+        raise ProtlmError(f"{path}: in the way, and nothing that {command} made; remove it, or choose another --out")
     return found
 
 

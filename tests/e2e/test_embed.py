@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import types
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -256,6 +257,8 @@ def test_learned_positions_refuse_what_they_do_not_reach_unless_asked(learned, f
     assert "reach 98" in failure("embed", learned, fasta, "--out", out, "--window", 99)
     assert "reach 98" in failure("embed", learned, fasta, "--out", out, "--truncate", 99)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="at most 98 residues"):
+        list(protlm.load_model(learned).embed(sequence for _, sequence in proteins))
     assert embed(learned, fasta, "--out", out, "--window", 98, "--include", "per-residue") == 0
     assert [len(rows) for rows in protlm.open_embeddings(out).values()] == [len(sequence) for _, sequence in proteins]
     assert embed(learned, fasta, "--out", out, "--truncate", 98, "--force") == 0
@@ -301,12 +304,28 @@ def test_a_dry_run_tells_and_makes_nothing(run_dir, fasta, proteins, tmp_path, c
     assert embed(run_dir, fasta, "--out", out, *options) == 0
     assert found["seconds"] < 20 * (time.perf_counter() - start)
     assert found["out_bytes"] == pytest.approx(out.stat().st_size, rel=0.05)
+    for layout in ("uniprot", "esm", "npz", "parquet", "npy"):
+        other = tmp_path / layout
+        capsys.readouterr()
+        assert embed(run_dir, fasta, "--out", other, "--layout", layout, "--dry-run", "--json") == 0
+        told = json.loads(capsys.readouterr().out)["out_bytes"]
+        assert embed(run_dir, fasta, "--out", other, "--layout", layout) == 0
+        size = sum(path.stat().st_blocks * 512 for path in [other, *other.glob("*")])
+        assert 0.5 * size < told < 2 * size, layout
     assert found["peak_bytes"] > found["out_bytes"]
     out.unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
     capsys.readouterr()
     assert embed(run_dir, fasta, "--out", out, "--dry-run", *options) == 1
     assert "not enough disk" in capsys.readouterr().err
+
+
+def test_the_command_knows_every_layout():
+    from protlm.cli.embed import LayoutName
+    from protlm.data.layouts import LAYOUTS
+    from protlm.workflows import embed_settings
+
+    assert list(LAYOUTS) == [name.value for name in LayoutName] == list(get_args(embed_settings.LayoutName))
 
 
 def test_float16_that_cannot_hold_a_number_is_an_error(run_dir, fasta, tmp_path, failure, monkeypatch):
@@ -357,3 +376,5 @@ def test_the_library_says_at_once_what_is_wrong(run_dir):
             call(["MKT"], tokens_per_batch=0)
     with pytest.raises(ValueError, match="include"):
         model.embed(["MKT"], include="mean")
+    with pytest.raises(ValueError, match="include"):
+        model.embed(["MKT"], include=())

@@ -1,14 +1,18 @@
 """A killed run goes on to the same bytes, in every layout that is written in place and in those that are not."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 import protlm
 from protlm.cli.app import main
-from protlm.workflows import embed_assembly, embed_parts, work_folder
+from protlm.workflows import embed_assembly, embed_folder, embed_parts, work_folder
+from protlm.workflows.row_embeddings import RowEmbedder
 from tests.e2e.conftest import SMALL, write_fasta
 from tests.e2e.train_tools import TIMEOUT_SECONDS, finish, start
 
@@ -78,6 +82,8 @@ MOMENTS = {
     "computing": (embed_parts.PartRow, "computed", 25),
     "writing a part": (embed_parts.PartWriter, "_check", 25),
     "putting together": (embed_assembly._Parts, "embeddings", 30),
+    "between a note and its part": (embed_parts, "contents_of", 2),
+    "putting in place": (embed_folder, "_replace", 0),
     "removing": (work_folder, "remove_folder", 0),
 }
 
@@ -247,3 +253,137 @@ def test_a_full_disk_keeps_what_is_written(run_dir, inputs, expected, tmp_path, 
         assert len(protlm.open_embeddings(path))
     assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
     assert content(tmp_path) == expected["protlm"]
+
+
+def test_what_lacked_memory_before_a_kill_is_embedded_where_there_is_some(
+    run_dir, inputs, expected, tmp_path, monkeypatch
+):
+    def without_memory(self, row, cores=None):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowEmbedder, "__call__", without_memory)
+        # Between the note of what was skipped in the second part and that part.
+        kill_at(patch, embed_parts, "contents_of", 1)
+        with pytest.raises(Killed):
+            embed(run_dir, inputs, tmp_path / "out")
+    assert list(tmp_path.glob("out.partial/parts/*.skipped.json"))
+    assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
+    assert content(tmp_path) == expected["protlm"]
+
+
+def test_an_output_without_any_protein_is_none(run_dir, inputs, expected, tmp_path, monkeypatch, failure):
+    def without_memory(self, row, cores=None):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowEmbedder, "__call__", without_memory)
+        message = failure("embed", run_dir, inputs, "--out", tmp_path / "out", *MANY_PARTS, *LAYOUTS["protlm"])
+    assert "no protein fits into memory" in message
+    assert not (tmp_path / "out").exists()
+    assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
+    assert content(tmp_path) == expected["protlm"]
+
+
+@pytest.mark.parametrize("layout", ["protlm", "esm"])
+def test_what_came_to_the_place_of_a_finished_output_stays(
+    layout, run_dir, inputs, expected, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        kill_at(patch, embed_folder, "_replace", 0)
+        with pytest.raises(Killed):
+            embed(run_dir, inputs, out, layout)
+    if layout == "esm":
+        out.mkdir()
+    mine = out / "thesis.txt" if layout == "esm" else out
+    mine.write_text("precious")
+    for options in (["--resume"], ["--resume", "--force"]):
+        assert embed(run_dir, inputs, out, layout, *options) == 1
+        assert "--force" in capsys.readouterr().err
+        assert mine.read_text() == "precious"
+    mine.unlink()
+    if layout == "esm":
+        out.rmdir()
+    assert embed(run_dir, inputs, out, layout, "--resume") == 0
+    assert content(tmp_path) == expected[layout]
+
+
+def test_an_output_that_was_taken_away_is_made_again(run_dir, inputs, expected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, work_folder, "remove_folder", 0)
+        with pytest.raises(Killed):
+            embed(run_dir, inputs, tmp_path / "out")
+    (tmp_path / "out").unlink()
+    assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
+    assert content(tmp_path) == expected["protlm"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("moment", ["computing", "putting together"])
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("parts/*.h5", truncate),
+        ("parts/*.h5", lambda path: path.write_bytes(b"")),
+        ("output/out", truncate),
+        ("assembled.json", lambda path: path.write_text("{}")),
+        ("assembled.json", lambda path: path.write_text('{"num_parts": 9999}')),
+        ("proteins/*.bin", lambda path: path.unlink()),
+    ],
+)
+def test_what_was_damaged_meanwhile_is_made_again(
+    pattern, damage, moment, run_dir, inputs, expected, tmp_path, monkeypatch
+):
+    owner, name, call = MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        kill_at(patch, owner, name, call)
+        with pytest.raises(Killed):
+            embed(run_dir, inputs, tmp_path / "out")
+    for path in (tmp_path / "out.partial").glob(pattern):
+        damage(path)
+    assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
+    assert content(tmp_path) == expected["protlm"]
+
+
+def test_a_note_that_cannot_be_read_is_one_line(run_dir, inputs, unfinished, failure):
+    note = unfinished.with_name("out.partial") / "work.json"
+    command = ["embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PARTS, *LAYOUTS["protlm"]]
+    about = json.loads(note.read_text())
+    note.write_text(json.dumps(about | {"options": about["options"] | {"unknown": 1}}))
+    assert "other options" in failure(*command)
+    note.write_text("{")
+    assert "remove it" in failure(*command)
+
+
+def test_what_others_left_beside_the_output_stays(run_dir, inputs, tmp_path):
+    names = (".out.notes.partial", ".out.b.1234abcd.partial", ".out.partial.mine")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".out.1234abcd.partial").mkdir()
+    assert embed(run_dir, inputs, tmp_path / "out", "esm") == 0
+    assert embed(run_dir, inputs, tmp_path / "out", "esm", "--force") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*names, "out"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="files have no largest size here")
+@pytest.mark.parametrize("kilobytes", [20, 60, 150, 300])
+@pytest.mark.parametrize("layout", ["protlm", "uniprot"])
+def test_a_disk_that_is_full_at_any_place_is_one_line(layout, kilobytes, run_dir, inputs, expected, tmp_path):
+    """A largest size of a file fails like a full disk: in the middle of any write, also in those that HDF5 makes."""
+    words = ["embed", run_dir, inputs, "--out", tmp_path / "out", "--layout", layout, *MANY_PARTS, *LAYOUTS[layout]]
+    process = subprocess.run(
+        ["bash", "-c", f"ulimit -f {kilobytes}; exec \"$@\"", "-", sys.executable, "-m", "protlm.cli.app",
+         *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+    )  # fmt: skip
+    assert process.returncode == 1, process.stderr
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1, process.stderr
+    assert "File too large" in process.stderr
+    begin = ["--resume"] if (tmp_path / "out.partial").exists() else []
+    assert embed(run_dir, inputs, tmp_path / "out", layout, *begin) == 0
+    assert content(tmp_path) == expected[layout]

@@ -26,6 +26,7 @@ class KeyedLayout(Layout):
     """A layout of one dataset a protein; its children say under which keys."""
 
     can_resume = True
+    bytes_per_record = 512
 
     def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:
         """Raises ValueError unless one kind of one layer is asked for."""
@@ -106,7 +107,7 @@ def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
     text, python_text = h5t.py_create(h5py.string_dtype(), logical=True), h5t.py_create(h5py.string_dtype())
     scalar = h5s.create(h5s.SCALAR)
     # The oldest form of the file, which every version of HDF5 reads.
-    with h5py.File(path, "x", libver="earliest") as file:
+    with columns.system_errors(path), h5py.File(path, "x", libver="earliest") as file:
         file.attrs["layout"] = layout
         file.attrs["model_hash"] = contents.model_hash
         file.attrs["kind"] = kind

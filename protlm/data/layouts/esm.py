@@ -55,6 +55,8 @@ class EsmLayout(Layout):
 
     name = "esm"
     can_resume = True
+    # A file fills whole blocks of the disk.
+    bytes_per_record = 4096
 
     def is_own(self, out: Path) -> bool:
         """Returns whether this is a folder with our index, and with nothing that we would not write."""

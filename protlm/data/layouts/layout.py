@@ -119,11 +119,13 @@ class Layout(ABC):
         name: As on the command line.
         can_resume: Whether a new process can go on with what a killed one left.
         default_dtype: Type of the stored numbers where the user asks for none.
+        bytes_per_record: Disk that a record takes beside its id and its numbers, about.
     """
 
     name: str
     can_resume: bool
     default_dtype: Dtype = "float32"
+    bytes_per_record: int = 32
 
     def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:  # noqa: B027  all is allowed
         """Checks what is asked for, before anything is computed.

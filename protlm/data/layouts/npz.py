@@ -38,6 +38,7 @@ class NpzLayout(Layout):
 
     name = "npz"
     can_resume = False
+    bytes_per_record = 320
 
     def is_own(self, out: Path) -> bool:
         """Returns whether this is a zip of nothing but arrays."""
