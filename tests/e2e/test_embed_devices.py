@@ -50,7 +50,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(rank, run_dir, fasta, one_process, tmp_path):
     script, out = tmp_path / "full_disk.py", tmp_path / "out" / "e.h5"
     script.write_text(FULL_DISK)
