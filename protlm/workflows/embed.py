@@ -111,6 +111,7 @@ def embed(request: EmbedRequest, start_progress: StartProgress | None = None) ->
     with folder.locked(), folder.kept_or_removed():
         proteins = folder.keep_proteins(read_proteins(folder.new_proteins_path, inputs))
         check_lengths(proteins, settings.cut, description)
+        settings.layout.check_ids(proteins.ids)
         plan = Plan.of(proteins, settings)
         if not folder.is_finished:
             folder.drop_unusable(settings.columns)

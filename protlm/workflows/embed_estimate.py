@@ -81,6 +81,7 @@ def estimate(request: EmbedRequest, start_progress: StartProgress | None = None)
     with tempfile.TemporaryDirectory() as temporary:
         proteins = read_proteins(Path(temporary) / "proteins", inputs)
         check_lengths(proteins, settings.cut, description)
+        settings.layout.check_ids(proteins.ids)
         embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
         return _estimate(request, out, settings, proteins, inputs, embedder)
 

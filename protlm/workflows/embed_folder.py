@@ -271,6 +271,8 @@ def check_replaceable(folder: EmbedFolder, layout: Layout, out: Path, *, force: 
     there = [path for path in folder.targets(layout) if os.path.lexists(path)]
     if not there:
         return
+    if out not in there and not os.path.lexists(out):
+        raise ProtlmError(f"{there[0]}: exists already, and belongs to something else; choose another folder for --out")
     if not force:
         raise ProtlmError(f"{there[0]}: exists already; choose another --out, or replace it with --force")
     if not os.path.lexists(out) or not layout.is_own(out):

@@ -354,6 +354,24 @@ def test_layouts_refuse_what_they_cannot_hold(run_dir, fasta, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("layout", ["esm", "npy"])
+def test_an_id_that_a_layout_cannot_list_is_found_before_anything_is_computed(
+    layout, run_dir, tmp_path, failure, monkeypatch
+):
+    path = write_fasta(tmp_path / "odd.fasta", [("ok", "MKT"), ("a\u2028b", "MKV")])
+    monkeypatch.setattr(RowEmbedder, "__call__", None)
+    assert "tab or line end" in failure("embed", run_dir, path, "--out", tmp_path / "out", "--layout", layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.fasta"]
+
+
+def test_force_leaves_the_arrays_of_others_alone(run_dir, fasta, tmp_path, failure):
+    np.savez(tmp_path / "mine.npz", a=np.zeros(3))
+    assert "holds no embeddings" in failure(
+        "embed", run_dir, fasta, "--out", tmp_path / "mine.npz", "--layout", "npz", "--force"
+    )
+    assert np.load(tmp_path / "mine.npz")["a"].shape == (3,)
+
+
 def test_force_replaces_only_the_same_layout(run_dir, fasta, tmp_path, failure):
     out = tmp_path / "out"
     assert embed(run_dir, fasta, "--out", out, "--layout", "esm") == 0

@@ -58,6 +58,10 @@ class EsmLayout(Layout):
     # A file fills whole blocks of the disk.
     bytes_per_record = 4096
 
+    def check_ids(self, ids: Strings) -> None:
+        """Raises ProtlmError for an id that does not fit on a line of the index."""
+        check_one_line_each(ids, self.name)
+
     def is_own(self, out: Path) -> bool:
         """Returns whether this is a folder with our index, and with nothing that we would not write."""
         try:
@@ -71,7 +75,7 @@ class EsmLayout(Layout):
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "EsmWriter":
         """Begins a folder, or goes on with one; see `Layout.open`."""
-        check_one_line_each(contents.ids, self.name)
+        self.check_ids(contents.ids)
         names = file_names(contents.ids)
         if resume and not self.is_own(path):
             raise ShardError(f"{path}: no unfinished output of layout {self.name}; begin again without --resume")

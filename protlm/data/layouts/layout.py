@@ -10,6 +10,7 @@ import numpy as np
 from protlm.data.embeddings import RESIDUE_KINDS, Dtype, Kind
 from protlm.data.layouts.contents import Column, Contents, Embeddings
 from protlm.data.records import shown
+from protlm.data.table import Strings
 from protlm.errors import ProtlmError
 
 
@@ -138,6 +139,13 @@ class Layout(ABC):
         Raises:
             ValueError: The layout cannot hold this; one sentence.
             ProtlmError: A package that the layout needs is not installed.
+        """
+
+    def check_ids(self, ids: Strings) -> None:  # noqa: B027  most can hold any
+        """Checks the ids, before anything is computed.
+
+        Raises:
+            ProtlmError: One that the layout cannot hold.
         """
 
     def paths(self, out: Path) -> tuple[Path, ...]:

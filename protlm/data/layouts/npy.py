@@ -15,6 +15,7 @@ from protlm.data.layouts.contents import Column, Contents
 from protlm.data.layouts.layout import Layout, LayoutWriter
 from protlm.data.layouts.names import check_one_line_each, each
 from protlm.data.layouts.sized_file import SizedFile, sync
+from protlm.data.table import Strings
 from protlm.errors import ShardError
 
 _SUFFIX = ".npy"
@@ -30,6 +31,10 @@ class NpyLayout(Layout):
         """Raises ValueError unless mean or cls of one layer is asked for."""
         self._check_one_row(kinds)
         self._check_one_column(kinds, layers)
+
+    def check_ids(self, ids: Strings) -> None:
+        """Raises ProtlmError for an id that does not fit on a line of its own."""
+        check_one_line_each(ids, self.name)
 
     def paths(self, out: Path) -> tuple[Path, ...]:
         """Returns the array and the ids beside it."""
@@ -59,7 +64,7 @@ class NpyLayout(Layout):
         return NpyWriter(path, contents, len(header), resume=resume)
 
     def _create(self, path: Path, contents: Contents, header: bytes, size: int) -> None:
-        check_one_line_each(contents.ids, self.name)
+        self.check_ids(contents.ids)
         with files.written_whole(self.paths(path)[1]) as temporary, temporary.open("wb") as file:
             for record_id in each(contents.ids):
                 file.write(record_id.encode() + b"\n")

@@ -24,6 +24,7 @@ from protlm.data.layouts.layout import Layout, LayoutWriter
 from protlm.data.layouts.names import all_different, collected, each, name_at
 
 _SUFFIX = ".npy"
+_MARK = b"protlm embeddings"
 _TITLES: dict[Kind, str] = {"per-residue": "seq", "mean": "avg", "cls": "pooled", "logits": "logits"}
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)
 _UNIX = 3
@@ -41,13 +42,13 @@ class NpzLayout(Layout):
     bytes_per_record = 320
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether this is a zip of nothing but arrays."""
+        """Returns whether this is a zip that says so in its comment, which NumPy passes over."""
         try:
             with out.open("rb") as file:
                 if file.read(2) != b"PK":
                     return False
             with zipfile.ZipFile(out) as archive:
-                return all(name.endswith(_SUFFIX) for name in archive.namelist())
+                return archive.comment == _MARK
         except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
             return False
 
@@ -67,6 +68,7 @@ class NpzWriter(LayoutWriter):
         self._suffixes = _suffixes(contents)
         self._file: BinaryIO = path.open("wb")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._archive.comment = _MARK
 
     def flush(self) -> None:
         """Does nothing: the file is of no use before it is complete."""
