@@ -50,6 +50,7 @@ class NpzLayout(Layout):
             with zipfile.ZipFile(out) as archive:
                 return archive.comment == _MARK
         except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+            # What zipfile makes of a damaged or unusual archive is any of these.
             return False
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpzWriter":
