@@ -1,7 +1,8 @@
 """The one public attention op: checks its arguments, chooses a backend and registers forward and backward with torch.
 
-A backend is a module with a `forward` and a `backward` of the signatures of `protlm.ops.favor_torch`; a further one is
-added to `_BACKENDS` and to `backends`.
+A backend is a module with a `forward` and a `backward` of the signatures of `protlm.ops.favor_torch`, and with their
+halves (`fold`, `read`, `query_gradients`, `key_gradients`), between which the ranks of a process group talk; a further
+one is added to `_BACKENDS` and to `backends`.
 """
 
 from types import ModuleType
@@ -10,15 +11,16 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from protlm.ops import favor_cpp, favor_torch
+from protlm.ops import context_parallel, favor_cpp, favor_torch, favor_triton
 from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.oprf import oprf_a_from_data
 from protlm.ops.random_features import FeatureMap
 
-Backend = Literal["auto", "torch", "cpp"]
+Backend = Literal["auto", "torch", "cpp", "triton"]
 
-_BACKENDS: dict[str, ModuleType] = {"torch": favor_torch, "cpp": favor_cpp}
+_BACKENDS: dict[str, ModuleType] = {"torch": favor_torch, "cpp": favor_cpp, "triton": favor_triton}
 
 # From here on the variance of the estimate is infinite.
 _MAX_OPRF_A = 0.125
@@ -26,13 +28,19 @@ _MAX_OPRF_A = 0.125
 
 def backends() -> dict[str, str]:
     """Returns every backend by name, each with a line on what it is, or on why it cannot run here."""
-    why_not = favor_cpp.why_not()
-    return {
-        "torch": "chunked torch operations with a recomputing backward, on any device",
-        "cpp": f"not available: {why_not}"
-        if why_not
-        else f"compiled kernel for float32 on the CPU ({favor_cpp.best_kernel()}), every feature map but trig",
-    }
+    descriptions = {"torch": "chunked torch operations with a recomputing backward, on any device"}
+    cpp_why_not, triton_why_not = favor_cpp.why_not(), favor_triton.why_not()
+    descriptions["cpp"] = (
+        f"not available: {cpp_why_not}"
+        if cpp_why_not
+        else f"compiled kernel for float32 on the CPU ({favor_cpp.best_kernel()}), every feature map but trig"
+    )
+    descriptions["triton"] = (
+        f"not available: {triton_why_not}"
+        if triton_why_not
+        else "fused kernels for bfloat16 and float16 on CUDA, bidirectional, every feature map but trig"
+    )
+    return descriptions
 
 
 def favor_attention(
@@ -46,6 +54,7 @@ def favor_attention(
     cu_seqlens: Int[Tensor, " bounds"] | None = None,
     causal: bool = False,
     oprf_a: Float[Tensor, "*segments heads"] | None = None,
+    process_group: ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Returns FAVOR attention: D⁻¹(φ(q)·(φ(k)ᵀv)) with D the row sums of φ(q)·φ(k)ᵀ.
@@ -77,45 +86,69 @@ def favor_attention(
         oprf_a: The A of `oprf`, below 1/8, one a head or (segments, heads); no gradient flows to it. None takes
             `oprf_parameter` of the mean ‖x + y‖² over all pairs of real tokens of the segment; causal attention needs
             a value, as the data would tell of later tokens.
+        process_group: The length is split over the ranks of this group, in their order: q, k, v, token_mask, the output
+            and all gradients are those of the rank's own tokens, of any number, also none. Rows and segments go on
+            across ranks; `cu_seqlens` are the `local_bounds` of all segments. Everything else is the same on all ranks,
+            and all of them call the op, and its backward, in the same order. They exchange states, of a size that does
+            not depend on the length. None is one process.
         backend: `auto` takes the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
-            `trig`, where it was built, else `torch`. `cpp` leaves to `torch` what it does not cover.
+            `trig`, where it was built; `triton` for bfloat16 and float16 on CUDA, bidirectional, head_dim up to 128
+            and every map but `trig`, where Triton is installed; else `torch`. `cpp` and `triton` leave to `torch` what
+            they do not cover: other devices and dtypes, `trig`, and causal attention in a process group.
 
     Returns:
         Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates.
 
     Raises:
-        ValueError: A shape, dtype, device, bound or A that does not fit; `cpp` where it was not built.
+        ValueError: A shape, dtype, device, bound or A that does not fit; a group that this process is not in; `cpp`
+            where it was not built, `triton` where Triton is not installed or sees no GPU.
     """
+    group_name = context_parallel.group_name_of(process_group)
     AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
+    if backend == "triton" and (why_not := favor_triton.why_not()):
+        raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
     if feature_map == "oprf" and oprf_a is None:
-        oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens)
+        oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens, group_name)
     dtype = v.dtype
     if feature_map == "trig" and dtype in (torch.float16, torch.bfloat16) and projection is not None:
         # The backward reads the output, and the small renormaliser would multiply what rounding took from it.
         projection = projection.to(dtype)
         q, k, v = q.float(), k.float(), v.float()
-    out: Tensor = _favor(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend)[0]
+    masks = (token_mask, cu_seqlens, oprf_a)
+    out: Tensor = _favor(q, k, v, projection, *masks, feature_map, causal, backend, group_name)[0]
     return out.to(dtype)
 
 
 def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
     """Returns the backend of a call; its forward and its backward get the same one."""
+    if backend == "torch":
+        return favor_torch
     if backend == "auto":
+        if inputs.q.device.type == "cuda":
+            return favor_triton if favor_triton.covers(inputs) and favor_triton.why_not() is None else favor_torch
         return favor_cpp if favor_cpp.covers(inputs) and favor_cpp.why_not() is None else favor_torch
-    chosen = _BACKENDS[backend]
-    return favor_torch if chosen is favor_cpp and not favor_cpp.covers(inputs) else chosen
+    chosen = favor_cpp if backend == "cpp" else favor_triton
+    return chosen if chosen.covers(inputs) else favor_torch
+
+
+def _check_oprf_a(oprf_a: Tensor) -> None:
+    if oprf_a.device.type == "cuda":
+        # The host would have to wait for the answer.
+        torch._assert_async((oprf_a < _MAX_OPRF_A).all(), "oprf_a: expected values below 1/8")
+    elif bool((oprf_a >= _MAX_OPRF_A).any()):
+        raise ValueError(f"oprf_a: expected values below 1/8, got up to {oprf_a.max().item()}")
 
 
 @torch.library.custom_op("protlm::oprf_a", mutates_args=())
-def _oprf_a(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _oprf_a(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, group_name: str) -> Tensor:
     """Returns the A of each segment and head, (segments, heads), from the data; an operator, so that it compiles."""
-    return oprf_a_from_data(AttentionInputs(q, k, q, None, token_mask, cu_seqlens))
+    return oprf_a_from_data(AttentionInputs(q, k, q, None, token_mask, cu_seqlens, group_name=group_name))
 
 
 @_oprf_a.register_fake
-def _(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, group_name: str) -> Tensor:
     inputs = AttentionInputs(q, k, q, None, token_mask, cu_seqlens)
     return q.new_empty((inputs.num_segments, q.shape[1]), dtype=torch.float64)
 
@@ -132,14 +165,18 @@ def _favor(
     feature_map: str,
     causal: bool,
     backend: str,
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the output and what the backward needs: states, their references, query sums."""
-    if oprf_a is not None and bool((oprf_a >= _MAX_OPRF_A).any()):
-        raise ValueError(f"oprf_a: expected values below 1/8, got up to {oprf_a.max().item()}")
-    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
+    if oprf_a is not None:
+        _check_oprf_a(oprf_a)
+    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name)
+    chosen = _module(backend, inputs)
     # Autocast would round the exponents and sums of the operations inside.
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _module(backend, inputs).forward(inputs)
+        if group_name:
+            return context_parallel.forward(chosen, inputs)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = chosen.forward(inputs)
     return result
 
 
@@ -160,12 +197,15 @@ def _favor_backward(
     feature_map: str,
     causal: bool,
     backend: str,
+    group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
+    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name)
+    chosen = _module(backend, inputs)
+    saved = (out_grad, out, states, references, query_sums)
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor] = _module(backend, inputs).backward(
-            inputs, out_grad, out, states, references, query_sums
-        )
+        if group_name:
+            return context_parallel.backward(chosen, inputs, *saved)
+        result: tuple[Tensor, Tensor, Tensor] = chosen.backward(inputs, *saved)
     return result
 
 
@@ -181,10 +221,13 @@ def _(
     feature_map: str,
     causal: bool,
     backend: str,
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
     out = result_like(v)
-    states, references = favor_torch.empty_states(inputs)
+    # What ranks exchange has one form, whatever the backend.
+    makes_own_states = not group_name and _module(backend, inputs) is favor_triton
+    states, references = (favor_triton if makes_own_states else favor_torch).empty_states(inputs)
     return out, states, references, q.new_empty(q.shape[:3], dtype=inputs.compute_dtype)
 
 
@@ -195,7 +238,7 @@ def _(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.feature_map, ctx.causal, ctx.backend = inputs
+    *tensors, ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -203,9 +246,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _propagate(ctx: Any, out_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if out_grad is None:
-        return (None,) * 10
-    grads = _favor_backward(out_grad, *ctx.saved_tensors, ctx.feature_map, ctx.causal, ctx.backend)
-    return (*grads, *(None,) * 7)
+        return (None,) * 11
+    grads = _favor_backward(out_grad, *ctx.saved_tensors, ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name)
+    return (*grads, *(None,) * 8)
 
 
 _favor.register_autograd(_propagate, setup_context=_save_for_backward)

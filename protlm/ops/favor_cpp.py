@@ -22,7 +22,9 @@ from protlm.ops.random_features import to_common_length
 
 _EXTENSION = "protlm.ops._favor"
 # As in cpp/favor.cpp.
-_VERSION = 1
+_VERSION = 2
+# References of a state are logarithms to this base.
+LOG_BASE = 2.0
 # Tokens of a segment that one thread takes at once: enough to make the state they are folded into cheap.
 _UNIT_TOKENS = 2048
 # References of segments without a key, as in favor_torch.
@@ -50,7 +52,7 @@ class _Call(ctypes.Structure):
         *((name, _Pointer) for name in ("projection", "oprf_a", "positions", "units", "groups")),
         *((name, _Integer) for name in ("num_units", "num_groups", "num_slots", "longest_unit")),
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
-        *((name, _Pointer) for name in ("query_sums", "states", "references")),
+        *((name, _Pointer) for name in ("query_sums", "states", "state_grads", "references")),
         ("result_bytes", _Integer),
         *((name, _Tensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
         ("workspace", _Pointer),
@@ -73,16 +75,17 @@ def best_kernel() -> str:
 
 def covers(inputs: AttentionInputs) -> bool:
     """Says whether the kernel takes such a call; another one is left to `favor_torch`."""
-    return inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32 and inputs.feature_map != "trig"
+    is_causal_in_group = inputs.causal and bool(inputs.group_name)
+    is_float32 = inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32
+    return is_float32 and inputs.feature_map != "trig" and not is_causal_in_group
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns what `favor_torch.forward` returns; references and query sums of exponential maps are to base 2."""
     run = _Run(inputs)
-    out = run.result_like(inputs.v)
-    query_sums = run.query_sums()
+    out, query_sums = run.empty_outputs()
     states, references = run.empty_states()
-    run("forward", {"out": out}, query_sums, states, references)
+    run("forward", {"out": out}, query_sums=query_sums, states=states, references=references)
     return out, states, references, query_sums
 
 
@@ -93,8 +96,58 @@ def backward(
     run = _Run(inputs)
     q_grad, k_grad, v_grad = (run.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
-    run("backward", tensors, query_sums, states, references)
+    run("backward", tensors, query_sums=query_sums, states=states, references=references)
     return q_grad, k_grad, v_grad
+
+
+def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Returns the states of all keys and their references: the first half of the bidirectional `forward`."""
+    run = _Run(inputs)
+    states, references = run.empty_states()
+    run("fold", {}, states=states, references=references)
+    return states, references
+
+
+def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the output and the query sums, given the states of whole segments."""
+    run = _Run(inputs)
+    out, query_sums = run.empty_outputs()
+    run("read", {"out": out}, query_sums=query_sums, states=states, references=references)
+    return out, query_sums
+
+
+def query_gradients(
+    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of q and of the states: the first half of the bidirectional `backward`."""
+    run = _Run(inputs)
+    q_grad, state_grad = run.result_like(inputs.q), torch.zeros_like(states)
+    tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad}
+    run(
+        "query_gradients",
+        tensors,
+        query_sums=query_sums,
+        states=states,
+        references=references,
+        state_grads=state_grad,
+    )
+    return q_grad, state_grad
+
+
+def key_gradients(
+    inputs: AttentionInputs, states: Tensor, references: Tensor, state_grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of k and v, given those of the states."""
+    run = _Run(inputs)
+    k_grad, v_grad = run.result_like(inputs.k), run.result_like(inputs.v)
+    run(
+        "key_gradients",
+        {"k_grad": k_grad, "v_grad": v_grad},
+        states=states,
+        references=references,
+        state_grads=state_grad,
+    )
+    return k_grad, v_grad
 
 
 class _Run:
@@ -115,7 +168,7 @@ class _Run:
             num_tokens=inputs.q.shape[2],
             num_rows=projection.shape[-2],
             mirror=inputs.feature_map == "hyperbolic",
-            is_exponential=inputs.feature_map != "relu",
+            is_exponential=inputs.is_exponential,
             is_causal=inputs.causal,
             projection_head_stride=projection[0].numel() if projection.dim() == 3 else 0,
             scale=scale,
@@ -136,13 +189,22 @@ class _Run:
         )
 
     def __call__(
-        self, what: str, tensors: dict[str, Tensor], query_sums: Tensor, states: Tensor, references: Tensor
+        self,
+        what: str,
+        tensors: dict[str, Tensor],
+        *,
+        states: Tensor,
+        references: Tensor,
+        query_sums: Tensor | None = None,
+        state_grads: Tensor | None = None,
     ) -> None:
-        """Runs `forward` or `backward` on further tensors, which it reads or writes."""
+        """Runs one function of the kernel on further tensors that it reads or writes; `tensors` go along the length."""
         call = self._call
         for name, tensor in tensors.items():
             setattr(call, name, self._strided(tensor))
-        call.query_sums, call.states, call.references = map(self._pointer, (query_sums, states, references))
+        call.states, call.references = self._pointer(states), self._pointer(references)
+        call.query_sums = None if query_sums is None else self._pointer(query_sums)
+        call.state_grads = None if state_grads is None else self._pointer(state_grads)
         functions = _functions(best_kernel())
         call.workspace = self._pointer(torch.empty(functions["workspace"](ctypes.byref(call))))
         functions[what](ctypes.byref(call))
@@ -151,17 +213,18 @@ class _Run:
         """Returns a tensor for results along the length, zero where the kernel writes nothing."""
         return result_like(x, is_zeroed=self._is_partial)
 
-    def query_sums(self) -> Tensor:
-        """Returns a tensor for a number of each query and head, zero where the kernel writes nothing."""
+    def empty_outputs(self) -> tuple[Tensor, Tensor]:
+        """Returns tensors for the output and for a number of each query, zero where the kernel writes nothing."""
         q = self._inputs.q
-        return (q.new_zeros if self._is_partial else q.new_empty)(q.shape[:3])
+        query_sums = (q.new_zeros if self._is_partial else q.new_empty)(q.shape[:3])
+        return self.result_like(self._inputs.v), query_sums
 
     def empty_states(self) -> tuple[Tensor, Tensor]:
         """Returns states and references to be written, those of no key where the kernel writes nothing."""
         inputs = self._inputs
         sizes = (inputs.num_segments, self._heads, inputs.num_features)
         states = inputs.q.new_empty((*sizes, self._head_dim + 1))
-        references = inputs.q.new_empty((*sizes[:2], 1 if inputs.feature_map == "relu" else sizes[2]))
+        references = inputs.q.new_empty((*sizes[:2], sizes[2] if inputs.is_exponential else 1))
         if self._has_empty:
             states.zero_()
             references.fill_(_LOG_ZERO)
@@ -261,7 +324,8 @@ def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: i
 @functools.cache
 def _functions(kernel: str) -> dict[str, Callable[..., Any]]:
     """Returns the functions of a kernel; each takes a pointer to a `_Call`."""
-    returned = {"workspace": _Integer, "forward": None, "backward": None}
+    tasks = ("forward", "backward", "fold", "read", "query_gradients", "key_gradients")
+    returned = {"workspace": _Integer, **dict.fromkeys(tasks)}
     return {
         name: _function(_library(), f"protlm_favor_{kernel}_{name}", kind, _Pointer) for name, kind in returned.items()
     }

@@ -5,6 +5,7 @@ Causal attention goes through the pieces once: a query reads the state of the pi
 own piece by a small matrix of weights.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from protlm.ops.torch_maps import TorchMap, torch_map
 _PIECE_FEATURES = 1 << 20
 _MIN_PIECE_TOKENS = 64
 _CAUSAL_PIECE_LENGTH = 128
+# References of a state are logarithms to this base.
+LOG_BASE = math.e
 # Stands for log 0 where a state has seen no key: finite, so that differences of it are not NaN.
 _LOG_ZERO = -1e30
 # A causal piece ends before a key whose exponent is this far above its references; exp(2 · 40) is finite in float32.
@@ -36,18 +39,14 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, for exponential maps its logarithm.
     """
     run = _Run(inputs)
-    out = result_like(inputs.v, is_zeroed=True)
-    query_sums = inputs.q.new_zeros(inputs.q.shape[:3], dtype=run.map.dtype)
     states, references = empty_states(inputs)
-    references.fill_(_LOG_ZERO)
+    out, query_sums = run.empty_outputs()
     for block in run.blocks():
         state = run.empty_state(block)
-        outputs = run.causal_outputs(block, state) if inputs.causal else run.outputs(block, state)
-        for piece, piece_out, piece_sums in outputs:
-            piece.put(out, piece_out)
-            piece.put(query_sums.unsqueeze(-1), piece_sums)
-        states[block.segments] = state.sums.transpose(0, 1)
-        references[block.segments] = state.references.transpose(0, 1)
+        if not inputs.causal:
+            run.fold(block, state)
+        run.write_outputs(block, state, out, query_sums)
+        state.put(states, references, block)
     return out, states, references, query_sums
 
 
@@ -56,24 +55,88 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; features are computed once more."""
     run = _Run(inputs)
+    saved = _Saved(out_grad, out, query_sums)
     q_grad, k_grad, v_grad = (result_like(x, is_zeroed=True) for x in (inputs.q, inputs.k, inputs.v))
     for block in run.blocks():
-        saved = _Saved(out_grad, out, query_sums)
         if inputs.causal:
-            run.causal_gradients(block, saved, q_grad, k_grad, v_grad)
+            run.causal_gradients(block, run.empty_state(block), saved, q_grad, k_grad, v_grad)
         else:
-            state = _State(states[block.segments].transpose(0, 1), references[block.segments].transpose(0, 1))
-            run.gradients(block, state, saved, q_grad, k_grad, v_grad)
+            state = _State.taken(states, references, block)
+            state_grad = run.query_gradients(block, state, saved, q_grad)
+            run.key_gradients(block, state_grad, k_grad, v_grad)
     return q_grad, k_grad, v_grad
+
+
+def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Returns the states of all keys and their references: the first half of the bidirectional `forward`."""
+    run = _Run(inputs)
+    states, references = empty_states(inputs)
+    for block in run.blocks():
+        state = run.empty_state(block)
+        run.fold(block, state)
+        state.put(states, references, block)
+    return states, references
+
+
+def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the output and the query sums, given states to read.
+
+    For bidirectional inputs these are the states of whole segments. For causal ones they are those of the tokens that
+    came before the ones given here.
+    """
+    run = _Run(inputs)
+    out, query_sums = run.empty_outputs()
+    for block in run.blocks():
+        run.write_outputs(block, _State.taken(states, references, block), out, query_sums)
+    return out, query_sums
+
+
+def query_gradients(
+    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of q and of the states: the first half of the bidirectional `backward`."""
+    run = _Run(inputs)
+    saved = _Saved(out_grad, out, query_sums)
+    q_grad, state_grads = result_like(inputs.q, is_zeroed=True), torch.zeros_like(states)
+    for block in run.blocks():
+        state_grad = run.query_gradients(block, _State.taken(states, references, block), saved, q_grad)
+        state_grads[block.segments] = state_grad.sums.transpose(0, 1)
+    return q_grad, state_grads
+
+
+def key_gradients(
+    inputs: AttentionInputs, states: Tensor, references: Tensor, state_grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of k and v, given those of the states; only the references of the states matter here."""
+    run = _Run(inputs)
+    k_grad, v_grad = result_like(inputs.k, is_zeroed=True), result_like(inputs.v, is_zeroed=True)
+    for block in run.blocks():
+        run.key_gradients(block, _State.taken(state_grad, references, block), k_grad, v_grad)
+    return k_grad, v_grad
+
+
+def causal_gradients(
+    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k, v and of the states that a causal `read` was given."""
+    run = _Run(inputs)
+    saved = _Saved(out_grad, out, query_sums)
+    q_grad, k_grad, v_grad = (result_like(x, is_zeroed=True) for x in (inputs.q, inputs.k, inputs.v))
+    state_grads = torch.zeros_like(states)
+    for block in run.blocks():
+        before = _State.taken(states, references, block)
+        state_grad = run.causal_gradients(block, before, saved, q_grad, k_grad, v_grad)
+        shrink = torch.exp(references[block.segments].transpose(0, 1) - state_grad.references)
+        state_grads[block.segments] = (state_grad.sums * shrink.unsqueeze(-1)).transpose(0, 1)
+    return q_grad, k_grad, v_grad, state_grads
 
 
 def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Returns states and references of no key, in the shapes of `forward`."""
     heads, head_dim = inputs.q.shape[1], inputs.q.shape[-1]
     sizes = (inputs.num_segments, heads, inputs.num_features)
-    num_references = 1 if inputs.feature_map in ("trig", "relu") else inputs.num_features
     states = inputs.q.new_zeros((*sizes, head_dim + 1), dtype=inputs.compute_dtype)
-    return states, states.new_zeros((*sizes[:2], num_references))
+    return states, states.new_full((*sizes[:2], sizes[2] if inputs.is_exponential else 1), _LOG_ZERO)
 
 
 @dataclass
@@ -87,6 +150,16 @@ class _State:
 
     sums: Tensor
     references: Tensor
+
+    @classmethod
+    def taken(cls, states: Tensor, references: Tensor, block: Block) -> "_State":
+        """Returns a copy of the states of the segments of a block."""
+        return cls(states[block.segments].transpose(0, 1), references[block.segments].transpose(0, 1))
+
+    def put(self, states: Tensor, references: Tensor, block: Block) -> None:
+        """Writes the state of a block to the states of all segments."""
+        states[block.segments] = self.sums.transpose(0, 1)
+        references[block.segments] = self.references.transpose(0, 1)
 
     def move_to(self, references: Tensor) -> None:
         """Makes the sums relative to other references."""
@@ -139,14 +212,29 @@ class _Run:
         sums = torch.zeros(shape, dtype=self.map.dtype, device=self.inputs.q.device)
         return _State(sums, sums.new_full((heads, members, self.map.num_references), _LOG_ZERO))
 
-    def outputs(self, block: Block, state: _State) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-        """Folds all keys into the state, then yields each piece with its output and its query sums."""
+    def empty_outputs(self) -> tuple[Tensor, Tensor]:
+        """Returns an output and query sums that are zero."""
+        q = self.inputs.q
+        return result_like(self.inputs.v, is_zeroed=True), q.new_zeros(q.shape[:3], dtype=self.map.dtype)
+
+    def write_outputs(self, block: Block, state: _State, out: Tensor, query_sums: Tensor) -> None:
+        """Writes the output and the query sums of a block."""
+        outputs = self.causal_outputs(block, state) if self.inputs.causal else self.outputs(block, state)
+        for piece, piece_out, piece_sums in outputs:
+            piece.put(out, piece_out)
+            piece.put(query_sums.unsqueeze(-1), piece_sums)
+
+    def fold(self, block: Block, state: _State) -> None:
+        """Adds all keys of a block to the state."""
         for piece in block.pieces:
             k, values = self._keys(piece)
             exponents = self.map.key_exponents(k, piece.valid)
             state.move_to(torch.maximum(state.references, exponents.amax(2)))
             features = self.map.key_features(k, exponents.sub_(state.references.unsqueeze(2)))
             state.add(features, values)
+
+    def outputs(self, block: Block, state: _State) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        """Yields each piece with its output and its query sums, read from the state of all keys."""
         for piece in block.pieces:
             features, offsets = self.map.query_features(self._queries(piece), state.references)
             yield piece, *_normalised(_matmul(features, state.sums), offsets)
@@ -163,29 +251,34 @@ class _Run:
             out, query_sums = _normalised(sums, offsets)
             yield step.piece.narrow(0, step.count), out[:, :, : step.count], query_sums[:, :, : step.count]
 
-    def gradients(
-        self, block: Block, state: _State, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
-    ) -> None:
-        """Writes the gradients of a block: of queries first, which gives that of the state, then of keys."""
+    def query_gradients(self, block: Block, state: _State, saved: _Saved, q_grad: Tensor) -> _State:
+        """Writes the gradients of the queries of a block; returns that of the state."""
         state_grad = _State(torch.zeros_like(state.sums, memory_format=torch.contiguous_format), state.references)
         for piece in block.pieces:
             features, pulled = self._pulled(piece, saved, state.references)
             grads = self._features_grad(pulled, state.sums.transpose(2, 3))
             state_grad.add(features, pulled)
             piece.put(q_grad, self.map.query_gradient(features, grads))
+        return state_grad
+
+    def key_gradients(self, block: Block, state_grad: _State, k_grad: Tensor, v_grad: Tensor) -> None:
+        """Writes the gradients of the keys and values of a block."""
         for piece in block.pieces:
-            k, values, features = self._keys_and_features(piece, state.references)
+            k, values, features = self._keys_and_features(piece, state_grad.references)
             piece.put(v_grad, _matmul(features, state_grad.sums[..., :-1]))
             grads = self._features_grad(values, state_grad.sums.transpose(2, 3))
             piece.put(k_grad, self.map.key_gradient(k, features, grads))
 
-    def causal_gradients(self, block: Block, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> None:
+    def causal_gradients(
+        self, block: Block, state: _State, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
+    ) -> _State:
         """Writes the gradients of a block: of queries from the first piece to the last, then of keys on the way back.
+
+        Returns the gradient of the state that it began with, and the references which that is relative to.
 
         The way back carries the gradient of the state, Σ over later queries. It is relative to the references that the
         state had at each piece: they were known before its queries, so that nothing overflows.
         """
-        state = self.empty_state(block)
         steps: list[tuple[Piece, Tensor]] = []
         for step in self._causal_steps(block, state):
             piece = step.piece.narrow(0, step.count)
@@ -196,8 +289,7 @@ class _Run:
             _add_product(grads, weights_grad, k_features)
             piece.put(q_grad, self.map.query_gradient(features, grads))
             steps.append((piece, state.references))
-        state_grad = torch.zeros_like(state.sums)
-        later = state.references
+        state_grad, later = torch.zeros_like(state.sums), state.references
         for piece, references in reversed(steps):
             state_grad.mul_(torch.exp(references - later).unsqueeze(-1))
             later = references
@@ -212,6 +304,7 @@ class _Run:
             _add_product(grads, weights_grad.transpose(2, 3), features)
             _add_product(state_grad, features.transpose(2, 3), pulled)
             piece.put(k_grad, self.map.key_gradient(k, k_features, grads))
+        return _State(state_grad, later)
 
     def _causal_steps(self, block: Block, state: _State) -> Iterator["_CausalStep"]:
         """Yields the pieces in order, the state being that of the tokens before each; then adds its keys to the state.
@@ -220,6 +313,8 @@ class _Run:
         key, so no weight it needs can vanish, and none depends on a later token. Where a later key rises too far above
         them the step ends before that key, and the next one begins with it.
         """
+        # A sum that is added to in place lies in one piece.
+        state.sums = state.sums.contiguous()
         for piece in block.pieces:
             start = 0
             while start < piece.length:

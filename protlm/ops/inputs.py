@@ -10,7 +10,10 @@ from protlm.ops.random_features import check_feature_map
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """The arguments of `favor_attention`, which has their meaning; every backend and the float64 twin take these."""
+    """The arguments of `favor_attention`, which has their meaning; every backend and the float64 twin take these.
+
+    `group_name` is the name of the process group, empty for one process.
+    """
 
     q: Tensor
     k: Tensor
@@ -21,6 +24,7 @@ class AttentionInputs:
     oprf_a: Tensor | None = None
     feature_map: str = "positive"
     causal: bool = False
+    group_name: str = ""
 
     @property
     def num_segments(self) -> int:
@@ -33,6 +37,11 @@ class AttentionInputs:
         if self.projection is None:
             return self.q.shape[-1]
         return self.projection.shape[-2] * (2 if self.feature_map in ("hyperbolic", "trig") else 1)
+
+    @property
+    def is_exponential(self) -> bool:
+        """Whether features are exponentials, so that a state has a reference for each feature."""
+        return self.feature_map not in ("trig", "relu")
 
     @property
     def compute_dtype(self) -> torch.dtype:

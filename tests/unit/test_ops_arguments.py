@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from protlm.ops import backends, favor, random_features, reference
 
@@ -133,6 +134,11 @@ BAD_ARGUMENTS = {
     "cu_seqlens device": (
         {**fitting(ONE_ROW), "cu_seqlens": int32(0, 5).to("meta")},
         "cu_seqlens: expected the device of q, cpu, got meta",
+    ),
+    "a group of others": (
+        # What new_group returns to a process that is not in it.
+        {"process_group": dist.GroupMember.NON_GROUP_MEMBER},
+        "process_group: expected a torch.distributed.ProcessGroup that this process is in, got ",
     ),
     "backend": ({"backend": "cuda"}, "backend: expected 'auto' or one of "),
 }

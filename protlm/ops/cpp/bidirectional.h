@@ -435,17 +435,23 @@ struct Work {
         });
     }
 
-    // Loads a state that `store_state` wrote.
-    void load_state(const State& state) const {
-        const FavorCall& call = tokens.call;
-        const Index place = tokens.unit.segment * sizes.heads + tokens.head, features = sizes.features;
-        const float* rows = call.states + place * features * (dim + 1);
+    Index place() const { return tokens.unit.segment * sizes.heads + tokens.head; }
+
+    // Loads what `store_sums` wrote to `rows`; references are 0.
+    void load_sums(const float* rows, const State& state) const {
+        rows += place() * sizes.features * (dim + 1);
         std::memset(state.context, 0, sizeof(float) * sizes.state_floats());
-        for (Index j = 0; j < features; ++j, rows += dim + 1) {
+        for (Index j = 0; j < sizes.features; ++j, rows += dim + 1) {
             for (Index c = 0; c < dim; ++c) state.context[(c / kPanel * padded + j) * kPanel + c % kPanel] = rows[c];
             state.sums[j] = rows[dim];
-            if (kExponential) state.references[j] = call.references[place * features + j];
         }
+    }
+
+    // Loads a state that `store_state` wrote.
+    void load_state(const State& state) const {
+        load_sums(tokens.call.states, state);
+        if (kExponential)
+            std::memcpy(state.references, tokens.call.references + place() * sizes.features, sizeof(float) * sizes.features);
     }
 };
 

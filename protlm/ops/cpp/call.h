@@ -46,6 +46,7 @@ struct FavorCall {
     FavorTensor q, k, v, out;
     float* query_sums;  // (batch, heads, tokens)
     float* states;      // (segments, heads, features, head_dim + 1)
+    float* state_grads; // as states; only of the halves of the backward
     float* references;  // (segments, heads, features), or (segments, heads) for ReLU
 
     std::int64_t result_bytes;  // of `out` and of each gradient that is written; each lies in one piece

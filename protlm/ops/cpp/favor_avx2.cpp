@@ -5,10 +5,16 @@
 
 #include "run.h"
 
+using namespace PROTLM_NAMESPACE;
+
 extern "C" {
 
-std::int64_t protlm_favor_avx2_workspace(const FavorCall* call) { return favor_avx2::Workspace::floats(*call); }
-void protlm_favor_avx2_forward(const FavorCall* call) { favor_avx2::run<false>(*call); }
-void protlm_favor_avx2_backward(const FavorCall* call) { favor_avx2::run<true>(*call); }
+std::int64_t protlm_favor_avx2_workspace(const FavorCall* call) { return Workspace::floats(*call); }
+void protlm_favor_avx2_forward(const FavorCall* call) { run(*call, Task::kForward); }
+void protlm_favor_avx2_backward(const FavorCall* call) { run(*call, Task::kBackward); }
+void protlm_favor_avx2_fold(const FavorCall* call) { run(*call, Task::kFold); }
+void protlm_favor_avx2_read(const FavorCall* call) { run(*call, Task::kRead); }
+void protlm_favor_avx2_query_gradients(const FavorCall* call) { run(*call, Task::kQueryGradients); }
+void protlm_favor_avx2_key_gradients(const FavorCall* call) { run(*call, Task::kKeyGradients); }
 
 }  // extern "C"

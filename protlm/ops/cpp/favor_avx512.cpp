@@ -5,10 +5,16 @@
 
 #include "run.h"
 
+using namespace PROTLM_NAMESPACE;
+
 extern "C" {
 
-std::int64_t protlm_favor_avx512_workspace(const FavorCall* call) { return favor_avx512::Workspace::floats(*call); }
-void protlm_favor_avx512_forward(const FavorCall* call) { favor_avx512::run<false>(*call); }
-void protlm_favor_avx512_backward(const FavorCall* call) { favor_avx512::run<true>(*call); }
+std::int64_t protlm_favor_avx512_workspace(const FavorCall* call) { return Workspace::floats(*call); }
+void protlm_favor_avx512_forward(const FavorCall* call) { run(*call, Task::kForward); }
+void protlm_favor_avx512_backward(const FavorCall* call) { run(*call, Task::kBackward); }
+void protlm_favor_avx512_fold(const FavorCall* call) { run(*call, Task::kFold); }
+void protlm_favor_avx512_read(const FavorCall* call) { run(*call, Task::kRead); }
+void protlm_favor_avx512_query_gradients(const FavorCall* call) { run(*call, Task::kQueryGradients); }
+void protlm_favor_avx512_key_gradients(const FavorCall* call) { run(*call, Task::kKeyGradients); }
 
 }  // extern "C"

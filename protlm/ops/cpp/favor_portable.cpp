@@ -5,10 +5,16 @@
 
 #include "run.h"
 
+using namespace PROTLM_NAMESPACE;
+
 extern "C" {
 
-std::int64_t protlm_favor_portable_workspace(const FavorCall* call) { return favor_portable::Workspace::floats(*call); }
-void protlm_favor_portable_forward(const FavorCall* call) { favor_portable::run<false>(*call); }
-void protlm_favor_portable_backward(const FavorCall* call) { favor_portable::run<true>(*call); }
+std::int64_t protlm_favor_portable_workspace(const FavorCall* call) { return Workspace::floats(*call); }
+void protlm_favor_portable_forward(const FavorCall* call) { run(*call, Task::kForward); }
+void protlm_favor_portable_backward(const FavorCall* call) { run(*call, Task::kBackward); }
+void protlm_favor_portable_fold(const FavorCall* call) { run(*call, Task::kFold); }
+void protlm_favor_portable_read(const FavorCall* call) { run(*call, Task::kRead); }
+void protlm_favor_portable_query_gradients(const FavorCall* call) { run(*call, Task::kQueryGradients); }
+void protlm_favor_portable_key_gradients(const FavorCall* call) { run(*call, Task::kKeyGradients); }
 
 }  // extern "C"

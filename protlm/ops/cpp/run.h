@@ -56,7 +56,10 @@ struct Team {
         for (Index i = 0; i < call.num_groups * sizes.heads; ++i) visit(call.groups[i / sizes.heads], i % sizes.heads);
     }
 
-    void forward() const {
+    // Folds the keys of every segment into its state. visit(task) goes on with a segment that is one unit while its state
+    // is at hand, in `state`; those of longer ones are in their first slots.
+    template <class Visit>
+    void fold(Visit&& visit) const {
         for_each_unit(true, true, [&](const FavorUnit& unit, Index head) {
             const Work<kExponential> task = work(unit, head);
             const State to = unit.slot < 0 ? state : workspace.slot(unit.slot, head);
@@ -64,7 +67,7 @@ struct Team {
             task.finish(to);
             if (unit.slot >= 0) return;
             store_state(call, sizes, state, unit.segment, head);
-            task.read(state);
+            visit(task);
         });
         for_each_group([&](const FavorGroup& group, Index head) {
             const State merged = workspace.slot(group.first_slot, head);
@@ -72,23 +75,60 @@ struct Team {
                 merge<kExponential>(sizes, merged, workspace.slot(group.first_slot + i, head));
             store_state(call, sizes, merged, group.segment, head);
         });
+    }
+
+    void forward() const {
+        fold([&](const Work<kExponential>& task) { task.read(state); });
         for_each_unit(false, true, [&](const FavorUnit& unit, Index head) {
             work(unit, head).read(workspace.slot(unit.first_slot, head));
         });
     }
 
-    void backward() const {
+    void read() const {
+        for_each_unit(true, true, [&](const FavorUnit& unit, Index head) {
+            const Work<kExponential> task = work(unit, head);
+            task.load_state(state);
+            task.read(state);
+        });
+    }
+
+    // Writes the gradients of the queries. visit(task) goes on as in `fold`, with the gradient of the state in `gradient`;
+    // those of longer segments are in their first slots.
+    template <class Visit>
+    void query_gradients(Visit&& visit) const {
         for_each_unit(true, true, [&](const FavorUnit& unit, Index head) {
             const Work<kExponential> task = work(unit, head);
             task.load_state(state);
             task.query_gradients(state, unit.slot < 0 ? gradient : workspace.slot(unit.slot, head));
-            if (unit.slot < 0) task.key_gradients(state, gradient);
+            if (unit.slot < 0) visit(task);
         });
         for_each_group([&](const FavorGroup& group, Index head) { add_gradients(workspace, group, head); });
+    }
+
+    void backward() const {
+        query_gradients([&](const Work<kExponential>& task) { task.key_gradients(state, gradient); });
         for_each_unit(false, true, [&](const FavorUnit& unit, Index head) {
             const Work<kExponential> task = work(unit, head);
             task.load_state(state);
             task.key_gradients(state, workspace.slot(unit.first_slot, head));
+        });
+    }
+
+    void query_gradients() const {
+        query_gradients([&](const Work<kExponential>& task) {
+            store_sums(call.state_grads, sizes, gradient, task.tokens.unit.segment, task.tokens.head);
+        });
+        for_each_group([&](const FavorGroup& group, Index head) {
+            store_sums(call.state_grads, sizes, workspace.slot(group.first_slot, head), group.segment, head);
+        });
+    }
+
+    void key_gradients() const {
+        for_each_unit(true, true, [&](const FavorUnit& unit, Index head) {
+            const Work<kExponential> task = work(unit, head);
+            task.load_state(state);
+            task.load_sums(call.state_grads, gradient);
+            task.key_gradients(state, gradient);
         });
     }
 
@@ -142,9 +182,10 @@ struct Team {
 };
 
 // Asks for pages of 2 MiB below a large result that is about to be written for the first time: a fault for every 4 KiB
-// costs as much as a tenth of the attention.
+// costs as much as a tenth of the attention. A call need not have every result.
 inline void ask_for_huge_pages(const FavorCall& call, const FavorTensor& result) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (!result.data) return;
     constexpr std::uintptr_t page = std::uintptr_t{1} << 21;
     const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(result.data);
     const std::uintptr_t first = (begin + page - 1) / page * page;
@@ -154,27 +195,40 @@ inline void ask_for_huge_pages(const FavorCall& call, const FavorTensor& result)
 #endif
 }
 
-template <bool kExponential, bool kBackward>
-void run_team(const FavorCall& call) {
+// What a call does: all of forward or backward, or the halves of the bidirectional ones. States are complete between two
+// halves, so that the caller may put those of several processes together.
+enum class Task { kForward, kBackward, kFold, kRead, kQueryGradients, kKeyGradients };
+
+template <bool kExponential>
+void run_task(const Team<kExponential>& team, bool is_causal, Task task) {
+    switch (task) {
+        case Task::kForward: return is_causal ? team.causal_forward() : team.forward();
+        case Task::kBackward: return is_causal ? team.causal_backward() : team.backward();
+        case Task::kFold: return team.fold([](const Work<kExponential>&) {});
+        case Task::kRead: return team.read();
+        case Task::kQueryGradients: return team.query_gradients();
+        case Task::kKeyGradients: return team.key_gradients();
+    }
+}
+
+template <bool kExponential>
+void run_team(const FavorCall& call, Task task) {
     const Workspace workspace(call);
-    if (kBackward)
+    const bool is_backward = task == Task::kBackward || task == Task::kQueryGradients || task == Task::kKeyGradients;
+    if (is_backward)
         for (const FavorTensor* grad : {&call.q_grad, &call.k_grad, &call.v_grad}) ask_for_huge_pages(call, *grad);
     else
         ask_for_huge_pages(call, call.out);
 #pragma omp parallel num_threads(static_cast<int>(call.num_threads))
     {
         const Team<kExponential> team{call, workspace};
-        team.pack_projections(kBackward);
-        if (call.is_causal)
-            kBackward ? team.causal_backward() : team.causal_forward();
-        else
-            kBackward ? team.backward() : team.forward();
+        team.pack_projections(is_backward);
+        run_task(team, call.is_causal, task);
     }
 }
 
-template <bool kBackward>
-void run(const FavorCall& call) {
-    call.is_exponential ? run_team<true, kBackward>(call) : run_team<false, kBackward>(call);
+inline void run(const FavorCall& call, Task task) {
+    call.is_exponential ? run_team<true>(call, task) : run_team<false>(call, task);
 }
 
 }  // namespace PROTLM_NAMESPACE

@@ -208,15 +208,20 @@ struct Tokens {
     }
 };
 
-inline void store_state(const FavorCall& call, const Sizes& sizes, const State& state, Index segment, Index head) {
+// Writes context and sums to `rows`, (segments, heads, features, head_dim + 1).
+inline void store_sums(float* rows, const Sizes& sizes, const State& state, Index segment, Index head) {
     const Index dim = sizes.head_dim, padded = sizes.padded_features;
-    float* rows = call.states + (segment * sizes.heads + head) * sizes.features * (dim + 1);
+    rows += (segment * sizes.heads + head) * sizes.features * (dim + 1);
     for (Index j = 0; j < sizes.features; ++j, rows += dim + 1) {
         for (Index c = 0; c < dim; c += kPanel)
             std::memcpy(rows + c, state.context + (c / kPanel * padded + j) * kPanel,
                         sizeof(float) * (dim - c < kPanel ? dim - c : kPanel));
         rows[dim] = state.sums[j];
     }
+}
+
+inline void store_state(const FavorCall& call, const Sizes& sizes, const State& state, Index segment, Index head) {
+    store_sums(call.states, sizes, state, segment, head);
     if (call.is_exponential)
         std::memcpy(call.references + (segment * sizes.heads + head) * sizes.features, state.references,
                     sizeof(float) * sizes.features);

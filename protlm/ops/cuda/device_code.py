@@ -1,0 +1,77 @@
+"""What the kernels share on the device: products, and where the tokens of a unit lie in memory."""
+
+import triton
+import triton.language as tl
+
+LOG_ZERO = tl.constexpr(-1.0e30)
+"""Stands for log 0: finite, so that a difference of two is no NaN."""
+
+RELU_OFFSET = tl.constexpr(1e-3)
+"""As in protlm.ops.random_features."""
+
+
+@triton.jit
+def product(a, b, total, UPCAST: tl.constexpr):
+    """Returns a·b + total, summed in float32.
+
+    The interpreter multiplies the bit patterns of bfloat16; UPCAST has it multiply numbers, whose products float32
+    holds exactly.
+    """
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def scores(a, b, UPCAST: tl.constexpr):
+    """Returns a·bᵀ."""
+    return product(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32), UPCAST)
+
+
+@triton.jit
+def load_unit(units, unit):
+    """Returns the segment of a unit, and its first position and the one behind its last."""
+    segment = tl.load(units + 3 * unit).to(tl.int64)
+    return segment, tl.load(units + 3 * unit + 1), tl.load(units + 3 * unit + 2)
+
+
+@triton.jit
+def load_rows(pointer, offsets, is_in, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """Returns the vectors of some tokens: zeros where `is_in` is false and beyond head_dim."""
+    if HEAD_DIM == DIM:
+        return tl.load(pointer + offsets, mask=is_in[:, None], other=0.0)
+    return tl.load(pointer + offsets, mask=is_in[:, None] & (tl.arange(0, DIM) < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, offsets, values, is_in, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """Writes the vectors of the tokens that `is_in` names."""
+    values = values.to(pointer.dtype.element_ty)
+    if HEAD_DIM == DIM:
+        tl.store(pointer + offsets, values, mask=is_in[:, None])
+    else:
+        tl.store(pointer + offsets, values, mask=is_in[:, None] & (tl.arange(0, DIM) < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def load_is_real(token_mask, place, is_in, HAS_MASK: tl.constexpr):
+    """Returns which of the tokens that `is_in` names are real."""
+    if HAS_MASK:
+        return is_in & (tl.load(token_mask + place, mask=is_in, other=0) != 0)
+    return is_in
+
+
+@triton.jit
+def scale_of(scales, segment, head, HEADS: tl.constexpr, HAS_SCALES: tl.constexpr):
+    """Returns what multiplies ω·x in a segment and head: √(1−4A) of `oprf`, else 1."""
+    if HAS_SCALES:
+        return tl.load(scales + segment * HEADS + head)
+    return 1.0
+
+
+@triton.jit
+def half_squares(k, is_real, norm_factor):
+    """Returns ‖k‖² in the exponent, and infinity where a token is not real."""
+    wide = k.to(tl.float32)
+    return tl.where(is_real, tl.sum(wide * wide, 1) * norm_factor, float("inf"))

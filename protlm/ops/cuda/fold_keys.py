@@ -1,0 +1,110 @@
+"""Folds the keys of a unit into a state: for each feature the mean of v under the key features, and their sum.
+
+Attention from the projection to the keys, with one running maximum a feature.
+"""
+
+import triton
+import triton.language as tl
+
+from protlm.ops.cuda.device_code import (
+    LOG_ZERO,
+    RELU_OFFSET,
+    half_squares,
+    load_is_real,
+    load_rows,
+    load_unit,
+    product,
+    scale_of,
+    scores,
+)
+
+
+@triton.jit
+def fold_keys(
+    k,
+    v,
+    token_mask,
+    projection,
+    scales,
+    units,
+    means,
+    references,
+    k_row,
+    k_head,
+    k_token,
+    v_row,
+    v_head,
+    v_token,
+    mask_row,
+    projection_head,
+    factor,
+    norm_factor,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE_FEATURES: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    IS_EXPONENTIAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program folds one unit into one tile of features of one head.
+
+    Writes means (units, heads, PADDED, DIM) and references (units, heads, PADDED): log2 Σ φ(k), for `relu` Σ φ(k).
+    """
+    BLOCKS: tl.constexpr = PADDED // TILE_FEATURES
+    place = tl.program_id(0).to(tl.int64) // BLOCKS
+    unit, head = place // HEADS, place % HEADS
+    segment, start, stop = load_unit(units, unit)
+    if start < stop:
+        features = tl.program_id(0) % BLOCKS * TILE_FEATURES + tl.arange(0, TILE_FEATURES)
+        dims = tl.arange(0, DIM)
+        steps = tl.arange(0, TILE_TOKENS)
+        factor *= scale_of(scales, segment, head, HEADS, HAS_SCALES)
+        rows = tl.load(projection + head * projection_head + features[:, None] * DIM + dims[None, :])
+        k += segment * k_row + head * k_head + start.to(tl.int64) * k_token
+        v += segment * v_row + head * v_head + start.to(tl.int64) * v_token
+        token_mask += segment * mask_row + start
+        k_offsets = steps[:, None] * k_token + dims[None, :]
+        v_offsets = steps[:, None] * v_token + dims[None, :]
+        largest = tl.full([TILE_FEATURES], LOG_ZERO, tl.float32)
+        sums = tl.zeros([TILE_FEATURES], tl.float32)
+        context = tl.zeros([TILE_FEATURES, DIM], tl.float32)
+        for first in range(start, stop, TILE_TOKENS):
+            is_in = steps < stop - first
+            keys = load_rows(k, k_offsets, is_in, HEAD_DIM, DIM)
+            values = load_rows(v, v_offsets, is_in, HEAD_DIM, DIM)
+            is_real = load_is_real(token_mask, steps, is_in, HAS_MASK)
+            exponents = scores(rows, keys, UPCAST) * factor
+            if IS_EXPONENTIAL:
+                exponents -= half_squares(keys, is_real, norm_factor)[None, :]
+                if HAS_MASK:
+                    # Padding may be so large that its score is infinite too.
+                    exponents = tl.where(is_real[None, :], exponents, float("-inf"))
+                risen = tl.maximum(largest, tl.max(exponents, 1))
+                key_features = tl.math.exp2(exponents - risen[:, None])
+                shrink = tl.math.exp2(largest - risen)
+                largest = risen
+                sums = sums * shrink + tl.sum(key_features, 1)
+                context *= shrink[:, None]
+            else:
+                key_features = tl.where(is_real[None, :], tl.maximum(exponents, 0.0) + RELU_OFFSET, 0.0)
+                sums += tl.sum(key_features, 1)
+            context = product(key_features.to(values.dtype), values, context, UPCAST)
+            k += TILE_TOKENS * k_token
+            v += TILE_TOKENS * v_token
+            token_mask += TILE_TOKENS
+        is_feature = features < FEATURES
+        is_empty = (sums == 0) | ~is_feature
+        divisors = tl.where(is_empty, 1.0, sums)
+        state = tl.where(is_empty[:, None], 0.0, context / divisors[:, None])
+        offsets = place * (PADDED * DIM) + features[:, None] * DIM + dims[None, :]
+        tl.store(means + offsets, state.to(means.dtype.element_ty))
+        if IS_EXPONENTIAL:
+            sums = tl.where(is_empty, LOG_ZERO, largest + tl.math.log2(divisors))
+        else:
+            sums = tl.where(is_feature, sums, 0.0)
+        tl.store(references + place * PADDED + features, sums)

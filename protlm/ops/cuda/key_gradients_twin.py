@@ -1,0 +1,23 @@
+"""The float64 twin of `key_gradients`: automatic differentiation of what keys and values give to the state."""
+
+import torch
+from torch import Tensor
+
+from protlm.ops.cuda.fold_keys_twin import key_exponents
+from protlm.ops.cuda.merge_states_twin import LOG_2
+from protlm.ops.random_features import RELU_OFFSET
+
+
+def key_gradients(
+    k: Tensor, v: Tensor, rows: Tensor, references: Tensor, mean_grads: Tensor, sum_grads: Tensor, is_exponential: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of keys and values of one head: of Σ φ(k)/sum · (v·mean_grad − sum_grad), the sums fixed."""
+    k, v = (x.detach().double().requires_grad_() for x in (k, v))
+    rows, references = rows.double(), references.double()
+    if is_exponential:
+        weights = torch.exp(key_exponents(k, rows) - references * LOG_2)
+    else:
+        weights = ((k @ rows.T).clamp(min=0) + RELU_OFFSET) / references
+    loss = (weights * (v @ mean_grads.double().T - sum_grads.double())).sum()
+    k_grad, v_grad = torch.autograd.grad(loss, (k, v))
+    return k_grad, v_grad

@@ -1,0 +1,105 @@
+"""The gradient of the queries, and the inner product of each output with its gradient."""
+
+import triton
+import triton.language as tl
+
+from protlm.ops.cuda.device_code import (
+    load_is_real,
+    load_rows,
+    load_unit,
+    product,
+    scale_of,
+    scores,
+    store_rows,
+)
+
+
+@triton.jit
+def query_gradients(
+    q,
+    out,
+    out_grad,
+    token_mask,
+    projection,
+    scales,
+    units,
+    means,
+    references,
+    query_sums,
+    q_grad,
+    inner,
+    q_row,
+    q_head,
+    q_token,
+    out_row,
+    out_head,
+    out_token,
+    out_grad_row,
+    out_grad_head,
+    out_grad_token,
+    q_grad_row,
+    q_grad_head,
+    q_grad_token,
+    mask_row,
+    sums_row,
+    sums_head,
+    projection_head,
+    factor,
+    grad_factor,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE_FEATURES: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    IS_EXPONENTIAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program takes one tile of queries of one head; writes zeros where a token is not real."""
+    place = tl.program_id(0).to(tl.int64) // TILES
+    unit, head = place // HEADS, place % HEADS
+    segment, start, stop = load_unit(units, unit)
+    start += tl.program_id(0) % TILES * TILE_TOKENS
+    if start < stop:
+        steps = tl.arange(0, TILE_TOKENS)
+        dims = tl.arange(0, DIM)
+        is_in = steps < stop - start
+        first_token = start.to(tl.int64)
+        is_real = load_is_real(token_mask + segment * mask_row + first_token, steps, is_in, HAS_MASK)
+        q += segment * q_row + head * q_head + first_token * q_token
+        out += segment * out_row + head * out_head + first_token * out_token
+        out_grad += segment * out_grad_row + head * out_grad_head + first_token * out_grad_token
+        query_sums += segment * sums_row + head * sums_head + first_token
+        queries = load_rows(q, steps[:, None] * q_token + dims[None, :], is_in, HEAD_DIM, DIM)
+        outputs = load_rows(out, steps[:, None] * out_token + dims[None, :], is_in, HEAD_DIM, DIM)
+        pulled = load_rows(out_grad, steps[:, None] * out_grad_token + dims[None, :], is_real, HEAD_DIM, DIM)
+        inners = tl.sum(pulled.to(tl.float32) * outputs.to(tl.float32), 1)
+        tl.store(inner + segment * sums_row + head * sums_head + first_token + steps, inners, mask=is_in)
+        sums = tl.load(query_sums + steps, mask=is_in, other=1.0)
+        scale = scale_of(scales, segment, head, HEADS, HAS_SCALES)
+        factor *= scale
+        projection += head * projection_head
+        means += (segment * HEADS + head) * (PADDED * DIM)
+        references += (segment * HEADS + head) * PADDED
+        if not IS_EXPONENTIAL:
+            sums = tl.where(sums == 0, 0.0, 1.0 / tl.where(sums == 0, 1.0, sums))
+        total = tl.zeros([TILE_TOKENS, DIM], tl.float32)
+        for first in range(0, PADDED, TILE_FEATURES):
+            features = first + tl.arange(0, TILE_FEATURES)
+            offsets = features[:, None] * DIM + dims[None, :]
+            rows = tl.load(projection + offsets)
+            values = tl.load(means + offsets)
+            bias = tl.load(references + features)
+            exponents = scores(queries, rows, UPCAST) * factor
+            grads = scores(pulled, values, UPCAST) - inners[:, None]
+            if IS_EXPONENTIAL:
+                grads *= tl.math.exp2(exponents + bias[None, :] - sums[:, None])
+            else:
+                grads = tl.where(exponents > 0, bias[None, :] * sums[:, None] * grads, 0.0)
+            total = product(grads.to(rows.dtype), rows, total, UPCAST)
+        total = tl.where(is_real[:, None], total * (grad_factor * scale), 0.0)
+        q_grad += segment * q_grad_row + head * q_grad_head + first_token * q_grad_token
+        store_rows(q_grad, steps[:, None] * q_grad_token + dims[None, :], total, is_in, HEAD_DIM, DIM)

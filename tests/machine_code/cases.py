@@ -1,0 +1,68 @@
+"""Which launches are compiled: every kernel as a call of the op would start it, on tensors that hold no memory."""
+
+import torch
+
+from protlm.ops.favor_triton import Call, empty_states
+from protlm.ops.inputs import AttentionInputs, result_like
+from tests.machine_code.expectations import Case
+
+PRODUCTS = {
+    "fold_keys": 2,
+    "read_state": 2,
+    "query_gradients": 3,
+    "state_gradients": 2,
+    "key_gradients": 4,
+    "short_forward": 2,
+    "merge_states": 0,
+    "add_gradients": 0,
+}
+"""Products of matrices in one iteration of the hot loop of each kernel."""
+
+VARIANTS = {
+    "positive-64": ("positive", 64, 256, True),
+    "positive-128": ("positive", 128, 256, False),
+    "relu-64": ("relu", 64, 256, True),
+    "oprf-32": ("oprf", 32, 128, False),
+}
+"""Feature map, head_dim, features, and whether the row is packed and masked."""
+
+
+def cases(capability):
+    """Returns the cases for a GPU by name."""
+    found = {}
+    for variant, options in VARIANTS.items():
+        for launch in launches(capability, *options):
+            name = launch.kernel.__name__
+            tile = launch.constants
+            rows = tile.get("TILE_FEATURES", tile["PADDED"])
+            multiplied = PRODUCTS[name] * rows * tile.get("TILE_TOKENS", 0) * tile["DIM"]
+            found[f"{name}-{variant}"] = Case(launch, multiplied, has_pipelined_loads=PRODUCTS[name] > 0)
+    return found
+
+
+def launches(capability, feature_map, head_dim, features, is_packed, length=8192, batch=8, heads=8):
+    """Returns the launches of a forward by units, one in a single kernel, and a backward."""
+    if is_packed:
+        batch, length = 1, batch * length
+    shape = (batch, length, heads, head_dim)
+    # As a model lays them out.
+    q, k, v, out_grad = (torch.empty(shape, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(4))
+    inputs = AttentionInputs(
+        q, k, v, torch.empty(heads, features, head_dim, device="meta"), feature_map=feature_map,
+        token_mask=torch.empty(batch, length, dtype=torch.bool, device="meta") if is_packed else None,
+        cu_seqlens=torch.empty(101, dtype=torch.int32, device="meta") if is_packed else None,
+        oprf_a=torch.empty(heads, device="meta") if feature_map == "oprf" else None,
+    )  # fmt: skip
+    call = Call(inputs, capability)
+    out, query_sums = result_like(v), call.query_sums()
+    means, references = empty_states(inputs)
+    state_grad = call.empty_state_grad()
+    result = [
+        *call.fold(means, references),
+        call.read(means, references, out, query_sums),
+        *call.query_gradients(out_grad, out, means, references, query_sums, result_like(q), state_grad),
+        call.key_gradients(references, state_grad, result_like(k), result_like(v)),
+    ]
+    if call.fits_short:
+        result.append(call.short_forward(means, references, out, query_sums))
+    return result

@@ -1,0 +1,93 @@
+"""What is wanted of a kernel's machine code, and in which words it is said that it is not so."""
+
+from dataclasses import dataclass
+
+from protlm.ops.cuda.launch import Launch
+from tests.machine_code.compiler import MachineCode
+from tests.machine_code.gpus import GPUS
+
+ROOM = 1.05
+"""How much longer a hot loop may get before a test fails: another version of the compiler moves a few instructions."""
+TENSOR_OPCODE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+"""By capability, the instruction that reaches the full rate of the tensor cores."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch and what its machine code is expected to do.
+
+    Attributes:
+        launch: As a GPU would be given it.
+        multiply_adds: Of the tensor cores, in one iteration of a block's loop; 0 for a kernel that multiplies nothing.
+        has_pipelined_loads: Whether the loop has loads, which should be under way while it multiplies.
+    """
+
+    launch: Launch
+    multiply_adds: int
+    has_pipelined_loads: bool
+
+
+def counts(code: MachineCode) -> dict[str, int]:
+    """Returns what is counted once and then expected: tensor-core instructions, and the length of the hot loop."""
+    return {
+        "tensor_instructions": sum(code.tensor_instructions.values()),
+        "hot_loop": code.hot_loop.instructions if code.hot_loop else 0,
+        "instructions": code.instructions,
+    }
+
+
+def problems(code: MachineCode, case: Case, counted: dict[str, int] | None) -> list[str]:
+    """Returns what is wrong with a kernel, one line each; nothing where all is well.
+
+    Args:
+        code: What the compiler made of the launch.
+        case: What is expected.
+        counted: The `counts` of before; None to let them be.
+    """
+    found = _resources(code)
+    if code.atomics:
+        found.append(f"{code.atomics} atomic instructions: expected none, results would depend on the order of blocks")
+    found += _tensor_work(code, case)
+    if case.has_pipelined_loads and not code.asynchronous_copies:
+        found.append("nothing is copied asynchronously: expected loads that are under way while it multiplies")
+    return found + (_changed(counts(code), counted) if counted else [])
+
+
+def _resources(code: MachineCode) -> list[str]:
+    gpu, found = GPUS[code.capability], []
+    spilled = (code.spill_store_bytes, code.spill_load_bytes, code.stack_bytes, code.local_memory_instructions)
+    if any(spilled):
+        stores, loads, stack, instructions = spilled
+        found.append(
+            f"spills {stores} bytes out and {loads} in, {stack} bytes of stack, {instructions} instructions on local "
+            "memory: expected none"
+        )
+    if code.shared_bytes > gpu.shared_bytes_per_block:
+        found.append(f"{code.shared_bytes} bytes of shared memory: {gpu.name} has {gpu.shared_bytes_per_block}")
+    if code.blocks_per_sm < 1:
+        found.append(f"no block fits on an SM: {code.registers} registers in {code.num_warps} warps")
+    return found
+
+
+def _tensor_work(code: MachineCode, case: Case) -> list[str]:
+    used = set(code.tensor_instructions)
+    if not case.multiply_adds:
+        return [f"{sorted(used)}: expected no tensor-core instruction"] if used else []
+    if wrong := used ^ {TENSOR_OPCODE[code.capability]}:
+        return [f"tensor-core instructions {sorted(used)}: {sorted(wrong)} should be otherwise"]
+    if code.multiply_adds < case.multiply_adds:
+        return [f"{code.multiply_adds} multiply-adds: expected {case.multiply_adds} in each iteration alone"]
+    return []
+
+
+def _changed(found: dict[str, int], counted: dict[str, int]) -> list[str]:
+    wrong = [
+        f"{found[name]} in {name}: expected at most {counted[name]} and 5 %"
+        for name in ("hot_loop", "instructions")
+        if found[name] > ROOM * counted[name]
+    ]
+    if found["tensor_instructions"] != counted["tensor_instructions"]:
+        wrong.append(
+            f"{found['tensor_instructions']} tensor-core instructions: expected {counted['tensor_instructions']}"
+        )
+    return wrong

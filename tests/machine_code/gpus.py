@@ -1,0 +1,51 @@
+"""What the GPUs can hold and do: the only place that knows their data sheets."""
+
+from dataclasses import dataclass
+
+REGISTERS_PER_SM = 65_536
+WARPS_PER_SM = 64
+RESERVED_SHARED_BYTES = 1024
+"""Shared memory that the driver takes of every block."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: limits of a streaming multiprocessor (SM), and rates per SM and clock.
+
+    Attributes:
+        name: As its maker sells it.
+        num_sms: Multiprocessors.
+        clock_hz: Boost clock.
+        memory_bytes_per_second: Of the device memory.
+        shared_bytes_per_block: What one block may ask for (opt-in).
+        multiply_adds: Of bfloat16 in the tensor cores.
+        fp32_lanes: Additions or fused multiply-adds of float32.
+    """
+
+    name: str
+    num_sms: int
+    clock_hz: float
+    memory_bytes_per_second: float
+    shared_bytes_per_block: int
+    multiply_adds: int
+    fp32_lanes: int
+
+    def blocks_per_sm(self, *, registers: int, shared_bytes: int, num_warps: int) -> int:
+        """Returns how many blocks of a kernel are resident at once; 0 if not even one fits."""
+        if registers > 255 or shared_bytes > self.shared_bytes_per_block:
+            return 0
+        allocated = -(-registers // 8) * 8 * 32 * num_warps
+        shared_bytes_per_sm = self.shared_bytes_per_block + RESERVED_SHARED_BYTES
+        return min(
+            REGISTERS_PER_SM // allocated,
+            shared_bytes_per_sm // (shared_bytes + RESERVED_SHARED_BYTES),
+            WARPS_PER_SM // num_warps,
+        )
+
+
+GPUS = {
+    80: Gpu("A100 80GB SXM", 108, 1.41e9, 2.039e12, 163 * 1024, 1024, 64),
+    90: Gpu("H100 SXM", 132, 1.83e9, 3.35e12, 227 * 1024, 2048, 128),
+    100: Gpu("B200", 148, 1.85e9, 8.0e12, 227 * 1024, 4096, 128),
+}
+"""By compute capability, those that the kernels are compiled for."""

@@ -1,0 +1,54 @@
+"""The machine code of every kernel, compiled for three GPUs that need not be there."""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be compiled")
+
+from tests.machine_code import cases, faulty_cases
+from tests.machine_code.compile import BUDGETS_PATH, compiled_elsewhere
+from tests.machine_code.compiler import MachineCode
+from tests.machine_code.expectations import problems
+from tests.machine_code.gpus import GPUS
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_every_kernel_is_as_it_should_be(capability):
+    counted = json.loads(BUDGETS_PATH.read_text(encoding="utf-8"))[str(capability)]
+    found = compiled_elsewhere(capability)
+    expected = cases.cases(capability)
+    assert set(found) == set(expected) == set(counted)
+    assert {name.partition("-")[0] for name in found} == set(cases.PRODUCTS)
+    told = {}
+    for name, content in found.items():
+        wrong = [content["error"]] if "error" in content else []
+        if not wrong:
+            wrong = problems(MachineCode.from_json(content), expected[name], counted[name])
+        if wrong:
+            told[name] = wrong
+    assert not told, json.dumps(told, indent=1)
+
+
+@pytest.mark.parametrize("capability", [80])
+def test_each_fault_is_told_by_its_name(capability):
+    found = compiled_elsewhere(capability, "tests.machine_code.faulty_cases")
+    expected = faulty_cases.cases(capability)
+    told = {name: problems(MachineCode.from_json(content), expected[name], None) for name, content in found.items()}
+    words = {
+        "spills": "of stack",
+        "too much shared memory": "bytes of shared memory",
+        "atomics": "atomic instructions",
+        "no tensor cores": "tensor-core instructions",
+        "not pipelined": "copied asynchronously",
+    }
+    assert not told["sound"]
+    for name, word in words.items():
+        assert any(word in line for line in told[name]), (name, told[name])
+
+
+def test_longer_code_and_other_tensor_work_are_told():
+    ((name, content),) = compiled_elsewhere(80, names=["merge_states-positive-64"]).items()
+    code, case = MachineCode.from_json(content), cases.cases(80)[name]
+    counted = {"tensor_instructions": 1, "hot_loop": 1, "instructions": 1}
+    assert len(problems(code, case, counted)) == 3

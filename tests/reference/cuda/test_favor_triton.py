@@ -1,0 +1,181 @@
+"""The whole op on the Triton backend, under the interpreter, against the float64 twin of the op."""
+
+import pytest
+import torch
+
+from protlm.ops import draw_projection, favor_attention, favor_torch, favor_triton
+from protlm.ops.favor import _module
+from protlm.ops.inputs import AttentionInputs
+from tests.conftest import TOLERANCE, relative_error
+from tests.reference import cases
+from tests.reference.cases import Case, draw, expected_of, found_of
+from tests.reference.cuda import calls
+
+COVERED = tuple(name for name in cases.MAPS if name != "trig")
+SHAPES = {
+    "rows with padding": {"length": 70, "padding": "row", "head_dim": 16},
+    "segments with padding": {"segments": (37, 0, 1, 62, 300), "padding": "some", "head_dim": 24},
+    "many features": {"num_features": 130, "head_dim": 40, "length": 65},
+    "one projection, strided": {"per_head": False, "is_strided": True, "head_dim": 32, "length": 33},
+    "large heads": {"head_dim": 128, "length": 40, "num_features": 64},
+    "one feature and token": {"num_features": 1, "length": 1},
+}
+
+
+@pytest.fixture(params=[True, False], ids=["one kernel", "units"])
+def is_short(request, monkeypatch):
+    monkeypatch.setattr(favor_triton, "_ENOUGH_SHORT_PROGRAMS", 0 if request.param else 10**9)
+    return request.param
+
+
+def assert_equal_twin(case, dtype=torch.float32):
+    arguments = draw(case, dtype)
+    found = found_of(arguments, "triton")
+    assert [tensor.dtype for tensor in found] == [dtype] * 4
+    cases.assert_equal(found, expected_of(*arguments), TOLERANCE[dtype], str(case), arguments[-1]["feature_map"])
+
+
+@pytest.mark.parametrize("feature_map", COVERED)
+def test_packed_segments_with_padding_equal_the_twin(feature_map, is_short):
+    assert_equal_twin(Case(feature_map=feature_map, **SHAPES["segments with padding"]))
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "segments with padding"])
+@pytest.mark.parametrize("feature_map", ["oprf", "relu"])
+def test_every_shape_equals_the_twin(name, feature_map):
+    assert_equal_twin(Case(feature_map=feature_map, **SHAPES[name]))
+
+
+@pytest.mark.parametrize("feature_map", ["positive", "relu"])
+def test_short_floats_equal_the_twin_on_the_same_values(feature_map, is_short):
+    for dtype in (torch.bfloat16, torch.float16):
+        case = Case(feature_map=feature_map, head_dim=32, num_features=64, padding="some", length=90)
+        arguments = draw(case, dtype)
+        found = found_of(arguments, "triton")
+        assert [tensor.dtype for tensor in found] == [dtype] * 4
+        cases.assert_equal(found, expected_of(*arguments), TOLERANCE[torch.bfloat16], feature_map=feature_map)
+
+
+def test_a_long_row_in_float16_overflows_nothing():
+    # Sums over queries of gradients this large leave the range of float16.
+    case = Case(head_dim=16, num_features=16, length=600, batch=1, heads=1)
+    q, k, v, out_grad, projection, options = draw(case, torch.float16)
+    arguments = (q, k, v, (out_grad.abs() * 2000).clamp(max=30000), projection, options)
+    found = found_of(arguments, "triton")
+    cases.assert_equal(found, expected_of(*arguments), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("feature_map", ["positive", "relu"])
+def test_norms_without_bound_give_finite_results(feature_map, is_short):
+    q, k, v, _, projection, options = draw(Case(head_dim=16, length=50, feature_map=feature_map), torch.float32)
+    for factor in (1e3, 1e7):
+        arguments = (q * factor, k * factor, v, torch.ones_like(v), projection, options)
+        found = found_of(arguments, "triton")
+        assert all(tensor.isfinite().all() for tensor in found)
+        expected = expected_of(*arguments)
+        for index in (0, 3):
+            assert relative_error(found[index], expected[index]) < 1e-3
+
+
+def test_padding_of_any_content_changes_nothing():
+    case = Case(head_dim=16, length=70, padding="some")
+    q, k, v, out_grad, projection, options = draw(case, torch.float32)
+    padding = ~options["token_mask"][:, None, :, None]
+    quiet = found_of((q, k, v, out_grad, projection, options), "triton")
+    loud = [tensor.masked_fill(padding, 3e38) for tensor in (q, k, v)]
+    for a, b in zip(quiet, found_of((*loud, out_grad, projection, options), "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_in_a_token_reaches_its_segment_and_no_other(is_short):
+    q, k, v, _, projection, options = draw(Case(head_dim=16, segments=(40, 40)), torch.float32)
+    k[0, :, 3, 5] = torch.nan
+    out = favor_attention(q, k, v, projection, **options, backend="triton")
+    assert out[:, :, :40].isnan().all()
+    assert not out[:, :, 40:].isnan().any()
+
+
+def test_equal_calls_give_equal_bits():
+    arguments = draw(Case(head_dim=16, segments=(600, 20)), torch.bfloat16)
+    for a, b in zip(found_of(arguments, "triton"), found_of(arguments, "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_units_depend_on_no_order_and_cover_every_token_once():
+    bounds = torch.tensor([0, 600, 600, 601, 1200], dtype=torch.int32)
+    q = torch.empty(1, 2, 1200, 8)
+    units = favor_triton._units_of(AttentionInputs(q, q, q, None, None, bounds), 256)
+    covered = [(segment, t) for segment, start, stop in units.table.tolist() for t in range(start, stop)]
+    assert covered == [(0, t) for t in range(600)] + [(2, 600)] + [(3, t) for t in range(601, 1200)]
+    assert units.first.tolist() == [0, 3, 3, 4, 7]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_map": "trig"},
+        {"causal": True},
+        {"head_dim": 200},
+        {"dtype": torch.float64},
+        {"length": 0},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_cover_goes_to_torch(options):
+    dtype = options.pop("dtype", torch.float32)
+    arguments = draw(Case(**{"length": 20, **options}), dtype)
+    q, k, v, _, projection, others = arguments
+    inputs = AttentionInputs(q, k, v, projection, causal=others["causal"], feature_map=others["feature_map"])
+    assert _module("triton", inputs) is favor_torch
+    for a, b in zip(found_of(arguments, "triton"), found_of(arguments, "torch"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_automatic_choice_on_the_cpu_is_not_the_interpreter():
+    q = torch.randn(1, 1, 8, 8).bfloat16()
+    assert _module("auto", AttentionInputs(q, q, q, draw_projection(8, 8))) is favor_torch
+
+
+def test_bounds_that_do_not_fit_are_refused():
+    q = torch.randn(1, 1, 8, 8)
+    for bounds in ([0, 9], [0, 5, 4, 8], [1, 8], [0, 7]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected bounds that rise from 0 to the length 8"):
+            favor_attention(
+                q, q, q, draw_projection(8, 8), cu_seqlens=torch.tensor(bounds, dtype=torch.int32), backend="triton"
+            )
+
+
+@pytest.mark.parametrize("feature_map", ["oprf", "relu"])
+def test_the_phases_of_two_ranks_equal_one_process(feature_map):
+    drawn = calls.Drawn(feature_map)
+    whole = found_of(
+        (drawn.q, drawn.k, drawn.v, drawn.out_grad, drawn.projection,
+         {"feature_map": feature_map, "token_mask": drawn.mask, "cu_seqlens": drawn.bounds, "oprf_a": drawn.a}),
+        "triton",
+    )  # fmt: skip
+    parts = [_part(drawn, feature_map, 0, 100), _part(drawn, feature_map, 100, 338)]
+    folded = [favor_triton.fold(inputs) for inputs, _ in parts]
+    references = torch.maximum(folded[0][1], folded[1][1])
+    states = sum(sums * torch.exp2(own - references).unsqueeze(-1) for sums, own in folded)
+    read = [favor_triton.read(inputs, states, references) for inputs, _ in parts]
+    pulled = [
+        favor_triton.query_gradients(inputs, grad, out, states, references, sums)
+        for (inputs, grad), (out, sums) in zip(parts, read, strict=True)
+    ]
+    state_grad = pulled[0][1] + pulled[1][1]
+    keys = [favor_triton.key_gradients(inputs, states, references, state_grad) for inputs, _ in parts]
+    together = (
+        torch.cat([out for out, _ in read], 2),
+        torch.cat([q_grad for q_grad, _ in pulled], 2),
+        torch.cat([k_grad for k_grad, _ in keys], 2),
+        torch.cat([v_grad for _, v_grad in keys], 2),
+    )
+    for found, expected in zip(together, whole, strict=True):
+        calls.assert_close(found, expected)
+
+
+def _part(drawn, feature_map, start, stop):
+    q, k, v, grad = (x[:, :, start:stop] for x in (drawn.q, drawn.k, drawn.v, drawn.out_grad))
+    bounds = drawn.bounds.clamp(start, stop) - start
+    mask = drawn.mask[:, start:stop]
+    return AttentionInputs(q, k, v, drawn.projection, mask, bounds, drawn.a, feature_map=feature_map), grad
