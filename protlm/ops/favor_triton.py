@@ -368,9 +368,7 @@ class Call:
             **self._factors("factor", "norm_factor", "grad_factor", "norm_grad_factor"),
         }  # fmt: skip
         tensors = {"k": self._k, "v": self._v, "k_grad": k_grad, "v_grad": v_grad}
-        return self._launch(
-            key_gradients, self.units.count * self.heads, tensors, arguments, {"FEATURES": self._features}
-        )
+        return self._launch(key_gradients, self.units.count * self.heads, tensors, arguments, {})
 
     @property
     def _features(self) -> int:

@@ -8,13 +8,14 @@ import pytest
 import typer
 
 from protlm.cli.app import app, main
+from protlm.workflows import train_dry_run
 from tests.e2e.conftest import write_fasta
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUM_PROTEINS = 60
 # The one change to a documented command: no reader waits for a test, so training ends after so many updates. They are
-# updates of the documented configuration, on its documented rows.
+# updates of the documented configuration, on its documented rows. And a dry run does not measure the time of an update.
 TRAINING_LIMIT = ["--max-steps", "3"]
 
 _BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -38,6 +39,7 @@ def public_commands() -> list[str]:
 def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, proteins):
     """One folder for all documents, the README first: a later one may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda *_: 1.0)
     chosen = sorted(proteins, key=lambda protein: len(protein[1]))[:NUM_PROTEINS]
     write_fasta(tmp_path / "my_proteins.fasta", chosen)
     write_fasta(tmp_path / "my_other_proteins.fasta", proteins[-5:])

@@ -16,8 +16,7 @@ OPTIONS = ["--tokens-per-batch", 100, "--include", "per-residue", "--include", "
 @pytest.fixture(scope="module")
 def one_process(run_dir, fasta, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "e.h5"
-    status, _, errors = finish(start("embed", run_dir, fasta, "--out", out, *OPTIONS))
-    assert status == 0, errors
+    assert main(["embed", str(run_dir), str(fasta), "--out", str(out), *map(str, OPTIONS)]) == 0
     return out.read_bytes()
 
 
@@ -50,8 +49,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(rank, run_dir, fasta, one_process, tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "resuming_devices"),
+    [pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (1, 1)],
+)
+def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(
+    rank, resuming_devices, run_dir, fasta, one_process, tmp_path
+):
     script, out = tmp_path / "full_disk.py", tmp_path / "out" / "e.h5"
     script.write_text(FULL_DISK)
     words = map(str, ["embed", run_dir, fasta, "--out", out, "--devices", 2, *OPTIONS])
@@ -66,8 +70,11 @@ def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(rank, run_dir, f
     # Who fails says what is wrong; another one may say that somebody failed.
     assert 1 <= len(lines) <= 2
     assert "No space left on device" in errors
-    status, _, errors = finish(embed_on_two(run_dir, fasta, out, "--resume"))
-    assert status == 0, errors
+    if resuming_devices == 1:
+        assert main(["embed", str(run_dir), str(fasta), "--out", str(out), *map(str, OPTIONS), "--resume"]) == 0
+    else:
+        status, _, errors = finish(embed_on_two(run_dir, fasta, out, "--resume"))
+        assert status == 0, errors
     assert out.read_bytes() == one_process
     assert [path.name for path in out.parent.iterdir()] == ["e.h5"]
 

@@ -323,16 +323,21 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("moment", ["computing", "putting together"])
 @pytest.mark.parametrize(
-    ("pattern", "damage"),
+    ("moment", "pattern", "damage"),
     [
-        ("parts/*.h5", truncate),
-        ("parts/*.h5", lambda path: path.write_bytes(b"")),
-        ("output/out", truncate),
-        ("assembled.json", lambda path: path.write_text("{}")),
-        ("assembled.json", lambda path: path.write_text('{"num_parts": 9999}')),
-        ("proteins/*.bin", lambda path: path.unlink()),
+        *(
+            (moment, pattern, damage)
+            for moment in ("computing", "putting together")
+            for pattern, damage in (
+                ("parts/*.h5", truncate),
+                ("parts/*.h5", lambda path: path.write_bytes(b"")),
+                ("proteins/*.bin", lambda path: path.unlink()),
+            )
+        ),
+        ("putting together", "output/out", truncate),
+        ("putting together", "assembled.json", lambda path: path.write_text("{}")),
+        ("putting together", "assembled.json", lambda path: path.write_text('{"num_parts": 9999}')),
     ],
 )
 def test_what_was_damaged_meanwhile_is_made_again(
@@ -343,7 +348,9 @@ def test_what_was_damaged_meanwhile_is_made_again(
         kill_at(patch, owner, name, call)
         with pytest.raises(Killed):
             embed(run_dir, inputs, tmp_path / "out")
-    for path in (tmp_path / "out.partial").glob(pattern):
+    damaged = list((tmp_path / "out.partial").glob(pattern))
+    assert damaged
+    for path in damaged:
         damage(path)
     assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
     assert content(tmp_path) == expected["protlm"]
@@ -370,8 +377,15 @@ def test_what_others_left_beside_the_output_stays(run_dir, inputs, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="files have no largest size here")
-@pytest.mark.parametrize("kilobytes", [20, 150])
-@pytest.mark.parametrize("layout", ["protlm", "uniprot"])
+@pytest.mark.parametrize(
+    ("layout", "kilobytes"),
+    [
+        ("protlm", 20),
+        ("uniprot", 150),
+        pytest.param("protlm", 150, marks=pytest.mark.slow),
+        pytest.param("uniprot", 20, marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_is_full_at_any_place_is_one_line(layout, kilobytes, run_dir, inputs, expected, tmp_path):
     """A largest size of a file fails like a full disk: in the middle of any write, also in those that HDF5 makes."""
     words = ["embed", run_dir, inputs, "--out", tmp_path / "out", "--layout", layout, *MANY_PARTS, *LAYOUTS[layout]]

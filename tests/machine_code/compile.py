@@ -31,7 +31,7 @@ def compiled_elsewhere(capability: int, module: str = CASES, names: Sequence[str
         names: Which of them; all by default.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.machine_code.compile", str(capability), "--cases", module, *names]
+    command = [sys.executable, "-m", "tests.machine_code.compile", str(capability), *names, "--cases", module]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr[-4000:]}")

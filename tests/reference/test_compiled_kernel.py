@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,16 @@ LAYOUTS = {
 
 
 def assert_kernel_equals_twin(monkeypatch):
-    for options in LAYOUTS.values():
-        for feature_map in COVERED:
-            for causal in (False, True):
-                for unit_tokens in (favor_cpp._UNIT_TOKENS, 70):
-                    monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", unit_tokens)
-                    assert_op_equals_twin(Case(feature_map=feature_map, causal=causal, **options), torch.float32)
+    unit_sizes = (favor_cpp._UNIT_TOKENS, 70)
+    for options, feature_map, causal in product(LAYOUTS.values(), COVERED, (False, True)):
+        case = Case(feature_map=feature_map, causal=causal, **options)
+        arguments = draw(case, torch.float32)
+        expected = expected_of(*arguments)
+        for unit_tokens in unit_sizes:
+            monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", unit_tokens)
+            found = found_of(arguments, "cpp")
+            told = f"{case}, units of {unit_tokens}"
+            assert_equal(found, expected, TOLERANCE[torch.float32], told, arguments[-1]["feature_map"])
 
 
 @needs_kernel

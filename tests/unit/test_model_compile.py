@@ -11,7 +11,7 @@ import pytest
 # In a process of its own: type checks at run time, which tests switch on, cannot be compiled, and warnings of the
 # compiler about itself are no errors there.
 PROGRAM = """
-import json
+import functools, json, sys
 import torch
 from torch._dynamo.utils import counters
 from protlm.config import ModelConfig
@@ -19,6 +19,7 @@ from protlm.model.health import attention_health
 from protlm.model.performer import Performer
 
 torch.set_num_threads(1)
+torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
 model = Performer(ModelConfig(num_layers=2, model_dim=32, num_heads=2, ffn_dim=48, num_features=24))
 model.reset(0)
 
@@ -51,10 +52,15 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_layers_give_the_same_logits_and_gradients_for_rows_of_all_lengths(tmp_path):
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+
+
+# What is ours is the graph: its breaks, its guards, its backward. The code that inductor makes of it takes a minute.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=(pytest.mark.slow, needs_compiler))])
+def test_compiled_layers_give_the_same_logits_and_gradients_for_rows_of_all_lengths(backend, tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-c", PROGRAM, backend]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["largest_error"] < 1e-4

@@ -29,4 +29,5 @@ def fold_keys(k: Tensor, v: Tensor, rows: Tensor, is_exponential: bool) -> tuple
 
 def key_exponents(k: Tensor, rows: Tensor) -> Tensor:
     """Returns ω·k/d^¼ − ‖k‖²/(2√d), (keys, features)."""
-    return k @ rows.T - k.square().sum(-1, keepdim=True) / (2 * k.shape[-1] ** 0.5)
+    exponents: Tensor = k @ rows.T - k.square().sum(-1, keepdim=True) / (2 * k.shape[-1] ** 0.5)
+    return exponents

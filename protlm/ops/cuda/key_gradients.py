@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
+    LOG_ZERO,
     RELU_OFFSET,
     half_squares,
     load_is_real,
@@ -51,7 +52,6 @@ def key_gradients(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
     PADDED: tl.constexpr,
     TILE_FEATURES: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
@@ -99,8 +99,8 @@ def key_gradients(
             exponents = scores(keys, rows, UPCAST) * factor
             grads = scores(values, pulled, UPCAST) * size[None, :] - tl.load(sum_grads + features)[None, :]
             if IS_EXPONENTIAL:
-                if PADDED != FEATURES:
-                    bias = tl.where(features < FEATURES, bias, float("inf"))
+                # A feature without a key, or that is padding, weighs nothing.
+                bias = tl.where(bias == LOG_ZERO, float("inf"), bias)
                 weights = tl.math.exp2(exponents - squares[:, None] - bias[None, :])
                 grads *= weights
                 exponent_sums += tl.sum(grads, 1)

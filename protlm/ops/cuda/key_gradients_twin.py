@@ -11,7 +11,7 @@ from protlm.ops.random_features import RELU_OFFSET
 def key_gradients(
     k: Tensor, v: Tensor, rows: Tensor, references: Tensor, mean_grads: Tensor, sum_grads: Tensor, is_exponential: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of keys and values of one head: of Σ φ(k)/sum · (v·mean_grad − sum_grad), the sums fixed."""
+    """Returns the gradients of k and v of one head: of Σ φ(k)/sum · (v·mean_grad − sum_grad), the sums fixed."""
     k, v = (x.detach().double().requires_grad_() for x in (k, v))
     rows, references = rows.double(), references.double()
     if is_exponential:

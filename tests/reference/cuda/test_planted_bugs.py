@@ -13,6 +13,7 @@ from tests.reference.cuda import calls
 
 CASES = (
     Case(segments=(300, 0, 37), padding="some", head_dim=16, num_features=20),
+    Case(length=20, batch=1, head_dim=16, num_features=130),
     Case(feature_map="relu", length=40, padding="some", head_dim=16, num_features=20),
 )
 BUGS = {
@@ -24,9 +25,7 @@ BUGS = {
     "the logarithms are not read": ("read_state", "exponents += bias[None, :]", "exponents += 0.0"),
     "a maximum is not carried": ("read_state", "sums *= shrink", "sums *= 1.0"),
     "the inner product is forgotten": ("query_gradients", " - inners[:, None]", ""),
-    "queries that are padding count": (
-        "state_gradients", "weights = tl.where(is_real[None, :], weights, 0.0)", "weights *= 1.0",
-    ),
+    "outputs are not taken off": ("state_gradients", "weights * inners[None, :]", "weights"),
     "only the first unit counts": ("add_gradients", "of_means += tl.load", "of_means = tl.load"),
     "sizes are forgotten": ("key_gradients", "(weights * size[None, :])", "(weights)"),
     "the sums get no gradient": ("key_gradients", " - tl.load(sum_grads + features)[None, :]", ""),

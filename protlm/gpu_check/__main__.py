@@ -1,0 +1,117 @@
+"""The command: checks, times, prints a table and writes a JSON to send in."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0 if every case was right, 1 if one was not or there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m protlm.gpu_check", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="the JSON to write")
+    parser.add_argument("--device", default="cuda:0", help="the GPU")
+    parser.add_argument("--parity-only", action="store_true", help="take no times")
+    parser.add_argument("--repeats", type=int, default=20, help="of each time")
+    parser.add_argument("--force", action="store_true", help="replace the JSON")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {options.repeats}")
+    if options.out.exists() and not options.force:
+        return _fail(f"{options.out} is there already; give another --out, or --force")
+    if not options.out.absolute().parent.is_dir():
+        return _fail(f"{options.out.parent} is not a folder; make it, or give another --out")
+    import torch
+
+    from protlm.ops import backends
+
+    if not torch.cuda.is_available():
+        return _fail("PyTorch sees no CUDA device; run this where `torch.cuda.is_available()` is true")
+    if (told := backends()["triton"]).startswith("not available"):
+        return _fail(f"the backend triton is {told}")
+    return report(options.out, options.device, "triton", options.parity_only, options.repeats)
+
+
+def report(
+    out: Path,
+    device: str,
+    backend: str,
+    is_parity_only: bool,
+    repeats: int,
+    cases: Any = None,
+    lengths: tuple[int, ...] | None = None,
+    tokens: int | None = None,
+) -> int:
+    """Runs everything on a device, prints it, writes it, and returns the exit status."""
+    from protlm.gpu_check import parity, timing
+
+    environment = _environment(device)
+    print(f"{environment['gpu']}, capability {environment['capability']}, torch {environment['torch']}")
+    outcomes = []
+    for outcome in parity.check(parity.cases() if cases is None else cases, device, backend):
+        errors = " ".join(f"{name} {error:.1e}" for name, error in outcome.errors.items())
+        print(f"{'ok  ' if outcome.fault is None else 'FAIL'} {outcome.case}: {errors} {outcome.fault or ''}".rstrip())
+        outcomes.append(vars(outcome))
+    times: list[dict[str, Any]] = []
+    if not is_parity_only:
+        times = timing.measure(lengths or timing.LENGTHS, device, environment["gpu"], repeats, tokens or timing.TOKENS)
+        _print_times(times)
+    content = {"format_version": FORMAT_VERSION, "environment": environment, "parity": outcomes, "times": times}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out)
+    failed = sum(outcome["fault"] is not None for outcome in outcomes)
+    print(f"{len(outcomes) - failed} of {len(outcomes)} cases are right; wrote {out}: please attach it to an issue")
+    return 1 if failed else 0
+
+
+def _print_times(times: list[dict[str, Any]]) -> None:
+    print(
+        f"{'length':>7} {'batch':>6} {'':16} {'implementation':24} {'median ms':>10} {'range':>19} {'of roofline':>12}"
+    )
+    for row in times:
+        what = "forward+backward" if row["backward"] else "forward"
+        head = f"{row['length']:7d} {row['batch']:6d} {what:16} {row['name']:24}"
+        if "fault" in row:
+            print(f"{head} {'–':>10} {row['fault']}")
+            continue
+        share = "–" if row["share_of_roofline"] is None else f"{row['share_of_roofline']:.0%}"
+        print(f"{head} {row['median_ms']:10.3f} {row['min_ms']:9.3f}–{row['max_ms']:<9.3f} {share:>12}")
+
+
+def _environment(device: str) -> dict[str, Any]:
+    import importlib.metadata
+
+    import torch
+
+    import protlm
+
+    is_cuda = torch.device(device).type == "cuda"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "gpu": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or "CPU",
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if is_cuda else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton,
+        "protlm": protlm.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The least time that FAVOR can take on a GPU: hides how many operations and bytes it has, and what GPUs can do."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a GPU can do at most in a second, by its data sheet.
+
+    Attributes:
+        flops: In the tensor cores, bfloat16, dense.
+        bytes: To and from its memory.
+        exponentials: float32, 16 per multiprocessor and clock.
+        source: Who says so.
+    """
+
+    flops: float
+    bytes: float
+    exponentials: float
+    source: str
+
+
+PEAKS = {
+    "A100": Peak(312e12, 2.039e12, 108 * 16 * 1.41e9, "NVIDIA A100 80GB SXM data sheet"),
+    "H100": Peak(989e12, 3.35e12, 132 * 16 * 1.83e9, "NVIDIA H100 SXM data sheet"),
+    "H200": Peak(989e12, 4.8e12, 132 * 16 * 1.83e9, "NVIDIA H200 SXM data sheet"),
+    "B200": Peak(2250e12, 8.0e12, 148 * 16 * 1.85e9, "NVIDIA B200 data sheet"),
+    "L4": Peak(121e12, 0.3e12, 58 * 16 * 2.04e9, "NVIDIA L4 data sheet"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of one call without mask or segments."""
+
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    features: int
+
+
+def peak_of(gpu_name: str) -> Peak | None:
+    """Returns the peak of a GPU by the name that the driver gives it, None for one that is not in the table."""
+    words = gpu_name.replace("-", " ").split()
+    return next((peak for name, peak in PEAKS.items() if name in words), None)
+
+
+def floor_seconds(shape: Shape, peak: Peak, *, has_backward: bool) -> dict[str, float]:
+    """Returns the seconds that products, memory and exponentials take at the peak; none can be hidden behind itself.
+
+    Forward: two products for keys and two for queries, 8·L·M·d operations a head, and an exponential for each key and
+    feature and each query and feature. Backward: nine products, 18·L·M·d, and three exponentials. Memory: inputs and
+    outputs once, in bfloat16 (the backward reads q and out_grad once more), beside the states.
+    """
+    heads = shape.batch * shape.heads
+    tokens = heads * shape.length
+    one_product = 2.0 * tokens * shape.features * shape.head_dim
+    row_bytes = 2.0 * tokens * shape.head_dim
+    state_bytes = 2.0 * heads * shape.features * (shape.head_dim + 2)
+    products, exponentials, rows, states = (13, 5, 14, 6) if has_backward else (4, 2, 4, 2)
+    return {
+        "products": products * one_product / peak.flops,
+        "memory": (rows * row_bytes + states * state_bytes) / peak.bytes,
+        "exponentials": exponentials * tokens * shape.features / peak.exponentials,
+    }

@@ -1,0 +1,114 @@
+"""How long attention takes on a GPU, beside its peers: hides how a time is taken and what a peer is."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protlm.gpu_check.roofline import Shape, floor_seconds, peak_of
+from protlm.ops import draw_projection, favor_attention
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LENGTHS = tuple(512 << i for i in range(8))
+TOKENS = 65_536
+"""Tokens of a call: shorter lengths come in larger batches."""
+
+
+def measure(
+    lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, tokens: int = TOKENS
+) -> list[dict[str, Any]]:
+    """Returns a row for each length and implementation: median and range in milliseconds, share of the roofline."""
+    rows: list[dict[str, Any]] = []
+    peak = peak_of(gpu_name)
+    for length in lengths:
+        shape = Shape(max(1, tokens // length), 8, length, 64, 256)
+        for has_backward in (False, True):
+            floor = max(floor_seconds(shape, peak, has_backward=has_backward).values()) if peak else None
+            for name, outcome in _measure_one(shape, device, has_backward, repeats).items():
+                row = {"length": length, "batch": shape.batch, "backward": has_backward, "name": name}
+                if isinstance(outcome, str):
+                    rows.append({**row, "fault": outcome})
+                    continue
+                median = statistics.median(outcome)
+                share = floor * 1e3 / median if floor and name.startswith("favor") else None
+                spread = {"median_ms": median, "min_ms": min(outcome), "max_ms": max(outcome)}
+                rows.append({**row, **spread, "share_of_roofline": share})
+    return rows
+
+
+def _measure_one(shape: Shape, device: str, has_backward: bool, repeats: int) -> dict[str, list[float] | str]:
+    """Returns milliseconds of each implementation, taken in turns, or why it has none."""
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.batch, shape.heads, shape.length, shape.head_dim)
+    q, k, v, out_grad = (torch.randn(size, generator=generator).to(device, torch.bfloat16) for _ in range(4))
+    projection = draw_projection(shape.features, shape.head_dim, generator=generator).to(device)
+    found: dict[str, list[float] | str] = {}
+    running: dict[str, Callable[[], None]] = {}
+    for name, attention in _implementations(projection).items():
+        run = _runner(attention, (q, k, v), out_grad, has_backward)
+        try:
+            for _ in range(3):
+                run()
+            running[name], found[name] = run, []
+        except Exception as error:  # out of memory, or a compiler's: the others shall be seen
+            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for _ in range(repeats):
+        for name, run in running.items():
+            times = found[name]
+            assert isinstance(times, list)
+            times.append(_milliseconds(run, device))
+    return found
+
+
+def _implementations(projection: Tensor) -> dict[str, Attention]:
+    compiled = torch.compile(_formula)
+    return {
+        "favor triton": lambda q, k, v: favor_attention(q, k, v, projection, backend="triton"),
+        "favor torch": lambda q, k, v: favor_attention(q, k, v, projection, backend="torch"),
+        "formula, torch.compile": lambda q, k, v: compiled(q, k, v, projection.to(q.dtype)),
+        "exact, SDPA": F.scaled_dot_product_attention,
+    }
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+    """The textbook way: features of the whole length, one maximum, no epsilon."""
+    scale = q.shape[-1] ** -0.25
+    key_scores = (k @ projection.T).float() * scale - k.float().square().sum(-1, keepdim=True) * (scale * scale / 2)
+    query_scores = (q @ projection.T).float() * scale
+    key_features = torch.exp(key_scores - key_scores.amax((-1, -2), keepdim=True)).to(q.dtype)
+    query_features = torch.exp(query_scores - query_scores.amax(-1, keepdim=True)).to(q.dtype)
+    context = key_features.transpose(-1, -2) @ v
+    sums = query_features @ key_features.sum(-2).unsqueeze(-1)
+    return (query_features @ context) / sums
+
+
+def _runner(
+    attention: Attention, inputs: tuple[Tensor, ...], out_grad: Tensor, has_backward: bool
+) -> Callable[[], None]:
+    leaves = [x.detach().requires_grad_(has_backward) for x in inputs]
+
+    def run() -> None:
+        out = attention(*leaves)
+        if has_backward:
+            torch.autograd.grad(out, leaves, out_grad)
+
+    return run
+
+
+def _milliseconds(run: Callable[[], None], device: str) -> float:
+    if torch.device(device).type != "cuda":
+        import time
+
+        started = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - started)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(stop))

@@ -1,0 +1,122 @@
+"""The check for a user's GPU: its arithmetic, what it calls a fault, and its report, on the CPU at small sizes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from protlm.gpu_check import parity, roofline
+from protlm.gpu_check.__main__ import main, report
+from protlm.ops import favor_attention
+
+SMALL = parity.Case(length=30, head_dim=16, features=32, heads=1)
+
+
+def test_the_floor_is_that_of_the_largest_share():
+    shape = roofline.Shape(batch=8, heads=8, length=8192, head_dim=64, features=256)
+    # The figures of a hand calculation: 8 and 26 times 64·8192·256·64 operations at 989 Tflop/s.
+    forward = roofline.floor_seconds(shape, roofline.PEAKS["H100"], has_backward=False)
+    assert forward["products"] == pytest.approx(69.5e-6, rel=1e-2)
+    assert forward["memory"] == pytest.approx(81.4e-6, rel=1e-2)
+    assert forward["exponentials"] == pytest.approx(69.5e-6, rel=1e-2)
+    both = roofline.floor_seconds(shape, roofline.PEAKS["H100"], has_backward=True)
+    assert both["products"] == pytest.approx(225.8e-6, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L40S", None)]
+)
+def test_a_gpu_is_known_by_a_whole_word_of_its_name(name, found):
+    assert roofline.peak_of(name) is (roofline.PEAKS[found] if found else None)
+
+
+@pytest.mark.parametrize("feature_map", ["positive", "regularised", "bare relu", "trig"])
+def test_what_is_right_is_told_as_right(feature_map):
+    case = replace(SMALL, feature_map=feature_map, segments=(9, 0, 1, 20), is_masked=True)
+    (outcome,) = parity.check([case], "cpu", "torch")
+    assert outcome.fault is None
+    assert set(outcome.errors) == set(parity.NAMES)
+
+
+def test_every_kernel_runs_in_a_case():
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
+    small = [replace(SMALL, heads=64, batch=1, head_dim=16, length=20), replace(SMALL, length=300, is_masked=True)]
+    outcomes = list(parity.check([*small, replace(SMALL, feature_map="relu")], "cpu", "triton"))
+    assert [outcome.fault for outcome in outcomes] == [None] * 3
+
+
+class _Off(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1.05, "q_grad"), (float("nan"), "q_grad")])
+def test_a_gradient_that_is_off_is_a_fault(factor, told):
+    def attention(q, k, v, projection, **options):
+        return favor_attention(_Off.apply(q, factor), k, v, projection, **options)
+
+    (outcome,) = parity.check([SMALL], "cpu", "torch", attention)
+    assert outcome.fault.startswith(told)
+
+
+def test_a_kernel_that_raises_and_one_that_changes_its_mind_are_faults():
+    calls = []
+
+    def attention(q, k, v, projection, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no kernel image is available\nmore")
+        return favor_attention(q, k, v + 1e-3 * len(calls), projection, **options)
+
+    first, second = parity.check([SMALL, SMALL], "cpu", "torch", attention)
+    assert first.fault == "RuntimeError: no kernel image is available"
+    assert second.fault == "a second call gave other bits"
+
+
+def test_the_report_has_a_row_for_everything(tmp_path, capsys, monkeypatch):
+    # A compiler of its own is not what is tested here.
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    out = tmp_path / "check.json"
+    assert report(out, "cpu", "torch", False, 2, cases=[SMALL], lengths=(16,), tokens=16) == 0
+    content = json.loads(out.read_text())
+    assert [row["fault"] for row in content["parity"]] == [None]
+    rows = {(row["name"], row["backward"]): row for row in content["times"]}
+    assert len(rows) == 8
+    assert all("fault" in row or row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows.values())
+    assert "1 of 1 cases are right" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["check.json"]
+
+
+def test_a_wrong_case_is_exit_status_1(tmp_path):
+    wrong = replace(SMALL, feature_map="unknown")
+    assert report(tmp_path / "check.json", "cpu", "torch", True, 1, cases=[wrong]) == 1
+
+
+def test_without_a_gpu_there_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "protlm.gpu_check", "--out", str(tmp_path / "x.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error: PyTorch sees no CUDA device")
+    assert ended.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_and_bad_usage_is_status_2(tmp_path, capsys):
+    out = tmp_path / "x.json"
+    out.write_text("mine")
+    assert main(["--out", str(out)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path / "no" / "x.json")]) == 1
+    with pytest.raises(SystemExit) as ended:
+        main(["--repeats", "0"])
+    assert ended.value.code == 2
+    assert out.read_text() == "mine"
