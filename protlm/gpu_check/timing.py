@@ -106,7 +106,7 @@ def _milliseconds(run: Callable[[], None], device: str) -> float:
         started = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - started)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     run()
     stop.record()

@@ -37,7 +37,7 @@ def copy(source, target, BLOCK: tl.constexpr):
 
 
 def _multiply(
-    dtype=torch.bfloat16, block=128, columns=128, step=64, num_warps=4, num_stages=3, adds_atomically=False
+    dtype=torch.bfloat16, block=128, columns=128, step=64, num_warps=8, num_stages=3, adds_atomically=False
 ) -> Case:
     depth = 4096
     arguments = {
@@ -64,7 +64,7 @@ def cases(capability: int) -> dict[str, Case]:
     assert capability
     return {
         "sound": _multiply(),
-        "spills": _multiply(columns=256, num_warps=1),
+        "spills": _multiply(num_warps=1),
         "too much shared memory": _multiply(num_stages=8),
         "atomics": _multiply(adds_atomically=True),
         "no tensor cores": _multiply(dtype=torch.float32, block=32, columns=32, step=32, num_warps=4, num_stages=2),

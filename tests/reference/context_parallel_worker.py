@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from protlm.ops import context_parallel, favor, favor_attention, favor_cpp, favor_torch, local_bounds
+from protlm.ops import context_parallel, favor, favor_attention, favor_cpp, favor_torch, favor_triton, local_bounds
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import LOOSER, TOLERANCE
 from tests.reference.cases import MAPS, NAMES, Case, backends_of, differentiate, draw, found_of
@@ -98,6 +98,13 @@ def check_every_backend_equals_itself_in_one_process():
             # Every other map cuts its segments into many units.
             with mock.patch.object(favor_cpp, "_UNIT_TOKENS", (17, favor_cpp._UNIT_TOKENS)[number % 2]):
                 assert_equals_one_process(arguments, split, (name, feature_map), backend)
+
+
+def check_the_kernels_for_cuda_equal_themselves_in_one_process():
+    if favor_triton.why_not() is None:
+        for feature_map in ("positive", "relu"):
+            arguments = drawn(LAYOUTS["masked segments"], torch.float32, feature_map=feature_map)
+            assert_equals_one_process(arguments, splits(sum(SEGMENTS))[0], feature_map, "triton")
 
 
 def check_short_floats_equal_one_process():
