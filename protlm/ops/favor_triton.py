@@ -226,7 +226,9 @@ class Call:
         inputs = self.inputs
         mean_length = inputs.q.shape[0] * inputs.q.shape[2] / inputs.num_segments
         has_enough = inputs.num_segments * self.heads >= _ENOUGH_SHORT_PROGRAMS
-        return self.fits_short and has_enough and mean_length <= _SHORT_TOKENS
+        # Within a segment the kernel counts in 32 bits.
+        reach = inputs.q.shape[2] * max(x.stride(2) for x in (self._q, self._k, self._v))
+        return self.fits_short and has_enough and mean_length <= _SHORT_TOKENS and reach < 2**31
 
     @functools.cached_property
     def units(self) -> _Units:

@@ -102,6 +102,13 @@ def test_equal_calls_give_equal_bits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("feature_map", ["positive", "bare relu"])
+def test_what_torch_is_told_of_results_is_what_they_are(feature_map, is_short):
+    *tensors, _, projection, options = draw(Case(head_dim=24, length=20, feature_map=feature_map), torch.bfloat16)
+    arguments = (*tensors, projection, None, None, None, options["feature_map"], False, "triton")
+    torch.library.opcheck(torch.ops.protlm.favor.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_units_depend_on_no_order_and_cover_every_token_once():
     bounds = torch.tensor([0, 600, 600, 601, 1200], dtype=torch.int32)
     q = torch.empty(1, 2, 1200, 8)
