@@ -26,11 +26,16 @@ VARIANTS = {
 }
 """Feature map, head_dim, features, and whether the row is packed and masked."""
 
+ONLY_FOR = {"relu-64": (80, 90), "oprf-32": (90,)}
+"""Where compiling a variant for every GPU would take more time than it tells."""
+
 
 def cases(capability):
     """Returns the cases for a GPU by name."""
     found = {}
     for variant, options in VARIANTS.items():
+        if capability not in ONLY_FOR.get(variant, (capability,)):
+            continue
         for launch in launches(capability, *options):
             name = launch.kernel.__name__
             tile = launch.constants
