@@ -7,7 +7,6 @@ there what failed. A rank goes on after a failure: the others would wait for it.
 import inspect
 import json
 import sys
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -17,10 +16,10 @@ import torch.distributed as dist
 
 from protlm.ops import context_parallel, favor, favor_attention, favor_cpp, favor_torch, favor_triton, local_bounds
 from protlm.ops.inputs import AttentionInputs
+from tests import process_groups
 from tests.conftest import LOOSER, TOLERANCE
 from tests.reference.cases import MAPS, NAMES, Case, backends_of, differentiate, draw, found_of
 
-SECONDS = 60
 SEGMENTS = (0, 1, 3, 20, 21, 0, 60, 22, 1, 75, 0)
 LAYOUTS = {
     "rows": Case(length=157, batch=3, padding="row"),
@@ -267,20 +266,12 @@ def told_by(call):
 
 
 def main(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=SECONDS),
-    )
+    process_groups.join(rank, world_size, folder)
     for name, check in globals().copy().items():
         if name.startswith("check_"):
             check()
     (folder / f"{rank}.json").write_text(json.dumps(FAILURES))
-    dist.barrier()
-    dist.destroy_process_group()
+    process_groups.leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from protlm.ops import local_bounds
+from tests import process_groups
 from tests.reference import context_parallel_worker
 from tests.reference.cases import bounds
 
@@ -28,7 +29,7 @@ def test_ranks_agree_with_one_process_and_with_each_other(world_size, tmp_path):
             words = [*command, str(rank), str(world_size), str(tmp_path)]
             processes.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stream, stderr=stream))
     try:
-        statuses = [process.wait(4 * context_parallel_worker.SECONDS) for process in processes]
+        statuses = [process.wait(4 * process_groups.SECONDS) for process in processes]
     finally:
         for process in processes:
             process.kill()

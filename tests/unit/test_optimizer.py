@@ -24,6 +24,7 @@ from protlm.workflows.optimizer import (
     learning_rate_factor,
     orthogonalise,
 )
+from tests import process_groups
 from tests.conftest import TOLERANCE, relative_error
 
 SHAPES = ((8, 8), (8, 8), (24, 8), (8, 40))
@@ -292,8 +293,7 @@ def shard(model):
 
 def check_shards(rank, folder):
     """Runs in each of two processes: the same updates whole and in shards, and their states carried over both ways."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    process_groups.join(rank, 2, folder)
     (whole, whole_optimizer), (sharded, _) = build(weight_decay=0.3), build(weight_decay=0.3)
     shard(sharded)
     optimizer = build_optimizer(sharded, TrainConfig(weight_decay=0.3))
@@ -333,7 +333,7 @@ def check_shards(rank, folder):
     assert_same_weights(whole, again)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert relative_error(b, a) < 1e-6, name
-    torch.distributed.destroy_process_group()
+    process_groups.leave()
 
 
 def assert_same_weights(whole, sharded):

@@ -11,6 +11,7 @@ from protlm.data.masking import MaskRates
 from protlm.model.performer import Performer
 from protlm.vocabulary import FIRST_RESIDUE, RESIDUES, encode
 from protlm.workflows.scoring import Score, empirical_score, score_model
+from tests import process_groups
 
 
 class InMemory:
@@ -163,10 +164,7 @@ ODD_BUDGET = 120
 
 def score_in_a_process(rank, world_size, folder):
     """Runs in each of several processes; writes down what it was told."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size
-    )
+    process_groups.join(rank, world_size, folder)
     model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
     model.reset(0)
     num_passes = []
@@ -177,7 +175,7 @@ def score_in_a_process(rank, world_size, folder):
         rank=rank, world_size=world_size,
     )  # fmt: skip
     torch.save((dataclasses.asdict(scores), len(num_passes), sum(counts)), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    process_groups.leave()
 
 
 def test_the_number_of_processes_changes_no_bit_and_all_make_as_many_passes(tmp_path, model):
