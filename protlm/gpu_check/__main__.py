@@ -1,12 +1,17 @@
 """The command: checks, times, prints a table and writes a JSON to send in."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from protlm.gpu_check.parity import Case
 
 FORMAT_VERSION = 1
 
@@ -32,42 +37,60 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         return _fail("PyTorch sees no CUDA device; run this where `torch.cuda.is_available()` is true")
+    if options.device not in (there := [f"cuda:{index}" for index in range(torch.cuda.device_count())]):
+        return _fail(f"--device: expected one of {', '.join(there)}, got {options.device}")
     if (told := backends()["triton"]).startswith("not available"):
         return _fail(f"the backend triton is {told}")
-    return report(options.out, options.device, "triton", options.parity_only, options.repeats)
+    from protlm.gpu_check import parity, ranks, timing
+
+    lengths = () if options.parity_only else timing.LENGTHS
+    work = Work(parity.cases(), ranks.cases(), lengths, options.repeats, timing.TOKENS)
+    return report(options.out, options.device, "triton", work)
 
 
-def report(
-    out: Path,
-    device: str,
-    backend: str,
-    is_parity_only: bool,
-    repeats: int,
-    cases: Any = None,
-    lengths: tuple[int, ...] | None = None,
-    tokens: int | None = None,
-) -> int:
+@dataclass(frozen=True)
+class Work:
+    """What is checked and timed: cases on one process and on several, lengths, and tokens of a call that is timed."""
+
+    cases: "list[Case]"
+    rank_cases: "list[Case]"
+    lengths: tuple[int, ...]
+    repeats: int
+    tokens: int
+
+
+def report(out: Path, device: str, backend: str, work: Work) -> int:
     """Runs everything on a device, prints it, writes it, and returns the exit status."""
-    from protlm.gpu_check import parity, timing
+    from protlm.gpu_check import parity, ranks, timing
 
     environment = _environment(device)
     print(f"{environment['gpu']}, capability {environment['capability']}, torch {environment['torch']}")
     outcomes = []
-    for outcome in parity.check(parity.cases() if cases is None else cases, device, backend):
+    checks = parity.check(work.cases, device, backend), ranks.check(work.rank_cases, device, backend)
+    for outcome in itertools.chain(*checks):
         errors = " ".join(f"{name} {error:.1e}" for name, error in outcome.errors.items())
-        print(f"{'ok  ' if outcome.fault is None else 'FAIL'} {outcome.case}: {errors} {outcome.fault or ''}".rstrip())
+        head = f"{'ok  ' if outcome.fault is None else 'FAIL'} {outcome.computed_by:6} {outcome.case}:"
+        print(f"{head} {errors} {outcome.fault or ''}".rstrip(), flush=True)
         outcomes.append(vars(outcome))
-    times: list[dict[str, Any]] = []
-    if not is_parity_only:
-        times = timing.measure(lengths or timing.LENGTHS, device, environment["gpu"], repeats, tokens or timing.TOKENS)
-        _print_times(times)
-    content = {"format_version": FORMAT_VERSION, "environment": environment, "parity": outcomes, "times": times}
+    failed = sum(outcome["fault"] is not None for outcome in outcomes)
+    content = {"format_version": FORMAT_VERSION, "environment": environment, "parity": outcomes, "times": []}
+    # Whatever becomes of the times, what is known by now is kept.
+    _write(out, content)
+    if work.lengths:
+        try:
+            measured = timing.measure(work.lengths, device, environment["gpu"], work.repeats, work.tokens)
+        except Exception as error:  # a kernel that failed can leave a GPU on which nothing runs
+            return _fail(f"no times can be taken ({parity.first_line(error)}); {out} has the cases: please attach it")
+        _print_times(measured)
+        _write(out, {**content, "times": measured})
+    print(f"{len(outcomes) - failed} of {len(outcomes)} cases are right; wrote {out}: please attach it to an issue")
+    return 1 if failed else 0
+
+
+def _write(out: Path, content: dict[str, Any]) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(out)
-    failed = sum(outcome["fault"] is not None for outcome in outcomes)
-    print(f"{len(outcomes) - failed} of {len(outcomes)} cases are right; wrote {out}: please attach it to an issue")
-    return 1 if failed else 0
 
 
 def _print_times(times: list[dict[str, Any]]) -> None:

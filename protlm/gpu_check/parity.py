@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protlm.ops import draw_projection, favor_attention, reference
+from protlm.ops import draw_projection, favor_attention, favor_triton, reference
+from protlm.ops.inputs import AttentionInputs
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-5}
 """Largest difference from the twin on the same values, relative to the largest number of a tensor."""
@@ -41,9 +42,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: relative errors by tensor, and what is wrong, None for nothing."""
+    """What became of a case.
+
+    Attributes:
+        case: Its name.
+        computed_by: The backend that took it: `torch` is what the kernels leave to others.
+        errors: Relative, by tensor.
+        fault: What is wrong, None for nothing.
+    """
 
     case: str
+    computed_by: str
     errors: dict[str, float]
     fault: str | None
 
@@ -58,8 +67,9 @@ def cases() -> list[Case]:
             replace(plain, dtype=torch.float16),
             replace(plain, is_masked=True, length=1000),
             replace(plain, segments=SEGMENTS, is_masked=True),
-            # Rows by the hundred: one kernel a segment.
+            # Many short segments: one kernel for each.
             replace(plain, batch=64, length=200),
+            replace(plain, segments=SEGMENTS[:4] * 8, is_masked=True),
             # Several units a segment.
             replace(plain, batch=1, length=6000, is_masked=True),
             replace(plain, is_strided=True, has_projection_per_head=False),
@@ -79,27 +89,44 @@ def check(
         try:
             yield _check_one(case, device, backend, attention)
         except Exception as error:  # whatever a driver or compiler raises: the other cases shall be seen
-            yield Outcome(str(case), {}, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            yield Outcome(str(case), backend, {}, first_line(error))
+
+
+def outcome_of(case: Case, computed_by: str, errors: dict[str, float]) -> Outcome:
+    """Returns the outcome of a case with these errors."""
+    bound = TOLERANCE[case.dtype]
+    wrong = ", ".join(name for name, error in errors.items() if not error <= bound)
+    fault = f"{wrong}: further from the float64 twin than {bound}" if wrong else None
+    return Outcome(str(case), computed_by, errors, fault)
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an exception says, in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _check_one(case: Case, device: str, backend: str, attention: Callable[..., Tensor]) -> Outcome:
-    tensors, projection, options = _draw(case, device)
-    found = _differentiate(attention, tensors, projection, {**options, "backend": backend})
-    again = _differentiate(attention, tensors, projection, {**options, "backend": backend})
-    doubles = [x.double() for x in tensors]
-    rounded = _rounded(projection, case)
-    expected = _differentiate(reference.favor_attention, doubles, rounded, options)
-    errors = {name: _error(a, b) for name, a, b in zip(NAMES, found, expected, strict=True)}
-    fault = None
-    wrong = [name for name, error in errors.items() if not error <= TOLERANCE[case.dtype]]
-    if wrong:
-        fault = f"{', '.join(wrong)}: further from the float64 twin than {TOLERANCE[case.dtype]}"
-    elif not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
-        fault = "a second call gave other bits"
-    return Outcome(str(case), errors, fault)
+    drawn = draw(case, device)
+    found, again = (differentiate(attention, drawn, {"backend": backend}) for _ in range(2))
+    expected = expected_of(drawn, case)
+    errors = {name: error_of(a, b, b) for name, a, b in zip(NAMES, found, expected, strict=True)}
+    outcome = outcome_of(case, computed_by(drawn, backend), errors)
+    if outcome.fault is None and not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
+        return replace(outcome, fault="a second call gave other bits")
+    return outcome
 
 
-def _draw(case: Case, device: str) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
+@dataclass(frozen=True)
+class Drawn:
+    """What a case hands to the op; `tensors` are q, k, v and the gradient of the output."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    projection: Tensor | None
+    options: dict[str, Any]
+
+
+def draw(case: Case, device: str) -> Drawn:
+    """Returns what a case hands to the op, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     length = sum(case.segments) if case.segments else case.length
     shape = (1 if case.segments else case.batch, case.heads, length, case.head_dim)
@@ -118,7 +145,39 @@ def _draw(case: Case, device: str) -> tuple[list[Tensor], Tensor | None, dict[st
     if case.segments:
         bounds = torch.tensor([0, *case.segments]).cumsum(0)
         options["cu_seqlens"] = bounds.to(device, torch.int32)
-    return tensors, projection, options
+    q, k, v, out_grad = tensors
+    return Drawn((q, k, v, out_grad), projection, options)
+
+
+def computed_by(drawn: Drawn, backend: str) -> str:
+    """Returns the name of the backend that takes a call."""
+    inputs = AttentionInputs(*drawn.tensors[:3], drawn.projection, **drawn.options)
+    return "torch" if backend == "triton" and not favor_triton.covers(inputs) else backend
+
+
+def expected_of(drawn: Drawn, case: Case) -> tuple[Tensor, ...]:
+    """Returns output and gradients of the float64 twin on the same values."""
+    q, k, v, out_grad = (x.double() for x in drawn.tensors)
+    wide = Drawn((q, k, v, out_grad), _rounded(drawn.projection, case), drawn.options)
+    return differentiate(reference.favor_attention, wide, {})
+
+
+def differentiate(attention: Callable[..., Tensor], drawn: Drawn, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Returns output and gradients of an attention."""
+    *inputs, out_grad = drawn.tensors
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    out = attention(*leaves, drawn.projection, **drawn.options, **options)
+    return out.detach(), *torch.autograd.grad(out, leaves, out_grad)
+
+
+def error_of(found: Tensor, expected: Tensor, whole: Tensor) -> float:
+    """Returns the largest difference, relative to the largest number of the whole tensor."""
+    if not expected.numel():
+        return 0.0
+    scale = whole.abs().max().item()
+    difference = (found.double() - expected.to(found.device)).abs().max().item()
+    # A lone token has a gradient of zero, up to rounding.
+    return difference / scale if scale > 1e-9 else difference
 
 
 def _rounded(projection: Tensor | None, case: Case) -> Tensor | None:
@@ -128,21 +187,3 @@ def _rounded(projection: Tensor | None, case: Case) -> Tensor | None:
     if case.feature_map == "regularised":
         projection = projection * (case.head_dim**0.5 / projection.norm(dim=-1, keepdim=True))
     return projection.to(case.dtype)
-
-
-def _differentiate(
-    attention: Callable[..., Tensor], tensors: list[Tensor], projection: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    *inputs, out_grad = tensors
-    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
-    out = attention(*leaves, projection, **options)
-    return out.detach(), *torch.autograd.grad(out, leaves, out_grad)
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    scale = expected.abs().max().item()
-    difference = (found.double() - expected.to(found.device)).abs().max().item()
-    # A lone token has a gradient of zero, up to rounding.
-    return difference / scale if scale > 1e-9 else difference

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protlm.gpu_check.parity import first_line
 from protlm.gpu_check.roofline import Shape, floor_seconds, peak_of
 from protlm.ops import draw_projection, favor_attention
 
@@ -18,9 +19,7 @@ TOKENS = 65_536
 """Tokens of a call: shorter lengths come in larger batches."""
 
 
-def measure(
-    lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, tokens: int = TOKENS
-) -> list[dict[str, Any]]:
+def measure(lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, tokens: int) -> list[dict[str, Any]]:
     """Returns a row for each length and implementation: median and range in milliseconds, share of the roofline."""
     rows: list[dict[str, Any]] = []
     peak = peak_of(gpu_name)
@@ -55,7 +54,7 @@ def _measure_one(shape: Shape, device: str, has_backward: bool, repeats: int) ->
                 run()
             running[name], found[name] = run, []
         except Exception as error:  # out of memory, or a compiler's: the others shall be seen
-            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            found[name] = first_line(error)
     for _ in range(repeats):
         for name, run in running.items():
             times = found[name]

@@ -2,7 +2,9 @@
 
 import torch
 
-from protlm.ops.favor_triton import Call, empty_states
+from protlm.ops.cuda.call import Call
+from protlm.ops.cuda.tiles import fits_chip
+from protlm.ops.favor_triton import empty_states
 from protlm.ops.inputs import AttentionInputs, result_like
 from tests.machine_code.expectations import Case
 
@@ -13,6 +15,7 @@ PRODUCTS = {
     "state_gradients": 2,
     "key_gradients": 4,
     "short_forward": 2,
+    "short_backward": 4,
     "merge_states": 0,
     "add_gradients": 0,
 }
@@ -21,12 +24,15 @@ PRODUCTS = {
 VARIANTS = {
     "positive-64": ("positive", 64, 256, True),
     "positive-128": ("positive", 128, 256, False),
-    "relu-64": ("relu", 64, 256, True),
+    "relu-64": ("relu", 64, 128, True),
     "oprf-32": ("oprf", 32, 128, False),
 }
 """Feature map, head_dim, features, and whether the row is packed and masked."""
 
-ONLY_FOR = {"relu-64": (80, 90), "oprf-32": (90,)}
+NARROW = ("short_backward",)
+"""Kernels with products whose only long side is head_dim."""
+
+ONLY_FOR = {"positive-128": (80, 90, 100), "oprf-32": (90,)}
 """Where compiling a variant for every GPU would take more time than it tells."""
 
 
@@ -41,7 +47,8 @@ def cases(capability):
             tile = launch.constants
             rows = tile.get("TILE_FEATURES", tile["PADDED"])
             multiplied = PRODUCTS[name] * rows * tile.get("TILE_TOKENS", 0) * tile["DIM"]
-            found[f"{name}-{variant}"] = Case(launch, multiplied, has_pipelined_loads=PRODUCTS[name] > 0)
+            narrow = name in NARROW and tile["DIM"] < 64
+            found[f"{name}-{variant}"] = Case(launch, multiplied, PRODUCTS[name] > 0, has_narrow_products=narrow)
     return found
 
 
@@ -68,6 +75,9 @@ def launches(capability, feature_map, head_dim, features, is_packed, length=8192
         *call.query_gradients(out_grad, out, means, references, query_sums, result_like(q), state_grad),
         call.key_gradients(references, state_grad, result_like(k), result_like(v)),
     ]
-    if call.fits_short:
+    grads = result_like(q), result_like(k), result_like(v)
+    if fits_chip("short_forward", call.dim, call.padded):
         result.append(call.short_forward(means, references, out, query_sums))
+    if fits_chip("short_backward", call.dim, call.padded):
+        result.append(call.short_backward(out_grad, out, means, references, query_sums, grads))
     return result

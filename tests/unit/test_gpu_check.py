@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from protlm.gpu_check import parity, roofline
-from protlm.gpu_check.__main__ import main, report
+from protlm.gpu_check import parity, ranks, roofline, timing
+from protlm.gpu_check.__main__ import Work, main, report
 from protlm.ops import favor_attention
 
 SMALL = parity.Case(length=30, head_dim=16, features=32, heads=1)
+WORK = Work(cases=[SMALL], rank_cases=[], lengths=(16,), repeats=2, tokens=16)
 
 
 def test_the_floor_is_that_of_the_largest_share():
@@ -45,7 +46,9 @@ def test_every_kernel_runs_in_a_case():
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
     small = [replace(SMALL, heads=64, batch=1, head_dim=16, length=20), replace(SMALL, length=300, is_masked=True)]
     outcomes = list(parity.check([*small, replace(SMALL, feature_map="relu")], "cpu", "triton"))
-    assert [outcome.fault for outcome in outcomes] == [None] * 3
+    assert [(outcome.fault, outcome.computed_by) for outcome in outcomes] == [(None, "triton")] * 3
+    (other,) = parity.check([replace(SMALL, head_dim=256)], "cpu", "triton")
+    assert (other.fault, other.computed_by) == (None, "torch")
 
 
 class _Off(torch.autograd.Function):
@@ -86,7 +89,7 @@ def test_the_report_has_a_row_for_everything(tmp_path, capsys, monkeypatch):
     # A compiler of its own is not what is tested here.
     monkeypatch.setattr(torch, "compile", lambda function: function)
     out = tmp_path / "check.json"
-    assert report(out, "cpu", "torch", False, 2, cases=[SMALL], lengths=(16,), tokens=16) == 0
+    assert report(out, "cpu", "torch", WORK) == 0
     content = json.loads(out.read_text())
     assert [row["fault"] for row in content["parity"]] == [None]
     rows = {(row["name"], row["backward"]): row for row in content["times"]}
@@ -98,7 +101,29 @@ def test_the_report_has_a_row_for_everything(tmp_path, capsys, monkeypatch):
 
 def test_a_wrong_case_is_exit_status_1(tmp_path):
     wrong = replace(SMALL, feature_map="unknown")
-    assert report(tmp_path / "check.json", "cpu", "torch", True, 1, cases=[wrong]) == 1
+    assert report(tmp_path / "check.json", "cpu", "torch", replace(WORK, cases=[wrong], lengths=())) == 1
+
+
+def test_a_gpu_on_which_nothing_runs_any_more_leaves_the_cases_in_the_report(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(timing, "_measure_one", fail)
+    assert report(tmp_path / "check.json", "cpu", "torch", WORK) == 1
+    told = "error: no times can be taken (RuntimeError: an illegal memory access was encountered)"
+    assert capsys.readouterr().err.startswith(told)
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert ([row["fault"] for row in content["parity"]], content["times"]) == ([None], [])
+
+
+def test_two_processes_are_checked_against_the_twin_of_one():
+    chosen = [replace(SMALL, segments=(9, 0, 1, 20), is_masked=True), replace(SMALL, feature_map="unknown")]
+    (right,) = ranks.check(chosen[:1], "cpu", "torch")
+    assert (right.fault, right.computed_by) == (None, "torch")
+    assert set(right.errors) == set(parity.NAMES)
+    (died,) = ranks.check(chosen, "cpu", "torch")
+    assert (died.case, died.errors) == ("2 processes", {})
+    assert died.fault.startswith("ProcessRaisedException: ")
 
 
 def test_without_a_gpu_there_is_one_line(tmp_path):
@@ -110,12 +135,17 @@ def test_without_a_gpu_there_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten_and_bad_usage_is_status_2(tmp_path, capsys):
+def test_nothing_is_overwritten_and_bad_usage_is_status_2(tmp_path, capsys, monkeypatch):
     out = tmp_path / "x.json"
     out.write_text("mine")
     assert main(["--out", str(out)]) == 1
     assert "--force" in capsys.readouterr().err
     assert main(["--out", str(tmp_path / "no" / "x.json")]) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda:2", "cpu", "nonsense"):
+        assert main(["--out", str(tmp_path / "y.json"), "--device", device]) == 1
+        assert capsys.readouterr().err.endswith(f"--device: expected one of cuda:0, cuda:1, got {device}\n")
     with pytest.raises(SystemExit) as ended:
         main(["--repeats", "0"])
     assert ended.value.code == 2

@@ -1,10 +1,11 @@
 """A kernel launch as a value: what a GPU would be given, so that tests can run it, or compile it without a GPU."""
 
+import functools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +40,8 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
-def run_all(launches: Sequence[Launch]) -> None:
-    """Starts kernels one after the other, on one stream."""
-    for launch in launches:
-        launch.run()
+@functools.cache
+def capability_of(index: int | None) -> int:
+    """Returns the compute capability of a GPU, 10 · major + minor."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor

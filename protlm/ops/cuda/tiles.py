@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+MAX_DIM = 128
+"""head_dim, padded, up to which there are tiles."""
+MIN_CAPABILITY = 80
+"""Of the GPUs: older ones have no bfloat16 in their tensor cores."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -30,11 +35,20 @@ _TILES = {
     "add_gradients": Tile(16, 0, 4, 1),
     "key_gradients": Tile(32, 128, 8, 2),
     "short_forward": Tile(0, 64, 8, 2),
+    "short_backward": Tile(0, 32, 8, 2),
 }
-_HOPPER = 90
 _THREE_STAGES = ("fold_keys", "read_state")
-# With a larger state and larger tiles, `short_forward` runs out of registers there.
-_MOST_STATE_OF_AMPERE = 128 * 64
+# Of a state that one program keeps in its registers; the backward keeps its gradient there too.
+_MOST_FEATURES_ON_CHIP = {"short_forward": 256, "short_backward": 128}
+_MOST_DIM_ON_CHIP = 64
+# With more and larger tiles, `short_forward` runs out of registers where each warp multiplies for itself.
+_MOST_FEATURES_OF_SINGLE_WARPS = 128
+
+
+def fits_chip(kernel: str, dim: int, padded_features: int) -> bool:
+    """Says whether one program of a kernel for short segments can hold the state of a segment and head."""
+    is_power_of_two = padded_features & (padded_features - 1) == 0
+    return is_power_of_two and padded_features <= _MOST_FEATURES_ON_CHIP[kernel] and dim <= _MOST_DIM_ON_CHIP
 
 
 def tile_of(kernel: str, capability: int, dim: int, padded_features: int) -> Tile:
@@ -53,7 +67,19 @@ def tile_of(kernel: str, capability: int, dim: int, padded_features: int) -> Til
         tokens, num_warps = 64, 4
     if dim > 64:
         features, tokens = (features, tokens // 2) if tokens > features else (features // 2, tokens)
-    stages = 3 if capability >= _HOPPER and kernel in _THREE_STAGES and dim <= 64 else tile.num_stages
-    if kernel == "short_forward" and capability < _HOPPER and dim * padded_features > _MOST_STATE_OF_AMPERE:
+    # Hopper and the Blackwell of data centres have groups of warps multiply; their other chips (8.x, 12.x) do not.
+    has_warp_groups = 90 <= capability < 120
+    stages = 3 if has_warp_groups and kernel in _THREE_STAGES and dim <= 64 else tile.num_stages
+    if kernel == "short_forward" and not has_warp_groups and padded_features > _MOST_FEATURES_OF_SINGLE_WARPS:
         tokens //= 2
     return Tile(min(features, padded_features), tokens, num_warps, stages)
+
+
+def padded_dim(head_dim: int) -> int:
+    """Returns the head_dim of the kernels: a power of two."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def padded_features(features: int) -> int:
+    """Returns the features of the kernels, the next power of two or multiple of 128: every tile divides it."""
+    return max(16, 1 << (features - 1).bit_length()) if features <= 128 else -(-features // 128) * 128

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
 
 from protlm.ops import draw_projection, favor_triton
-from protlm.ops.favor_triton import Call
+from protlm.ops.cuda.call import Call
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import relative_error
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from protlm.ops import draw_projection, favor_attention, favor_torch, favor_triton
+from protlm.ops.cuda import call
+from protlm.ops.cuda.units import cut_into_units
 from protlm.ops.favor import _module
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE
@@ -22,9 +24,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["one kernel", "units"])
+@pytest.fixture(params=[True, False], ids=["whole segments", "units"])
 def is_short(request, monkeypatch):
-    monkeypatch.setattr(favor_triton, "_ENOUGH_SHORT_PROGRAMS", 0 if request.param else 10**9)
+    monkeypatch.setattr(call, "_ENOUGH_SHORT_PROGRAMS", 0 if request.param else 10**9)
     return request.param
 
 
@@ -112,7 +114,7 @@ def test_what_torch_is_told_of_results_is_what_they_are(feature_map, is_short):
 def test_units_depend_on_no_order_and_cover_every_token_once():
     bounds = torch.tensor([0, 600, 600, 601, 1200], dtype=torch.int32)
     q = torch.empty(1, 2, 1200, 8)
-    units = favor_triton._units_of(AttentionInputs(q, q, q, None, None, bounds), 256)
+    units = cut_into_units(AttentionInputs(q, q, q, None, None, bounds), 256)
     covered = [(segment, t) for segment, start, stop in units.table.tolist() for t in range(start, stop)]
     assert covered == [(0, t) for t in range(600)] + [(2, 600)] + [(3, t) for t in range(601, 1200)]
     assert units.first.tolist() == [0, 3, 3, 4, 7]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlm.ops import favor_triton
+from protlm.ops.cuda import call
 from tests.reference import cases
 from tests.reference.cases import Case, draw, expected_of, found_of
 from tests.reference.cuda import calls
@@ -30,6 +30,17 @@ BUGS = {
     "sizes are forgotten": ("key_gradients", "(weights * size[None, :])", "(weights)"),
     "the sums get no gradient": ("key_gradients", " - tl.load(sum_grads + features)[None, :]", ""),
     "the norm of keys gets no gradient": ("key_gradients", "of_keys -= keys", "of_keys -= 0.0 * keys"),
+    "one kernel: context is not rescaled": ("short_forward", "context *= shrink[:, None]", "context *= 1.0"),
+    "one kernel: the mask is forgotten": (
+        "short_forward", "load_is_real(token_mask, tokens, is_in, HAS_MASK)", "is_in"
+    ),
+    "one kernel: the logarithms are not read": ("short_forward", "exponents += bias[None, :]", "exponents += 0.0"),
+    "one kernel: values of a state get too large a gradient": (
+        "short_backward", "of_means = product(weights.to", "of_means = 2.0 * product(weights.to"
+    ),
+    "one kernel: sums get no gradient": ("short_backward", " - of_sums[:, None]", ""),
+    "one kernel: outputs are not taken off": ("short_backward", " - inners[None, :]", ""),
+    "one kernel: the norm of keys gets no gradient": ("short_backward", "of_keys -= keys", "of_keys -= 0.0 * keys"),
 }  # fmt: skip
 
 
@@ -55,11 +66,12 @@ def test_a_planted_bug_is_seen(bug, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location(f"faulty_{kernel}", path)
     faulty = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faulty)
-    monkeypatch.setattr(module, kernel, getattr(faulty, kernel))
-    monkeypatch.setattr(favor_triton, "_ENOUGH_SHORT_PROGRAMS", 10**9)
+    monkeypatch.setattr(call, kernel, getattr(faulty, kernel))
+    monkeypatch.setattr(call, "_ENOUGH_SHORT_PROGRAMS", 0 if kernel.startswith("short") else 10**9)
     assert worst_error(CASES) > 100 * calls.TOLERANCE
 
 
-def test_without_a_bug_the_same_cases_are_right(monkeypatch):
-    monkeypatch.setattr(favor_triton, "_ENOUGH_SHORT_PROGRAMS", 10**9)
+@pytest.mark.parametrize("enough", [0, 10**9])
+def test_without_a_bug_the_same_cases_are_right(enough, monkeypatch):
+    monkeypatch.setattr(call, "_ENOUGH_SHORT_PROGRAMS", enough)
     assert worst_error(CASES) < 10 * calls.TOLERANCE

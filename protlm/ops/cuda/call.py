@@ -1,0 +1,310 @@
+"""One call of the op as launches: hides how its arguments are prepared, and what each kernel is given."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protlm.ops.cuda.add_gradients import add_gradients
+from protlm.ops.cuda.fold_keys import fold_keys
+from protlm.ops.cuda.key_gradients import key_gradients
+from protlm.ops.cuda.launch import IS_INTERPRETED, Launch, capability_of
+from protlm.ops.cuda.merge_states import merge_states
+from protlm.ops.cuda.query_gradients import query_gradients
+from protlm.ops.cuda.read_state import read_state
+from protlm.ops.cuda.short_backward import short_backward
+from protlm.ops.cuda.short_forward import short_forward
+from protlm.ops.cuda.state_gradients import state_gradients
+from protlm.ops.cuda.tiles import MIN_CAPABILITY, fits_chip, padded_dim, padded_features, tile_of
+from protlm.ops.cuda.units import Units, cut_into_units, whole_segments
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.random_features import to_common_length
+
+_LOG2_E = math.log2(math.e)
+# Tokens of a unit: with few programs they are cut shorter, so that every multiprocessor has one.
+_UNIT_TOKENS = (1024, 512, 256)
+_ENOUGH_PROGRAMS = 264
+# Segments up to here, on average, are taken by one program a head, if its state fits on the chip.
+_SHORT_TOKENS = 1024
+_ENOUGH_SHORT_PROGRAMS = 64
+
+
+@dataclass(frozen=True)
+class StateGrad:
+    """The gradient of the state of each segment.
+
+    Attributes:
+        means: (segments, heads, padded features, padded head_dim), each row relative to its size.
+        sums: (segments, heads, padded features): Σ weights · inner product of output and gradient.
+        sizes: The same shape, the largest number of each row.
+    """
+
+    means: Tensor
+    sums: Tensor
+    sizes: Tensor
+
+
+class Call:
+    """One call of the op: what its launches have in common, and the launches.
+
+    The state of a segment is the mean of v under each feature, (segments, heads, padded features, padded head_dim), and
+    `references`, (segments, heads, padded features): the base-2 logarithm of the feature's sum, for `relu` the sum.
+    """
+
+    def __init__(self, inputs: AttentionInputs, capability: int | None = None) -> None:
+        """Prepares a call; `capability` (80, 90, …) stands in for that of the device."""
+        self.inputs = inputs
+        if capability is None:
+            # The interpreter takes the tiles of any GPU.
+            device = inputs.q.device
+            capability = capability_of(device.index) if device.type == "cuda" else MIN_CAPABILITY
+        self.capability = capability
+        self.heads, self.head_dim = inputs.q.shape[1], inputs.q.shape[-1]
+        self.dim = padded_dim(self.head_dim)
+        self.padded = padded_features(inputs.num_features)
+        self._q, self._k, self._v = (_with_neighbours(x) for x in (inputs.q, inputs.k, inputs.v))
+        rows, self._scale = self._projection()
+        padding = (0, self.dim - self.head_dim, 0, self.padded - rows.shape[-2])
+        self._rows = torch.nn.functional.pad(rows, padding).contiguous()
+        self._mask = inputs.token_mask.contiguous().view(torch.uint8) if inputs.token_mask is not None else None
+        self._scales, self._constants = self._oprf()
+
+    def takes_short(self, kernel: str, *others: Tensor) -> bool:
+        """Says whether a kernel for short segments takes the call: by the mean length, which the host knows.
+
+        `others` are what it would read beside q, k and v.
+        """
+        inputs = self.inputs
+        mean_length = inputs.q.shape[0] * inputs.q.shape[2] / inputs.num_segments
+        has_enough = inputs.num_segments * self.heads >= _ENOUGH_SHORT_PROGRAMS
+        # Within a segment these kernels count in 32 bits.
+        reach = inputs.q.shape[2] * max(x.stride(2) for x in (self._q, self._k, self._v, *others))
+        is_short = has_enough and mean_length <= _SHORT_TOKENS and reach < 2**31
+        return is_short and fits_chip(kernel, self.dim, self.padded)
+
+    @functools.cached_property
+    def units(self) -> Units:
+        """Units of bounded length."""
+        inputs = self.inputs
+        programs = inputs.q.shape[0] * inputs.q.shape[2] * self.heads * max(1, self.padded // 128)
+        tokens = next((n for n in _UNIT_TOKENS if programs // n >= _ENOUGH_PROGRAMS), _UNIT_TOKENS[-1])
+        return cut_into_units(inputs, tokens)
+
+    def run(self, launches: Sequence[Launch]) -> None:
+        """Starts launches one after the other, on the current stream of the device of the inputs."""
+        device = self.inputs.q.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            for launch in launches:
+                launch.run()
+
+    def query_sums(self) -> Tensor:
+        """Returns a tensor for the renormalisers, to be written."""
+        return self._q.new_empty(self._q.shape[:3], dtype=torch.float32)
+
+    def empty_state_grad(self) -> StateGrad:
+        """Returns the gradient of the state, to be written."""
+        shape = (self.inputs.num_segments, self.heads, self.padded)
+        means = self.inputs.v.new_empty((*shape, self.dim))
+        sums = means.new_empty(shape, dtype=torch.float32)
+        return StateGrad(means, sums, torch.empty_like(sums))
+
+    def query_references(self, references: Tensor) -> Tensor:
+        """Returns references as queries find them: with the constants of `oprf`; for `relu` relative to the largest."""
+        if not self.inputs.is_exponential:
+            largest = references.amax(-1, keepdim=True)
+            return torch.where(largest == 0, 0.0, references / largest)
+        return references if self._constants is None else references + self._constants
+
+    def short_forward(self, means: Tensor, references: Tensor, out: Tensor, query_sums: Tensor) -> Launch:
+        """Returns the launch that does the whole forward, one program a segment and head."""
+        tensors = {"q": self._q, "k": self._k, "v": self._v, "out": out}
+        arguments = {
+            **self._of_whole_segments(means, references), "query_sums": query_sums, **self._sum_strides(),
+            **self._factors("factor", "norm_factor"),
+        }  # fmt: skip
+        return self._launch(short_forward, whole_segments(self.inputs), tensors, arguments)
+
+    def short_backward(
+        self,
+        out_grad: Tensor,
+        out: Tensor,
+        means: Tensor,
+        references: Tensor,
+        query_sums: Tensor,
+        grads: tuple[Tensor, Tensor, Tensor],
+    ) -> Launch:
+        """Returns the launch that does the whole backward, one program a segment and head, into those of q, k and v."""
+        tensors = {"q": self._q, "k": self._k, "v": self._v, "out": out, "out_grad": _with_neighbours(out_grad)}
+        tensors |= zip(("q_grad", "k_grad", "v_grad"), grads, strict=True)
+        arguments = {
+            **self._of_whole_segments(means, references), "query_sums": query_sums, **self._sum_strides(),
+            **self._factors("factor", "norm_factor", "grad_factor", "norm_grad_factor"),
+        }  # fmt: skip
+        return self._launch(short_backward, whole_segments(self.inputs), tensors, arguments)
+
+    def fold(self, means: Tensor, references: Tensor) -> list[Launch]:
+        """Returns the launches that fold the keys of every unit and merge what each segment got."""
+        unit_means, unit_references = self._of_units()
+        arguments = {
+            **self._common(), "means": unit_means, "references": unit_references,
+            **self._factors("factor", "norm_factor"),
+        }  # fmt: skip
+        folded = self._launch(fold_keys, self.units, {"k": self._k, "v": self._v}, arguments)
+        arguments = {
+            "unit_means": unit_means, "unit_references": unit_references, "first_units": self.units.first,
+            "means": means, "references": references,
+        }  # fmt: skip
+        return [folded, self._launch(merge_states, None, {}, arguments)]
+
+    def read(self, means: Tensor, references: Tensor, out: Tensor, query_sums: Tensor) -> Launch:
+        """Returns the launch that reads states with references as queries find them."""
+        arguments = {
+            **self._common(), "means": means, "references": references, "query_sums": query_sums,
+            **self._sum_strides(), **self._factors("factor"),
+        }  # fmt: skip
+        return self._launch(read_state, self.units, {"q": self._q, "out": out}, arguments)
+
+    def query_gradients(
+        self,
+        out_grad: Tensor,
+        out: Tensor,
+        means: Tensor,
+        references: Tensor,
+        query_sums: Tensor,
+        q_grad: Tensor,
+        state_grad: StateGrad,
+    ) -> list[Launch]:
+        """Returns the launches for the gradients of the queries and of the state."""
+        out_grad = _with_neighbours(out_grad)
+        common = {
+            **self._common(), "references": references, "query_sums": query_sums,
+            "inner": torch.empty_like(query_sums), **self._sum_strides(),
+        }  # fmt: skip
+        tensors = {"q": self._q, "out": out, "out_grad": out_grad, "q_grad": q_grad}
+        arguments = {**common, "means": means, **self._factors("factor", "grad_factor")}
+        of_queries = self._launch(query_gradients, self.units, tensors, arguments)
+        unit_means, unit_sums = self._of_units()
+        arguments = {**common, "mean_grads": unit_means, "sum_grads": unit_sums, **self._factors("factor")}
+        of_units = self._launch(state_gradients, self.units, {"q": self._q, "out_grad": out_grad}, arguments)
+        arguments = {
+            "unit_mean_grads": unit_means, "unit_sum_grads": unit_sums, "first_units": self.units.first,
+            "mean_grads": state_grad.means, "sum_grads": state_grad.sums, "sizes": state_grad.sizes,
+        }  # fmt: skip
+        return [of_queries, of_units, self._launch(add_gradients, None, {}, arguments)]
+
+    def key_gradients(self, references: Tensor, state_grad: StateGrad, k_grad: Tensor, v_grad: Tensor) -> Launch:
+        """Returns the launch for the gradients of keys and values."""
+        arguments = {
+            **self._common(), "references": references, "mean_grads": state_grad.means,
+            "sum_grads": state_grad.sums, "sizes": state_grad.sizes,
+            **self._factors("factor", "norm_factor", "grad_factor", "norm_grad_factor"),
+        }  # fmt: skip
+        tensors = {"k": self._k, "v": self._v, "k_grad": k_grad, "v_grad": v_grad}
+        return self._launch(key_gradients, self.units, tensors, arguments)
+
+    def _launch(
+        self, kernel: Any, units: Units | None, tensors: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> Launch:
+        """Returns a launch with the strides of tensors, the tiles of the device and the constants of all kernels.
+
+        A program takes a unit and head, or a segment and head where `units` is None; of these a tile, for a kernel that
+        has several.
+        """
+        tile = tile_of(kernel.__name__, self.capability, self.dim, self.padded)
+        names = set(kernel.arg_names)
+        has_row = self.inputs.cu_seqlens is None
+        for name, tensor in tensors.items():
+            arguments[name] = tensor
+            strides = (tensor.stride(0) if has_row else 0, tensor.stride(1), tensor.stride(2))
+            arguments |= zip((f"{name}_row", f"{name}_head", f"{name}_token"), strides, strict=True)
+        if units is not None:
+            arguments["units"] = units.table
+        blocks = 1
+        if "TILES" in names:
+            assert units is not None
+            blocks = -(-units.tokens // tile.tokens)
+        elif "TILE_FEATURES" in names:
+            blocks = self.padded // tile.features
+        known = {
+            "HEADS": self.heads, "HEAD_DIM": self.head_dim, "DIM": self.dim, "FEATURES": self.inputs.num_features,
+            "PADDED": self.padded, "TILE_FEATURES": tile.features, "TILE_TOKENS": tile.tokens, "TILES": blocks,
+            "IS_EXPONENTIAL": self.inputs.is_exponential, "HAS_MASK": self._mask is not None,
+            "HAS_SCALES": self._scales is not None, "UPCAST": IS_INTERPRETED,
+        }  # fmt: skip
+        places = self.inputs.num_segments if units is None else units.count
+        return Launch(
+            kernel=kernel,
+            grid=(places * self.heads * blocks,),
+            arguments=arguments,
+            constants={name: value for name, value in known.items() if name in names},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    def _common(self) -> dict[str, Any]:
+        """Returns the arguments of every kernel that multiplies with the projection."""
+        rows, mask = self._rows, self._mask
+        return {
+            "projection": rows,
+            "projection_head": rows.stride(0) if rows.dim() == 3 else 0,
+            "scales": rows if self._scales is None else self._scales,
+            # Without a mask the kernel reads none: any tensor will do.
+            "token_mask": rows.view(torch.uint8) if mask is None else mask,
+            "mask_row": mask.stride(0) if mask is not None and self.inputs.cu_seqlens is None else 0,
+        }
+
+    def _of_whole_segments(self, means: Tensor, references: Tensor) -> dict[str, Any]:
+        constants = references if self._constants is None else self._constants
+        return {**self._common(), "means": means, "references": references, "constants": constants}
+
+    def _sum_strides(self) -> dict[str, int]:
+        length = self._q.shape[2]
+        return {"sums_row": self.heads * length if self.inputs.cu_seqlens is None else 0, "sums_head": length}
+
+    def _factors(self, *names: str) -> dict[str, float]:
+        base = _LOG2_E if self.inputs.is_exponential else 1.0
+        factors = {
+            "factor": self._scale * base,
+            "norm_factor": 0.5 * self.head_dim**-0.5 * base,
+            "grad_factor": self._scale,
+            "norm_grad_factor": self.head_dim**-0.5,
+        }
+        return {name: factors[name] for name in names}
+
+    def _of_units(self) -> tuple[Tensor, Tensor]:
+        """Returns float32 tensors for a number of each feature and dimension of every unit, and of each feature."""
+        shape = (self.units.count, self.heads, self.padded)
+        means = self._q.new_empty((*shape, self.dim), dtype=torch.float32)
+        return means, means.new_empty(shape)
+
+    def _projection(self) -> tuple[Tensor, float]:
+        """Returns the rows of the features, rounded once to the dtype of q, and the factor of ω·x."""
+        inputs = self.inputs
+        if inputs.projection is None:
+            return torch.eye(self.head_dim, dtype=inputs.q.dtype, device=inputs.q.device), 1.0
+        rows = inputs.projection.float()
+        if inputs.feature_map == "regularised":
+            rows = to_common_length(rows)
+        if inputs.feature_map == "hyperbolic":
+            rows = torch.cat((rows, -rows), -2)
+        return rows.to(inputs.q.dtype), self.head_dim**-0.25
+
+    def _oprf(self) -> tuple[Tensor | None, Tensor | None]:
+        """Returns √(1−4A) (segments, heads) and 2A‖ω‖² to base 2 (segments, heads, padded features)."""
+        inputs = self.inputs
+        if inputs.oprf_a is None:
+            return None, None
+        a = inputs.oprf_a.detach().double().expand(inputs.num_segments, -1)
+        squares = self._rows.double().square().sum(-1)
+        constants = (2 * _LOG2_E * a).unsqueeze(-1) * squares
+        return (1 - 4 * a).sqrt().float().contiguous(), constants.float().contiguous()
+
+
+def _with_neighbours(x: Tensor) -> Tensor:
+    """Returns the tensor such that the numbers of a vector are neighbours."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

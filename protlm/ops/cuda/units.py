@@ -1,0 +1,89 @@
+"""How the tokens of a call are shared out: units, runs of consecutive tokens of one segment.
+
+Where units begin is computed on the device, also for packed rows: the host waits for nothing.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protlm.ops.inputs import AttentionInputs
+
+
+@dataclass(frozen=True)
+class Units:
+    """How tokens are shared out.
+
+    Attributes:
+        table: int32 (units, 3): segment, first position, the position behind the last; empty units have none.
+        first: int32 (segments + 1): the first unit of each segment.
+        tokens: The largest unit.
+    """
+
+    table: Tensor
+    first: Tensor
+    tokens: int
+
+    @property
+    def count(self) -> int:
+        """Units, also empty ones."""
+        return self.table.shape[0]
+
+
+def check_bounds(inputs: AttentionInputs) -> None:
+    """Checks that the bounds of a packed row rise from 0 to its length; on a GPU the device does so itself, later.
+
+    Raises:
+        ValueError: They do not, on the CPU.
+    """
+    bounds, length = inputs.cu_seqlens, inputs.q.shape[2]
+    if bounds is None:
+        return
+    is_right = (bounds[0] == 0) & (bounds[-1] == length) & (bounds[1:] >= bounds[:-1]).all()
+    expected = f"cu_seqlens: expected bounds that rise from 0 to the length {length}"
+    if bounds.device.type == "cuda":
+        torch._assert_async(is_right, expected)
+    elif not is_right:
+        raise ValueError(f"{expected}, got {bounds[:8].tolist()}…")
+
+
+def cut_into_units(inputs: AttentionInputs, tokens: int) -> Units:
+    """Returns units of at most so many tokens; how many a segment has is known to the device only."""
+    batch, _, length, _ = inputs.q.shape
+    if inputs.cu_seqlens is None:
+        return _units_of_rows(batch, length, tokens, inputs.q.device)
+    return _cut(inputs.cu_seqlens, length // tokens + inputs.num_segments, tokens)
+
+
+def whole_segments(inputs: AttentionInputs) -> Units:
+    """Returns every segment as one unit, of any length."""
+    batch, _, length, _ = inputs.q.shape
+    if inputs.cu_seqlens is None:
+        return _units_of_rows(batch, length, length, inputs.q.device)
+    bounds = inputs.cu_seqlens
+    segments = torch.arange(inputs.num_segments, dtype=torch.int32, device=bounds.device)
+    return Units(torch.stack((segments, bounds[:-1], bounds[1:]), 1), segments, length)
+
+
+@functools.lru_cache(maxsize=64)
+def _units_of_rows(batch: int, length: int, tokens: int, device: torch.device) -> Units:
+    per_row = -(-length // tokens)
+    starts = torch.arange(per_row, dtype=torch.int32, device=device) * tokens
+    rows = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(per_row)
+    starts = starts.repeat(batch)
+    table = torch.stack((rows, starts, (starts + tokens).clamp(max=length)), 1)
+    return Units(table, torch.arange(batch + 1, dtype=torch.int32, device=device) * per_row, tokens)
+
+
+def _cut(bounds: Tensor, count: int, tokens: int) -> Units:
+    starts, stops = bounds[:-1], bounds[1:]
+    first = torch.nn.functional.pad(((stops - starts + tokens - 1) // tokens).cumsum(0, dtype=torch.int32), (1, 0))
+    units = torch.arange(count, dtype=torch.int32, device=bounds.device)
+    segments = torch.searchsorted(first[1:], units, right=True).clamp_(max=len(starts) - 1)
+    begin = starts[segments] + (units - first[segments]) * tokens
+    end = torch.minimum(begin + tokens, stops[segments])
+    # Those that nothing was left for are empty.
+    begin = torch.minimum(begin, end)
+    return Units(torch.stack((segments.int(), begin, end), 1), first, tokens)
