@@ -22,7 +22,6 @@ from protlm.gpu_check.parity import (
     draw,
     error_of,
     expected_of,
-    first_line,
     outcome_of,
 )
 from protlm.ops import favor_attention, local_bounds
@@ -47,8 +46,9 @@ def check(chosen: list[Case], device: str, backend: str) -> Iterator[Outcome]:
         try:
             spawn(_rank, (chosen, device, backend, folder), nprocs=RANKS)  # type: ignore[no-untyped-call]
             outcomes = [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(RANKS)]
-        except Exception as error:  # whatever a process died of
-            yield Outcome(f"{RANKS} processes", backend, {}, first_line(error))
+        except Exception as error:  # whatever a process died of; the last line of its traceback says it
+            told = next(reversed(str(error).strip().splitlines()), type(error).__name__)
+            yield Outcome(f"{RANKS} processes", backend, {}, told)
             return
     for of_ranks in zip(*outcomes, strict=True):
         yield max((Outcome(**found) for found in of_ranks), key=lambda outcome: outcome.fault is not None)

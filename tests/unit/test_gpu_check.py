@@ -123,7 +123,7 @@ def test_two_processes_are_checked_against_the_twin_of_one():
     assert set(right.errors) == set(parity.NAMES)
     (died,) = ranks.check(chosen, "cpu", "torch")
     assert (died.case, died.errors) == ("2 processes", {})
-    assert died.fault.startswith("ProcessRaisedException: ")
+    assert died.fault.startswith("ValueError: feature_map: expected one of ")
 
 
 def test_without_a_gpu_there_is_one_line(tmp_path):
