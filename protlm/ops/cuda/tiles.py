@@ -37,12 +37,10 @@ _TILES = {
     "short_forward": Tile(0, 64, 8, 2),
     "short_backward": Tile(0, 32, 8, 2),
 }
-_THREE_STAGES = ("fold_keys", "read_state")
+_THREE_STAGES = ("fold_keys", "read_state", "short_forward")
 # Of a state that one program keeps in its registers; the backward keeps its gradient there too.
 _MOST_FEATURES_ON_CHIP = {"short_forward": 256, "short_backward": 128}
 _MOST_DIM_ON_CHIP = 64
-# With more and larger tiles, `short_forward` runs out of registers where each warp multiplies for itself.
-_MOST_FEATURES_OF_SINGLE_WARPS = 128
 
 
 def fits_chip(kernel: str, dim: int, padded_features: int) -> bool:
@@ -70,8 +68,9 @@ def tile_of(kernel: str, capability: int, dim: int, padded_features: int) -> Til
     # Hopper and the Blackwell of data centres have groups of warps multiply; their other chips (8.x, 12.x) do not.
     has_warp_groups = 90 <= capability < 120
     stages = 3 if has_warp_groups and kernel in _THREE_STAGES and dim <= 64 else tile.num_stages
-    if kernel == "short_forward" and not has_warp_groups and padded_features > _MOST_FEATURES_OF_SINGLE_WARPS:
-        tokens //= 2
+    if kernel == "short_forward" and not has_warp_groups:
+        # With larger tiles it runs out of registers.
+        tokens = 16 if padded_features > 128 and dim < 64 else 32
     return Tile(min(features, padded_features), tokens, num_warps, stages)
 
 
