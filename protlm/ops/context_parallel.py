@@ -1,16 +1,18 @@
 """Attention over a length that is split over processes: hides what the ranks of a group tell each other.
 
 Each rank holds consecutive tokens of every segment, the ranks in order. What crosses between them is states and their
-gradients, whose size does not depend on the length. Bidirectional ranks merge their states into one, and add up its
-gradients. Causal ranks gather the states of all, and each begins with the merged state of those before it; on the way
-back each hands in the gradient of the state that it began with, and adds up those of the ranks after it.
+gradients, of those segments only that go on across ranks: its size does not depend on the length. Bidirectional ranks
+merge their states into one, and add up its gradients. Causal ranks gather states, and each begins with the merged state
+of those before it; on the way back each hands in the gradient of the state that it began with, and adds up those of the
+ranks after it.
 
 A backend takes part with the halves of its forward, `fold` and `read`, and of its backward, `query_gradients` and
-`key_gradients`; all ranks use the same backend. Causal attention is left to `favor_torch`.
+`key_gradients`; the backends of the ranks may differ. Causal attention is left to `favor_torch`.
 """
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -55,8 +57,8 @@ def group_name_of(process_group: ProcessGroup | None) -> str:
     return process_group.group_name if process_group.size() > 1 else ""
 
 
-def forward(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and what `backward` needs, as the `forward` of a backend does.
+def forward_in_group(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the output and what `backward_in_group` needs, as the `forward` of a backend does.
 
     The states are those of whole segments; of causal attention those of the tokens on the ranks before this one.
     """
@@ -68,7 +70,7 @@ def forward(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tenso
     return out, states, references, query_sums
 
 
-def backward(
+def backward_in_group(
     backend: ModuleType,
     inputs: AttentionInputs,
     out_grad: Tensor,
@@ -82,19 +84,67 @@ def backward(
     if inputs.causal:
         return _causal_backward(inputs, *saved)
     q_grad, state_grad = backend.query_gradients(inputs, *saved)
-    sum_over_ranks(state_grad, inputs.group_name)
+    state_grad = sum_over_ranks(state_grad, inputs)
     return q_grad, *backend.key_gradients(inputs, states, references, state_grad)
 
 
-def sum_over_ranks(x: Tensor, group_name: str) -> None:
-    """Adds up a tensor over the ranks of a group, in place; the bits are the same on all of them."""
-    dist.all_reduce(x, dist.ReduceOp.SUM, _group(group_name))
+def sum_over_ranks(x: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Returns x (segments, …), overwritten where segments go on across ranks: by the sum over all, in equal bits."""
+    shared = _Shared.of(inputs)
+    sums = shared.take(x)
+    _reduce(sums, dist.ReduceOp.SUM, inputs)
+    return shared.put(x, sums)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The segments of which several ranks may have tokens, by number, the same on all ranks; None for all segments."""
+
+    numbers: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs) -> "_Shared":
+        """Returns them: what goes on across ranks is the last segment of a rank, and not of the last one only."""
+        others = _group(inputs.group_name).size() - 1
+        if inputs.cu_seqlens is None or inputs.num_segments <= others:
+            return cls(None)
+        # A rank without a token names the first segment, which does no harm.
+        return cls(_edges(inputs)[:-1, 1].clamp(min=0))
+
+    def take(self, x: Tensor) -> Tensor:
+        """Returns a copy of what belongs to these segments."""
+        return x.clone() if self.numbers is None else x.index_select(0, self.numbers)
+
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """Returns x with other values for these segments; it may be overwritten."""
+        if self.numbers is None:
+            return values
+        # Of a segment that is named twice both values mean the same, but their bits may differ.
+        first = (self.numbers[:, None] == self.numbers).int().argmax(1)
+        return x.index_copy_(0, self.numbers, values.index_select(0, first))
+
+
+def _edges(inputs: AttentionInputs) -> Tensor:
+    """Returns the first and the last segment with a token on each rank, (ranks, 2); for none the count and −1."""
+    assert inputs.cu_seqlens is not None
+    has_token = inputs.cu_seqlens.diff() > 0
+    numbers = torch.arange(inputs.num_segments, device=has_token.device)
+    first, last = torch.where(has_token, numbers, len(numbers)).amin(), torch.where(has_token, numbers, -1).amax()
+    own = torch.stack((first, last))
+    group = _group(inputs.group_name)
+    edges = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(edges, own, group)
+    return torch.stack(edges)
 
 
 def _group(name: str) -> ProcessGroup:
     # As torch's functional collectives find it; there is no public way from a name to its group.
     group: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     return group
+
+
+def _reduce(x: Tensor, operation: dist.ReduceOp.RedOpType, inputs: AttentionInputs) -> None:
+    dist.all_reduce(x, operation, _group(inputs.group_name))
 
 
 def _merged_states(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -104,28 +154,37 @@ def _merged_states(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor
     backends make of a state. A segment without a key anywhere keeps its zeros.
     """
     states, references = backend.fold(inputs)
+    # Between ranks logarithms are natural, whatever the backend of each.
     log_base = math.log(backend.LOG_BASE)
-    largest = references.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, _group(inputs.group_name))
-    states.mul_(torch.exp((references - largest) * log_base).unsqueeze(-1))
-    sum_over_ranks(states, inputs.group_name)
-    if not inputs.is_exponential:
-        return states, largest
-    sums = states[..., -1:].clone()
-    sums.masked_fill_(sums == 0, 1.0)
-    return states.div_(sums), largest.add_(sums.squeeze(-1).log() / log_base)
+    references = references * log_base
+    shared = _Shared.of(inputs)
+    own, sums = shared.take(references), shared.take(states)
+    largest = own.clone()
+    _reduce(largest, dist.ReduceOp.MAX, inputs)
+    sums.mul_(torch.exp(own - largest).unsqueeze(-1))
+    _reduce(sums, dist.ReduceOp.SUM, inputs)
+    states, references = shared.put(states, sums), shared.put(references, largest)
+    if inputs.is_exponential:
+        weights = states[..., -1:].clone()
+        weights.masked_fill_(weights == 0, 1.0)
+        states.div_(weights)
+        references = references + weights.squeeze(-1).log()
+    return states, references / log_base
 
 
 def _states_before(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Returns the states of the tokens on the ranks before this one, merged in the order of the ranks."""
     # Whole segments are folded: among the keys of one rank, order does not matter to the ranks after it.
-    states, references = _gathered(favor_torch.fold(dataclasses.replace(inputs, causal=False)), inputs.group_name)
-    rank = _group(inputs.group_name).rank()
-    if rank == 0:
-        return favor_torch.empty_states(inputs)
-    largest = references[:rank].amax(0)
-    moved = states[:rank] * torch.exp(references[:rank] - largest).unsqueeze(-1)
-    return moved.sum(0), largest
+    states, references = favor_torch.fold(dataclasses.replace(inputs, causal=False))
+    links = _Links.of(inputs)
+    states, references = _gathered((states[links.ending], references[links.ending]), inputs.group_name)
+    before = favor_torch.empty_states(inputs)
+    if links.earlier:
+        states, references = states[links.earlier], references[links.earlier]
+        largest = references.amax(0)
+        before[0][links.beginning] = (states * torch.exp(references - largest).unsqueeze(-1)).sum(0)
+        before[1][links.beginning] = largest
+    return before
 
 
 def _causal_backward(
@@ -134,29 +193,77 @@ def _causal_backward(
     q_grad, k_grad, v_grad, state_grad = favor_torch.causal_gradients(
         inputs, out_grad, out, states, references, query_sums
     )
-    after = _gradient_after(state_grad, references, inputs.group_name)
-    if after is not None:
-        later_grad, later_references = after
-        # The queries of later ranks see every key of this one.
-        whole = dataclasses.replace(inputs, causal=False)
-        grads = favor_torch.key_gradients(whole, states, later_references, later_grad)
-        k_grad.add_(grads[0])
-        v_grad.add_(grads[1])
+    links = _Links.of(inputs)
+    parts = state_grad[links.beginning], references[links.beginning]
+    grads, all_references = _gathered(parts, inputs.group_name)
+    if links.later:
+        grads, all_references = grads[links.later], all_references[links.later]
+        # References only rise from rank to rank: moved to the lowest ones no gradient grows, and no key of this rank
+        # has an exponent above them.
+        moved = (grads * torch.exp(all_references[0] - all_references).unsqueeze(-1)).sum(0)
+        # The queries of later ranks see every key that this one has of their segment.
+        keys = dataclasses.replace(_segments_of(inputs, links.ending), causal=False)
+        further = favor_torch.key_gradients(keys, moved, all_references[0], moved)
+        for grad, more in zip((k_grad, v_grad), further, strict=True):
+            _tokens_of(grad, inputs, links.ending).add_(more)
     return q_grad, k_grad, v_grad
 
 
-def _gradient_after(state_grad: Tensor, references: Tensor, group_name: str) -> tuple[Tensor, Tensor] | None:
-    """Returns what the ranks after this one give to the states up to its end, and its references; None for the last.
+@dataclass(frozen=True)
+class _Links:
+    """How the tokens of this rank hang together with those of others.
 
-    Each rank hands in the gradient of the states that it began with. References only rise from rank to rank: moved to
-    those of the next rank, no gradient grows, and no key of this rank has an exponent above them.
+    Attributes:
+        beginning: The segments that may go on from ranks before this one: the first, or every row.
+        ending: The segments that may go on on ranks after it: the last, or every row.
+        earlier: The ranks that hold the beginning's tokens before those of this one.
+        later: The ranks that hold the ending's tokens after those of this one.
     """
-    grads, all_references = _gathered((state_grad, references), group_name)
-    later = _group(group_name).rank() + 1
-    if later == len(grads):
-        return None
-    moved = grads[later:] * torch.exp(all_references[later] - all_references[later:]).unsqueeze(-1)
-    return moved.sum(0), all_references[later]
+
+    beginning: slice
+    ending: slice
+    earlier: list[int]
+    later: list[int]
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs) -> "_Links":
+        """Asks all ranks; a rank without a token is linked to none, and names segments only to name as many."""
+        group = _group(inputs.group_name)
+        rank, size = group.rank(), group.size()
+        if inputs.cu_seqlens is None:
+            return cls(slice(None), slice(None), list(range(rank)), list(range(rank + 1, size)))
+        edges = _edges(inputs).tolist()
+        first, last = edges[rank]
+        beginning, ending = min(first, inputs.num_segments - 1), max(last, 0)
+        return cls(
+            slice(beginning, beginning + 1),
+            slice(ending, ending + 1),
+            [other for other in range(rank) if edges[other][1] == first],
+            [other for other in range(rank + 1, size) if edges[other][0] == last],
+        )
+
+
+def _segments_of(inputs: AttentionInputs, segments: slice) -> AttentionInputs:
+    """Returns the inputs of these segments of a packed row, or all rows."""
+    bounds, mask, a = inputs.cu_seqlens, inputs.token_mask, inputs.oprf_a
+    if bounds is None:
+        return inputs
+    some = bounds[segments.start : segments.stop + 1]
+    return dataclasses.replace(
+        inputs,
+        q=_tokens_of(inputs.q, inputs, segments),
+        k=_tokens_of(inputs.k, inputs, segments),
+        v=_tokens_of(inputs.v, inputs, segments),
+        token_mask=None if mask is None else mask[:, int(some[0]) : int(some[-1])],
+        cu_seqlens=some - some[0],
+        oprf_a=a if a is None or a.dim() == 1 else a[segments],
+    )
+
+
+def _tokens_of(x: Tensor, inputs: AttentionInputs, segments: slice) -> Tensor:
+    """Returns the part of x (batch, heads, length, …) that lies in these segments, as a view."""
+    bounds = inputs.cu_seqlens
+    return x if bounds is None else x[:, :, int(bounds[segments.start]) : int(bounds[segments.stop])]
 
 
 def _gathered(parts: tuple[Tensor, Tensor], group_name: str) -> tuple[Tensor, Tensor]:

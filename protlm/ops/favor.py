@@ -90,7 +90,7 @@ def favor_attention(
             and all gradients are those of the rank's own tokens, of any number, also none. Rows and segments go on
             across ranks; `cu_seqlens` are the `local_bounds` of all segments. Everything else is the same on all ranks,
             and all of them call the op, and its backward, in the same order. They exchange states, of a size that does
-            not depend on the length. None is one process.
+            not depend on the length. torch.compile leaves the call to eager torch. None is one process.
         backend: `auto` takes the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
             `trig`, where it was built; `triton` for bfloat16 and float16 on CUDA, bidirectional, head_dim up to 128
             and every map but `trig`, where Triton is installed; else `torch`. `cpp` and `triton` leave to `torch` what
@@ -109,6 +109,23 @@ def favor_attention(
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
     if backend == "triton" and (why_not := favor_triton.why_not()):
         raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
+    arguments = (q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend, group_name)
+    return _attention_in_group(*arguments) if group_name else _attention(*arguments)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor | None,
+    token_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    oprf_a: Tensor | None,
+    feature_map: str,
+    causal: bool,
+    backend: str,
+    group_name: str,
+) -> Tensor:
     if feature_map == "oprf" and oprf_a is None:
         oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens, group_name)
     dtype = v.dtype
@@ -119,6 +136,13 @@ def favor_attention(
     masks = (token_mask, cu_seqlens, oprf_a)
     out: Tensor = _favor(q, k, v, projection, *masks, feature_map, causal, backend, group_name)[0]
     return out.to(dtype)
+
+
+# A compiler takes the operators for functions of their arguments: it leaves out those of empty tensors, which the other
+# ranks would wait for, and changes their order by sizes, which differ from rank to rank.
+_attention_in_group = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _attention, reason="the ranks of a process group talk to each other"
+)
 
 
 def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
@@ -175,7 +199,7 @@ def _favor(
     # Autocast would round the exponents and sums of the operations inside.
     with torch.autocast(q.device.type, enabled=False):
         if group_name:
-            return context_parallel.forward(chosen, inputs)
+            return context_parallel.forward_in_group(chosen, inputs)
         result: tuple[Tensor, Tensor, Tensor, Tensor] = chosen.forward(inputs)
     return result
 
@@ -204,7 +228,7 @@ def _favor_backward(
     saved = (out_grad, out, states, references, query_sums)
     with torch.autocast(q.device.type, enabled=False):
         if group_name:
-            return context_parallel.backward(chosen, inputs, *saved)
+            return context_parallel.backward_in_group(chosen, inputs, *saved)
         result: tuple[Tensor, Tensor, Tensor] = chosen.backward(inputs, *saved)
     return result
 

@@ -16,7 +16,7 @@ def oprf_a_from_data(inputs: AttentionInputs) -> Tensor:
     head_dim = inputs.q.shape[-1]
     sums = _sums_over_tokens(inputs)
     if inputs.group_name:
-        sum_over_ranks(sums, inputs.group_name)
+        sums = sum_over_ranks(sums, inputs)
     q_sums, k_sums, squares, counts = torch.split(sums, [head_dim, head_dim, 1, 1], -1)
     # Σ over pairs of ‖q + k‖² is counts · Σ(‖q‖² + ‖k‖²) + 2 Σq·Σk; a segment without a token keeps 0.
     counts = counts.clamp(min=1)

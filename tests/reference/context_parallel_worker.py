@@ -4,9 +4,11 @@
 there what failed. A rank goes on after a failure: the others would wait for it.
 """
 
+import contextlib
 import inspect
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -14,7 +16,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from protlm.ops import context_parallel, favor, favor_attention, favor_cpp, favor_torch, favor_triton, local_bounds
+from protlm.ops import (
+    context_parallel,
+    draw_projection,
+    favor,
+    favor_attention,
+    favor_cpp,
+    favor_torch,
+    favor_triton,
+    local_bounds,
+)
 from protlm.ops.inputs import AttentionInputs
 from tests import process_groups
 from tests.conftest import LOOSER, TOLERANCE
@@ -46,10 +57,11 @@ def splits(length):
     return [(0, length // 5, length // 5, length), (0, 1, length * 2 // 3, length)]
 
 
-def part_of(arguments, split):
-    """Returns this rank's part of the arguments of a case."""
+def part_of(arguments, split, rank=None):
+    """Returns a rank's part of the arguments of a case, by default that of this one."""
     *tensors, projection, options = arguments
-    start, stop = split[dist.get_rank()], split[dist.get_rank() + 1]
+    rank = dist.get_rank() if rank is None else rank
+    start, stop = split[rank], split[rank + 1]
     options = dict(options)
     if "token_mask" in options:
         options["token_mask"] = options["token_mask"][:, start:stop]
@@ -66,15 +78,20 @@ def found_by_group(arguments, split, backend="torch", attention=favor_attention)
 
 def assert_equals_one_process(arguments, split, told, backend="torch"):
     found = found_by_group(arguments, split, backend)
-    feature_map, dtype = arguments[-1]["feature_map"], arguments[0].dtype
-    start, stop = split[dist.get_rank()], split[dist.get_rank() + 1]
-    for name, part, whole in zip(NAMES, found, found_of(arguments, backend), strict=True):
+    bounds = split[dist.get_rank() : dist.get_rank() + 2]
+    expect_part(found, found_of(arguments, backend), bounds, arguments[-1]["feature_map"], (told, backend, split))
+
+
+def expect_part(found, all_of_it, bounds, feature_map, told):
+    """Expects output and gradients of one process between these tokens."""
+    start, stop = bounds
+    for name, part, whole in zip(NAMES, found, all_of_it, strict=True):
         expected = whole[:, :, start:stop]
         expect((part.shape, part.dtype) == (expected.shape, expected.dtype), (name, told))
         # Relative to all of it: the part of a rank may hold only small numbers.
-        bound = TOLERANCE[dtype] * LOOSER.get((feature_map, name), 1) * whole.abs().max()
+        bound = TOLERANCE[whole.dtype] * LOOSER.get((feature_map, name), 1) * whole.abs().max()
         difference = (part - expected).abs().max() if part.numel() else torch.zeros(())
-        expect(difference <= bound, (name, told, backend, split, difference.item(), bound.item()))
+        expect(difference <= bound, (name, told, difference.item(), bound.item()))
 
 
 def drawn(case, dtype=torch.float64, **changes):
@@ -139,7 +156,7 @@ def check_a_given_a_of_each_segment_is_used_across_ranks():
 
 
 def check_what_is_exchanged_does_not_depend_on_the_length():
-    layout = Case(length=1, batch=3, heads=2, num_features=5, head_dim=4)
+    rows = Case(length=1, batch=3, heads=2, num_features=5, head_dim=4)
     ranks = dist.get_world_size()
     state, references = 3 * 2 * 5 * (4 + 1), 3 * 2 * 5
     moments = 3 * 2 * (2 * 4 + 2)
@@ -152,32 +169,71 @@ def check_what_is_exchanged_does_not_depend_on_the_length():
     }
     for (feature_map, causal), numbers in expected.items():
         for length in (16, 333):
-            arguments = drawn(layout, length=length, feature_map=feature_map, causal=causal)
-            with Exchanged() as exchanged:
-                found_by_group(arguments, splits(length)[0])
-            expect(exchanged.numbers == numbers, (feature_map, causal, length, exchanged.numbers))
+            case = replace(rows, length=length, feature_map=feature_map, causal=causal)
+            expect_exchanged(case, splits(length)[0], numbers)
+
+
+def check_what_is_exchanged_does_not_depend_on_the_number_of_segments():
+    ranks = dist.get_world_size()
+    segment, others = 2 * 5 * (4 + 1), ranks - 1
+    edges, references, moments = 2 * ranks, 2 * 5, 2 * (2 * 4 + 2)
+    expected = {
+        ("positive", False): [edges, others * references, others * segment, edges, others * segment],
+        ("oprf", False): [
+            *(edges, others * moments), *(edges, others * references, others * segment), *(edges, others * segment),
+        ],
+        ("positive", True): [edges, ranks * (segment + references)] * 2,
+    }  # fmt: skip
+    for (feature_map, causal), numbers in expected.items():
+        for segments in (SEGMENTS, SEGMENTS * 4):
+            case = Case(
+                segments=segments, heads=2, num_features=5, head_dim=4, feature_map=feature_map, causal=causal
+            )  # fmt: skip
+            expect_exchanged(case, splits(sum(segments))[0], numbers)
+
+
+def expect_exchanged(case, split, numbers):
+    arguments = draw(case, torch.float64)
+    with Exchanged() as exchanged:
+        found_by_group(arguments, split)
+    expect(exchanged.numbers == numbers, (case, exchanged.numbers, numbers))
 
 
 class Exchanged:
-    """Counts the elements that this rank receives in each collective."""
+    """Counts the elements that this rank receives in each collective; whatever it cannot count, it refuses."""
+
+    COUNTED = ("allreduce", "allgather")
+    OTHERS = (
+        "broadcast", "reduce", "gather", "scatter", "alltoall", "alltoall_base", "reduce_scatter", "send", "recv",
+        "recv_anysource", "allreduce_coalesced", "allgather_coalesced", "allgather_into_tensor_coalesced",
+        "reduce_scatter_tensor_coalesced", "_allgather_base", "_reduce_scatter_base",
+    )  # fmt: skip
 
     def __enter__(self):
         self.numbers = []
-        self._originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
-        for name, original in self._originals.items():
-            setattr(dist, name, self._counting(original))
+        self._patches = contextlib.ExitStack()
+        for name in (*self.COUNTED, *self.OTHERS):
+            original = getattr(dist.ProcessGroup, name)
+            replaced = self._counting(original) if name in self.COUNTED else self._refusing(name)
+            self._patches.enter_context(mock.patch.object(dist.ProcessGroup, name, replaced))
         return self
 
     def _counting(self, original):
-        def counted(results, *arguments):
-            self.numbers.append(sum(x.numel() for x in (results if isinstance(results, list) else [results])))
-            return original(results, *arguments)
+        def counted(group, results, *arguments):
+            flat = [x for result in results for x in (result if isinstance(result, list) else [result])]
+            self.numbers.append(sum(x.numel() for x in flat))
+            return original(group, results, *arguments)
 
         return counted
 
+    def _refusing(self, name):
+        def refused(*_):
+            raise AssertionError(f"{name}: expected {self.COUNTED} only")
+
+        return refused
+
     def __exit__(self, *_):
-        for name, original in self._originals.items():
-            setattr(dist, name, original)
+        self._patches.close()
 
 
 def check_two_runs_give_the_same_bits():
@@ -195,7 +251,9 @@ def check_all_ranks_have_the_same_merged_state():
         masks = options["token_mask"], options["cu_seqlens"]
         inputs = AttentionInputs(q, k, v, projection, *masks, group_name=dist.group.WORLD.group_name)
         states, references = context_parallel._merged_states(backend, inputs)
-        merged = torch.cat((states.flatten(), references.flatten()))
+        # A segment that lies on one rank is that one's own affair.
+        shared = context_parallel._edges(inputs)[:-1, 1]
+        merged = torch.cat((states[shared].flatten(), references[shared].flatten()))
         of_ranks = [torch.empty_like(merged) for _ in range(dist.get_world_size())]
         dist.all_gather(of_ranks, merged)
         expect(all(torch.equal(x, merged) for x in of_ranks), backend)
@@ -218,21 +276,67 @@ def check_nothing_later_changes_a_bit_of_an_earlier_causal_output():
             expect(kept == out.shape[2] or not torch.equal(out[:, :, kept:], plain[:, :, kept:]), feature_map)
 
 
-def check_a_key_that_is_not_a_number_reaches_every_rank():
-    q, k, *rest = drawn(Case(length=20))
-    k[0, :, -1] = torch.nan
-    out = found_by_group((q, k, *rest), splits(20)[0])[0]
-    expect(out[0].isnan().all() and out[1].isfinite().all())
+def check_a_token_that_is_not_a_number_reaches_the_ranks_it_should():
+    backends = [("torch", torch.float64), *(("cpp", torch.float32) for _ in [0] if favor_cpp.why_not() is None)]
+    backends += [("triton", torch.float32)] if favor_triton.why_not() is None else []
+    for (backend, dtype), changed, causal in product(backends, "kv", (False, True)):
+        arguments = list(draw(Case(length=20, causal=causal), dtype))
+        place = "qkv".index(changed)
+        arguments[place] = arguments[place].clone()
+        arguments[place][0, :, 3] = torch.nan
+        found, whole = found_by_group(arguments, splits(20)[0], backend)[0], found_of(arguments, backend)[0]
+        start, stop = splits(20)[0][dist.get_rank()], splits(20)[0][dist.get_rank() + 1]
+        expect(torch.equal(found.isnan(), whole[:, :, start:stop].isnan()), (backend, changed, causal))
+        expect(found[0, :, max(0, 3 - start) :].isnan().all() and found[1].isfinite().all(), (backend, changed, causal))
 
 
-def check_the_op_compiles_as_one_graph_in_a_group():
+def check_compilers_leave_calls_in_a_group_alone():
+    def loss(x):
+        some = attention(x * 0.5, x.sin(), x, projection, process_group=dist.group.WORLD)
+        return attention(some, x, x * 2, projection, process_group=dist.group.WORLD).square().sum()
+
+    attention = inspect.unwrap(favor.favor_attention)
+    projection = draw_projection(6, 4, generator=torch.Generator().manual_seed(0))
+    # The second way to split leaves a rank without tokens, whose calls a compiler would leave out.
+    for split in splits(20):
+        start, stop = split[dist.get_rank()], split[dist.get_rank() + 1]
+        whole = torch.randn(1, 2, 20, 4, generator=torch.Generator().manual_seed(0))
+        grads = []
+        for function in (loss, torch.compile(loss, backend="aot_eager")):
+            x = whole[:, :, start:stop].clone().requires_grad_()
+            with Exchanged() as exchanged:
+                function(x).backward()
+            grads.append(x.grad)
+            expect(len(exchanged.numbers) == 6, exchanged.numbers)
+        expect(torch.allclose(*grads, rtol=1e-5, atol=1e-6), (split, grads))
+    with contextlib.suppress(torch._dynamo.exc.Unsupported):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(whole)
+        expect(False, "a whole graph with a call in it")
+
+
+def check_a_part_of_all_processes_is_a_group():
     if dist.get_world_size() > 2:
-        return
-    attention = torch.compile(inspect.unwrap(favor.favor_attention), fullgraph=True, backend="aot_eager")
-    for case in (Case(length=20, feature_map="oprf"), Case(length=20, causal=True)):
-        arguments = draw(case, torch.float64)
-        compiled, plain = (found_by_group(arguments, splits(20)[0], attention=x) for x in (attention, favor_attention))
-        expect(all(map(torch.equal, compiled, plain)), case)
+        group = dist.new_group([1, 2])
+        for causal in (False, True):
+            arguments = draw(Case(segments=SEGMENTS, causal=causal), torch.float64)
+            rank = dist.get_rank() - 1
+            if rank < 0:
+                continue
+            split = (0, 90, sum(SEGMENTS))
+            *tensors, options = part_of(arguments, split, rank)
+            options = {**options, "backend": "torch", "process_group": group}
+            found = differentiate(favor_attention, *tensors, options)
+            expect_part(found, found_of(arguments, "torch"), split[rank : rank + 2], "positive", causal)
+
+
+def check_ranks_may_take_different_backends():
+    if favor_cpp.why_not() is None:
+        for feature_map in ("positive", "relu"):
+            arguments = draw(Case(segments=SEGMENTS, padding="some", feature_map=feature_map), torch.float32)
+            split = splits(sum(SEGMENTS))[0]
+            found = found_by_group(arguments, split, ("cpp", "torch", "cpp")[dist.get_rank()])
+            rank = dist.get_rank()
+            expect_part(found, found_of(arguments, "torch"), split[rank : rank + 2], feature_map, "backends")
 
 
 def check_a_group_of_one_is_one_process_and_strangers_are_told():
