@@ -5,6 +5,7 @@ halves (`fold`, `read`, `query_gradients`, `key_gradients`), between which the r
 one is added to `_BACKENDS` and to `backends`.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
 
@@ -110,7 +111,13 @@ def favor_attention(
     if backend == "triton" and (why_not := favor_triton.why_not()):
         raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
     arguments = (q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend, group_name)
-    return _attention_in_group(*arguments) if group_name else _attention(*arguments)
+    if group_name and torch.compiler.is_compiling():
+        # A compiler takes the operators for functions of their arguments: it leaves out those of empty tensors, which
+        # the other ranks would wait for, and changes their order by sizes, which differ from rank to rank.
+        reason = "the ranks of a process group wait for each other"
+        eager: Callable[..., Tensor] = torch.compiler.disable(_attention, reason=reason)  # type: ignore[no-untyped-call]
+        return eager(*arguments)
+    return _attention(*arguments)
 
 
 def _attention(
@@ -136,13 +143,6 @@ def _attention(
     masks = (token_mask, cu_seqlens, oprf_a)
     out: Tensor = _favor(q, k, v, projection, *masks, feature_map, causal, backend, group_name)[0]
     return out.to(dtype)
-
-
-# A compiler takes the operators for functions of their arguments: it leaves out those of empty tensors, which the other
-# ranks would wait for, and changes their order by sizes, which differ from rank to rank.
-_attention_in_group = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _attention, reason="the ranks of a process group talk to each other"
-)
 
 
 def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
