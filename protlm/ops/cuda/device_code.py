@@ -1,4 +1,4 @@
-"""What the kernels share on the device: products, and where the tokens of a unit lie in memory."""
+"""What the kernels share on the device: products, where the tokens of a unit lie in memory, how keys become a state."""
 
 import triton
 import triton.language as tl
@@ -75,3 +75,37 @@ def half_squares(k, is_real, norm_factor):
     """Returns ‖k‖² in the exponent, and infinity where a token is not real."""
     wide = k.to(tl.float32)
     return tl.where(is_real, tl.sum(wide * wide, 1) * norm_factor, float("inf"))
+
+
+@triton.jit
+def fold_tile(
+    rows, keys, values, is_real, largest, sums, context, factor, norm_factor,
+    IS_EXPONENTIAL: tl.constexpr, HAS_MASK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of keys to a state; returns the largest exponent, the sum of and the context under each feature."""
+    exponents = scores(rows, keys, UPCAST) * factor
+    if IS_EXPONENTIAL:
+        exponents -= half_squares(keys, is_real, norm_factor)[None, :]
+        if HAS_MASK:
+            # Padding may be so large that its score is infinite too.
+            exponents = tl.where(is_real[None, :], exponents, float("-inf"))
+        risen = tl.maximum(largest, tl.max(exponents, 1))
+        key_features = tl.math.exp2(exponents - risen[:, None])
+        shrink = tl.math.exp2(largest - risen)
+        largest = risen
+        sums = sums * shrink + tl.sum(key_features, 1)
+        context *= shrink[:, None]
+    else:
+        key_features = tl.where(is_real[None, :], tl.maximum(exponents, 0.0) + RELU_OFFSET, 0.0)
+        sums += tl.sum(key_features, 1)
+    return largest, sums, product(key_features.to(values.dtype), values, context, UPCAST)
+
+
+@triton.jit
+def finished(largest, sums, context, is_empty, IS_EXPONENTIAL: tl.constexpr):
+    """Returns the means and references of a state: log2 Σ φ(k), for `relu` Σ φ(k)."""
+    divisors = tl.where(is_empty, 1.0, sums)
+    means = tl.where(is_empty[:, None], 0.0, context / divisors[:, None])
+    if IS_EXPONENTIAL:
+        return means, tl.where(is_empty, LOG_ZERO, largest + tl.math.log2(divisors))
+    return means, tl.where(is_empty, 0.0, sums)

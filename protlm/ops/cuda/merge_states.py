@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from protlm.ops.cuda.device_code import LOG_ZERO
+from protlm.ops.cuda.device_code import LOG_ZERO, finished
 
 
 @triton.jit
@@ -40,10 +40,6 @@ def merge_states(
             context *= shrink[:, None]
         sums += weights
         context += tl.load(unit_means + source * (PADDED * DIM) + offsets) * weights[:, None]
-    is_empty = sums == 0
-    divisors = tl.where(is_empty, 1.0, sums)
-    merged = context / divisors[:, None]
+    merged, sums = finished(largest, sums, context, sums == 0, IS_EXPONENTIAL)
     tl.store(means + place * (PADDED * DIM) + offsets, merged.to(means.dtype.element_ty))
-    if IS_EXPONENTIAL:
-        sums = tl.where(is_empty, LOG_ZERO, largest + tl.math.log2(divisors))
     tl.store(references + place * PADDED + features, sums)

@@ -6,7 +6,8 @@ import triton.language as tl
 from protlm.ops.cuda.device_code import (
     LOG_ZERO,
     RELU_OFFSET,
-    half_squares,
+    finished,
+    fold_tile,
     load_is_real,
     load_rows,
     load_unit,
@@ -86,30 +87,13 @@ def short_forward(
         keys = load_rows(k, tokens[:, None] * k_token + dims[None, :], is_in, HEAD_DIM, DIM)
         values = load_rows(v, tokens[:, None] * v_token + dims[None, :], is_in, HEAD_DIM, DIM)
         is_real = load_is_real(token_mask, tokens, is_in, HAS_MASK)
-        exponents = scores(rows, keys, UPCAST) * factor
-        if IS_EXPONENTIAL:
-            exponents -= half_squares(keys, is_real, norm_factor)[None, :]
-            if HAS_MASK:
-                # Padding may be so large that its score is infinite too.
-                exponents = tl.where(is_real[None, :], exponents, float("-inf"))
-            risen = tl.maximum(largest, tl.max(exponents, 1))
-            key_features = tl.math.exp2(exponents - risen[:, None])
-            shrink = tl.math.exp2(largest - risen)
-            largest = risen
-            sums = sums * shrink + tl.sum(key_features, 1)
-            context *= shrink[:, None]
-        else:
-            key_features = tl.where(is_real[None, :], tl.maximum(exponents, 0.0) + RELU_OFFSET, 0.0)
-            sums += tl.sum(key_features, 1)
-        context = product(key_features.to(values.dtype), values, context, UPCAST)
-    is_feature = features < FEATURES
-    is_empty = (sums == 0) | ~is_feature
-    divisors = tl.where(is_empty, 1.0, sums)
-    state = tl.where(is_empty[:, None], 0.0, context / divisors[:, None]).to(means.dtype.element_ty)
-    if IS_EXPONENTIAL:
-        bias = tl.where(is_empty, LOG_ZERO, largest + tl.math.log2(divisors))
-    else:
-        bias = tl.where(is_feature, sums, 0.0)
+        largest, sums, context = fold_tile(
+            rows, keys, values, is_real, largest, sums, context, factor, norm_factor,
+            IS_EXPONENTIAL, HAS_MASK, UPCAST,
+        )  # fmt: skip
+    is_empty = (sums == 0) | (features >= FEATURES)
+    state, bias = finished(largest, sums, context, is_empty, IS_EXPONENTIAL)
+    state = state.to(means.dtype.element_ty)
     tl.store(means + place * (PADDED * DIM) + state_offsets, state)
     tl.store(references + place * PADDED + features, bias)
     if HAS_SCALES:

@@ -1,6 +1,7 @@
 """Faults planted into the kernels, each of which the comparison with the twin of the op has to see."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ CASES = (
     Case(feature_map="relu", length=40, padding="some", head_dim=16, num_features=20),
 )
 BUGS = {
-    "context is not rescaled": ("fold_keys", "context *= shrink[:, None]", "context *= 1.0"),
-    "sums are not rescaled": ("fold_keys", "sums = sums * shrink + tl.sum", "sums = sums + tl.sum"),
+    "context is not rescaled": ("fold_keys", "context *= shrink[:, None]", "context *= 1.0", "device_code"),
+    "sums are not rescaled": ("fold_keys", "sums = sums * shrink + tl.sum", "sums = sums + tl.sum", "device_code"),
     "the mask of keys is forgotten": ("fold_keys", "load_is_real(token_mask, steps, is_in, HAS_MASK)", "is_in"),
-    "padded features weigh": ("fold_keys", "(sums == 0) | ~is_feature", "sums == 0"),
+    "padded features weigh": ("fold_keys", "(sums == 0) | (features >= FEATURES)", "sums == 0"),
     "units are merged without weights": ("merge_states", "weights = tl.math.exp2(weights - risen)", "weights = 1.0"),
     "the logarithms are not read": ("read_state", "exponents += bias[None, :]", "exponents += 0.0"),
     "a maximum is not carried": ("read_state", "sums *= shrink", "sums *= 1.0"),
@@ -30,7 +31,9 @@ BUGS = {
     "sizes are forgotten": ("key_gradients", "(weights * size[None, :])", "(weights)"),
     "the sums get no gradient": ("key_gradients", " - tl.load(sum_grads + features)[None, :]", ""),
     "the norm of keys gets no gradient": ("key_gradients", "of_keys -= keys", "of_keys -= 0.0 * keys"),
-    "one kernel: context is not rescaled": ("short_forward", "context *= shrink[:, None]", "context *= 1.0"),
+    "one kernel: context is not rescaled": (
+        "short_forward", "context *= shrink[:, None]", "context *= 1.0", "device_code"
+    ),
     "one kernel: the mask is forgotten": (
         "short_forward", "load_is_real(token_mask, tokens, is_in, HAS_MASK)", "is_in"
     ),
@@ -55,17 +58,30 @@ def worst_error(only):
     return worst
 
 
+def module_of(file, change=lambda source: source, *, folder):
+    """Returns a module of the kernels' folder made anew, from a changed source."""
+    path = folder / f"{file}.py"
+    path.write_text(change((Path(call.__file__).parent / path.name).read_text(encoding="utf-8")), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"faulty_{file}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_seen(bug, tmp_path, monkeypatch):
-    kernel, right, wrong = BUGS[bug]
-    module = importlib.import_module(f"protlm.ops.cuda.{kernel}")
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    assert right in source
-    path = tmp_path / f"{kernel}.py"
-    path.write_text(source.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"faulty_{kernel}", path)
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
+    kernel, right, wrong, *elsewhere = BUGS[bug]
+
+    def plant(source):
+        assert right in source
+        return source.replace(right, wrong)
+
+    if elsewhere:
+        shared = module_of(*elsewhere, plant, folder=tmp_path)
+        monkeypatch.setitem(sys.modules, f"protlm.ops.cuda.{elsewhere[0]}", shared)
+        faulty = module_of(kernel, folder=tmp_path)
+    else:
+        faulty = module_of(kernel, plant, folder=tmp_path)
     monkeypatch.setattr(call, kernel, getattr(faulty, kernel))
     monkeypatch.setattr(call, "_ENOUGH_SHORT_PROGRAMS", 0 if kernel.startswith("short") else 10**9)
     assert worst_error(CASES) > 100 * calls.TOLERANCE
