@@ -18,7 +18,10 @@ FORMAT_VERSION = 1
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 if every case was right, 1 if one was not or there is no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m protlm.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m protlm.gpu_check",
+        description="Checks the CUDA kernels on the GPU at hand, times them, and writes a JSON to send in.",
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="the JSON to write")
     parser.add_argument("--device", default="cuda:0", help="the GPU")
     parser.add_argument("--parity-only", action="store_true", help="take no times")
