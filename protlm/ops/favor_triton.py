@@ -120,8 +120,6 @@ def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     means, references = _without_padding(inputs, means, references)
     if inputs.is_exponential:
         ones = (references > _LOG_ZERO / 2).to(means.dtype).unsqueeze(-1)
-        # A reference of NaN is no sign of absence.
-        ones = torch.where(references.isnan().unsqueeze(-1), references.unsqueeze(-1), ones)
         return torch.cat((means, ones), -1), references
     sums = references.unsqueeze(-1)
     is_empty = (references == 0).all(-1, keepdim=True)
