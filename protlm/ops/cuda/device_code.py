@@ -71,6 +71,24 @@ def scale_of(scales, segment, head, HEADS: tl.constexpr, HAS_SCALES: tl.constexp
 
 
 @triton.jit
+def relu_features(scores):
+    """Returns max(score, 0) + 1e-3, and NaN for NaN."""
+    return tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL) + RELU_OFFSET
+
+
+@triton.jit
+def relu_gradient(scores, grads):
+    """Returns the gradient of scores from that of their features; a score of NaN does not hide it."""
+    return tl.where(scores <= 0, 0.0, grads)
+
+
+@triton.jit
+def weights_of(exponents):
+    """Returns 2^exponents of shares of a sum, which are at most 1: rounding far out can let them seem larger."""
+    return tl.math.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def half_squares(k, is_real, norm_factor):
     """Returns ‖k‖² in the exponent, and infinity where a token is not real."""
     wide = k.to(tl.float32)
@@ -93,11 +111,11 @@ def fold_tile(
         key_features = tl.math.exp2(exponents - risen[:, None])
         shrink = tl.math.exp2(largest - risen)
         largest = risen
-        sums = sums * shrink + tl.sum(key_features, 1)
+        sums *= shrink
         context *= shrink[:, None]
     else:
-        key_features = tl.where(is_real[None, :], tl.maximum(exponents, 0.0) + RELU_OFFSET, 0.0)
-        sums += tl.sum(key_features, 1)
+        key_features = tl.where(is_real[None, :], relu_features(exponents), 0.0)
+    sums += tl.sum(key_features, 1)
     return largest, sums, product(key_features.to(values.dtype), values, context, UPCAST)
 
 

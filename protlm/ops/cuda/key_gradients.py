@@ -5,15 +5,17 @@ import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
     LOG_ZERO,
-    RELU_OFFSET,
     half_squares,
     load_is_real,
     load_rows,
     load_unit,
     product,
+    relu_features,
+    relu_gradient,
     scale_of,
     scores,
     store_rows,
+    weights_of,
 )
 
 
@@ -101,13 +103,13 @@ def key_gradients(
             if IS_EXPONENTIAL:
                 # A feature without a key, or that is padding, weighs nothing.
                 bias = tl.where(bias == LOG_ZERO, float("inf"), bias)
-                weights = tl.math.exp2(exponents - squares[:, None] - bias[None, :])
+                weights = weights_of(exponents - squares[:, None] - bias[None, :])
                 grads *= weights
                 exponent_sums += tl.sum(grads, 1)
             else:
                 inverse = tl.where(bias == 0, 0.0, 1.0 / tl.where(bias == 0, 1.0, bias))
-                weights = (tl.maximum(exponents, 0.0) + RELU_OFFSET) * inverse[None, :]
-                grads = tl.where(exponents > 0, grads * inverse[None, :], 0.0)
+                weights = relu_features(exponents) * inverse[None, :]
+                grads = relu_gradient(exponents, grads * inverse[None, :])
             of_values = product((weights * size[None, :]).to(pulled.dtype), pulled, of_values, UPCAST)
             of_keys = product(grads.to(rows.dtype), rows, of_keys, UPCAST)
         of_keys *= grad_factor * scale

@@ -8,9 +8,11 @@ from protlm.ops.cuda.device_code import (
     load_rows,
     load_unit,
     product,
+    relu_gradient,
     scale_of,
     scores,
     store_rows,
+    weights_of,
 )
 
 
@@ -96,9 +98,9 @@ def query_gradients(
             exponents = scores(queries, rows, UPCAST) * factor
             grads = scores(pulled, values, UPCAST) - inners[:, None]
             if IS_EXPONENTIAL:
-                grads *= tl.math.exp2(exponents + bias[None, :] - sums[:, None])
+                grads *= weights_of(exponents + bias[None, :] - sums[:, None])
             else:
-                grads = tl.where(exponents > 0, bias[None, :] * sums[:, None] * grads, 0.0)
+                grads = relu_gradient(exponents, bias[None, :] * sums[:, None] * grads)
             total = product(grads.to(rows.dtype), rows, total, UPCAST)
         total = tl.where(is_real[:, None], total * (grad_factor * scale), 0.0)
         q_grad += segment * q_grad_row + head * q_grad_head + first_token * q_grad_token

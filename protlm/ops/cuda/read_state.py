@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
-    RELU_OFFSET,
     load_is_real,
     load_rows,
     load_unit,
     product,
+    relu_features,
     scale_of,
     scores,
     store_rows,
@@ -91,7 +91,7 @@ def read_state(
                 sums *= shrink
                 total *= shrink[:, None]
             else:
-                weights = (tl.maximum(exponents, 0.0) + RELU_OFFSET) * bias[None, :]
+                weights = relu_features(exponents) * bias[None, :]
             sums += tl.sum(weights, 1)
             total = product(weights.to(values.dtype), values, total, UPCAST)
         # Without a key the sum of `relu` is 0, and so is what it divides.

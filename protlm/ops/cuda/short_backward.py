@@ -5,15 +5,17 @@ import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
     LOG_ZERO,
-    RELU_OFFSET,
     half_squares,
     load_is_real,
     load_rows,
     load_unit,
     product,
+    relu_features,
+    relu_gradient,
     scale_of,
     scores,
     store_rows,
+    weights_of,
 )
 
 
@@ -129,15 +131,18 @@ def short_backward(
         sums = tl.load(query_sums + tokens, mask=is_in, other=float("inf"))
         exponents = scores(rows, queries, UPCAST) * factor
         if IS_EXPONENTIAL:
-            weights = tl.math.exp2(exponents + bias[:, None] - sums[None, :])
+            weights = weights_of(exponents + bias[:, None] - sums[None, :])
             if HAS_MASK:
                 weights = tl.where(is_real[None, :], weights, 0.0)
         else:
             is_counted = is_real & (sums != 0)
             inverse = tl.where(is_counted, 1.0 / tl.where(is_counted, sums, 1.0), 0.0)
             parts = bias[:, None] * inverse[None, :]
-            weights = (tl.maximum(exponents, 0.0) + RELU_OFFSET) * parts
-            parts = tl.where(exponents > 0, parts, 0.0)
+            weights = relu_features(exponents) * parts
+            if HAS_MASK:
+                # A score of padding may be infinite.
+                weights = tl.where(is_real[None, :], weights, 0.0)
+            parts = relu_gradient(exponents, parts)
         of_sums += tl.sum(weights * inners[None, :], 1)
         of_means = product(weights.to(pulled.dtype), pulled, of_means, UPCAST)
         grads = scores(state, pulled, UPCAST) - inners[None, :]
@@ -165,12 +170,12 @@ def short_backward(
         exponents = scores(rows, keys, UPCAST) * factor
         grads = scores(state_grad, values, UPCAST) * size[:, None] - of_sums[:, None]
         if IS_EXPONENTIAL:
-            weights = tl.math.exp2(exponents - half_squares(keys, is_in, norm_factor)[None, :] - bias[:, None])
+            weights = weights_of(exponents - half_squares(keys, is_in, norm_factor)[None, :] - bias[:, None])
             grads *= weights
             exponent_sums = tl.sum(grads, 0)
         else:
-            weights = (tl.maximum(exponents, 0.0) + RELU_OFFSET) * inverse_sums[:, None]
-            grads = tl.where(exponents > 0, grads * inverse_sums[:, None], 0.0)
+            weights = relu_features(exponents) * inverse_sums[:, None]
+            grads = relu_gradient(exponents, grads * inverse_sums[:, None])
         of_values = product_of_features(weights * size[:, None], state_grad, TILE_TOKENS, DIM, UPCAST)
         of_keys = product_of_features(grads, rows, TILE_TOKENS, DIM, UPCAST) * (grad_factor * scale)
         if IS_EXPONENTIAL:

@@ -5,13 +5,13 @@ import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
     LOG_ZERO,
-    RELU_OFFSET,
     finished,
     fold_tile,
     load_is_real,
     load_rows,
     load_unit,
     product,
+    relu_features,
     scale_of,
     scores,
     store_rows,
@@ -112,7 +112,7 @@ def short_forward(
             offset = tl.max(exponents, 1)
             weights = tl.math.exp2(exponents - offset[:, None])
         else:
-            weights = (tl.maximum(exponents, 0.0) + RELU_OFFSET) * bias[None, :]
+            weights = relu_features(exponents) * bias[None, :]
         total = tl.sum(weights, 1)
         outputs = product(weights.to(state.dtype), state, tl.zeros([TILE_TOKENS, DIM], tl.float32), UPCAST)
         # Without a key the sum of `relu` is 0, and so is what it divides.

@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
-    RELU_OFFSET,
     load_is_real,
     load_rows,
     load_unit,
     product,
+    relu_features,
     scale_of,
     scores,
+    weights_of,
 )
 
 
@@ -83,13 +84,13 @@ def state_gradients(
             inners = tl.load(inner + steps, mask=is_in, other=0.0)
             exponents = scores(rows, queries, UPCAST) * factor
             if IS_EXPONENTIAL:
-                weights = tl.math.exp2(exponents + bias[:, None] - sums[None, :])
+                weights = weights_of(exponents + bias[:, None] - sums[None, :])
                 if HAS_MASK:
                     weights = tl.where(is_real[None, :], weights, 0.0)
             else:
                 is_counted = is_real & (sums != 0)
                 inverse = tl.where(is_counted, 1.0 / tl.where(is_counted, sums, 1.0), 0.0)
-                weights = (tl.maximum(exponents, 0.0) + RELU_OFFSET) * bias[:, None] * inverse[None, :]
+                weights = relu_features(exponents) * bias[:, None] * inverse[None, :]
                 if HAS_MASK:
                     weights = tl.where(is_real[None, :], weights, 0.0)
             of_sums += tl.sum(weights * inners[None, :], 1)

@@ -19,7 +19,7 @@ CASES = (
 )
 BUGS = {
     "context is not rescaled": ("fold_keys", "context *= shrink[:, None]", "context *= 1.0", "device_code"),
-    "sums are not rescaled": ("fold_keys", "sums = sums * shrink + tl.sum", "sums = sums + tl.sum", "device_code"),
+    "sums are not rescaled": ("fold_keys", "sums *= shrink", "sums *= 1.0", "device_code"),
     "the mask of keys is forgotten": ("fold_keys", "load_is_real(token_mask, steps, is_in, HAS_MASK)", "is_in"),
     "padded features weigh": ("fold_keys", "(sums == 0) | (features >= FEATURES)", "sums == 0"),
     "units are merged without weights": ("merge_states", "weights = tl.math.exp2(weights - risen)", "weights = 1.0"),
