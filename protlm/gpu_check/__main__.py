@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats: expected at least 1, got {options.repeats}")
+    if options.out.is_dir():
+        return _fail(f"{options.out} is a folder; give another --out")
     if options.out.exists() and not options.force:
         return _fail(f"{options.out} is there already; give another --out, or --force")
     if not options.out.absolute().parent.is_dir():
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from protlm.ops import backends
+    from protlm.ops.cuda.launch import capability_of
+    from protlm.ops.cuda.tiles import MIN_CAPABILITY
 
     if not torch.cuda.is_available():
         return _fail("PyTorch sees no CUDA device; run this where `torch.cuda.is_available()` is true")
@@ -44,11 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"--device: expected one of {', '.join(there)}, got {options.device}")
     if (told := backends()["triton"]).startswith("not available"):
         return _fail(f"the backend triton is {told}")
+    if capability_of(torch.device(options.device).index) < MIN_CAPABILITY:
+        return _fail(f"--device: the kernels need compute capability {MIN_CAPABILITY / 10}, {options.device} is older")
     from protlm.gpu_check import parity, ranks, timing
 
     lengths = () if options.parity_only else timing.LENGTHS
     work = Work(parity.cases(), ranks.cases(), lengths, options.repeats, timing.TOKENS)
-    return report(options.out, options.device, "triton", work)
+    with torch.cuda.device(options.device):
+        return report(options.out, options.device, "triton", work)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,11 @@ def report(out: Path, device: str, backend: str, work: Work) -> int:
     from protlm.gpu_check import parity, ranks, timing
 
     environment = _environment(device)
+    content: dict[str, Any] = {"format_version": FORMAT_VERSION, "environment": environment, "parity": [], "times": []}
+    try:
+        _write(out, content)
+    except OSError as error:
+        return _fail(f"{out} cannot be written: {error.strerror}; give another --out")
     print(f"{environment['gpu']}, capability {environment['capability']}, torch {environment['torch']}")
     outcomes = []
     checks = parity.check(work.cases, device, backend), ranks.check(work.rank_cases, device, backend)
@@ -76,8 +88,8 @@ def report(out: Path, device: str, backend: str, work: Work) -> int:
         print(f"{head} {errors} {outcome.fault or ''}".rstrip(), flush=True)
         outcomes.append(vars(outcome))
     failed = sum(outcome["fault"] is not None for outcome in outcomes)
-    content = {"format_version": FORMAT_VERSION, "environment": environment, "parity": outcomes, "times": []}
     # Whatever becomes of the times, what is known by now is kept.
+    content["parity"] = outcomes
     _write(out, content)
     if work.lengths:
         try:
@@ -85,6 +97,8 @@ def report(out: Path, device: str, backend: str, work: Work) -> int:
         except Exception as error:  # a kernel that failed can leave a GPU on which nothing runs
             return _fail(f"no times can be taken ({parity.first_line(error)}); {out} has the cases: please attach it")
         _print_times(measured)
+        if not any(row.get("share_of_roofline") for row in measured):
+            print(f"no shares: the peaks of {environment['gpu']} are not in protlm/gpu_check/roofline.py")
         _write(out, {**content, "times": measured})
     print(f"{len(outcomes) - failed} of {len(outcomes)} cases are right; wrote {out}: please attach it to an issue")
     return 1 if failed else 0

@@ -79,6 +79,7 @@ def cases() -> list[Case]:
         ]
     for head_dim in (16, 32, 60, 80, 128):
         found += [Case(head_dim=head_dim), Case(head_dim=head_dim, features=200, segments=SEGMENTS)]
+        found += [Case(head_dim=head_dim, batch=64, length=100), Case(head_dim=head_dim, batch=64, features=256)]
     found += [Case(features=256, scale=4.0), Case(length=1), Case(segments=(0, 0))]
     falls_back = (Case(causal=True, feature_map="relu"), Case(causal=True), Case(feature_map="trig", features=512))
     return [*found, *falls_back, Case(head_dim=256), Case(dtype=torch.float32)]

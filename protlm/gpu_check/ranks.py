@@ -25,6 +25,8 @@ from protlm.gpu_check.parity import (
     outcome_of,
 )
 from protlm.ops import favor_attention, local_bounds
+from protlm.ops.cuda.launch import capability_of
+from protlm.ops.cuda.tiles import MIN_CAPABILITY
 
 RANKS = 2
 SECONDS = 300
@@ -39,7 +41,7 @@ def cases() -> list[Case]:
 
 
 def check(chosen: list[Case], device: str, backend: str) -> Iterator[Outcome]:
-    """Yields the outcome of each case: on two GPUs by NCCL, where there are two, else on the device by gloo."""
+    """Yields the outcome of each case: on two GPUs by NCCL, where the first two are new enough, else by gloo on one."""
     if not chosen:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -56,10 +58,15 @@ def check(chosen: list[Case], device: str, backend: str) -> Iterator[Outcome]:
 
 def _rank(rank: int, chosen: list[Case], device: str, backend: str, folder: str) -> None:
     """Runs in each process: compares this rank's part with that of the float64 twin, and writes what it found."""
-    has_gpu_each = torch.device(device).type == "cuda" and torch.cuda.device_count() >= RANKS
+    has_gpu_each = (
+        torch.device(device).type == "cuda"
+        and torch.cuda.device_count() >= RANKS
+        and all(capability_of(index) >= MIN_CAPABILITY for index in range(RANKS))
+    )
     if has_gpu_each:
         device = f"cuda:{rank}"
-        torch.cuda.set_device(rank)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if has_gpu_each else "gloo",
         init_method=f"file://{folder}/meeting",

@@ -20,12 +20,13 @@ class Peak:
     source: str
 
 
+# By the whole name that the driver gives: a slice of a GPU, or another model of it, has other peaks.
 PEAKS = {
-    "A100": Peak(312e12, 2.039e12, 108 * 16 * 1.41e9, "NVIDIA A100 80GB SXM data sheet"),
-    "H100": Peak(989e12, 3.35e12, 132 * 16 * 1.83e9, "NVIDIA H100 SXM data sheet"),
-    "H200": Peak(989e12, 4.8e12, 132 * 16 * 1.83e9, "NVIDIA H200 SXM data sheet"),
-    "B200": Peak(2250e12, 8.0e12, 148 * 16 * 1.85e9, "NVIDIA B200 data sheet"),
-    "L4": Peak(121e12, 0.3e12, 58 * 16 * 2.04e9, "NVIDIA L4 data sheet"),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, 2.039e12, 108 * 16 * 1.41e9, "NVIDIA A100 80GB SXM data sheet"),
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12, 132 * 16 * 1.83e9, "NVIDIA H100 SXM data sheet"),
+    "NVIDIA H200": Peak(989e12, 4.8e12, 132 * 16 * 1.83e9, "NVIDIA H200 SXM data sheet"),
+    "NVIDIA B200": Peak(2250e12, 8.0e12, 148 * 16 * 1.85e9, "NVIDIA B200 data sheet"),
+    "NVIDIA L4": Peak(121e12, 0.3e12, 58 * 16 * 2.04e9, "NVIDIA L4 data sheet"),
 }
 
 
@@ -38,12 +39,6 @@ class Shape:
     length: int
     head_dim: int
     features: int
-
-
-def peak_of(gpu_name: str) -> Peak | None:
-    """Returns the peak of a GPU by the name that the driver gives it, None for one that is not in the table."""
-    words = gpu_name.replace("-", " ").split()
-    return next((peak for name, peak in PEAKS.items() if name in words), None)
 
 
 def floor_seconds(shape: Shape, peak: Peak, *, has_backward: bool) -> dict[str, float]:

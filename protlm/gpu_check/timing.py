@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protlm.gpu_check.parity import first_line
-from protlm.gpu_check.roofline import Shape, floor_seconds, peak_of
+from protlm.gpu_check.roofline import PEAKS, Shape, floor_seconds
 from protlm.ops import draw_projection, favor_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ TOKENS = 65_536
 def measure(lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, tokens: int) -> list[dict[str, Any]]:
     """Returns a row for each length and implementation: median and range in milliseconds, share of the roofline."""
     rows: list[dict[str, Any]] = []
-    peak = peak_of(gpu_name)
+    peak = PEAKS.get(gpu_name)
     for length in lengths:
         shape = Shape(max(1, tokens // length), 8, length, 64, 256)
         for has_backward in (False, True):
@@ -64,7 +64,9 @@ def _measure_one(shape: Shape, device: str, has_backward: bool, repeats: int) ->
 
 
 def _implementations(projection: Tensor) -> dict[str, Attention]:
-    compiled = torch.compile(_formula)
+    # One shape at a time, which is what a compiler is best at.
+    torch.compiler.reset()
+    compiled = torch.compile(_formula, dynamic=False)
     return {
         "favor triton": lambda q, k, v: favor_attention(q, k, v, projection, backend="triton"),
         "favor torch": lambda q, k, v: favor_attention(q, k, v, projection, backend="torch"),

@@ -108,8 +108,6 @@ def favor_attention(
     AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
-    if backend == "triton" and (why_not := favor_triton.why_not()):
-        raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
     arguments = (q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend, group_name)
     if group_name and torch.compiler.is_compiling():
         # A compiler takes the operators for functions of their arguments: it leaves out those of empty tensors, which
@@ -151,8 +149,11 @@ def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
         return favor_torch
     if backend == "auto":
         if inputs.q.device.type == "cuda":
-            return favor_triton if favor_triton.covers(inputs) and favor_triton.why_not() is None else favor_torch
+            return favor_triton if favor_triton.why_not() is None and favor_triton.covers(inputs) else favor_torch
         return favor_cpp if favor_cpp.covers(inputs) and favor_cpp.why_not() is None else favor_torch
+    # In the operator, where no compiler looks on.
+    if backend == "triton" and (why_not := favor_triton.why_not()):
+        raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
     chosen = favor_cpp if backend == "cpp" else favor_triton
     return chosen if chosen.covers(inputs) else favor_torch
 

@@ -12,6 +12,8 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,11 +45,23 @@ def why_not() -> str | None:
         return "PyTorch sees no CUDA device"
     if torch.version.hip is not None:
         return "the kernels are made for NVIDIA's GPUs"
-    if all(capability_of(index) < MIN_CAPABILITY for index in range(torch.cuda.device_count())):
+    try:
+        capabilities = [capability_of(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError as error:
+        return f"the CUDA device does not answer: {str(error).splitlines()[0]}"
+    if all(capability < MIN_CAPABILITY for capability in capabilities):
         return f"the kernels need compute capability {MIN_CAPABILITY / 10}, Ampere or later"
+    return _why_triton_starts_nothing()
+
+
+def _why_triton_starts_nothing() -> str | None:
+    """Returns what Triton lacks to build the small C extension by which it starts kernels."""
     if "CC" not in os.environ and shutil.which("gcc") is None and shutil.which("clang") is None:
         return "Triton finds no C compiler, by which it starts kernels; install gcc or clang, or name one in CC"
-    return None
+    # Debian's scheme for what users install has another folder, as Triton knows.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    return None if header.is_file() else f"Triton needs {header}; install the headers of Python (python3-dev)"
 
 
 def covers(inputs: AttentionInputs) -> bool:
@@ -62,6 +76,8 @@ def covers(inputs: AttentionInputs) -> bool:
         inputs.q.dtype in dtypes
         and inputs.q.shape[-1] <= MAX_DIM
         and inputs.feature_map != "trig"
+        # Features of `relu` have no bound, and would leave the range of float16.
+        and not (inputs.feature_map == "relu" and inputs.q.dtype == torch.float16)
         and not inputs.causal
         and inputs.q.numel() > 0
     )
@@ -78,7 +94,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _call(inputs)
     out, query_sums = result_like(inputs.v), call.query_sums()
     means, references = empty_states(inputs)
-    if call.takes_short("short_forward"):
+    if call.takes_short("short_forward", out):
         call.run([call.short_forward(means, references, out, query_sums)])
     else:
         call.run(call.fold(means, references))
@@ -92,7 +108,7 @@ def backward(
     """Returns the gradients of q, k and v; features are computed once more."""
     call = _call(inputs)
     q_grad, k_grad, v_grad = grads = result_like(inputs.q), result_like(inputs.k), result_like(inputs.v)
-    if call.takes_short("short_backward", out_grad):
+    if call.takes_short("short_backward", out_grad, out, *grads):
         call.run([call.short_backward(out_grad, out, states, references, query_sums, grads)])
     else:
         state_grad = call.empty_state_grad()

@@ -53,7 +53,7 @@ def cases(capability):
 
 
 def launches(capability, feature_map, head_dim, features, is_packed, length=8192, batch=8, heads=8):
-    """Returns the launches of a forward by units, one in a single kernel, and a backward."""
+    """Returns the launches of a forward and a backward by units, and of each in a single kernel, if it takes these."""
     if is_packed:
         batch, length = 1, batch * length
     shape = (batch, length, heads, head_dim)
@@ -76,8 +76,8 @@ def launches(capability, feature_map, head_dim, features, is_packed, length=8192
         call.key_gradients(references, state_grad, result_like(k), result_like(v)),
     ]
     grads = result_like(q), result_like(k), result_like(v)
-    if fits_chip("short_forward", call.dim, call.padded):
+    if fits_chip("short_forward", capability, call.dim, call.padded):
         result.append(call.short_forward(means, references, out, query_sums))
-    if fits_chip("short_backward", call.dim, call.padded):
+    if fits_chip("short_backward", capability, call.dim, call.padded):
         result.append(call.short_backward(out_grad, out, means, references, query_sums, grads))
     return result

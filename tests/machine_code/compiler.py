@@ -60,7 +60,7 @@ class MachineCode:
 
     Attributes:
         kernel: Its name.
-        capability: What it was compiled for: 80, 90, 100.
+        capability: What it was compiled for: one of `GPUS`.
         num_warps: Warps of a block.
         num_blocks: Blocks of the launch.
         registers: Of a thread.

@@ -1,4 +1,4 @@
-"""The machine code of every kernel, compiled for three GPUs that need not be there."""
+"""The machine code of every kernel, compiled for GPUs that need not be there."""
 
 import json
 

@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import protlm.gpu_check.__main__ as gpu_check
+from protlm import ops
 from protlm.gpu_check import parity, ranks, roofline, timing
 from protlm.gpu_check.__main__ import Work, main, report
 from protlm.ops import favor_attention
+from protlm.ops.cuda import launch
 
 SMALL = parity.Case(length=30, head_dim=16, features=32, heads=1)
 WORK = Work(cases=[SMALL], rank_cases=[], lengths=(16,), repeats=2, tokens=16)
@@ -19,19 +22,12 @@ WORK = Work(cases=[SMALL], rank_cases=[], lengths=(16,), repeats=2, tokens=16)
 def test_the_floor_is_that_of_the_largest_share():
     shape = roofline.Shape(batch=8, heads=8, length=8192, head_dim=64, features=256)
     # The figures of a hand calculation: 8 and 26 times 64·8192·256·64 operations at 989 Tflop/s.
-    forward = roofline.floor_seconds(shape, roofline.PEAKS["H100"], has_backward=False)
+    forward = roofline.floor_seconds(shape, roofline.PEAKS["NVIDIA H100 80GB HBM3"], has_backward=False)
     assert forward["products"] == pytest.approx(69.5e-6, rel=1e-2)
     assert forward["memory"] == pytest.approx(81.4e-6, rel=1e-2)
     assert forward["exponentials"] == pytest.approx(69.5e-6, rel=1e-2)
-    both = roofline.floor_seconds(shape, roofline.PEAKS["H100"], has_backward=True)
+    both = roofline.floor_seconds(shape, roofline.PEAKS["NVIDIA H100 80GB HBM3"], has_backward=True)
     assert both["products"] == pytest.approx(225.8e-6, rel=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("name", "found"), [("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L40S", None)]
-)
-def test_a_gpu_is_known_by_a_whole_word_of_its_name(name, found):
-    assert roofline.peak_of(name) is (roofline.PEAKS[found] if found else None)
 
 
 @pytest.mark.parametrize("feature_map", ["positive", "regularised", "bare relu", "trig"])
@@ -87,7 +83,7 @@ def test_a_kernel_that_raises_and_one_that_changes_its_mind_are_faults():
 
 def test_the_report_has_a_row_for_everything(tmp_path, capsys, monkeypatch):
     # A compiler of its own is not what is tested here.
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     out = tmp_path / "check.json"
     assert report(out, "cpu", "torch", WORK) == 0
     content = json.loads(out.read_text())
@@ -95,13 +91,35 @@ def test_the_report_has_a_row_for_everything(tmp_path, capsys, monkeypatch):
     rows = {(row["name"], row["backward"]): row for row in content["times"]}
     assert len(rows) == 8
     assert all("fault" in row or row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows.values())
-    assert "1 of 1 cases are right" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 of 1 cases are right" in told
+    assert "no shares: the peaks of " in told
     assert [path.name for path in tmp_path.iterdir()] == ["check.json"]
 
 
 def test_a_wrong_case_is_exit_status_1(tmp_path):
     wrong = replace(SMALL, feature_map="unknown")
     assert report(tmp_path / "check.json", "cpu", "torch", replace(WORK, cases=[wrong], lengths=())) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_run(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_check, "_write", full)
+    assert report(tmp_path / "check.json", "cpu", "torch", WORK) == 1
+    told = capsys.readouterr()
+    assert told.err.endswith("check.json cannot be written: No space left on device; give another --out\n")
+    assert not told.out
+
+
+def test_a_chosen_gpu_that_is_too_old_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ops, "backends", lambda: {"triton": "fused kernels"})
+    monkeypatch.setattr(launch, "capability_of", lambda index: (75, 80)[index])
+    assert main(["--out", str(tmp_path / "x.json")]) == 1
+    assert capsys.readouterr().err == "error: --device: the kernels need compute capability 8.0, cuda:0 is older\n"
 
 
 def test_a_gpu_on_which_nothing_runs_any_more_leaves_the_cases_in_the_report(tmp_path, capsys, monkeypatch):
@@ -143,6 +161,8 @@ def test_nothing_is_overwritten_and_bad_usage_is_status_2(tmp_path, capsys, monk
     assert main(["--out", str(tmp_path / "no" / "x.json")]) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["--out", str(tmp_path), "--force"]) == 1
+    assert "is a folder" in capsys.readouterr().err
     for device in ("cuda:2", "cpu", "nonsense"):
         assert main(["--out", str(tmp_path / "y.json"), "--device", device]) == 1
         assert capsys.readouterr().err.endswith(f"--device: expected one of cuda:0, cuda:1, got {device}\n")

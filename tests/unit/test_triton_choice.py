@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import sysconfig
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -53,7 +55,9 @@ def test_an_nvidia_gpu_with_a_compiler_is_enough():
         (torch.cuda, "is_available", lambda: False, "PyTorch sees no CUDA device"),
         (torch.version, "hip", "6.4", "the kernels are made for NVIDIA's GPUs"),
         (favor_triton, "capability_of", lambda _: 75, "the kernels need compute capability 8.0"),
+        (favor_triton, "capability_of", Mock(side_effect=RuntimeError("lost")), "the CUDA device does not"),
         (shutil, "which", lambda _: None, "Triton finds no C compiler"),
+        (sysconfig, "get_path", lambda *_: "/nowhere", "Triton needs /nowhere/Python.h"),
     ],
 )
 def test_whatever_is_missing_is_told_and_the_automatic_choice_is_torch(machine, owner, name, value, told):
@@ -84,6 +88,7 @@ def test_short_floats_on_a_gpu_of_today_are_taken():
         {"head_dim": 129},
         {"causal": True},
         {"feature_map": "trig"},
+        {"feature_map": "relu", "dtype": torch.float16},
     ],
     ids=str,
 )

@@ -77,7 +77,7 @@ class Call:
     def takes_short(self, kernel: str, *others: Tensor) -> bool:
         """Says whether a kernel for short segments takes the call: by the mean length, which the host knows.
 
-        `others` are what it would read beside q, k and v.
+        `others` are what it would read and write along the length beside q, k and v.
         """
         inputs = self.inputs
         mean_length = inputs.q.shape[0] * inputs.q.shape[2] / inputs.num_segments
@@ -85,7 +85,7 @@ class Call:
         # Within a segment these kernels count in 32 bits.
         reach = inputs.q.shape[2] * max(x.stride(2) for x in (self._q, self._k, self._v, *others))
         is_short = has_enough and mean_length <= _SHORT_TOKENS and reach < 2**31
-        return is_short and fits_chip(kernel, self.dim, self.padded)
+        return is_short and fits_chip(kernel, self.capability, self.dim, self.padded)
 
     @functools.cached_property
     def units(self) -> Units:

@@ -38,15 +38,17 @@ _TILES = {
     "short_backward": Tile(0, 32, 8, 2),
 }
 _THREE_STAGES = ("fold_keys", "read_state", "short_forward")
-# Of a state that one program keeps in its registers; the backward keeps its gradient there too.
+# Of a state that one program keeps in its registers; the backward keeps its gradient there too, of which only Hopper
+# holds more, as compiling shows.
 _MOST_FEATURES_ON_CHIP = {"short_forward": 256, "short_backward": 128}
 _MOST_DIM_ON_CHIP = 64
 
 
-def fits_chip(kernel: str, dim: int, padded_features: int) -> bool:
+def fits_chip(kernel: str, capability: int, dim: int, padded_features: int) -> bool:
     """Says whether one program of a kernel for short segments can hold the state of a segment and head."""
     is_power_of_two = padded_features & (padded_features - 1) == 0
-    return is_power_of_two and padded_features <= _MOST_FEATURES_ON_CHIP[kernel] and dim <= _MOST_DIM_ON_CHIP
+    most = 256 if 90 <= capability < 100 else _MOST_FEATURES_ON_CHIP[kernel]
+    return is_power_of_two and padded_features <= most and dim <= _MOST_DIM_ON_CHIP
 
 
 def tile_of(kernel: str, capability: int, dim: int, padded_features: int) -> Tile:

@@ -3,7 +3,6 @@
 Where units begin is computed on the device, also for packed rows: the host waits for nothing.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +66,12 @@ def whole_segments(inputs: AttentionInputs) -> Units:
     return Units(torch.stack((segments, bounds[:-1], bounds[1:]), 1), segments, length)
 
 
-@functools.lru_cache(maxsize=64)
 def _units_of_rows(batch: int, length: int, tokens: int, device: torch.device) -> Units:
+    # Made anew for each call: a tensor kept from the capture of a CUDA graph, or from another stream, may not be there.
     per_row = -(-length // tokens)
-    starts = torch.arange(per_row, dtype=torch.int32, device=device) * tokens
-    rows = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(per_row)
-    starts = starts.repeat(batch)
-    table = torch.stack((rows, starts, (starts + tokens).clamp(max=length)), 1)
+    units = torch.arange(batch * per_row, dtype=torch.int32, device=device)
+    starts = units % per_row * tokens
+    table = torch.stack((units // per_row, starts, (starts + tokens).clamp(max=length)), 1)
     return Units(table, torch.arange(batch + 1, dtype=torch.int32, device=device) * per_row, tokens)
 
 

@@ -80,14 +80,39 @@ def test_norms_without_bound_give_finite_results(feature_map, is_short):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy tells of the infinities, which are thrown away
-def test_padding_of_any_content_changes_nothing():
-    case = Case(head_dim=16, length=70, padding="some")
+@pytest.mark.parametrize("feature_map", ["positive", "oprf", "relu"])
+def test_padding_of_any_content_changes_nothing(feature_map, is_short):
+    case = Case(feature_map=feature_map, head_dim=16, length=40, padding="some", a_axes="heads")
     q, k, v, out_grad, projection, options = draw(case, torch.float32)
     padding = ~options["token_mask"][:, None, :, None]
     quiet = found_of((q, k, v, out_grad, projection, options), "triton")
     loud = [tensor.masked_fill(padding, 3e38) for tensor in (q, k, v)]
-    for a, b in zip(quiet, found_of((*loud, out_grad, projection, options), "triton"), strict=True):
+    pulled = out_grad.masked_fill(padding, torch.nan)
+    for a, b in zip(quiet, found_of((*loud, pulled, projection, options), "triton"), strict=True):
         assert torch.equal(a, b)
+
+
+LAYOUTS = ("q, k and v in one", "expanded", "head_dim is no last axis")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("feature_map", ["positive", "relu"])
+def test_inputs_and_gradients_may_lie_in_memory_in_any_way(feature_map, layout, is_short):
+    *tensors, projection, options = draw(Case(feature_map=feature_map, head_dim=16, length=40), torch.float32)
+    if layout == LAYOUTS[0]:
+        # As a model with one linear layer for the three makes them: token by token, q, k and v in turn.
+        tensors[:3] = (x.transpose(1, 2) for x in torch.stack([x.transpose(1, 2) for x in tensors[:3]], 2).unbind(2))
+        assert tensors[0].stride(2) == 3 * tensors[3].shape[1] * 16
+    elif layout == LAYOUTS[1]:
+        tensors[2:] = (x[:, :, :1, :1].expand_as(x) for x in tensors[2:])
+    else:
+        tensors = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors]
+    q, k, v, out_grad = tensors
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = favor_attention(*leaves, projection, **options, backend="triton")
+    found = (out.detach(), *torch.autograd.grad(out, leaves, out_grad))
+    expected = expected_of(*(x.contiguous() for x in tensors), projection, options)
+    cases.assert_equal(found, expected, TOLERANCE[torch.float32], layout, feature_map)
 
 
 def test_nan_in_a_token_reaches_its_segment_and_no_other(is_short):
