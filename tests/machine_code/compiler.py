@@ -28,6 +28,7 @@ from tests.machine_code import pipes, sass
 from tests.machine_code.gpus import GPUS
 
 PTX_ATOMIC = re.compile(r"\b(?:atom|red|multimem\.red)\.")
+PTX_NAN_HIDING = re.compile(r"\b(?:max|min)\.f32")
 STACK_AND_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 PERFORMANCE_WARNING = re.compile(r"\((C7\d+)\) Potential Performance Loss: ([^\n]*)")
@@ -74,6 +75,7 @@ class MachineCode:
         multiply_adds: What these multiply in a block, each counted once.
         atomics: Instructions whose order of execution could change a result.
         asynchronous_copies: From global to shared memory.
+        nan_hiding: Largest and smallest of two numbers taken such that NaN loses.
         opcodes: Counts by opcode without modifiers, the most frequent first.
         loops: Inner loops before those around them.
         warnings: What the assembler says of lost performance.
@@ -95,6 +97,7 @@ class MachineCode:
     multiply_adds: int
     atomics: int
     asynchronous_copies: int
+    nan_hiding: int
     opcodes: dict[str, int]
     loops: tuple[Loop, ...]
     warnings: tuple[str, ...]
@@ -172,6 +175,7 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
         multiply_adds=sum(product.multiply_adds for product in multiplied.values()),
         atomics=pipes.count(instructions, pipes.ATOMICS) + len(PTX_ATOMIC.findall(compiled.asm["ptx"])),
         asynchronous_copies=pipes.count(instructions, pipes.ASYNCHRONOUS_COPIES),
+        nan_hiding=len(PTX_NAN_HIDING.findall(compiled.asm["ptx"])),
         opcodes=dict(counts.most_common()),
         loops=tuple(
             _loop([instructions[position] for position in body],

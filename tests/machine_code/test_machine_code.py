@@ -25,6 +25,9 @@ def test_every_kernel_is_as_it_should_be(capability):
         wrong = [content["error"]] if "error" in content else []
         if not wrong:
             wrong = problems(MachineCode.from_json(content), expected[name], counted[name])
+        # The interpreter, whose largest of two numbers is NaN if one is, cannot tell whether a GPU's is.
+        if name in ("fold_keys-relu-64", "read_state-relu-64") and content.get("nan_hiding"):
+            wrong.append(f"{content['nan_hiding']} maxima lose NaN")
         if wrong:
             told[name] = wrong
     assert not told, json.dumps(told, indent=1)
