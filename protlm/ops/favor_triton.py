@@ -34,13 +34,16 @@ LOG_BASE = 2.0
 _LOG_ZERO = -1e30
 
 
-@functools.cache
 def why_not() -> str | None:
     """Returns why the kernels cannot be used here, None if they can; a GPU that is too old is told by `covers`."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with the CUDA builds of PyTorch"
-    if _is_interpreted():
-        return None
+    return None if _is_interpreted() else _why_no_gpu()
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    """Returns what is wrong with the GPUs or with what starts kernels on them, which no process outlives."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     if torch.version.hip is not None:

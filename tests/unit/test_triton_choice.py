@@ -32,9 +32,9 @@ def machine(monkeypatch):
     monkeypatch.setattr(favor_triton, "capability_of", lambda index: (80, 75)[index])
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.delenv("CC", raising=False)
-    favor_triton.why_not.cache_clear()
+    favor_triton._why_no_gpu.cache_clear()
     yield monkeypatch
-    favor_triton.why_not.cache_clear()
+    favor_triton._why_no_gpu.cache_clear()
 
 
 def call(device="cuda:0", dtype=torch.bfloat16, head_dim=64, **options):
