@@ -112,8 +112,8 @@ class _Shared:
         return cls(_edges(inputs)[:-1, 1].clamp(min=0))
 
     def take(self, x: Tensor) -> Tensor:
-        """Returns a copy of what belongs to these segments."""
-        return x.clone() if self.numbers is None else x.index_select(0, self.numbers)
+        """Returns a copy of what belongs to these segments; x itself, to be overwritten, for all of them."""
+        return x if self.numbers is None else x.index_select(0, self.numbers)
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
         """Returns x with other values for these segments; it may be overwritten."""

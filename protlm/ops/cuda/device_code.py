@@ -89,6 +89,25 @@ def weights_of(exponents):
 
 
 @triton.jit
+def query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Returns how much of each feature's mean the queries take, (features, tokens), and what its gradient is times.
+
+    Nothing where a token is not real, whatever its exponents are: those of padding may be infinite.
+    """
+    if IS_EXPONENTIAL:
+        weights = weights_of(exponents + bias[:, None] - sums[None, :])
+        if HAS_MASK:
+            weights = tl.where(is_real[None, :], weights, 0.0)
+        return weights, weights
+    is_counted = is_real & (sums != 0)
+    parts = bias[:, None] * tl.where(is_counted, 1.0 / tl.where(is_counted, sums, 1.0), 0.0)[None, :]
+    weights = relu_features(exponents) * parts
+    if HAS_MASK:
+        weights = tl.where(is_real[None, :], weights, 0.0)
+    return weights, relu_gradient(exponents, parts)
+
+
+@triton.jit
 def half_squares(k, is_real, norm_factor):
     """Returns ‖k‖² in the exponent, and infinity where a token is not real."""
     wide = k.to(tl.float32)

@@ -10,6 +10,7 @@ from protlm.ops.cuda.device_code import (
     load_rows,
     load_unit,
     product,
+    query_weights,
     relu_features,
     relu_gradient,
     scale_of,
@@ -130,26 +131,10 @@ def short_backward(
         inners = tl.sum(pulled.to(tl.float32) * outputs.to(tl.float32), 1)
         sums = tl.load(query_sums + tokens, mask=is_in, other=float("inf"))
         exponents = scores(rows, queries, UPCAST) * factor
-        if IS_EXPONENTIAL:
-            weights = weights_of(exponents + bias[:, None] - sums[None, :])
-            if HAS_MASK:
-                weights = tl.where(is_real[None, :], weights, 0.0)
-        else:
-            is_counted = is_real & (sums != 0)
-            inverse = tl.where(is_counted, 1.0 / tl.where(is_counted, sums, 1.0), 0.0)
-            parts = bias[:, None] * inverse[None, :]
-            weights = relu_features(exponents) * parts
-            if HAS_MASK:
-                # A score of padding may be infinite.
-                weights = tl.where(is_real[None, :], weights, 0.0)
-            parts = relu_gradient(exponents, parts)
+        weights, parts = query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL, HAS_MASK)
         of_sums += tl.sum(weights * inners[None, :], 1)
         of_means = product(weights.to(pulled.dtype), pulled, of_means, UPCAST)
-        grads = scores(state, pulled, UPCAST) - inners[None, :]
-        if IS_EXPONENTIAL:
-            grads *= weights
-        else:
-            grads *= parts
+        grads = (scores(state, pulled, UPCAST) - inners[None, :]) * parts
         of_queries = product_of_features(grads, rows, TILE_TOKENS, DIM, UPCAST) * (grad_factor * scale)
         of_queries = tl.where(is_real[:, None], of_queries, 0.0)
         store_rows(q_grad, tokens[:, None] * q_grad_token + dims[None, :], of_queries, is_in, HEAD_DIM, DIM)

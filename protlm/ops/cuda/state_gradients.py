@@ -8,10 +8,9 @@ from protlm.ops.cuda.device_code import (
     load_rows,
     load_unit,
     product,
-    relu_features,
+    query_weights,
     scale_of,
     scores,
-    weights_of,
 )
 
 
@@ -83,16 +82,7 @@ def state_gradients(
             sums = tl.load(query_sums + steps, mask=is_in, other=float("inf"))
             inners = tl.load(inner + steps, mask=is_in, other=0.0)
             exponents = scores(rows, queries, UPCAST) * factor
-            if IS_EXPONENTIAL:
-                weights = weights_of(exponents + bias[:, None] - sums[None, :])
-                if HAS_MASK:
-                    weights = tl.where(is_real[None, :], weights, 0.0)
-            else:
-                is_counted = is_real & (sums != 0)
-                inverse = tl.where(is_counted, 1.0 / tl.where(is_counted, sums, 1.0), 0.0)
-                weights = relu_features(exponents) * bias[:, None] * inverse[None, :]
-                if HAS_MASK:
-                    weights = tl.where(is_real[None, :], weights, 0.0)
+            weights, _ = query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL, HAS_MASK)
             of_sums += tl.sum(weights * inners[None, :], 1)
             of_means = product(weights.to(pulled.dtype), pulled, of_means, UPCAST)
             q += TILE_TOKENS * q_token
