@@ -43,9 +43,9 @@ setup(
     # Without a compiler protlm still installs; it then reads FASTA in Python, and attention runs on torch.
     ext_modules=[
         Extension(
-            "protlm.data._fasta_parser",
-            sources=["protlm/data/fasta_parser.cpp"],
-            depends=["protlm/data/xxh3.h"],
+            "protlm.data.parsing._fasta_parser",
+            sources=["protlm/data/parsing/fasta_parser.cpp"],
+            depends=["protlm/data/parsing/xxh3.h"],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17"],
             optional=True,

@@ -9,9 +9,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC_NAMES = {
-    "load_model": "protlm.workflows.pretrained",
-    "open_embeddings": "protlm.data.embeddings",
-    "read_records": "protlm.data.reader",
+    "load_model": "protlm.inference.protein_model",
+    "open_embeddings": "protlm.data.embeddings.reader",
+    "read_records": "protlm.data.parsing.reader",
 }
 __all__ = ["__version__", "load_model", "open_embeddings", "read_records"]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from protlm import vocabulary
 from protlm.errors import CheckpointError
-from protlm.workflows.pretrained import ProteinModel, load_model
+from protlm.inference.protein_model import ProteinModel, load_model
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin

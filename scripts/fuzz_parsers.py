@@ -22,8 +22,8 @@ with atheris.instrument_imports(include=["protlm"]):
     import numpy as np
 
     from protlm import vocabulary
-    from protlm.data import compiled_fasta, fasta, reader, text_pieces
-    from protlm.data.table import RecordTable, table_of
+    from protlm.data.parsing import compiled_fasta, fasta, reader, text_pieces
+    from protlm.data.parsing.record_table import RecordTable, table_of
     from protlm.errors import ProtlmError, RecordError
 
 SEEDS = (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from protlm.cli.app import main
-from protlm.data.dataset import open_dataset
+from protlm.data.storage.dataset import open_dataset
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_PATH = ROOT / "tests" / "golden" / "golden.json"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from protlm.cli import output
 
 if TYPE_CHECKING:
-    from protlm.data.dataset import Manifest
+    from protlm.data.storage.dataset import Manifest
 
 
 def print_summary(manifest: "Manifest") -> None:
@@ -44,7 +44,7 @@ def _leaks(manifest: "Manifest") -> dict[str, int]:
 
 def warn_about(manifest: "Manifest") -> None:
     """Prints a warning line on stderr for whatever a user may not have meant."""
-    from protlm.workflows.dataset_report import warnings_of
+    from protlm.workflows.prep.report_page import warnings_of
 
     if manifest.rejects:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.rejects.items())

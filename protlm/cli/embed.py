@@ -12,8 +12,8 @@ from protlm.data.records import shown
 from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
-    from protlm.workflows.embed import EmbedReport
-    from protlm.workflows.embed_estimate import EmbedEstimate
+    from protlm.workflows.embed.embed import EmbedReport
+    from protlm.workflows.embed.estimate import EmbedEstimate
 
 _UNITS = {"read": "B", "embed": "residue", "write": "protein"}
 _SHOWN_SKIPPED = 20
@@ -113,11 +113,11 @@ def embed_command(
     except ValueError:
         raise typer.BadParameter(f"--layers: expected whole numbers by comma, got {layers!r}") from None
 
-    from protlm.workflows.devices import Devices
-    from protlm.workflows.embed import embed
-    from protlm.workflows.embed_estimate import EmbedEstimate, estimate
-    from protlm.workflows.embed_settings import EmbedRequest, EmbedUsageError
-    from protlm.workflows.work_folder import partial_folder
+    from protlm.runtime.devices import Devices
+    from protlm.runtime.work_folder import partial_folder
+    from protlm.workflows.embed.embed import embed
+    from protlm.workflows.embed.estimate import EmbedEstimate, estimate
+    from protlm.workflows.embed.settings import EmbedRequest, EmbedUsageError
 
     request = EmbedRequest(
         model, inputs, out, None if split is None else split.value, [kind.value for kind in include], layer_numbers,

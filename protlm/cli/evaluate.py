@@ -39,7 +39,7 @@ def eval_command(
     """  # noqa: D301  \b must reach Typer as a backspace
     from tqdm import tqdm
 
-    from protlm.workflows.evaluate import evaluate
+    from protlm.workflows.evaluate.evaluate import evaluate
 
     with tqdm(unit="residue", unit_scale=True, desc="eval", disable=None) as bar:
         report = evaluate(model, dataset, split.value, out, seed=seed, force=force, progress=bar.update)

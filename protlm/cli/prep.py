@@ -10,8 +10,8 @@ from protlm.cli.progress import Bars
 from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
-    from protlm.workflows.prep import PartReport, PrepReport
-    from protlm.workflows.prep_estimate import Estimate
+    from protlm.workflows.prep.estimate import Estimate
+    from protlm.workflows.prep.prepare import PartReport, PrepReport
 
 # The defaults below are those of `workflows.prep.prepare`, which is too heavy to import here; a test compares them.
 SplitMethod = Literal["random", "cluster", "family", "file"]
@@ -101,11 +101,11 @@ def prep_command(
       protlm prep uniref90.fasta.gz --split cluster --clusters uniref50.tsv --out dataset --workers 8
       protlm prep uniprot_sprot.dat.gz --split family --ood-family PF00306 --out dataset
     """  # noqa: D301 (\b is Typer's mark to keep the lines)
-    from protlm.workflows.mmseqs import clusters_of
-    from protlm.workflows.prep import PartReport, prepare
-    from protlm.workflows.prep_estimate import Estimate
-    from protlm.workflows.prep_options import PrepUsageError, parse_part
-    from protlm.workflows.work_folder import partial_folder
+    from protlm.runtime.work_folder import partial_folder
+    from protlm.workflows.prep.estimate import Estimate
+    from protlm.workflows.prep.mmseqs import clusters_of
+    from protlm.workflows.prep.options import PrepUsageError, parse_part
+    from protlm.workflows.prep.prepare import PartReport, prepare
 
     try:
         with Bars(_UNITS) as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:

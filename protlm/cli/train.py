@@ -12,8 +12,8 @@ import typer
 from protlm.cli import output
 
 if TYPE_CHECKING:
-    from protlm.workflows.train import TrainReport
-    from protlm.workflows.train_dry_run import DryRunReport
+    from protlm.workflows.train.dry_run import DryRunReport
+    from protlm.workflows.train.train import TrainReport
 
 
 class Strategy(StrEnum):
@@ -106,20 +106,20 @@ def train_command(
         if value is not None:
             wanted.append(f"train.{key}={value}")
 
-    from protlm.workflows.devices import Devices
-    from protlm.workflows.train_start import TrainRequest
+    from protlm.runtime.devices import Devices
+    from protlm.workflows.train.start import TrainRequest
 
     request = TrainRequest(
         datasets, out.resolve(), config, wanted, init, Devices(devices, num_nodes, strategy.value), wandb, resume, force
     )
     if dry_run:
-        from protlm.workflows.train_dry_run import dry_run as estimate
+        from protlm.workflows.train.dry_run import dry_run as estimate
 
         found = estimate(request, find_batch=find_batch)
         output.print_json(found) if as_json else _print_estimate(found)
         return
 
-    from protlm.workflows.train import train
+    from protlm.workflows.train.train import train
 
     report = train(request, max_seconds=max_seconds, command=sys.argv[1:])
     if report is None:

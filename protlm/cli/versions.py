@@ -12,7 +12,7 @@ def print_versions() -> None:
     """Prints the versions of what protlm builds on, and which of its compiled parts and backends run here."""
     import torch
 
-    from protlm.data import compiled_fasta
+    from protlm.data.parsing import compiled_fasta
     from protlm.ops import backends
 
     typer.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from protlm.data import dataset
-from protlm.data.dataset import Dataset, Split
+from protlm.data.storage import dataset
+from protlm.data.storage.dataset import Dataset, Split
 from protlm.errors import ShardError
 
 

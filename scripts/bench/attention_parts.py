@@ -17,7 +17,7 @@ import torch
 
 from protlm import read_records
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.batches import pack
+from protlm.data.batching.batches import pack
 from scripts.bench.attention_implementations import (
     BOTH,
     FORWARD,

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # As in protlm itself: waiting threads sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from protlm.data.reader import read_records
+from protlm.data.parsing.reader import read_records
 from scripts.bench import embed_figures as figures
 from scripts.bench import embed_parts as parts
 from scripts.bench.attention import REPORT_REPEATS, full_environment

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
-from protlm.data.batches import pack_row
+from protlm.data.batching.batches import pack_row
 from protlm.model.performer import Performer
+from protlm.pretrained.model_directory import ModelDescription, save_model
 from protlm.vocabulary import CLS, EOS, MASK, PAD, RESIDUES, VOCABULARY_SIZE, encode
-from protlm.workflows.checkpoint import ModelDescription, save_model
 from scripts.bench.train_step_models import Sizes
 
 EXACT, FAVOR = "protlm, exact", "protlm, FAVOR"

@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 
 from protlm import read_records, vocabulary
-from protlm.data.dataset import Split, open_dataset
+from protlm.data.storage.dataset import Split, open_dataset
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "trembl_sample.fasta.gz"
 LINE = 60

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from protlm.config import DataConfig, TrainConfig
-from protlm.data.batches import Objective, training_batch, training_rows
-from protlm.data.dataset import open_dataset
-from protlm.data.draws import Draws
-from protlm.data.masking import MaskRates
-from protlm.data.mixture import Mixture
+from protlm.data.batching.batches import Objective, training_batch, training_rows
+from protlm.data.batching.draws import Draws
+from protlm.data.batching.masking import MaskRates
+from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.mixture import Mixture
 from scripts.bench.attention_implementations import Times, take_turns
 from scripts.bench.attention_parts import TUNED_MALLOC
 from scripts.bench.train_step_models import PROTLM, Learner, Sizes, Task, build, draw_task

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from protlm import vocabulary
 from protlm.cli.app import main
-from protlm.data.dataset import open_dataset
+from protlm.data.storage.dataset import open_dataset
 
 SAMPLE = Path(__file__).parents[2] / "data" / "trembl_sample.fasta.gz"
 

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from protlm.cli.app import app, main
-from protlm.workflows import train_dry_run
+from protlm.workflows.train import dry_run as train_dry_run
 from tests.e2e.conftest import write_fasta
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ import torch
 
 import protlm
 from protlm.cli.app import main
-from protlm.data.dataset import open_dataset
-from protlm.workflows.row_embeddings import RowEmbedder
+from protlm.data.storage.dataset import open_dataset
+from protlm.inference.row_embeddings import RowEmbedder
 from tests.e2e.conftest import SMALL, write_fasta
 from tests.e2e.train_tools import TIMEOUT_SECONDS
 
@@ -322,8 +322,8 @@ def test_a_dry_run_tells_and_makes_nothing(run_dir, fasta, proteins, tmp_path, c
 
 def test_the_command_knows_every_layout():
     from protlm.cli.embed import LayoutName
-    from protlm.data.layouts import LAYOUTS
-    from protlm.workflows import embed_settings
+    from protlm.data.embeddings.layouts import LAYOUTS
+    from protlm.workflows.embed import settings as embed_settings
 
     assert list(LAYOUTS) == [name.value for name in LayoutName] == list(get_args(embed_settings.LayoutName))
 

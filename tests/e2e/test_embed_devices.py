@@ -38,7 +38,7 @@ def test_two_processes_give_the_bytes_of_one(run_dir, fasta, one_process, tmp_pa
 FULL_DISK = """
 import os, sys
 from protlm.cli.app import main
-from protlm.workflows import embed_parts
+from protlm.workflows.embed import parts as embed_parts
 
 def full(*_):
     raise OSError(28, "No space left on device", "a disk")
@@ -81,7 +81,7 @@ def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(
 
 def test_a_second_process_alone_makes_nothing(run_dir, fasta, tmp_path, monkeypatch):
     """As under torchrun or SLURM, where all processes start at once and only the first one prepares."""
-    from protlm.workflows import embed as workflow
+    from protlm.workflows.embed import embed as workflow
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(workflow, "_join", lambda *_: None)

@@ -11,8 +11,11 @@ import pytest
 
 import protlm
 from protlm.cli.app import main
-from protlm.workflows import embed_assembly, embed_folder, embed_parts, work_folder
-from protlm.workflows.row_embeddings import RowEmbedder
+from protlm.inference.row_embeddings import RowEmbedder
+from protlm.runtime import work_folder
+from protlm.workflows.embed import assembly as embed_assembly
+from protlm.workflows.embed import folder as embed_folder
+from protlm.workflows.embed import parts as embed_parts
 from tests.e2e.conftest import SMALL, write_fasta
 from tests.e2e.train_tools import TIMEOUT_SECONDS, finish, start
 
@@ -229,7 +232,7 @@ def test_a_run_that_replaces_an_output_goes_on_and_replaces_it(run_dir, inputs, 
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(run_dir, inputs, unfinished, failure):
-    from protlm.workflows.embed_folder import EmbedFolder
+    from protlm.workflows.embed.folder import EmbedFolder
 
     with EmbedFolder(unfinished).locked():
         message = failure("embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PARTS, *LAYOUTS["protlm"])

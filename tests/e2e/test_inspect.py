@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from protlm.cli.app import main
-from protlm.data.dataset import open_dataset
+from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ShardError
 from protlm.workflows.inspect import inspect_dataset
 from tests.e2e.conftest import write_fasta

@@ -9,10 +9,10 @@ import pytest
 
 from protlm.cli import prep as cli_prep
 from protlm.cli.app import main
-from protlm.data.dataset import open_dataset
+from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
-from protlm.workflows import prep as prep_workflow
-from protlm.workflows.prep import PrepUsageError, prepare
+from protlm.workflows.prep import prepare as prep_workflow
+from protlm.workflows.prep.prepare import PrepUsageError, prepare
 from tests.e2e.prep_tools import SAMPLE, digests, run_json, sequences
 
 UNIREF = Path(__file__).parents[3] / "shared" / "data" / "uniref" / "uniref100_sample14k.fasta.gz"

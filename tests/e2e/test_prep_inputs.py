@@ -11,10 +11,10 @@ import threading
 import pytest
 
 from protlm.cli.app import main
-from protlm.data.dataset import open_dataset
-from protlm.data.sources import zstd
+from protlm.data.parsing.sources import zstd
+from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
-from protlm.workflows.prep import prepare
+from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json, sequences
 
 ALL_TRAIN = {"valid_fraction": 0, "test_fraction": 0}
@@ -114,7 +114,9 @@ def test_a_pipe_is_an_input_and_is_read_again_on_resume(tmp_path, workers):
     writer = feed(TEXT)
     # Of a run that fails when it has read everything, because the disk is full, all that was read is kept.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(
+            "protlm.workflows.prep.prepare.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+        )
         with pytest.raises(ProtlmError, match="full; what is finished is kept"):
             prepare([pipe], tmp_path / "out", workers=workers, **ALL_TRAIN)
     writer.join()

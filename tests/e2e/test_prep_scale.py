@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from protlm.cli.app import main
-from protlm.data import fasta, selection, sources, text_pieces
-from protlm.data.dataset import open_dataset
+from protlm.data.building import selection
+from protlm.data.parsing import fasta, sources, text_pieces
+from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
-from protlm.workflows import prep_folder, prep_reading
-from protlm.workflows.prep import PrepUsageError, prepare
+from protlm.workflows.prep import folder as prep_folder
+from protlm.workflows.prep import reading as prep_reading
+from protlm.workflows.prep.prepare import PrepUsageError, prepare
 from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json
 
 SMALL = {"shard_residues": 200_000, "valid_fraction": 0.1, "test_fraction": 0.1}
@@ -72,7 +74,7 @@ def test_the_size_of_pieces_and_of_the_ranges_compared_changes_no_byte(files, ex
 
 
 def test_the_twin_in_python_makes_the_same_dataset_as_the_compiled_parser(files, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("protlm.data.compiled_fasta.is_available", lambda: False)
+    monkeypatch.setattr("protlm.data.parsing.compiled_fasta.is_available", lambda: False)
     prepare(files, tmp_path / "out", **MORE)
     assert digests(tmp_path / "out") == expected
 
@@ -108,10 +110,10 @@ def test_a_run_killed_at_any_stage_goes_on_to_the_same_bytes(files, expected, tm
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from protlm.data import sources\n"
-        "from protlm.workflows import prep_reading\n"
-        "from protlm.workflows.prep import prepare\n"
-        "prep_reading.PIECE_BYTES, sources._RAW_BLOCK_BYTES = 15_000, 5_000\n"
+        "from protlm.data.parsing import sources\n"
+        "from protlm.workflows.prep import reading\n"
+        "from protlm.workflows.prep.prepare import prepare\n"
+        "reading.PIECE_BYTES, sources._RAW_BLOCK_BYTES = 15_000, 5_000\n"
         "replace = os.replace\n"
         "def die_after(source, target):\n"
         "    replace(source, target)\n"
@@ -152,7 +154,7 @@ def test_resuming_reads_no_finished_piece_again(small_pieces, files, expected, t
 
 
 def test_a_shard_that_cannot_be_written_leaves_the_finished_ones(files, expected, tmp_path, monkeypatch):
-    from protlm.data import assembly
+    from protlm.data.building import assembly
 
     out, write_shard, names = tmp_path / "out", assembly.write_shard, []
 
@@ -176,7 +178,9 @@ def test_a_shard_that_cannot_be_written_leaves_the_finished_ones(files, expected
 def test_a_changed_file_is_read_again_on_resume(small_pieces, files, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
-    monkeypatch.setattr("protlm.workflows.prep.build_dataset", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "protlm.workflows.prep.prepare.build_dataset", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         prepare(files, out, **MORE)
     monkeypatch.undo()
@@ -187,7 +191,7 @@ def test_a_changed_file_is_read_again_on_resume(small_pieces, files, tmp_path, m
 
 
 def test_shards_of_a_file_that_changed_by_one_letter_are_made_again(files, tmp_path, monkeypatch):
-    from protlm.data import assembly
+    from protlm.data.building import assembly
 
     out, write_shard = tmp_path / "out", assembly.write_shard
 
@@ -268,7 +272,9 @@ def test_what_a_killed_run_left_half_written_is_removed_by_resume(files, expecte
     # It could be that of another part.
     assert half.exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(
+            "protlm.workflows.prep.prepare.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+        )
         with pytest.raises(ProtlmError, match="full; what is finished is kept"):
             prepare(files, out, resume=True, **MORE)
     assert not half.exists()
@@ -393,7 +399,7 @@ def test_an_interrupt_ends_workers_at_once_and_leaves_nothing_of_small_work(tmp_
 def test_an_interrupt_of_much_work_says_how_to_go_on(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
     monkeypatch.setattr(
-        "protlm.workflows.prep.build_dataset", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        "protlm.workflows.prep.prepare.build_dataset", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     assert main(["prep", *map(str, files), "--out", str(tmp_path / "out"), "--on-bad-record", "skip"]) == 130
     told = capsys.readouterr().err.splitlines()
@@ -406,10 +412,10 @@ def test_an_interrupt_of_much_work_says_how_to_go_on(files, tmp_path, capsys, mo
 def test_a_record_beyond_the_bound_is_an_error_in_bounded_memory_and_can_be_skipped(tmp_path, capsys, monkeypatch):
     for module in (fasta, text_pieces):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 3000)
-    monkeypatch.setattr("protlm.data.compiled_fasta.MAX_RECORD_BYTES", 3000)
+    monkeypatch.setattr("protlm.data.parsing.compiled_fasta.MAX_RECORD_BYTES", 3000)
     monkeypatch.setattr(prep_reading, "PIECE_BYTES", 100)
     monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 512)
-    monkeypatch.setattr("protlm.data.text_pieces._HEAD_BYTES", 1024)
+    monkeypatch.setattr("protlm.data.parsing.text_pieces._HEAD_BYTES", 1024)
     path = tmp_path / "a.fasta"
     path.write_bytes(b">a\nMKV\n>huge one\n" + b"M" * 20_000 + b"\nMK\n>b\nMKW\n>c\nM1\n")
     message = error_line(capsys, "prep", path, "--out", tmp_path / "out")

@@ -11,9 +11,9 @@ import pytest
 
 from protlm import vocabulary
 from protlm.cli.app import main
-from protlm.data.dataset import open_dataset
 from protlm.data.splits import PFAM_20
-from protlm.workflows.prep import PrepUsageError, prepare
+from protlm.data.storage.dataset import open_dataset
+from protlm.workflows.prep.prepare import PrepUsageError, prepare
 from tests.e2e.prep_tools import error_line, ids, run_json
 
 LETTERS = vocabulary.RESIDUES[:20]

@@ -104,11 +104,11 @@ def test_accumulated_rows_are_weighted_by_their_targets(dataset, tmp_path):
     # Without clipping and noise, one update over two rows equals the update over their targets together: the loss of
     # step 1 is the mean over both rows, which a mean of means would miss.
     from protlm.config import load_config
-    from protlm.data.batches import Objective, training_batch, training_rows
-    from protlm.data.dataset import open_dataset
-    from protlm.data.draws import Draws
-    from protlm.data.masking import MaskRates
-    from protlm.data.mixture import Mixture
+    from protlm.data.batching.batches import Objective, training_batch, training_rows
+    from protlm.data.batching.draws import Draws
+    from protlm.data.batching.masking import MaskRates
+    from protlm.data.storage.dataset import open_dataset
+    from protlm.data.storage.mixture import Mixture
     from protlm.model.performer import Performer
 
     assert train(dataset, tmp_path / "run", "--max-steps", 1, "--set", "train.accumulate=2") == 0

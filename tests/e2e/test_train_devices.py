@@ -83,7 +83,7 @@ def test_a_second_process_changes_nothing_in_the_run(dataset, tmp_path, monkeypa
     out = tmp_path / "run"
     assert train(dataset, out, "--max-steps", 1) == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    from protlm.workflows import train as workflow
+    from protlm.workflows.train import train as workflow
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(workflow, "_fit", lambda *_: None)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from protlm.cli.app import main
-from protlm.workflows.run_log import RunLog
-from protlm.workflows.train_start import TrainRequest, prepare_start
+from protlm.workflows.train.run_log import RunLog
+from protlm.workflows.train.start import TrainRequest, prepare_start
 from tests.e2e.conftest import SMALL
 from tests.e2e.train_tools import finish, losses, rows, start, train, wait_for_rows
 
@@ -197,7 +197,7 @@ def test_a_dry_run_tells_what_a_run_would_be_and_writes_nothing(dataset, tmp_pat
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "paper-trembl-1024", "paper-concat-8192"])
 def test_a_dry_run_of_every_shipped_configuration(name, dataset, tmp_path, capsys, monkeypatch):
-    from protlm.workflows import train_dry_run
+    from protlm.workflows.train import dry_run as train_dry_run
 
     # The step itself would take minutes for the large ones.
     monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda *_: 1.0)
@@ -224,7 +224,7 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_written(dataset, 
 def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(dataset, tmp_path, monkeypatch):
     """There is no GPU here: the model runs out of memory where the test says so."""
     from protlm.model.performer import Performer
-    from protlm.workflows import train_dry_run
+    from protlm.workflows.train import dry_run as train_dry_run
 
     largest, tried = 900, []
     forward = Performer.forward
@@ -247,7 +247,7 @@ def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(datase
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's compiler uses it itself
 def test_a_dry_run_makes_its_step_in_the_way_of_the_run(dataset, tmp_path, monkeypatch):
-    from protlm.workflows import train_dry_run
+    from protlm.workflows.train import dry_run as train_dry_run
 
     seen = []
     monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda model, *_: seen.append(model) or 1.0)

@@ -10,18 +10,19 @@ from hypothesis import strategies as st
 
 from protlm import open_embeddings, read_records, vocabulary
 from protlm.config import DataConfig
-from protlm.data import protein_store, sources
-from protlm.data.batches import Objective, epoch_size, evaluation_batches, training_batch, training_rows
-from protlm.data.dataset import open_dataset
-from protlm.data.draws import Draws
-from protlm.data.layouts import LAYOUTS, Contents
-from protlm.data.masking import MaskRates
-from protlm.data.protein_store import write_proteins
+from protlm.data.batching.batches import Objective, epoch_size, evaluation_batches, training_batch, training_rows
+from protlm.data.batching.draws import Draws
+from protlm.data.batching.masking import MaskRates
+from protlm.data.embeddings.layouts import LAYOUTS, Contents
+from protlm.data.parsing import sources
+from protlm.data.parsing.record_table import Strings
 from protlm.data.records import Record
-from protlm.data.table import Strings
+from protlm.data.storage import protein_store
+from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.protein_store import write_proteins
 from protlm.errors import ProtlmError
-from protlm.workflows.prep import prepare
-from tests.unit.batch_cases import InMemory, joined_epoch, segments
+from protlm.workflows.prep.prepare import prepare
+from tests.unit.data.batching.batch_cases import InMemory, joined_epoch, segments
 
 sequences = st.text(vocabulary.RESIDUES, min_size=1, max_size=40)
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)

@@ -13,10 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protlm import vocabulary
-from protlm.data import compiled_fasta, fasta
-from protlm.data.compiled_fasta import count_residues, parse_fasta
+from protlm.data.parsing import compiled_fasta, fasta
+from protlm.data.parsing.compiled_fasta import count_residues, parse_fasta
+from protlm.data.parsing.record_table import RecordTable, Strings, table_of
 from protlm.data.records import Record
-from protlm.data.table import RecordTable, Strings, table_of
 from protlm.errors import RecordError
 
 needs_compiled_parser = pytest.mark.skipif(
@@ -227,7 +227,7 @@ def unloaded():
 
 @pytest.mark.usefixtures("unloaded")
 def test_without_the_library_there_is_a_reason_and_no_crash(monkeypatch):
-    monkeypatch.setattr(compiled_fasta, "_EXTENSION", "protlm.data._no_such_parser")
+    monkeypatch.setattr(compiled_fasta, "_EXTENSION", "protlm.data.parsing._no_such_parser")
     assert not compiled_fasta.is_available()
     assert "compiler" in compiled_fasta.why_not()
     with pytest.raises(RuntimeError, match="not available: it was not built"):

@@ -8,10 +8,10 @@ import pytest
 
 from protlm.config import ModelConfig
 from protlm.errors import CheckpointError
+from protlm.inference.protein_model import load_model
 from protlm.model.performer import Performer
+from protlm.pretrained.model_directory import ModelDescription, save_model
 from protlm.vocabulary import RESIDUES
-from protlm.workflows.checkpoint import ModelDescription, save_model
-from protlm.workflows.pretrained import load_model
 
 pytest.importorskip("sklearn", reason="scikit-learn, an optional package, is not installed")
 from sklearn.base import clone

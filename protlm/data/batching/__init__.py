@@ -1,0 +1,1 @@
+"""From a dataset to batches: which record is drawn when, what is hidden, what shares a row."""

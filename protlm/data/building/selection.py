@@ -1,0 +1,217 @@
+"""Which records of all pieces stay, in which split and under which id: decided from digests, in bounded memory."""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from protlm.data import splits
+from protlm.data.building.pieces import Piece, PieceFile
+from protlm.data.digests import Digests, duplicates, repeats
+from protlm.data.parsing.record_table import digests_of
+from protlm.data.records import NumberedIds, numbered_id
+from protlm.data.splits import SPLIT_NAMES
+
+FIRST_REJECT = 100
+"""Codes below are those of splits."""
+TOO_SHORT, TOO_LONG, NOT_LISTED, DUPLICATE_WITHIN, DUPLICATE_ACROSS = range(FIRST_REJECT, FIRST_REJECT + 5)
+NO_SPLIT = 255
+"""What a split file says of a record that it does not list."""
+REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
+
+_UNIREF = ("UniRef50_", "UniRef90_", "UniRef100_")
+_COMPARED_AT_ONCE = 1 << 22
+# Every range is a pass over all digests.
+_MOST_RANGES = 64
+_HASHES = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How records are chosen; see `workflows.prep.prepare`.
+
+    Attributes:
+        method: `random`, `cluster`, `family`, `file` or `ready-made`.
+        ood_families: The families held out, for `family`.
+    """
+
+    method: str
+    seed: int
+    valid_fraction: float
+    test_fraction: float
+    min_length: int
+    max_length: int | None
+    dedupe: bool
+    ood_families: frozenset[str] = frozenset()
+
+
+@dataclass
+class Selection:
+    """What was decided.
+
+    Attributes:
+        codes_path: A file with a byte for every record of all pieces: the code of its split, or of why it is left out.
+        starts: The number of the first record of each piece, and the number of all.
+        repeats: The kept records whose id repeats an earlier one, rising, and the number that each gets; int64 (2, n).
+        counts: How many records have each code.
+        num_unclustered: Records that no cluster names, where a split by cluster was asked for.
+    """
+
+    codes_path: Path
+    starts: np.ndarray
+    repeats: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), dtype=np.int64))
+    counts: Counter[int] = field(default_factory=Counter)
+    num_unclustered: int = 0
+
+    def between(self, first: int, last: int) -> "Selection":
+        """Returns what was decided on some neighbouring pieces, without what was decided on others."""
+        starts = self.starts[first : last + 1]
+        low, high = np.searchsorted(self.repeats[0], [starts[0], starts[-1]]).tolist()
+        return Selection(self.codes_path, starts, self.repeats[:, low:high])
+
+    def codes(self, start: int, end: int) -> np.ndarray:
+        """Returns the codes of a range of records, uint8, writable in place."""
+        if start == end:
+            return np.zeros(0, dtype=np.uint8)
+        return np.memmap(self.codes_path, dtype=np.uint8, mode="r+", offset=start, shape=end - start)
+
+    def numbers_between(self, start: int, end: int) -> dict[int, int]:
+        """Returns the records of a range whose id repeats an earlier one, with the number that it gets."""
+        first, last = np.searchsorted(self.repeats[0], [start, end]).tolist()
+        return dict(zip(*self.repeats[:, first:last].tolist(), strict=True))
+
+    def codes_of(self, number: int) -> np.ndarray:
+        """Returns the codes of the records of a piece, uint8, writable in place."""
+        return self.codes(int(self.starts[number]), int(self.starts[number + 1]))
+
+
+def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selection:
+    """Decides for every record of the pieces, in order.
+
+    Memory: digests are compared a range at a time, some four million records or a 64th of all, 50 bytes each; the codes
+    lie in a file of a byte a record; repeated ids take 16 bytes each, and about 200 where an id holds a `#`.
+
+    Args:
+        pieces: All pieces in the order of the input.
+        rules: How to choose.
+        codes_path: Where the codes are kept.
+    """
+    starts = np.concatenate([[0], np.cumsum([piece.num_records for piece in pieces], dtype=np.int64)]).astype(np.int64)
+    num_records = int(starts[-1])
+    with codes_path.open("wb") as file:
+        if num_records and hasattr(os, "posix_fallocate"):
+            # Otherwise a disk that fills up later would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, num_records)
+        file.truncate(num_records)
+    found = Selection(codes_path, starts)
+    codes = found.codes(0, num_records)
+    for number, piece_file in enumerate(pieces):
+        if piece_file.num_records:
+            piece = Piece(piece_file.path)
+            found.codes_of(number)[:] = _first_codes(piece, piece_file.part, rules)
+            if rules.method == "cluster":
+                found.num_unclustered += _cluster_names(piece).count("")
+    for digests in _digest_ranges(pieces, found, "sequence"):
+        claims = codes[digests.index]
+        if rules.method == "family":
+            # What is held out is held out of all other splits.
+            claims = (claims - splits.OOD) % len(SPLIT_NAMES)
+        within, across = duplicates(digests, claims, dedupe=rules.dedupe)
+        codes[within] = DUPLICATE_WITHIN
+        codes[across] = DUPLICATE_ACROSS
+    repeated = [np.stack(repeats(digests)) for digests in _digest_ranges(pieces, found, "id")]
+    if repeated:
+        found.repeats = np.concatenate(repeated, axis=1)
+        found.repeats = found.repeats[:, np.argsort(found.repeats[0])]
+    if found.repeats.size and any(piece.has_numbered_ids for piece in pieces):
+        _avoid_taken_numbers(pieces, found)
+    for number in range(len(pieces)):
+        found.counts.update(dict(enumerate(np.bincount(found.codes_of(number)).tolist())))
+    return found
+
+
+def _first_codes(piece: Piece, part: str, rules: Rules) -> np.ndarray:
+    lengths = piece.lengths
+    if part != "input":
+        codes = np.full(len(lengths), SPLIT_NAMES.index(part), dtype=np.uint8)
+    else:
+        codes = _split_codes(piece, rules)
+    codes[lengths < rules.min_length] = TOO_SHORT
+    if rules.max_length is not None:
+        codes[lengths > rules.max_length] = TOO_LONG
+    return codes
+
+
+def _split_codes(piece: Piece, rules: Rules) -> np.ndarray:
+    if rules.method == "ready-made":
+        return np.full(len(piece.lengths), splits.TRAIN, dtype=np.uint8)
+    if rules.method == "file":
+        listed = piece["split"].copy()
+        listed[listed == NO_SPLIT] = NOT_LISTED
+        return listed
+    digests = piece["sequence_digest/low"].copy()
+    if rules.method == "cluster":
+        names = _cluster_names(piece)
+        is_named = np.array([bool(name) for name in names])
+        digests[is_named] = digests_of(name.encode() for name in names if name)[:, 1]
+    codes = splits.random_split(
+        digests, seed=rules.seed, valid_fraction=rules.valid_fraction, test_fraction=rules.test_fraction
+    )
+    if rules.method == "family" and "family/offsets" in piece:
+        for index, joined in enumerate(piece.strings("family").to_list()):
+            if joined and not rules.ood_families.isdisjoint(map(splits.plain_family, joined.split(";"))):
+                codes[index] = splits.OOD
+    return codes
+
+
+def _cluster_names(piece: Piece) -> list[str]:
+    """Returns the name of each record's cluster; an entry of UniRef is one by its id; empty if none is known."""
+    ids = piece.strings("ids").to_list()
+    told = piece.strings("cluster_id").to_list() if "cluster_id/offsets" in piece else [""] * len(ids)
+    return [
+        name or (record_id if record_id.startswith(_UNIREF) else "") for name, record_id in zip(told, ids, strict=True)
+    ]
+
+
+def _digest_ranges(pieces: Sequence[PieceFile], found: Selection, kind: str) -> Iterator[Digests]:
+    """Yields the digests of the records kept so far, range by range of their high halves: all equal ones in one."""
+    num_ranges = min(int(found.starts[-1]) // _COMPARED_AT_ONCE + 1, _MOST_RANGES)
+    bounds = [_HASHES * number // num_ranges for number in range(num_ranges + 1)]
+    for start, end in itertools.pairwise(bounds):
+        parts = []
+        for number, piece_file in enumerate(pieces):
+            if not piece_file.num_records:
+                continue
+            piece = Piece(piece_file.path)
+            high = piece[f"{kind}_digest/high"]
+            is_wanted = found.codes_of(number) < FIRST_REJECT
+            if num_ranges > 1:
+                is_wanted &= (high >= np.uint64(start)) & (high <= np.uint64(end - 1))
+            index = np.flatnonzero(is_wanted)
+            parts.append(Digests(high[index], piece[f"{kind}_digest/low"][index], index + found.starts[number]))
+        if parts:
+            yield Digests(
+                *(np.concatenate([getattr(part, name) for part in parts]) for name in ("high", "low", "index"))
+            )
+
+
+def _avoid_taken_numbers(pieces: Sequence[PieceFile], found: Selection) -> None:
+    """Gives repeated ids the next numbers where `id#n` is an id of its own."""
+    taken = NumberedIds()
+    repeated: list[str] = []
+    for number, piece_file in enumerate(pieces):
+        if not piece_file.num_records:
+            continue
+        start, kept = int(found.starts[number]), found.codes_of(number) < FIRST_REJECT
+        numbers = found.numbers_between(start, start + len(kept))
+        for index, name in enumerate(Piece(piece_file.path).strings("ids").to_list()):
+            if start + index in numbers:
+                repeated.append(name)
+            if kept[index] and (numbered := numbered_id(name)):
+                taken.add(*numbered)
+    for place, name in enumerate(repeated):
+        found.repeats[1, place] = taken.next_free(name)

@@ -1,0 +1,88 @@
+"""What an output of embeddings will hold: all that is known before the first protein is written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from protlm import vocabulary
+from protlm.data.digests import DIGEST_BYTES
+from protlm.data.embeddings.reader import KINDS, RESIDUE_KINDS, Dtype, Kind
+from protlm.data.parsing.record_table import Strings
+
+Column = tuple[Kind, int]
+"""A kind of embedding and the absolute number of its layer."""
+
+Embeddings = Mapping[Column, np.ndarray]
+"""The embeddings of one protein: (num_residues, width) of the residue kinds, (width,) of the others."""
+
+
+def columns_of(kinds: Sequence[Kind], layers: Sequence[int], last_layer: int) -> tuple[Column, ...]:
+    """Returns what kinds and layers come to, in their order: each kind of each layer, and logits of the last one."""
+    return tuple((kind, layer) for kind in kinds for layer in ((last_layer,) if kind == "logits" else layers))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contents:
+    """What an output will hold.
+
+    Attributes:
+        ids: Final ids in order, all different.
+        lengths: Rows that each record has of the residue kinds, int64 (records).
+        digests: `duplicates.sequence_digest` of each whole cleaned sequence, uint8 (records, 16).
+        residues: Returns the letters of the whole cleaned sequence of a record.
+        kinds: What to store, each once.
+        layers: Absolute numbers of the layers to store, each once; logits ignore them.
+        last_layer: Number of the model's last layer, under which logits are stored.
+        model_dim: Width of an embedding.
+        dtype: Type of the stored numbers.
+        model_hash: Names the model that makes them.
+    """
+
+    ids: Strings
+    lengths: np.ndarray
+    digests: np.ndarray
+    residues: Callable[[int], bytes]
+    kinds: tuple[Kind, ...]
+    layers: tuple[int, ...]
+    last_layer: int
+    model_dim: int
+    dtype: Dtype
+    model_hash: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the parts do not fit together."""
+        sizes = (len(self.ids), len(self.lengths), len(self.digests))
+        if len(set(sizes)) != 1 or self.digests.shape[1:] != (DIGEST_BYTES,):
+            raise ValueError(f"ids, lengths, digests: expected equal numbers, got {sizes}")
+        if not self.kinds or len(set(self.kinds)) != len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            raise ValueError(f"kinds: expected some of {KINDS}, each once, got {self.kinds}")
+        if len(set(self.layers)) != len(self.layers) or min((*self.layers, self.last_layer)) < 0:
+            raise ValueError(f"layers: expected different ones from 0, got {self.layers} and {self.last_layer}")
+        if not self.columns:
+            raise ValueError(f"layers: expected at least one for {', '.join(self.kinds)}, got none")
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype: expected one of {get_args(Dtype)}, got {self.dtype!r}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What is stored of every protein."""
+        return columns_of(self.kinds, self.layers, self.last_layer)
+
+    def record_id(self, index: int) -> str:
+        """Returns the id of a record."""
+        start, end = self.ids.offsets[index : index + 2]
+        return bytes(self.ids.text[start:end]).decode()
+
+    def width(self, kind: Kind) -> int:
+        """Returns how many numbers a row of a kind has."""
+        return vocabulary.VOCABULARY_SIZE if kind == "logits" else self.model_dim
+
+    def shape(self, kind: Kind, index: int) -> tuple[int, ...]:
+        """Returns the shape of what a record has of a kind."""
+        width = self.width(kind)
+        return (int(self.lengths[index]), width) if kind in RESIDUE_KINDS else (width,)

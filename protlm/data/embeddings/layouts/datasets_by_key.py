@@ -1,0 +1,122 @@
+"""What the layouts share that give every protein a dataset of its own in an HDF5 file, under a key.
+
+All datasets are created first, with their space, and the file is closed; only then rows are written at their places.
+So a process that is killed leaves a readable file, and another one goes on with it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5o, h5p, h5s, h5t
+
+from protlm import files
+from protlm.data.embeddings.layouts.contents import Column, Contents
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.names import each, name_at
+from protlm.data.embeddings.layouts.sized_file import SizedFile
+from protlm.data.embeddings.reader import Dtype, Kind
+from protlm.data.parsing.record_table import Strings
+from protlm.data.storage import columns
+from protlm.errors import ShardError
+
+
+class KeyedLayout(Layout):
+    """A layout of one dataset a protein; its children say under which keys."""
+
+    can_resume = True
+    bytes_per_record = 512
+
+    def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:
+        """Raises ValueError unless one kind of one layer is asked for."""
+        self._check_one_column(kinds, layers)
+
+    def is_own(self, out: Path) -> bool:
+        """Returns whether the file says so."""
+        return columns.file_attribute(out, "layout") == self.name
+
+    def open(self, path: Path, contents: Contents, *, resume: bool) -> "KeyedWriter":
+        """Begins a file, or goes on with one; see `Layout.open`."""
+        keys = self._keys(contents)
+        if not resume:
+            self._write_companions(path, contents, keys)
+            with files.written_whole(path) as temporary:
+                _create(temporary, self.name, contents, keys)
+        elif columns.file_attribute(path, "model_hash") != contents.model_hash or not self.is_own(path):
+            raise ShardError(f"{path}: no unfinished output of this layout and model; begin again without --resume")
+        return KeyedWriter(path, contents, keys, resume=resume)
+
+    @abstractmethod
+    def _keys(self, contents: Contents) -> Strings:
+        """Returns the keys of the proteins, all different."""
+
+    def _write_companions(self, path: Path, contents: Contents, keys: Strings) -> None:
+        """Writes what lies beside the file; most have nothing."""
+
+
+class KeyedWriter(LayoutWriter):
+    """Fills the datasets of a file."""
+
+    def __init__(self, path: Path, contents: Contents, keys: Strings, *, resume: bool) -> None:
+        """Opens a file that has all datasets."""
+        super().__init__(contents, resume=resume)
+        self._path = path
+        self._keys = keys
+        # HDF5 only tells where the datasets lie. What is written past it, it never reads.
+        self._names = h5py.File(path, "r", locking=False)
+        self._rows = SizedFile(path)
+
+    def flush(self) -> None:
+        """Returns when all that was written is on the disk."""
+        self._rows.flush()
+
+    def discard(self) -> None:
+        """Closes the file; it can be gone on with."""
+        self._names.close()
+        self._rows.close()
+
+    def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
+        (rows,) = stored.values()
+        key = name_at(self._keys, index)
+        try:
+            dataset = h5d.open(self._names.id, key)
+        except KeyError:
+            dataset = None
+        if dataset is None or dataset.shape != rows.shape or dataset.dtype != rows.dtype:
+            raise ShardError(f"{self._path}: {key.decode()[:80]}: was begun for other proteins; begin again")
+        if rows.size:
+            self._rows.write(dataset.get_offset(), rows)
+
+    def _complete(self) -> None:
+        self._rows.flush()
+        self.discard()
+
+
+def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
+    """Creates every dataset with its space and its id; what they hold is written later."""
+    ((kind, layer),) = contents.columns
+    properties = h5p.create(h5p.DATASET_CREATE)
+    properties.set_layout(h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    link = h5p.create(h5p.LINK_CREATE)
+    link.set_char_encoding(h5t.CSET_UTF8)
+    number = h5t.py_create(np.dtype(contents.dtype), logical=True)
+    text, python_text = h5t.py_create(h5py.string_dtype(), logical=True), h5t.py_create(h5py.string_dtype())
+    scalar = h5s.create(h5s.SCALAR)
+    # The oldest form of the file, which every version of HDF5 reads.
+    with columns.system_errors(path), h5py.File(path, "x", libver="earliest") as file:
+        file.attrs["layout"] = layout
+        file.attrs["model_hash"] = contents.model_hash
+        file.attrs["kind"] = kind
+        file.attrs["layer"] = layer
+        for index, (key, record_id) in enumerate(zip(each(keys), each(contents.ids), strict=True)):
+            # The low level: h5py's own create_dataset takes several times as long.
+            space = h5s.create_simple(contents.shape(kind, index))
+            dataset = h5d.create(file.id, None, number, space, dcpl=properties)
+            attribute = h5a.create(dataset, b"original_id", text, scalar)
+            attribute.write(np.array(record_id, dtype=h5py.string_dtype()), mtype=python_text)
+            h5o.link(dataset, file.id, key.encode(), lcpl=link)

@@ -1,0 +1,183 @@
+"""Layout `esm`: a folder of `.pt` files as esm-extract writes them, one for each protein, and `index.tsv`.
+
+Each file holds a dictionary that `torch.load(…, weights_only=True)` reads: `label` (the id), and of what was asked for
+`representations` (per-residue), `mean_representations`, `bos_representations` (cls), each by number of layer, and
+`logits`.
+
+A file has the name of the protein's id, `sp|P69905|HBA_HUMAN.pt`, where every file system can hold it. Letters that
+cannot stand in a name become `_`, a long id is cut, and the hash of the id follows; so it does for an id that differs
+from an earlier one only by case or by how its accents are written. `index.tsv` lists the id and the file of every
+protein.
+"""
+
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from protlm import files
+from protlm.data.embeddings.layouts.contents import Column, Contents
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.names import all_different, check_one_line_each, collected, each, is_repeat, name_at
+from protlm.data.embeddings.layouts.sized_file import sync
+from protlm.data.embeddings.reader import Kind
+from protlm.data.parsing.record_table import Strings
+from protlm.errors import ShardError
+
+_SUFFIX = ".pt"
+_INDEX = "index.tsv"
+_HEADER = "protein\tfile\n"
+_UNFINISHED = ".unfinished"
+"""Name of the one file that is being written."""
+
+_TITLES: dict[Kind, str] = {
+    "per-residue": "representations",
+    "mean": "mean_representations",
+    "cls": "bos_representations",
+    "logits": "logits",
+}
+_MAX_NAME_BYTES = 200
+_SYNC_THREADS = 16
+_UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]|^[.-]|[. ]$")
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE | re.DOTALL)
+"""Names of devices on Windows, whatever follows the first dot."""
+
+
+class EsmLayout(Layout):
+    """Layout `esm`."""
+
+    name = "esm"
+    can_resume = True
+    # A file fills whole blocks of the disk.
+    bytes_per_record = 4096
+
+    def check_ids(self, ids: Strings) -> None:
+        """Raises ProtlmError for an id that does not fit on a line of the index."""
+        check_one_line_each(ids, self.name)
+
+    def is_own(self, out: Path) -> bool:
+        """Returns whether this is a folder with our index, and with nothing that we would not write."""
+        try:
+            with (out / _INDEX).open("rb") as file:
+                if file.read(len(_HEADER)) != _HEADER.encode():
+                    return False
+            with os.scandir(out) as entries:
+                return all(_is_ours(entry.name) and entry.is_file(follow_symlinks=False) for entry in entries)
+        except OSError:
+            return False
+
+    def open(self, path: Path, contents: Contents, *, resume: bool) -> "EsmWriter":
+        """Begins a folder, or goes on with one; see `Layout.open`."""
+        self.check_ids(contents.ids)
+        names = file_names(contents.ids)
+        if resume and not self.is_own(path):
+            raise ShardError(f"{path}: no unfinished output of layout {self.name}; begin again without --resume")
+        if not resume:
+            _create(path, contents, names)
+        return EsmWriter(path, contents, names, resume=resume)
+
+
+class EsmWriter(LayoutWriter):
+    """Writes a file for each protein."""
+
+    def __init__(self, path: Path, contents: Contents, names: Strings, *, resume: bool) -> None:
+        """Opens a folder that has its index."""
+        super().__init__(contents, resume=resume)
+        self._path = path
+        self._names = names
+        self._unsynced: list[Path] = []
+
+    def flush(self) -> None:
+        """Returns when all that was written is on the disk."""
+        # A journal writes what several threads ask for at once.
+        with ThreadPoolExecutor(_SYNC_THREADS) as pool:
+            list(pool.map(sync, self._unsynced))
+        self._unsynced = []
+        sync(self._path)
+
+    def discard(self) -> None:
+        """Does nothing; the folder can be gone on with."""
+
+    def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
+        # Not at the top of the file: the command line names layouts and must not wait for torch.
+        import torch
+
+        content: dict[str, Any] = {"label": self.contents.record_id(index)}
+        for (kind, layer), rows in stored.items():
+            # A copy, so that a file holds only what is its own.
+            tensor = torch.from_numpy(rows.copy())
+            if kind == "logits":
+                content[_TITLES[kind]] = tensor
+            else:
+                content.setdefault(_TITLES[kind], {})[layer] = tensor
+        unfinished = self._path / _UNFINISHED
+        # Given a path, torch writes its name into the file, and equal content would not be equal bytes.
+        with unfinished.open("wb") as file:
+            torch.save(content, file)
+        path = self._path / (name_at(self._names, index).decode() + _SUFFIX)
+        os.replace(unfinished, path)
+        self._unsynced.append(path)
+
+    def _complete(self) -> None:
+        (self._path / _UNFINISHED).unlink(missing_ok=True)
+        self.flush()
+
+
+def file_names(ids: Strings) -> Strings:
+    """Returns the name of each protein's file without its suffix, different even where case does not count."""
+    names = collected(map(_safe, each(ids)))
+    repeated = is_repeat(names, _folded)
+    if repeated.any():
+        every = zip(each(ids), each(names), repeated, strict=True)
+        names = collected(_with_hash(name, record_id) if again else name for record_id, name, again in every)
+    # Someone may give a protein the very name that the hash of another one made.
+    return all_different(names, _folded)
+
+
+def _safe(record_id: str) -> str:
+    """Returns an id if it can be the name of a file anywhere, else a name made of it."""
+    encoded = record_id.encode()
+    name = _UNSAFE.sub("_", encoded[:_MAX_NAME_BYTES].decode(errors="ignore")) or "_"
+    if _RESERVED.fullmatch(name):
+        name = f"_{name}"
+    return name if name == record_id else _with_hash(name, record_id)
+
+
+def _with_hash(name: str, record_id: str) -> str:
+    return f"{name}-{xxhash.xxh3_64_hexdigest(record_id.encode())}"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(_SUFFIX) or name in (_INDEX, _UNFINISHED)
+
+
+def _create(path: Path, contents: Contents, names: Strings) -> None:
+    """Makes the folder with its index, in place of what lies there."""
+    folder = files.partial_path(path)
+    folder.mkdir()
+    try:
+        with (folder / _INDEX).open("w", encoding="utf-8", newline="") as file:
+            file.write(_HEADER)
+            for record_id, name in zip(each(contents.ids), each(names), strict=True):
+                file.write(f"{record_id}\t{name}{_SUFFIX}\n")
+        sync(folder / _INDEX)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        folder.replace(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync(path.parent)

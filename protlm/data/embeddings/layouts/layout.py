@@ -1,0 +1,188 @@
+"""What every layout can do: say what it can hold, name its paths, and write proteins one after the other."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from protlm.data.embeddings.layouts.contents import Column, Contents, Embeddings
+from protlm.data.embeddings.reader import RESIDUE_KINDS, Dtype, Kind
+from protlm.data.parsing.record_table import Strings
+from protlm.data.records import shown
+from protlm.errors import ProtlmError
+
+
+class LayoutWriter(ABC):
+    """Writes the embeddings of proteins in order; as a context it is closed at the end, or let go of after an error.
+
+    Attributes:
+        contents: What is written.
+    """
+
+    def __init__(self, contents: Contents, *, resume: bool) -> None:
+        """Begins; after a resume the first record may be any, as those before it are there already."""
+        self.contents = contents
+        self._columns = contents.columns
+        self._next: int | None = None if resume else 0
+
+    def write(self, index: int, embeddings: Embeddings) -> None:
+        """Writes what a record has.
+
+        Args:
+            index: The record's place among the ids.
+            embeddings: For every kind and layer of the contents, of any floating-point type.
+
+        Raises:
+            ValueError: The record is out of order, or its embeddings are not those of the contents.
+            ProtlmError: A number is too large for float16.
+            OSError: The disk is full or failed; a layout that can resume goes on from the last flush.
+        """
+        self._check_order(index)
+        self._write(index, self._as_stored(index, embeddings))
+        self._next = index + 1
+
+    def close(self) -> None:
+        """Completes the output.
+
+        Raises:
+            ValueError: A record was not written; what was written stays as after `discard`.
+        """
+        missing = self._missing()
+        if missing is not None:
+            self.discard()
+            raise ValueError(f"expected every record, got none for {missing}")
+        self._complete()
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Returns when all that was written is on the disk; does nothing in a layout that cannot resume."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Lets go of the output without completing it."""
+
+    @abstractmethod
+    def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
+        """Writes contiguous arrays of the stored type, in the order of the contents' columns."""
+
+    @abstractmethod
+    def _complete(self) -> None:
+        """Completes the output after the last record."""
+
+    def _check_order(self, index: int) -> None:
+        if not 0 <= index < len(self.contents) or self._next not in (None, index):
+            expected = f"record {self._next}" if self._next is not None else f"one of {len(self.contents)} records"
+            raise ValueError(f"index: expected {expected}, got {index}")
+
+    def _missing(self) -> int | None:
+        """Returns a record that was not written, None if all were; what a resume began with is taken to be there."""
+        return None if self._next in (None, len(self.contents)) else self._next
+
+    def _as_stored(self, index: int, embeddings: Embeddings) -> dict[Column, np.ndarray]:
+        if embeddings.keys() != set(self._columns):
+            raise ValueError(f"embeddings: expected {list(self._columns)}, got {list(embeddings)}")
+        stored = {}
+        for column in self._columns:
+            kind, _ = column
+            found, expected = embeddings[column], self.contents.shape(kind, index)
+            if found.shape != expected:
+                where = f"{kind} of record {index}"
+                raise ValueError(f"embeddings: expected shape {expected} for {where}, got {found.shape}")
+            try:
+                # A number too large would become infinite, and nobody would know.
+                with np.errstate(over="raise"):
+                    stored[column] = np.ascontiguousarray(found, dtype=self.contents.dtype)
+            except FloatingPointError:
+                raise ProtlmError(
+                    f"{shown(self.contents.record_id(index))}: {kind}: expected numbers up to 65504, which float16 "
+                    f"holds, got {np.nanmax(np.abs(found)):.6g}; store them with --dtype float32"
+                ) from None
+        return stored
+
+    def __enter__(self) -> "LayoutWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class Layout(ABC):
+    """A form in which embeddings are given to others.
+
+    Attributes:
+        name: As on the command line.
+        can_resume: Whether a new process can go on with what a killed one left.
+        default_dtype: Type of the stored numbers where the user asks for none.
+        bytes_per_record: Disk that a record takes beside its id and its numbers, about.
+    """
+
+    name: str
+    can_resume: bool
+    default_dtype: Dtype = "float32"
+    bytes_per_record: int = 32
+
+    def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:  # noqa: B027  all is allowed
+        """Checks what is asked for, before anything is computed.
+
+        Args:
+            kinds: Kinds of embedding, each once.
+            layers: Layers, each once.
+            dtype: Type of the stored numbers.
+
+        Raises:
+            ValueError: The layout cannot hold this; one sentence.
+            ProtlmError: A package that the layout needs is not installed.
+        """
+
+    def check_ids(self, ids: Strings) -> None:  # noqa: B027  most can hold any
+        """Checks the ids, before anything is computed.
+
+        Raises:
+            ProtlmError: One that the layout cannot hold.
+        """
+
+    def paths(self, out: Path) -> tuple[Path, ...]:
+        """Returns what the layout makes: `out`, then what lies beside it."""
+        return (out,)
+
+    @abstractmethod
+    def is_own(self, out: Path) -> bool:
+        """Returns whether what lies at `paths(out)` is of this layout, so that it may be replaced."""
+
+    @abstractmethod
+    def open(self, path: Path, contents: Contents, *, resume: bool) -> LayoutWriter:
+        """Begins an output, or goes on with one.
+
+        Args:
+            path: Where the output lies until it is complete; what lies beside it goes to `paths(path)[1:]`. Without
+                `resume`, what lies there is replaced. If anything is at `path` itself, it can be gone on with.
+            contents: What will be written; for a resume the same as before.
+            resume: Go on with what an earlier process left at `path`.
+
+        Raises:
+            ShardError: There is nothing to go on with, or it holds something else.
+            ValueError: A resume in a layout that cannot.
+            OSError: The disk is full or failed; then nothing is at `path` that was not there before.
+        """
+
+    def _refuse_resume(self, *, resume: bool) -> None:
+        if resume:
+            raise ValueError(f"resume: layout {self.name} cannot go on with an unfinished output")
+
+    def _check_one_column(self, kinds: Sequence[Kind], layers: Sequence[int]) -> None:
+        if len(kinds) != 1:
+            raise ValueError(f"layout {self.name} holds one kind of embedding, not {len(kinds)} ({', '.join(kinds)})")
+        if kinds[0] != "logits" and len(layers) != 1:
+            raise ValueError(f"layout {self.name} holds one layer, not {len(layers)}")
+
+    def _check_one_row(self, kinds: Sequence[Kind]) -> None:
+        for kind in kinds:
+            if kind in RESIDUE_KINDS:
+                raise ValueError(f"layout {self.name} holds one row for each protein, mean or cls, not {kind}")

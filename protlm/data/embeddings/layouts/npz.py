@@ -1,0 +1,119 @@
+"""Layout `npz`: a zip of arrays that `numpy.load` reads, under the names that TAPE's tape-embed gave them.
+
+tape-embed stored under each id a pickled dictionary with `seq` (per-residue), `avg` (mean) and `pooled` (cls). Pickles
+can run code, so here there are none: with one kind of one layer the key is the id itself, and otherwise it is `ID/seq`,
+`ID/avg`, `ID/pooled` or `ID/logits`, with `/layer_N` behind all but the logits where several layers were asked for.
+
+An id that would lead out of the folder into which someone unpacks the zip, or that NumPy would take for another, gets
+`_` for its slashes, backslashes and NULs and for the dot of a last `.npy`; if it has more than 60,000 bytes it is cut.
+Keys that would be equal get `#2`, `#3`, …. A member whose key was changed has the id as its comment.
+"""
+
+import contextlib
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from protlm.data.embeddings.layouts.contents import Column, Contents
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.names import all_different, collected, each, name_at
+from protlm.data.embeddings.reader import LAYER_PREFIX, Kind
+
+_SUFFIX = ".npy"
+_MARK = b"protlm embeddings"
+_TITLES: dict[Kind, str] = {"per-residue": "seq", "mean": "avg", "cls": "pooled", "logits": "logits"}
+_FIRST_DATE = (1980, 1, 1, 0, 0, 0)
+_UNIX = 3
+_READABLE = 0o644 << 16
+_MAX_KEY_BYTES = 60_000
+_UNSAFE = re.compile(r"^/|^[A-Za-z]:|\\|\0|(?:^|/)\.\.?(?:/|$)|//|\.npy$|^$")
+_REPLACED = re.compile(r"[/\\\0]|\.(?=npy$)|(?<=^[A-Za-z]):")
+
+
+class NpzLayout(Layout):
+    """Layout `npz`."""
+
+    name = "npz"
+    can_resume = False
+    bytes_per_record = 320
+
+    def is_own(self, out: Path) -> bool:
+        """Returns whether this is a zip that says so in its comment, which NumPy passes over."""
+        try:
+            with out.open("rb") as file:
+                if file.read(2) != b"PK":
+                    return False
+            with zipfile.ZipFile(out) as archive:
+                return archive.comment == _MARK
+        except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+            # What zipfile makes of a damaged or unusual archive is any of these.
+            return False
+
+    def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpzWriter":
+        """Begins a file; see `Layout.open`."""
+        self._refuse_resume(resume=resume)
+        return NpzWriter(path, contents)
+
+
+class NpzWriter(LayoutWriter):
+    """Adds the arrays of one protein after the other."""
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        """Opens a new file."""
+        super().__init__(contents, resume=False)
+        self._keys = all_different(collected(map(key_of, each(contents.ids))))
+        self._suffixes = _suffixes(contents)
+        self._file: BinaryIO = path.open("wb")
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._archive.comment = _MARK
+
+    def flush(self) -> None:
+        """Does nothing: the file is of no use before it is complete."""
+
+    def discard(self) -> None:
+        """Closes the file, which is of no use."""
+        # Closing writes the table of contents, which fails like the write before it.
+        with contextlib.suppress(OSError, ValueError):
+            self._archive.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
+        key, record_id = name_at(self._keys, index).decode(), self.contents.record_id(index)
+        for column, rows in stored.items():
+            member = zipfile.ZipInfo(f"{key}{self._suffixes[column]}{_SUFFIX}", _FIRST_DATE)
+            member.create_system, member.external_attr = _UNIX, _READABLE
+            if key != record_id:
+                member.comment = record_id.encode()[:_MAX_KEY_BYTES]
+            with self._archive.open(member, "w", force_zip64=rows.nbytes >= 1 << 30) as file:
+                np.lib.format.write_array(file, rows, allow_pickle=False)
+
+    def _complete(self) -> None:
+        self._archive.close()
+        self._file.close()
+
+
+def key_of(record_id: str) -> str:
+    """Returns the key of a record, not yet different from all others."""
+    encoded = record_id.encode()
+    if len(encoded) > _MAX_KEY_BYTES:
+        record_id = encoded[:_MAX_KEY_BYTES].decode(errors="ignore")
+    if not _UNSAFE.search(record_id):
+        return record_id
+    key = _REPLACED.sub("_", record_id)
+    return "_" if key in ("", ".", "..") else key
+
+
+def _suffixes(contents: Contents) -> dict[Column, str]:
+    columns = contents.columns
+    if len(columns) == 1:
+        return {columns[0]: ""}
+    num_layers = len({layer for kind, layer in columns if kind != "logits"})
+    return {
+        (kind, layer): f"/{_TITLES[kind]}" + (f"/{LAYER_PREFIX}{layer}" if num_layers > 1 and kind != "logits" else "")
+        for kind, layer in columns
+    }

@@ -1,0 +1,34 @@
+"""Layout `uniprot`: as UniProt's own `per-protein.h5` and `per-residue.h5`, a dataset for each accession.
+
+The key of `sp|P69905|HBA_HUMAN` and `tr|…` is the accession, that of any other id the id itself. In a key, `/` and NUL
+become `_`, a key of a single `.` becomes `_`, as does an empty one: HDF5 can name none of these. Keys that would be
+equal get `#2`, `#3`, …. Each dataset has the id itself as its attribute `original_id`.
+"""
+
+import re
+
+from protlm.data.embeddings.layouts.contents import Contents
+from protlm.data.embeddings.layouts.datasets_by_key import KeyedLayout
+from protlm.data.embeddings.layouts.names import all_different, collected, each
+from protlm.data.embeddings.reader import Dtype
+from protlm.data.parsing.record_table import Strings
+
+_UNIPROT_ID = re.compile(r"(?:sp|tr)\|([^|]+)\|")
+_UNSAFE = re.compile(r"[/\0]")
+
+
+class UniprotLayout(KeyedLayout):
+    """Layout `uniprot`."""
+
+    name = "uniprot"
+    default_dtype: Dtype = "float16"
+
+    def _keys(self, contents: Contents) -> Strings:
+        return all_different(collected(map(key_of, each(contents.ids))))
+
+
+def key_of(record_id: str) -> str:
+    """Returns the key of a record, not yet different from all others."""
+    found = _UNIPROT_ID.match(record_id)
+    key = _UNSAFE.sub("_", found[1] if found else record_id)
+    return "_" if key in ("", ".") else key

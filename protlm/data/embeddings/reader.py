@@ -1,0 +1,160 @@
+"""What kinds of embedding there are, and how a file of layout `protlm` is read: by record id, through a memory map."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import xxhash
+
+from protlm.data.storage import columns
+from protlm.errors import ShardError
+
+FORMAT = "protlm-embeddings"
+FORMAT_VERSION = 1
+
+Kind = Literal["per-residue", "mean", "cls", "logits"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What there can be in a file; the first of these that is there is opened by default."""
+
+RESIDUE_KINDS: tuple[Kind, ...] = ("per-residue", "logits")
+"""The kinds with one row a residue; the others have one row a protein."""
+
+Dtype = Literal["float32", "float16"]
+LAYER_PREFIX = "layer_"
+
+
+class EmbeddingsFile(Mapping[str, np.ndarray]):
+    """The embeddings of one kind and layer by record id, in file order; read-only views of a memory map.
+
+    Opening reads no ids: they are looked at when the first one is looked up.
+
+    Attributes:
+        path: The file.
+        kinds: The kinds in the file, in the order of `KINDS`.
+        layers: The layers in the file of the chosen kind, ascending.
+        kind: The chosen kind.
+        layer: The chosen layer.
+        model_hash: Names the model that made them.
+        sequence_hashes: The digest of each record's sequence, uint8 of shape (records, 16).
+    """
+
+    def __init__(self, path: str | Path, kind: str | None = None, layer: int | None = None) -> None:
+        """Opens a file; see `open_embeddings`."""
+        self.path = Path(path)
+        with columns.open_columns(self.path) as file:
+            file.check_format(FORMAT, FORMAT_VERSION)
+            self.model_hash = file.attribute("model_hash", str)
+            dtype = file.attribute("dtype", str)
+            if dtype not in get_args(Dtype):
+                raise ShardError(f"{path}: dtype: expected one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+            layers = {found: _layers(file, found) for found in KINDS}
+            self.kinds: tuple[Kind, ...] = tuple(found for found in KINDS if layers[found])
+            self.kind = self._choose_kind(kind)
+            self.layers = layers[self.kind]
+            self.layer = self.layers[-1] if layer is None else layer
+            if self.layer not in self.layers:
+                there = ", ".join(map(str, self.layers))
+                raise ShardError(f"{path}: no layer {layer} of kind {self.kind!r}; it has {there}")
+            self._ids = file.strings("ids")
+            self.sequence_hashes = file.column("sequence_hash", np.uint8, ndim=2)
+            file.check_size("sequence_hash", self.sequence_hashes, len(self._ids))
+            name = f"{self.kind}/{LAYER_PREFIX}{self.layer}"
+            self._rows = file.column(name, dtype, ndim=2)
+            self._offsets: np.ndarray | None = None
+            if self.kind in RESIDUE_KINDS:
+                bounds = f"{self.kind}/offsets"
+                self._offsets = file.column(bounds, np.int64)
+                file.check_size(bounds, self._offsets, len(self._ids) + 1)
+                file.check_offsets(bounds, self._offsets, len(self._rows))
+            else:
+                file.check_size(name, self._rows, len(self._ids))
+
+    def __getitem__(self, record_id: str) -> np.ndarray:
+        number = self._numbers.find(record_id)
+        if number is None:
+            raise KeyError(record_id)
+        if self._offsets is not None:
+            return self._rows[self._offsets[number] : self._offsets[number + 1]]
+        embedding: np.ndarray = self._rows[number]
+        return embedding
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, record_id: object) -> bool:
+        return self._numbers.find(record_id) is not None
+
+    def __repr__(self) -> str:
+        return f"<embeddings of {len(self)} records, {self.kind} of layer {self.layer}, in {self.path}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EmbeddingsFile, (self.path, self.kind, self.layer)
+
+    @functools.cached_property
+    def _numbers(self) -> "_IdIndex":
+        return _IdIndex(self._ids)
+
+    def _choose_kind(self, wanted: str | None) -> Kind:
+        if not self.kinds:
+            raise ShardError(f"{self.path}: no embeddings in it")
+        for found in self.kinds:
+            if wanted in (None, found):
+                return found
+        raise ShardError(f"{self.path}: no embeddings of kind {wanted!r}; it has {', '.join(self.kinds)}")
+
+
+def open_embeddings(path: str | Path, kind: str | None = None, layer: int | None = None) -> EmbeddingsFile:
+    """Opens an embeddings file: a mapping from record id to its embedding, (num_residues, dim) or (dim,).
+
+    Args:
+        path: A file of layout `protlm`.
+        kind: `per-residue`, `mean`, `cls` or `logits`; by default the first of these that is in the file.
+        layer: The layer, by absolute number; by default the last in the file.
+
+    Raises:
+        ShardError: The file is missing or damaged, or has no such kind or layer. That two records have the same id is
+            found when the first one is looked up.
+    """
+    return EmbeddingsFile(path, kind, layer)
+
+
+class _IdIndex:
+    """Finds a record by its id with 16 bytes a record, a tenth of what a dictionary of the strings takes."""
+
+    def __init__(self, ids: columns.StringColumn) -> None:
+        self._ids = ids
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, ids.encoded()), dtype=np.uint64, count=len(ids))
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+        is_equal = self._hashes[1:] == self._hashes[:-1]
+        shares_hash = np.zeros(len(ids), dtype=bool)
+        shares_hash[1:] |= is_equal
+        shares_hash[:-1] |= is_equal
+        texts = [ids[number] for number in self._order[shares_hash]]
+        if len(set(texts)) != len(texts):
+            raise ShardError(f"{ids.where}: expected all different, got a repeated one")
+
+    def find(self, record_id: object) -> int | None:
+        """Returns the number of a record, None if there is none with this id."""
+        if not isinstance(record_id, str):
+            return None
+        # Whatever the string, it has bytes; those that are no UTF-8 equal no id.
+        wanted = np.uint64(xxhash.xxh3_64_intdigest(record_id.encode(errors="surrogatepass")))
+        start = int(np.searchsorted(self._hashes, wanted))
+        for place in range(start, len(self._hashes)):
+            if self._hashes[place] != wanted:
+                break
+            number = int(self._order[place])
+            if self._ids[number] == record_id:
+                return number
+        return None
+
+
+def _layers(file: columns.ColumnFile, kind: Kind) -> tuple[int, ...]:
+    numbers = (name.removeprefix(LAYER_PREFIX) for name in file.names(kind) if name.startswith(LAYER_PREFIX))
+    return tuple(sorted(int(number) for number in numbers if number.isdecimal() and number.isascii()))

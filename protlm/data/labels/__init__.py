@@ -1,0 +1,1 @@
+"""Clusters, families and splits that files tell."""

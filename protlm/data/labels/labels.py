@@ -1,0 +1,349 @@
+"""Files that give ids a label, their cluster, families or split: hides how they are written and how an id is found.
+
+No id is kept, only its digest, in sorted NumPy columns: 20 bytes a row, and each label's name once. While it is read, a
+row takes some 60 bytes, and 200 where ids have several families in ever new combinations.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from protlm.data.labels import rows as label_rows
+from protlm.data.parsing import xml_records
+from protlm.data.parsing.record_table import Strings, bounds_of, digests_of
+from protlm.data.parsing.sources import SourceBlocks, sniff_format
+from protlm.data.records import shown
+from protlm.errors import ProtlmError, RecordError
+
+UNLABELLED = -1
+"""What `Labels.lookup` returns for a record without label."""
+
+_BATCH_ROWS = 1 << 17
+_BAR = ord("|")
+
+
+class _Index:
+    """Finds numbers by digest, from columns sorted by it in which each digest stands once."""
+
+    def __init__(self, high: np.ndarray, low: np.ndarray, numbers: np.ndarray) -> None:
+        self.high, self.low, self.numbers = high, low, numbers
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    def find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        """Returns the number of each digest, int64, `UNLABELLED` where it is not there."""
+        found = np.full(len(high), UNLABELLED, dtype=np.int64)
+        waiting, places = np.arange(len(high)), np.searchsorted(self.high, high)
+        while True:
+            # Different digests may agree in their high half: they stand side by side.
+            is_near = places < len(self)
+            is_near[is_near] = self.high[places[is_near]] == high[waiting[is_near]]
+            waiting, places = waiting[is_near], places[is_near]
+            if not len(waiting):
+                return found
+            is_equal = self.low[places] == low[waiting]
+            found[waiting[is_equal]] = self.numbers[places[is_equal]]
+            waiting, places = waiting[~is_equal], places[~is_equal] + 1
+
+    def extended(self, high: np.ndarray, low: np.ndarray, numbers: np.ndarray) -> "_Index":
+        """Returns an index that finds other digests too, which it does not find yet."""
+        pairs = ((self.high, high), (self.low, low), (self.numbers, numbers))
+        return _Index(*_sorted([np.concatenate(pair) for pair in pairs]))
+
+
+class Labels:
+    """The labels of ids.
+
+    Attributes:
+        file_name: Base name of the file.
+        sha256: Of the file as it lies on disk.
+        sizes: Ids with each label, int64 (labels); for UniRef XML the members of each cluster.
+    """
+
+    def __init__(self, source: SourceBlocks, index: _Index, names: Strings, sizes: np.ndarray) -> None:
+        self.file_name, self.sha256, self.sizes = source.name, source.sha256, sizes
+        self._index, self._names = index, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def lookup(self, ids: Strings, id_digests: np.ndarray) -> np.ndarray:
+        """Returns the number of each id's label.
+
+        A UniProtKB id such as `sp|P69905|HBA_HUMAN` that is not there whole is looked for by its accession, then by its
+        entry name.
+
+        Args:
+            ids: The ids.
+            id_digests: xxh3-128 of each, uint64 (ids, 2), high half first.
+
+        Returns:
+            int64 (ids), `UNLABELLED` where an id has none.
+        """
+        found = self._index.find(id_digests[:, 0], id_digests[:, 1])
+        missing = np.flatnonzero(found == UNLABELLED)
+        if not len(missing) or not (ids.text == _BAR).any():
+            return found
+        text, places, parts = ids.text.tobytes(), [], []
+        bounds = zip(ids.offsets[missing].tolist(), ids.offsets[missing + 1].tolist(), strict=True)
+        for place, (start, end) in zip(missing.tolist(), bounds, strict=True):
+            fields = text[start:end].split(b"|")
+            if len(fields) == 3 and fields[0] in (b"sp", b"tr"):
+                places.append(place)
+                parts += fields[1:]
+        digests = digests_of(parts)
+        by_part = self._index.find(digests[:, 0], digests[:, 1]).reshape(-1, 2)
+        found[places] = np.where(by_part[:, 0] == UNLABELLED, by_part[:, 1], by_part[:, 0])
+        return found
+
+    def names(self, numbers: np.ndarray) -> Strings:
+        """Returns the names of labels by their numbers, empty for `UNLABELLED`."""
+        if not len(self):
+            return Strings.of([""] * len(numbers))
+        starts = self._names.offsets[numbers]
+        lengths = np.where(numbers == UNLABELLED, 0, self._names.offsets[numbers + 1] - starts)
+        offsets = bounds_of(lengths)
+        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Strings(self._names.text[places], offsets)
+
+    def name(self, number: int) -> str:
+        """Returns the name of one label."""
+        (name,) = self.names(np.array([number])).to_list()
+        return name
+
+
+def read_clusters(path: str | Path) -> Labels:
+    r"""Reads which cluster each id is in, from a file of one of three formats, told by its content.
+
+    Args:
+        path: MMseqs2's TSV (`cluster<TAB>member`), CD-HIT's .clstr (a cluster is named by its representative), or
+            UniRef XML (an id is a name of a member, or of the cluster); may be compressed.
+
+    Raises:
+        RecordError: A line that is not understood, or a member in two clusters.
+        ProtlmError: A file that is missing, damaged, or of another format.
+    """
+    source, blocks, start = label_rows.open_rows(path)
+    if start.startswith(b"<"):
+        if sniff_format(start, path) != "uniref-xml":
+            raise ProtlmError(f"{path}: expected clusters, got UniProtKB XML, which has none")
+        xml_records.check_prolog(path, start)
+        return _read_uniref(path, source, blocks)
+    if start.startswith(label_rows.CD_HIT_CLUSTER):
+        return _label(path, source, label_rows.rows_of(label_rows.cd_hit_clusters(path, blocks)), "cluster")
+    if start.startswith(b">"):
+        raise ProtlmError(f"{path}: expected clusters, rows of `cluster<TAB>member`, got FASTA")
+    rows = label_rows.tsv_rows(path, blocks, "cluster<TAB>member")
+    return _label(path, source, (label_rows.Rows(r.labels, r.ids, r.lines) for r in rows), "cluster")
+
+
+def read_splits(path: str | Path) -> Labels:
+    r"""Reads which split each id is in, from rows of `id<TAB>split`; errors as in `read_clusters`."""
+    source, blocks, _ = label_rows.open_rows(path)
+    return _label(path, source, label_rows.split_rows(path, blocks), "split")
+
+
+def read_families(path: str | Path) -> Labels:
+    r"""Reads the families of each id, from rows of `id<TAB>family`; several of one id are one label, joined by `;`.
+
+    Args:
+        path: The file; may be compressed.
+
+    Raises:
+        RecordError: A line that is not understood.
+        ProtlmError: A file that is missing or damaged.
+    """
+    source, blocks, _ = label_rows.open_rows(path)
+    rows = _collect(path, label_rows.tsv_rows(path, blocks, "id<TAB>family"))
+    is_first = rows.is_first()
+    starts = np.append(np.flatnonzero(is_first), len(is_first))
+    numbers = _joined(rows.labels, starts, rows.names)
+    index, names = _Index(rows.high[is_first], rows.low[is_first], numbers), rows.names.to_strings()
+    return Labels(source, index, names, np.bincount(numbers, minlength=len(names)))
+
+
+class _Names:
+    """Numbers names in the order of their first appearance, and keeps each once."""
+
+    def __init__(self) -> None:
+        self._indices: list[_Index] = []
+        self._texts: list[bytes] = []
+        self._lengths: list[np.ndarray] = []
+        self.count = 0
+
+    def numbers_of(self, names: Iterable[bytes]) -> np.ndarray:
+        """Returns the numbers of names, int32."""
+        codes: dict[bytes, int] = {}
+        which = np.fromiter((codes.setdefault(name, len(codes)) for name in names), dtype=np.int32)
+        high, low = digests_of(codes).T
+        found = np.full(len(codes), UNLABELLED, dtype=np.int32)
+        for index in self._indices:
+            missing = np.flatnonzero(found == UNLABELLED)
+            found[missing] = index.find(high[missing], low[missing])
+        if len(missing := np.flatnonzero(found == UNLABELLED)):
+            found[missing] = np.arange(self.count, self.count + len(missing))
+            distinct = list(codes)
+            new = [distinct[place] for place in missing.tolist()]
+            self.count += len(new)
+            self._texts.append(b"".join(new))
+            self._lengths.append(np.fromiter(map(len, new), dtype=np.int32, count=len(new)))
+            self._insert(_Index(*_sorted([high[missing], low[missing], found[missing]])))
+        return found[which]
+
+    def _insert(self, index: _Index) -> None:
+        # Each index is more than twice the next, so that a name is moved only some log2(count) times.
+        while self._indices and len(self._indices[-1]) <= 2 * len(index):
+            index = self._indices.pop().extended(index.high, index.low, index.numbers)
+        self._indices.append(index)
+
+    def to_strings(self) -> Strings:
+        """Returns all names by their numbers."""
+        return Strings(np.frombuffer(b"".join(self._texts), dtype=np.uint8), bounds_of(np.concatenate(self._lengths)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Collected:
+    """The rows of a file as columns, sorted by the digest of the id, and those of an id as they stand in the file.
+
+    Attributes:
+        high: High half of the digest of each id, uint64.
+        low: Its low half.
+        labels: Numbers of the labels, int32.
+        lines: Line of each row, int64.
+        names: The names of the labels.
+    """
+
+    high: np.ndarray
+    low: np.ndarray
+    labels: np.ndarray
+    lines: np.ndarray
+    names: _Names
+
+    def is_first(self) -> np.ndarray:
+        """Says of each row whether it is the first of its id."""
+        is_first = np.ones(len(self.high), dtype=bool)
+        is_first[1:] = (self.high[1:] != self.high[:-1]) | (self.low[1:] != self.low[:-1])
+        return is_first
+
+    def only(self, is_wanted: np.ndarray) -> "_Collected":
+        """Returns some of the rows."""
+        high, low, labels, lines = (c[is_wanted] for c in (self.high, self.low, self.labels, self.lines))
+        return _Collected(high, low, labels, lines, self.names)
+
+
+def _collect(path: str | Path, rows: Iterable[label_rows.Rows]) -> _Collected:
+    names = _Names()
+    parts: list[list[np.ndarray]] = [[], [], [], []]
+    for row in rows:
+        high, low = digests_of(row.ids).T.copy()
+        for part, values in zip(parts, (high, low, names.numbers_of(row.labels), row.lines), strict=True):
+            part.append(values)
+    if not names.count:
+        raise ProtlmError(f"{path}: no rows; expected an id and its label on each line")
+    columns = []
+    for part in parts:
+        columns.append(np.concatenate(part))
+        # Gone at once: otherwise all columns would be there twice.
+        part.clear()
+    high, low, labels, lines = _sorted(columns)
+    return _Collected(high, low, labels, lines, names)
+
+
+def _sorted(columns: list[np.ndarray]) -> list[np.ndarray]:
+    """Sorts rows by their first two columns, and equal ones by their place; takes the columns out of the list."""
+    order = np.argsort(columns[0])
+    for place in range(len(columns)):
+        # One after the other, so that only one column is there twice.
+        columns[place] = columns[place][order]
+    high, low = columns[:2]
+    is_tied = np.zeros(len(order), dtype=bool)
+    is_tied[1:] = high[1:] == high[:-1]
+    is_tied[:-1] |= is_tied[1:]
+    if is_tied.any():
+        tied = np.flatnonzero(is_tied)
+        sources = tied[np.lexsort((order[tied], low[tied], high[tied]))]
+        for column in columns:
+            column[tied] = column[sources]
+    return columns
+
+
+def _label(path: str | Path, source: SourceBlocks, rows: Iterable[label_rows.Rows], kind: str) -> Labels:
+    """Returns the labels of a file in which an id has one only."""
+    found = _collect(path, rows)
+    names = found.names.to_strings()
+    index = _unique_index(path, found, names, kind)
+    return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)))
+
+
+def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str) -> _Index:
+    is_first = rows.is_first()
+    if len(conflicts := _conflicts(rows, is_first)):
+        second = conflicts[np.argmin(rows.lines[conflicts])]
+        listed = names.to_list()
+        here, there = (shown(listed[rows.labels[place]]) for place in (second, second - 1))
+        message = (
+            f"this id is in {kind} {here}, and by line {rows.lines[second - 1]} in {kind} {there}; "
+            f"give each id one {kind} only"
+        )
+        raise RecordError(path, int(rows.lines[second]), message, reason="two_labels")
+    if is_first.all():
+        return _Index(rows.high, rows.low, rows.labels)
+    return _Index(rows.high[is_first], rows.low[is_first], rows.labels[is_first])
+
+
+def _conflicts(rows: _Collected, is_first: np.ndarray) -> np.ndarray:
+    """Returns the places of rows that give their id another label than the row before."""
+    return np.flatnonzero(~is_first[1:] & (rows.labels[1:] != rows.labels[:-1])) + 1
+
+
+def _joined(labels: np.ndarray, starts: np.ndarray, names: _Names) -> np.ndarray:
+    """Gives every group of labels one label; several different ones become a new label, their names joined by `;`.
+
+    Args:
+        labels: Numbers of labels, group by group.
+        starts: The bounds of the groups, (groups + 1).
+        names: The names of the labels; gets the new ones.
+
+    Returns:
+        The label of each group, int32.
+    """
+    numbers: np.ndarray = labels[starts[:-1]]
+    listed = names.to_strings().to_list()
+    several = np.flatnonzero(np.diff(starts) > 1)
+    for first in range(0, len(several), _BATCH_ROWS):
+        groups = several[first : first + _BATCH_ROWS]
+        bounds = zip(starts[groups].tolist(), starts[groups + 1].tolist(), strict=True)
+        # A family that stands twice for an id counts once, at its first place.
+        parts = (dict.fromkeys(labels[start:end].tolist()) for start, end in bounds)
+        numbers[groups] = names.numbers_of(";".join([listed[label] for label in part]).encode() for part in parts)
+    return numbers
+
+
+def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]) -> Labels:
+    sizes: list[int] = []
+
+    def clusters() -> Iterator[label_rows.Cluster]:
+        for found in xml_records.uniref_clusters(path, blocks):
+            sizes.append(found.num_members)
+            names, secondary = ([name.encode() for name in part] for part in (found.names, found.secondary))
+            # A negative line marks what need not be in one cluster only.
+            lines = [found.line] * len(names) + [-found.line] * len(secondary)
+            yield label_rows.Cluster(found.id.encode(), names + secondary, lines)
+
+    rows = _collect(path, label_rows.rows_of(clusters()))
+    if len(sizes) != rows.names.count:
+        raise ProtlmError(f"{path}: a cluster stands in the file twice; was it put together from overlapping files?")
+    names = rows.names.to_strings()
+    index = _unique_index(path, rows.only(rows.lines > 0), names, "cluster")
+    others = rows.only(rows.lines < 0)
+    is_first = others.is_first()
+    is_clear = np.ones(is_first.sum(), dtype=bool)
+    is_clear[(np.cumsum(is_first) - 1)[_conflicts(others, is_first)]] = False
+    others = others.only(is_first).only(is_clear)
+    is_new = index.find(others.high, others.low) == UNLABELLED
+    others = others.only(is_new)
+    index = index.extended(others.high, others.low, others.labels)
+    return Labels(source, index, names, np.array(sizes, dtype=np.int64))

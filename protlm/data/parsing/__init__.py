@@ -1,0 +1,1 @@
+"""Text, whatever its format, to records."""

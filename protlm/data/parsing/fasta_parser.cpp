@@ -1,0 +1,294 @@
+// FASTA text to columns of records, the compiled twin of protlm/data/parsing/fasta.py and vocabulary.clean.
+//
+// A plain C interface that compiled_fasta.py loads with ctypes: no Python header, no exception, no memory of its own.
+// The caller measures a text, allocates every array by these sizes, and has it parsed in one call. A record that cannot
+// be used is only pointed at; what is wrong with it is explained in Python.
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "xxh3.h"
+
+namespace {
+
+using Byte = std::uint8_t;
+using xxh3::Digest;
+using xxh3::digest_of;
+
+// What a byte of a sequence is; what `clean` keeps comes first, so that one comparison tells it.
+enum Kind : Byte { kUpper, kUpperJ, kLower, kLowerJ, kStop, kGap, kSpace, kLineEnd, kIllegal, kNumKinds };
+
+// As vocabulary.TOKENS, from the first residue on.
+constexpr char kResidues[] = "LAGVSERTIDPKQNFYMHWCXBUZO";
+constexpr int kNumResidues = 25;
+constexpr Byte kFirstToken = 4;
+constexpr Byte kNoToken = 0x80;
+
+struct Tables {
+    Byte token[256], kind[256], letter[256];
+
+    Tables() {
+        std::memset(token, kNoToken, sizeof token);
+        std::memset(kind, kIllegal, sizeof kind);
+        std::memset(letter, 0, sizeof letter);
+        for (int i = 0; i < kNumResidues; ++i) {
+            const Byte upper = static_cast<Byte>(kResidues[i]), lower = static_cast<Byte>(upper + 32);
+            token[upper] = static_cast<Byte>(kFirstToken + i);
+            kind[upper] = kUpper;
+            kind[lower] = kLower;
+            letter[upper] = letter[lower] = upper;
+        }
+        kind['J'] = kUpperJ;
+        kind['j'] = kLowerJ;
+        letter['J'] = letter['j'] = 'X';
+        kind['*'] = kStop;
+        letter['*'] = '*';
+        kind['-'] = kind['.'] = kGap;
+        kind[' '] = kind['\t'] = kind['\r'] = kind['\v'] = kind['\f'] = kSpace;
+        kind['\n'] = kLineEnd;
+    }
+};
+
+const Tables tables;
+
+// In the order of vocabulary.REPAIRS.
+enum Repair { kLowerCase, kTrailingStop, kJToX, kGapRemoved, kSpaceRemoved, kNumRepairs };
+
+inline bool is_space(Byte byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
+
+inline const Byte* find(const Byte* place, const Byte* end, int byte) {
+    const void* found = place < end ? std::memchr(place, byte, static_cast<std::size_t>(end - place)) : nullptr;
+    return found ? static_cast<const Byte*>(found) : end;
+}
+
+// Returns the next `>` that stands at the start of a line, or the end; `place` is the start of a line.
+inline const Byte* find_record(const Byte* place, const Byte* end) {
+    for (const Byte* start = place; (place = find(place, end, '>')) != end; ++place)
+        if (place == start || place[-1] == '\n') break;
+    return place;
+}
+
+struct Body {
+    const Byte* letters;
+    std::size_t num_letters;
+    std::int64_t num_line_ends;
+    const Byte* next;
+};
+
+// Joins the lines of a body up to the next record. What is one line already is not copied.
+Body join_lines(const Byte* place, const Byte* end, Byte* letters) {
+    Body body{letters, 0, 0, place};
+    const Byte* first = place;
+    while (place < end && *place != '>') {
+        const Byte* line_end = find(place, end, '\n');
+        const std::size_t size = static_cast<std::size_t>(line_end - place);
+        const bool is_only_line = place == first && (end - line_end <= 1 || line_end[1] == '>');
+        if (is_only_line)
+            body.letters = place;
+        else
+            std::memcpy(letters + body.num_letters, place, size);
+        body.num_letters += size;
+        body.num_line_ends += line_end != end;
+        place = line_end != end ? line_end + 1 : end;
+    }
+    body.next = place;
+    return body;
+}
+
+// Writes the tokens of upper-case residues; returns false if another letter is among them.
+inline bool encode(const Byte* letters, std::size_t num_letters, Byte* tokens) {
+    Byte seen = 0;
+    // Half of all time is spent here; bookkeeping of the loop would be a fifth of it.
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < num_letters; ++i) {
+        const Byte token = tables.token[letters[i]];
+        tokens[i] = token;
+        seen |= token;
+    }
+    return (seen & kNoToken) == 0;
+}
+
+// Cleans a body as vocabulary.clean does; returns the number of letters, or -1 for an illegal one.
+std::int64_t clean(const Byte* place, const Byte* end, Byte* letters, std::int64_t* repairs) {
+    std::int64_t counts[kNumKinds] = {};
+    std::int64_t num_letters = 0;
+    for (; place < end; ++place) {
+        const Byte kind = tables.kind[*place];
+        letters[num_letters] = tables.letter[*place];
+        num_letters += kind <= kStop;
+        ++counts[kind];
+    }
+    if (counts[kIllegal] != 0 || counts[kStop] > 1) return -1;
+    if (counts[kStop] == 1 && letters[--num_letters] != '*') return -1;
+    repairs[kLowerCase] = counts[kLower] + counts[kLowerJ];
+    repairs[kTrailingStop] = counts[kStop];
+    repairs[kJToX] = counts[kUpperJ] + counts[kLowerJ];
+    repairs[kGapRemoved] = counts[kGap];
+    repairs[kSpaceRemoved] = counts[kSpace];
+    return num_letters;
+}
+
+constexpr std::int32_t kUnknown = -1;
+
+// Returns the number of one to nine digits that is the whole rest of a word, or kUnknown.
+std::int32_t number_at(const Byte* place, const Byte* end) {
+    std::int32_t value = 0;
+    int num_digits = 0;
+    for (; place < end && *place >= '0' && *place <= '9'; ++place) {
+        if (++num_digits > 9) return kUnknown;
+        value = value * 10 + (*place - '0');
+    }
+    return num_digits != 0 && (place == end || is_space(*place)) ? value : kUnknown;
+}
+
+struct Header {
+    const Byte *id, *id_end, *description, *description_end;
+
+    Header(const Byte* place, const Byte* end) {
+        while (end > place && is_space(end[-1])) --end;
+        while (place < end && is_space(*place)) ++place;
+        id = place;
+        while (place < end && !is_space(*place)) ++place;
+        id_end = place;
+        while (place < end && is_space(*place)) ++place;
+        description = place;
+        description_end = end;
+    }
+
+    bool has_name_before(const Byte* equals, const char* name) const {
+        const std::size_t size = std::strlen(name);
+        if (static_cast<std::size_t>(equals - description) < size) return false;
+        const Byte* start = equals - size;
+        return std::memcmp(start, name, size) == 0 && (start == description || is_space(start[-1]));
+    }
+
+    // The first `n=` and the first `TaxID=` or `OX=` that are followed by a fitting number.
+    void read_numbers(std::int32_t* cluster_size, std::int32_t* taxon_id) const {
+        *cluster_size = *taxon_id = kUnknown;
+        for (const Byte* at = description; (at = find(at, description_end, '=')) != description_end; ++at) {
+            if (*cluster_size == kUnknown && has_name_before(at, "n"))
+                *cluster_size = number_at(at + 1, description_end);
+            else if (*taxon_id == kUnknown && (has_name_before(at, "OX") || has_name_before(at, "TaxID")))
+                *taxon_id = number_at(at + 1, description_end);
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Raised whenever a function or a structure below changes, so that a library built from an older source is not used.
+std::int64_t protlm_fasta_version() { return 1; }
+
+struct FastaSizes {
+    std::int64_t num_records, header_bytes, longest_record;
+};
+
+// Room for every record of a text, which the caller has measured. Columns as in table.py; `bad_records` has four
+// numbers each: start, end, line, number of good records before it.
+struct FastaColumns {
+    Byte* letters;
+    Byte* tokens;
+    std::int64_t* offsets;
+    Byte* ids;
+    std::int64_t* id_offsets;
+    Byte* descriptions;
+    std::int64_t* description_offsets;
+    std::uint64_t* digests;
+    std::uint64_t* id_digests;
+    std::int32_t* cluster_size;
+    std::int32_t* taxon_id;
+    std::int64_t* lines;
+    std::int64_t* bad_records;
+    std::int64_t repairs[kNumRepairs];
+    std::int64_t num_records, num_bad_records;
+};
+
+void protlm_measure_fasta(const Byte* text, std::int64_t size, FastaSizes* sizes) {
+    const Byte* end = text + size;
+    *sizes = FastaSizes{0, 0, 0};
+    for (const Byte* start = text; start < end;) {
+        const Byte* header_end = find(start, end, '\n');
+        const Byte* next = find_record(header_end == end ? end : header_end + 1, end);
+        ++sizes->num_records;
+        sizes->header_bytes += header_end - start;
+        if (next - start > sizes->longest_record) sizes->longest_record = next - start;
+        start = next;
+    }
+}
+
+void protlm_parse_fasta(const Byte* text, std::int64_t size, std::int64_t max_record_bytes, FastaColumns* columns) {
+    const Byte* end = text + size;
+    FastaColumns& c = *columns;
+    std::int64_t line = 1, n = 0, num_bad = 0;
+    c.offsets[0] = c.id_offsets[0] = c.description_offsets[0] = 0;
+    for (const Byte* start = text; start < end;) {
+        const Byte* header_end = find(start, end, '\n');
+        const Byte* body_start = header_end == end ? end : header_end + 1;
+        const Header header(start + 1, header_end);
+        const Body body = join_lines(body_start, end, c.letters);
+
+        const Byte* letters = body.letters;
+        std::int64_t num_letters = static_cast<std::int64_t>(body.num_letters);
+        Byte* tokens = c.tokens + c.offsets[n];
+        std::int64_t repairs[kNumRepairs] = {};
+        if (!encode(letters, body.num_letters, tokens)) {
+            letters = c.letters;
+            num_letters = clean(body_start, body.next, c.letters, repairs);
+            if (num_letters > 0) encode(letters, static_cast<std::size_t>(num_letters), tokens);
+        }
+
+        // A record ends before the line end that comes before the next one.
+        const Byte* record_end = body.next == end ? end : body.next - 1;
+        if (header.id == header.id_end || num_letters <= 0 || record_end - start - 1 > max_record_bytes) {
+            const std::int64_t bad[4] = {start - text, record_end - text, line, n};
+            std::memcpy(c.bad_records + 4 * num_bad++, bad, sizeof bad);
+        } else {
+            const std::size_t id_size = static_cast<std::size_t>(header.id_end - header.id);
+            const std::size_t description_size = static_cast<std::size_t>(header.description_end - header.description);
+            const Digest digest = digest_of(letters, static_cast<std::size_t>(num_letters));
+            const Digest id_digest = digest_of(header.id, id_size);
+            std::memcpy(c.ids + c.id_offsets[n], header.id, id_size);
+            std::memcpy(c.descriptions + c.description_offsets[n], header.description, description_size);
+            header.read_numbers(c.cluster_size + n, c.taxon_id + n);
+            c.digests[2 * n] = digest.high;
+            c.digests[2 * n + 1] = digest.low;
+            c.id_digests[2 * n] = id_digest.high;
+            c.id_digests[2 * n + 1] = id_digest.low;
+            c.lines[n] = line;
+            c.offsets[n + 1] = c.offsets[n] + num_letters;
+            c.id_offsets[n + 1] = c.id_offsets[n] + static_cast<std::int64_t>(id_size);
+            c.description_offsets[n + 1] = c.description_offsets[n] + static_cast<std::int64_t>(description_size);
+            for (int i = 0; i < kNumRepairs; ++i) c.repairs[i] += repairs[i];
+            ++n;
+        }
+        line += (header_end != end) + body.num_line_ends;
+        start = body.next;
+    }
+    c.num_records = n;
+    c.num_bad_records = num_bad;
+}
+
+void protlm_digest(const Byte* text, std::int64_t size, std::uint64_t* digest) {
+    const Digest found = digest_of(text, static_cast<std::size_t>(size));
+    digest[0] = found.high;
+    digest[1] = found.low;
+}
+
+// Four histograms, so that equal tokens in a row do not wait for each other's count.
+void protlm_count_residues(const Byte* tokens, std::int64_t num_tokens, std::int64_t* counts) {
+    std::int64_t histograms[4][256] = {};
+    std::int64_t i = 0;
+    for (; i + 4 <= num_tokens; i += 4)
+        for (int k = 0; k < 4; ++k) ++histograms[k][tokens[i + k]];
+    for (; i < num_tokens; ++i) ++histograms[0][tokens[i]];
+    for (int residue = 0; residue < kNumResidues; ++residue) {
+        const int token = kFirstToken + residue;
+        counts[residue] =
+            histograms[0][token] + histograms[1][token] + histograms[2][token] + histograms[3][token];
+    }
+}
+
+}  // extern "C"

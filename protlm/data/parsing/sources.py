@@ -1,0 +1,364 @@
+"""Where text comes from: hides files, folders, patterns and the standard input, and how the bytes are compressed."""
+
+import bz2
+import glob
+import hashlib
+import lzma
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+from isal import igzip_lib
+
+from protlm.data.parsing import xml_records
+from protlm.errors import ProtlmError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+STDIN = "-"
+"""The input that stands for the standard input."""
+
+TextFormat = Literal["fasta", "flatfile", "uniprot-xml", "uniref-xml"]
+
+_RAW_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20
+# Given to a decompressor at once: it copies what follows a member, so a file of many small ones wants this small.
+_FEED_BYTES = 1 << 18
+# Enough for every mark below; that of a tar archive stands last.
+_MAGIC_BYTES = 512
+_HEAD_BYTES = 1 << 16
+# xz files are made with dictionaries up to 64 MiB unless someone asks for more.
+_XZ_MEMORY_BYTES = 256 << 20
+
+# A FASTA file may begin with blank lines and, as A3M, with comments.
+_FASTA_START = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*>")
+_UNREADABLE_KINDS = (
+    (re.compile(rb"PK(?:\x03\x04|\x05\x06|\x07\x08)"), "a zip archive; unpack it and name the files that were in it"),
+    (re.compile(rb"7z\xbc\xaf\x27\x1c"), "a 7z archive; unpack it and name the files that were in it"),
+    (re.compile(rb"(?s).{257}ustar"), "a tar archive; unpack it and name the files that were in it"),
+    (re.compile(rb"\x89HDF\r\n\x1a\n"), "an HDF5 file; expected protein sequences, not a dataset or embeddings"),
+    (re.compile(rb"\x1f\x9d"), "a file of the old `compress` program; unpack it first"),
+    (re.compile(rb"\x04\x22\x4d\x18"), "an lz4 file; unpack it first"),
+)
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Compression:
+    """How one kind of compressed data is told and unpacked; `padding` says that zeros may follow its last member."""
+
+    name: str
+    magic: re.Pattern[bytes]
+    new: Callable[[], Any]
+    error: tuple[type[Exception], ...]
+    padding: bool
+
+
+_COMPRESSIONS = (
+    _Compression(
+        "gzip", re.compile(rb"\x1f\x8b"), partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP),
+        # The stub of isal says that its error is an instance.
+        (igzip_lib.IsalError, ValueError), padding=True,  # type: ignore[arg-type]
+    ),
+    _Compression("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, (OSError, ValueError), padding=False),
+    _Compression(
+        "xz", re.compile(rb"\xfd7zXZ\x00"),
+        partial(lzma.LZMADecompressor, format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES),
+        (lzma.LZMAError, ValueError), padding=True,
+    ),
+    # The second mark is that of a skippable frame, with which some programs begin.
+    _Compression(
+        "zstd", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), zstd.ZstdDecompressor,
+        (zstd.ZstdError, ValueError), padding=False,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """What inputs stand for.
+
+    Attributes:
+        paths: The files to read, in order; `STDIN` stands for itself.
+        left_out: What lies in a named folder and is no protein file.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+class SourceBlocks:
+    """Iterates once over the uncompressed bytes of a file, in blocks of a few MiB at most.
+
+    Memory is bounded whatever the file unpacks to.
+
+    Attributes:
+        name: Base name of the file; bytes that are no text are written as escapes.
+        sha256: Of the bytes as they lie on disk, in hex; empty before the end is reached.
+        is_plain: The file is neither compressed nor a pipe, so that a part of it can be read alone; known once the
+            first block is there.
+    """
+
+    def __init__(self, path: str | Path, *, progress: Callable[[int], object] | None = None) -> None:
+        """Prepares to read; the file is opened when iteration begins.
+
+        Args:
+            path: The file; `STDIN` is the standard input.
+            progress: Called with the number of bytes of each block read from disk.
+        """
+        self.name = STDIN if str(path) == STDIN else os.fsencode(Path(path).name).decode("utf-8", "backslashreplace")
+        self.sha256 = ""
+        self.is_plain = False
+        self._path = path
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        try:
+            with _open(self._path) as file:
+                yield from self._unpacked(self._raw_blocks(file, digest.update), is_pipe=not file.seekable())
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        self.sha256 = digest.hexdigest()
+
+    def _unpacked(self, raw_blocks: Iterator[bytes], *, is_pipe: bool) -> Iterator[bytes]:
+        """Yields the bytes of a file without its compression, after a look at what they are."""
+        first = _beginning(raw_blocks)
+        if message := _unreadable_kind(first):
+            raise ProtlmError(f"{self._path}: {message}")
+        compression = _compression_of(first)
+        if compression is None:
+            self.is_plain = not is_pipe
+            if first:
+                yield first
+            yield from raw_blocks
+            return
+        blocks = _decompressed(self._path, compression, first, raw_blocks)
+        first = _beginning(blocks)
+        if message := _unreadable_kind(first):
+            raise ProtlmError(f"{self._path}: {compression.name} data that hold {message}")
+        if inner := _compression_of(first):
+            raise ProtlmError(f"{self._path}: {inner.name} data inside {compression.name} data; unpack the file once")
+        if first:
+            yield first
+        yield from blocks
+
+    def _raw_blocks(self, file: BinaryIO, update_digest: Callable[[bytes], object]) -> Iterator[bytes]:
+        while block := file.read(_RAW_BLOCK_BYTES):
+            update_digest(block)
+            if self._progress is not None:
+                self._progress(len(block))
+            yield block
+
+
+def expand_inputs(inputs: Sequence[str | Path]) -> Expanded:
+    """Returns the files that inputs stand for.
+
+    Args:
+        inputs: Each is a file or a pipe, a folder (the files directly in it, by name, without hidden ones), a pattern
+            such as `*.fasta` (by name) or `STDIN`.
+
+    Raises:
+        ProtlmError: An input that is not there, leads nowhere or cannot be read; a folder without protein files; a
+            pattern without matches.
+    """
+    found = Expanded()
+    for path in map(str, inputs):
+        if path == STDIN:
+            found.paths.append(path)
+        elif os.path.lexists(path):
+            _expand(path, found)
+        elif glob.has_magic(path):
+            if not (matches := sorted(glob.glob(path, recursive=True))):
+                raise ProtlmError(f"{path}: no file matches this pattern; check its folder and its spelling")
+            for match in matches:
+                _expand(match, found)
+        else:
+            raise ProtlmError(f"{path}: no such file; check the spelling")
+    return found
+
+
+def _expand(path: str, found: Expanded) -> None:
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
+        _expand_folder(path, found)
+    elif stat.S_ISREG(mode) or stat.S_ISFIFO(mode):
+        found.paths.append(path)
+    else:
+        raise ProtlmError(f"{path}: a device or a socket; expected a file, a folder, a pipe or `-`")
+
+
+def _expand_folder(folder: str, found: Expanded) -> None:
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if not names:
+        raise ProtlmError(f"{folder}: an empty folder; expected protein files in it")
+    num_before = len(found.paths)
+    for path in (os.path.join(folder, name) for name in names):
+        is_taken = stat.S_ISREG(_mode(path)) and is_protein_file(path)
+        (found.paths if is_taken else found.left_out).append(path)
+    if len(found.paths) == num_before:
+        raise ProtlmError(f"{folder}: a folder without protein files; expected FASTA, UniProtKB or UniRef files in it")
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            target = os.readlink(path)
+            raise ProtlmError(
+                f"{path}: a link to {target}, which does not exist; correct or remove the link"
+            ) from error
+        raise ProtlmError(f"{path}: no such file; check the spelling") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def is_protein_file(path: str | Path) -> bool:
+    """Says whether a file begins like one of the formats that protlm reads.
+
+    Compressed data that are damaged count as one, so that they are reported and not passed over.
+
+    Raises:
+        ProtlmError: The file cannot be opened.
+    """
+    try:
+        with _open(path) as file:
+            raw = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if _unreadable_kind(raw):
+        return False
+    compression = _compression_of(raw)
+    head = raw
+    if compression is not None:
+        try:
+            head = compression.new().decompress(raw, _HEAD_BYTES)
+        except compression.error:
+            return True
+    try:
+        text_format = sniff_format(head)
+    except ProtlmError:
+        return False
+    return text_format != "fasta" or _FASTA_START.match(head) is not None
+
+
+def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
+    """Tells the format of a text from its beginning; what is none of them counts as FASTA, whose reader explains it.
+
+    Args:
+        head: The first 64 KiB of the text.
+        path: The file, for messages.
+
+    Raises:
+        ProtlmError: XML whose root element is none that protlm reads.
+    """
+    text = head.lstrip()
+    if text.startswith(b"ID   "):
+        return "flatfile"
+    if not text.startswith(b"<"):
+        return "fasta"
+    root = xml_records.root_name(text)
+    if root == "uniprot":
+        return "uniprot-xml"
+    if root in xml_records.UNIREF_ROOTS:
+        return "uniref-xml"
+    found = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
+    where = f"{path}: " if path is not None else ""
+    raise ProtlmError(f"{where}{found}; expected FASTA, or XML of UniProtKB (<uniprot>) or UniRef (<UniRef>)")
+
+
+def _open(path: str | Path) -> Any:
+    if str(path) == STDIN:
+        if sys.stdin is None:
+            raise ProtlmError(f"{STDIN}: there is no standard input; name a file")
+        return nullcontext(sys.stdin.buffer)
+    return open(path, "rb")
+
+
+def _unreadable(path: str | Path, error: OSError) -> ProtlmError:
+    reason = {
+        FileNotFoundError: "no such file; check the spelling",
+        IsADirectoryError: "a folder; expected a file",
+        PermissionError: "no permission to read it; change that, or copy the file",
+    }.get(type(error), f"cannot be read: {error.strerror or error}")
+    return ProtlmError(f"{path}: {reason}")
+
+
+def _compression_of(beginning: bytes) -> _Compression | None:
+    return next((kind for kind in _COMPRESSIONS if kind.magic.match(beginning)), None)
+
+
+def _unreadable_kind(beginning: bytes) -> str | None:
+    return next((message for magic, message in _UNREADABLE_KINDS if magic.match(beginning)), None)
+
+
+def _beginning(blocks: Iterator[bytes]) -> bytes:
+    """Returns the first block, with more of them added if it is too short to hold a mark."""
+    first = b""
+    while len(first) < _MAGIC_BYTES and (block := next(blocks, b"")):
+        first = first + block if first else block
+    return first
+
+
+def _decompressed(
+    path: str | Path, compression: _Compression, first: bytes, raw_blocks: Iterator[bytes]
+) -> Iterator[bytes]:
+    pieces = _pieces(first, raw_blocks)
+    member: _Decompressor = compression.new()
+    data = next(pieces, b"")
+    while True:
+        try:
+            # The bound keeps a small file that unpacks to terabytes from doing so all at once.
+            block = member.decompress(data, _BLOCK_BYTES)
+        except compression.error as error:
+            raise _damaged(path, compression.name, error) from error
+        data = b""
+        if block:
+            yield block
+        if member.eof:
+            # Another member may follow, as in files put together with cat.
+            data = member.unused_data
+            while not (data := data.lstrip(b"\0") if compression.padding else data):
+                if not (data := next(pieces, b"")):
+                    return
+            member = compression.new()
+        elif member.needs_input and not (data := next(pieces, b"")):
+            raise ProtlmError(f"{path}: the {compression.name} data end too early; copy or download the file again")
+
+
+def _pieces(first: bytes, raw_blocks: Iterator[bytes]) -> Iterator[bytes]:
+    block = first
+    while block:
+        for start in range(0, len(block), _FEED_BYTES):
+            yield block[start : start + _FEED_BYTES]
+        block = next(raw_blocks, b"")
+
+
+def _damaged(path: str | Path, name: str, error: Exception) -> ProtlmError:
+    reason = " ".join(str(error).split())
+    if "emory" in reason:
+        return ProtlmError(f"{path}: {name} data that need too much memory ({reason}); unpack the file yourself")
+    return ProtlmError(f"{path}: damaged {name} data ({reason}); copy or download the file again")

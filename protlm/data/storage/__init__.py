@@ -1,0 +1,1 @@
+"""Records on disk: written once, opened through a memory map."""

@@ -1,0 +1,400 @@
+"""What makes a folder of shards one dataset: the manifest, and the records of a split under one running number."""
+
+import dataclasses
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protlm import vocabulary
+from protlm.data.building.assembly import FinishedShard
+from protlm.data.parsing.text_pieces import Format
+from protlm.data.records import OnBadRecord
+from protlm.data.splits import SplitName
+from protlm.data.storage.shards import ShardReader
+from protlm.errors import ShardError
+
+FORMAT: Final = "protlm-dataset"
+FORMAT_VERSION: Final = 2
+MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.html"
+REJECTS_NAME = "rejects.tsv"
+SHARD_NAME_PATTERN = r"^[a-z]+-[0-9]{5,}\.h5$"
+"""Shard names come from a file that anyone may have written: only plain base names of this form are opened."""
+
+LENGTH_QUANTILES: dict[str, float] = {
+    "min": 0.0, "p1": 0.01, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0,
+}  # fmt: skip
+
+LENGTH_BIN_STARTS = tuple(sorted({round(2 ** (step / 4)) for step in range(4 * 17)}))
+"""Where the bins of the length histograms begin, four to a doubling; the last one has no end."""
+
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Part = Literal["input", "valid", "test", "ood"]
+"""What a file is given as: something to split or train on, or a ready-made split."""
+SplitMethod = Literal["random", "cluster", "family", "file"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class SourceSummary(_Strict):
+    """An input file: its part (`input` or a ready-made split), base name, format, records, sha256.
+
+    `num_records` counts what could be read, before anything was left out.
+    """
+
+    part: Part
+    name: str
+    format: Format
+    num_records: Count
+    sha256: Digest
+
+
+class LabelFile(_Strict):
+    """A file that told clusters, families or splits: its base name and sha256."""
+
+    name: str
+    sha256: Digest
+
+
+class PrepOptions(_Strict):
+    """The options that shape the content; what did not apply is None."""
+
+    split: Literal["random", "cluster", "family", "file", "ready-made"]
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None
+    valid_fraction: Fraction | None
+    test_fraction: Fraction | None
+    min_length: Annotated[int, Field(ge=1)]
+    max_length: Annotated[int, Field(ge=1)] | None
+    dedupe: bool
+    on_bad_record: OnBadRecord
+    shard_residues: Annotated[int, Field(ge=1)]
+    ood_families: tuple[str, ...] = ()
+    clusters: LabelFile | None = None
+    families: LabelFile | None = None
+    split_file: LabelFile | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "PrepOptions":
+        if (self.valid_fraction or 0.0) + (self.test_fraction or 0.0) >= 1.0:
+            raise ValueError("valid_fraction and test_fraction: their sum should be less than 1")
+        if self.max_length is not None and self.max_length < self.min_length:
+            raise ValueError(f"max_length: {self.max_length} should not be less than min_length, {self.min_length}")
+        return self
+
+
+class ShardSummary(_Strict):
+    """A shard as the manifest knows it."""
+
+    name: Annotated[str, Field(pattern=SHARD_NAME_PATTERN)]
+    num_records: Annotated[int, Field(gt=0)]
+    num_residues: Annotated[int, Field(gt=0)]
+    checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class SplitSummary(_Strict):
+    """A split as the manifest knows it."""
+
+    num_records: Count
+    num_residues: Count
+    residue_counts: dict[str, Count]
+    length_quantiles: dict[str, Count]
+    length_histogram: tuple[Count, ...]
+    shards: tuple[ShardSummary, ...]
+
+    @model_validator(mode="after")
+    def _check_sums(self) -> "SplitSummary":
+        if tuple(self.residue_counts) != tuple(vocabulary.RESIDUES):
+            raise ValueError(f"residue_counts: expected the letters {vocabulary.RESIDUES} in this order")
+        if list(self.length_quantiles) != (list(LENGTH_QUANTILES) if self.num_records else []):
+            raise ValueError(f"length_quantiles: expected {', '.join(LENGTH_QUANTILES)}, or none for no records")
+        if len(self.length_histogram) != len(LENGTH_BIN_STARTS):
+            raise ValueError(f"length_histogram: expected {len(LENGTH_BIN_STARTS)} counts")
+        sums = {
+            "num_records of the shards": (sum(shard.num_records for shard in self.shards), self.num_records),
+            "num_residues of the shards": (sum(shard.num_residues for shard in self.shards), self.num_residues),
+            "residue_counts": (sum(self.residue_counts.values()), self.num_residues),
+            "length_histogram": (sum(self.length_histogram), self.num_records),
+        }
+        for name, (total, expected) in sums.items():
+            if total != expected:
+                raise ValueError(f"{name}: expected a sum of {expected}, got {total}")
+        return self
+
+
+class DuplicatesRemoved(_Strict):
+    """Records left out because their sequence was there before, in the same split or in an earlier one."""
+
+    within_split: Count
+    across_splits: Count
+
+
+class Contained(_Strict):
+    """How many records of one split are part of a longer record of another: their whole sequence occurs in it."""
+
+    inner: SplitName
+    outer: SplitName
+    num_records: Count
+
+
+class Shared(_Strict):
+    """How many clusters or families have records on both sides of a pair of splits."""
+
+    first: SplitName
+    second: SplitName
+    num_labels: Count
+
+
+class Leakage(_Strict):
+    """What one split tells of another.
+
+    Attributes:
+        exact_duplicates_removed: Records left out because an earlier split has their sequence; none is left.
+        substrings: For each pair of splits; None if it was not looked for.
+        clusters: For each pair of splits, where clusters are known.
+        families: For each pair of splits, where families are known.
+    """
+
+    exact_duplicates_removed: Count
+    substrings: tuple[Contained, ...] | None
+    clusters: tuple[Shared, ...] | None
+    families: tuple[Shared, ...] | None
+
+
+class Manifest(_Strict):
+    """All that a dataset says about itself; same input, options, seed and library versions give the same bytes."""
+
+    format: Literal["protlm-dataset"]
+    format_version: Literal[2]
+    vocabulary: tuple[str, ...]
+    sources: tuple[SourceSummary, ...]
+    options: PrepOptions
+    splits: dict[SplitName, SplitSummary]
+    duplicates_removed: DuplicatesRemoved
+    leakage: Leakage
+    rejects: dict[str, Count]
+    repairs: dict[str, Count]
+
+    @model_validator(mode="after")
+    def _check_vocabulary(self) -> "Manifest":
+        if self.vocabulary != vocabulary.TOKENS:
+            raise ValueError("vocabulary: not the one of this protlm; prepare the dataset again")
+        return self
+
+
+def summarise_split(finished: Sequence[FinishedShard]) -> SplitSummary:
+    """Returns what the manifest tells of a split, from its shards in order."""
+    residue_counts = sum(
+        (shard.residue_counts for shard in finished), start=np.zeros(vocabulary.NUM_RESIDUES, np.int64)
+    )
+    lengths, counts = _merged_lengths(finished)
+    return SplitSummary(
+        num_records=int(counts.sum()),
+        num_residues=int(residue_counts.sum()),
+        residue_counts=dict(zip(vocabulary.RESIDUES, residue_counts.tolist(), strict=True)),
+        length_quantiles=_length_quantiles(lengths, counts),
+        length_histogram=_length_histogram(lengths, counts),
+        shards=tuple(ShardSummary(**dataclasses.asdict(shard.info)) for shard in finished),
+    )
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes the manifest into a folder of shards, which makes it a dataset."""
+    (directory / MANIFEST_NAME).write_bytes(manifest.model_dump_json(indent=2).encode() + b"\n")
+
+
+def is_dataset(directory: Path) -> bool:
+    """Says whether a folder claims to be a protlm dataset, of any version."""
+    try:
+        content = json.loads((directory / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+class Dataset:
+    """A prepared dataset.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it says about itself.
+        hash: The xxh3-128 of the manifest's bytes, and through the checksums in it of all content.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.hash = digest
+
+    def split(self, name: str) -> "Split":
+        """Returns a split that has records.
+
+        Raises:
+            ShardError: The split is empty or not there.
+        """
+        filled = {found: summary for found, summary in self.manifest.splits.items() if summary.num_records}
+        for found, summary in filled.items():
+            if found == name:
+                return Split(self.path, found, summary)
+        raise ShardError(f"{self.path}: no records in split {name!r}; it has {', '.join(filled) or 'none'}")
+
+
+class Split:
+    """The records of one split, by their running number over all its shards; pickles as its place on disk.
+
+    Shards are opened when they are first needed, so a worker process opens its own.
+
+    Attributes:
+        directory: The folder of its dataset.
+        name: train, valid, test or ood.
+        num_records: Number of records.
+        summary: What the manifest says about the split.
+    """
+
+    def __init__(self, directory: Path, name: SplitName, summary: SplitSummary) -> None:
+        self.name = name
+        self.num_records = summary.num_records
+        self.summary = summary
+        self.directory = directory
+        # The first running number of each shard.
+        self._starts = [0, *accumulate(shard.num_records for shard in summary.shards)][:-1]
+        self._shards: list[ShardReader | None] = [None] * len(summary.shards)
+
+    def __len__(self) -> int:
+        return self.num_records
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Split, (self.directory, self.name, self.summary)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Residues of each record, int64 of shape (num_records,)."""
+        lengths = np.concatenate([np.diff(self.shard(index).offsets) for index in range(len(self._shards))])
+        lengths.flags.writeable = False
+        return lengths
+
+    def tokens(self, index: int | np.integer) -> np.ndarray:
+        """Returns the residue tokens of a record, a read-only uint8 view of its shard of shape (num_residues,)."""
+        if not 0 <= index < self.num_records:
+            raise IndexError(f"index: expected 0 to {self.num_records - 1}, got {index}")
+        number = bisect_right(self._starts, index) - 1
+        shard = self._shards[number] or self.shard(number)
+        offsets = shard.offsets
+        start = index - self._starts[number]
+        return shard.tokens[offsets[start] : offsets[start + 1]]
+
+    def id(self, index: int | np.integer) -> str:
+        """Returns the id of a record."""
+        if not 0 <= index < self.num_records:
+            raise IndexError(f"index: expected 0 to {self.num_records - 1}, got {index}")
+        number = bisect_right(self._starts, index) - 1
+        return self.shard(number).ids[int(index) - self._starts[number]]
+
+    def open_shards(self) -> None:
+        """Opens every shard now, so that a missing or damaged one is found before hours of work rather than after.
+
+        Raises:
+            ShardError: A file is missing, damaged, or not the one that the manifest lists.
+        """
+        for number in range(len(self._shards)):
+            self.shard(number)
+
+    def shard(self, number: int) -> ShardReader:
+        """Returns a shard by its number within the split; opened once, and checked against the manifest.
+
+        Raises:
+            ShardError: The file is missing, damaged, or not the one that the manifest lists.
+        """
+        if (shard := self._shards[number]) is None:
+            expected = self.summary.shards[number]
+            shard = ShardReader(self.directory / expected.name)
+            for name, got, wanted in (
+                ("split", shard.split, self.name),
+                ("num_records", shard.num_records, expected.num_records),
+                ("num_residues", shard.num_residues, expected.num_residues),
+                ("checksum", shard.checksum, expected.checksum),
+            ):
+                if got != wanted:
+                    raise ShardError(f"{shard.path}: {name}: expected {wanted} as in {MANIFEST_NAME}, got {got}")
+            self._shards[number] = shard
+        return shard
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Opens a dataset that `protlm prep` made; reads its manifest only.
+
+    Raises:
+        ShardError: No such folder, no dataset, or one of another version.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ShardError(f"{directory}: expected a dataset folder, got {'a file' if directory.exists() else 'nothing'}")
+    try:
+        content = (directory / MANIFEST_NAME).read_bytes()
+    except FileNotFoundError as error:
+        raise ShardError(f"{directory}: not a protlm dataset: it has no {MANIFEST_NAME}") from error
+    return Dataset(directory, _parse_manifest(directory / MANIFEST_NAME, content), xxhash.xxh3_128_hexdigest(content))
+
+
+def _parse_manifest(path: Path, content: bytes) -> Manifest:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ShardError(f"{path}: not the manifest of a protlm dataset")
+    if found.get("format_version") != FORMAT_VERSION:
+        raise ShardError(
+            f"{path}: format_version: expected {FORMAT_VERSION}, got {str(found.get('format_version'))[:40]}; "
+            "prepare the dataset again, or read it with the protlm that wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise ShardError(f"{path}: {first_fault(error)}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """Returns the first of the faults that pydantic found, in one line."""
+    fault = error.errors(include_url=False)[0]
+    message = fault["msg"].removeprefix("Value error, ").replace("Input", "the value")
+    place = ".".join(str(key) for key in fault["loc"])
+    if not place or fault["type"] == "value_error":
+        return message
+    return f"{place}: {message}, got {str(fault['input'])[:40]!r}"
+
+
+def _merged_lengths(finished: Sequence[FinishedShard]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lengths that occur in some shards, rising, and how often."""
+    none = np.zeros(0, dtype=np.int64)
+    lengths, places = np.unique(np.concatenate([none, *(shard.lengths for shard in finished)]), return_inverse=True)
+    counts = np.zeros(len(lengths), dtype=np.int64)
+    np.add.at(counts, places, np.concatenate([none, *(shard.length_counts for shard in finished)]))
+    return lengths, counts
+
+
+def _length_quantiles(lengths: np.ndarray, counts: np.ndarray) -> dict[str, int]:
+    """Returns for each quantile the smallest length that at least that part of the records does not exceed."""
+    if not len(lengths):
+        return {}
+    upto = np.cumsum(counts)
+    ranks = [max(1, math.ceil(quantile * int(upto[-1]))) for quantile in LENGTH_QUANTILES.values()]
+    return dict(zip(LENGTH_QUANTILES, lengths[np.searchsorted(upto, ranks)].tolist(), strict=True))
+
+
+def _length_histogram(lengths: np.ndarray, counts: np.ndarray) -> tuple[int, ...]:
+    histogram = np.zeros(len(LENGTH_BIN_STARTS), dtype=np.int64)
+    np.add.at(histogram, np.searchsorted(LENGTH_BIN_STARTS, lengths, side="right") - 1, counts)
+    return tuple(histogram.tolist())

@@ -1,0 +1,215 @@
+"""How tokenised records lie in one shard file, so that each is read through a memory map, and how it is checked."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from protlm import files, vocabulary
+from protlm.data.parsing import compiled_fasta
+from protlm.data.splits import SPLIT_NAMES, SplitName
+from protlm.data.storage import columns
+from protlm.errors import ShardError
+
+FORMAT = "protlm-shard"
+FORMAT_VERSION = 2
+DEFAULT_SHARD_RESIDUES = 67_108_864
+VOCABULARY = " ".join(vocabulary.TOKENS)
+
+NUMBER_COLUMNS = ("cluster_size", "taxon_id")
+"""Optional columns of numbers; `table.UNKNOWN` stands for no value."""
+LABEL_COLUMNS = ("cluster_id", "family")
+"""Optional columns of strings; an empty one stands for no value, and several families are joined by `;`."""
+TOKENS = "tokens"
+REQUIRED_COLUMNS = (
+    "offsets", "ids/bytes", "ids/offsets", "descriptions/bytes", "descriptions/offsets",
+)  # fmt: skip
+OPTIONAL_COLUMNS = (
+    *NUMBER_COLUMNS, *(f"{name}/{part}" for name in LABEL_COLUMNS for part in ("bytes", "offsets")),
+)  # fmt: skip
+"""After the tokens, all columns are written and hashed in this order."""
+
+_BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What a finished shard holds: its base name, counts, and the checksum of its columns."""
+
+    name: str
+    num_records: int
+    num_residues: int
+    checksum: str
+
+
+def write_shard(
+    directory: Path,
+    name: str,
+    split: SplitName,
+    num_residues: int,
+    tokens: Iterable[np.ndarray],
+    found: Mapping[str, np.ndarray],
+) -> tuple[ShardInfo, np.ndarray]:
+    """Writes one shard, whole or not at all; the tokens are never brought together in memory.
+
+    Args:
+        directory: The folder for it.
+        name: Its base name.
+        split: The split that its records belong to.
+        num_residues: Residues of its records.
+        tokens: Stretches of the tokens of its records, in order; asked for only once.
+        found: The other columns by name, those of `REQUIRED_COLUMNS` and any of `OPTIONAL_COLUMNS`.
+
+    Returns:
+        What the manifest tells of it, and how often each letter of `vocabulary.RESIDUES` occurs, int64 (25).
+    """
+    ordered = {column: found[column] for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if column in found}
+    residue_counts = np.zeros(vocabulary.NUM_RESIDUES, dtype=np.int64)
+    digest = xxhash.xxh3_128(_column_mark(TOKENS, num_residues))
+    with files.written_whole(directory / name) as path:
+        with columns.create_columns(path) as file:
+            place = columns.allocate_column(file, TOKENS, (num_residues,), np.uint8)
+            for column_name, column in ordered.items():
+                columns.write_column(file, column_name, column)
+            file.attrs["format"] = FORMAT
+            file.attrs["format_version"] = FORMAT_VERSION
+            file.attrs["vocabulary"] = VOCABULARY
+            file.attrs["split"] = split
+            file.attrs["num_records"] = num_records = len(found["offsets"]) - 1
+            file.attrs["num_residues"] = num_residues
+        with path.open("r+b") as raw:
+            raw.seek(place or 0)
+            for batch in _batches(tokens):
+                digest.update(batch.data)
+                residue_counts += compiled_fasta.count_residues(batch)
+                raw.write(batch.data)
+        checksum = _add_columns(digest, ordered.items())
+        with columns.change_columns(path) as file:
+            file.attrs["checksum"] = checksum
+    return ShardInfo(name, num_records, num_residues, checksum), residue_counts
+
+
+def _batches(stretches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the same bytes in fewer pieces; each is gone when the next one is asked for.
+
+    No stretch is held: each may keep a file open.
+    """
+    buffer = np.empty(_BATCH_BYTES, dtype=np.uint8)
+    size = 0
+    for stretch in stretches:
+        if size + len(stretch) > _BATCH_BYTES:
+            yield buffer[:size]
+            size = 0
+        if len(stretch) > _BATCH_BYTES:
+            yield stretch
+        else:
+            buffer[size : size + len(stretch)] = stretch
+            size += len(stretch)
+    yield buffer[:size]
+
+
+class ShardReader:
+    """One shard, memory mapped and read-only; pickles as its path.
+
+    Attributes:
+        path: The file.
+        split: The split that its records belong to.
+        num_records: Number of records.
+        num_residues: Number of residues of all records.
+        checksum: The checksum that its writer noted.
+        tokens: Residue tokens of all records back to back.
+        offsets: The bounds of each record in `tokens`, (num_records + 1).
+        ids: Record ids.
+        descriptions: Record descriptions.
+        cluster_size: Per record, `table.UNKNOWN` if not told; None if told for none.
+        taxon_id: Per record, `table.UNKNOWN` if not told; None if told for none.
+        cluster_id: Per record, empty if not told; None if told for none.
+        family: Per record, several joined by `;`, empty if not told; None if told for none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens a shard and checks its header, sizes and offsets, but not yet its bytes.
+
+        Raises:
+            ShardError: The file is missing, damaged, of another format or version.
+        """
+        self.path = Path(path)
+        with columns.open_columns(self.path) as file:
+            file.check_format(FORMAT, FORMAT_VERSION)
+            if file.attribute("vocabulary", str) != VOCABULARY:
+                raise ShardError(f"{path}: its vocabulary is not the one of this protlm; prepare the dataset again")
+            self.split = file.attribute("split", str)
+            if self.split not in SPLIT_NAMES:
+                raise ShardError(f"{path}: split: expected one of {', '.join(SPLIT_NAMES)}, got {self.split!r}")
+            self.num_records = file.attribute("num_records", int)
+            self.num_residues = file.attribute("num_residues", int)
+            self.checksum = file.attribute("checksum", str)
+            self.tokens = file.column("tokens", np.uint8)
+            self.offsets = file.column("offsets", np.int64)
+            file.check_size("tokens", self.tokens, self.num_residues)
+            file.check_size("offsets", self.offsets, self.num_records + 1)
+            file.check_offsets("offsets", self.offsets, self.num_residues)
+            self.ids = file.strings("ids")
+            self.descriptions = file.strings("descriptions")
+            file.check_size("ids", self.ids, self.num_records)
+            file.check_size("descriptions", self.descriptions, self.num_records)
+            self.cluster_size = self._optional_numbers(file, "cluster_size")
+            self.taxon_id = self._optional_numbers(file, "taxon_id")
+            self.cluster_id = self._optional_strings(file, "cluster_id")
+            self.family = self._optional_strings(file, "family")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.path,)
+
+    def verify(self) -> None:
+        """Reads every byte and compares the checksum.
+
+        Raises:
+            ShardError: The bytes are not those that were written, or a token stands for no residue.
+        """
+        found: dict[str, np.ndarray] = {"offsets": self.offsets}
+        for name, strings in (("ids", self.ids), ("descriptions", self.descriptions)):
+            found |= {f"{name}/bytes": strings.text, f"{name}/offsets": strings.offsets}
+        for name in NUMBER_COLUMNS:
+            if (numbers := getattr(self, name)) is not None:
+                found[name] = numbers
+        for name in LABEL_COLUMNS:
+            if (labels := getattr(self, name)) is not None:
+                found |= {f"{name}/bytes": labels.text, f"{name}/offsets": labels.offsets}
+        digest = xxhash.xxh3_128(_column_mark(TOKENS, len(self.tokens)))
+        digest.update(self.tokens.data)
+        checksum = _add_columns(digest, found.items())
+        if checksum != self.checksum:
+            raise ShardError(f"{self.path}: checksum: expected {self.checksum}, got {checksum}; the file is damaged")
+        if not vocabulary.are_residues(self.tokens):
+            raise ShardError(f"{self.path}: tokens: expected residues only, got another token")
+
+    def _optional_numbers(self, file: columns.ColumnFile, name: str) -> np.ndarray | None:
+        if name not in file.names():
+            return None
+        column = file.column(name, np.int32)
+        file.check_size(name, column, self.num_records)
+        return column
+
+    def _optional_strings(self, file: columns.ColumnFile, name: str) -> columns.StringColumn | None:
+        if name not in file.names():
+            return None
+        column = file.strings(name)
+        file.check_size(name, column, self.num_records)
+        return column
+
+
+def _column_mark(name: str, num_bytes: int) -> bytes:
+    """Returns what is hashed before a column: its size keeps bytes from moving to a neighbour unnoticed."""
+    return f"{name} {num_bytes}\n".encode()
+
+
+def _add_columns(digest: Any, named_columns: Iterable[tuple[str, np.ndarray]]) -> str:
+    for name, column in named_columns:
+        digest.update(_column_mark(name, column.nbytes))
+        digest.update(column.data)
+    checksum: str = digest.hexdigest()
+    return checksum

@@ -1,0 +1,135 @@
+"""The facade of a trained model: hides tokens, packing and devices from whoever wants embeddings or logits."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from protlm import vocabulary
+from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
+from protlm.data.embeddings.reader import KINDS, Kind
+from protlm.inference.row_embeddings import RowEmbedder, merged
+from protlm.model.performer import Performer
+from protlm.pretrained.model_directory import ModelDescription, read_model
+from protlm.runtime.devices import best_device, default_tokens_per_batch
+from protlm.workflows.embed.settings import absolute_layer
+
+
+class ProteinModel:
+    """A trained model that takes sequences as text and gives NumPy arrays.
+
+    Attributes:
+        description: What the model directory says of the model.
+    """
+
+    def __init__(self, model: Performer, description: ModelDescription) -> None:
+        self._model = model.eval()
+        self.description = description
+
+    @property
+    def num_layers(self) -> int:
+        """Number of the last layer; 0 is the embedding."""
+        return self.description.model.num_layers
+
+    @property
+    def model_dim(self) -> int:
+        """Width of an embedding."""
+        return self.description.model.model_dim
+
+    def embed(
+        self,
+        sequences: Iterable[str],
+        include: Sequence[Kind] = ("mean",),
+        *,
+        layer: int = -1,
+        tokens_per_batch: int | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns an iterator over the embeddings of each sequence, in order, as float32.
+
+        A result does not depend on the sequences beside it. Sequences are read as they are needed.
+
+        Args:
+            sequences: Residues as text; repaired like records of a FASTA file.
+            include: `mean` over the residues (dim,), `per-residue` (num_residues, dim), `cls` (dim,), `logits`
+                (num_residues, 33), which are those of the last layer whatever `layer` is.
+            layer: 0 is the embedding, -1 the last layer.
+            tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None for what suits
+                the device.
+
+        Raises:
+            ValueError: An unknown kind or layer, an empty sequence, a letter that stands for no residue, or a sequence
+                longer than the positions of the model reach.
+        """
+        if isinstance(include, str) or not include or not set(include) <= set(KINDS):
+            raise ValueError(f"include: expected some of {', '.join(map(repr, KINDS))}, got {include!r}")
+        number = absolute_layer(layer, self.num_layers)
+        proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
+        return self._computed(proteins, tuple(dict.fromkeys(include)), number, tokens_per_batch)
+
+    def logits(self, sequences: Iterable[str], *, tokens_per_batch: int | None = None) -> Iterator[np.ndarray]:
+        """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), nothing masked.
+
+        Raises:
+            ValueError: An empty sequence or a letter that stands for no residue.
+        """
+        proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
+        found = self._computed(proteins, ("logits",), self.num_layers, tokens_per_batch)
+        return (embeddings["logits"] for embeddings in found)
+
+    def _computed(
+        self, proteins: Iterable[np.ndarray], kinds: Sequence[Kind], layer: int, tokens_per_batch: int | None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        embedder = RowEmbedder(self._model, kinds, (layer,))
+        for row in _rows(proteins, tokens_per_batch or default_tokens_per_batch()):
+            for protein, sums in zip(row, embedder(row), strict=True):
+                # Copies, so that a kept vector does not keep the whole row in memory.
+                yield {kind: array.copy() for (kind, _), array in merged([sums], len(protein)).items()}
+
+
+def load_model(path: str | Path) -> ProteinModel:
+    """Returns a trained model, on the GPU if there is one.
+
+    Args:
+        path: A model directory, or a run of `protlm train`.
+
+    Raises:
+        CheckpointError: Files that are missing, altered or of another version.
+    """
+    model, description = read_model(Path(path))
+    return ProteinModel(model.to(best_device()), description)
+
+
+def _tokens(sequences: Iterable[str], tokens_per_batch: int | None, max_residues: int | None) -> Iterator[np.ndarray]:
+    """Returns an iterator over the tokens of each sequence; checks at once what does not need the sequences."""
+    if isinstance(sequences, str):
+        raise ValueError("sequences: expected several, such as a list, got a single str; put it into a list")
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
+    return (_encode(sequence, max_residues) for sequence in sequences)
+
+
+def _encode(sequence: str, max_residues: int | None) -> np.ndarray:
+    residues, _ = vocabulary.clean(sequence.encode())
+    if not residues:
+        raise ValueError("sequences: expected at least one residue in each, got an empty one")
+    if max_residues is not None and len(residues) > max_residues:
+        raise ValueError(
+            f"sequences: expected at most {max_residues} residues, which the positions of this model reach, "
+            f"got {len(residues)}"
+        )
+    return vocabulary.encode(residues)
+
+
+def _rows(proteins: Iterable[np.ndarray], tokens_per_batch: int) -> Iterator[list[np.ndarray]]:
+    """Yields proteins in order, as many at a time as fit into a row; a longer one alone."""
+    row: list[np.ndarray] = []
+    used = 0
+    for protein in proteins:
+        size = len(protein) + SPECIAL_TOKENS_PER_SEGMENT
+        if row and used + size > tokens_per_batch:
+            yield row
+            row, used = [], 0
+        row.append(protein)
+        used += size
+    if row:
+        yield row

@@ -1,0 +1,1 @@
+"""protlm embed: a model and proteins to embeddings in a layout."""

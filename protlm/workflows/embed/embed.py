@@ -1,0 +1,200 @@
+"""`protlm embed`: proteins in, one output of embeddings in the layout that is asked for.
+
+The proteins are read once into a store; what is computed of them is written part by part; the parts are put together in
+the order of the input. All of that lies in `OUT.partial` until the output is whole.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from protlm.data.embeddings.reader import Dtype
+from protlm.data.records import shown
+from protlm.data.storage.protein_store import ProteinStore
+from protlm.errors import ProtlmError
+from protlm.inference.long_proteins import Cut
+from protlm.inference.row_embeddings import RowEmbedder
+from protlm.model.performer import Performer
+from protlm.pretrained.model_directory import ModelDescription, read_model
+from protlm.runtime.devices import OtherProcessError, best_device, process_rank
+from protlm.runtime.progress import StartProgress
+from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
+from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, open_embed_folder
+from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
+from protlm.workflows.embed.parts import PartRows, PartWriter
+from protlm.workflows.embed.plan import Plan
+from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A protein that did not fit into memory."""
+
+    id: str
+    num_residues: int
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What was embedded.
+
+    Attributes:
+        out: The output.
+        layout: How it is laid out.
+        files: What belongs to the output and lies beside it.
+        num_records: Proteins in it.
+        num_residues: Their residues.
+        num_equal: Proteins among them whose sequence stood before, and was computed once.
+        num_renamed: Proteins whose id stood before and that got a `#n`.
+        num_windowed: Proteins computed in windows.
+        num_truncated: Proteins of which only the first residues are embedded.
+        include: Kinds of embedding.
+        layers: Absolute layer numbers.
+        dim: Width of an embedding.
+        dtype: Type of the numbers.
+        skipped: Proteins that did not fit into memory, and are not in the output.
+        rejects: Records that could not be read, by reason.
+        repairs: Repaired letters by rule.
+        left_out: What lies in a named folder and is no protein file.
+    """
+
+    out: Path
+    layout: str
+    files: tuple[Path, ...]
+    num_records: int
+    num_residues: int
+    num_equal: int
+    num_renamed: int
+    num_windowed: int
+    num_truncated: int
+    include: tuple[str, ...]
+    layers: tuple[int, ...]
+    dim: int
+    dtype: Dtype
+    skipped: tuple[Skipped, ...]
+    rejects: Mapping[str, int]
+    repairs: Mapping[str, int]
+    left_out: tuple[str, ...]
+
+
+def embed(request: EmbedRequest, start_progress: StartProgress | None = None) -> EmbedReport | None:
+    """Embeds every protein of the inputs, in order, whatever it is computed beside.
+
+    Args:
+        request: What is asked for.
+        start_progress: Told of the stages `read` (bytes), `embed` (residues) and `write` (proteins).
+
+    Returns:
+        What was embedded; None in every process of a run on several devices but the first.
+
+    Raises:
+        EmbedUsageError: Options that contradict each other.
+        ProtlmError: A model or an input that cannot be read, an output that is in the way, a protein that is too long
+            for the model, or a run before this one that does not fit to it.
+    """
+    model, description = read_model(request.model)
+    settings = settings_of(request, description)
+    if process_rank():
+        _join(request, model, settings)
+        return None
+    # Through a link the file it leads to is made or replaced, not the link.
+    out = Path(os.path.realpath(request.out))
+    if request.resume and EmbedFolder(out).has_lost_output():
+        EmbedFolder(out).forget_output()
+    check_replaceable(EmbedFolder(out), settings.layout, out, force=request.force)
+    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
+    folder = open_embed_folder(out, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
+    with folder.locked(), folder.kept_or_removed():
+        proteins = folder.keep_proteins(read_proteins(folder.new_proteins_path, inputs))
+        check_lengths(proteins, settings.cut, description)
+        settings.layout.check_ids(proteins.ids)
+        plan = Plan.of(proteins, settings)
+        if not folder.is_finished:
+            folder.drop_unusable(settings.columns)
+            if not can_go_on(folder, proteins, plan, settings):
+                folder.forget_output()
+            _compute(folder, proteins, plan, model, settings, request, start_progress)
+            progress = None if start_progress is None else start_progress("write", proteins.num_records)
+            assemble(folder, proteins, plan, settings, progress)
+        report = _report(request, settings, proteins, inputs, is_kept(folder, proteins))
+        folder.put_in_place(settings.layout)
+    folder.remove()
+    return report
+
+
+def _join(request: EmbedRequest, model: Performer, settings: EmbedSettings) -> None:
+    """Takes part in a run that the first process leads."""
+    from protlm.workflows.embed.devices import compute_on_devices
+
+    with suppress(OtherProcessError):
+        compute_on_devices(EmbedFolder(request.out), model, settings, request.devices, None)
+
+
+def _compute(
+    folder: EmbedFolder,
+    proteins: ProteinStore,
+    plan: Plan,
+    model: Performer,
+    settings: EmbedSettings,
+    request: EmbedRequest,
+    start_progress: StartProgress | None,
+) -> None:
+    """Computes the parts that are not finished."""
+    if request.devices.total > 1:
+        # Here, because who uses one device alone should not wait for Lightning to be imported.
+        from protlm.workflows.embed.devices import compute_on_devices
+
+        compute_on_devices(folder, model, settings, request.devices, start_progress)
+        return
+    rows = PartRows(plan, proteins, folder.unfinished_parts(plan.num_parts))
+    progress = None if start_progress is None else start_progress("embed", rows.num_residues)
+    embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
+    with closing(PartWriter(folder, proteins, plan, settings, progress)) as writer:
+        for row in rows:
+            writer.add(row, row.computed(embedder))
+
+
+def check_lengths(proteins: ProteinStore, cut: Cut, description: ModelDescription) -> None:
+    """Raises ProtlmError if there is a protein that the model's learned positions do not reach."""
+    limit = description.max_residues
+    if limit is None or cut.window is not None or cut.truncate is not None:
+        return
+    too_long = np.flatnonzero(proteins.lengths > limit)
+    if len(too_long):
+        first = int(too_long[0])
+        others = f" (and {len(too_long) - 1:,} more proteins are too long)" if len(too_long) > 1 else ""
+        raise ProtlmError(
+            f"{shown(proteins.id(first))}: has {int(proteins.lengths[first]):,} residues, and the positions of this "
+            f"model reach {limit:,}{others}; embed long proteins in windows with --window {limit}, or only their "
+            f"beginning with --truncate {limit}, or use a model without learned positions"
+        )
+
+
+def _report(
+    request: EmbedRequest, settings: EmbedSettings, proteins: ProteinStore, inputs: ProteinInputs, kept: np.ndarray
+) -> EmbedReport:
+    lengths, cut = proteins.lengths[kept], settings.cut
+    skipped = np.flatnonzero(~kept).tolist()
+    return EmbedReport(
+        out=request.out,
+        layout=settings.layout.name,
+        files=settings.layout.paths(Path(os.path.realpath(request.out)))[1:],
+        num_records=len(lengths),
+        num_residues=int(cut.kept(lengths).sum()),
+        num_equal=int((proteins.first != np.arange(proteins.num_records))[kept].sum()),
+        num_renamed=proteins.num_renamed,
+        num_windowed=0 if cut.window is None else int((lengths > cut.window).sum()),
+        num_truncated=0 if cut.truncate is None else int((lengths > cut.truncate).sum()),
+        include=settings.kinds,
+        layers=settings.layers,
+        dim=settings.model_dim,
+        dtype=settings.dtype,
+        skipped=tuple(Skipped(proteins.id(record), int(proteins.lengths[record])) for record in skipped),
+        rejects=dict(inputs.rejects),
+        repairs=dict(inputs.repairs),
+        left_out=inputs.left_out,
+    )

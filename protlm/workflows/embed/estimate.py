@@ -1,0 +1,178 @@
+"""What embedding some inputs would take: their size is counted, and the time is told from a sample."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
+from protlm.data.storage.protein_store import ProteinStore
+from protlm.errors import ProtlmError
+from protlm.inference.row_embeddings import RowEmbedder
+from protlm.pretrained.model_directory import read_model
+from protlm.runtime.devices import best_device
+from protlm.runtime.progress import StartProgress
+from protlm.workflows.embed.embed import check_lengths
+from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, check_start
+from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
+from protlm.workflows.embed.plan import Plan
+from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
+
+_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of the residues, sorted by the length of their protein: the lengths that are timed."""
+
+_SAMPLE_TOKENS = 4096
+_SAMPLE_SECONDS = 30.0
+_STORE_BYTES = 64
+"""What the store keeps of a protein beside its id and its residues, about."""
+
+
+@dataclass(frozen=True)
+class EmbedEstimate:
+    """What to expect.
+
+    Attributes:
+        num_records: Proteins.
+        num_residues: Their residues, without those that are cut off.
+        num_sequences: Different sequences, which are computed.
+        num_computed_residues: Residues of those, overlapping windows counted twice.
+        longest: Residues of the longest protein.
+        out_bytes: Size of the output.
+        peak_bytes: Disk that is needed while it is made, the output included.
+        free_bytes: Free disk where it would go.
+        seconds: Time on this machine, from a sample; devices are taken to share it evenly.
+        residues_per_second: Residues to compute by that time.
+        rejects: Records that cannot be read, by reason.
+        left_out: What lies in a named folder and is no protein file.
+    """
+
+    num_records: int
+    num_residues: int
+    num_sequences: int
+    num_computed_residues: int
+    longest: int
+    out_bytes: int
+    peak_bytes: int
+    free_bytes: int
+    seconds: float
+    residues_per_second: float
+    rejects: Mapping[str, int]
+    left_out: tuple[str, ...]
+
+
+def estimate(request: EmbedRequest, start_progress: StartProgress | None = None) -> EmbedEstimate:
+    """Reads the inputs, times some of their proteins and tells what embedding them all would take.
+
+    Raises:
+        EmbedUsageError, ProtlmError: What `embed` would raise before it computes anything.
+    """
+    model, description = read_model(request.model)
+    settings = settings_of(request, description)
+    out = Path(os.path.realpath(request.out))
+    folder = EmbedFolder(out)
+    check_replaceable(folder, settings.layout, out, force=request.force)
+    check_start(folder, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
+    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
+    with tempfile.TemporaryDirectory() as temporary:
+        proteins = read_proteins(Path(temporary) / "proteins", inputs)
+        check_lengths(proteins, settings.cut, description)
+        settings.layout.check_ids(proteins.ids)
+        embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
+        return _estimate(request, out, settings, proteins, inputs, embedder)
+
+
+def _estimate(
+    request: EmbedRequest,
+    out: Path,
+    settings: EmbedSettings,
+    proteins: ProteinStore,
+    inputs: ProteinInputs,
+    embedder: RowEmbedder,
+) -> EmbedEstimate:
+    kept = settings.cut.kept(proteins.lengths)
+    is_first = proteins.first == np.arange(proteins.num_records)
+    num_residues = int(kept.sum())
+    sizes = settings.cut.sizes(proteins.lengths[is_first])
+    fixed, growing = _seconds_per_token(embedder, proteins, sizes, settings.tokens_per_batch)
+    tokens = sizes + SPECIAL_TOKENS_PER_SEGMENT
+    seconds = float((tokens * (fixed + growing * sizes)).sum()) / request.devices.total
+    id_bytes = len(proteins.ids.text)
+    store_bytes = id_bytes + _STORE_BYTES * proteins.num_records + int(proteins.lengths.sum())
+    out_bytes = settings.num_bytes(proteins.num_records, num_residues) + id_bytes
+    out_bytes += settings.layout.bytes_per_record * proteins.num_records
+    return EmbedEstimate(
+        num_records=proteins.num_records,
+        num_residues=num_residues,
+        num_sequences=int(is_first.sum()),
+        num_computed_residues=int(sizes.sum()),
+        longest=int(proteins.lengths.max()),
+        out_bytes=out_bytes,
+        peak_bytes=_peak_bytes(settings, proteins, kept, is_first, out_bytes) + store_bytes,
+        free_bytes=shutil.disk_usage(_existing(out)).free,
+        seconds=seconds,
+        residues_per_second=int(sizes.sum()) / seconds,
+        rejects=dict(inputs.rejects),
+        left_out=inputs.left_out,
+    )
+
+
+def _peak_bytes(
+    settings: EmbedSettings, proteins: ProteinStore, kept: np.ndarray, is_first: np.ndarray, out_bytes: int
+) -> int:
+    """Returns what output and parts take together at the worst."""
+    parts = settings.num_bytes(int(is_first.sum()), int(kept[is_first].sum()))
+    if not settings.layout.can_resume:
+        return out_bytes + parts
+    # A part goes when it is in the output, unless a later protein has a sequence of it.
+    plan = Plan.of(proteins, settings)
+    is_kept_on = plan.last_use() > np.arange(plan.num_parts)
+    held = [plan.num_residues(part) for part in np.flatnonzero(is_kept_on).tolist()]
+    largest = max(plan.num_residues(part) for part in range(plan.num_parts))
+    share = (sum(held) + largest) / max(1, int(kept[is_first].sum()))
+    return out_bytes + int(parts * min(1.0, share))
+
+
+def _seconds_per_token(
+    embedder: RowEmbedder, proteins: ProteinStore, sizes: np.ndarray, tokens_per_batch: int
+) -> tuple[float, float]:
+    """Returns what a token costs: so many seconds, and so many for each residue of its protein.
+
+    The second is what exact attention adds; it is near zero for FAVOR.
+    """
+    rising = np.sort(sizes)
+    shares = np.cumsum(rising) / rising.sum()
+    lengths = sorted({int(rising[np.searchsorted(shares, quantile)]) for quantile in _QUANTILES})
+    letters = np.concatenate([proteins.tokens(record) for record in range(min(64, proteins.num_records))])
+    seconds, begun = [], time.perf_counter()
+    for length in lengths:
+        size = length + SPECIAL_TOKENS_PER_SEGMENT
+        row = [np.resize(letters, length)] * max(1, min(tokens_per_batch, _SAMPLE_TOKENS) // size)
+        cores = [slice(0, length)] * len(row)
+        if None in embedder.or_none(row, cores):
+            break
+        start = time.perf_counter()
+        list(embedder.or_none(row, cores))
+        seconds.append((time.perf_counter() - start) / (len(row) * size))
+        if time.perf_counter() - begun > _SAMPLE_SECONDS:
+            break
+    if not seconds:
+        raise ProtlmError(
+            f"proteins of {lengths[0]:,} residues do not fit into memory; take --window, --truncate or fewer --layers"
+        )
+    if len(seconds) < 2:
+        return float(np.mean(seconds)), 0.0
+    growing, fixed = np.polyfit(lengths[: len(seconds)], seconds, 1)
+    if growing <= 0 or fixed <= 0:
+        return float(np.mean(seconds)), 0.0
+    return float(fixed), float(growing)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

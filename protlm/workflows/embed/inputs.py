@@ -1,0 +1,92 @@
+"""Where the proteins to embed come from: protein files as in prep, or a split of a dataset; both are read once."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from protlm import vocabulary
+from protlm.data.parsing.reader import RecordReader
+from protlm.data.parsing.sources import STDIN, expand_inputs
+from protlm.data.records import OnBadRecord
+from protlm.data.storage.dataset import is_dataset, open_dataset
+from protlm.data.storage.protein_store import ProteinStore, write_proteins
+from protlm.errors import ProtlmError
+from protlm.runtime.progress import StartProgress
+
+
+class ProteinInputs:
+    """Iterates once over the proteins of some inputs, in order: ids and residue tokens.
+
+    Attributes:
+        left_out: What lies in a named folder and is no protein file.
+        rejects: Skipped records by reason, of what was read so far.
+        repairs: Repaired letters by rule, of what was read so far.
+        names: The inputs, for messages.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str | Path],
+        split: str | None,
+        on_bad_record: OnBadRecord,
+        start_progress: StartProgress | None = None,
+    ) -> None:
+        """Looks at the inputs; nothing is read yet.
+
+        Raises:
+            ProtlmError: An input that is not there; a dataset among files, or a split that it does not have.
+        """
+        self.names = ", ".join(map(str, inputs))
+        self.left_out: tuple[str, ...] = ()
+        self.rejects: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()
+        datasets = [path for path in map(Path, inputs) if is_dataset(path)]
+        if datasets and len(inputs) > 1:
+            raise ProtlmError(f"{datasets[0]}: a dataset; embed it by itself, and not together with other inputs")
+        if datasets:
+            self._proteins = self._of_dataset(datasets[0], split)
+        elif split is not None:
+            raise ProtlmError(f"{self.names}: expected a dataset of protlm prep, which has splits; leave --split out")
+        else:
+            self._proteins = self._of_files(inputs, on_bad_record, start_progress)
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        return self._proteins
+
+    def _of_files(
+        self, inputs: Sequence[str | Path], on_bad_record: OnBadRecord, start_progress: StartProgress | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        if sum(str(path) == STDIN for path in inputs) > 1:
+            raise ProtlmError(f"{STDIN}: the standard input can be read only once; name it once")
+        expanded = expand_inputs(inputs)
+        self.left_out = tuple(expanded.left_out)
+        num_bytes = sum(Path(path).stat().st_size for path in expanded.paths if path != STDIN)
+        progress = None if start_progress is None else start_progress("read", num_bytes)
+        reader = RecordReader(expanded.paths, on_bad_record=on_bad_record, progress=progress)
+        self.rejects, self.repairs = reader.rejects, reader.repairs
+        return ((record.id, vocabulary.encode(record.sequence.encode())) for record in reader)
+
+    def _of_dataset(self, path: Path, split: str | None) -> Iterator[tuple[str, np.ndarray]]:
+        dataset = open_dataset(path)
+        if split is None:
+            filled = [name for name, summary in dataset.manifest.splits.items() if summary.num_records]
+            raise ProtlmError(f"{path}: a dataset; say which of its proteins with --split: {', '.join(filled)}")
+        found = dataset.split(split)
+        found.open_shards()
+        return ((found.id(number), found.tokens(number)) for number in range(found.num_records))
+
+
+def read_proteins(path: Path, inputs: ProteinInputs) -> ProteinStore:
+    """Reads the inputs to their end, into a new store.
+
+    Raises:
+        ProtlmError: A record that cannot be used; no record at all.
+    """
+    proteins = write_proteins(path, inputs)
+    if not proteins.num_records:
+        shutil.rmtree(path)
+        raise ProtlmError(f"{inputs.names}: no usable record; nothing to embed")
+    return proteins

@@ -1,0 +1,1 @@
+"""protlm eval: a model and a split to a report."""

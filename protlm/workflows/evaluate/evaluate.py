@@ -1,0 +1,122 @@
+"""`protlm eval`: a model's accuracy and perplexity on a split, beside the empirical baseline."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from protlm import files
+from protlm.data.storage.dataset import open_dataset
+from protlm.errors import ProtlmError
+from protlm.inference.scoring import EVALUATION_SEED, Score, score_split, scored_residues
+from protlm.pretrained.model_directory import read_model
+from protlm.runtime.devices import best_device
+
+REPORT_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The content of report.json.
+
+    Attributes:
+        format_version: Of this report.
+        split: Which split was scored.
+        seed: Of the masks.
+        objective: `masked`, or `next-token` for a causal model, which is scored at every residue.
+        mask_rate: Probability that a residue was scored; the model's own. Unused by `next-token`.
+        num_records: Proteins in the split.
+        num_cut: Proteins longer than the model's learned positions reach, of which the rest was left out.
+        num_targets: Scored residues.
+        model: Accuracy and perplexity of the model.
+        empirical: Those of the residue frequencies of the model's training set, on the same targets.
+        weights_hash: Of the model.
+        dataset_hash: Of the dataset that the split is of.
+        projection: `fixed`, `redrawn` or `none`: how the model was trained, and so what its projections mean to it.
+    """
+
+    format_version: int
+    split: str
+    seed: int
+    objective: Literal["masked", "next-token"]
+    mask_rate: float
+    num_records: int
+    num_cut: int
+    num_targets: int
+    model: Score
+    empirical: Score
+    weights_hash: str
+    dataset_hash: str
+    projection: str
+
+
+def evaluate(
+    model_path: Path,
+    dataset_path: Path,
+    split: str,
+    out: Path,
+    *,
+    seed: int = EVALUATION_SEED,
+    tokens_per_batch: int = 8192,
+    force: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> EvalReport:
+    """Scores a model on a split and writes out/report.json.
+
+    Args:
+        model_path: A model directory or a run.
+        dataset_path: A dataset of `protlm prep`.
+        split: `train`, `valid`, `test` or `ood`.
+        out: Folder for the report, made if it is not there.
+        seed: Of the masks; with a protein's sequence it decides what is masked.
+        tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
+        force: Replaces an existing report.
+        progress: Called with the number of residues after each row.
+
+    Raises:
+        ProtlmError: A model or dataset that cannot be read, an empty split or an existing report.
+    """
+    report_path = out / "report.json"
+    if (out.exists() and not out.is_dir()) or report_path.is_dir():
+        raise ProtlmError(f"{out}: expected a folder for report.json, got something else; choose another --out")
+    if report_path.exists() and not force:
+        raise ProtlmError(f"{report_path}: exists already; replace it with --force or choose another --out")
+    dataset = open_dataset(dataset_path)
+    proteins = dataset.split(split)
+    model, description = read_model(model_path)
+    scores = score_split(
+        model.to(best_device()),
+        description,
+        proteins,
+        seed=seed,
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+    limit = scored_residues(description)
+    report = EvalReport(
+        format_version=REPORT_FORMAT_VERSION,
+        split=split,
+        seed=seed,
+        objective="next-token" if description.objective.causal else "masked",
+        mask_rate=description.mask_rate,
+        num_records=proteins.num_records,
+        num_cut=0 if limit is None else int((proteins.lengths > limit).sum()),
+        num_targets=scores.num_targets,
+        model=scores.model,
+        empirical=scores.empirical,
+        weights_hash=description.weights_hash,
+        dataset_hash=dataset.hash,
+        projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with files.written_whole(report_path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _projection_kind(has_projection: bool, redraw_every_steps: int) -> str:
+    if not has_projection:
+        return "none"
+    return "redrawn" if redraw_every_steps else "fixed"

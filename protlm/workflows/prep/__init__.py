@@ -1,0 +1,1 @@
+"""protlm prep: files to a dataset."""

@@ -1,0 +1,155 @@
+"""From files to finished pieces: the first half of prep, shared among worker processes, each piece done once."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from protlm.data.building.pieces import PieceFile, open_piece_file, write_piece
+from protlm.data.building.selection import NO_SPLIT
+from protlm.data.labels.labels import Labels
+from protlm.data.parsing import reader
+from protlm.data.parsing.record_table import UNKNOWN, RecordTable
+from protlm.data.parsing.sources import STDIN, SourceBlocks
+from protlm.data.parsing.text_pieces import PIECE_BYTES, Format, TextPiece, cut_into_pieces
+from protlm.data.records import OnBadRecord
+from protlm.data.splits import SPLIT_NAMES
+from protlm.errors import ProtlmError, RecordError
+from protlm.runtime.workers import Workers
+from protlm.workflows.prep.folder import FinishedSource, InputFile, PrepFolder
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFiles:
+    """What files tell of records by their ids."""
+
+    clusters: Labels | None = None
+    families: Labels | None = None
+    splits: Labels | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PieceTask:
+    """A piece of text to read.
+
+    Attributes:
+        given: The file that it comes from.
+        text: The piece; its text is empty if the worker is to read it from the file itself.
+        num_bytes: Size of its text.
+        text_hash: Hash of it.
+        path: Where the finished piece goes.
+    """
+
+    given: InputFile
+    text: TextPiece
+    num_bytes: int
+    text_hash: str
+    path: Path
+
+
+def read_source(
+    folder: PrepFolder,
+    number: int,
+    workers: Workers,
+    on_bad_record: OnBadRecord,
+    progress: Callable[[int], object] | None,
+) -> None:
+    """Reads a file to its end and leaves its pieces in the folder; those that are there already are not read again.
+
+    Raises:
+        RecordError: A bad record, unless bad records are skipped; a file without records.
+        ProtlmError: A damaged file.
+        OSError: A file that cannot be read, or no room for what is made of it.
+    """
+    given = folder.inputs[number]
+    state = given.state
+    source = SourceBlocks(given.path, progress=progress)
+    formats: list[Format] = []
+    num_pieces = num_records = num_lines = num_entries = 0
+    for piece in workers.in_order(make_piece, _tasks(folder, number, source, workers, formats)):
+        raise_first_fault(piece, num_lines, on_bad_record)
+        num_pieces += 1
+        num_records += piece.num_records
+        num_lines += piece.num_lines
+        num_entries += piece.num_entries
+    if not num_entries:
+        raise reader.no_records(given.path, num_lines)
+    folder.finish_source(number, FinishedSource(source.name, source.sha256, formats[0], num_pieces, num_records, state))
+
+
+def raise_first_fault(piece: PieceFile, num_lines: int, on_bad_record: OnBadRecord) -> None:
+    """Raises the first bad record of a piece, unless bad records are skipped.
+
+    Args:
+        piece: The piece.
+        num_lines: Lines of its file before it.
+        on_bad_record: Whether to raise.
+    """
+    if on_bad_record == "error" and piece.first_fault is not None:
+        line, message, reason, record_id = piece.first_fault
+        raise RecordError(piece.path_of_source, line + num_lines, message, reason=reason, record_id=record_id)
+
+
+def _tasks(
+    folder: PrepFolder, number: int, source: SourceBlocks, workers: Workers, formats: list[Format]
+) -> Iterator[PieceTask]:
+    given = folder.inputs[number]
+    for index, piece in enumerate(cut_into_pieces(given.path, source, piece_bytes=PIECE_BYTES)):
+        if not formats:
+            formats.append(piece.format)
+        num_bytes, text_hash = len(piece.text), _hash_of(piece)
+        # What lies in a plain file need not be sent through a pipe.
+        if workers.number > 1 and source.is_plain and not piece.oversized_lines and given.path != STDIN:
+            piece = dataclasses.replace(piece, text=b"")
+        yield PieceTask(given, piece, num_bytes, text_hash, folder.piece_path(number, index))
+
+
+def _hash_of(piece: TextPiece) -> str:
+    """Returns a hash of all that decides what is read from a piece."""
+    digest = xxhash.xxh3_128(f"{piece.format} {piece.is_first} {piece.is_last} {piece.oversized_lines}\n".encode())
+    digest.update(piece.text)
+    return digest.hexdigest()
+
+
+def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
+    """Reads a piece of text and writes what it holds, unless that is there already."""
+    given = task.given
+    if (found := open_piece_file(task.path, given.path, given.part, task.text_hash)) is not None:
+        return found
+    text = task.text
+    if not text.text and task.num_bytes:
+        text = dataclasses.replace(text, text=_read_range(given.path, text.start, task.num_bytes))
+        if _hash_of(text) != task.text_hash:
+            raise ProtlmError(f"{given.path}: changed while it was read; prepare it again")
+    parsed = reader.parse_piece(given.path, text)
+    table, split_codes = _labelled(parsed.table, labels)
+    parsed = dataclasses.replace(parsed, table=table)
+    write_piece(task.path, parsed, text_hash=task.text_hash, split=split_codes)
+    written = open_piece_file(task.path, given.path, given.part, task.text_hash)
+    assert written is not None
+    return written
+
+
+def _read_range(path: str, start: int, num_bytes: int) -> bytes:
+    with Path(path).open("rb") as file:
+        file.seek(start)
+        return file.read(num_bytes)
+
+
+def _labelled(table: RecordTable, labels: LabelFiles) -> tuple[RecordTable, np.ndarray | None]:
+    """Adds what files tell of the records; it goes before what the records tell themselves."""
+    if labels.clusters is not None:
+        found = labels.clusters.lookup(table.ids, table.id_digests)
+        sizes = np.where(found < 0, UNKNOWN, labels.clusters.sizes[found]).astype(np.int32)
+        table = dataclasses.replace(table, cluster_ids=labels.clusters.names(found), cluster_size=sizes)
+    if labels.families is not None:
+        found = labels.families.lookup(table.ids, table.id_digests)
+        table = dataclasses.replace(table, families=labels.families.names(found))
+    if labels.splits is None:
+        return table, None
+    found = labels.splits.lookup(table.ids, table.id_digests)
+    codes = [SPLIT_NAMES.index(labels.splits.name(index)) for index in range(len(labels.splits))]
+    return table, np.array([*codes, NO_SPLIT], dtype=np.uint8)[found]

@@ -1,0 +1,1 @@
+"""protlm train: a dataset to a run and its model."""

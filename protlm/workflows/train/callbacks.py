@@ -1,0 +1,195 @@
+"""What happens between updates: measurements, the exported model, checkpoints, a wished stop."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from protlm.config import Config
+from protlm.data.batching.batches import Proteins
+from protlm.inference.scoring import Scores, score_split
+from protlm.model.health import attention_health
+from protlm.pretrained.model_directory import ModelDescription, ValidScore, save_model
+from protlm.workflows.train import run_checkpoints
+from protlm.workflows.train.run_log import RunLog
+from protlm.workflows.train.stop_request import StopRequest
+from protlm.workflows.train.task import LanguageModelling, Update
+
+
+class Watch(pl.Callback):
+    """After every update: what is due of a row in the files, a measurement, a model and a checkpoint.
+
+    All processes of a run do the same; only the first one writes.
+
+    Attributes:
+        last_step: The latest update.
+        best: The measurement of the exported model; None without a valid split.
+        ended_early: Why the run ended before max_steps, in words; None if it did not.
+        notes: What a user should know of the files that the run goes on with.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        valid: Proteins | None,
+        describe: Callable[[int], ModelDescription],
+        stop_request: StopRequest,
+        first_step: int,
+    ) -> None:
+        self._run_dir = run_dir
+        self._config = config
+        self._valid = valid
+        self._describe = describe
+        self._stop_request = stop_request
+        self._log: RunLog | None = None
+        self._num_without_improvement = 0
+        self._update_began = self._batch_asked_for = 0.0
+        self._seconds_waited = 0.0
+        self.last_step = first_step
+        self.best: ValidScore | None = None
+        self.ended_early: str | None = None
+        self.notes: tuple[str, ...] = ()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the files at the step that the run starts from."""
+        # Lightning has taken SIGTERM for itself meanwhile, and would end a run in the middle of an update.
+        self._stop_request.listen()
+        self.last_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._log = RunLog(self._run_dir, self._config, self.last_step, trainer.loggers)
+            self.notes = self._log.notes
+        self._update_began = self._batch_asked_for = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes how long the row was waited for."""
+        self._seconds_waited += time.perf_counter() - self._batch_asked_for
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Does what is due after an update; nothing between the rows of one."""
+        if trainer.global_step > self.last_step:
+            assert isinstance(pl_module, LanguageModelling)
+            self.last_step = trainer.global_step
+            self._after_update(trainer, pl_module)
+            self._update_began, self._seconds_waited = time.perf_counter(), 0.0
+        self._batch_asked_for = time.perf_counter()
+
+    def _after_update(self, trainer: pl.Trainer, task: LanguageModelling) -> None:
+        step, settings, update = self.last_step, self._config.train, task.last_update
+        assert update is not None
+        seconds = time.perf_counter() - self._update_began
+        is_last = step >= settings.max_steps
+        valid: dict[str, float] = {}
+        has_improved = is_patience_over = False
+        if is_last or step % settings.valid_every_steps == 0:
+            valid, has_improved = self._measure(trainer, task)
+            is_patience_over = 0 < settings.patience <= self._num_without_improvement
+        if not is_last:
+            self.ended_early = _reason_to_stop(update, settings.patience if is_patience_over else None)
+        if self._log is not None:
+            self._log.update(step, update, valid, seconds, self._seconds_waited)
+        if settings.health_every_steps and step % settings.health_every_steps == 0:
+            assert task.first_batch is not None
+            layers = attention_health(task.model, task.first_batch.tokens, task.first_batch.cu_seqlens)
+            if self._log is not None:
+                self._log.health(step, layers)
+        ends = is_last or self.ended_early is not None
+        if ends or has_improved or self._is_due(step):
+            self._save_checkpoints(trainer, has_improved=has_improved)
+            if self._log is not None:
+                self._log.draw_curves(is_last=ends)
+        if ends:
+            trainer.should_stop = True
+
+    def _is_due(self, step: int) -> bool:
+        settings = self._config.train
+        return step % settings.checkpoint_every_steps == 0 or (
+            settings.keep_every_steps > 0 and step % settings.keep_every_steps == 0
+        )
+
+    def _measure(self, trainer: pl.Trainer, task: LanguageModelling) -> tuple[dict[str, float], bool]:
+        """Scores the valid split; exports the model if it is the best so far, or if there is nothing to compare.
+
+        Returns:
+            The columns of metrics.csv, and whether the model is better than all before.
+        """
+        description = self._describe(self.last_step)
+        if self._valid is None:
+            self._export(trainer, task, description)
+            return {}, False
+        scores = score_split(
+            task.model, description, self._valid, rank=trainer.global_rank, world_size=trainer.world_size
+        )
+        valid = _valid_score(scores)
+        # A perplexity that is not a number is no improvement, but a run must end with a model.
+        has_improved = self.best is None or not self.best.perplexity <= valid.perplexity
+        self._num_without_improvement = 0 if has_improved else self._num_without_improvement + 1
+        if has_improved:
+            self.best = valid
+            self._export(trainer, task, description.model_copy(update={"valid": valid}))
+        columns = {
+            "valid/loss": scores.model.loss,
+            "valid/accuracy": scores.model.accuracy,
+            "valid/perplexity": scores.model.perplexity,
+        }
+        return columns, has_improved
+
+    def _export(self, trainer: pl.Trainer, task: LanguageModelling, description: ModelDescription) -> None:
+        state = task.full_state()
+        if trainer.is_global_zero:
+            save_model(self._run_dir / "model", state, description)
+
+    def _save_checkpoints(self, trainer: pl.Trainer, *, has_improved: bool) -> None:
+        last = run_checkpoints.last_checkpoint(self._run_dir)
+        trainer.save_checkpoint(last)
+        if not trainer.is_global_zero:
+            return
+        every = self._config.train.keep_every_steps
+        if every and self.last_step % every == 0:
+            run_checkpoints.keep(last, run_checkpoints.kept_checkpoint(self._run_dir, self.last_step))
+        if has_improved:
+            run_checkpoints.keep(last, run_checkpoints.best_checkpoint(self._run_dir))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the best measurement and how long ago it was, so that a resumed run goes on comparing with it."""
+        return {
+            "best": None if self.best is None else self.best.model_dump(),
+            "num_without_improvement": self._num_without_improvement,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the best measurement and how long ago it was."""
+        saved = state_dict["best"]
+        self.best = None if saved is None else ValidScore.model_validate(saved)
+        self._num_without_improvement = state_dict["num_without_improvement"]
+
+    def close(self) -> None:
+        """Closes the files and the progress bar, however the run ended."""
+        if self._log is not None:
+            self._log.close()
+
+
+def _reason_to_stop(update: Update, lost_patience: int | None) -> str | None:
+    if update.interrupted:
+        return "interrupted"
+    if update.time_is_over:
+        return "its time is over"
+    if lost_patience is not None:
+        return f"no lower perplexity on valid in {lost_patience} measurements"
+    return None
+
+
+def _valid_score(scores: Scores) -> ValidScore:
+    return ValidScore(
+        num_targets=scores.num_targets,
+        accuracy=scores.model.accuracy,
+        perplexity=scores.model.perplexity,
+        empirical_accuracy=scores.empirical.accuracy,
+        empirical_perplexity=scores.empirical.perplexity,
+    )

@@ -1,0 +1,133 @@
+"""What a run tells while it goes on: hides the files, the loggers and the progress bar that an update is written to."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers import Logger
+from tqdm import tqdm
+
+from protlm.config import Config
+from protlm.model.health import LayerHealth
+from protlm.workflows.train.curves import plot_curves
+from protlm.workflows.train.run_tables import HEALTH, METRICS, SPEED, CsvLog
+from protlm.workflows.train.task import Update
+
+_LARGEST_EXPONENT = 700.0
+_SECONDS_BETWEEN_CURVES = 60.0
+
+
+class RunLog:
+    """The files, loggers and progress bar of a run, from the step that it starts from.
+
+    Attributes:
+        notes: What a user should know of the files that the run goes on with.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, first_step: int, loggers: Sequence[Logger]) -> None:
+        self._run_dir = run_dir
+        self._causal = config.model.causal
+        self._loggers = loggers
+        self._metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step=first_step)
+        self._speed = CsvLog(run_dir / "speed.csv", SPEED, last_step=first_step)
+        self._health = CsvLog(run_dir / "health.csv", HEALTH, last_step=first_step)
+        self.notes: tuple[str, ...] = ()
+        if self._metrics.last_step < first_step:
+            missing = f"{self._metrics.last_step + 1} to {first_step}"
+            self.notes = (f"{run_dir / 'metrics.csv'}: the rows of steps {missing} are gone, and stay away",)
+        self._progress: tqdm[Any] = tqdm(
+            total=config.train.max_steps, initial=first_step, unit="step", desc="train", disable=None, smoothing=0.05
+        )
+        self._valid_perplexity = "-"
+        self._curves_drawn_at = -math.inf
+
+    def update(
+        self, step: int, update: Update, valid: Mapping[str, float], seconds: float, seconds_waited: float
+    ) -> None:
+        """Adds one update.
+
+        Args:
+            step: Its number, from 1.
+            update: What it was made of.
+            valid: The columns `valid/…`, where the valid split was measured.
+            seconds: What it took, without the measurements and checkpoints after it.
+            seconds_waited: How much of that the training loop waited for data.
+        """
+        row: dict[str, float] = {
+            "step": step,
+            "epoch": update.epoch,
+            "train/loss": update.loss,
+            "train/accuracy": update.accuracy,
+            "train/perplexity": math.exp(min(update.loss, _LARGEST_EXPONENT)),
+            "lr": update.lr,
+            "grad_norm": update.grad_norm,
+            **valid,
+        }
+        speed: dict[str, float] = {
+            "step": step,
+            "seconds": seconds,
+            "residues_per_second": update.num_residues / seconds,
+            "data_wait_fraction": seconds_waited / seconds,
+            "peak_memory_bytes": _peak_memory_bytes(),
+        }
+        self._metrics.append(row)
+        self._speed.append(speed)
+        self._tell_loggers(step, row | speed)
+        self._show(row, speed)
+
+    def health(self, step: int, layers: Sequence[LayerHealth]) -> None:
+        """Adds the health of every layer's attention at a step."""
+        numbers: dict[str, float] = {}
+        for layer in layers:
+            found = {name: value for name, value in asdict(layer).items() if value is not None}
+            self._health.append({"step": step, **found})
+            numbers |= {f"health/{name}/layer_{layer.layer}": value for name, value in found.items() if name != "layer"}
+        self._tell_loggers(step, numbers)
+
+    def draw_curves(self, *, is_last: bool = False) -> None:
+        """Draws curves.png again, but not all the time."""
+        now = time.monotonic()
+        if is_last or now - self._curves_drawn_at >= _SECONDS_BETWEEN_CURVES:
+            plot_curves(self._run_dir, causal=self._causal)
+            self._curves_drawn_at = now
+
+    def close(self) -> None:
+        """Closes the files and the progress bar, however the run ended."""
+        for log in (self._metrics, self._speed, self._health):
+            log.close()
+        self._progress.close()
+
+    def _tell_loggers(self, step: int, numbers: Mapping[str, float]) -> None:
+        found = {name: value for name, value in numbers.items() if name != "step"}
+        for logger in self._loggers:
+            logger.log_metrics(found, step=step)
+
+    def _show(self, row: Mapping[str, float], speed: Mapping[str, float]) -> None:
+        if "valid/perplexity" in row:
+            self._valid_perplexity = f"{row['valid/perplexity']:.2f}"
+        self._progress.set_postfix(
+            {
+                "loss": f"{row['train/loss']:.3f}",
+                "perplexity": f"{row['train/perplexity']:.2f}",
+                "accuracy": f"{row['train/accuracy']:.3f}",
+                "valid": self._valid_perplexity,
+                "residues/s": f"{speed['residues_per_second']:,.0f}",
+            },
+            refresh=False,
+        )
+        self._progress.update()
+
+
+def _peak_memory_bytes() -> int:
+    """Returns the most memory that this process has held: of its GPU if it has one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,180 @@
+"""The tables of numbers that a run writes: hides how a resumed run continues those of the run before it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from protlm import files
+from protlm.errors import CheckpointError
+
+METRICS = (
+    "step", "epoch", "train/loss", "train/accuracy", "train/perplexity", "lr", "grad_norm",
+    "valid/loss", "valid/accuracy", "valid/perplexity",
+)  # fmt: skip
+"""Columns of metrics.csv, a row per update: only numbers that are the same in two equal runs."""
+
+SPEED = ("step", "seconds", "residues_per_second", "data_wait_fraction", "peak_memory_bytes")
+"""Columns of speed.csv: what depends on the machine and its other work."""
+
+HEALTH = (
+    "step", "layer", "q_norm", "k_norm", "max_q_norm", "max_k_norm", "effective_features", "dead_features",
+)  # fmt: skip
+"""Columns of health.csv, a row per layer at each step that is measured."""
+
+_BLOCK_BYTES = 2**24
+
+
+class CsvLog:
+    """A table that grows while a run goes on; each row is on disk when `append` returns to the operating system.
+
+    Attributes:
+        last_step: The last step that was kept; 0 for none.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
+        """Opens the file, keeping the rows up to last_step and dropping those past it.
+
+        Args:
+            path: The file; made if it is not there.
+            columns: Names of the columns; the first is `step`.
+            last_step: The step that the run goes on from.
+
+        Raises:
+            CheckpointError: The file is no such table.
+        """
+        self._columns = tuple(columns)
+        self.last_step = 0
+        with files.written_whole(path) as partial, partial.open("wb") as kept:
+            kept.write(_header(columns))
+            for line in _lines(path, columns) if path.exists() else ():
+                step = int(line.partition(b",")[0])
+                if step <= last_step:
+                    kept.write(line)
+                    self.last_step = step
+        self._file = path.open("ab")
+
+    def append(self, row: Mapping[str, float | None]) -> None:
+        """Adds one row; a column that is None or not there stays empty. Floats are written with all their digits.
+
+        Raises:
+            ValueError: A column that the table does not have.
+        """
+        unknown = sorted(row.keys() - set(self._columns))
+        if unknown:
+            raise ValueError(f"row: expected the columns {', '.join(self._columns)}, got also {', '.join(unknown)}")
+        fields = (row.get(column) for column in self._columns)
+        self._file.write(",".join(map(_text, fields)).encode() + b"\r\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yields the complete rows of a table as texts by column; a row cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: The file is no such table.
+    """
+    for line in _lines(path, columns):
+        yield _fields(line, columns)
+
+
+def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[dict[str, str]]:
+    """Returns rows that are spread evenly over a table of any length, in order, its last among them.
+
+    Of rows whose last column is filled as many are taken again, so that what is measured seldom is not missed. Lines
+    are found in one pass over the bytes, and only those chosen are taken apart: a million cost a fraction of a second.
+
+    Args:
+        path: A table of `CsvLog`.
+        columns: Its columns.
+        most_steps: The most steps to take evenly; of each, all rows.
+
+    Raises:
+        CheckpointError: The file is no such table.
+    """
+    with path.open("rb") as file:
+        _check_header(path, file.readline(), columns)
+        starts, has_last = _find_lines(file)
+        num_rows = len(has_last)
+        rows_per_step = _rows_of_first_step(file, int(starts[0]), columns)
+        steps = _spread(np.arange(0, num_rows, rows_per_step), most_steps)
+        chosen = np.concatenate(
+            ((steps[:, None] + np.arange(rows_per_step)).ravel(), _spread(has_last.nonzero()[0], most_steps))
+        )
+        rows = []
+        for number in np.unique(chosen[chosen < num_rows]):
+            file.seek(starts[number])
+            line = file.readline()
+            if _is_row(line, columns):
+                rows.append(_fields(line, columns))
+    return rows
+
+
+def _find_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where the whole lines after the header start, the end of the last one, and which have a last field."""
+    ends, has_last = [np.array([file.tell()])], []
+    place, before = file.tell(), np.frombuffer(b"\n\n", np.uint8)
+    while block := file.read(_BLOCK_BYTES):
+        # Two bytes of the block before, so that what stands before the end of a line is in sight.
+        seen = np.concatenate((before, np.frombuffer(block, np.uint8)))
+        newlines = (seen[2:] == ord("\n")).nonzero()[0]
+        ends.append(place + newlines + 1)
+        has_last.append(seen[newlines] != ord(","))
+        place, before = place + len(block), seen[-2:]
+    return np.concatenate(ends), np.concatenate(has_last) if has_last else np.zeros(0, dtype=bool)
+
+
+def _rows_of_first_step(file: BinaryIO, start: int, columns: Sequence[str]) -> int:
+    """Returns how many rows a step has, 1 at least; a log writes the same number at each."""
+    file.seek(start)
+    first, count = b"", 0
+    for line in file:
+        step = line.partition(b",")[0]
+        if not _is_row(line, columns) or (count and step != first):
+            break
+        first, count = step, count + 1
+    return max(1, count)
+
+
+def _spread(numbers: np.ndarray, most: int) -> np.ndarray:
+    if len(numbers) <= most:
+        return numbers
+    return numbers[np.linspace(0, len(numbers) - 1, most).round().astype(np.int64)]
+
+
+def _header(columns: Sequence[str]) -> bytes:
+    return ",".join(columns).encode() + b"\r\n"
+
+
+def _check_header(path: Path, line: bytes, columns: Sequence[str]) -> None:
+    if line.rstrip(b"\r\n") != _header(columns).rstrip(b"\r\n"):
+        raise CheckpointError(
+            f"{path}: line 1: expected the columns {', '.join(columns)}, got {line[:80].decode(errors='replace')!r}; "
+            "move the file away"
+        )
+
+
+def _lines(path: Path, columns: Sequence[str]) -> Iterator[bytes]:
+    """Yields the complete rows as they are in the file."""
+    with path.open("rb") as file:
+        _check_header(path, file.readline(), columns)
+        yield from (line for line in file if _is_row(line, columns))
+
+
+def _is_row(line: bytes, columns: Sequence[str]) -> bool:
+    return line.endswith(b"\n") and line.count(b",") == len(columns) - 1 and line.partition(b",")[0].isdigit()
+
+
+def _fields(line: bytes, columns: Sequence[str]) -> dict[str, str]:
+    return dict(zip(columns, line.rstrip(b"\r\n").decode(errors="replace").split(","), strict=True))
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else repr(float(value))

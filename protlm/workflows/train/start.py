@@ -1,0 +1,211 @@
+"""Before a run starts: hides everything that is looked at first, so that what is at fault ends it with nothing touched.
+
+`protlm train` and its dry run look at the same things. Of several processes all do, and so all come to the same end;
+only whether the folder may be written is for the first one, which is about to write it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import compress
+from pathlib import Path
+
+import torch
+
+from protlm.config import Config
+from protlm.data.storage.dataset import Dataset, open_dataset
+from protlm.data.storage.mixture import Mixture
+from protlm.errors import CheckpointError, ConfigError, ProtlmError
+from protlm.model.performer import Performer
+from protlm.pretrained.model_directory import dataset_hash_of, find_model, initial_weights, read_description
+from protlm.runtime.devices import Devices, best_device, process_rank
+from protlm.workflows.train.memory import MemoryEstimate, check_fits, estimate_memory, memory_bytes
+from protlm.workflows.train.run_checkpoints import check_checkpoint, last_checkpoint
+from protlm.workflows.train.run_description import RUN_NAME, TrainingSet, read_run_description
+from protlm.workflows.train.run_folder import check_replaceable, resolve_settings
+from protlm.workflows.train.task import TrainingData
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a run is asked to be.
+
+    Attributes:
+        dataset_paths: Datasets of `protlm prep`, each with a train split.
+        run_dir: Where the run is written; must not exist unless resume or force is given.
+        config: Name of a shipped configuration or path of a TOML file.
+        overrides: Texts `section.key=value` that override it.
+        init: A model whose weights the run starts from.
+        devices: On what to train.
+        wandb_project: Where Weights & Biases keeps the numbers too.
+        resume: Continues the run in run_dir with its own settings; of those given only train.max_steps may differ.
+        force: Replaces an existing run.
+    """
+
+    dataset_paths: Sequence[Path]
+    run_dir: Path
+    config: str | Path | None = None
+    overrides: Sequence[str] = ()
+    init: Path | None = None
+    devices: Devices = field(default_factory=Devices)
+    wandb_project: str | None = None
+    resume: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """The opened datasets of a run.
+
+    Attributes:
+        datasets: In the order given.
+        train: Their train splits together.
+        valid: Their valid splits together; None if all are empty.
+        hash: Of all of them.
+    """
+
+    datasets: tuple[Dataset, ...]
+    train: Mixture
+    valid: Mixture | None
+    hash: str
+
+    @classmethod
+    def open(cls, paths: Sequence[Path]) -> "TrainingSets":
+        """Opens datasets and all their shards, so that what is missing is found before hours of work.
+
+        Raises:
+            ShardError: A dataset or shard that is missing or damaged, or one without a train split.
+        """
+        datasets = tuple(open_dataset(path) for path in paths)
+        train = Mixture([dataset.split("train") for dataset in datasets])
+        summaries = [dataset.manifest.splits.get("valid") for dataset in datasets]
+        is_filled = [summary is not None and summary.num_records > 0 for summary in summaries]
+        filled = [dataset.split("valid") for dataset in compress(datasets, is_filled)]
+        valid = Mixture(filled) if filled else None
+        for mixture in (train, valid):
+            if mixture is not None:
+                mixture.open_shards()
+        return cls(datasets, train, valid, dataset_hash_of([dataset.hash for dataset in datasets]))
+
+    def summaries(self) -> list[TrainingSet]:
+        """Returns what a run remembers of each dataset."""
+        return [
+            TrainingSet(
+                name=dataset.path.resolve().name,
+                hash=dataset.hash,
+                num_records=split.num_records,
+                num_residues=split.summary.num_residues,
+            )
+            for dataset, split in zip(self.datasets, self.train.splits, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that may start.
+
+    Attributes:
+        sets: Its datasets.
+        settings: Its resolved settings.
+        data: Its stream of rows.
+        model: The network with its first weights.
+        memory: What a step needs by estimate.
+        first_step: Updates before; 0 for a new run.
+        init_hash: Of the weights that it begins with; None where they are drawn.
+    """
+
+    sets: TrainingSets
+    settings: Config
+    data: TrainingData
+    model: Performer
+    memory: MemoryEstimate
+    first_step: int
+    init_hash: str | None
+
+
+def prepare_start(request: TrainRequest) -> Start:
+    """Looks at all that can be at fault, and touches nothing.
+
+    Raises:
+        ProtlmError: What keeps the run from starting.
+    """
+    run_dir = request.run_dir
+    for path in request.dataset_paths:
+        if run_dir.is_relative_to(path.resolve()) or path.resolve().is_relative_to(run_dir):
+            raise ProtlmError(f"{run_dir}: the run and the dataset {path} lie inside each other; choose another --out")
+    if request.wandb_project is not None and find_spec("wandb") is None:
+        raise ProtlmError("--wandb: the package wandb is not installed; pip install 'protlm[wandb]'")
+    sets = TrainingSets.open(request.dataset_paths)
+    settings = resolve_settings(run_dir, request.config, request.overrides, resume=request.resume)
+    _check_devices(settings, request.devices)
+    if settings.train.patience and sets.valid is None:
+        raise ConfigError("train.patience: expected 0 without a valid split, which it would measure")
+    memory = estimate_memory(settings, in_place=best_device().type == "cpu")
+    if request.devices.strategy != "fsdp":
+        check_fits(memory, memory_bytes(best_device()))
+    first_step = check_checkpoint(last_checkpoint(run_dir), sets.hash, settings) if request.resume else 0
+    if first_step > settings.train.max_steps:
+        raise ConfigError(
+            f"{run_dir}: the run is at step {first_step} already, past max_steps = {settings.train.max_steps}; "
+            "ask for more steps"
+        )
+    init_hash = _check_init(request, has_checkpoint=first_step > 0)
+    if process_rank() == 0:
+        check_replaceable(run_dir, resume=request.resume, force=request.force)
+    data = TrainingData(sets.train, settings)
+    model = build_model(settings, None if first_step else request.init)
+    return Start(sets, settings, data, model, memory, first_step, init_hash)
+
+
+def build_model(settings: Config, init: Path | None) -> Performer:
+    """Returns the network with its first weights, computed in the way that the settings ask for.
+
+    Raises:
+        ProtlmError: A model that does not fit into memory, or an `init` that does not fit the settings.
+    """
+    try:
+        model = Performer(settings.model)
+        model.reset(settings.train.seed)
+    except (RuntimeError, MemoryError):
+        raise ConfigError("model: does not fit into the memory of this machine; make it smaller") from None
+    if init is not None:
+        initial_weights(model, init)
+    model.checkpoint_activations = settings.train.activation_checkpointing
+    if settings.train.compile:
+        model.compile_layers()
+    return model
+
+
+def _check_devices(settings: Config, devices: Devices) -> None:
+    """Raises ConfigError unless the rows of an update can be shared out, and the devices are there."""
+    if settings.train.accumulate % devices.total:
+        wanted = -(-settings.train.accumulate // devices.total) * devices.total
+        raise ConfigError(
+            f"train.accumulate: expected a multiple of the {devices.total} devices, which share the rows of an update, "
+            f"got {settings.train.accumulate}; for example --set train.accumulate={wanted}"
+        )
+    if devices.accelerator == "gpu" and devices.per_node > torch.cuda.device_count():
+        raise ConfigError(
+            f"--devices {devices.per_node}: this machine has {torch.cuda.device_count()} GPUs; ask for at most as many"
+        )
+
+
+def _check_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
+    """Returns the hash of the weights that the run begins with; a resumed run begins with none but its own."""
+    given = None if request.init is None else read_description(find_model(request.init)).weights_hash
+    path = request.run_dir / RUN_NAME
+    if not (request.resume and path.exists()):
+        return given
+    began_with = read_run_description(path).init_hash
+    if given is None and (has_checkpoint or began_with is None):
+        return began_with
+    if given != began_with:
+        raise CheckpointError(
+            f"{request.run_dir}: the run began with {_told(began_with)} and goes on with {_told(given)}; "
+            "give the same --init as at its start"
+        )
+    return given
+
+
+def _told(init_hash: str | None) -> str:
+    return "drawn weights (no --init)" if init_hash is None else f"the weights {init_hash[:12]}… of an --init"

@@ -1,0 +1,283 @@
+"""The training step and its data as Lightning wants them: hides Lightning's ways from the rest of protlm.
+
+To Lightning a run is one endless epoch over our own stream of rows. An update takes the next `train.accumulate` rows,
+which the devices share out among themselves, so that their number changes neither the rows nor the loss.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from protlm.config import Config
+from protlm.data.batching.batches import Batch, Objective, Row, training_batch, training_rows
+from protlm.data.batching.draws import Draws
+from protlm.data.batching.masking import MaskRates
+from protlm.data.storage.mixture import Mixture
+from protlm.errors import ProtlmError
+from protlm.model.performer import Performer
+from protlm.runtime.devices import OtherProcessError
+from protlm.workflows.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor
+from protlm.workflows.train.stop_request import SIGNALS, StopRequest
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update of all devices together was made of.
+
+    Attributes:
+        loss: Mean negative log likelihood of its targets, in nats.
+        accuracy: Fraction of the targets that the model ranked first.
+        grad_norm: Norm of the whole gradient before clipping.
+        lr: Learning rate of AdamW.
+        epoch: Times that the stream had gone through the data before its first row.
+        num_residues: Residues in its rows.
+        interrupted: A signal asks one of the processes to stop.
+        time_is_over: One of the processes has lasted as long as it may.
+    """
+
+    loss: float
+    accuracy: float
+    grad_norm: float
+    lr: float
+    epoch: int
+    num_residues: int
+    interrupted: bool
+    time_is_over: bool
+
+
+class LanguageModelling(pl.LightningModule):
+    """One update: the sum of the losses of all rows of all devices, divided by the number of all their targets.
+
+    Attributes:
+        last_update: The latest update; None before the first.
+        first_batch: The first row of the update in progress or just made.
+    """
+
+    def __init__(self, model: Performer, config: Config, dataset_hash: str, stop_request: StopRequest) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.dataset_hash = dataset_hash
+        self.last_update: Update | None = None
+        self.first_batch: Batch | None = None
+        self._stop_request = stop_request
+        self._redraw_generator = torch.Generator().manual_seed(config.train.seed + 1)
+        self._num_rows = 0
+        self._sums = [0.0, 0.0, 0.0, 0.0]
+
+    def configure_model(self) -> None:
+        """Gives every device its part of the model, where FSDP2 is wanted."""
+        if self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns the run's optimizer."""
+        return build_optimizer(self.model, self.config.train)
+
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Redraws the projections before the update that is due for it."""
+        if self._num_rows:
+            return
+        self.first_batch = batch
+        every = self.config.train.redraw_every_steps
+        if every and self.global_step and self.global_step % every == 0:
+            self.model.redraw(self._redraw_generator)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Returns the sum of the negative log likelihoods of one row."""
+        if self.config.model.dropout:
+            torch.manual_seed(self._dropout_seed())
+        logits = self.model(batch.tokens, batch.cu_seqlens, batch.target_positions).float()
+        nll = F.cross_entropy(logits, batch.targets, reduction="sum")
+        num_correct = (logits.detach().argmax(-1) == batch.targets).sum()
+        for place, value in enumerate((nll.item(), num_correct.item(), len(batch.targets), batch.num_residues)):
+            self._sums[place] += value
+        self._num_rows += 1
+        # Lightning divides by the rows of this device, and its strategies take the mean over the devices; the division
+        # by the targets comes before the update.
+        return nll * self.config.train.accumulate
+
+    def _dropout_seed(self) -> int:
+        """Returns what dropout in a row is drawn from: the seed and the number of the row, whichever device has it."""
+        row = self.global_step * self.config.train.accumulate + self.global_rank
+        row += self._num_rows * self.trainer.world_size
+        return xxhash.xxh3_64_intdigest(f"dropout {self.config.train.seed} {row}".encode()) % 2**63
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turns gradients of the sum into those of the mean, clips them and sets the learning rate."""
+        settings = self.config.train
+        nll, num_correct, num_targets, num_residues, interrupted, time_is_over = self._totals()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        torch._foreach_div_(gradients, max(1.0, num_targets))
+        norm = gradient_norm(self.model.parameters())
+        loss, grad_norm = nll / max(1.0, num_targets), norm.item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if self.global_rank:
+                raise OtherProcessError
+            raise ProtlmError(
+                f"step {self.global_step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; expected finite "
+                "numbers. Checkpoints from before are kept; try a lower train.lr, train.muon_lr or "
+                "model.max_temperature"
+            )
+        if settings.clip_norm:
+            clip_gradients(self.model.parameters(), settings.clip_norm, norm)
+        factor = learning_rate_factor(self.global_step + 1, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        assert self.first_batch is not None
+        self.last_update = Update(
+            loss=loss,
+            accuracy=num_correct / max(1.0, num_targets),
+            grad_norm=grad_norm,
+            lr=settings.lr * factor,
+            epoch=self.first_batch.epoch,
+            num_residues=int(num_residues),
+            interrupted=bool(interrupted),
+            time_is_over=bool(time_is_over),
+        )
+        self._num_rows, self._sums = 0, [0.0, 0.0, 0.0, 0.0]
+
+    def _totals(self) -> list[float]:
+        """Returns the sums of this update over all devices, and how many of their processes want to stop and why."""
+        request = self._stop_request
+        totals = [*self._sums, float(request.interrupted), float(request.time_is_over)]
+        if self.trainer.world_size > 1:
+            # All processes learn of a stop in the same update, and so end together.
+            tensor = torch.tensor(totals, dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(tensor)
+            totals = tensor.tolist()
+        return totals
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Returns the model's weights and projections, on the CPU and whole; the first process has them all.
+
+        All processes call it together.
+        """
+        if self.device_mesh is None:
+            return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Tensor] = get_model_state_dict(self.model, options=options)  # type: ignore[assignment]
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the generator of the projections and what the run must agree on when it is resumed."""
+        checkpoint["protlm"] = {
+            "dataset_hash": self.dataset_hash,
+            "config": self.config.model_dump(mode="json"),
+            "redraw_generator": self._redraw_generator.get_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the generator."""
+        self._redraw_generator.set_state(checkpoint["protlm"]["redraw_generator"])
+
+
+class TrainingData(pl.LightningDataModule):
+    """The endless stream of rows, started where the checkpoint left it.
+
+    Attributes:
+        draws: Which protein is drawn when.
+        tokens_per_batch: Budget of a row, which Lightning's search for the largest one sets.
+    """
+
+    def __init__(self, proteins: Mixture, config: Config) -> None:
+        """Plans the draws, which raises an error where the proteins do not allow what the settings ask for."""
+        super().__init__()
+        self.draws = Draws.of(proteins, config.data, config.train.seed)
+        self.tokens_per_batch = config.data.tokens_per_batch
+        self._proteins = proteins
+        self._config = config
+        self._first_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the place in the stream; checkpoints are made between updates only."""
+        assert self.trainer is not None
+        return {"next_row": self.trainer.global_step * self._config.train.accumulate}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Starts the stream at a saved place; Lightning calls this before it asks for the loader."""
+        self._first_row = state_dict["next_row"]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Returns the loader of this device's rows."""
+        assert self.trainer is not None
+        content = self._config.model_dump()
+        content["data"]["tokens_per_batch"] = self.tokens_per_batch
+        config = Config.model_validate(content)
+        rows = partial(
+            training_rows,
+            self.draws,
+            self._proteins.lengths,
+            config.data,
+            self._first_row + self.trainer.global_rank,
+        )
+        sampler = _EveryNth(rows, self.trainer.world_size)
+        workers = config.data.num_workers
+        loader: DataLoader[Batch] = DataLoader(
+            _TrainingRows(self._proteins, config),
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            # Without its own generator a loader draws a number from torch's global one.
+            generator=torch.Generator(),
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_leave_signals_to_the_run,
+        )
+        return loader
+
+
+class _EveryNth(Sampler[Row]):
+    """Every n-th row of a stream. It has no length: the number of steps ends a run."""
+
+    def __init__(self, rows: Callable[[], Iterator[Row]], n: int) -> None:
+        self._rows, self._n = rows, n
+
+    def __iter__(self) -> Iterator[Row]:
+        return islice(self._rows(), 0, None, self._n)
+
+
+class _TrainingRows(Dataset[Batch]):
+    """Makes the planned rows."""
+
+    def __init__(self, proteins: Mixture, config: Config) -> None:
+        self._proteins, self._config = proteins, config
+        self._objective = objective_of(config)
+
+    def __getitem__(self, row: Row) -> Batch:
+        return training_batch(row, self._proteins, self._config.data, self._config.train.seed, self._objective)
+
+
+def objective_of(config: Config) -> Objective:
+    """Returns what a run with these settings learns to predict."""
+    settings = config.train
+    return Objective(config.model.causal, MaskRates(settings.mask_rate, settings.mask_share, settings.random_share))
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Keeps a worker at work when a whole job is signalled: the run still needs rows, and ends its workers itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

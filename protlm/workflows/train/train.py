@@ -1,0 +1,179 @@
+"""`protlm train`: from datasets to a run directory with metrics, checkpoints and a model."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
+
+from protlm.config import Config
+from protlm.pretrained.model_directory import ModelDescription, ValidScore, read_description
+from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer, process_rank, quiet_lightning
+from protlm.workflows.train.callbacks import Watch
+from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint
+from protlm.workflows.train.run_description import RUN_NAME, describe_session, write_run_description
+from protlm.workflows.train.run_folder import prepare_run_dir
+from protlm.workflows.train.start import Start, TrainRequest, prepare_start
+from protlm.workflows.train.stop_request import StopRequest
+from protlm.workflows.train.task import LanguageModelling, TrainingData
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a training run ended with.
+
+    Attributes:
+        run_dir: The run directory.
+        step: Optimizer updates since step 0.
+        interrupted: Whether Ctrl-C or another signal ended the run before max_steps.
+        ended_early: Why it ended before max_steps, in words; None if it did not.
+        notes: What the user should know of the files that it went on with.
+        seconds: Wall time of this call.
+        num_parameters: Trained numbers of the model.
+        model: The exported model; None in a run that was stopped before its first measurement.
+        valid: What that model reached on the valid split; None where there is none.
+    """
+
+    run_dir: Path
+    step: int
+    interrupted: bool
+    ended_early: str | None
+    notes: tuple[str, ...]
+    seconds: float
+    num_parameters: int
+    model: Path | None
+    valid: ValidScore | None
+
+
+def train(
+    request: TrainRequest, *, max_seconds: float | None = None, command: Sequence[str] = ()
+) -> TrainReport | None:
+    """Trains a language model and returns what it ended with; None in every process of the run but the first.
+
+    Args:
+        request: What the run is asked to be.
+        max_seconds: When to stop, with a checkpoint.
+        command: The words of the command, for run.json.
+
+    Raises:
+        ProtlmError: Bad settings or data, an existing run, or a loss that is not finite.
+    """
+    started = time.perf_counter()
+    run_dir, is_first = request.run_dir, process_rank() == 0
+    start = prepare_start(request)
+    settings = start.settings
+    has_work = start.first_step < settings.train.max_steps
+    if is_first and has_work:
+        prepare_run_dir(run_dir, settings, resume=request.resume)
+        devices = request.devices
+        session = describe_session(
+            command,
+            devices=devices.per_node,
+            num_nodes=devices.num_nodes,
+            strategy=devices.strategy,
+            first_step=start.first_step,
+        )
+        write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.init_hash)
+    with StopRequest(max_seconds) as stop_request:
+        watch = Watch(run_dir, settings, start.sets.valid, _describer(start), stop_request, start.first_step)
+        if has_work:
+            task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
+            with quiet_lightning():
+                loggers = _loggers(run_dir, start.first_step, request.wandb_project) if is_first else []
+                trainer = make_trainer(settings, request.devices, run_dir, [watch], loggers)
+                checkpoint = last_checkpoint(run_dir) if start.first_step else None
+                try:
+                    _fit(trainer, task, start.data, checkpoint)
+                except OtherProcessError:
+                    return None
+                finally:
+                    watch.close()
+    if not is_first:
+        return None
+    has_model = (run_dir / "model" / "config.json").is_file()
+    return TrainReport(
+        run_dir=run_dir,
+        step=watch.last_step,
+        interrupted=stop_request.interrupted and watch.last_step < settings.train.max_steps,
+        ended_early=watch.ended_early,
+        notes=watch.notes,
+        seconds=time.perf_counter() - started,
+        num_parameters=start.memory.parameters,
+        model=run_dir / "model" if has_model else None,
+        valid=read_description(run_dir / "model").valid if has_model else None,
+    )
+
+
+def _describer(start: Start) -> Callable[[int], ModelDescription]:
+    settings, sets = start.settings, start.sets
+    is_concatenated = settings.data.mode == "concatenated"
+
+    def describe(step: int) -> ModelDescription:
+        return ModelDescription(
+            model=settings.model,
+            mask_rate=settings.train.mask_rate,
+            mask_share=settings.train.mask_share,
+            random_share=settings.train.random_share,
+            data_mode=settings.data.mode,
+            window_tokens=settings.data.window_tokens if is_concatenated else None,
+            redraw_every_steps=settings.train.redraw_every_steps,
+            seed=settings.train.seed,
+            step=step,
+            residue_counts=sets.train.residue_counts,
+            dataset_hash=sets.hash,
+        )
+
+    return describe
+
+
+def _loggers(run_dir: Path, first_step: int, wandb_project: str | None) -> list[Logger]:
+    """Returns what keeps the numbers beside our own files; TensorBoard forgets the steps past the checkpoint."""
+    from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+
+    loggers: list[Logger] = [TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1)]
+    if wandb_project is not None:
+        loggers.append(WandbLogger(project=wandb_project, save_dir=run_dir, name=run_dir.name))
+    return loggers
+
+
+def make_trainer(
+    settings: Config,
+    devices: Devices,
+    run_dir: Path,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> pl.Trainer:
+    """Returns the trainer of a run; what Lightning would write itself, it leaves to us."""
+    return pl.Trainer(
+        default_root_dir=run_dir,
+        max_steps=settings.train.max_steps,
+        max_epochs=-1,
+        accelerator=devices.accelerator,
+        devices=devices.per_node,
+        num_nodes=devices.num_nodes,
+        strategy=devices.lightning_strategy(),
+        precision="bf16-mixed" if settings.train.precision == "bf16-mixed" else "32-true",
+        accumulate_grad_batches=settings.train.accumulate // devices.total,
+        callbacks=list(callbacks),
+        plugins=[WholeCheckpointIO()],
+        logger=list(loggers),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        # Lightning exits on the second Ctrl-C; the command line knows what an interrupt means.
+        raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        if process_rank() and is_lost_peer(error):
+            raise OtherProcessError from None
+        raise

@@ -1,0 +1,270 @@
+"""Each layout is read as those read it who use it."""
+
+import csv
+import hashlib
+import subprocess
+import sys
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from protlm import open_embeddings, vocabulary
+from protlm.data.embeddings.layouts import LAYOUTS, esm
+from protlm.data.embeddings.layouts.uniprot import key_of
+from protlm.errors import ProtlmError
+from tests.unit.data.embeddings.layouts.layout_cases import MODEL_DIM, SEQUENCES, SOME, contents_of, value, write_all
+
+pyarrow = pytest.importorskip("pyarrow")
+KINDS = ("logits", "per-residue", "mean", "cls")
+
+
+def same(found, contents, column, index):
+    expected = value(contents, column, index).astype(contents.dtype)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_protlm_gives_every_kind_and_layer_by_id(tmp_path, dtype):
+    contents = contents_of(SEQUENCES, KINDS, (0, 6), dtype)
+    write_all("protlm", tmp_path / "e.h5", contents)
+    for kind, layer in contents.columns:
+        found = open_embeddings(tmp_path / "e.h5", kind, layer)
+        assert list(found) == list(SEQUENCES)
+        for index, record_id in enumerate(SEQUENCES):
+            same(found[record_id], contents, (kind, layer), index)
+    logits = open_embeddings(tmp_path / "e.h5", "logits")
+    assert (logits.layer, logits["again"].shape) == (6, (4, len(vocabulary.TOKENS)))
+    assert open_embeddings(tmp_path / "e.h5").kind == "per-residue"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_uniprot_is_read_by_accession(tmp_path, kind, dtype):
+    contents = contents_of(SEQUENCES, [kind], dtype=dtype)
+    write_all("uniprot", tmp_path / "per.h5", contents)
+    with h5py.File(tmp_path / "per.h5") as file:
+        keys = {dataset.attrs["original_id"]: key for key, dataset in file.items()}
+        assert sorted(keys) == sorted(SEQUENCES)
+        for index, record_id in enumerate(SEQUENCES):
+            same(file[keys[record_id]][()], contents, contents.columns[0], index)
+        np.testing.assert_array_equal(np.array(file["P69905"]), value(contents, contents.columns[0], 0))
+    assert keys["sp|P69905|HBA_HUMAN"] == "P69905"
+    assert keys["P69905"] == "P69905#2"
+    assert keys["tr|A0A0/24|X"] == "A0A0_24"
+    assert keys["UniRef100_A0A7"] == "UniRef100_A0A7"
+    assert keys["."] == "_"
+    assert keys["../../escape"] == ".._.._escape"
+
+
+@pytest.mark.parametrize(
+    ("record_id", "key"),
+    [
+        ("sp|P69905-2|HBA_HUMAN", "P69905-2"),
+        ("tr|A0A0|", "A0A0"),
+        ("sp|P69905", "sp|P69905"),
+        ("sp||X", "sp||X"),
+        ("gb|P69905|X", "gb|P69905|X"),
+        ("", "_"),
+        ("sp|.|X", "_"),
+        ("a\0b/c", "a_b_c"),
+    ],
+)
+def test_the_key_of_uniprot_is_the_accession_or_the_id(record_id, key):
+    assert key_of(record_id) == key
+
+
+@pytest.mark.parametrize("kind", ["per-residue", "mean"])
+def test_bio_embeddings_is_read_as_biotrainer_reads_it(tmp_path, kind):
+    contents = contents_of(SEQUENCES, [kind])
+    write_all("bio-embeddings", tmp_path / "e.h5", contents)
+    with h5py.File(tmp_path / "e.h5", "r") as file:
+        found = {dataset.attrs["original_id"]: dataset[()] for _, dataset in file.items()}
+        keys = {dataset.attrs["original_id"]: key for key, dataset in file.items()}
+    assert sorted(found) == sorted(SEQUENCES)
+    for index, (record_id, sequence) in enumerate(SEQUENCES.items()):
+        same(found[record_id], contents, (kind, 6), index)
+        assert keys[record_id].split("#")[0] == hashlib.md5(sequence.encode()).hexdigest()
+    assert "#" not in keys["sp|P69905|HBA_HUMAN"]
+    assert keys["again"] == keys["sp|P69905|HBA_HUMAN"] + "#2"
+    with (tmp_path / "mapping_file.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["", "original_id", "sequence_length"]
+    assert rows == [[keys[record_id], record_id, str(len(sequence))] for record_id, sequence in SEQUENCES.items()]
+
+
+def test_a_foreign_mapping_file_is_not_ours_to_replace(tmp_path):
+    layout = write_all("bio-embeddings", tmp_path / "e.h5", contents_of())
+    assert layout.is_own(tmp_path / "e.h5")
+    (tmp_path / "mapping_file.csv").unlink()
+    assert layout.is_own(tmp_path / "e.h5")
+    (tmp_path / "mapping_file.csv").write_text("my,own,notes\n")
+    assert not layout.is_own(tmp_path / "e.h5")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_esm_files_are_those_of_esm_extract(tmp_path, dtype):
+    contents = contents_of(SEQUENCES, KINDS, (0, 6), str(dtype).removeprefix("torch."))
+    write_all("esm", tmp_path / "out", contents)
+    header, *lines = (tmp_path / "out" / "index.tsv").read_text().splitlines()
+    assert header == "protein\tfile"
+    assert [line.split("\t")[0] for line in lines] == list(SEQUENCES)
+    for index, line in enumerate(lines):
+        record_id, name = line.split("\t")
+        found = torch.load(tmp_path / "out" / name, weights_only=True)
+        assert found.pop("label") == record_id
+        assert sorted(found) == ["bos_representations", "logits", "mean_representations", "representations"]
+        same(found["logits"].numpy(), contents, ("logits", 6), index)
+        titles = {"per-residue": "representations", "mean": "mean_representations", "cls": "bos_representations"}
+        for kind, title in titles.items():
+            assert list(found[title]) == [0, 6]
+            for layer, tensor in found[title].items():
+                same(tensor.numpy(), contents, (kind, layer), index)
+    assert (tmp_path / "out" / "sp|P69905|HBA_HUMAN.pt").is_file()
+
+
+def test_esm_files_hold_only_what_was_asked_for(tmp_path):
+    write_all("esm", tmp_path / "out", contents_of(kinds=["mean"]))
+    found = torch.load(tmp_path / "out" / "again.pt", weights_only=True)
+    assert sorted(found) == ["label", "mean_representations"]
+    assert (tmp_path / "out" / "again.pt").stat().st_size < 3_000
+
+
+def test_every_esm_file_lies_in_the_folder_under_a_name_of_its_own_whatever_the_id(tmp_path):
+    (tmp_path / "folder").mkdir()
+    write_all("esm", tmp_path / "folder" / "out", contents_of(SEQUENCES))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["out"]
+    names = [path.name for path in (tmp_path / "folder" / "out").iterdir()]
+    assert len({name.casefold() for name in names}) == len(SEQUENCES) + 1
+    assert all(len(name.encode()) <= 255 and not name.startswith((".", "-")) for name in names)
+    plain = {"again", "again#2", "日本", "a.npy", "a", "P69905", "sp|P69905|HBA_HUMAN", "UniRef100_A0A7"}
+    assert {name.removesuffix(".pt") for name in names} >= plain
+    assert not {"CON.pt", "Again.pt", "dot..pt"} & set(names)
+
+
+def test_an_id_made_to_collide_with_the_name_of_another_does_not(tmp_path):
+    made = esm._with_hash("Twin", "Twin")
+    write_all("esm", tmp_path / "out", contents_of({"twin": "M", "Twin": "MM", made: "MMM", "../x": "L"}))
+    assert len(list((tmp_path / "out").glob("*.pt"))) == 4
+    for line in (tmp_path / "out" / "index.tsv").read_text().splitlines()[1:]:
+        record_id, name = line.split("\t")
+        assert torch.load(tmp_path / "out" / name, weights_only=True)["label"] == record_id
+
+
+def test_a_folder_with_more_than_ours_in_it_is_not_ours_to_replace(tmp_path):
+    layout = write_all("esm", tmp_path / "out", contents_of())
+    assert layout.is_own(tmp_path / "out")
+    (tmp_path / "out" / "thesis.docx").write_text("")
+    assert not layout.is_own(tmp_path / "out")
+
+
+def test_npz_of_one_kind_and_layer_has_the_ids_as_keys(tmp_path):
+    contents = contents_of(SEQUENCES, ["per-residue"], dtype="float16")
+    write_all("npz", tmp_path / "out.npz", contents)
+    with zipfile.ZipFile(tmp_path / "out.npz") as archive:
+        members = archive.infolist()
+        assert archive.testzip() is None
+        # No file system can hold the others.
+        short = [member for member in members if len(member.filename) < 200]
+        archive.extractall(tmp_path / "unpacked", short)
+    assert sum(path.is_file() for path in (tmp_path / "unpacked").rglob("*")) == len(short) == len(SEQUENCES) - 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "unpacked"]
+    changed = {}
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
+        assert len(found) == len(SEQUENCES)
+        for index, (record_id, member) in enumerate(zip(SEQUENCES, members, strict=True)):
+            key = member.filename.removesuffix(".npy")
+            if key != record_id:
+                changed[record_id] = key
+                assert member.comment.decode() == record_id
+            same(found[key], contents, ("per-residue", 6), index)
+    assert changed == {
+        "../../escape": ".._.._escape",
+        "/absolute/x": "_absolute_x",
+        "..": "_",
+        ".": "_#2",
+        "back\\slash": "back_slash",
+        "a.npy": "a_npy",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layers", "keys"),
+    [
+        (("mean", "cls"), (6,), ["again/avg", "again/pooled"]),
+        (("per-residue", "logits"), (6,), ["again/seq", "again/logits"]),
+        (("mean",), (0, 6), ["again/avg/layer_0", "again/avg/layer_6"]),
+        (("logits", "mean"), (0, 6), ["again/logits", "again/avg/layer_0", "again/avg/layer_6"]),
+        (("logits",), (0, 6), ["again"]),
+    ],
+)
+def test_npz_of_several_kinds_or_layers_has_the_names_of_tape_behind_the_id(tmp_path, kinds, layers, keys):
+    contents = contents_of(SOME, kinds, layers)
+    write_all("npz", tmp_path / "out.npz", contents)
+    with np.load(tmp_path / "out.npz") as found:
+        assert [key for key in found if key.partition("/")[0] == "again"] == keys
+        for key, column in zip(keys, contents.columns, strict=True):
+            same(found[key], contents, column, list(SOME).index("again"))
+
+
+def test_npz_stays_sound_with_an_id_longer_than_a_zip_can_name(tmp_path):
+    contents = contents_of({"x" * 70_000: "M", "x" * 70_001: "MM"})
+    write_all("npz", tmp_path / "out.npz", contents)
+    with np.load(tmp_path / "out.npz") as found:
+        for index, key in enumerate(["x" * 60_000, "x" * 60_000 + "#2"]):
+            same(found[key], contents, ("mean", 6), index)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parquet_is_a_table_of_ids_lengths_and_embeddings(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("protlm.data.embeddings.layouts.parquet._GROUP_BYTES", 100)
+    contents = contents_of(SEQUENCES, ["cls"], dtype=dtype)
+    write_all("parquet", tmp_path / "e.parquet", contents)
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(tmp_path / "e.parquet")
+    assert file.num_row_groups > 2
+    table = file.read()
+    file.close()
+    assert table.column_names == ["id", "length", "embedding"]
+    assert table["id"].to_pylist() == list(SEQUENCES)
+    assert table["length"].to_pylist() == [len(sequence) for sequence in SEQUENCES.values()]
+    rows = table["embedding"].combine_chunks()
+    assert rows.type == pyarrow.list_(pyarrow.from_numpy_dtype(dtype))
+    rows = rows.flatten().to_numpy().reshape(-1, MODEL_DIM)
+    for index, row in enumerate(rows):
+        same(row, contents, ("cls", 6), index)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ProtlmError, match=r"pip install 'protlm\[parquet\]'"):
+        LAYOUTS["parquet"].check(("mean",), (6,), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_npy_is_a_matrix_with_its_ids_beside_it(tmp_path, dtype):
+    contents = contents_of(SEQUENCES, dtype=dtype)
+    write_all("npy", tmp_path / "means.npy", contents)
+    found = np.load(tmp_path / "means.npy", mmap_mode="r")
+    assert (tmp_path / "means.ids.txt").read_text().splitlines() == list(SEQUENCES)
+    assert len(found) == len(SEQUENCES)
+    for index, row in enumerate(found):
+        same(row, contents, ("mean", 6), index)
+
+
+def test_an_array_without_its_ids_is_not_ours_to_replace(tmp_path):
+    layout = write_all("npy", tmp_path / "means.npy", contents_of())
+    (tmp_path / "means.ids.txt").write_text("one\n")
+    assert not layout.is_own(tmp_path / "means.npy")
+    (tmp_path / "means.ids.txt").unlink()
+    assert not layout.is_own(tmp_path / "means.npy")
+
+
+def test_the_names_of_layouts_need_neither_torch_nor_pyarrow():
+    program = "import sys, protlm.data.embeddings.layouts; sys.exit(bool({'torch', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

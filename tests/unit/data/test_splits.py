@@ -1,0 +1,89 @@
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from protlm.data.digests import Digests, duplicates, repeats, sequence_digest
+from protlm.data.parsing.record_table import digests_of
+from protlm.data.splits import PFAM_20, SPLIT_NAMES, held_out_families, random_split
+
+NUM_SEQUENCES = 20_000
+DIGESTS = digests_of(f"M{'ACDE' * (number % 7)}K{number}".encode() for number in range(NUM_SEQUENCES))[:, 1]
+
+
+def draw(seed=0, valid_fraction=0.1, test_fraction=0.2):
+    codes = random_split(DIGESTS, seed=seed, valid_fraction=valid_fraction, test_fraction=test_fraction)
+    return [SPLIT_NAMES[code] for code in codes]
+
+
+def test_fractions_hold_within_five_standard_errors():
+    counts = Counter(draw())
+    for split, fraction in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
+        error = math.sqrt(fraction * (1 - fraction) * NUM_SEQUENCES)
+        assert abs(counts[split] - fraction * NUM_SEQUENCES) < 5 * error
+
+
+@pytest.mark.parametrize("seed", [1, 2**63, 2**64 - 1])
+def test_another_seed_gives_an_independent_split(seed):
+    both = sum(first == second == "valid" for first, second in zip(draw(), draw(seed=seed), strict=True))
+    error = math.sqrt(0.01 * 0.99 * NUM_SEQUENCES)
+    assert abs(both - 0.01 * NUM_SEQUENCES) < 5 * error
+
+
+def test_a_larger_fraction_only_adds_records_to_its_split():
+    for before, after in zip(draw(), draw(valid_fraction=0.2), strict=True):
+        assert after == before or (before, after) == ("train", "valid")
+
+
+def test_the_ends_of_the_range_are_kept():
+    assert set(draw(valid_fraction=0.0, test_fraction=0.0)) == {"train"}
+
+
+def test_a_draw_depends_on_its_own_digest_alone():
+    alone = [SPLIT_NAMES[random_split(DIGESTS[i : i + 1], seed=0, valid_fraction=0.1, test_fraction=0.2)[0]]
+             for i in range(50)]  # fmt: skip
+    assert alone == draw()[:50]
+
+
+def test_the_draw_of_a_sequence_never_changes():
+    # Stored datasets rely on it.
+    assert Counter(draw()) == {"train": 14114, "test": 3956, "valid": 1930}
+
+
+def test_families_are_held_out_without_their_version_and_presets_by_name():
+    assert held_out_families(["PF00306.30", "F04.2", "IPR000276"]) == {"PF00306", "F04.2", "IPR000276"}
+    assert held_out_families(["paper-pfam-20", "PF00001"]) == {*PFAM_20, "PF00001"}
+    assert len(set(PFAM_20)) == 20
+
+
+def test_the_digest_is_xxh3_128():
+    assert sequence_digest(b"").hex() == "99aa06d3014798d86001c324468d497f"
+    assert digests_of([b""]).tolist() == [[0x99AA06D3014798D8, 0x6001C324468D497F]]
+
+
+def gathered(pairs):
+    high, low = (np.array(column, dtype=np.uint64) for column in zip(*pairs, strict=True))
+    return Digests(high, low, np.arange(len(pairs)) * 10)
+
+
+def test_the_first_of_equal_digests_stays_and_the_others_go():
+    digests = gathered([(7, 1), (3, 1), (7, 1), (7, 2), (3, 1), (7, 1)])
+    within, across = duplicates(digests, np.zeros(6, np.uint8), dedupe=True)
+    assert (sorted(within.tolist()), across.tolist()) == ([20, 40, 50], [])
+    numbers = dict(zip(*(column.tolist() for column in repeats(digests)), strict=True))
+    assert numbers == {20: 2, 40: 2, 50: 3}
+
+
+def test_the_earliest_split_keeps_a_sequence_wherever_it_stands():
+    digests = gathered([(7, 1), (7, 1), (7, 1), (7, 1), (7, 1)])
+    splits = np.array([2, 0, 1, 0, 2], np.uint8)
+    within, across = duplicates(digests, splits, dedupe=True)
+    assert (within.tolist(), sorted(across.tolist())) == ([30], [0, 20, 40])
+    within, across = duplicates(digests, splits, dedupe=False)
+    assert (within.tolist(), sorted(across.tolist())) == ([], [0, 20, 40])
+
+
+def test_no_digests_have_no_duplicates():
+    none = Digests(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    assert [len(found) for found in duplicates(none, np.zeros(0, np.uint8), dedupe=True)] == [0, 0]

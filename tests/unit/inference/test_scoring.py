@@ -1,0 +1,191 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from protlm.config import ModelConfig
+from protlm.data.batching.batches import Objective, evaluation_batches
+from protlm.data.batching.masking import MaskRates
+from protlm.inference.scoring import Score, empirical_score, score_model
+from protlm.model.performer import Performer
+from protlm.vocabulary import FIRST_RESIDUE, RESIDUES, encode
+from tests import process_groups
+
+
+class InMemory:
+    """Proteins that lie in memory."""
+
+    def __init__(self, *sequences):
+        self.sequences = sequences
+
+    @property
+    def lengths(self):
+        return np.array([len(sequence) for sequence in self.sequences], dtype=np.int64)
+
+    def tokens(self, record):
+        return encode(self.sequences[record].encode())
+
+
+def masked(rate):
+    return Objective(causal=False, rates=MaskRates(rate))
+
+
+NEXT_TOKEN = Objective(causal=True, rates=MaskRates(0.15))
+
+
+def random_proteins(num_records=30, seed=0):
+    generator = np.random.default_rng(seed)
+    sizes = generator.integers(1, 60, num_records)
+    return InMemory(*("".join(generator.choice(list(RESIDUES[:20]), size)) for size in sizes))
+
+
+@pytest.fixture
+def model():
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model.reset(0)
+    return model.eval()
+
+
+def test_the_empirical_baseline_is_add_one_smoothed_frequencies():
+    # L, A and the 23 letters that were not seen: (7 + 1), (2 + 1) and 1 each of 34.
+    targets = np.zeros(25, dtype=np.int64)
+    targets[[RESIDUES.index("L"), RESIDUES.index("A"), RESIDUES.index("W")]] = (3, 1, 1)
+    score = empirical_score(targets, {"L": 7, "A": 2})
+    assert score.accuracy == 3 / 5
+    nll = -(3 * math.log(8 / 34) + math.log(3 / 34) + math.log(1 / 34)) / 5
+    assert score.perplexity == pytest.approx(math.exp(nll), rel=1e-14)
+    assert score.loss == pytest.approx(nll, rel=1e-14)
+
+
+def test_a_baseline_of_no_counts_is_uniform_over_25_letters():
+    assert empirical_score(np.ones(25, dtype=np.int64), {}).perplexity == pytest.approx(25)
+
+
+def test_a_model_that_knows_nothing_scores_like_chance(model):
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    scores = score_model(model, random_proteins(), {}, masked(0.5))
+    assert scores.model.perplexity == pytest.approx(33, rel=1e-5)
+    assert scores.model.accuracy == 0.0
+
+
+def test_a_model_that_always_says_one_residue_has_the_accuracy_of_its_share(model):
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        model.head.bias[FIRST_RESIDUE] = math.log(7)
+    proteins = InMemory("LLLA" * 40)
+    scores = score_model(model, proteins, {"L": 10**9}, masked(1.0))
+    assert scores.num_targets == 160
+    assert scores.model.accuracy == scores.empirical.accuracy == 0.75
+    nll = math.log(39) - 0.75 * math.log(7)
+    assert scores.model.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
+
+
+def test_the_score_is_the_plain_sum_over_every_target(model):
+    proteins = random_proteins()
+    scores = score_model(model, proteins, {}, masked(0.3), seed=4)
+    nlls, hits = [], []
+    for batch in evaluation_batches(proteins, 1, 4, masked(0.3)):
+        log_probabilities = torch.log_softmax(model(batch.tokens, batch.cu_seqlens).double(), -1)[
+            batch.target_positions
+        ]
+        nlls += (-log_probabilities.gather(1, batch.targets.unsqueeze(1)).squeeze(1)).tolist()
+        hits += (log_probabilities.argmax(-1) == batch.targets).tolist()
+    assert scores.num_targets == len(nlls)
+    assert scores.model.accuracy == sum(hits) / len(hits)
+    assert scores.model.perplexity == pytest.approx(math.exp(sum(nlls) / len(nlls)), rel=1e-5)
+
+
+def test_the_budget_of_a_row_changes_nothing_and_the_seed_does(model):
+    proteins = random_proteins()
+    small, large, other = (
+        score_model(model, proteins, {}, masked(0.15), seed=seed, tokens_per_batch=budget)
+        for seed, budget in ((0, 20), (0, 10_000), (1, 20))
+    )
+    assert small.model.perplexity == pytest.approx(large.model.perplexity, rel=1e-5)
+    assert (small.num_targets, small.model.accuracy) == (large.num_targets, large.model.accuracy)
+    assert small.empirical == large.empirical
+    assert other != small
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_the_model_is_restored_and_dropout_is_off(training):
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8, dropout=0.5))
+    model.reset(0)
+    model.train(training)
+    first, second = (score_model(model, random_proteins(5), {}, masked(0.5)) for _ in range(2))
+    assert model.training is training
+    assert first == second
+
+
+def test_progress_counts_every_residue(model):
+    proteins, counts = random_proteins(), []
+    score_model(model, proteins, {}, masked(0.15), tokens_per_batch=100, progress=counts.append)
+    assert len(counts) > 1
+    assert sum(counts) == proteins.lengths.sum()
+
+
+def test_a_loss_beyond_what_exp_can_hold_is_an_infinite_perplexity(model):
+    with torch.no_grad():
+        model.head.bias[0] = 1e6
+    scores = score_model(model, random_proteins(3), {}, masked(0.5))
+    assert scores.model == Score(0.0, math.inf)
+    assert scores.model.loss == math.inf
+
+
+def test_the_next_residue_is_scored_at_every_residue():
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model.reset(0)
+    proteins = random_proteins()
+    scores = score_model(model, proteins, {}, NEXT_TOKEN, tokens_per_batch=100)
+    assert scores.num_targets == proteins.lengths.sum()
+
+
+def test_only_what_the_positions_reach_is_scored(model):
+    proteins = InMemory("LLLA" * 10, "AA")
+    assert score_model(model, proteins, {}, masked(1.0), max_residues=3).num_targets == 5
+
+
+def test_windows_score_every_residue_once(model):
+    proteins = random_proteins()
+    whole = score_model(model, proteins, {}, masked(1.0))
+    joined = score_model(model, proteins, {}, masked(1.0), window_tokens=17, tokens_per_batch=34)
+    assert joined.num_targets == whole.num_targets == proteins.lengths.sum()
+    assert joined.empirical == whole.empirical
+    assert joined.model.perplexity != whole.model.perplexity
+
+
+ODD_BUDGET = 120
+"""Makes an odd number of rows of the random proteins."""
+
+
+def score_in_a_process(rank, world_size, folder):
+    """Runs in each of several processes; writes down what it was told."""
+    process_groups.join(rank, world_size, folder)
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model.reset(0)
+    num_passes = []
+    model.register_forward_hook(lambda *_: num_passes.append(1))
+    counts = []
+    scores = score_model(
+        model, random_proteins(), {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET, progress=counts.append,
+        rank=rank, world_size=world_size,
+    )  # fmt: skip
+    torch.save((dataclasses.asdict(scores), len(num_passes), sum(counts)), f"{folder}/{rank}")
+    process_groups.leave()
+
+
+def test_the_number_of_processes_changes_no_bit_and_all_make_as_many_passes(tmp_path, model):
+    proteins = random_proteins()
+    one = score_model(model, proteins, {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET)
+    num_rows = len(list(evaluation_batches(proteins, ODD_BUDGET, 0, masked(0.3))))
+    assert num_rows % 2 == 1, "one process must run out of rows before the other"
+    torch.multiprocessing.spawn(score_in_a_process, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        scores, num_passes, num_residues = torch.load(tmp_path / str(rank), weights_only=True)
+        assert scores == dataclasses.asdict(one)
+        assert num_passes == num_rows // 2 + 1
+        assert num_residues == proteins.lengths.sum()

@@ -1,0 +1,370 @@
+import json
+import os
+import pickle
+
+import pytest
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+
+from protlm.config import ModelConfig
+from protlm.data.batching.batches import Objective
+from protlm.data.batching.masking import MaskRates
+from protlm.errors import CheckpointError
+from protlm.model.performer import Performer
+from protlm.pretrained.model_directory import (
+    ModelDescription,
+    ValidScore,
+    dataset_hash_of,
+    find_model,
+    initial_weights,
+    read_model,
+    save_model,
+)
+from protlm.vocabulary import RESIDUES, TOKENS
+
+VALID = ValidScore(
+    num_targets=1234, accuracy=0.4321, perplexity=5.6789, empirical_accuracy=0.0987, empirical_perplexity=17.8123
+)
+TOKENS_OF_A_ROW = torch.tensor([0, 5, 6, 7, 2, 0, 9, 2])
+BOUNDS = torch.tensor([0, 5, 8], dtype=torch.int32)
+
+
+def describe(model, /, **changes):
+    content = {
+        "model": model.config,
+        "mask_rate": 0.15,
+        "redraw_every_steps": 0,
+        "seed": 3,
+        "step": 250,
+        "residue_counts": dict.fromkeys(RESIDUES, 1000),
+        "dataset_hash": "0123456789abcdef",
+        "valid": VALID,
+    }
+    return ModelDescription(**{**content, **changes})
+
+
+@pytest.fixture
+def model():
+    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8))
+    model.reset(0)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_model(tmp_path / "model", model, describe(model))
+    return tmp_path / "model"
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def replace_weights(folder, content):
+    """Puts other weights there, with a hash in config.json that fits them."""
+    (folder / "model.safetensors").write_bytes(content)
+    edit(folder, weights_hash=xxhash.xxh3_128_hexdigest(content))
+
+
+def assert_refused(folder, *parts):
+    with pytest.raises(CheckpointError) as caught:
+        read_model(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("kind", ["positive", "relu", "softmax"])
+@torch.no_grad()
+def test_a_saved_model_reads_back_with_equal_logits(kind, tmp_path):
+    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, num_features=8, attention=kind))
+    model.reset(1)
+    save_model(tmp_path, model, describe(model))
+    found, description = read_model(tmp_path)
+    assert not found.training
+    assert torch.equal(found(TOKENS_OF_A_ROW, BOUNDS), model.eval()(TOKENS_OF_A_ROW, BOUNDS))
+    assert description.model_copy(update={"weights_hash": ""}) == describe(model)
+    assert set(found.state_dict()) == set(model.state_dict())
+
+
+def test_a_model_that_was_read_can_be_trained_further(folder):
+    model, _ = read_model(folder)
+    model.train()(TOKENS_OF_A_ROW, BOUNDS).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_directory_holds_three_files_and_no_pickle(folder):
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert "head.bias" in load_file(folder / "model.safetensors")
+
+
+def test_the_same_model_gives_the_same_bytes(folder, model, tmp_path):
+    save_model(tmp_path / "again", model, describe(model))
+    for name in os.listdir(folder):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_saving_replaces_what_was_there(folder, model):
+    model.reset(9)
+    save_model(folder, model, describe(model, step=500))
+    assert read_model(folder)[1].step == 500
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_the_model_card_has_the_hashes_and_the_measured_figures(folder):
+    card = (folder / "README.md").read_text()
+    _, description = read_model(folder)
+    assert description.weights_hash == xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes())
+    for part in ("0123456789abcdef", description.weights_hash, "0.4321", "5.679", "0.0987", "17.812", "1,234", "250"):
+        assert part in card, part
+
+
+def test_the_model_card_says_where_nothing_was_measured_and_what_was_redrawn(model, tmp_path):
+    save_model(tmp_path, model, describe(model, valid=None, redraw_every_steps=100))
+    card = (tmp_path / "README.md").read_text()
+    assert "No valid split" in card
+    assert "every 100 steps" in card
+
+
+def test_a_run_stands_for_its_model(folder):
+    assert find_model(folder.parent) == find_model(folder) == folder
+
+
+def test_an_altered_byte_of_the_weights_is_refused(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert_refused(folder, str(path), "hash differs")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    assert_refused(folder, str(folder))
+
+
+def test_a_missing_directory_and_a_run_without_a_model_are_refused(tmp_path):
+    assert_refused(tmp_path / "absent", "no such directory")
+    assert_refused(tmp_path, "no config.json")
+    (tmp_path / "checkpoints").mkdir()
+    assert_refused(tmp_path, "no model yet")
+
+
+class Evil:
+    """Says when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_a_pickle_in_place_of_the_weights_is_refused_and_never_loaded(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+    assert_refused(folder, "hash differs")
+    replace_weights(folder, pickle.dumps(Evil()))
+    assert_refused(folder, "model.safetensors", "does not hold this model")
+
+
+def test_a_torch_checkpoint_in_place_of_the_weights_is_refused(folder, tmp_path):
+    torch.save({"evil": Evil()}, tmp_path / "evil.pt")
+    replace_weights(folder, (tmp_path / "evil.pt").read_bytes())
+    assert_refused(folder, "does not hold this model")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("head.bias"),
+        lambda tensors: tensors.update(extra=torch.zeros(1)),
+        lambda tensors: tensors.update({"head.bias": torch.zeros(34)}),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_of_another_model_are_refused(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    replace_weights(folder, (folder / "model.safetensors").read_bytes())
+    assert_refused(folder, "does not hold this model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 3}, "expected format version 1 or 2, got 3"),
+        ({"mask_share": 1.5}, "mask_share"),
+        ({"data_mode": "concatenated"}, "window_tokens"),
+        ({"window_tokens": 100}, "window_tokens"),
+        ({"data_mode": "other"}, "data_mode"),
+        ({"format": "other"}, "expected a protlm model"),
+        ({"vocabulary": list(TOKENS[::-1])}, "another vocabulary"),
+        ({"surprise": 1}, "surprise"),
+        ({"model": {"num_layers": 0}}, "model.num_layers"),
+        ({"model": {"unknown": 1}}, "model.unknown"),
+        ({"step": -1}, "step"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(folder, changes, message):
+    edit(folder, **changes)
+    assert_refused(folder, "config.json", message)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"format": "protlm-model"}'])
+def test_a_description_that_is_no_description_is_refused(folder, content):
+    (folder / "config.json").write_bytes(content)
+    assert_refused(folder, "config.json")
+
+
+def test_a_model_whose_perplexity_is_not_finite_reads_back(model, tmp_path):
+    valid = VALID.model_copy(update={"perplexity": float("inf")})
+    save_model(tmp_path / "model", model, describe(model, valid=valid))
+    assert read_model(tmp_path / "model")[1].valid == valid
+
+
+def test_a_description_nested_without_end_is_refused(folder):
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError):
+        read_model(folder)
+
+
+def test_weights_of_another_shape_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embedding.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder, weights_hash=xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes()))
+    with pytest.raises(CheckpointError, match=r"embedding\.weight"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("changes", [{"mask_rate": 5.0}, {"mask_rate": float("nan")}, {"residue_counts": {"L": 1}}])
+def test_a_description_out_of_range_is_refused(folder, changes):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError):
+        read_model(folder)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda tensor: tensor.double(), "expected torch.float32"),
+    (lambda tensor: torch.full_like(tensor, torch.nan), "not finite"),
+])  # fmt: skip
+def test_weights_of_another_kind_are_refused_in_one_short_line(folder, change, message):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.dense.weight"] = change(tensors["head.dense.weight"])
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder, weights_hash=xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_model(folder)
+    assert len(str(caught.value)) < 400
+
+
+def test_tensors_by_name_are_saved_like_the_network_they_are_of(folder, model, tmp_path):
+    save_model(tmp_path / "again", dict(model.state_dict()), describe(model))
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_a_model_of_version_1_reads_as_packed_with_berts_masking(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for key in ("mask_share", "random_share", "data_mode", "window_tokens"):
+        del content[key]
+    for key in ("ffn", "layer_norm", "positions", "max_positions", "causal"):
+        del content["model"][key]
+    path.write_text(json.dumps({**content, "format_version": 1}))
+    found, description = read_model(folder)
+    assert description.objective == Objective(causal=False, rates=MaskRates(0.15, 0.8, 0.1))
+    assert (description.data_mode, description.window_tokens, description.max_residues) == ("packed", None, None)
+    assert found.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+
+
+def test_the_objective_is_that_of_training(model, tmp_path):
+    causal = describe(model, model=model.config.model_copy(update={"causal": True}))
+    assert causal.objective.causal
+    save_model(tmp_path, model, describe(model, mask_rate=0.2, mask_share=0.1, random_share=0.7))
+    assert read_model(tmp_path)[1].objective == Objective(causal=False, rates=MaskRates(0.2, 0.1, 0.7))
+
+
+def test_learned_positions_reach_so_many_residues_and_others_any(model):
+    config = model.config.model_copy(update={"positions": "learned", "max_positions": 50})
+    assert describe(model, model=config).max_residues == 48
+    assert describe(model).max_residues is None
+
+
+def test_the_model_card_says_what_is_predicted_and_of_what_rows(model, tmp_path):
+    save_model(tmp_path, model, describe(model))
+    card = (tmp_path / "README.md").read_text()
+    assert "masked residues: 15% of them, of which 80% were hidden and 10% replaced" in card
+    causal = model.config.model_copy(update={"causal": True})
+    save_model(tmp_path, model, describe(model, model=causal, data_mode="concatenated", window_tokens=8192))
+    card = (tmp_path / "README.md").read_text()
+    assert "causal Performer" in card
+    assert "next token" in card
+    assert "8,192 tokens" in card
+    assert "masked" not in card
+
+
+def test_one_dataset_stands_for_itself_and_several_for_their_order():
+    assert dataset_hash_of(["a" * 32]) == "a" * 32
+    both = dataset_hash_of(["a" * 32, "b" * 32])
+    assert both == xxhash.xxh3_128_hexdigest(b"a" * 32 + b"b" * 32)
+    assert both != dataset_hash_of(["b" * 32, "a" * 32])
+
+
+def network(seed=5, **changes):
+    shape = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "ffn_dim": 24, "num_features": 8}
+    model = Performer(ModelConfig(**{**shape, **changes}))
+    model.reset(seed)
+    return model.eval()
+
+
+def saved(tmp_path, **changes):
+    model = network(seed=1, **changes)
+    save_model(tmp_path / "model", model, describe(model))
+    return model
+
+
+@torch.no_grad()
+def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
+    source, target = saved(tmp_path), network()
+    assert initial_weights(target, tmp_path) == []
+    assert torch.equal(target(TOKENS_OF_A_ROW, BOUNDS), source(TOKENS_OF_A_ROW, BOUNDS))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ({"attention": "softmax"}, {}, ["projection"]),
+        ({"attention": "softmax", "qk_norm": False}, {}, ["projection", "temperature_logit"]),
+        ({"num_features": 16}, {}, ["projection"]),
+        ({"projection": "iid"}, {}, ["projection"]),
+        ({}, {"attention": "softmax"}, []),
+        ({"attention": "relu"}, {"attention": "hyperbolic"}, []),
+    ],
+)
+def test_weights_start_another_kind_of_attention_that_keeps_its_own_draw(tmp_path, before, after, kept):
+    source, target, fresh = saved(tmp_path, **before), network(**after), network(**after)
+    names = initial_weights(target, tmp_path)
+    assert set(names) == {f"layers.{layer}.attention.{name}" for layer in range(2) for name in kept}
+    for name, tensor in target.state_dict().items():
+        origin = fresh if name in names else source
+        assert torch.equal(tensor, origin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, {"num_layers": 3}, r"tensor 'layers\.2\..*' is missing in the saved one"),
+        ({"num_layers": 3}, {}, r"tensor 'layers\.2\..*' of the saved one has no place"),
+        ({}, {"conv_width": 0}, r"tensor 'layers\.0\.attention\.convolution\.weight' of the saved one has no place"),
+        ({}, {"conv_width": 5}, r"tensor 'layers\.0\.attention\.convolution\.weight': expected \(3, 48\) as in the"),
+        ({}, {"ffn_dim": 32}, r"tensor 'layers\.0\.ffn_in\.weight': expected \(24, 16\) as in the saved one, got"),
+        ({}, {"num_heads": 4}, "num_heads: expected 2 as in the saved one, got 4"),
+    ],
+)
+def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, message):
+    saved(tmp_path, **before)
+    target, fresh = network(**after), network(**after)
+    with pytest.raises(CheckpointError, match=message):
+        initial_weights(target, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), fresh.parameters(), strict=True))

@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from protlm.cli.app import main
+from protlm.config import ModelConfig
+from protlm.data.storage.dataset import open_dataset
+from protlm.model.performer import Performer
+from protlm.pretrained.model_directory import ModelDescription, save_model
+from protlm.vocabulary import RESIDUES
+from protlm.workflows.evaluate.evaluate import evaluate
+
+SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ" * times for times in (1, 2, 3)] + ["ACDEFGHIKL"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    fasta = folder / "proteins.fasta"
+    fasta.write_text("".join(f">{number}\n{sequence}\n" for number, sequence in enumerate(SEQUENCES)))
+    split = folder / "split.tsv"
+    split.write_text("".join(f"{number}\ttest\n" for number in range(len(SEQUENCES))))
+    arguments = ["prep", str(fasta), "--out", str(folder / "dataset"), "--split", "file", "--split-file", str(split)]
+    assert main(arguments) == 0
+    return folder / "dataset"
+
+
+@pytest.fixture
+def report(dataset, tmp_path):
+    """Saves a new model of the given shape and returns what evaluate says of it, and what report.json holds."""
+
+    def run(description=None, **shape):
+        model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8, **shape))
+        model.reset(0)
+        known = {"redraw_every_steps": 0, "seed": 0, "step": 1, "dataset_hash": "", "mask_rate": 0.15}
+        counts = dict.fromkeys(RESIDUES, 1)
+        saved = ModelDescription(model=model.config, residue_counts=counts, **{**known, **(description or {})})
+        save_model(tmp_path / "model", model, saved)
+        found = evaluate(tmp_path / "model", dataset, "test", tmp_path / "report", force=True)
+        return found, json.loads((tmp_path / "report" / "report.json").read_text())
+
+    return run
+
+
+def test_a_masked_model_is_scored_at_some_residues(report, dataset):
+    found, written = report()
+    num_residues = open_dataset(dataset).split("test").lengths.sum()
+    assert (found.objective, found.num_cut) == (written["objective"], written["num_cut"]) == ("masked", 0)
+    assert 0 < found.num_targets < num_residues
+    assert report({"mask_rate": 1.0})[0].num_targets == num_residues
+
+
+def test_a_causal_model_is_scored_at_every_residue(report, dataset):
+    found, written = report(causal=True)
+    assert found.objective == written["objective"] == "next-token"
+    assert found.num_targets == open_dataset(dataset).split("test").lengths.sum()
+
+
+def test_proteins_beyond_learned_positions_are_cut_and_counted(report):
+    found, written = report({"mask_rate": 1.0}, positions="learned", max_positions=32)
+    assert found.num_cut == written["num_cut"] == 2
+    assert found.num_targets == 22 + 30 + 30 + 10
+
+
+def test_a_model_of_joined_proteins_is_scored_on_windows(report, dataset):
+    joined = {"mask_rate": 1.0, "data_mode": "concatenated", "window_tokens": 20}
+    found, _ = report(joined, positions="learned", max_positions=20)
+    assert found.num_cut == 0
+    assert found.num_targets == open_dataset(dataset).split("test").lengths.sum()
+    assert found.model != report({"mask_rate": 1.0}, positions="learned", max_positions=200)[0].model

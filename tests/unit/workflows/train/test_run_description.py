@@ -1,0 +1,113 @@
+import json
+import platform
+import socket
+import subprocess
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import torch
+
+import protlm
+from protlm.errors import CheckpointError
+from protlm.workflows.train.run_description import (
+    TrainingSet,
+    checkout_commit,
+    describe_session,
+    read_run_description,
+    write_run_description,
+)
+
+DATASETS = [TrainingSet(name="uniref", hash="ab" * 16, num_records=10, num_residues=3000)]
+
+
+def session(command=("protlm", "train"), first_step=0):
+    return describe_session(command, devices=2, num_nodes=3, strategy="fsdp", first_step=first_step)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run.json"
+
+
+def test_a_session_tells_when_by_what_and_where_it_ran():
+    found = session(first_step=7)
+    assert datetime.now(UTC) - datetime.fromisoformat(found.started) < timedelta(minutes=1)
+    assert found.versions["protlm"] == protlm.__version__
+    assert found.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(found.versions) == {"protlm", "torch", "pytorch-lightning", "numpy"}
+    assert found.python == platform.python_version()
+    assert (found.devices, found.num_nodes, found.strategy, found.first_step) == (2, 3, "fsdp", 7)
+
+
+def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
+    write_run_description(path, DATASETS, session())
+    write_run_description(path, DATASETS, session(first_step=200))
+    found = read_run_description(path)
+    assert [entry.first_step for entry in found.sessions] == [0, 200]
+    assert found.datasets == DATASETS
+    content = json.loads(path.read_text())
+    assert (content["format"], content["format_version"]) == ("protlm-run", 1)
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+
+
+def test_no_folder_host_or_environment_is_told(path, monkeypatch):
+    monkeypatch.setenv("PROTLM_SECRET", "hunter2hunter2")
+    command = ["/opt/env/bin/protlm", "train", "/home/ada/uniref", "--out=/home/ada/run", "--set", "train.lr=1e-3"]
+    write_run_description(path, DATASETS, session([*command, "data.x=~/ada", "../near"]))
+    text = path.read_text()
+    for secret in ("hunter2hunter2", "/home", "/opt", str(path.parent)):
+        assert secret not in text
+    assert socket.gethostname() not in json.loads(text)["sessions"][0]["platform"]
+    expected = ["protlm", "train", "uniref", "--out=run", "--set", "train.lr=1e-3", "data.x=ada", "../near"]
+    assert read_run_description(path).sessions[0].command == expected
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[]", b'{"format": "protlm-model", "datasets": [], "sessions": []}',
+                b'{"format": "protlm-run", "format_version": 2, "datasets": [], "sessions": []}']
+)  # fmt: skip
+def test_another_file_is_refused_in_one_line_and_stays(path, content):
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run\.json: .*move the file away") as caught:
+        write_run_description(path, DATASETS, session())
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def git(folder, *words):
+    identity = ("-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false")
+    command = ["git", "-C", str(folder), *identity, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    try:
+        git(tmp_path, "init", "--quiet")
+    except FileNotFoundError:
+        pytest.skip("there is no git here")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "One")
+    return package
+
+
+def test_the_commit_of_a_checkout_says_whether_files_differ(checkout):
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert checkout_commit(checkout) == commit
+    (checkout / "new.py").write_text("")
+    assert checkout_commit(checkout) == f"{commit}+changes"
+
+
+def test_code_installed_inside_another_checkout_has_no_commit(checkout):
+    installed = checkout / "environment"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("")
+    assert checkout_commit(installed) is None
+
+
+def test_without_git_there_is_no_commit(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert checkout_commit(checkout) is None
