@@ -1,7 +1,10 @@
 """The errors a user can cause: each is shown as one line `error: …` and ends the command with status 1."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class ProtlmError(Exception):
@@ -51,3 +54,13 @@ class ShardError(ProtlmError):
 
 class CheckpointError(ProtlmError):
     """A run or a model directory that is missing, damaged or of another version."""
+
+
+def validation_fault(error: "ValidationError") -> str:
+    """Returns the first of the faults that pydantic found, in one line."""
+    fault = error.errors(include_url=False)[0]
+    message = fault["msg"].removeprefix("Value error, ").replace("Input", "the value")
+    place = ".".join(str(key) for key in fault["loc"])
+    if not place or fault["type"] == "value_error":
+        return message
+    return f"{place}: {message}, got {str(fault['input'])[:40]!r}"

@@ -12,7 +12,7 @@ def print_versions() -> None:
     """Prints the versions of what protlm builds on, and which of its compiled parts and backends run here."""
     import torch
 
-    from protlm.data.parsing import compiled_fasta
+    from protlm.data import compiled
     from protlm.ops import backends
 
     typer.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -21,4 +21,4 @@ def print_versions() -> None:
     typer.echo(f"threads {torch.get_num_threads()}")
     for name, what in backends().items():
         typer.echo(f"attention, {name}: {what}")
-    typer.echo(f"compiled FASTA parser: {compiled_fasta.why_not() or 'available'}")
+    typer.echo(f"compiled FASTA parser: {compiled.why_not() or 'available'}")

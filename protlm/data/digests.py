@@ -1,5 +1,6 @@
 """When two sequences or two ids count as the same, and which of them keeps its place."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,12 @@ DIGEST_BYTES = 16
 def sequence_digest(residues: bytes) -> bytes:
     """Returns the 16 bytes that stand for a cleaned sequence: its xxh3-128."""
     return xxhash.xxh3_128_digest(residues)
+
+
+def digests_of(texts: Iterable[bytes]) -> np.ndarray:
+    """Returns the xxh3-128 of each text, uint64 (texts, 2), high half first."""
+    joined = b"".join(map(xxhash.xxh3_128_digest, texts))
+    return np.frombuffer(joined, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
 @dataclass(frozen=True, slots=True)

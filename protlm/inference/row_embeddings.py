@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from protlm.data.batching.batches import pack_row
+from protlm.data.embeddings.kinds import RESIDUE_KINDS, Kind
 from protlm.data.embeddings.layouts import Column, columns_of
-from protlm.data.embeddings.reader import RESIDUE_KINDS, Kind
 from protlm.model.performer import Performer
 
 Sums = dict[Column, np.ndarray]
@@ -120,3 +120,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_CPU_MEMORY)
+
+
+def absolute_layer(layer: int, last_layer: int) -> int:
+    """Returns the absolute number of a layer given from either end.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+    if not -last_layer - 1 <= layer <= last_layer:
+        raise ValueError(f"layer: expected {-last_layer - 1} to {last_layer}, got {layer}")
+    return layer if layer >= 0 else last_layer + 1 + layer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from protlm.data.batching.batches import Batch, Objective, Proteins, evaluation_batches
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import ModelDescription
+from protlm.pretrained.model_description import ModelDescription
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES
 
 EVALUATION_SEED = 0

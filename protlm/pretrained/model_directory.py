@@ -3,110 +3,22 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from protlm import files
-from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
-from protlm.data.batching.batches import Objective
-from protlm.data.batching.masking import MaskRates
-from protlm.errors import CheckpointError
+from protlm.config import ModelConfig
+from protlm.errors import CheckpointError, validation_fault
 from protlm.model.performer import Performer
-from protlm.vocabulary import RESIDUES, TOKENS
-
-MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
-MODEL_FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 knew packed proteins and masking as BERT does it only; its missing keys mean that."""
-
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class ValidScore(BaseModel):
-    """What the training run measured on its valid split when it saved the model."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
-
-    num_targets: Count
-    accuracy: float
-    perplexity: float
-    empirical_accuracy: float
-    empirical_perplexity: float
-
-
-class ModelDescription(BaseModel):
-    """The content of a model's config.json.
-
-    Attributes:
-        format: Says that this is a protlm model.
-        format_version: Of this file and of the tensors' names.
-        vocabulary: The tokens in order.
-        model: The shape of the network.
-        mask_rate: Probability with which residues were scored in training; `protlm eval` uses it too. Unused by a
-            causal model, like the two shares.
-        mask_share: Part of the scored residues that was hidden behind `<mask>`.
-        random_share: Part of them that was replaced by a random standard residue.
-        data_mode: How proteins became rows in training.
-        window_tokens: Length of a window of concatenated proteins; None for the other modes.
-        redraw_every_steps: 0: the model is tied to its saved projections; else they were redrawn while it was trained.
-        seed: Of the training run.
-        step: Optimizer updates behind the weights.
-        residue_counts: Residues of the training set by letter, for the empirical baseline.
-        dataset_hash: Of the manifest of the training dataset, or of several together.
-        valid: Measured on the valid split, where there was one.
-        weights_hash: xxh3-128 of model.safetensors.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
-
-    format: Literal["protlm-model"] = MODEL_FORMAT
-    format_version: int = MODEL_FORMAT_VERSION
-    vocabulary: list[str] = list(TOKENS)
-    model: ModelConfig
-    mask_rate: Annotated[float, Field(gt=0, le=1)]
-    mask_share: Share = 0.8
-    random_share: Share = 0.1
-    data_mode: Literal["packed", "clipped", "concatenated"] = "packed"
-    window_tokens: Annotated[int, Field(gt=SPECIAL_TOKENS_PER_SEGMENT)] | None = None
-    redraw_every_steps: Count
-    seed: Count
-    step: Count
-    residue_counts: dict[str, Count]
-    dataset_hash: str
-    valid: ValidScore | None = None
-    weights_hash: str = ""
-
-    @field_validator("residue_counts")
-    @classmethod
-    def _of_every_residue(cls, counts: dict[str, int]) -> dict[str, int]:
-        if sorted(counts) != sorted(RESIDUES):
-            raise ValueError(f"expected a count for each of the letters {RESIDUES}")
-        return counts
-
-    @model_validator(mode="after")
-    def _windows_where_concatenated(self) -> Self:
-        if (self.window_tokens is not None) != (self.data_mode == "concatenated"):
-            raise ValueError("window_tokens: expected a number with data_mode = 'concatenated' and null without")
-        return self
-
-    @property
-    def objective(self) -> Objective:
-        """What the model predicts, and what it sees meanwhile."""
-        return Objective(causal=self.model.causal, rates=MaskRates(self.mask_rate, self.mask_share, self.random_share))
-
-    @property
-    def max_residues(self) -> int | None:
-        """Residues of one protein that the model's positions reach; None where there is no limit."""
-        if self.model.positions != "learned":
-            return None
-        return self.model.max_positions - SPECIAL_TOKENS_PER_SEGMENT
+from protlm.pretrained.model_card import model_card
+from protlm.pretrained.model_description import MODEL_FORMAT, READABLE_VERSIONS, ModelDescription
+from protlm.vocabulary import TOKENS
 
 
 def dataset_hash_of(hashes: Sequence[str]) -> str:
@@ -132,7 +44,7 @@ def save_model(folder: Path, weights: Performer | Mapping[str, Tensor], descript
     for name, data in (
         ("model.safetensors", content),
         ("config.json", (description.model_dump_json(indent=2) + "\n").encode()),
-        ("README.md", _model_card(description).encode()),
+        ("README.md", model_card(description).encode()),
     ):
         with files.written_whole(folder / name) as partial:
             partial.write_bytes(data)
@@ -271,60 +183,7 @@ def read_description(folder: Path) -> ModelDescription:
     try:
         description = ModelDescription.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+        raise CheckpointError(f"{path}: {validation_fault(error)}") from None
     if description.vocabulary != list(TOKENS):
         raise CheckpointError(f"{path}: the model has another vocabulary than this protlm")
     return description
-
-
-_DATA_MODES = {
-    "packed": "It saw whole proteins, each by itself; of one too long for a row a random stretch.",
-    "clipped": "It saw proteins each by itself, and of a long one the beginning.",
-    "concatenated": "It saw windows of {window_tokens:,} tokens of proteins joined by `<eos>`, across their bounds.",
-}
-
-
-def _task(description: ModelDescription) -> str:
-    if description.model.causal:
-        return "to predict the next token from those before it"
-    return (
-        f"to predict masked residues: {description.mask_rate:.0%} of them, of which {description.mask_share:.0%} "
-        f"were hidden and {description.random_share:.0%} replaced by a random one"
-    )
-
-
-def _model_card(description: ModelDescription) -> str:
-    shape = description.model
-    kind = "fixed random projections, saved with it" if description.redraw_every_steps == 0 else (
-        f"projections redrawn every {description.redraw_every_steps} steps"
-    )  # fmt: skip
-    lines = [
-        "# A protein language model trained with protlm",
-        "",
-        f"A {shape.num_layers}-layer {'causal ' if shape.causal else ''}Performer of width {shape.model_dim} with "
-        f"{shape.num_heads} heads and `{shape.attention}` attention" + (f" ({kind})." if shape.has_projection else "."),
-        f"Trained for {description.step} steps with seed {description.seed} {_task(description)}.",
-        _DATA_MODES[description.data_mode].format(window_tokens=description.window_tokens),
-        "",
-        f"- Training dataset (manifest hash): `{description.dataset_hash}`",
-        f"- Residues in it: {sum(description.residue_counts.values()):,}",
-        f"- Weights (xxh3-128): `{description.weights_hash}`",
-        "",
-    ]
-    if description.valid is None:
-        lines.append("No valid split was measured.")
-    else:
-        valid = description.valid
-        lines += [
-            f"On {valid.num_targets:,} {'' if shape.causal else 'masked '}residues of its valid split:",
-            "",
-            "| | accuracy | perplexity |",
-            "|---|---|---|",
-            f"| this model | {valid.accuracy:.4f} | {valid.perplexity:.3f} |",
-            f"| residue frequencies of the training set | {valid.empirical_accuracy:.4f} | "
-            f"{valid.empirical_perplexity:.3f} |",
-        ]
-    lines += ["", "Use it with `protlm eval`, `protlm embed` or `protlm.load_model`.", ""]
-    return "\n".join(lines)

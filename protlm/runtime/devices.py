@@ -1,12 +1,9 @@
-"""On how many devices a run is: hides which process this is, and which of Lightning's strategies joins them."""
+"""The devices of a run: hides which process of it this is, and which device is used when nobody says so."""
 
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed
@@ -41,26 +38,6 @@ class Devices:
         """Devices on all machines."""
         return self.per_node * self.num_nodes
 
-    @property
-    def accelerator(self) -> str:
-        """What Lightning calls the kind of device."""
-        return "gpu" if best_device().type == "cuda" else "cpu"
-
-    def lightning_strategy(self) -> Any:
-        """Returns what Lightning's trainer takes as its strategy."""
-        # Here, because who uses one device alone should not wait for Lightning to be imported.
-        from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
-
-        if self.strategy == "fsdp":
-            # One file in which any number of devices finds its part again.
-            return ModelParallelStrategy(
-                data_parallel_size=self.total, tensor_parallel_size=1, save_distributed_checkpoint=False
-            )
-        if self.total == 1:
-            return "auto"
-        # The projections are the same everywhere: all processes draw them from one seed.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-
 
 def process_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Returns the number of this process among those of the run, before they are joined; 0 is the first.
@@ -80,17 +57,6 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
 def is_lost_peer(error: RuntimeError) -> bool:
     """Says whether an error means that another process of the run is gone."""
     return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_PEER)
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Hides Lightning's advice for other ways of working than ours, such as a loader with many workers."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
-        warnings.filterwarnings("ignore", module="lightning_fabric.*")
-        yield
 
 
 def default_tokens_per_batch() -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
 from protlm.data.batching.batches import pack_row
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import ModelDescription, save_model
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_directory import save_model
 from protlm.vocabulary import CLS, EOS, MASK, PAD, RESIDUES, VOCABULARY_SIZE, encode
 from scripts.bench.train_step_models import Sizes
 

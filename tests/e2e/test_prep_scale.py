@@ -74,7 +74,7 @@ def test_the_size_of_pieces_and_of_the_ranges_compared_changes_no_byte(files, ex
 
 
 def test_the_twin_in_python_makes_the_same_dataset_as_the_compiled_parser(files, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("protlm.data.parsing.compiled_fasta.is_available", lambda: False)
+    monkeypatch.setattr("protlm.data.compiled.is_available", lambda: False)
     prepare(files, tmp_path / "out", **MORE)
     assert digests(tmp_path / "out") == expected
 

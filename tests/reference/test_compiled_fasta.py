@@ -13,14 +13,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protlm import vocabulary
+from protlm.data import compiled
 from protlm.data.parsing import compiled_fasta, fasta
-from protlm.data.parsing.compiled_fasta import count_residues, parse_fasta
-from protlm.data.parsing.record_table import RecordTable, Strings, table_of
+from protlm.data.parsing.compiled_fasta import parse_fasta
+from protlm.data.parsing.record_table import RecordTable, table_of
 from protlm.data.records import Record
+from protlm.data.residue_counts import count_residues
+from protlm.data.strings import Strings
 from protlm.errors import RecordError
 
 needs_compiled_parser = pytest.mark.skipif(
-    not compiled_fasta.is_available(), reason=f"the compiled FASTA parser: {compiled_fasta.why_not()}"
+    not compiled.is_available(), reason=f"the compiled FASTA parser: {compiled.why_not()}"
 )
 
 FRAGMENTS = [
@@ -171,7 +174,7 @@ def test_a_bad_record_is_pointed_at_without_the_line_end_before_the_next_one():
 
 @needs_compiled_parser
 def test_a_digest_is_that_of_xxhash_at_every_length_and_alignment():
-    digest = compiled_fasta._load().protlm_digest
+    digest = compiled._load().protlm_digest
     digest.restype, digest.argtypes = None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     content = np.random.default_rng(0).integers(0, 256, size=(1 << 20) + 64, dtype=np.uint8)
     found = np.zeros(2, dtype=np.uint64)
@@ -193,9 +196,9 @@ def test_a_text_that_is_no_fasta_breaks_the_contract():
 def counting(request, monkeypatch):
     """Counts once in C++ and once without the library."""
     if request.param == "NumPy":
-        monkeypatch.setattr(compiled_fasta, "_load", lambda: "hidden by this test")
-    elif not compiled_fasta.is_available():
-        pytest.skip(f"the compiled FASTA parser: {compiled_fasta.why_not()}")
+        monkeypatch.setattr(compiled, "_load", lambda: "hidden by this test")
+    elif not compiled.is_available():
+        pytest.skip(f"the compiled FASTA parser: {compiled.why_not()}")
 
 
 @pytest.mark.usefixtures("counting")
@@ -220,16 +223,16 @@ def test_tokens_of_another_type_or_rank_break_the_contract(tokens):
 @pytest.fixture
 def unloaded():
     """Has the library looked for again, and once more after the test."""
-    compiled_fasta._load.cache_clear()
+    compiled._load.cache_clear()
     yield
-    compiled_fasta._load.cache_clear()
+    compiled._load.cache_clear()
 
 
 @pytest.mark.usefixtures("unloaded")
 def test_without_the_library_there_is_a_reason_and_no_crash(monkeypatch):
-    monkeypatch.setattr(compiled_fasta, "_EXTENSION", "protlm.data.parsing._no_such_parser")
-    assert not compiled_fasta.is_available()
-    assert "compiler" in compiled_fasta.why_not()
+    monkeypatch.setattr(compiled, "_EXTENSION", "protlm.data.parsing._no_such_parser")
+    assert not compiled.is_available()
+    assert "compiler" in compiled.why_not()
     with pytest.raises(RuntimeError, match="not available: it was not built"):
         parse_fasta(b">a\nM")
 
@@ -238,12 +241,12 @@ def test_without_the_library_there_is_a_reason_and_no_crash(monkeypatch):
 def test_a_damaged_library_is_not_used(monkeypatch, tmp_path):
     (tmp_path / f"damaged_parser{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(compiled_fasta, "_EXTENSION", "damaged_parser")
-    assert "cannot be loaded" in compiled_fasta.why_not()
+    monkeypatch.setattr(compiled, "_EXTENSION", "damaged_parser")
+    assert "cannot be loaded" in compiled.why_not()
 
 
 @needs_compiled_parser
 @pytest.mark.usefixtures("unloaded")
 def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(compiled_fasta, "_VERSION", compiled_fasta._VERSION + 1)
-    assert "install protlm again" in compiled_fasta.why_not()
+    monkeypatch.setattr(compiled, "_VERSION", compiled._VERSION + 1)
+    assert "install protlm again" in compiled.why_not()

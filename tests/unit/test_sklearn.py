@@ -10,7 +10,8 @@ from protlm.config import ModelConfig
 from protlm.errors import CheckpointError
 from protlm.inference.protein_model import load_model
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import ModelDescription, save_model
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_directory import save_model
 from protlm.vocabulary import RESIDUES
 
 pytest.importorskip("sklearn", reason="scikit-learn, an optional package, is not installed")

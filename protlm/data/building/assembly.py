@@ -8,10 +8,12 @@ import numpy as np
 
 from protlm.data.building.pieces import Piece, PieceFile
 from protlm.data.building.selection import Selection
-from protlm.data.parsing import compiled_fasta
-from protlm.data.parsing.record_table import UNKNOWN, Strings, bounds_of
+from protlm.data.numbered_ids import number_suffix
+from protlm.data.parsing.record_table import UNKNOWN
+from protlm.data.residue_counts import count_residues
 from protlm.data.splits import SPLIT_NAMES, SplitName
-from protlm.data.storage.shards import LABEL_COLUMNS, NUMBER_COLUMNS, ShardInfo, ShardReader, write_shard
+from protlm.data.storage.shards import LABEL_COLUMNS, NUMBER_COLUMNS, FinishedShard, ShardInfo, ShardReader, write_shard
+from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ShardError
 
 
@@ -32,25 +34,6 @@ class ShardPlan:
     start: int
     end: int
     num_residues: int
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedShard:
-    """A shard as it was written.
-
-    Attributes:
-        split: Its split.
-        info: What the manifest tells of it.
-        residue_counts: How often each letter of `vocabulary.RESIDUES` occurs, int64 (25).
-        lengths: The lengths that occur, rising, int64.
-        length_counts: How many records have each, int64.
-    """
-
-    split: SplitName
-    info: ShardInfo
-    residue_counts: np.ndarray
-    lengths: np.ndarray
-    length_counts: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +103,7 @@ def make_shard(plan: ShardPlan, directory: Path, pieces: Sequence[PieceFile], se
     if (reader := _finished(plan, directory / plan.name)) is not None:
         offsets = reader.offsets
         info = ShardInfo(plan.name, reader.num_records, reader.num_residues, reader.checksum)
-        residue_counts = compiled_fasta.count_residues(reader.tokens)
+        residue_counts = count_residues(reader.tokens)
     else:
         members = list(_members(plan, pieces, selection))
         found = _columns(members, selection)
@@ -201,7 +184,7 @@ def _renamed(ids: Strings, start: int, selection: Selection) -> Strings:
         return ids
     renamed = ids.to_list()
     for index, number in numbers.items():
-        renamed[index - start] += f"#{number}"
+        renamed[index - start] += number_suffix(number)
     return Strings.of(renamed)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from protlm.data.parsing.record_table import bounds_of
 from protlm.data.storage.shards import ShardReader
+from protlm.data.strings import bounds_of
 
 MIN_LENGTH = 12
 """Shorter sequences are not looked for: so few residues occur in unrelated proteins too."""

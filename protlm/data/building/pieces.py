@@ -16,9 +16,10 @@ import numpy as np
 
 from protlm import files
 from protlm.data.parsing.reader import ParsedPiece
-from protlm.data.parsing.record_table import RecordTable, Strings
+from protlm.data.parsing.record_table import RecordTable
 from protlm.data.storage import columns
 from protlm.data.storage.shards import LABEL_COLUMNS
+from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 
 _MAGIC = b"protlm-piece 1\n"

@@ -11,9 +11,8 @@ import numpy as np
 
 from protlm.data import splits
 from protlm.data.building.pieces import Piece, PieceFile
-from protlm.data.digests import Digests, duplicates, repeats
-from protlm.data.parsing.record_table import digests_of
-from protlm.data.records import NumberedIds, numbered_id
+from protlm.data.digests import Digests, digests_of, duplicates, repeats
+from protlm.data.numbered_ids import NumberedIds, numbered_id
 from protlm.data.splits import SPLIT_NAMES
 
 FIRST_REJECT = 100

@@ -1,28 +1,20 @@
-"""What kinds of embedding there are, and how a file of layout `protlm` is read: by record id, through a memory map."""
+"""How a file of layout `protlm` is read: by record id, through a memory map."""
 
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import xxhash
 
+from protlm.data.embeddings.kinds import KINDS, LAYER_PREFIX, RESIDUE_KINDS, Dtype, Kind
 from protlm.data.storage import columns
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 FORMAT = "protlm-embeddings"
 FORMAT_VERSION = 1
-
-Kind = Literal["per-residue", "mean", "cls", "logits"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What there can be in a file; the first of these that is there is opened by default."""
-
-RESIDUE_KINDS: tuple[Kind, ...] = ("per-residue", "logits")
-"""The kinds with one row a residue; the others have one row a protein."""
-
-Dtype = Literal["float32", "float16"]
-LAYER_PREFIX = "layer_"
 
 
 class EmbeddingsFile(Mapping[str, np.ndarray]):
@@ -126,7 +118,7 @@ def open_embeddings(path: str | Path, kind: str | None = None, layer: int | None
 class _IdIndex:
     """Finds a record by its id with 16 bytes a record, a tenth of what a dictionary of the strings takes."""
 
-    def __init__(self, ids: columns.StringColumn) -> None:
+    def __init__(self, ids: Strings) -> None:
         self._ids = ids
         hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, ids.encoded()), dtype=np.uint64, count=len(ids))
         self._order = np.argsort(hashes, kind="stable")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from protlm.data.digests import digests_of
 from protlm.data.labels import rows as label_rows
 from protlm.data.parsing import xml_records
-from protlm.data.parsing.record_table import Strings, bounds_of, digests_of
 from protlm.data.parsing.sources import SourceBlocks, sniff_format
 from protlm.data.records import shown
+from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ProtlmError, RecordError
 
 UNLABELLED = -1

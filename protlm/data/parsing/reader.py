@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from protlm.data import compiled
 from protlm.data.parsing import compiled_fasta, fasta, flatfile, xml_records
 from protlm.data.parsing.faults import ANNOTATION, Faults, is_entry
 from protlm.data.parsing.record_table import RecordTable, table_of
@@ -125,7 +126,7 @@ def read_records(*paths: str | Path, on_bad_record: OnBadRecord = "error") -> It
 def parse_piece(path: str | Path, piece: TextPiece) -> ParsedPiece:
     """Reads a piece of text as columns: FASTA by the compiled parser where it was built, all else in Python."""
     text = with_plain_line_ends(piece.text)
-    if piece.format == "fasta" and not piece.oversized_lines and compiled_fasta.is_available():
+    if piece.format == "fasta" and not piece.oversized_lines and compiled.is_available():
         above, rest = fasta.split_head(text)
         if rest and _is_utf8(rest):
             return _parse_compiled(path, above, rest)

@@ -1,39 +1,17 @@
 """Records as columns: how many parsed records are held at once without one Python object each."""
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import xxhash
 
 from protlm import vocabulary
+from protlm.data.digests import digests_of
 from protlm.data.records import Record
+from protlm.data.strings import Strings, bounds_of
 
 UNKNOWN = -1
 """What stands for no value in the columns of numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Strings:
-    """Strings back to back: their UTF-8 bytes, uint8, and the (strings + 1) bounds between them, int64."""
-
-    text: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @classmethod
-    def of(cls, strings: Iterable[str]) -> "Strings":
-        """Returns strings as a column."""
-        encoded = [text.encode() for text in strings]
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), bounds_of([len(text) for text in encoded]))
-
-    def to_list(self) -> list[str]:
-        """Returns all strings."""
-        text, bounds = self.text.tobytes(), self.offsets.tolist()
-        return [text[start:end].decode() for start, end in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +48,6 @@ class RecordTable:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-
-def bounds_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Returns the bounds of things of these lengths that stand back to back, int64 (lengths + 1), from 0."""
-    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    return bounds
-
-
-def digests_of(texts: Iterable[bytes]) -> np.ndarray:
-    """Returns the xxh3-128 of each text, uint64 (texts, 2), high half first."""
-    joined = b"".join(map(xxhash.xxh3_128_digest, texts))
-    return np.frombuffer(joined, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
 def table_of(records: Iterable[Record], repairs: Mapping[str, int]) -> RecordTable:

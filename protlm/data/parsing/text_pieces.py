@@ -3,13 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from protlm.data.parsing import fasta, xml_records
 from protlm.data.parsing.sources import sniff_format
-from protlm.data.records import MAX_RECORD_BYTES
-
-Format = Literal["fasta", "a3m", "flatfile", "uniprot-xml", "uniref-xml"]
+from protlm.data.records import MAX_RECORD_BYTES, Format
 
 PIECE_BYTES = 8 << 20
 """Small enough for the memory of one piece to be used again for the next, instead of being asked for anew."""

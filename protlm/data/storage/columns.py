@@ -5,13 +5,11 @@ The files may come from anyone: a column is mapped only after its place, type an
 
 import contextlib
 import errno
-import itertools
 import mmap
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,13 +17,11 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 ALIGNMENT_BYTES = 64
 """Every column starts at a multiple of this in its file: a cache line, and enough for any number type."""
-
-_SLICE_STRINGS = 1 << 16
-"""Strings of a column that are read at a time."""
 
 Scalar = TypeVar("Scalar", str, int)
 
@@ -105,50 +101,6 @@ def file_attribute(path: Path, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-@dataclass(frozen=True, slots=True)
-class StringColumn:
-    """A mapped column of strings; index it to get one.
-
-    Attributes:
-        where: File and column, for messages.
-        text: The UTF-8 bytes of all strings, back to back.
-        offsets: The bounds of each string in `text`, (strings + 1).
-    """
-
-    where: str
-    text: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]
-        return self._decode(self.text[self.offsets[index] : self.offsets[index + 1]].tobytes())
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self._decode, self.encoded())
-
-    def encoded(self) -> Iterator[bytes]:
-        """Yields the UTF-8 bytes of each string, in order, reading a slice of them at a time."""
-        for start in range(0, len(self), _SLICE_STRINGS):
-            bounds = self.offsets[start : start + _SLICE_STRINGS + 1]
-            text, first = self.text[bounds[0] : bounds[-1]].tobytes(), int(bounds[0])
-            for begin, end in itertools.pairwise(bounds.tolist()):
-                yield text[begin - first : end - first]
-
-    def to_list(self) -> list[str]:
-        """Returns all strings."""
-        text, bounds = self.text.tobytes(), self.offsets.tolist()
-        return [self._decode(text[start:end]) for start, end in itertools.pairwise(bounds)]
-
-    def _decode(self, text: bytes) -> str:
-        try:
-            return text.decode()
-        except UnicodeDecodeError as error:
-            raise ShardError(f"{self.where}: expected UTF-8 text, got {text[:20]!r}; the file is damaged") from error
-
-
 class ColumnFile:
     """An HDF5 file of columns while it is being opened; the mapped columns outlive it."""
 
@@ -214,12 +166,12 @@ class ColumnFile:
         place: int | None = dataset.id.get_offset()
         return place
 
-    def strings(self, name: str) -> StringColumn:
+    def strings(self, name: str) -> Strings:
         """Maps a string column after checking its offsets."""
         text = self.column(f"{name}/bytes", np.uint8)
         offsets = self.column(f"{name}/offsets", np.int64)
         self.check_offsets(f"{name}/offsets", offsets, len(text))
-        return StringColumn(f"{self.path}: {name}", text, offsets)
+        return Strings(text, offsets, f"{self.path}: {name}")
 
     def check_offsets(self, name: str, offsets: np.ndarray, end: int) -> None:
         """Refuses offsets that do not run from 0 to `end` without ever falling."""
@@ -229,7 +181,7 @@ class ColumnFile:
         if (offsets[1:] < offsets[:-1]).any():
             raise self._fault(name, "offsets that never fall", "some that do")
 
-    def check_size(self, name: str, column: np.ndarray | StringColumn, size: int) -> None:
+    def check_size(self, name: str, column: np.ndarray | Strings, size: int) -> None:
         """Refuses a column of another number of rows."""
         if len(column) != size:
             raise self._fault(name, f"{size} rows", str(len(column)))

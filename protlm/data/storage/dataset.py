@@ -15,12 +15,10 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from protlm import vocabulary
-from protlm.data.building.assembly import FinishedShard
-from protlm.data.parsing.text_pieces import Format
-from protlm.data.records import OnBadRecord
+from protlm.data.records import Format, OnBadRecord
 from protlm.data.splits import SplitName
-from protlm.data.storage.shards import ShardReader
-from protlm.errors import ShardError
+from protlm.data.storage.shards import FinishedShard, ShardReader
+from protlm.errors import ShardError, validation_fault
 
 FORMAT: Final = "protlm-dataset"
 FORMAT_VERSION: Final = 2
@@ -363,17 +361,7 @@ def _parse_manifest(path: Path, content: bytes) -> Manifest:
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
-        raise ShardError(f"{path}: {first_fault(error)}") from error
-
-
-def first_fault(error: ValidationError) -> str:
-    """Returns the first of the faults that pydantic found, in one line."""
-    fault = error.errors(include_url=False)[0]
-    message = fault["msg"].removeprefix("Value error, ").replace("Input", "the value")
-    place = ".".join(str(key) for key in fault["loc"])
-    if not place or fault["type"] == "value_error":
-        return message
-    return f"{place}: {message}, got {str(fault['input'])[:40]!r}"
+        raise ShardError(f"{path}: {validation_fault(error)}") from error
 
 
 def _merged_lengths(finished: Sequence[FinishedShard]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 import xxhash
 
-from protlm.data.storage.columns import StringColumn
 from protlm.data.storage.dataset import Split
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 _NO_LABEL = 0
@@ -120,7 +120,7 @@ def _cluster_numbers(split: Split) -> np.ndarray:
     return numbers
 
 
-def _digests(labels: StringColumn) -> np.ndarray:
+def _digests(labels: Strings) -> np.ndarray:
     """Returns the xxh3-64 of each label, uint64, and `_NO_LABEL` for an empty one."""
     text = labels.text.tobytes()
     bounds = pairwise(labels.offsets.tolist())

@@ -21,8 +21,9 @@ from numpy.typing import DTypeLike
 
 from protlm import files, vocabulary
 from protlm.data.digests import DIGEST_BYTES, Digests, firsts, repeats, sequence_digest
-from protlm.data.parsing.record_table import Strings, bounds_of
-from protlm.data.records import NumberedIds, numbered_id, shown
+from protlm.data.numbered_ids import NumberedIds, number_suffix, numbered_id
+from protlm.data.records import shown
+from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ShardError
 
 _FORMAT = "protlm-protein-store"
@@ -87,7 +88,7 @@ class ProteinStore:
 
     def id(self, record: int) -> str:
         """Returns the final id of a protein."""
-        return _string(self.ids, record).decode()
+        return self.ids[record]
 
     def residues(self, record: int) -> bytes:
         """Returns the letters of a protein."""
@@ -209,7 +210,7 @@ def _write_ids(path: Path, num_records: int, with_number_sign: "array[int]") -> 
     with (path / _GIVEN_IDS).open("rb") as source, _written(path / _IDS) as file:
         done = 0
         for record, number in zip(map(int, repeated), map(int, numbers), strict=True):
-            suffix = b"#%d" % number
+            suffix = number_suffix(number).encode()
             id_lengths[record] += len(suffix)
             end = int(offsets[record + 1])
             _copy(source, file, end - done)
@@ -228,15 +229,15 @@ def _avoid_taken_numbers(
     if not len(repeated) or not with_number_sign:
         return
     # Most ids with a number meet no repeat; hashes tell so without keeping them.
-    hashes = (xxhash.xxh3_64_intdigest(_string(given, record)) for record in repeated)
+    hashes = (xxhash.xxh3_64_intdigest(given.bytes_of(int(record))) for record in repeated)
     bases = np.unique(np.fromiter(hashes, np.uint64, len(repeated)))
     taken = NumberedIds()
     for record in with_number_sign:
-        found = numbered_id(_string(given, record).decode())
+        found = numbered_id(given[int(record)])
         if found is not None and _holds(bases, xxhash.xxh3_64_intdigest(found[0].encode())):
             taken.add(*found)
     for place, record in enumerate(repeated):
-        name = _string(given, record).decode()
+        name = given[int(record)]
         if name in taken:
             numbers[place] = taken.next_free(name)
 
@@ -255,10 +256,6 @@ def _digest_ranges(path: Path, num_records: int) -> Iterator[Digests]:
     for start, end in itertools.pairwise(bounds):
         index = np.flatnonzero((high >= np.uint64(start)) & (high <= np.uint64(end - 1)))
         yield Digests(high[index], digests[index, 1].astype(np.uint64), index)
-
-
-def _string(strings: Strings, number: int) -> bytes:
-    return strings.text[strings.offsets[number] : strings.offsets[number + 1]].tobytes()
 
 
 def _bytes(number: int) -> bytes:

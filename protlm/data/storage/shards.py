@@ -9,9 +9,10 @@ import numpy as np
 import xxhash
 
 from protlm import files, vocabulary
-from protlm.data.parsing import compiled_fasta
+from protlm.data.residue_counts import count_residues
 from protlm.data.splits import SPLIT_NAMES, SplitName
 from protlm.data.storage import columns
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 FORMAT = "protlm-shard"
@@ -43,6 +44,25 @@ class ShardInfo:
     num_records: int
     num_residues: int
     checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A shard as it was written.
+
+    Attributes:
+        split: Its split.
+        info: What the manifest tells of it.
+        residue_counts: How often each letter of `vocabulary.RESIDUES` occurs, int64 (25).
+        lengths: The lengths that occur, rising, int64.
+        length_counts: How many records have each, int64.
+    """
+
+    split: SplitName
+    info: ShardInfo
+    residue_counts: np.ndarray
+    lengths: np.ndarray
+    length_counts: np.ndarray
 
 
 def write_shard(
@@ -84,7 +104,7 @@ def write_shard(
             raw.seek(place or 0)
             for batch in _batches(tokens):
                 digest.update(batch.data)
-                residue_counts += compiled_fasta.count_residues(batch)
+                residue_counts += count_residues(batch)
                 raw.write(batch.data)
         checksum = _add_columns(digest, ordered.items())
         with columns.change_columns(path) as file:
@@ -194,7 +214,7 @@ class ShardReader:
         file.check_size(name, column, self.num_records)
         return column
 
-    def _optional_strings(self, file: columns.ColumnFile, name: str) -> columns.StringColumn | None:
+    def _optional_strings(self, file: columns.ColumnFile, name: str) -> Strings | None:
         if name not in file.names():
             return None
         column = file.strings(name)

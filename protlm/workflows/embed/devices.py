@@ -13,12 +13,13 @@ from protlm.data.storage.protein_store import open_proteins
 from protlm.errors import ProtlmError
 from protlm.inference.row_embeddings import RowEmbedder, Sums
 from protlm.model.performer import Performer
-from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer, process_rank, quiet_lightning
+from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer, process_rank
 from protlm.runtime.progress import StartProgress
 from protlm.workflows.embed.folder import EmbedFolder
 from protlm.workflows.embed.parts import PartRow, PartRows, PartWriter
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedSettings
+from protlm.workflows.trainers import inference_trainer, quiet_lightning
 
 
 def compute_on_devices(
@@ -36,17 +37,7 @@ def compute_on_devices(
     """
     task = _Embedding(folder, model, settings, start_progress)
     with quiet_lightning():
-        trainer = pl.Trainer(
-            accelerator=devices.accelerator,
-            devices=devices.per_node,
-            num_nodes=devices.num_nodes,
-            strategy=devices.lightning_strategy(),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        trainer = inference_trainer(devices)
         try:
             trainer.predict(task, return_predictions=False)
         except SystemExit:

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from protlm.data.embeddings.reader import Dtype
+from protlm.data.embeddings.kinds import Dtype
 from protlm.data.records import shown
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Cut
 from protlm.inference.row_embeddings import RowEmbedder
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import ModelDescription, read_model
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_directory import read_model
 from protlm.runtime.devices import OtherProcessError, best_device, process_rank
 from protlm.runtime.progress import StartProgress
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept

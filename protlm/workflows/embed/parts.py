@@ -8,9 +8,9 @@ import numpy as np
 
 from protlm import files
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Contents
-from protlm.data.parsing.record_table import Strings
 from protlm.data.records import shown
 from protlm.data.storage.protein_store import ProteinStore
+from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Segment
 from protlm.inference.row_embeddings import RowEmbedder, Sums, merged

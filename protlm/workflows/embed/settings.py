@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Layout, columns_of
-from protlm.data.embeddings.reader import Dtype, Kind
 from protlm.data.records import OnBadRecord
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Cut
-from protlm.pretrained.model_directory import ModelDescription
+from protlm.inference.row_embeddings import absolute_layer
+from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.devices import Devices, default_tokens_per_batch
 from protlm.vocabulary import VOCABULARY_SIZE
 
@@ -146,14 +147,3 @@ def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSe
     return EmbedSettings(
         layout, kinds, layers, dtype, tokens_per_batch, cut, description.model.model_dim, last, description.weights_hash
     )  # fmt: skip
-
-
-def absolute_layer(layer: int, last_layer: int) -> int:
-    """Returns the absolute number of a layer given from either end.
-
-    Raises:
-        ValueError: There is no such layer.
-    """
-    if not -last_layer - 1 <= layer <= last_layer:
-        raise ValueError(f"layer: expected {-last_layer - 1} to {last_layer}, got {layer}")
-    return layer if layer >= 0 else last_layer + 1 + layer

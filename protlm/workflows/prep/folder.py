@@ -13,7 +13,7 @@ from typing import Any, Literal
 from protlm import files
 from protlm.data.building.pieces import PieceFile, open_piece_file
 from protlm.data.parsing.sources import STDIN
-from protlm.data.parsing.text_pieces import Format
+from protlm.data.records import Format
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import Part
 from protlm.errors import ProtlmError

@@ -14,7 +14,7 @@ from protlm.data.labels.labels import Labels, read_clusters, read_families, read
 from protlm.data.parsing.sources import STDIN, expand_inputs
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import Part
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, validation_fault
 from protlm.workflows.prep.folder import InputFile, Start
 from protlm.workflows.prep.reading import LabelFiles
 
@@ -147,7 +147,7 @@ def resolve_options(
             **other_options,
         )
     except ValidationError as error:
-        raise PrepUsageError(dataset.first_fault(error)) from error
+        raise PrepUsageError(validation_fault(error)) from error
 
 
 def _label_file(labels: Labels | None) -> dataset.LabelFile | None:

@@ -11,7 +11,8 @@ from protlm.config import Config
 from protlm.data.batching.batches import Proteins
 from protlm.inference.scoring import Scores, score_split
 from protlm.model.health import attention_health
-from protlm.pretrained.model_directory import ModelDescription, ValidScore, save_model
+from protlm.pretrained.model_description import ModelDescription, ValidScore
+from protlm.pretrained.model_directory import save_model
 from protlm.workflows.train import run_checkpoints
 from protlm.workflows.train.run_log import RunLog
 from protlm.workflows.train.stop_request import StopRequest

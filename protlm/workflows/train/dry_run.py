@@ -16,13 +16,14 @@ from protlm.data.batching.draws import Draws
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
-from protlm.runtime.devices import Devices, best_device, quiet_lightning
+from protlm.runtime.devices import Devices, best_device
 from protlm.workflows.train.memory import MemoryEstimate, memory_bytes
 from protlm.workflows.train.optimizer import build_optimizer
+from protlm.workflows.train.run_checkpoints import WholeCheckpointIO
 from protlm.workflows.train.start import Start, TrainRequest, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, objective_of
-from protlm.workflows.train.train import make_trainer
+from protlm.workflows.trainers import quiet_lightning, training_trainer
 
 _LARGEST_BUDGET = 2**24
 """Where the search for the largest row ends, in tokens."""
@@ -144,7 +145,7 @@ def _largest_budget(start: Start) -> int:
     settings = start.settings
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop_request, quiet_lightning():
         task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
-        tuner = Tuner(make_trainer(settings, Devices(), Path(folder)))
+        tuner = Tuner(training_trainer(settings, Devices(), Path(folder), [], [], WholeCheckpointIO()))
         found = tuner.scale_batch_size(
             task, datamodule=start.data, mode="binsearch", init_val=settings.data.tokens_per_batch,
             batch_arg_name="tokens_per_batch", max_val=_LARGEST_BUDGET,

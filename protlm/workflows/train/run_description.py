@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import protlm
 from protlm import files
-from protlm.errors import CheckpointError
+from protlm.errors import CheckpointError, validation_fault
 
 RUN_NAME = "run.json"
 RUN_FORMAT: Literal["protlm-run"] = "protlm-run"
@@ -130,10 +130,8 @@ def read_run_description(path: Path) -> RunDescription:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{path}: not the description of a run by this protlm ({where}: {first['msg']}); move the file away"
+            f"{path}: not the description of a run by this protlm ({validation_fault(error)}); move the file away"
         ) from None
 
 

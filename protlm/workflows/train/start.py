@@ -184,7 +184,7 @@ def _check_devices(settings: Config, devices: Devices) -> None:
             f"train.accumulate: expected a multiple of the {devices.total} devices, which share the rows of an update, "
             f"got {settings.train.accumulate}; for example --set train.accumulate={wanted}"
         )
-    if devices.accelerator == "gpu" and devices.per_node > torch.cuda.device_count():
+    if best_device().type == "cuda" and devices.per_node > torch.cuda.device_count():
         raise ConfigError(
             f"--devices {devices.per_node}: this machine has {torch.cuda.device_count()} GPUs; ask for at most as many"
         )

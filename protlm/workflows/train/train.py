@@ -8,9 +8,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
-from protlm.config import Config
-from protlm.pretrained.model_directory import ModelDescription, ValidScore, read_description
-from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer, process_rank, quiet_lightning
+from protlm.pretrained.model_description import ModelDescription, ValidScore
+from protlm.pretrained.model_directory import read_description
+from protlm.runtime.devices import OtherProcessError, is_lost_peer, process_rank
 from protlm.workflows.train.callbacks import Watch
 from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint
 from protlm.workflows.train.run_description import RUN_NAME, describe_session, write_run_description
@@ -18,6 +18,7 @@ from protlm.workflows.train.run_folder import prepare_run_dir
 from protlm.workflows.train.start import Start, TrainRequest, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
+from protlm.workflows.trainers import quiet_lightning, training_trainer
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def train(
             task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
             with quiet_lightning():
                 loggers = _loggers(run_dir, start.first_step, request.wandb_project) if is_first else []
-                trainer = make_trainer(settings, request.devices, run_dir, [watch], loggers)
+                trainer = training_trainer(settings, request.devices, run_dir, [watch], loggers, WholeCheckpointIO())
                 checkpoint = last_checkpoint(run_dir) if start.first_step else None
                 try:
                     _fit(trainer, task, start.data, checkpoint)
@@ -136,35 +137,6 @@ def _loggers(run_dir: Path, first_step: int, wandb_project: str | None) -> list[
     if wandb_project is not None:
         loggers.append(WandbLogger(project=wandb_project, save_dir=run_dir, name=run_dir.name))
     return loggers
-
-
-def make_trainer(
-    settings: Config,
-    devices: Devices,
-    run_dir: Path,
-    callbacks: Sequence[pl.Callback] = (),
-    loggers: Sequence[Logger] = (),
-) -> pl.Trainer:
-    """Returns the trainer of a run; what Lightning would write itself, it leaves to us."""
-    return pl.Trainer(
-        default_root_dir=run_dir,
-        max_steps=settings.train.max_steps,
-        max_epochs=-1,
-        accelerator=devices.accelerator,
-        devices=devices.per_node,
-        num_nodes=devices.num_nodes,
-        strategy=devices.lightning_strategy(),
-        precision="bf16-mixed" if settings.train.precision == "bf16-mixed" else "32-true",
-        accumulate_grad_batches=settings.train.accumulate // devices.total,
-        callbacks=list(callbacks),
-        plugins=[WholeCheckpointIO()],
-        logger=list(loggers),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
 
 
 def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, checkpoint: Path | None) -> None:

@@ -4,8 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from protlm.data.digests import Digests, duplicates, repeats, sequence_digest
-from protlm.data.parsing.record_table import digests_of
+from protlm.data.digests import Digests, digests_of, duplicates, repeats, sequence_digest
 from protlm.data.splits import PFAM_20, SPLIT_NAMES, held_out_families, random_split
 
 NUM_SEQUENCES = 20_000

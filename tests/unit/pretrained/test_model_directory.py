@@ -12,15 +12,8 @@ from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
 from protlm.errors import CheckpointError
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import (
-    ModelDescription,
-    ValidScore,
-    dataset_hash_of,
-    find_model,
-    initial_weights,
-    read_model,
-    save_model,
-)
+from protlm.pretrained.model_description import ModelDescription, ValidScore
+from protlm.pretrained.model_directory import dataset_hash_of, find_model, initial_weights, read_model, save_model
 from protlm.vocabulary import RESIDUES, TOKENS
 
 VALID = ValidScore(

@@ -1,6 +1,7 @@
 import pytest
 
 from protlm.runtime.devices import Devices, process_rank
+from protlm.workflows.trainers import lightning_strategy
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,6 @@ def test_the_first_process_of_another_machine_is_not_the_first():
 
 
 def test_several_devices_are_joined_by_ddp_unless_shards_are_asked_for():
-    assert Devices(1).lightning_strategy() == "auto"
-    assert type(Devices(2, 2).lightning_strategy()).__name__ == "DDPStrategy"
-    assert type(Devices(2, 1, "fsdp").lightning_strategy()).__name__ == "ModelParallelStrategy"
+    assert lightning_strategy(Devices(1)) == "auto"
+    assert type(lightning_strategy(Devices(2, 2))).__name__ == "DDPStrategy"
+    assert type(lightning_strategy(Devices(2, 1, "fsdp"))).__name__ == "ModelParallelStrategy"

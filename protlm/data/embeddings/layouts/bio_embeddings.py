@@ -12,9 +12,9 @@ from pathlib import Path
 from protlm import files
 from protlm.data.embeddings.layouts.contents import Contents
 from protlm.data.embeddings.layouts.datasets_by_key import KeyedLayout
-from protlm.data.embeddings.layouts.names import all_different, collected, each
+from protlm.data.embeddings.layouts.names import all_different, collected
 from protlm.data.embeddings.layouts.sized_file import sync
-from protlm.data.parsing.record_table import Strings
+from protlm.data.strings import Strings
 
 _HEADER = ("", "original_id", "sequence_length")
 _FIRST_LINE = f"{','.join(_HEADER)}\n".encode()
@@ -51,6 +51,6 @@ class BioEmbeddingsLayout(KeyedLayout):
         with files.written_whole(mapping) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(_HEADER)
-            for index, (key, record_id) in enumerate(zip(each(keys), each(contents.ids), strict=True)):
+            for index, (key, record_id) in enumerate(zip(keys, contents.ids, strict=True)):
                 rows.writerow((key, record_id, len(contents.residues(index))))
         sync(mapping)

@@ -8,8 +8,8 @@ import numpy as np
 
 from protlm import vocabulary
 from protlm.data.digests import DIGEST_BYTES
-from protlm.data.embeddings.reader import KINDS, RESIDUE_KINDS, Dtype, Kind
-from protlm.data.parsing.record_table import Strings
+from protlm.data.embeddings.kinds import KINDS, RESIDUE_KINDS, Dtype, Kind
+from protlm.data.strings import Strings
 
 Column = tuple[Kind, int]
 """A kind of embedding and the absolute number of its layer."""

@@ -13,13 +13,12 @@ import numpy as np
 from h5py import h5a, h5d, h5o, h5p, h5s, h5t
 
 from protlm import files
+from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
-from protlm.data.embeddings.layouts.names import each, name_at
 from protlm.data.embeddings.layouts.sized_file import SizedFile
-from protlm.data.embeddings.reader import Dtype, Kind
-from protlm.data.parsing.record_table import Strings
 from protlm.data.storage import columns
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 
@@ -79,7 +78,7 @@ class KeyedWriter(LayoutWriter):
 
     def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
         (rows,) = stored.values()
-        key = name_at(self._keys, index)
+        key = self._keys.bytes_of(index)
         try:
             dataset = h5d.open(self._names.id, key)
         except KeyError:
@@ -113,7 +112,7 @@ def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
         file.attrs["model_hash"] = contents.model_hash
         file.attrs["kind"] = kind
         file.attrs["layer"] = layer
-        for index, (key, record_id) in enumerate(zip(each(keys), each(contents.ids), strict=True)):
+        for index, (key, record_id) in enumerate(zip(keys, contents.ids, strict=True)):
             # The low level: h5py's own create_dataset takes several times as long.
             space = h5s.create_simple(contents.shape(kind, index))
             dataset = h5d.create(file.id, None, number, space, dcpl=properties)

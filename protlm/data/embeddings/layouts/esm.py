@@ -23,12 +23,12 @@ import numpy as np
 import xxhash
 
 from protlm import files
+from protlm.data.embeddings.kinds import Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
-from protlm.data.embeddings.layouts.names import all_different, check_one_line_each, collected, each, is_repeat, name_at
+from protlm.data.embeddings.layouts.names import all_different, check_one_line_each, collected, is_repeat
 from protlm.data.embeddings.layouts.sized_file import sync
-from protlm.data.embeddings.reader import Kind
-from protlm.data.parsing.record_table import Strings
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 _SUFFIX = ".pt"
@@ -121,7 +121,7 @@ class EsmWriter(LayoutWriter):
         # Given a path, torch writes its name into the file, and equal content would not be equal bytes.
         with unfinished.open("wb") as file:
             torch.save(content, file)
-        path = self._path / (name_at(self._names, index).decode() + _SUFFIX)
+        path = self._path / (self._names.bytes_of(index).decode() + _SUFFIX)
         os.replace(unfinished, path)
         self._unsynced.append(path)
 
@@ -132,10 +132,10 @@ class EsmWriter(LayoutWriter):
 
 def file_names(ids: Strings) -> Strings:
     """Returns the name of each protein's file without its suffix, different even where case does not count."""
-    names = collected(map(_safe, each(ids)))
+    names = collected(map(_safe, ids))
     repeated = is_repeat(names, _folded)
     if repeated.any():
-        every = zip(each(ids), each(names), repeated, strict=True)
+        every = zip(ids, names, repeated, strict=True)
         names = collected(_with_hash(name, record_id) if again else name for record_id, name, again in every)
     # Someone may give a protein the very name that the hash of another one made.
     return all_different(names, _folded)
@@ -169,7 +169,7 @@ def _create(path: Path, contents: Contents, names: Strings) -> None:
     try:
         with (folder / _INDEX).open("w", encoding="utf-8", newline="") as file:
             file.write(_HEADER)
-            for record_id, name in zip(each(contents.ids), each(names), strict=True):
+            for record_id, name in zip(contents.ids, names, strict=True):
                 file.write(f"{record_id}\t{name}{_SUFFIX}\n")
         sync(folder / _INDEX)
         if path.is_dir() and not path.is_symlink():

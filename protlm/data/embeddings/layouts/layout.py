@@ -7,10 +7,10 @@ from types import TracebackType
 
 import numpy as np
 
+from protlm.data.embeddings.kinds import RESIDUE_KINDS, Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents, Embeddings
-from protlm.data.embeddings.reader import RESIDUE_KINDS, Dtype, Kind
-from protlm.data.parsing.record_table import Strings
 from protlm.data.records import shown
+from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 
 

@@ -7,29 +7,20 @@ of its own: the rule for repeated ids.
 import itertools
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from protlm.data.digests import Digests, repeats
-from protlm.data.parsing.record_table import Strings, bounds_of, digests_of
+from protlm.data.digests import Digests, digests_of, repeats
+from protlm.data.numbered_ids import NumberedIds, number_suffix, numbered_id
+from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ProtlmError
 
 _SLICE = 1 << 16
-_NUMBERED = re.compile(r".*#\d+", re.DOTALL)
 _LINE_BREAKERS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 Folding = Callable[[str], str]
 """What of a name counts when two are compared."""
-
-
-def each(strings: Strings) -> Iterator[str]:
-    """Yields the strings of a column, reading a slice at a time."""
-    for start in range(0, len(strings), _SLICE):
-        bounds = strings.offsets[start : start + _SLICE + 1]
-        text, first = bytes(strings.text[bounds[0] : bounds[-1]]), int(bounds[0])
-        for begin, end in itertools.pairwise(bounds.tolist()):
-            yield text[begin - first : end - first].decode()
 
 
 def collected(names: Iterable[str]) -> Strings:
@@ -42,16 +33,10 @@ def collected(names: Iterable[str]) -> Strings:
     return Strings(np.frombuffer(text, dtype=np.uint8), bounds_of(np.frombuffer(lengths, dtype=np.int64)))
 
 
-def name_at(names: Strings, index: int) -> bytes:
-    """Returns the UTF-8 bytes of one name."""
-    start, end = names.offsets[index : index + 2]
-    return bytes(names.text[start:end])
-
-
 def is_repeat(names: Strings, folded: Folding = str) -> np.ndarray:
     """Returns for each name whether an earlier one is the same, bool (names)."""
     digests = np.empty((len(names), 2), dtype=np.uint64)
-    every = each(names)
+    every = iter(names)
     for start in range(0, len(names), _SLICE):
         some = itertools.islice(every, _SLICE)
         digests[start : start + _SLICE] = digests_of(folded(name).encode() for name in some)
@@ -66,23 +51,20 @@ def all_different(names: Strings, folded: Folding = str) -> Strings:
     repeated = is_repeat(names, folded)
     if not repeated.any():
         return names
-    taken = {folded(name) for name in each(names) if _NUMBERED.fullmatch(name)}
-    next_numbers: dict[str, int] = {}
+    numbers = NumberedIds()
+    for name in names:
+        if (taken := numbered_id(folded(name))) is not None:
+            numbers.add(*taken)
 
     def numbered(name: str) -> str:
-        key = folded(name)
-        number = next_numbers.get(key, 2)
-        while folded(f"{name}#{number}") in taken:
-            number += 1
-        next_numbers[key] = number + 1
-        return f"{name}#{number}"
+        return name + number_suffix(numbers.next_free(folded(name)))
 
-    return collected(numbered(name) if again else name for name, again in zip(each(names), repeated, strict=True))
+    return collected(numbered(name) if again else name for name, again in zip(names, repeated, strict=True))
 
 
 def check_one_line_each(names: Strings, layout: str) -> None:
     """Raises ProtlmError for an id that does not fit on a line of its own, or into a column between tabs."""
-    for name in each(names):
+    for name in names:
         if _LINE_BREAKERS.search(name):
             raise ProtlmError(
                 f"id {name[:60]!r}: expected no tab or line end in it, which the list of ids of layout {layout} "

@@ -10,12 +10,13 @@ import h5py
 import numpy as np
 
 from protlm import files
+from protlm.data.embeddings.kinds import LAYER_PREFIX, RESIDUE_KINDS
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
 from protlm.data.embeddings.layouts.sized_file import SizedFile
-from protlm.data.embeddings.reader import FORMAT, FORMAT_VERSION, LAYER_PREFIX, RESIDUE_KINDS
-from protlm.data.parsing.record_table import bounds_of
+from protlm.data.embeddings.reader import FORMAT, FORMAT_VERSION
 from protlm.data.storage import columns
+from protlm.data.strings import bounds_of
 from protlm.errors import ShardError
 
 

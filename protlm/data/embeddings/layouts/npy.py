@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from protlm import files
+from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
-from protlm.data.embeddings.layouts.names import check_one_line_each, each
+from protlm.data.embeddings.layouts.names import check_one_line_each
 from protlm.data.embeddings.layouts.sized_file import SizedFile, sync
-from protlm.data.embeddings.reader import Dtype, Kind
-from protlm.data.parsing.record_table import Strings
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 _SUFFIX = ".npy"
@@ -66,7 +66,7 @@ class NpyLayout(Layout):
     def _create(self, path: Path, contents: Contents, header: bytes, size: int) -> None:
         self.check_ids(contents.ids)
         with files.written_whole(self.paths(path)[1]) as temporary, temporary.open("wb") as file:
-            for record_id in each(contents.ids):
+            for record_id in contents.ids:
                 file.write(record_id.encode() + b"\n")
         sync(self.paths(path)[1])
         with files.written_whole(path) as temporary, temporary.open("wb") as file:

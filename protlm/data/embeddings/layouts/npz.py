@@ -18,10 +18,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from protlm.data.embeddings.kinds import LAYER_PREFIX, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
-from protlm.data.embeddings.layouts.names import all_different, collected, each, name_at
-from protlm.data.embeddings.reader import LAYER_PREFIX, Kind
+from protlm.data.embeddings.layouts.names import all_different, collected
 
 _SUFFIX = ".npy"
 _MARK = b"protlm embeddings"
@@ -65,7 +65,7 @@ class NpzWriter(LayoutWriter):
     def __init__(self, path: Path, contents: Contents) -> None:
         """Opens a new file."""
         super().__init__(contents, resume=False)
-        self._keys = all_different(collected(map(key_of, each(contents.ids))))
+        self._keys = all_different(collected(map(key_of, contents.ids)))
         self._suffixes = _suffixes(contents)
         self._file: BinaryIO = path.open("wb")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
@@ -83,7 +83,7 @@ class NpzWriter(LayoutWriter):
             self._file.close()
 
     def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
-        key, record_id = name_at(self._keys, index).decode(), self.contents.record_id(index)
+        key, record_id = self._keys.bytes_of(index).decode(), self.contents.record_id(index)
         for column, rows in stored.items():
             member = zipfile.ZipInfo(f"{key}{self._suffixes[column]}{_SUFFIX}", _FIRST_DATE)
             member.create_system, member.external_attr = _UNIX, _READABLE

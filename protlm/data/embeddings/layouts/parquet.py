@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
-from protlm.data.embeddings.reader import Dtype, Kind
 from protlm.errors import ProtlmError
 
 _METADATA_KEY = b"protlm"

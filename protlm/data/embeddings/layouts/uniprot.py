@@ -7,11 +7,11 @@ equal get `#2`, `#3`, …. Each dataset has the id itself as its attribute `orig
 
 import re
 
+from protlm.data.embeddings.kinds import Dtype
 from protlm.data.embeddings.layouts.contents import Contents
 from protlm.data.embeddings.layouts.datasets_by_key import KeyedLayout
-from protlm.data.embeddings.layouts.names import all_different, collected, each
-from protlm.data.embeddings.reader import Dtype
-from protlm.data.parsing.record_table import Strings
+from protlm.data.embeddings.layouts.names import all_different, collected
+from protlm.data.strings import Strings
 
 _UNIPROT_ID = re.compile(r"(?:sp|tr)\|([^|]+)\|")
 _UNSAFE = re.compile(r"[/\0]")
@@ -24,7 +24,7 @@ class UniprotLayout(KeyedLayout):
     default_dtype: Dtype = "float16"
 
     def _keys(self, contents: Contents) -> Strings:
-        return all_different(collected(map(key_of, each(contents.ids))))
+        return all_different(collected(map(key_of, contents.ids)))
 
 
 def key_of(record_id: str) -> str:

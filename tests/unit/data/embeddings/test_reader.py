@@ -8,7 +8,7 @@ import pytest
 from protlm import open_embeddings
 from protlm.data.digests import sequence_digest
 from protlm.data.embeddings.layouts import LAYOUTS, Contents
-from protlm.data.parsing.record_table import Strings
+from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 IDS = ["a", "b#2", "é/c"]

@@ -8,12 +8,13 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from protlm.data.digests import digests_of
 from protlm.data.labels import labels
 from protlm.data.labels import rows as label_rows
 from protlm.data.labels.labels import UNLABELLED, Labels, read_clusters, read_families, read_splits
 from protlm.data.parsing import record_table as table
 from protlm.data.parsing import sources
-from protlm.data.parsing.record_table import Strings, digests_of
+from protlm.data.strings import Strings
 from protlm.errors import ProtlmError, RecordError
 
 CD_HIT = """\

@@ -5,9 +5,10 @@ import inspect
 import pytest
 
 from protlm import read_records
+from protlm.data.numbered_ids import NumberedIds, numbered_id
 from protlm.data.parsing import sources
 from protlm.data.parsing.reader import RecordReader
-from protlm.data.records import NumberedIds, Record, numbered_id
+from protlm.data.records import Record
 from protlm.errors import ProtlmError, RecordError
 
 

@@ -7,7 +7,8 @@ from protlm.cli.app import main
 from protlm.config import ModelConfig
 from protlm.data.storage.dataset import open_dataset
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import ModelDescription, save_model
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_directory import save_model
 from protlm.vocabulary import RESIDUES
 from protlm.workflows.evaluate.evaluate import evaluate
 

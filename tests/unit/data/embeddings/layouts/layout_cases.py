@@ -4,7 +4,7 @@ import numpy as np
 
 from protlm.data.digests import sequence_digest
 from protlm.data.embeddings.layouts import LAYOUTS, Contents
-from protlm.data.parsing.record_table import Strings
+from protlm.data.strings import Strings
 
 MODEL_DIM = 5
 LAST_LAYER = 6

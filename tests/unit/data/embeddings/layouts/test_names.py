@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+from protlm.data import strings
 from protlm.data.embeddings.layouts import names
 from protlm.data.embeddings.layouts.esm import file_names
 from protlm.data.embeddings.layouts.npz import key_of
-from protlm.data.parsing.record_table import Strings
+from protlm.data.strings import Strings
 
 
 def all_different(*given, **options):
@@ -27,10 +28,11 @@ def test_names_of_many_slices_come_back_in_order(monkeypatch):
     given = [f"é{number % 7}" for number in range(40)]
     expected = all_different(*given)
     monkeypatch.setattr(names, "_SLICE", 3)
+    monkeypatch.setattr(strings, "_SLICE_STRINGS", 3)
     assert all_different(*given) == expected
     column = Strings.of(expected)
-    assert list(names.each(column)) == expected
-    assert [names.name_at(column, index).decode() for index in range(40)] == expected
+    assert list(column) == expected
+    assert [column.bytes_of(index).decode() for index in range(40)] == expected
     assert names.is_repeat(Strings.of(given)).tolist() == [False] * 7 + [True] * 33
     assert names.collected(iter(expected)).to_list() == expected
 

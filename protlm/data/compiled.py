@@ -1,0 +1,61 @@
+"""The compiled part of the data path: hides whether it was built, and how it is loaded."""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
+
+_EXTENSION = "protlm.data.parsing._fasta_parser"
+# As in fasta_parser.cpp: after an update, a library of before may still lie there.
+_VERSION = 1
+
+Pointer = ctypes.c_void_p
+Integer = ctypes.c_int64
+
+
+def is_available() -> bool:
+    """Says whether the library was built and can be loaded."""
+    return why_not() is None
+
+
+def why_not() -> str | None:
+    """Returns why the library cannot be used, None if it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """Returns the library; its functions are declared in fasta_parser.cpp.
+
+    Raises:
+        RuntimeError: It is not available.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(f"the compiled FASTA parser is not available: {loaded}")
+    return loaded
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """Returns the library, or why there is none."""
+    spec = importlib.util.find_spec(_EXTENSION)
+    if spec is None or spec.origin is None:
+        return "it was not built; install a C++17 compiler such as g++, then install protlm again"
+    try:
+        loaded = ctypes.CDLL(spec.origin)
+        version = _declare(loaded, "protlm_fasta_version", Integer)()
+        if version != _VERSION:
+            return f"{spec.origin} is of version {version}, not {_VERSION}; install protlm again"
+        _declare(loaded, "protlm_measure_fasta", None, ctypes.c_char_p, Integer, Pointer)
+        _declare(loaded, "protlm_parse_fasta", None, ctypes.c_char_p, Integer, Integer, Pointer)
+        _declare(loaded, "protlm_count_residues", None, Pointer, Integer, Pointer)
+    except (OSError, AttributeError) as error:
+        return f"{spec.origin} cannot be loaded ({error}); install protlm again"
+    return loaded
+
+
+def _declare(loaded: ctypes.CDLL, name: str, returned: type | None, *arguments: type) -> Callable[..., int]:
+    function = getattr(loaded, name)
+    function.restype, function.argtypes = returned, arguments
+    return function  # type: ignore[no-any-return]

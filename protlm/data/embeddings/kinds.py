@@ -1,0 +1,13 @@
+"""The kinds of embedding there are, and the names and number types under which they are stored."""
+
+from typing import Literal, get_args
+
+Kind = Literal["per-residue", "mean", "cls", "logits"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What there can be in a file; the first of these that is there is opened by default."""
+
+RESIDUE_KINDS: tuple[Kind, ...] = ("per-residue", "logits")
+"""The kinds with one row a residue; the others have one row a protein."""
+
+Dtype = Literal["float32", "float16"]
+LAYER_PREFIX = "layer_"
