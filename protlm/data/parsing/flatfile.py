@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from protlm.data.parsing.xml_records import clean_entry
+from protlm.data.parsing.uniref_xml import clean_entry
 from protlm.data.records import Record, shown
 from protlm.errors import RecordError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from protlm.data import compiled
-from protlm.data.parsing import compiled_fasta, fasta, flatfile, xml_records
+from protlm.data.parsing import compiled_fasta, fasta, flatfile, uniref_xml
 from protlm.data.parsing.faults import ANNOTATION, Faults, is_entry
 from protlm.data.parsing.record_table import RecordTable, table_of
 from protlm.data.parsing.sources import SourceBlocks
@@ -214,7 +214,7 @@ def _flatfile_records(path: str | Path, text: bytes, repairs: Counter[str]) -> I
 def _xml_records(
     path: str | Path, piece: TextPiece, text: bytes, repairs: Counter[str]
 ) -> Iterator[Record | RecordError]:
-    parse = xml_records.parse_uniprot_entry if piece.format == "uniprot-xml" else xml_records.parse_uniref_entry
+    parse = uniref_xml.parse_uniprot_entry if piece.format == "uniprot-xml" else uniref_xml.parse_uniref_entry
     place, line = 0, 1
     while (start := _ENTRY_START.search(text, place)) is not None:
         end = text.find(_ENTRY_END, start.start()) + len(_ENTRY_END)

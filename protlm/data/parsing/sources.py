@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from isal import igzip_lib
 
-from protlm.data.parsing import xml_records
+from protlm.data.parsing import uniref_xml
 from protlm.errors import ProtlmError
 
 if sys.version_info >= (3, 14):
@@ -280,10 +280,10 @@ def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
         return "flatfile"
     if not text.startswith(b"<"):
         return "fasta"
-    root = xml_records.root_name(text)
+    root = uniref_xml.root_name(text)
     if root == "uniprot":
         return "uniprot-xml"
-    if root in xml_records.UNIREF_ROOTS:
+    if root in uniref_xml.UNIREF_ROOTS:
         return "uniref-xml"
     found = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
     where = f"{path}: " if path is not None else ""

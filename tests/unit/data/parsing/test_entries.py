@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from Bio import SeqIO
 
-from protlm.data.parsing import flatfile, xml_records
-from protlm.data.parsing.xml_records import check_prolog, parse_uniprot_entry, parse_uniref_entry, uniref_clusters
+from protlm.data.parsing import flatfile, uniref_xml
+from protlm.data.parsing.uniref_xml import check_prolog, parse_uniprot_entry, parse_uniref_entry, uniref_clusters
 from protlm.data.records import Record
 from protlm.errors import ProtlmError, RecordError
 
@@ -330,7 +330,7 @@ def test_definitions_are_refused_while_clusters_are_read_however_late_they_come(
 
 
 def test_a_text_without_tags_does_not_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(xml_records, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(uniref_xml, "MAX_RECORD_BYTES", 1 << 20)
     blocks = itertools.chain([b"<UniRef><entry id='a"], itertools.repeat(b"a" * (1 << 18)))
     read_bytes = []
     with pytest.raises(RecordError, match="no tag in"):
