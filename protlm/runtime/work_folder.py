@@ -52,20 +52,13 @@ def make_folder(path: Path, about: Mapping[str, Any], subfolders: Sequence[str])
             raise
 
 
-def remove_folder(path: Path) -> None:
-    """Removes the folder; if that is cut short, no half of it has its name."""
-    doomed = files.partial_path(path)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 def finish_removing(path: Path) -> None:
     """Removes what a run that was killed was about to remove."""
     for doomed in files.left_overs(path):
         shutil.rmtree(doomed)
 
 
-def check_own(path: Path, expected_format: str, command: str) -> Mapping[str, Any]:
+def read_own(path: Path, expected_format: str, command: str) -> Mapping[str, Any]:
     """Returns what a folder says it was made for.
 
     Raises:

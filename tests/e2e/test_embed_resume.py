@@ -10,11 +10,10 @@ import time
 import pytest
 
 import protlm
+from protlm import files
 from protlm.cli.app import main
 from protlm.inference.row_embeddings import RowEmbedder
-from protlm.runtime import work_folder
 from protlm.workflows.embed import assembly as embed_assembly
-from protlm.workflows.embed import folder as embed_folder
 from protlm.workflows.embed import parts as embed_parts
 from tests.e2e.conftest import SMALL, write_fasta
 from tests.e2e.train_tools import TIMEOUT_SECONDS, finish, start
@@ -86,8 +85,8 @@ MOMENTS = {
     "writing a part": (embed_parts.PartWriter, "_check", 25),
     "putting together": (embed_assembly._Parts, "embeddings", 30),
     "between a note and its part": (embed_parts, "contents_of", 2),
-    "putting in place": (embed_folder, "_replace", 0),
-    "removing": (work_folder, "remove_folder", 0),
+    "putting in place": (files, "publish", 0),
+    "removing": (files, "remove_at_once", 0),
 }
 
 
@@ -294,7 +293,7 @@ def test_what_came_to_the_place_of_a_finished_output_stays(
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        kill_at(patch, embed_folder, "_replace", 0)
+        kill_at(patch, files, "publish", 0)
         with pytest.raises(Killed):
             embed(run_dir, inputs, out, layout)
     if layout == "esm":
@@ -314,7 +313,7 @@ def test_what_came_to_the_place_of_a_finished_output_stays(
 
 def test_an_output_that_was_taken_away_is_made_again(run_dir, inputs, expected, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_at(patch, work_folder, "remove_folder", 0)
+        kill_at(patch, files, "remove_at_once", 0)
         with pytest.raises(Killed):
             embed(run_dir, inputs, tmp_path / "out")
     (tmp_path / "out").unlink()

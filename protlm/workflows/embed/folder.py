@@ -139,7 +139,7 @@ class EmbedFolder:
         # The companions first: once OUT is there, all is.
         for source, target in list(zip(made, wanted, strict=True))[::-1]:
             if source.exists():
-                _replace(source, target)
+                files.publish(source, target)
 
     @property
     def is_finished(self) -> bool:
@@ -148,7 +148,7 @@ class EmbedFolder:
 
     def remove(self) -> None:
         """Removes the folder with all that is in it."""
-        work_folder.remove_folder(self.path)
+        files.remove_at_once(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ class EmbedFolder:
         """
         with work_folder.locked(self.path):
             for left_over in self.path.glob(f"*/.*{files.PARTIAL_SUFFIX}"):
-                _remove(left_over)
+                files.remove(left_over)
             shutil.rmtree(self.new_proteins_path, ignore_errors=True)
             yield
 
@@ -213,7 +213,7 @@ def open_embed_folder(out: Path, model_hash: str, options: dict[str, Any], *, re
     check_start(folder, model_hash, options, resume=resume, force=force)
     if path.exists() and not resume:
         with work_folder.locked(path):
-            work_folder.remove_folder(path)
+            files.remove_at_once(path)
     if not path.exists():
         work_folder.make_folder(path, _about(model_hash, options), ())
     for name in ("parts", "output"):
@@ -230,7 +230,7 @@ def check_start(folder: EmbedFolder, model_hash: str, options: dict[str, Any], *
     path = folder.path
     if not path.exists():
         return
-    found = work_folder.check_own(path, FORMAT, "embed")
+    found = work_folder.read_own(path, FORMAT, "embed")
     if not resume and not force:
         raise ProtlmError(
             f"{path}: an unfinished run for this output; go on with --resume, or start afresh with --force"
@@ -280,27 +280,3 @@ def check_replaceable(folder: EmbedFolder, layout: Layout, out: Path, *, force: 
             f"{there[0]}: holds no embeddings of layout {layout.name}, so --force does not replace it; "
             "choose another --out"
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _replace(source: Path, target: Path) -> None:
-    if not target.is_dir():
-        os.replace(source, target)
-        return
-    # Of a run that was killed while it did this.
-    for doomed in files.left_overs(target):
-        _remove(doomed)
-    old = files.partial_path(target)
-    target.rename(old)
-    try:
-        source.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)

@@ -158,7 +158,7 @@ class PrepFolder:
 
     def remove(self) -> None:
         """Removes the folder with all that is in it."""
-        work_folder.remove_folder(self.path)
+        files.remove_at_once(self.path)
 
     def _source_path(self, number: int) -> Path:
         return self.path / "sources" / f"{number:05d}.json"
@@ -196,7 +196,7 @@ def open_prep_folder(
                 f"{path}: an unfinished run for this dataset; go on with --resume, or start afresh with --force"
             )
         with PrepFolder(path, inputs).locked(start):
-            work_folder.remove_folder(path)
+            files.remove_at_once(path)
     if not path.exists():
         if start == "merge":
             raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
@@ -208,7 +208,7 @@ def open_prep_folder(
 
 
 def _about(path: Path) -> Mapping[str, Any]:
-    return work_folder.check_own(path, FORMAT, "prep")
+    return work_folder.read_own(path, FORMAT, "prep")
 
 
 def finished_before(out: Path) -> dataset.Dataset | None:
@@ -246,18 +246,8 @@ def check_replaceable(out: Path, *, force: bool) -> None:
 
 def put_in_place(folder: Path, out: Path, *, force: bool) -> None:
     """Renames a finished dataset to its place; one that is there goes only once the new one has its name."""
-    if not out.exists():
-        folder.rename(out)
-        return
     check_replaceable(out, force=force)
-    old = files.partial_path(out)
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
+    files.publish(folder, out)
 
 
 @contextlib.contextmanager

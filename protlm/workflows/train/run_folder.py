@@ -1,6 +1,5 @@
 """The folder of a run: hides what may lie in it, which settings a run has, and when an old one may be replaced."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,9 +70,7 @@ def prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool) -> None:
     """Makes the folder, empty unless the run is resumed, writes its settings, and takes away what a kill left half."""
     if run_dir.exists() and not resume:
         # A kill in the middle leaves a folder that nobody takes for a run.
-        old = files.partial_path(run_dir)
-        run_dir.rename(old)
-        shutil.rmtree(old)
+        files.remove_at_once(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     # First, since it is what makes a folder a run.
     with files.written_whole(run_dir / CONFIG_NAME) as partial:

@@ -172,10 +172,7 @@ def _create(path: Path, contents: Contents, names: Strings) -> None:
             for record_id, name in zip(contents.ids, names, strict=True):
                 file.write(f"{record_id}\t{name}{_SUFFIX}\n")
         sync(folder / _INDEX)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        files.remove(path)
         folder.replace(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
