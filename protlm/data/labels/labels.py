@@ -12,8 +12,9 @@ import numpy as np
 
 from protlm.data.digests import digests_of
 from protlm.data.labels import rows as label_rows
-from protlm.data.parsing import uniref_xml
 from protlm.data.parsing.sources import SourceBlocks, sniff_format
+from protlm.data.parsing.uniref_xml import clusters_of
+from protlm.data.parsing.xml_text import check_prolog
 from protlm.data.records import shown
 from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ProtlmError, RecordError
@@ -131,7 +132,7 @@ def read_clusters(path: str | Path) -> Labels:
     if start.startswith(b"<"):
         if sniff_format(start, path) != "uniref-xml":
             raise ProtlmError(f"{path}: expected clusters, got UniProtKB XML, which has none")
-        uniref_xml.check_prolog(path, start)
+        check_prolog(path, start)
         return _read_uniref(path, source, blocks)
     if start.startswith(label_rows.CD_HIT_CLUSTER):
         return _label(path, source, label_rows.rows_of(label_rows.cd_hit_clusters(path, blocks)), "cluster")
@@ -327,7 +328,7 @@ def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]
     sizes: list[int] = []
 
     def clusters() -> Iterator[label_rows.Cluster]:
-        for found in uniref_xml.uniref_clusters(path, blocks):
+        for found in clusters_of(path, blocks):
             sizes.append(found.num_members)
             names, secondary = ([name.encode() for name in part] for part in (found.names, found.secondary))
             # A negative line marks what need not be in one cluster only.

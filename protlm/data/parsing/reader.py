@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import get_args
 
 from protlm.data import compiled
-from protlm.data.parsing import compiled_fasta, fasta, flatfile, uniref_xml
+from protlm.data.parsing import compiled_fasta, fasta, flatfile, uniprot_xml, uniref_xml
 from protlm.data.parsing.faults import ANNOTATION, Faults, is_entry
 from protlm.data.parsing.record_table import RecordTable, table_of
 from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.parsing.text_pieces import TextPiece, cut_into_pieces
 from protlm.data.records import MAX_RECORD_BYTES, OnBadRecord, Record
 from protlm.errors import RecordError
+from protlm.runtime.progress import Advance, no_advance
 
 # Small, so that the first record of a large file is there at once.
 _READ_PIECE_BYTES = 1 << 20
@@ -65,14 +66,14 @@ class RecordReader:
         paths: Sequence[str | Path],
         *,
         on_bad_record: OnBadRecord = "error",
-        progress: Callable[[int], object] | None = None,
+        advance: Advance = no_advance,
     ) -> None:
         """Prepares to read; no file is opened yet.
 
         Args:
             paths: Protein files; format and compression are told by their content, `-` is the standard input.
             on_bad_record: Raise the error of a bad record, or count it in `rejects` and go on.
-            progress: Called with the number of bytes of each block read from disk.
+            advance: Called with the number of bytes of each block read from disk.
         """
         if on_bad_record not in get_args(OnBadRecord):
             raise ValueError(f"on_bad_record: expected one of {get_args(OnBadRecord)}, got {on_bad_record!r}")
@@ -80,14 +81,14 @@ class RecordReader:
         self.rejects: Counter[str] = Counter()
         self.sources: list[Source] = []
         self._on_bad_record = on_bad_record
-        self._progress = progress
+        self._advance = advance
         self._records = (record for path in paths for record in self._read(path))
 
     def __iter__(self) -> Iterator[Record]:
         return self._records
 
     def _read(self, path: str | Path) -> Iterator[Record]:
-        source = SourceBlocks(path, progress=self._progress)
+        source = SourceBlocks(path, advance=self._advance)
         num_lines = num_found = 0
         for piece in cut_into_pieces(path, source, piece_bytes=_READ_PIECE_BYTES):
             text = with_plain_line_ends(piece.text)
@@ -214,7 +215,7 @@ def _flatfile_records(path: str | Path, text: bytes, repairs: Counter[str]) -> I
 def _xml_records(
     path: str | Path, piece: TextPiece, text: bytes, repairs: Counter[str]
 ) -> Iterator[Record | RecordError]:
-    parse = uniref_xml.parse_uniprot_entry if piece.format == "uniprot-xml" else uniref_xml.parse_uniref_entry
+    parse = uniprot_xml.parse_entry if piece.format == "uniprot-xml" else uniref_xml.parse_entry
     place, line = 0, 1
     while (start := _ENTRY_START.search(text, place)) is not None:
         end = text.find(_ENTRY_END, start.start()) + len(_ENTRY_END)

@@ -17,8 +17,10 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from isal import igzip_lib
 
-from protlm.data.parsing import uniref_xml
+from protlm.data.parsing.uniref_xml import UNIREF_ROOTS
+from protlm.data.parsing.xml_text import root_name
 from protlm.errors import ProtlmError
+from protlm.runtime.progress import Advance, no_advance
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -118,18 +120,18 @@ class SourceBlocks:
             first block is there.
     """
 
-    def __init__(self, path: str | Path, *, progress: Callable[[int], object] | None = None) -> None:
+    def __init__(self, path: str | Path, *, advance: Advance = no_advance) -> None:
         """Prepares to read; the file is opened when iteration begins.
 
         Args:
             path: The file; `STDIN` is the standard input.
-            progress: Called with the number of bytes of each block read from disk.
+            advance: Called with the number of bytes of each block read from disk.
         """
         self.name = STDIN if str(path) == STDIN else os.fsencode(Path(path).name).decode("utf-8", "backslashreplace")
         self.sha256 = ""
         self.is_plain = False
         self._path = path
-        self._progress = progress
+        self._advance = advance
 
     def __iter__(self) -> Iterator[bytes]:
         digest = hashlib.sha256()
@@ -165,8 +167,7 @@ class SourceBlocks:
     def _raw_blocks(self, file: BinaryIO, update_digest: Callable[[bytes], object]) -> Iterator[bytes]:
         while block := file.read(_RAW_BLOCK_BYTES):
             update_digest(block)
-            if self._progress is not None:
-                self._progress(len(block))
+            self._advance(len(block))
             yield block
 
 
@@ -280,10 +281,10 @@ def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
         return "flatfile"
     if not text.startswith(b"<"):
         return "fasta"
-    root = uniref_xml.root_name(text)
+    root = root_name(text)
     if root == "uniprot":
         return "uniprot-xml"
-    if root in uniref_xml.UNIREF_ROOTS:
+    if root in UNIREF_ROOTS:
         return "uniref-xml"
     found = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
     where = f"{path}: " if path is not None else ""

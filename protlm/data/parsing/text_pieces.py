@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from protlm.data.parsing import fasta, uniref_xml
+from protlm.data.parsing import fasta
 from protlm.data.parsing.sources import sniff_format
+from protlm.data.parsing.xml_text import check_prolog
 from protlm.data.records import MAX_RECORD_BYTES, Format
 
 PIECE_BYTES = 8 << 20
@@ -122,7 +123,7 @@ class _Cutter:
 
 def _format_of(path: str | Path, head: bytes) -> Format:
     if head.lstrip().startswith(b"<"):
-        uniref_xml.check_prolog(path, head)
+        check_prolog(path, head)
     found = sniff_format(head, path)
     return "a3m" if found == "fasta" and fasta.is_a3m(head) else found
 

@@ -1,0 +1,33 @@
+import io
+
+from Bio import SeqIO
+
+from protlm.data.parsing import flatfile
+from protlm.data.records import Record
+from tests.unit.data.parsing.entry_cases import ENTRY, parse, read
+
+
+def test_a_flat_file_entry_gives_a_record_with_the_families_of_its_cross_references():
+    record, repairs = parse("flatfile", ENTRY)
+    assert record == Record(
+        "P69905",
+        "HBA_HUMAN Hemoglobin subunit alpha (Fragment) OS=Homo sapiens (Human) OX=9606",
+        "MVLSPADKTNVKAA",
+        taxon_id=9606,
+        line=7,
+        families=("PF00042", "IPR000971", "IPR009050"),
+    )
+    assert not repairs
+
+
+def test_real_flat_files_are_read_as_biopython_does(shared_data):
+    text = read(shared_data / "flatfile/uniprot_sample.dat.gz")
+    expected = list(SeqIO.parse(io.StringIO(text.decode()), "swiss"))
+    found = [flatfile.parse_entry("a", entry + b"//\n", 1)[0] for entry in text.split(b"//\n")[:-1]]
+    assert len(found) == 98
+    for record, other in zip(found, expected, strict=True):
+        families = {key.split(":", 1)[1] for key in other.dbxrefs if key.startswith(("Pfam:", "InterPro:"))}
+        assert (record.id, record.sequence, set(record.families)) == (other.id, str(other.seq), families)
+        assert str(record.taxon_id) == other.annotations["ncbi_taxid"][0]
+        assert record.description.startswith(other.name + " ")
+    assert sum(any(family.startswith("PF") for family in record.families) for record in found) == 82
