@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from protlm.cli import output
+from protlm.cli.progress import Bars
 
 
 class SplitOption(StrEnum):
@@ -37,12 +38,10 @@ def eval_command(
       protlm eval run dataset --split test --out report
       protlm eval run/model dataset --split valid --out report-valid --json
     """  # noqa: D301  \b must reach Typer as a backspace
-    from tqdm import tqdm
-
     from protlm.workflows.evaluate.evaluate import evaluate
 
-    with tqdm(unit="residue", unit_scale=True, desc="eval", disable=None) as bar:
-        report = evaluate(model, dataset, split.value, out, seed=seed, force=force, progress=bar.update)
+    with Bars({"eval": "residue"}) as bars:
+        report = evaluate(model, dataset, split.value, out, seed=seed, force=force, start_progress=bars.start)
     if as_json:
         output.print_json(report)
         return

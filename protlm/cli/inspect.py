@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from protlm.cli import output
+from protlm.cli.progress import Bars
 
 
 def inspect_command(
@@ -22,13 +23,11 @@ def inspect_command(
       protlm inspect dataset
       protlm inspect dataset --verify --json
     """  # noqa: D301 (\b is Typer's mark to keep the lines)
-    from tqdm import tqdm
-
     from protlm.cli.dataset_summary import print_summary
     from protlm.workflows.inspect import inspect_dataset
 
-    with tqdm(unit="residue", unit_scale=True, desc="verify", disable=None if verify else True) as bar:
-        report = inspect_dataset(dataset, verify=verify, progress=bar.update)
+    with Bars({"verify": "residue"}) as bars:
+        report = inspect_dataset(dataset, verify=verify, start_progress=bars.start)
     if as_json:
         output.print_json(report.summary)
         return

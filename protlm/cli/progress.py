@@ -1,7 +1,9 @@
 """Progress on stderr, and only on a terminal: one bar after the other, one for each stage of a command."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from protlm.runtime.progress import Advance
 
 
 class Bars:
@@ -11,7 +13,7 @@ class Bars:
         """Prepares.
 
         Args:
-            units: What each stage counts.
+            units: The unit of each stage by its name.
         """
         from tqdm import tqdm
 
@@ -28,8 +30,8 @@ class Bars:
         if self._bar is not None:
             self._bar.close()
 
-    def start(self, stage: str, size: int) -> Callable[[int], object]:
-        """Begins the bar of a stage; returns what is called with what was done of it."""
+    def start(self, stage: str, size: int, /) -> Advance:
+        """Starts the bar of a stage and returns the function that advances it: a `StartProgress`."""
         self.__exit__()
         bar = self._tqdm(total=size, unit=self._units[stage], unit_scale=True, desc=stage, disable=None)
         self._bar = bar

@@ -1,7 +1,7 @@
 """How a model's predictions are measured: the same sums for validation during training and for `protlm eval`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from protlm.data.batching.batches import Batch, Objective, Proteins, evaluation_batches
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
+from protlm.runtime.progress import Advance, no_advance
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES
 
 EVALUATION_SEED = 0
@@ -65,7 +66,7 @@ def score_split(
     *,
     seed: int = EVALUATION_SEED,
     tokens_per_batch: int = 8192,
-    progress: Callable[[int], object] | None = None,
+    advance: Advance = no_advance,
     rank: int = 0,
     world_size: int = 1,
 ) -> Scores:
@@ -79,7 +80,7 @@ def score_split(
         tokens_per_batch=tokens_per_batch,
         window_tokens=description.window_tokens,
         max_residues=scored_residues(description),
-        progress=progress,
+        advance=advance,
         rank=rank,
         world_size=world_size,
     )
@@ -102,7 +103,7 @@ def score_model(
     tokens_per_batch: int = 8192,
     window_tokens: int | None = None,
     max_residues: int | None = None,
-    progress: Callable[[int], object] | None = None,
+    advance: Advance = no_advance,
     rank: int = 0,
     world_size: int = 1,
 ) -> Scores:
@@ -120,7 +121,7 @@ def score_model(
         tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
         window_tokens: Length of a window for a model that was trained on joined proteins; otherwise proteins are whole.
         max_residues: Residues of a protein that the model's positions reach; a longer one is cut.
-        progress: Called with the number of residues after the rows of all processes.
+        advance: Called with the residues of each round of rows, those of all processes together.
         rank: Number of this process.
         world_size: Number of processes.
     """
@@ -137,8 +138,7 @@ def score_model(
         logits = model(batch.tokens.to(device), batch.cu_seqlens.to(device), batch.target_positions.to(device))
         if rank < len(rows):
             sums.add(logits.float(), batch)
-        if progress is not None:
-            progress(sum(row.num_residues for row in rows))
+        advance(sum(row.num_residues for row in rows))
     model.train(was_training)
     parts = [sums] if world_size == 1 else _gathered(sums, world_size)
     target_counts = sum((part.target_counts for part in parts), np.zeros(NUM_RESIDUES, dtype=np.int64))

@@ -1,12 +1,12 @@
 """What a dataset tells about itself, and whether its bytes are still those that prep wrote."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import Dataset, Split
 from protlm.errors import ShardError
+from protlm.runtime.progress import StartProgress, no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,28 +96,27 @@ def summarise(path: str, digest: str, manifest: dataset.Manifest, *, verified: b
     )  # fmt: skip
 
 
-def inspect_dataset(
-    path: str | Path, *, verify: bool, progress: Callable[[int], object] | None = None
-) -> InspectReport:
+def inspect_dataset(path: str | Path, *, verify: bool, start_progress: StartProgress = no_progress) -> InspectReport:
     """Reads what a dataset says about itself.
 
     Args:
         path: The dataset folder.
         verify: Also read every byte of every shard and compare it with the manifest.
-        progress: Called with the residues of each shard that was read.
+        start_progress: Starts the stage `verify` (residues), if there is one.
 
     Raises:
         ShardError: No dataset, or shards that are missing, damaged, or not those that the manifest lists.
     """
     found = dataset.open_dataset(path)
     if verify:
-        _verify(found, progress or (lambda _size: None))
+        _verify(found, start_progress)
     return InspectReport(str(path), found.hash, found.manifest, verify)
 
 
-def _verify(found: Dataset, progress: Callable[[int], object]) -> None:
+def _verify(found: Dataset, start_progress: StartProgress) -> None:
     """Checks all shards before it tells of the first that is damaged and how many others are."""
     faults: list[ShardError] = []
+    advance = start_progress("verify", sum(summary.num_residues for summary in found.manifest.splits.values()))
     for name, summary in found.manifest.splits.items():
         for number, shard in enumerate(summary.shards):
             try:
@@ -125,7 +124,7 @@ def _verify(found: Dataset, progress: Callable[[int], object]) -> None:
                 Split(found.path, name, summary).shard(number).verify()
             except ShardError as fault:
                 faults.append(fault)
-            progress(shard.num_residues)
+            advance(shard.num_residues)
     if faults:
         others = {1: "", 2: "; 1 more shard is damaged"}.get(
             len(faults), f"; {len(faults) - 1} more shards are damaged"

@@ -119,14 +119,21 @@ def test_what_is_no_dataset_is_one_error_line(tmp_path, failure, verify):
 
 
 def test_progress_reaches_all_residues_even_of_damaged_shards(many_shards):
-    steps = []
-    inspect_dataset(many_shards, verify=False, progress=steps.append)
-    assert steps == []
+    stages, steps = [], []
+
+    def start(stage, size):
+        stages.append((stage, size))
+        return steps.append
+
+    inspect_dataset(many_shards, verify=False, start_progress=start)
+    assert stages == []
     flip_token(many_shards / "train-00000.h5")
     with pytest.raises(ShardError):
-        inspect_dataset(many_shards, verify=True, progress=steps.append)
+        inspect_dataset(many_shards, verify=True, start_progress=start)
     manifest = open_dataset(many_shards).manifest
-    assert sum(steps) == sum(split.num_residues for split in manifest.splits.values())
+    num_residues = sum(split.num_residues for split in manifest.splits.values())
+    assert stages == [("verify", num_residues)]
+    assert sum(steps) == num_residues
 
 
 def test_wrong_usage_exits_2(dataset, capsys):

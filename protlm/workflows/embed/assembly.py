@@ -5,7 +5,6 @@ needed, so that the disk does not hold everything twice; a killed assembly goes 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from protlm.data.embeddings.layouts import Column, Contents
 from protlm.data.embeddings.reader import EmbeddingsFile, open_embeddings
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError, ShardError
+from protlm.runtime.progress import StartProgress
 from protlm.workflows.embed.folder import EmbedFolder
 from protlm.workflows.embed.parts import contents_of
 from protlm.workflows.embed.plan import Plan
@@ -43,7 +43,7 @@ def assemble(
     proteins: ProteinStore,
     plan: Plan,
     settings: EmbedSettings,
-    progress: Callable[[int], object] | None = None,
+    start_progress: StartProgress,
 ) -> None:
     """Writes the output into the folder.
 
@@ -52,7 +52,7 @@ def assemble(
         proteins: All proteins.
         plan: What is in which part.
         settings: What is stored, and how.
-        progress: Called with the number of records after each part.
+        start_progress: Starts the stage `write` (proteins).
 
     Raises:
         ProtlmError: No protein fitted into memory.
@@ -63,6 +63,7 @@ def assemble(
             "no protein fits into memory; lower --tokens-per-batch, or take --window, --truncate, fewer --layers, or a "
             "machine with more memory, where --resume goes on"
         )
+    advance = start_progress("write", proteins.num_records)
     contents = _contents(folder, proteins, settings)
     done = folder.num_assembled if settings.layout.can_resume else 0
     parts, last_use = _Parts(folder, plan, settings), plan.last_use()
@@ -81,8 +82,7 @@ def assemble(
                 for unused in np.flatnonzero(last_use == part).tolist():
                     parts.close(unused)
                     folder.remove_part(unused)
-            if progress is not None:
-                progress(len(plan.records(part)))
+            advance(len(plan.records(part)))
         writer.close()
     except BaseException:
         writer.discard()

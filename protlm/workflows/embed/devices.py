@@ -27,7 +27,7 @@ def compute_on_devices(
     model: Performer,
     settings: EmbedSettings,
     devices: Devices,
-    start_progress: StartProgress | None,
+    start_progress: StartProgress,
 ) -> None:
     """Computes what is not finished; called by every process, and returns when all parts of all of them are there.
 
@@ -70,7 +70,7 @@ class _Embedding(pl.LightningModule):
     """Lightning's view of a run: rows in, and what they give is written by the process that computed it."""
 
     def __init__(
-        self, folder: EmbedFolder, model: Performer, settings: EmbedSettings, start_progress: StartProgress | None
+        self, folder: EmbedFolder, model: Performer, settings: EmbedSettings, start_progress: StartProgress
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,8 +87,8 @@ class _Embedding(pl.LightningModule):
         # No process may finish a part before all have seen what is finished.
         self.trainer.strategy.barrier()
         rows = PartRows(plan, proteins, waiting[self.global_rank :: self.trainer.world_size])
-        progress = None if self._start_progress is None else self._start_progress("embed", rows.num_residues)
-        self._writer = PartWriter(self._folder, proteins, plan, self._settings, progress)
+        advance = self._start_progress("embed", rows.num_residues)
+        self._writer = PartWriter(self._folder, proteins, plan, self._settings, advance)
         # As they are: by default arrays would become tensors.
         return DataLoader(_Rows(rows), batch_size=None, collate_fn=lambda row: row)
 

@@ -22,7 +22,7 @@ from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import read_model
 from protlm.runtime.devices import OtherProcessError, best_device, process_rank
-from protlm.runtime.progress import StartProgress
+from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, open_embed_folder
 from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
@@ -82,12 +82,12 @@ class EmbedReport:
     left_out: tuple[str, ...]
 
 
-def embed(request: EmbedRequest, start_progress: StartProgress | None = None) -> EmbedReport | None:
+def embed(request: EmbedRequest, start_progress: StartProgress = no_progress) -> EmbedReport | None:
     """Embeds every protein of the inputs, in order, whatever it is computed beside.
 
     Args:
         request: What is asked for.
-        start_progress: Told of the stages `read` (bytes), `embed` (residues) and `write` (proteins).
+        start_progress: Starts the stages `read` (bytes), `embed` (residues) and `write` (proteins).
 
     Returns:
         What was embedded; None in every process of a run on several devices but the first.
@@ -119,8 +119,7 @@ def embed(request: EmbedRequest, start_progress: StartProgress | None = None) ->
             if not can_go_on(folder, proteins, plan, settings):
                 folder.forget_output()
             _compute(folder, proteins, plan, model, settings, request, start_progress)
-            progress = None if start_progress is None else start_progress("write", proteins.num_records)
-            assemble(folder, proteins, plan, settings, progress)
+            assemble(folder, proteins, plan, settings, start_progress)
         report = _report(request, settings, proteins, inputs, is_kept(folder, proteins))
         folder.put_in_place(settings.layout)
     folder.remove()
@@ -132,7 +131,7 @@ def _join(request: EmbedRequest, model: Performer, settings: EmbedSettings) -> N
     from protlm.workflows.embed.devices import compute_on_devices
 
     with suppress(OtherProcessError):
-        compute_on_devices(EmbedFolder(request.out), model, settings, request.devices, None)
+        compute_on_devices(EmbedFolder(request.out), model, settings, request.devices, no_progress)
 
 
 def _compute(
@@ -142,7 +141,7 @@ def _compute(
     model: Performer,
     settings: EmbedSettings,
     request: EmbedRequest,
-    start_progress: StartProgress | None,
+    start_progress: StartProgress,
 ) -> None:
     """Computes the parts that are not finished."""
     if request.devices.total > 1:
@@ -152,9 +151,9 @@ def _compute(
         compute_on_devices(folder, model, settings, request.devices, start_progress)
         return
     rows = PartRows(plan, proteins, folder.unfinished_parts(plan.num_parts))
-    progress = None if start_progress is None else start_progress("embed", rows.num_residues)
+    advance = start_progress("embed", rows.num_residues)
     embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
-    with closing(PartWriter(folder, proteins, plan, settings, progress)) as writer:
+    with closing(PartWriter(folder, proteins, plan, settings, advance)) as writer:
         for row in rows:
             writer.add(row, row.computed(embedder))
 

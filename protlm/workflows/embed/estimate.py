@@ -16,7 +16,7 @@ from protlm.errors import ProtlmError
 from protlm.inference.row_embeddings import RowEmbedder
 from protlm.pretrained.model_directory import read_model
 from protlm.runtime.devices import best_device
-from protlm.runtime.progress import StartProgress
+from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.embed.embed import check_lengths
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, check_start
 from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
@@ -65,7 +65,7 @@ class EmbedEstimate:
     left_out: tuple[str, ...]
 
 
-def estimate(request: EmbedRequest, start_progress: StartProgress | None = None) -> EmbedEstimate:
+def estimate(request: EmbedRequest, start_progress: StartProgress = no_progress) -> EmbedEstimate:
     """Reads the inputs, times some of their proteins and tells what embedding them all would take.
 
     Raises:

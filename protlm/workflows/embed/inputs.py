@@ -14,7 +14,7 @@ from protlm.data.records import OnBadRecord
 from protlm.data.storage.dataset import is_dataset, open_dataset
 from protlm.data.storage.protein_store import ProteinStore, write_proteins
 from protlm.errors import ProtlmError
-from protlm.runtime.progress import StartProgress
+from protlm.runtime.progress import StartProgress, no_progress
 
 
 class ProteinInputs:
@@ -32,7 +32,7 @@ class ProteinInputs:
         inputs: Sequence[str | Path],
         split: str | None,
         on_bad_record: OnBadRecord,
-        start_progress: StartProgress | None = None,
+        start_progress: StartProgress = no_progress,
     ) -> None:
         """Looks at the inputs; nothing is read yet.
 
@@ -57,15 +57,15 @@ class ProteinInputs:
         return self._proteins
 
     def _of_files(
-        self, inputs: Sequence[str | Path], on_bad_record: OnBadRecord, start_progress: StartProgress | None
+        self, inputs: Sequence[str | Path], on_bad_record: OnBadRecord, start_progress: StartProgress
     ) -> Iterator[tuple[str, np.ndarray]]:
         if sum(str(path) == STDIN for path in inputs) > 1:
             raise ProtlmError(f"{STDIN}: the standard input can be read only once; name it once")
         expanded = expand_inputs(inputs)
         self.left_out = tuple(expanded.left_out)
         num_bytes = sum(Path(path).stat().st_size for path in expanded.paths if path != STDIN)
-        progress = None if start_progress is None else start_progress("read", num_bytes)
-        reader = RecordReader(expanded.paths, on_bad_record=on_bad_record, progress=progress)
+        advance = start_progress("read", num_bytes)
+        reader = RecordReader(expanded.paths, on_bad_record=on_bad_record, advance=advance)
         self.rejects, self.repairs = reader.rejects, reader.repairs
         return ((record.id, vocabulary.encode(record.sequence.encode())) for record in reader)
 

@@ -1,6 +1,6 @@
 """Computing a part: hides how its rows follow each other, and how it is written while the next one is computed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Segment
 from protlm.inference.row_embeddings import RowEmbedder, Sums, merged
+from protlm.runtime.progress import Advance
 from protlm.workflows.embed.folder import EmbedFolder
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedSettings
@@ -66,7 +67,7 @@ class PartWriter:
         proteins: ProteinStore,
         plan: Plan,
         settings: EmbedSettings,
-        progress: Callable[[int], object] | None = None,
+        advance: Advance,
     ) -> None:
         """Prepares.
 
@@ -75,10 +76,10 @@ class PartWriter:
             proteins: All proteins.
             plan: What is in which part.
             settings: What is stored.
-            progress: Called with the residues of each row that was computed.
+            advance: Called with the residues of each row that was computed.
         """
         self._folder, self._proteins, self._plan, self._settings = folder, proteins, plan, settings
-        self._progress = progress
+        self._advance = advance
         self._gathered: dict[int, list[tuple[Segment, Sums | None]]] = {}
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
@@ -91,8 +92,7 @@ class PartWriter:
             self._wait()
             self._writing = self._pool.submit(self._write, row.part, self._gathered)
             self._gathered = {}
-        if self._progress is not None:
-            self._progress(sum(segment.core_stop - segment.core_start for segment in row.segments))
+        self._advance(sum(segment.core_stop - segment.core_start for segment in row.segments))
 
     def close(self) -> None:
         """Waits for the last part.

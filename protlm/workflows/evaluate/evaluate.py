@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from protlm import files
 from protlm.data.storage.dataset import open_dataset
@@ -13,6 +14,7 @@ from protlm.errors import ProtlmError
 from protlm.inference.scoring import EVALUATION_SEED, Score, score_split, scored_residues
 from protlm.pretrained.model_directory import read_model
 from protlm.runtime.devices import best_device
+from protlm.runtime.progress import StartProgress, no_progress
 
 REPORT_FORMAT_VERSION = 1
 
@@ -61,7 +63,7 @@ def evaluate(
     seed: int = EVALUATION_SEED,
     tokens_per_batch: int = 8192,
     force: bool = False,
-    progress: Callable[[int], object] | None = None,
+    start_progress: StartProgress = no_progress,
 ) -> EvalReport:
     """Scores a model on a split and writes out/report.json.
 
@@ -73,7 +75,7 @@ def evaluate(
         seed: Of the masks; with a protein's sequence it decides what is masked.
         tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
         force: Replaces an existing report.
-        progress: Called with the number of residues after each row.
+        start_progress: Starts the stage `eval` (residues).
 
     Raises:
         ProtlmError: A model or dataset that cannot be read, an empty split or an existing report.
@@ -86,15 +88,16 @@ def evaluate(
     dataset = open_dataset(dataset_path)
     proteins = dataset.split(split)
     model, description = read_model(model_path)
+    limit = scored_residues(description)
+    num_residues = int(proteins.lengths.sum() if limit is None else np.minimum(proteins.lengths, limit).sum())
     scores = score_split(
         model.to(best_device()),
         description,
         proteins,
         seed=seed,
         tokens_per_batch=tokens_per_batch,
-        progress=progress,
+        advance=start_progress("eval", num_residues),
     )
-    limit = scored_residues(description)
     report = EvalReport(
         format_version=REPORT_FORMAT_VERSION,
         split=split,

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from protlm.data.splits import SplitName
 from protlm.data.storage import dataset
 from protlm.data.storage.shards import FinishedShard, ShardReader
 from protlm.errors import ProtlmError
+from protlm.runtime.progress import StartProgress
 from protlm.runtime.workers import Workers
 from protlm.workflows.prep.folder import FinishedSource, PrepFolder
 from protlm.workflows.prep.reading import raise_first_fault
@@ -58,7 +59,7 @@ def build_dataset(
     workers: Workers,
     *,
     check_leaks: bool,
-    progress: Callable[[int], Callable[[int], object]],
+    start_progress: StartProgress,
 ) -> tuple[dataset.Manifest, int]:
     """Makes the dataset in its folder from all pieces.
 
@@ -68,7 +69,7 @@ def build_dataset(
         asked_for: The splits that it should have.
         workers: Who writes the shards.
         check_leaks: Look for sequences of one split inside those of another.
-        progress: Called with the number of residues to write; what it returns is called with those written.
+        start_progress: Starts the stage `write` (residues).
 
     Returns:
         The manifest, and how many records no cluster names where the split is by cluster.
@@ -90,7 +91,7 @@ def build_dataset(
     if not plans:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
         raise ProtlmError(f"no record is left; rejected: {told}")
-    finished = _make_shards(folder, plans, pieces, chosen, workers, progress)
+    finished = _make_shards(folder, plans, pieces, chosen, workers, start_progress)
     repairs: Counter[str] = Counter()
     for piece in pieces:
         repairs.update(piece.repairs)
@@ -154,10 +155,10 @@ def _make_shards(
     pieces: Sequence[PieceFile],
     chosen: Selection,
     workers: Workers,
-    progress: Callable[[int], Callable[[int], object]],
+    start_progress: StartProgress,
 ) -> dict[SplitName, list[FinishedShard]]:
     finished: dict[SplitName, list[FinishedShard]] = {}
-    advance = progress(sum(plan.num_residues for plan in plans))
+    advance = start_progress("write", sum(plan.num_residues for plan in plans))
     tasks = (_shard_task(plan, folder.dataset_path, pieces, chosen) for plan in plans)
     for shard in workers.in_order(_make_shard, tasks):
         finished.setdefault(shard.split, []).append(shard)

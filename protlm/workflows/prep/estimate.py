@@ -118,7 +118,7 @@ def _add_sample(
             text_bytes += len(block)
             yield block
 
-    pieces = cut_into_pieces(path, counted(SourceBlocks(path, progress=count)), piece_bytes=_SAMPLE_BYTES)
+    pieces = cut_into_pieces(path, counted(SourceBlocks(path, advance=count)), piece_bytes=_SAMPLE_BYTES)
     piece = next(pieces)
     parsed = reader.parse_piece(path, piece)
     if on_bad_record == "error" and parsed.faults.first is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from protlm.data.records import OnBadRecord
 from protlm.data.storage import dataset
 from protlm.data.storage.shards import DEFAULT_SHARD_RESIDUES
-from protlm.runtime.progress import StartProgress
+from protlm.runtime.progress import StartProgress, no_progress
 from protlm.runtime.workers import Workers
 from protlm.workflows.inspect import DatasetSummary, summarise
 from protlm.workflows.prep import options as prep_options
@@ -99,7 +99,7 @@ def prepare(
     merge: bool = False,
     dry_run: bool = False,
     force: bool = False,
-    start_progress: StartProgress | None = None,
+    start_progress: StartProgress = no_progress,
 ) -> PrepReport | PartReport | Estimate:
     """Turns protein files into a dataset folder.
 
@@ -135,7 +135,7 @@ def prepare(
         merge: Make the dataset from the parts that were read before.
         dry_run: Make nothing; tell from samples what would be made.
         force: Replace a dataset that is there already, or an empty folder; nothing else is ever replaced.
-        start_progress: Told of the stages `read` (bytes on disk) and `write` (residues).
+        start_progress: Starts the stages `read` (bytes on disk) and `write` (residues).
 
     Returns:
         What was made; of a part what was read; of a dry run what is to be expected.
@@ -166,15 +166,14 @@ def prepare(
         return estimate(found, target, on_bad_record=on_bad_record, workers=workers)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = open_prep_folder(target, found.files, _hashes(labels), start, force=force)
-    begin = start_progress or (lambda _stage, _size: lambda _done: None)
     with folder.locked(start), kept_or_removed(folder, start), Workers(workers, labels) as pool:
         if part is not None:
-            return _read_part(folder, pool, part, on_bad_record, begin)
+            return _read_part(folder, pool, part, on_bad_record, start_progress)
         if not merge:
-            _read(folder, pool, range(len(found.files)), on_bad_record, begin)
+            _read(folder, pool, range(len(found.files)), on_bad_record, start_progress)
         manifest, num_unclustered = build_dataset(
             folder, options, prep_options.splits_asked_for(found, options), pool,
-            check_leaks=check_leaks, progress=lambda size: begin("write", size),
+            check_leaks=check_leaks, start_progress=start_progress,
         )  # fmt: skip
         digest = dataset.open_dataset(folder.dataset_path).hash
         folder.note_finished(digest)
@@ -189,20 +188,20 @@ def _hashes(labels: LabelFiles) -> dict[str, str | None]:
 
 
 def _read(
-    folder: PrepFolder, pool: Workers, numbers: Sequence[int], on_bad_record: OnBadRecord, begin: StartProgress
+    folder: PrepFolder, pool: Workers, numbers: Sequence[int], on_bad_record: OnBadRecord, start_progress: StartProgress
 ) -> None:
     """Reads the files that were not read before."""
     waiting = [number for number in numbers if folder.finished_source(number) is None]
-    progress = begin("read", sum(folder.inputs[number].num_bytes for number in waiting))
+    advance = start_progress("read", sum(folder.inputs[number].num_bytes for number in waiting))
     for number in waiting:
-        read_source(folder, number, pool, on_bad_record, progress)
+        read_source(folder, number, pool, on_bad_record, advance)
 
 
 def _read_part(
-    folder: PrepFolder, pool: Workers, part: tuple[int, int], on_bad_record: OnBadRecord, begin: StartProgress
+    folder: PrepFolder, pool: Workers, part: tuple[int, int], on_bad_record: OnBadRecord, start_progress: StartProgress
 ) -> PartReport:
     numbers = _files_of_part([given.num_bytes for given in folder.inputs], part)
-    _read(folder, pool, numbers, on_bad_record, begin)
+    _read(folder, pool, numbers, on_bad_record, start_progress)
     finished = [folder.finished_source(number) for number in numbers]
     return PartReport(
         str(folder.path),

@@ -1,7 +1,7 @@
 """From files to finished pieces: the first half of prep, shared among worker processes, each piece done once."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from protlm.data.parsing.text_pieces import PIECE_BYTES, TextPiece, cut_into_pie
 from protlm.data.records import Format, OnBadRecord
 from protlm.data.splits import SPLIT_NAMES
 from protlm.errors import ProtlmError, RecordError
+from protlm.runtime.progress import Advance
 from protlm.runtime.workers import Workers
 from protlm.workflows.prep.folder import FinishedSource, InputFile, PrepFolder
 
@@ -55,7 +56,7 @@ def read_source(
     number: int,
     workers: Workers,
     on_bad_record: OnBadRecord,
-    progress: Callable[[int], object] | None,
+    advance: Advance,
 ) -> None:
     """Reads a file to its end and leaves its pieces in the folder; those that are there already are not read again.
 
@@ -66,7 +67,7 @@ def read_source(
     """
     given = folder.inputs[number]
     state = given.state
-    source = SourceBlocks(given.path, progress=progress)
+    source = SourceBlocks(given.path, advance=advance)
     formats: list[Format] = []
     num_pieces = num_records = num_lines = num_entries = 0
     for piece in workers.in_order(make_piece, _tasks(folder, number, source, workers, formats)):

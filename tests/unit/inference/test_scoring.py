@@ -123,7 +123,7 @@ def test_the_mode_of_the_model_is_restored_and_dropout_is_off(training):
 
 def test_progress_counts_every_residue(model):
     proteins, counts = random_proteins(), []
-    score_model(model, proteins, {}, masked(0.15), tokens_per_batch=100, progress=counts.append)
+    score_model(model, proteins, {}, masked(0.15), tokens_per_batch=100, advance=counts.append)
     assert len(counts) > 1
     assert sum(counts) == proteins.lengths.sum()
 
@@ -171,7 +171,7 @@ def score_in_a_process(rank, world_size, folder):
     model.register_forward_hook(lambda *_: num_passes.append(1))
     counts = []
     scores = score_model(
-        model, random_proteins(), {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET, progress=counts.append,
+        model, random_proteins(), {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET, advance=counts.append,
         rank=rank, world_size=world_size,
     )  # fmt: skip
     torch.save((dataclasses.asdict(scores), len(num_passes), sum(counts)), f"{folder}/{rank}")

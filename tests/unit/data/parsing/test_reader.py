@@ -124,7 +124,7 @@ def test_progress_adds_up_to_the_bytes_on_disk(write, monkeypatch):
     monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 7)
     path = write(">a\nMKVLA\n>b\nMKVLA\n")
     seen = []
-    list(RecordReader([path], progress=seen.append))
+    list(RecordReader([path], advance=seen.append))
     assert sum(seen) == path.stat().st_size
     assert len(seen) > 1
 

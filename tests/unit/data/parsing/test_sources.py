@@ -215,7 +215,7 @@ def test_data_compressed_twice_are_refused(write):
 @pytest.mark.usefixtures("block_bytes")
 def test_the_hash_and_the_progress_are_of_the_bytes_on_disk(write, data):
     seen = []
-    source = SourceBlocks(write(data), progress=seen.append)
+    source = SourceBlocks(write(data), advance=seen.append)
     assert source.sha256 == ""
     assert b"".join(source) == FASTA
     assert source.sha256 == hashlib.sha256(data).hexdigest()
