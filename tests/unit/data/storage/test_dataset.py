@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -42,6 +44,22 @@ def test_records_are_reached_by_their_number_over_all_shards(path):
     assert split.lengths.dtype == np.int64
     assert (split.name, split.num_records, len(split)) == ("train", 6, 6)
     assert vocabulary.decode(split.tokens(np.int64(5))) == "KRKRKR"
+
+
+def test_opening_a_dataset_and_reading_from_it_imports_no_parser(path):
+    code = f"""
+import sys
+from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.mixture import Mixture
+split = open_dataset({str(path)!r}).split("train")
+split.shard(0).verify()
+print(bytes(Mixture([split]).tokens(0)))
+print(*(name for name in sys.modules if name.startswith("protlm.data.parsing.") or name in ("torch", "Bio", "isal")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    tokens, imported = done.stdout.split("\n", 1)
+    assert tokens == str(vocabulary.encode(b"MKV").tobytes())
+    assert imported.split() == []
 
 
 @pytest.mark.parametrize("index", [-1, 6])
