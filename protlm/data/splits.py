@@ -1,11 +1,12 @@
 """Which split a record belongs to: decided by a seed and its own digest or label, never by place, file or company."""
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
-SplitName = Literal["train", "valid", "test", "ood"]
+from protlm.choices import SplitName
+
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 """All splits, in the order in which they claim sequences: the first to have one keeps it. A code is a place in it."""
 TRAIN, VALID, TEST, OOD = range(4)

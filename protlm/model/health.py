@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from protlm.choices import FeatureMap
 from protlm.model.attention import SelfAttention
 from protlm.model.segments import Segments
 from protlm.ops.inputs import AttentionInputs
 from protlm.ops.oprf import oprf_a_from_data
-from protlm.ops.random_features import RELU_OFFSET, FeatureMap, to_common_length
+from protlm.ops.random_features import RELU_OFFSET, to_common_length
 
 _NUM_QUERIES = 64
 _NUM_KEYS = 64

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from protlm.choices import FeatureMap
 from protlm.ops import context_parallel, favor_cpp, favor_torch, favor_triton
 from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.oprf import oprf_a_from_data
-from protlm.ops.random_features import FeatureMap
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
 

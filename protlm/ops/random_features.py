@@ -1,15 +1,15 @@
 """Random features: hides how the rows of a projection are drawn, and what a feature map makes of them."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ProjectionKind = Literal["orthogonal", "iid", "simplex"]
+from protlm.choices import FeatureMap, ProjectionKind
+
 PROJECTION_KINDS: tuple[str, ...] = get_args(ProjectionKind)
-FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu"]
 FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 
 RELU_OFFSET = 1e-3

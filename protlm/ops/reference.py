@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from protlm.choices import FeatureMap
 from protlm.ops import random_features
 from protlm.ops.inputs import AttentionInputs
-from protlm.ops.random_features import FeatureMap, oprf_parameter
+from protlm.ops.random_features import oprf_parameter
 
 
 def kernel_features(

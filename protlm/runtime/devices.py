@@ -3,12 +3,11 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed
 
-StrategyName = Literal["auto", "ddp", "fsdp"]
+from protlm.choices import StrategyName
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 """How gloo says that the process at the other end is gone; NCCL has an error of its own."""

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from protlm.choices import SplitName
 from protlm.data.building.pieces import Piece, PieceFile
 from protlm.data.building.selection import Selection
 from protlm.data.numbered_ids import number_suffix
 from protlm.data.parsing.record_table import UNKNOWN
 from protlm.data.residue_counts import count_residues
-from protlm.data.splits import SPLIT_NAMES, SplitName
+from protlm.data.splits import SPLIT_NAMES
 from protlm.data.storage.shards import LABEL_COLUMNS, NUMBER_COLUMNS, FinishedShard, ShardInfo, ShardReader, write_shard
 from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ShardError

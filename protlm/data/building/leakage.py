@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 import xxhash
 
+from protlm.choices import SplitName
 from protlm.data.building import containment
-from protlm.data.splits import SPLIT_NAMES, SplitName
+from protlm.data.splits import SPLIT_NAMES
 from protlm.data.storage.dataset import Contained, Leakage, Shared
 from protlm.data.storage.shards import ShardReader
 

@@ -1,4 +1,4 @@
-"""The kinds of embedding there are, and the names and number types under which they are stored."""
+"""The kinds of embedding, and the layouts, number types and layer names under which they are stored."""
 
 from typing import Literal, get_args
 
@@ -10,4 +10,5 @@ RESIDUE_KINDS: tuple[Kind, ...] = ("per-residue", "logits")
 """The kinds with one row a residue; the others have one row a protein."""
 
 Dtype = Literal["float32", "float16"]
+LayoutName = Literal["protlm", "uniprot", "bio-embeddings", "esm", "npz", "parquet", "npy"]
 LAYER_PREFIX = "layer_"

@@ -15,8 +15,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from protlm import vocabulary
+from protlm.choices import SplitMethod, SplitName
 from protlm.data.records import Format, OnBadRecord
-from protlm.data.splits import SplitName
 from protlm.data.storage.shards import FinishedShard, ShardReader
 from protlm.errors import ShardError, validation_fault
 
@@ -40,7 +40,6 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Part = Literal["input", "valid", "test", "ood"]
 """What a file is given as: something to split or train on, or a ready-made split."""
-SplitMethod = Literal["random", "cluster", "family", "file"]
 
 
 class _Strict(BaseModel):
@@ -70,7 +69,7 @@ class LabelFile(_Strict):
 class PrepOptions(_Strict):
     """The options that shape the content; what did not apply is None."""
 
-    split: Literal["random", "cluster", "family", "file", "ready-made"]
+    split: Literal[SplitMethod, "ready-made"]
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None
     valid_fraction: Fraction | None
     test_fraction: Fraction | None

@@ -9,8 +9,9 @@ import numpy as np
 import xxhash
 
 from protlm import files, vocabulary
+from protlm.choices import SplitName
 from protlm.data.residue_counts import count_residues
-from protlm.data.splits import SPLIT_NAMES, SplitName
+from protlm.data.splits import SPLIT_NAMES
 from protlm.data.storage import columns
 from protlm.data.strings import Strings
 from protlm.errors import ShardError

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from protlm.data.embeddings.kinds import Dtype, Kind
+from protlm.choices import SplitName
+from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Layout, columns_of
 from protlm.data.records import OnBadRecord
 from protlm.errors import ProtlmError
@@ -14,9 +15,6 @@ from protlm.inference.row_embeddings import absolute_layer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.devices import Devices, default_tokens_per_batch
 from protlm.vocabulary import VOCABULARY_SIZE
-
-LayoutName = Literal["protlm", "uniprot", "bio-embeddings", "esm", "npz", "parquet", "npy"]
-
 
 ONE_DEVICE = Devices()
 
@@ -51,7 +49,7 @@ class EmbedRequest:
     model: Path
     inputs: Sequence[str | Path]
     out: Path
-    split: str | None = None
+    split: SplitName | None = None
     include: Sequence[Kind] = ("mean",)
     layers: Sequence[int] = (-1,)
     layout: LayoutName = "protlm"

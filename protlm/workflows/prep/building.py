@@ -11,11 +11,11 @@ import numpy as np
 import xxhash
 
 from protlm import files, vocabulary
+from protlm.choices import SplitName
 from protlm.data.building import assembly, leakage, selection
 from protlm.data.building.assembly import ShardPlan
 from protlm.data.building.pieces import Piece, PieceFile
 from protlm.data.building.selection import Rules, Selection
-from protlm.data.splits import SplitName
 from protlm.data.storage import dataset
 from protlm.data.storage.shards import FinishedShard, ShardReader
 from protlm.errors import ProtlmError

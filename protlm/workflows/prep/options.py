@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from protlm.choices import SplitMethod, SplitName
 from protlm.data import splits
 from protlm.data.labels.labels import Labels, read_clusters, read_families, read_splits
 from protlm.data.parsing.sources import STDIN, expand_inputs
@@ -110,7 +111,7 @@ def resolve_options(
     inputs: Inputs,
     labels: LabelFiles,
     *,
-    split: dataset.SplitMethod,
+    split: SplitMethod,
     seed: int,
     valid_fraction: float | None,
     test_fraction: float | None,
@@ -154,7 +155,7 @@ def _label_file(labels: Labels | None) -> dataset.LabelFile | None:
     return None if labels is None else dataset.LabelFile(name=labels.file_name, sha256=labels.sha256)
 
 
-def splits_asked_for(inputs: Inputs, options: dataset.PrepOptions) -> list[splits.SplitName]:
+def splits_asked_for(inputs: Inputs, options: dataset.PrepOptions) -> list[SplitName]:
     """Returns the splits that the dataset should have; one that stays empty is told."""
     is_drawn = options.valid_fraction is not None
     asked_for = {

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from protlm.choices import SplitMethod
 from protlm.data.records import OnBadRecord
 from protlm.data.storage import dataset
 from protlm.data.storage.shards import DEFAULT_SHARD_RESIDUES
@@ -79,7 +80,7 @@ def prepare(
     valid_inputs: Sequence[str | Path] = (),
     test_inputs: Sequence[str | Path] = (),
     ood_inputs: Sequence[str | Path] = (),
-    split: dataset.SplitMethod = "random",
+    split: SplitMethod = "random",
     valid_fraction: float | None = None,
     test_fraction: float | None = None,
     clusters: str | Path | None = None,

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from protlm import vocabulary
+from protlm.choices import SplitName
 from protlm.data.building.containment import MIN_LENGTH
-from protlm.data.splits import SplitName
 from protlm.data.storage.dataset import LENGTH_BIN_STARTS, Manifest, SplitSummary
 
 SWISS_PROT_RELEASE = "2026_03"

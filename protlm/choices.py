@@ -1,0 +1,25 @@
+"""Names that users choose from and that several floors act on.
+
+Their own modules load torch, NumPy or pydantic; here the names cost nothing, so that `protlm COMMAND --help` can list
+them at once. Names whose module is cheap stay there: `data.records`, `data.embeddings.kinds`.
+"""
+
+from typing import Literal
+
+SplitName = Literal["train", "valid", "test", "ood"]
+"""The splits of a dataset, in the order in which they claim a sequence: the first to have it keeps it."""
+
+SplitMethod = Literal["random", "cluster", "family", "file"]
+"""How prep decides which split a record belongs to."""
+
+StrategyName = Literal["auto", "ddp", "fsdp"]
+"""How the devices of a run share the model."""
+
+Precision = Literal["32", "bf16-mixed"]
+"""The precision of the matrix products in training."""
+
+FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu"]
+"""The feature maps of FAVOR."""
+
+ProjectionKind = Literal["orthogonal", "iid", "simplex"]
+"""How the rows of a random projection depend on each other."""
