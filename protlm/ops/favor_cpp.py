@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protlm.ops.inputs import AttentionInputs, result_like
-from protlm.ops.pieces import checked_bounds
+from protlm.ops.blocks import checked_bounds
 from protlm.ops.random_features import to_common_length
 
 _EXTENSION = "protlm.ops._favor"
