@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import gzip
-import importlib.machinery
 from collections import Counter
 
 import numpy as np
@@ -12,13 +11,11 @@ import xxhash
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from protlm import vocabulary
 from protlm.data import compiled
 from protlm.data.parsing import compiled_fasta, fasta
 from protlm.data.parsing.compiled_fasta import parse_fasta
 from protlm.data.parsing.record_table import RecordTable, table_of
 from protlm.data.records import Record
-from protlm.data.residue_counts import count_residues
 from protlm.data.strings import Strings
 from protlm.errors import RecordError
 
@@ -190,63 +187,3 @@ def test_a_text_that_is_no_fasta_breaks_the_contract():
     for text in (b"", b"MK\n>a\nM", b"\n>a\nM"):
         with pytest.raises(ValueError, match="text: expected FASTA"):
             parse_fasta(text)
-
-
-@pytest.fixture(params=["compiled", "NumPy"])
-def counting(request, monkeypatch):
-    """Counts once in C++ and once without the library."""
-    if request.param == "NumPy":
-        monkeypatch.setattr(compiled, "_load", lambda: "hidden by this test")
-    elif not compiled.is_available():
-        pytest.skip(f"the compiled FASTA parser: {compiled.why_not()}")
-
-
-@pytest.mark.usefixtures("counting")
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 7, 1000, (1 << 20) - 1, (1 << 20) + 1, (2 << 20) + 3])
-def test_residues_are_counted_and_nothing_else(length):
-    tokens = np.random.default_rng(length).integers(0, 256, size=length, dtype=np.uint8)
-    counts = count_residues(tokens)
-    first = vocabulary.FIRST_RESIDUE
-    assert counts.dtype == np.int64
-    assert counts.tolist() == [int((tokens == first + i).sum()) for i in range(vocabulary.NUM_RESIDUES)]
-    # Every other byte, as a slice of a column may be.
-    assert count_residues(np.repeat(tokens, 2)[::2]).tolist() == counts.tolist()
-
-
-@pytest.mark.usefixtures("counting")
-@pytest.mark.parametrize("tokens", [np.zeros(3, dtype=np.int64), np.zeros((2, 3), dtype=np.uint8)])
-def test_tokens_of_another_type_or_rank_break_the_contract(tokens):
-    with pytest.raises(ValueError, match="tokens: expected uint8 of one axis"):
-        count_residues(tokens)
-
-
-@pytest.fixture
-def unloaded():
-    """Has the library looked for again, and once more after the test."""
-    compiled._load.cache_clear()
-    yield
-    compiled._load.cache_clear()
-
-
-@pytest.mark.usefixtures("unloaded")
-def test_without_the_library_there_is_a_reason_and_no_crash(monkeypatch):
-    monkeypatch.setattr(compiled, "_EXTENSION", "protlm.data.parsing._no_such_parser")
-    assert not compiled.is_available()
-    assert "compiler" in compiled.why_not()
-    with pytest.raises(RuntimeError, match="not available: it was not built"):
-        parse_fasta(b">a\nM")
-
-
-@pytest.mark.usefixtures("unloaded")
-def test_a_damaged_library_is_not_used(monkeypatch, tmp_path):
-    (tmp_path / f"damaged_parser{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(compiled, "_EXTENSION", "damaged_parser")
-    assert "cannot be loaded" in compiled.why_not()
-
-
-@needs_compiled_parser
-@pytest.mark.usefixtures("unloaded")
-def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(compiled, "_VERSION", compiled._VERSION + 1)
-    assert "install protlm again" in compiled.why_not()

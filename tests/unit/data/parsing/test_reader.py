@@ -5,7 +5,6 @@ import inspect
 import pytest
 
 from protlm import read_records
-from protlm.data.numbered_ids import NumberedIds, numbered_id
 from protlm.data.parsing import sources
 from protlm.data.parsing.reader import RecordReader
 from protlm.data.records import Record
@@ -201,20 +200,3 @@ def test_an_unknown_policy_is_refused():
     # Past the type check that only tests have.
     with pytest.raises(ValueError, match="on_bad_record: expected"):
         inspect.unwrap(RecordReader.__init__)(object.__new__(RecordReader), [], on_bad_record="ignore")
-
-
-def test_the_next_number_of_a_repeat_passes_over_those_that_are_taken():
-    numbered = NumberedIds()
-    for text in ("a#2", "a#4", "b#3", "a#2#2", "a#02", "a#1"):
-        if (found := numbered_id(text)) is not None:
-            numbered.add(*found)
-    assert [numbered.next_free(name) for name in ("a", "a", "b", "a", "a#2", "b", "c")] == [3, 5, 2, 6, 3, 4, 2]
-    assert ("a" in numbered, "c" in numbered) == (True, False)
-
-
-def test_only_what_a_repeat_could_be_called_is_a_numbered_id():
-    assert numbered_id("sp|P1|A#12") == ("sp|P1|A", 12)
-    assert numbered_id("a\n#2#3") == ("a\n#2", 3)
-    assert numbered_id("#2") == ("", 2)
-    for text in ("a", "a#", "#", "a#02", "a#0", "a#2 ", "a#²", "a#" + "9" * 19):
-        assert numbered_id(text) is None

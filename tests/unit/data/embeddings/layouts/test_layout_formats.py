@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from protlm import open_embeddings, vocabulary
-from protlm.data.embeddings.layouts import LAYOUTS, esm
-from protlm.data.embeddings.layouts.uniprot import key_of
+from protlm.data.embeddings.layouts import LAYOUTS, esm, npz, uniprot
+from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 from tests.unit.data.embeddings.layouts.layout_cases import MODEL_DIM, SEQUENCES, SOME, contents_of, value, write_all
 
-pyarrow = pytest.importorskip("pyarrow")
 KINDS = ("logits", "per-residue", "mean", "cls")
 
 
@@ -74,7 +73,7 @@ def test_uniprot_is_read_by_accession(tmp_path, kind, dtype):
     ],
 )
 def test_the_key_of_uniprot_is_the_accession_or_the_id(record_id, key):
-    assert key_of(record_id) == key
+    assert uniprot.key_of(record_id) == key
 
 
 @pytest.mark.parametrize("kind", ["per-residue", "mean"])
@@ -162,6 +161,43 @@ def test_a_folder_with_more_than_ours_in_it_is_not_ours_to_replace(tmp_path):
     assert not layout.is_own(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "record_id", ["sp|P69905|HBA_HUMAN", "a#2", "日本", "a.b", "a..b", "x-y", "console", "é" * 100, "a b"]
+)
+def test_an_id_that_any_file_system_can_hold_is_the_name_of_its_file(record_id):
+    assert esm.file_names(Strings.of([record_id])).to_list() == [record_id]
+
+
+@pytest.mark.parametrize(
+    ("record_id", "beginning"),
+    [
+        ("../../x", "_._.._x-"),
+        ("/x", "_x-"),
+        ("a\\b", "a_b-"),
+        ("a\0b\x1f\x7f", "a_b__-"),
+        (".hidden", "_hidden-"),
+        ("-rf", "_rf-"),
+        ("..", "__-"),
+        ("", "_-"),
+        ("end.", "end_-"),
+        ("nul", "_nul-"),
+        ("COM1.x", "_COM1.x-"),
+        ("é" * 101, "é" * 100 + "-"),
+    ],
+)
+def test_an_id_that_no_file_should_have_becomes_a_safe_name_with_its_hash(record_id, beginning):
+    (name,) = esm.file_names(Strings.of([record_id])).to_list()
+    assert name.startswith(beginning)
+    assert len(name) == len(beginning) + 16
+    assert len(f"{name}.pt".encode()) <= 255
+
+
+def test_files_differ_where_case_and_accents_do_not_count():
+    found = esm.file_names(Strings.of(["é", "E\u0301", "e\u0301", "É", "Straße", "STRASSE"])).to_list()
+    assert [name.partition("-")[0] for name in found] == ["é", "E\u0301", "e\u0301", "É", "Straße", "STRASSE"]
+    assert ["-" in name for name in found] == [False, True, True, True, False, True]
+
+
 def test_npz_of_one_kind_and_layer_has_the_ids_as_keys(tmp_path):
     contents = contents_of(SEQUENCES, ["per-residue"], dtype="float16")
     write_all("npz", tmp_path / "out.npz", contents)
@@ -219,8 +255,34 @@ def test_npz_stays_sound_with_an_id_longer_than_a_zip_can_name(tmp_path):
             same(found[key], contents, ("mean", 6), index)
 
 
+@pytest.mark.parametrize("record_id", ["a", "a/b", "a..b", "..a", "a.npz", "sp|P|X", "x" * 10_000])
+def test_a_key_of_npz_is_the_id_where_that_harms_nobody(record_id):
+    assert npz.key_of(record_id) == record_id
+
+
+@pytest.mark.parametrize(
+    ("record_id", "key"),
+    [
+        ("../a", ".._a"),
+        ("a/../b", "a_.._b"),
+        ("a/..", "a_.."),
+        ("a/./b", "a_._b"),
+        ("a//b", "a__b"),
+        ("/a", "_a"),
+        ("C:a", "C_a"),
+        ("a\\..\\b", "a_.._b"),
+        ("a\0", "a_"),
+        ("a.npy", "a_npy"),
+        ("", "_"),
+    ],
+)
+def test_a_key_of_npz_never_leads_out_of_a_folder(record_id, key):
+    assert npz.key_of(record_id) == key
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_parquet_is_a_table_of_ids_lengths_and_embeddings(tmp_path, monkeypatch, dtype):
+    pyarrow = pytest.importorskip("pyarrow")
     monkeypatch.setattr("protlm.data.embeddings.layouts.parquet._GROUP_BYTES", 100)
     contents = contents_of(SEQUENCES, ["cls"], dtype=dtype)
     write_all("parquet", tmp_path / "e.parquet", contents)
