@@ -3,7 +3,9 @@
 import ctypes
 import dataclasses
 import gzip
+import hashlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +182,12 @@ def test_a_digest_is_that_of_xxhash_at_every_length_and_alignment():
             digest(content.ctypes.data + start, length, found.ctypes.data)
             expected = xxhash.xxh3_128_intdigest(content[start : start + length].tobytes())
             assert (int(found[0]) << 64) | int(found[1]) == expected, (length, start)
+
+
+def test_the_header_of_xxhash_is_the_released_one():
+    content = (Path(fasta.__file__).parent / "xxhash.h").read_bytes()
+    # As in version 0.8.2, tag v0.8.2 of its repository.
+    assert hashlib.sha256(content).hexdigest() == "be275e9db21a503c37f24683cdb4908f2370a3e35ab96e02c4ea73dc8e399c43"
 
 
 @needs_compiled_parser

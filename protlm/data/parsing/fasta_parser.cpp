@@ -2,21 +2,20 @@
 //
 // A plain C interface that compiled_fasta.py loads with ctypes: no Python header, no exception, no memory of its own.
 // The caller measures a text, allocates every array by these sizes, and has it parsed in one call. A record that cannot
-// be used is only pointed at; what is wrong with it is explained in Python.
+// be used is returned as a place in the text; fasta.py finds out what is wrong with it.
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#include "xxh3.h"
+#define XXH_INLINE_ALL
+#include "xxhash.h"
 
 namespace {
 
 using Byte = std::uint8_t;
-using xxh3::Digest;
-using xxh3::digest_of;
 
-// What a byte of a sequence is; what `clean` keeps comes first, so that one comparison tells it.
+// The kinds of bytes in a sequence; those that `clean` keeps come first, so that one comparison decides.
 enum Kind : Byte { kUpper, kUpperJ, kLower, kLowerJ, kStop, kGap, kSpace, kLineEnd, kIllegal, kNumKinds };
 
 // As vocabulary.TOKENS, from the first residue on.
@@ -58,8 +57,8 @@ enum Repair { kLowerCase, kTrailingStop, kJToX, kGapRemoved, kSpaceRemoved, kNum
 inline bool is_space(Byte byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
 
 inline const Byte* find(const Byte* place, const Byte* end, int byte) {
-    const void* found = place < end ? std::memchr(place, byte, static_cast<std::size_t>(end - place)) : nullptr;
-    return found ? static_cast<const Byte*>(found) : end;
+    const void* match = place < end ? std::memchr(place, byte, static_cast<std::size_t>(end - place)) : nullptr;
+    return match ? static_cast<const Byte*>(match) : end;
 }
 
 // Returns the next `>` that stands at the start of a line, or the end; `place` is the start of a line.
@@ -76,7 +75,7 @@ struct Body {
     const Byte* next;
 };
 
-// Joins the lines of a body up to the next record. What is one line already is not copied.
+// Joins the lines of a body up to the next record. A body of one line is not copied.
 Body join_lines(const Byte* place, const Byte* end, Byte* letters) {
     Body body{letters, 0, 0, place};
     const Byte* first = place;
@@ -175,6 +174,13 @@ struct Header {
     }
 };
 
+// Writes the xxh3-128 of a text, high half first.
+inline void write_digest(const Byte* text, std::size_t size, std::uint64_t* digest) {
+    const XXH128_hash_t hash = XXH3_128bits(text, size);
+    digest[0] = hash.high64;
+    digest[1] = hash.low64;
+}
+
 }  // namespace
 
 extern "C" {
@@ -186,8 +192,8 @@ struct FastaSizes {
     std::int64_t num_records, header_bytes, longest_record;
 };
 
-// Room for every record of a text, which the caller has measured. Columns as in table.py; `bad_records` has four
-// numbers each: start, end, line, number of good records before it.
+// Room for every record of a text, which the caller has measured. Columns as in record_table.py; `bad_records` has
+// four numbers each: start, end, line, number of good records before it.
 struct FastaColumns {
     Byte* letters;
     Byte* tokens;
@@ -248,15 +254,11 @@ void protlm_parse_fasta(const Byte* text, std::int64_t size, std::int64_t max_re
         } else {
             const std::size_t id_size = static_cast<std::size_t>(header.id_end - header.id);
             const std::size_t description_size = static_cast<std::size_t>(header.description_end - header.description);
-            const Digest digest = digest_of(letters, static_cast<std::size_t>(num_letters));
-            const Digest id_digest = digest_of(header.id, id_size);
+            write_digest(letters, static_cast<std::size_t>(num_letters), c.digests + 2 * n);
+            write_digest(header.id, id_size, c.id_digests + 2 * n);
             std::memcpy(c.ids + c.id_offsets[n], header.id, id_size);
             std::memcpy(c.descriptions + c.description_offsets[n], header.description, description_size);
             header.read_numbers(c.cluster_size + n, c.taxon_id + n);
-            c.digests[2 * n] = digest.high;
-            c.digests[2 * n + 1] = digest.low;
-            c.id_digests[2 * n] = id_digest.high;
-            c.id_digests[2 * n + 1] = id_digest.low;
             c.lines[n] = line;
             c.offsets[n + 1] = c.offsets[n] + num_letters;
             c.id_offsets[n + 1] = c.id_offsets[n] + static_cast<std::int64_t>(id_size);
@@ -272,9 +274,7 @@ void protlm_parse_fasta(const Byte* text, std::int64_t size, std::int64_t max_re
 }
 
 void protlm_digest(const Byte* text, std::int64_t size, std::uint64_t* digest) {
-    const Digest found = digest_of(text, static_cast<std::size_t>(size));
-    digest[0] = found.high;
-    digest[1] = found.low;
+    write_digest(text, static_cast<std::size_t>(size), digest);
 }
 
 // Four histograms, so that equal tokens in a row do not wait for each other's count.
