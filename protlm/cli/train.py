@@ -110,8 +110,9 @@ def train_command(
     from protlm.workflows.train.start import TrainRequest
 
     request = TrainRequest(
-        datasets, out.resolve(), config, wanted, init, Devices(devices, num_nodes, strategy.value), wandb, resume, force
-    )
+        dataset_paths=datasets, run_dir=out.resolve(), config=config, overrides=wanted, init=init,
+        devices=Devices(devices, num_nodes, strategy.value), wandb_project=wandb, resume=resume, force=force,
+    )  # fmt: skip
     if dry_run:
         from protlm.workflows.train.dry_run import dry_run as estimate
 

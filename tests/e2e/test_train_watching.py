@@ -238,7 +238,7 @@ def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(datase
     monkeypatch.setattr(Performer, "forward", with_little_memory)
     monkeypatch.setattr(train_dry_run, "best_device", lambda: torch.device("cuda"))
     settings = ["data.tokens_per_batch=256", "model.num_layers=1", "model.model_dim=32"]
-    request = TrainRequest([dataset], tmp_path / "run", "tiny", settings)
+    request = TrainRequest(dataset_paths=[dataset], run_dir=tmp_path / "run", config="tiny", overrides=settings)
     found = train_dry_run._largest_budget(prepare_start(request))
     # The search leaves some room, and rows are not filled to the last token.
     assert 0.7 * largest < found <= 1.3 * largest

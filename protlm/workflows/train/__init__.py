@@ -1,1 +1,1 @@
-"""protlm train: a dataset to a run and its model."""
+"""`protlm train`: from datasets to a run directory and its model."""

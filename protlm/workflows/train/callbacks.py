@@ -1,4 +1,4 @@
-"""What happens between updates: measurements, the exported model, checkpoints, a wished stop."""
+"""The work between updates: measurements, the exported model, checkpoints, and stopping early."""
 
 import time
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from protlm.workflows.train.task import LanguageModelling, Update
 
 
 class Watch(pl.Callback):
-    """After every update: what is due of a row in the files, a measurement, a model and a checkpoint.
+    """The work after every update: a row in the tables, and the measurement, model and checkpoint that are due.
 
-    All processes of a run do the same; only the first one writes.
+    All processes of a run take the same steps; only the first one writes.
 
     Attributes:
-        last_step: The latest update.
+        last_step: Number of the latest update.
         best: The measurement of the exported model; None without a valid split.
         ended_early: Why the run ended before max_steps, in words; None if it did not.
-        notes: What a user should know of the files that the run goes on with.
+        notes: Warnings about the files of the run that is resumed.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Watch(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the files at the step that the run starts from."""
-        # Lightning has taken SIGTERM for itself meanwhile, and would end a run in the middle of an update.
+        # Lightning has installed its own handler for SIGTERM by now, which would end the run within an update.
         self._stop_request.listen()
         self.last_step = trainer.global_step
         if trainer.is_global_zero:
@@ -67,13 +67,13 @@ class Watch(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Notes how long the row was waited for."""
+        """Adds the time that the loop waited for this row."""
         self._seconds_waited += time.perf_counter() - self._batch_asked_for
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Does what is due after an update; nothing between the rows of one."""
+        """Finishes an update after its last row; does nothing after the others."""
         if trainer.global_step > self.last_step:
             assert isinstance(pl_module, LanguageModelling)
             self.last_step = trainer.global_step
@@ -115,10 +115,10 @@ class Watch(pl.Callback):
         )
 
     def _measure(self, trainer: pl.Trainer, task: LanguageModelling) -> tuple[dict[str, float], bool]:
-        """Scores the valid split; exports the model if it is the best so far, or if there is nothing to compare.
+        """Scores the valid split; exports the model if it is the best so far, or if there is no valid split.
 
         Returns:
-            The columns of metrics.csv, and whether the model is better than all before.
+            The columns of metrics.csv, and whether the model is the best so far.
         """
         description = self._describe(self.last_step)
         if self._valid is None:
@@ -128,7 +128,7 @@ class Watch(pl.Callback):
             task.model, description, self._valid, rank=trainer.global_rank, world_size=trainer.world_size
         )
         valid = _valid_score(scores)
-        # A perplexity that is not a number is no improvement, but a run must end with a model.
+        # Comparisons with NaN are false, and so any measurement counts as an improvement on NaN.
         has_improved = self.best is None or not self.best.perplexity <= valid.perplexity
         self._num_without_improvement = 0 if has_improved else self._num_without_improvement + 1
         if has_improved:
@@ -158,20 +158,20 @@ class Watch(pl.Callback):
             run_checkpoints.keep(last, run_checkpoints.best_checkpoint(self._run_dir))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best measurement and how long ago it was, so that a resumed run goes on comparing with it."""
+        """Returns the best measurement and the number of measurements since, with which a resumed run compares."""
         return {
             "best": None if self.best is None else self.best.model_dump(),
             "num_without_improvement": self._num_without_improvement,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best measurement and how long ago it was."""
+        """Restores the best measurement and the number of measurements since."""
         saved = state_dict["best"]
         self.best = None if saved is None else ValidScore.model_validate(saved)
         self._num_without_improvement = state_dict["num_without_improvement"]
 
     def close(self) -> None:
-        """Closes the files and the progress bar, however the run ended."""
+        """Closes the files and the progress bar."""
         if self._log is not None:
             self._log.close()
 

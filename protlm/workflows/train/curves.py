@@ -1,4 +1,4 @@
-"""curves.png of a run: hides how its tables become a picture, fast enough to be drawn again while the run goes on."""
+"""curves.png of a run: how its tables become a picture, fast enough to draw it again while the run goes on."""
 
 import logging
 from collections import defaultdict
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_POINTS = 1500
-"""Points of a curve; a picture has not as many columns of pixels."""
+"""Points of a curve; more than the picture has columns of pixels would show nothing."""
 
 _MOST_HEALTH_STEPS = 200
 _MOST_NAMED_LAYERS = 8
-"""Layers that a legend names one by one; more are told apart by a scale of colours."""
+"""Layers that a legend lists one by one; more get a colour bar."""
 
 
 def plot_curves(run_dir: Path, *, causal: bool = False) -> None:
     """Draws run_dir/curves.png from metrics.csv and, where features were measured, health.csv.
 
-    Above, perplexity against step for training, smoothed, and for the valid split; below, how many features of each
-    layer share its estimate of attention.
+    The upper panel has the perplexity of training, smoothed, and of the valid split; the lower one the effective number
+    of features of each layer.
 
     Args:
-        run_dir: The run, with its metrics.csv.
-        causal: Whether the next residue is predicted, rather than hidden ones.
+        run_dir: The run directory, with its metrics.csv.
+        causal: Whether the model predicts the next residue, rather than masked ones.
 
     Raises:
-        CheckpointError: A table that is none of protlm train.
+        CheckpointError: A table that protlm train did not write.
     """
-    # The figure class is used directly: pyplot would look for a display and keep global state.
-    # It says on stderr when it finds no folder for its font cache, which is no news to anyone.
+    # The Figure class directly: pyplot would look for a display and keep global state.
+    # matplotlib warns on stderr when it has no folder for its font cache, which matters to nobody here.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]]) -> N
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    # The last layers would be too pale on white.
+    # The end of the colour map would be too pale on white.
     colors = mpl.colormaps["viridis"].resampled(256)
     scale = Normalize(min(lines), max(lines) + 0.15 * (max(lines) - min(lines)))
     for layer, points in sorted(lines.items()):

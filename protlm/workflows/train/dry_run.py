@@ -1,4 +1,4 @@
-"""`protlm train --dry-run`: what a run would be, told from its settings, its data and one row that is trained on."""
+"""`protlm train --dry-run`: the size and pace of a run, from its settings, its data and one update on this machine."""
 
 import tempfile
 import time
@@ -29,25 +29,25 @@ _LARGEST_BUDGET = 2**24
 """Where the search for the largest row ends, in tokens."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DryRunReport:
-    """What a run would be.
+    """The size and pace of a run that was not started.
 
     Attributes:
-        num_parameters: Trained numbers of the model.
-        memory: What a step needs on a device that holds the whole model, by parts, estimated.
-        memory_bytes: All of it.
+        num_parameters: Trained parameters of the model.
+        memory: Estimated memory of a step, by purpose, on a device that holds the whole model.
+        memory_bytes: Its sum.
         available_bytes: Memory of the device.
         num_records: Training proteins.
-        residues_per_epoch: Residues that an epoch trains on.
-        tokens_per_epoch: Tokens in its rows, special tokens included.
-        rows_per_epoch: Its rows.
-        first_step: Updates that are made already.
+        residues_per_epoch: Residues in the rows of an epoch.
+        tokens_per_epoch: Tokens in them, special tokens included.
+        rows_per_epoch: Number of rows.
+        first_step: Updates made before, by the run that would be resumed.
         steps: Updates of the whole run.
-        epochs: Times that the run goes through the data.
-        seconds_per_step: Of an update on this machine, from one row that was trained on; None if it was not tried.
-        seconds: Of the steps that are left at that pace, without measurements and checkpoints.
-        largest_tokens_per_batch: The largest data.tokens_per_batch that fits; None where it was not looked for.
+        epochs: Passes of the whole run over the data.
+        seconds_per_step: Time of an update on this machine, from a row that was trained on; None if none was.
+        seconds: Time of the remaining steps at that pace, without measurements and checkpoints.
+        largest_tokens_per_batch: The largest data.tokens_per_batch that fits; None if it was not searched for.
     """
 
     num_parameters: int
@@ -67,14 +67,14 @@ class DryRunReport:
 
 
 def dry_run(request: TrainRequest, *, find_batch: bool = False) -> DryRunReport:
-    """Checks all that `train` checks, writes nothing, and returns what the run would be.
+    """Checks all that `train` checks, writes nothing, and returns the size and pace of the run.
 
     Args:
-        request: What the run would be asked to be.
-        find_batch: Looks for the largest row that fits into the memory of a GPU.
+        request: The run that would be started.
+        find_batch: Searches for the largest row that fits into the memory of a GPU.
 
     Raises:
-        ProtlmError: What would keep the run from starting.
+        ProtlmError: Anything for which `train` would refuse to start.
     """
     start = prepare_start(request)
     settings, proteins, memory = start.settings, start.sets.train, start.memory
@@ -102,7 +102,7 @@ def dry_run(request: TrainRequest, *, find_batch: bool = False) -> DryRunReport:
 
 
 def _seconds_per_step(model: Performer, proteins: Mixture, draws: Draws, settings: Config, devices: Devices) -> float:
-    """Returns how long an update takes here: the second of two rows, as often as a device has rows, and an update."""
+    """Returns the time of an update here: the second of two rows, times the rows per device, and the optimizer."""
     device = best_device()
     model = model.to(device).train()
     optimizer = build_optimizer(model, settings.train)
@@ -135,10 +135,10 @@ def _now(device: torch.device) -> float:
 
 
 def _largest_budget(start: Start) -> int:
-    """Returns the largest data.tokens_per_batch with which Lightning's search gets through some updates.
+    """Returns the largest data.tokens_per_batch with which Lightning's search can make some updates.
 
     Raises:
-        ConfigError: There is no GPU: a machine that runs out of memory kills the search with everything else.
+        ConfigError: There is no GPU; without one, running out of memory would kill the search and other processes too.
     """
     if best_device().type != "cuda":
         raise ConfigError("--find-batch: looks for the limit of a GPU's memory, and no GPU is here")
@@ -146,9 +146,9 @@ def _largest_budget(start: Start) -> int:
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop_request, quiet_lightning():
         task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
         tuner = Tuner(training_trainer(settings, Devices(), Path(folder), [], [], WholeCheckpointIO()))
-        found = tuner.scale_batch_size(
+        largest = tuner.scale_batch_size(
             task, datamodule=start.data, mode="binsearch", init_val=settings.data.tokens_per_batch,
             batch_arg_name="tokens_per_batch", max_val=_LARGEST_BUDGET,
         )  # fmt: skip
-    assert found is not None
-    return found
+    assert largest is not None
+    return largest

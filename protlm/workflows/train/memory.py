@@ -1,4 +1,4 @@
-"""What a training run will need, from its settings alone: hides how the memory of a step follows from the shapes."""
+"""The memory of a training step, estimated from the shapes in the settings before anything is allocated."""
 
 import os
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from protlm.vocabulary import VOCABULARY_SIZE
 _FLOAT_BYTES = 4
 _SHORT_BYTES = 2
 _GRADIENTS_AT_ONCE = 2
-"""Numbers a token, in units of model_dim, that the backward pass works with when most is kept: it frees as it goes."""
+"""Gradients per token, in units of model_dim, that exist at the peak of the backward pass, which frees as it goes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """The memory of one device in training that holds the whole model.
+    """The memory that training takes on a device that holds the whole model.
 
     Attributes:
-        parameters: Trained numbers.
-        projections: Numbers of the random matrices.
-        weights_bytes: Of both.
-        gradients_bytes: Of all parameters.
+        parameters: Number of trained parameters.
+        projections: Number of entries of the random projections.
+        weights_bytes: Parameters and projections.
+        gradients_bytes: Gradients of all parameters.
         optimizer_bytes: Moments of AdamW, momentum of Muon.
-        activations_bytes: What a row keeps for the backward pass, and what that pass works with.
+        activations_bytes: Tensors that a row keeps for the backward pass, and those that the pass works with.
     """
 
     parameters: int
@@ -39,31 +39,31 @@ class MemoryEstimate:
 
     @property
     def state_bytes(self) -> int:
-        """What is there whatever the row: weights, gradients and the state of the optimizer."""
+        """Weights, gradients and the state of the optimizer, which do not depend on the row."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
 
     @property
     def total(self) -> int:
-        """Bytes at the largest."""
+        """Bytes at the peak."""
         return self.state_bytes + self.activations_bytes
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Returns the memory of a device, or of the machine for its processor."""
+    """Returns the memory of a GPU, or that of the machine for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
-    """Returns the memory of a training step, from the shapes: activations to about a third, the rest exactly.
+    """Returns the memory of a training step: activations within about a third, the rest exactly.
 
     Args:
-        config: Settings of the run; one device is taken to hold all of the model and one row of tokens_per_batch.
+        config: Settings of the run; a device is taken to hold the whole model and one row of tokens_per_batch.
         in_place: Whether the device is a CPU, where some layers keep less.
 
     Raises:
-        ConfigError: A model whose tensors have more numbers than can be counted.
+        ConfigError: A model whose tensors have too many entries for torch.
     """
     try:
         with torch.device("meta"):
@@ -76,7 +76,7 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
     num_muons = num_matrices if config.train.optimizer == "muon" else 0
     activations = _activations_bytes(config, in_place=in_place and config.train.precision == "32")
     if config.train.precision == "bf16-mixed":
-        # Autocast keeps a short copy of every matrix that a layer multiplied with.
+        # Autocast keeps a bfloat16 copy of every weight matrix.
         activations += _SHORT_BYTES * num_matrices
     return MemoryEstimate(
         parameters=num_parameters,
@@ -89,32 +89,32 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
 
 
 def check_fits(memory: MemoryEstimate, available_bytes: int) -> None:
-    """Raises ConfigError if a run certainly does not fit into the memory of a device that holds the whole model.
+    """Refuses a run that certainly does not fit into the memory of a device that holds the whole model.
 
-    Certain is what any row needs beside its activations, which may turn out smaller than estimated.
+    Only the state is certain: activations may turn out smaller than estimated.
 
     Args:
-        memory: What a step needs.
+        memory: The estimate of a step.
         available_bytes: Memory of the device.
 
     Raises:
-        ConfigError: Weights, gradients and optimizer need more than there is.
+        ConfigError: Weights, gradients and optimizer need more memory than the device has.
     """
     if memory.state_bytes <= available_bytes:
         return
-    parts = {
+    sizes = {
         "weights": memory.weights_bytes, "gradients": memory.gradients_bytes, "optimizer": memory.optimizer_bytes
     }  # fmt: skip
-    told = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {_gigabytes(size)}" for name, size in sizes.items())
     raise ConfigError(
-        f"model: {memory.parameters:,} parameters need {_gigabytes(memory.state_bytes)} of memory ({told}), expected "
+        f"model: {memory.parameters:,} parameters need {_gigabytes(memory.state_bytes)} of memory ({listed}), expected "
         f"at most the {_gigabytes(available_bytes)} of the device; lower model.num_layers, model.model_dim, "
         "model.ffn_dim or model.num_features, or share the model out with --strategy fsdp on several devices"
     )
 
 
 def _activations_bytes(config: Config, *, in_place: bool) -> int:
-    """Returns what autograd saves of a row until its backward pass, and the gradients that this works with."""
+    """Returns the bytes that autograd saves of a row for its backward pass, and of the gradients within that pass."""
     model = config.model
     is_short = config.train.precision == "bf16-mixed"
     layer = _layer_bytes(model, is_short=is_short, in_place=in_place)
@@ -131,33 +131,33 @@ def _activations_bytes(config: Config, *, in_place: bool) -> int:
 
 
 def _layer_bytes(model: ModelConfig, *, is_short: bool, in_place: bool) -> int:
-    """Returns what autograd saves of one token in one layer, but for a few numbers a head.
+    """Returns the bytes that autograd saves of one token in one layer, except for a few numbers per head.
 
     Args:
         model: The shape of the network.
-        is_short: Whether matrix products are bfloat16, and so what enters and leaves them.
-        in_place: Whether the convolution, and QK-norm with rotary positions, keep no tensors in between: on a CPU in
+        is_short: Whether matrix products, and so their inputs and outputs, are bfloat16.
+        in_place: Whether the convolution, and QK-norm with rotary positions, keep no intermediate tensors: on a CPU in
             float32.
     """
     dim = model.model_dim
     # The residual stream before attention and before the feed-forward layer.
     floats = 2 * dim
-    # What enters q, k and v (autocast shortens it for each of them) and the feed-forward layer; q, k and v; attention's
-    # output, of exact attention also with its heads side by side.
-    parts = (3 if is_short else 1) * dim + dim + 3 * dim + (2 if model.attention == "softmax" else 1) * dim
-    # What enters the activation function (SwiGLU: gate and value). Where autocast shortens matrices also what leaves
-    # it (SwiGLU: the SiLU of the gate and the product).
-    parts += (2 if model.ffn == "swiglu" else 1) * (2 if is_short else 1) * model.ffn_dim
+    # The input of q, k and v (autocast makes a short copy for each of them) and of the feed-forward layer; q, k and v;
+    # attention's output, for exact attention also with its heads side by side.
+    products = (3 if is_short else 1) * dim + dim + 3 * dim + (2 if model.attention == "softmax" else 1) * dim
+    # The input of the activation function (SwiGLU: gate and value). Under autocast also its output (SwiGLU: the SiLU of
+    # the gate and the product).
+    products += (2 if model.ffn == "swiglu" else 1) * (2 if is_short else 1) * model.ffn_dim
     if model.conv_width:
-        parts += 3 * dim if in_place else 3 * model.conv_width * dim
+        products += 3 * dim if in_place else 3 * model.conv_width * dim
     if model.qk_norm and not (in_place and model.positions == "rotary"):
-        parts += 2 * dim
+        products += 2 * dim
     if model.rescale_qk:
-        parts += 3 * dim if in_place else dim
+        products += 3 * dim if in_place else dim
     masks = 2 * dim if model.dropout else 0
-    part_bytes = _SHORT_BYTES if is_short else _FLOAT_BYTES
+    product_bytes = _SHORT_BYTES if is_short else _FLOAT_BYTES
     # A CPU keeps dropout masks as numbers, a GPU as bytes.
-    return _FLOAT_BYTES * floats + part_bytes * parts + (_FLOAT_BYTES if in_place else 1) * masks
+    return _FLOAT_BYTES * floats + product_bytes * products + (_FLOAT_BYTES if in_place else 1) * masks
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -1,7 +1,7 @@
-"""The optimizer and the learning-rate schedule: hides which rule updates which parameter, and where its shards lie.
+"""The optimizer and the learning-rate schedule: which rule updates which parameter, whole or in shards.
 
-Muon is written here rather than taken from torch because torch's version orthogonalises in bfloat16 always, which a CPU
-without native bfloat16 does a hundred times slower than in float32.
+Muon is written here rather than taken from torch because torch's version always orthogonalises in bfloat16, which is a
+hundred times slower than float32 on a CPU without native bfloat16.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from protlm.config import TrainConfig
 
 _FINAL_SHARE = 0.1
-"""Share of the peak learning rate that the cosine schedule ends at."""
+"""Final learning rate of the cosine schedule, as a fraction of the peak."""
 
 # Quintic Newton–Schulz coefficients, momentum and number of iterations of Keller Jordan's Muon, as in torch.optim.Muon.
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
@@ -24,11 +24,11 @@ _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
 
 MOST_NUMBERS_AT_ONCE = 2**25
-"""Numbers in a batch of matrices that are orthogonalised together: whole matrices are in memory where shards were."""
+"""Entries in a batch of matrices that are orthogonalised together: it bounds the memory for whole matrices."""
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Returns the share of the peak learning rate that update number `step` (from 1) is made with."""
+    """Returns the learning rate of update number `step` (from 1), as a fraction of the peak."""
     horizon = config.schedule_steps or config.max_steps
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -41,7 +41,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 def build_optimizer(model: nn.Module, config: TrainConfig) -> "TrainingOptimizer":
     """Returns the optimizer of a run; every parameter group keeps its peak learning rate as `peak_lr`.
 
-    Matrices of linear layers decay, and are Muon's where it is wanted. Embeddings, biases, norms,
+    Matrices of linear layers decay, and are updated by Muon if the settings ask for it. Embeddings, biases, norms,
     temperatures and convolutions do not decay.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -65,23 +65,23 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> "TrainingOptimizer
 
 
 class TrainingOptimizer(torch.optim.Optimizer):
-    """Fused AdamW, and Muon for the parameters whose group says so; every parameter is a group of its own.
+    """Fused AdamW, and Muon for the groups whose rule is "muon"; every parameter is a group of its own.
 
-    Groups in the order of the model's parameters give the states in a `state_dict` the numbers of the parameters, which
-    is how Lightning numbers them under FSDP2, while torch.distributed.checkpoint numbers them by the groups. So all
-    three agree, and what one process has saved loads into shards, and the other way round.
+    A `state_dict` numbers its states by the groups, and so does torch.distributed.checkpoint, while Lightning under
+    FSDP2 numbers them by the model's parameters. With one group per parameter, in the order of the parameters, all
+    three agree: a state saved whole loads into shards, and the other way round.
 
-    Muon is momentum whose update is orthogonalised: the algorithm of `torch.optim.Muon`.
+    Muon is momentum with an orthogonalised update: the algorithm of `torch.optim.Muon`.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         """Takes groups of one parameter each, with `rule` ("adamw" or "muon") and all settings of the rule."""
-        # On loading, torch puts the counts of a group that says "fused" beside its parameter, on the device.
+        # On loading, torch moves the step counts of groups with "fused" to the device of their parameter.
         super().__init__(groups, {"fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Makes one update; returns what the closure returns."""
+        """Makes one update; returns the loss that the closure returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -108,7 +108,7 @@ class TrainingOptimizer(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-        # The update of a number depends on that number alone, so each device updates what it holds.
+        # AdamW works entry by entry, so each device updates the shard that it holds.
         adamw(
             [_local(parameter) for parameter in parameters],
             [_local(_gradient(parameter)) for parameter in parameters],
@@ -137,8 +137,8 @@ class TrainingOptimizer(torch.optim.Optimizer):
                 batch = alike[start : start + num_at_once]
                 directions = orthogonalise(torch.stack([_whole(self._momentum(parameter)) for parameter in batch]))
                 for parameter, direction in zip(batch, directions, strict=True):
-                    own_part = _local(_like(parameter, direction))
-                    _local(parameter).mul_(1 - lr * weight_decay).sub_(own_part, alpha=rate)
+                    own_shard = _local(_like(parameter, direction))
+                    _local(parameter).mul_(1 - lr * weight_decay).sub_(own_shard, alpha=rate)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -150,7 +150,7 @@ class TrainingOptimizer(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Returns matrices (batch, rows, columns) with their singular values moved near 1, by Newton–Schulz iteration."""
+    """Returns matrices (batch, rows, columns) with singular values moved close to 1 by Newton–Schulz iteration."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -163,13 +163,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Returns the norm of the whole gradient, a plain number on every device, wherever its shards lie."""
+    """Returns the norm of the whole gradient, whose shards may lie on several devices, as the same scalar on each."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return _whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest_norm: float, norm: Tensor) -> None:
-    """Scales the gradients so that their norm, which is given, becomes at most largest_norm."""
+    """Scales the gradients, whose norm is given, so that it becomes at most largest_norm."""
     torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
 
 
@@ -179,17 +179,17 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Returns the part of a tensor that this process holds; writing to it writes to the tensor."""
+    """Returns the shard of a tensor that this process holds, as a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Returns a tensor that is whole in this process; all processes that share it must ask together."""
+    """Returns a sharded tensor whole; all processes that share it must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(sharded: Tensor, whole: Tensor) -> Tensor:
-    """Returns a tensor that is whole in every process, sharded like another; nothing is sent."""
+    """Returns a tensor that every process has whole, sharded like another, without communication."""
     if not isinstance(sharded, DTensor):
         return whole
     mesh = sharded.device_mesh

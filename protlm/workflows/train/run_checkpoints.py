@@ -1,4 +1,4 @@
-"""The checkpoints of a run: hides where they lie, how one replaces another, and what makes one fit to go on from."""
+"""The checkpoints of a run: where they lie, how one replaces another, and which of them a run may be resumed from."""
 
 import os
 import pickle
@@ -18,22 +18,22 @@ FOLDER_NAME = "checkpoints"
 
 
 def last_checkpoint(run_dir: Path) -> Path:
-    """Returns where a run keeps the checkpoint that it is resumed from."""
+    """Returns the path of the checkpoint that a run is resumed from."""
     return run_dir / FOLDER_NAME / "last.ckpt"
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """Returns where a run keeps the checkpoint of its lowest perplexity on valid."""
+    """Returns the path of the checkpoint with the lowest perplexity on the valid split."""
     return run_dir / FOLDER_NAME / "best.ckpt"
 
 
 def kept_checkpoint(run_dir: Path, step: int) -> Path:
-    """Returns where a run keeps the checkpoint of a step for good."""
+    """Returns the path of the checkpoint of a step that is kept for good."""
     return run_dir / FOLDER_NAME / f"step-{step:08d}.ckpt"
 
 
 def keep(checkpoint: Path, copy: Path) -> None:
-    """Gives a checkpoint a second name, which stays when the first one moves on; the copy is whole or not there."""
+    """Keeps the present content of a checkpoint under a second name, which appears whole or not at all."""
     with files.written_whole(copy) as partial:
         try:
             os.link(checkpoint, partial)
@@ -43,21 +43,21 @@ def keep(checkpoint: Path, copy: Path) -> None:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all: the one before stays until the new one is on the disk."""
+    """Checkpoint files that appear whole or not at all: the previous one stays until the new one is on the disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes beside the old checkpoint, then takes its place."""
+        """Writes a temporary file and renames it to the checkpoint's path."""
         with files.written_whole(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
 
 
-def check_checkpoint(path: Path, dataset_hash: str, settings: Config) -> int:
-    """Returns the step to resume from, 0 without a checkpoint.
+def read_resume_step(path: Path, dataset_hash: str, settings: Config) -> int:
+    """Returns the step of a checkpoint to resume from, 0 if there is none.
 
     Raises:
-        CheckpointError: A checkpoint that is damaged, or of other settings or another dataset.
+        CheckpointError: The checkpoint is damaged, or was made with other settings or another dataset.
     """
     if not path.exists():
         return 0
@@ -65,7 +65,7 @@ def check_checkpoint(path: Path, dataset_hash: str, settings: Config) -> int:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise ValueError("checksum differs")
-        # Only tensors and plain values are ever loaded, never code.
+        # weights_only: tensors and plain values, never code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved, config = checkpoint["protlm"]["dataset_hash"], dict(checkpoint["protlm"]["config"])
         step = int(checkpoint["global_step"])
@@ -89,7 +89,7 @@ def check_checkpoint(path: Path, dataset_hash: str, settings: Config) -> int:
 
 
 def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, object, object] | None:
-    """Returns key and both values of the first setting that differs, max_steps apart."""
+    """Returns key and both values of the first setting that differs; train.max_steps may differ."""
     for section in ours:
         for key, value in ours[section].items():
             if value != theirs.get(section, {}).get(key) and (section, key) != ("train", "max_steps"):

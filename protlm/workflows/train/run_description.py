@@ -1,6 +1,6 @@
-"""run.json: hides how a run remembers what it was trained on, and by which programs and machines, start after start.
+"""run.json: the datasets of a run, and the programs, machines and commands of each of its starts.
 
-It is for people who must repeat a run or explain one. It holds no path, no host name and nothing of the environment.
+It is for people who must repeat or explain a run. It holds no path, no host name and no environment variable.
 """
 
 import platform
@@ -27,12 +27,12 @@ _GIT_SECONDS = 10
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class TrainingSet(_Part):
-    """One dataset that a run is trained on: its base name, its hash, and what its train split holds."""
+class TrainingSet(_Strict):
+    """One dataset of a run: its base name, its hash, and the size of its train split."""
 
     name: str
     hash: str
@@ -40,18 +40,18 @@ class TrainingSet(_Part):
     num_residues: Count
 
 
-class Session(_Part):
+class Session(_Strict):
     """One start of a run.
 
     Attributes:
         started: UTC time, ISO 8601, to the second.
-        versions: Of protlm and the libraries that compute.
+        versions: Of protlm and the numerical libraries.
         python: Version of Python.
         platform: Operating system and kind of processor.
-        commit: Of the checkout that protlm runs from, with `+changes` where files differ from it; None for an installed
+        commit: Of the checkout that protlm runs from, with `+changes` if its files differ; None for an installed
             protlm.
-        command: Words of the command line; of an absolute path the last part alone.
-        devices: Devices a node.
+        command: Words of the command line; absolute paths by their base name.
+        devices: Devices per node.
         num_nodes: Nodes.
         strategy: How devices share the work.
         first_step: Updates before this start.
@@ -69,8 +69,8 @@ class Session(_Part):
     first_step: Count
 
 
-class RunDescription(_Part):
-    """The content of run.json; `init_hash` is that of the weights of --init, if the run began with some."""
+class RunDescription(_Strict):
+    """The content of run.json; `init_hash` is the hash of the weights given with --init, None if they were drawn."""
 
     format: Literal["protlm-run"] = RUN_FORMAT
     format_version: Literal[1] = RUN_FORMAT_VERSION
@@ -82,11 +82,11 @@ class RunDescription(_Part):
 def describe_session(
     command: Sequence[str], *, devices: int, num_nodes: int, strategy: str, first_step: int
 ) -> Session:
-    """Returns what is to be remembered of a start that happens now.
+    """Returns the record of a start that happens now.
 
     Args:
         command: Words of the command line.
-        devices: Devices a node.
+        devices: Devices per node.
         num_nodes: Nodes.
         strategy: How devices share the work.
         first_step: Updates before this start.
@@ -96,7 +96,7 @@ def describe_session(
         versions={"protlm": protlm.__version__, **{name: metadata.version(name) for name in _LIBRARIES}},
         python=platform.python_version(),
         platform=platform.platform(),
-        commit=checkout_commit(Path(__file__).parents[1]),
+        commit=checkout_commit(Path(protlm.__file__).parent),
         command=[_without_folders(word) for word in command],
         devices=devices,
         num_nodes=num_nodes,
@@ -108,10 +108,10 @@ def describe_session(
 def write_run_description(
     path: Path, datasets: Sequence[TrainingSet], session: Session, init_hash: str | None = None
 ) -> None:
-    """Writes run.json whole, with this session after those that are in it already.
+    """Writes run.json, whole or not at all, with this session after the earlier ones.
 
     Raises:
-        CheckpointError: A file that is there and is no run.json.
+        CheckpointError: The file exists and is not a run.json.
     """
     earlier = read_run_description(path).sessions if path.exists() else []
     description = RunDescription(datasets=list(datasets), init_hash=init_hash, sessions=[*earlier, session])
@@ -123,7 +123,7 @@ def read_run_description(path: Path) -> RunDescription:
     """Returns the content of a run.json.
 
     Raises:
-        CheckpointError: A file that cannot be read, or is of another kind or version.
+        CheckpointError: The file cannot be read, or is of another kind or version.
     """
     try:
         return RunDescription.model_validate_json(path.read_bytes())
@@ -136,8 +136,8 @@ def read_run_description(path: Path) -> RunDescription:
 
 
 def checkout_commit(folder: Path) -> str | None:
-    """Returns the commit of the git checkout whose code lies in a folder, or None if the folder is part of none."""
-    # A virtual environment inside another project's checkout is not part of that checkout.
+    """Returns the commit of the git checkout whose code lies in a folder, or None if the folder is in no checkout."""
+    # A virtual environment may lie inside the checkout of another project.
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = _git(folder, "rev-parse", "HEAD")
@@ -146,7 +146,7 @@ def checkout_commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """Returns what git answers, or None where there is no git or it refuses."""
+    """Returns the output of a git command, or None if it fails or there is no git."""
     try:
         result = subprocess.run(
             ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
@@ -157,7 +157,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def _without_folders(word: str) -> str:
-    """Returns a word of a command line with the base name in place of an absolute path, `--option=PATH` included."""
+    """Returns a word of a command line with absolute paths, also in `--option=PATH`, cut to their base names."""
     name, equals, value = word.partition("=")
     if equals and value.startswith(("/", "~")):
         return f"{name}={Path(value).name}"

@@ -1,4 +1,4 @@
-"""The folder of a run: hides what may lie in it, which settings a run has, and when an old one may be replaced."""
+"""The run directory: the files it may hold, the settings of its run, and when an old one may be replaced."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ RUN_FILES = frozenset(
         run_checkpoints.FOLDER_NAME, "model", "tensorboard", "wandb",
     }
 )  # fmt: skip
-"""What a run directory may hold, so that nothing else is ever replaced with it."""
+"""The entries that a run directory may have; a folder with any other is never replaced."""
 
 
 def resolve_settings(run_dir: Path, config: str | Path | None, overrides: Sequence[str], *, resume: bool) -> Config:
-    """Returns the settings of the run: its own when it is resumed, with a new max_steps if that is wanted.
+    """Returns the settings of a run: the saved ones if it is resumed, with max_steps if that is given anew.
 
     Raises:
-        ConfigError: Bad settings, or other ones than those of the run that is resumed.
+        ConfigError: Bad settings, or others than those of the run that is resumed.
     """
     saved_path = run_dir / CONFIG_NAME
     if not (resume and saved_path.exists()):
@@ -51,7 +51,11 @@ def _with_train(settings: Config, **changes: int | None) -> Config:
 
 
 def check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
-    """Raises an error unless the run may be written: to a new or empty folder, or to an old run where that is asked."""
+    """Refuses to write a run to anything but a new or empty folder, or an old run that is resumed or replaced.
+
+    Raises:
+        ProtlmError: The folder holds something else, or a run that was to be neither resumed nor replaced.
+    """
     if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
         return
     if not (resume or force):
@@ -67,7 +71,7 @@ def check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
 
 
 def prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool) -> None:
-    """Makes the folder, empty unless the run is resumed, writes its settings, and takes away what a kill left half."""
+    """Makes the folder, empty unless the run is resumed, writes the settings, and removes partial files of a kill."""
     if run_dir.exists() and not resume:
         # A kill in the middle leaves a folder that nobody takes for a run.
         files.remove_at_once(run_dir)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: hides the files, the loggers and the progress bar that an update is written to."""
+"""The log of a run: the tables, the loggers and the progress bar that every update is written to."""
 
 import math
 import resource
@@ -24,10 +24,10 @@ _SECONDS_BETWEEN_CURVES = 60.0
 
 
 class RunLog:
-    """The files, loggers and progress bar of a run, from the step that it starts from.
+    """The tables, loggers and progress bar of a run, from the step that it starts from.
 
     Attributes:
-        notes: What a user should know of the files that the run goes on with.
+        notes: Warnings about the files of the run that is resumed.
     """
 
     def __init__(self, run_dir: Path, config: Config, first_step: int, loggers: Sequence[Logger]) -> None:
@@ -54,10 +54,10 @@ class RunLog:
 
         Args:
             step: Its number, from 1.
-            update: What it was made of.
-            valid: The columns `valid/…`, where the valid split was measured.
-            seconds: What it took, without the measurements and checkpoints after it.
-            seconds_waited: How much of that the training loop waited for data.
+            update: Its loss and the like.
+            valid: The columns `valid/…`; empty unless the valid split was measured.
+            seconds: Its duration, without the measurements and checkpoints after it.
+            seconds_waited: How long the training loop waited for data in it.
         """
         row: dict[str, float] = {
             "step": step,
@@ -78,35 +78,36 @@ class RunLog:
         }
         self._metrics.append(row)
         self._speed.append(speed)
-        self._tell_loggers(step, row | speed)
+        self._log_metrics(step, row | speed)
         self._show(row, speed)
 
     def health(self, step: int, layers: Sequence[LayerHealth]) -> None:
         """Adds the health of every layer's attention at a step."""
         numbers: dict[str, float] = {}
         for layer in layers:
-            found = {name: value for name, value in asdict(layer).items() if value is not None}
-            self._health.append({"step": step, **found})
-            numbers |= {f"health/{name}/layer_{layer.layer}": value for name, value in found.items() if name != "layer"}
-        self._tell_loggers(step, numbers)
+            columns = {name: value for name, value in asdict(layer).items() if value is not None}
+            self._health.append({"step": step, **columns})
+            del columns["layer"]
+            numbers |= {f"health/{name}/layer_{layer.layer}": value for name, value in columns.items()}
+        self._log_metrics(step, numbers)
 
     def draw_curves(self, *, is_last: bool = False) -> None:
-        """Draws curves.png again, but not all the time."""
+        """Draws curves.png again, unless it was drawn less than a minute ago and more updates follow."""
         now = time.monotonic()
         if is_last or now - self._curves_drawn_at >= _SECONDS_BETWEEN_CURVES:
             plot_curves(self._run_dir, causal=self._causal)
             self._curves_drawn_at = now
 
     def close(self) -> None:
-        """Closes the files and the progress bar, however the run ended."""
+        """Closes the files and the progress bar."""
         for log in (self._metrics, self._speed, self._health):
             log.close()
         self._progress.close()
 
-    def _tell_loggers(self, step: int, numbers: Mapping[str, float]) -> None:
-        found = {name: value for name, value in numbers.items() if name != "step"}
+    def _log_metrics(self, step: int, numbers: Mapping[str, float]) -> None:
+        metrics = {name: value for name, value in numbers.items() if name != "step"}
         for logger in self._loggers:
-            logger.log_metrics(found, step=step)
+            logger.log_metrics(metrics, step=step)
 
     def _show(self, row: Mapping[str, float], speed: Mapping[str, float]) -> None:
         if "valid/perplexity" in row:
@@ -125,7 +126,7 @@ class RunLog:
 
 
 def _peak_memory_bytes() -> int:
-    """Returns the most memory that this process has held: of its GPU if it has one, else of the machine."""
+    """Returns the peak memory of this process: on its GPU if it has one, else in the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The tables of numbers that a run writes: hides how a resumed run continues those of the run before it."""
+"""The CSV tables that a run writes: their columns, how a resumed run continues them, how long ones are read quickly."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,36 +13,36 @@ METRICS = (
     "step", "epoch", "train/loss", "train/accuracy", "train/perplexity", "lr", "grad_norm",
     "valid/loss", "valid/accuracy", "valid/perplexity",
 )  # fmt: skip
-"""Columns of metrics.csv, a row per update: only numbers that are the same in two equal runs."""
+"""Columns of metrics.csv, a row per update: only numbers that two equal runs share."""
 
 SPEED = ("step", "seconds", "residues_per_second", "data_wait_fraction", "peak_memory_bytes")
-"""Columns of speed.csv: what depends on the machine and its other work."""
+"""Columns of speed.csv, a row per update: numbers that depend on the machine and its load."""
 
 HEALTH = (
     "step", "layer", "q_norm", "k_norm", "max_q_norm", "max_k_norm", "effective_features", "dead_features",
 )  # fmt: skip
-"""Columns of health.csv, a row per layer at each step that is measured."""
+"""Columns of health.csv, a row per layer at every measured step."""
 
 _BLOCK_BYTES = 2**24
 
 
 class CsvLog:
-    """A table that grows while a run goes on; each row is on disk when `append` returns to the operating system.
+    """A table that grows during a run; `append` hands each row to the operating system before it returns.
 
     Attributes:
-        last_step: The last step that was kept; 0 for none.
+        last_step: The last step that was kept from before; 0 for none.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
         """Opens the file, keeping the rows up to last_step and dropping those past it.
 
         Args:
-            path: The file; made if it is not there.
+            path: The file; made if there is none.
             columns: Names of the columns; the first is `step`.
-            last_step: The step that the run goes on from.
+            last_step: The step that the run resumes from.
 
         Raises:
-            CheckpointError: The file is no such table.
+            CheckpointError: The file is not a table with these columns.
         """
         self._columns = tuple(columns)
         self.last_step = 0
@@ -56,10 +56,10 @@ class CsvLog:
         self._file = path.open("ab")
 
     def append(self, row: Mapping[str, float | None]) -> None:
-        """Adds one row; a column that is None or not there stays empty. Floats are written with all their digits.
+        """Adds one row; a column that is None or missing stays empty. Floats are written with all their digits.
 
         Raises:
-            ValueError: A column that the table does not have.
+            ValueError: The table has no such column.
         """
         unknown = sorted(row.keys() - set(self._columns))
         if unknown:
@@ -74,20 +74,20 @@ class CsvLog:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yields the complete rows of a table as texts by column; a row cut off by a kill is left out.
+    """Yields the complete rows of a table as strings by column; a row cut off by a kill is left out.
 
     Raises:
-        CheckpointError: The file is no such table.
+        CheckpointError: The file is not a table with these columns.
     """
     for line in _lines(path, columns):
         yield _fields(line, columns)
 
 
 def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[dict[str, str]]:
-    """Returns rows that are spread evenly over a table of any length, in order, its last among them.
+    """Returns rows spread evenly over a table of any length, in order, the last one included.
 
-    Of rows whose last column is filled as many are taken again, so that what is measured seldom is not missed. Lines
-    are found in one pass over the bytes, and only those chosen are taken apart: a million cost a fraction of a second.
+    As many of the rows whose last column is filled are added, so that rare measurements are not missed. One pass over
+    the bytes locates the lines, and only the chosen ones are parsed: a million lines take a fraction of a second.
 
     Args:
         path: A table of `CsvLog`.
@@ -95,7 +95,7 @@ def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[di
         most_steps: The most steps to take evenly; of each, all rows.
 
     Raises:
-        CheckpointError: The file is no such table.
+        CheckpointError: The file is not a table with these columns.
     """
     with path.open("rb") as file:
         _check_header(path, file.readline(), columns)
@@ -116,11 +116,11 @@ def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[di
 
 
 def _find_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the whole lines after the header start, the end of the last one, and which have a last field."""
+    """Returns the starts of the lines after the header and the end of the last one, and which have a last field."""
     ends, has_last = [np.array([file.tell()])], []
     place, before = file.tell(), np.frombuffer(b"\n\n", np.uint8)
     while block := file.read(_BLOCK_BYTES):
-        # Two bytes of the block before, so that what stands before the end of a line is in sight.
+        # With two bytes of the previous block: the field before a line's end may lie there.
         seen = np.concatenate((before, np.frombuffer(block, np.uint8)))
         newlines = (seen[2:] == ord("\n")).nonzero()[0]
         ends.append(place + newlines + 1)
@@ -130,7 +130,7 @@ def _find_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows_of_first_step(file: BinaryIO, start: int, columns: Sequence[str]) -> int:
-    """Returns how many rows a step has, 1 at least; a log writes the same number at each."""
+    """Returns the number of rows per step, at least 1; a log writes the same number at every step."""
     file.seek(start)
     first, count = b"", 0
     for line in file:
@@ -160,7 +160,7 @@ def _check_header(path: Path, line: bytes, columns: Sequence[str]) -> None:
 
 
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[bytes]:
-    """Yields the complete rows as they are in the file."""
+    """Yields the lines of the complete rows."""
     with path.open("rb") as file:
         _check_header(path, file.readline(), columns)
         yield from (line for line in file if _is_row(line, columns))

@@ -1,7 +1,7 @@
-"""Before a run starts: hides everything that is looked at first, so that what is at fault ends it with nothing touched.
+"""The checks before a run starts: anything wrong with the request or the data ends it before a file is touched.
 
-`protlm train` and its dry run look at the same things. Of several processes all do, and so all come to the same end;
-only whether the folder may be written is for the first one, which is about to write it.
+`protlm train` and its dry run make the same checks. Every process of a run makes them, and so all come to the same end;
+only the first one, which will write the run directory, checks that it may.
 """
 
 from collections.abc import Sequence
@@ -20,25 +20,25 @@ from protlm.model.performer import Performer
 from protlm.pretrained.model_directory import dataset_hash_of, find_model, initial_weights, read_description
 from protlm.runtime.devices import Devices, best_device, process_rank
 from protlm.workflows.train.memory import MemoryEstimate, check_fits, estimate_memory, memory_bytes
-from protlm.workflows.train.run_checkpoints import check_checkpoint, last_checkpoint
+from protlm.workflows.train.run_checkpoints import last_checkpoint, read_resume_step
 from protlm.workflows.train.run_description import RUN_NAME, TrainingSet, read_run_description
 from protlm.workflows.train.run_folder import check_replaceable, resolve_settings
 from protlm.workflows.train.task import TrainingData
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What a run is asked to be.
+    """The run that was asked for.
 
     Attributes:
         dataset_paths: Datasets of `protlm prep`, each with a train split.
-        run_dir: Where the run is written; must not exist unless resume or force is given.
+        run_dir: The run directory; must not exist unless resume or force is given.
         config: Name of a shipped configuration or path of a TOML file.
-        overrides: Texts `section.key=value` that override it.
+        overrides: Settings `section.key=value` that override it.
         init: A model whose weights the run starts from.
-        devices: On what to train.
-        wandb_project: Where Weights & Biases keeps the numbers too.
-        resume: Continues the run in run_dir with its own settings; of those given only train.max_steps may differ.
+        devices: The devices to train on.
+        wandb_project: Project of Weights & Biases that gets the numbers too.
+        resume: Continues the run in run_dir with its own settings; only train.max_steps may be given anew.
         force: Replaces an existing run.
     """
 
@@ -53,15 +53,15 @@ class TrainRequest:
     force: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSets:
     """The opened datasets of a run.
 
     Attributes:
-        datasets: In the order given.
+        datasets: The datasets in the order given.
         train: Their train splits together.
         valid: Their valid splits together; None if all are empty.
-        hash: Of all of them.
+        hash: Hash of all datasets.
     """
 
     datasets: tuple[Dataset, ...]
@@ -71,10 +71,10 @@ class TrainingSets:
 
     @classmethod
     def open(cls, paths: Sequence[Path]) -> "TrainingSets":
-        """Opens datasets and all their shards, so that what is missing is found before hours of work.
+        """Opens datasets and all their shards, so that a missing one is noticed before hours of work.
 
         Raises:
-            ShardError: A dataset or shard that is missing or damaged, or one without a train split.
+            ShardError: A dataset or shard is missing or damaged, or a dataset has no train split.
         """
         datasets = tuple(open_dataset(path) for path in paths)
         train = Mixture([dataset.split("train") for dataset in datasets])
@@ -85,10 +85,11 @@ class TrainingSets:
         for mixture in (train, valid):
             if mixture is not None:
                 mixture.open_shards()
-        return cls(datasets, train, valid, dataset_hash_of([dataset.hash for dataset in datasets]))
+        digest = dataset_hash_of([dataset.hash for dataset in datasets])
+        return cls(datasets=datasets, train=train, valid=valid, hash=digest)
 
     def summaries(self) -> list[TrainingSet]:
-        """Returns what a run remembers of each dataset."""
+        """Returns the entries of the datasets in run.json."""
         return [
             TrainingSet(
                 name=dataset.path.resolve().name,
@@ -100,18 +101,18 @@ class TrainingSets:
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Start:
-    """A run that may start.
+    """A checked run that is ready to start.
 
     Attributes:
         sets: Its datasets.
         settings: Its resolved settings.
         data: Its stream of rows.
         model: The network with its first weights.
-        memory: What a step needs by estimate.
-        first_step: Updates before; 0 for a new run.
-        init_hash: Of the weights that it begins with; None where they are drawn.
+        memory: Estimated memory of a step.
+        first_step: Updates made before; 0 for a new run.
+        init_hash: Hash of the weights of --init that it begins with; None if they are drawn.
     """
 
     sets: TrainingSets
@@ -124,10 +125,10 @@ class Start:
 
 
 def prepare_start(request: TrainRequest) -> Start:
-    """Looks at all that can be at fault, and touches nothing.
+    """Checks everything that can keep a run from starting, and changes no file.
 
     Raises:
-        ProtlmError: What keeps the run from starting.
+        ProtlmError: The run cannot start.
     """
     run_dir = request.run_dir
     for path in request.dataset_paths:
@@ -143,25 +144,27 @@ def prepare_start(request: TrainRequest) -> Start:
     memory = estimate_memory(settings, in_place=best_device().type == "cpu")
     if request.devices.strategy != "fsdp":
         check_fits(memory, memory_bytes(best_device()))
-    first_step = check_checkpoint(last_checkpoint(run_dir), sets.hash, settings) if request.resume else 0
+    first_step = read_resume_step(last_checkpoint(run_dir), sets.hash, settings) if request.resume else 0
     if first_step > settings.train.max_steps:
         raise ConfigError(
             f"{run_dir}: the run is at step {first_step} already, past max_steps = {settings.train.max_steps}; "
             "ask for more steps"
         )
-    init_hash = _check_init(request, has_checkpoint=first_step > 0)
+    init_hash = _resolve_init(request, has_checkpoint=first_step > 0)
     if process_rank() == 0:
         check_replaceable(run_dir, resume=request.resume, force=request.force)
     data = TrainingData(sets.train, settings)
     model = build_model(settings, None if first_step else request.init)
-    return Start(sets, settings, data, model, memory, first_step, init_hash)
+    return Start(
+        sets=sets, settings=settings, data=data, model=model, memory=memory, first_step=first_step, init_hash=init_hash
+    )
 
 
 def build_model(settings: Config, init: Path | None) -> Performer:
-    """Returns the network with its first weights, computed in the way that the settings ask for.
+    """Returns the network with its first weights, compiled and with activation checkpointing as set.
 
     Raises:
-        ProtlmError: A model that does not fit into memory, or an `init` that does not fit the settings.
+        ProtlmError: The model does not fit into memory, or `init` does not fit the settings.
     """
     try:
         model = Performer(settings.model)
@@ -177,7 +180,7 @@ def build_model(settings: Config, init: Path | None) -> Performer:
 
 
 def _check_devices(settings: Config, devices: Devices) -> None:
-    """Raises ConfigError unless the rows of an update can be shared out, and the devices are there."""
+    """Raises ConfigError unless the devices exist and can share the rows of an update evenly."""
     if settings.train.accumulate % devices.total:
         wanted = -(-settings.train.accumulate // devices.total) * devices.total
         raise ConfigError(
@@ -190,8 +193,12 @@ def _check_devices(settings: Config, devices: Devices) -> None:
         )
 
 
-def _check_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
-    """Returns the hash of the weights that the run begins with; a resumed run begins with none but its own."""
+def _resolve_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
+    """Returns the hash of the weights of --init that the run begins with; a resumed run must keep those of its start.
+
+    Raises:
+        CheckpointError: The run began with other weights.
+    """
     given = None if request.init is None else read_description(find_model(request.init)).weights_hash
     path = request.run_dir / RUN_NAME
     if not (request.resume and path.exists()):
@@ -201,11 +208,11 @@ def _check_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
         return began_with
     if given != began_with:
         raise CheckpointError(
-            f"{request.run_dir}: the run began with {_told(began_with)} and goes on with {_told(given)}; "
+            f"{request.run_dir}: the run began with {_name_of(began_with)} and goes on with {_name_of(given)}; "
             "give the same --init as at its start"
         )
     return given
 
 
-def _told(init_hash: str | None) -> str:
+def _name_of(init_hash: str | None) -> str:
     return "drawn weights (no --init)" if init_hash is None else f"the weights {init_hash[:12]}… of an --init"

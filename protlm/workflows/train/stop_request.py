@@ -1,4 +1,4 @@
-"""The wish to stop: hides which signals ask for it, so that a run ends between two updates with a whole checkpoint."""
+"""Stopping on request: signals and a time limit end a run between two updates, with a whole checkpoint."""
 
 import signal
 import threading
@@ -7,16 +7,16 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Ctrl-C; what ends a process or a preempted job; what SLURM sends ahead of a time limit (`--signal=USR1@120`)."""
+"""Ctrl-C; the end of a process or preemption of a job; SLURM ahead of a time limit (`--signal=USR1@120`)."""
 
 
 class StopRequest:
-    """Whether a run should stop: a signal asked for it, or its time is over.
+    """The request to stop a run, by a signal or because its time is over.
 
     The first signal asks for a stop between two updates. A second Ctrl-C stops at once.
 
     Attributes:
-        interrupted: A signal came.
+        interrupted: Whether a signal came.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
@@ -30,7 +30,7 @@ class StopRequest:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def listen(self) -> None:
-        """Takes the signals over, again where somebody else did meanwhile; only a main thread can."""
+        """Installs the signal handlers, again if other code has replaced them; does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 previous = signal.signal(number, self._ask)

@@ -1,4 +1,4 @@
-"""The training step and its data as Lightning wants them: hides Lightning's ways from the rest of protlm.
+"""The training step and its data as Lightning wants them, so that the rest of protlm need not know its hooks.
 
 To Lightning a run is one endless epoch over our own stream of rows. An update takes the next `train.accumulate` rows,
 which the devices share out among themselves, so that their number changes neither the rows nor the loss.
@@ -34,17 +34,17 @@ from protlm.workflows.train.stop_request import SIGNALS, StopRequest
 
 @dataclass(frozen=True)
 class Update:
-    """What one update of all devices together was made of.
+    """The numbers of one update of all devices together.
 
     Attributes:
         loss: Mean negative log likelihood of its targets, in nats.
         accuracy: Fraction of the targets that the model ranked first.
         grad_norm: Norm of the whole gradient before clipping.
         lr: Learning rate of AdamW.
-        epoch: Times that the stream had gone through the data before its first row.
+        epoch: Passes over the data before its first row.
         num_residues: Residues in its rows.
-        interrupted: A signal asks one of the processes to stop.
-        time_is_over: One of the processes has lasted as long as it may.
+        interrupted: Whether a signal asks one of the processes to stop.
+        time_is_over: Whether one of the processes has reached its time limit.
     """
 
     loss: float
@@ -78,7 +78,7 @@ class LanguageModelling(pl.LightningModule):
         self._sums = [0.0, 0.0, 0.0, 0.0]
 
     def configure_model(self) -> None:
-        """Gives every device its part of the model, where FSDP2 is wanted."""
+        """Shards the model over the devices under FSDP2."""
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard
 
@@ -92,7 +92,7 @@ class LanguageModelling(pl.LightningModule):
         return build_optimizer(self.model, self.config.train)
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Redraws the projections before the update that is due for it."""
+        """Redraws the projections before an update that is due for it."""
         if self._num_rows:
             return
         self.first_batch = batch
@@ -110,12 +110,12 @@ class LanguageModelling(pl.LightningModule):
         for place, value in enumerate((nll.item(), num_correct.item(), len(batch.targets), batch.num_residues)):
             self._sums[place] += value
         self._num_rows += 1
-        # Lightning divides by the rows of this device, and its strategies take the mean over the devices; the division
-        # by the targets comes before the update.
+        # Undoes Lightning's divisions: by the rows of this device, and by its strategies by the number of devices. The
+        # division by the number of targets comes before the update.
         return nll * self.config.train.accumulate
 
     def _dropout_seed(self) -> int:
-        """Returns what dropout in a row is drawn from: the seed and the number of the row, whichever device has it."""
+        """Returns the seed of dropout in a row, from the run's seed and the row's number, which no device changes."""
         row = self.global_step * self.config.train.accumulate + self.global_rank
         row += self._num_rows * self.trainer.world_size
         return xxhash.xxh3_64_intdigest(f"dropout {self.config.train.seed} {row}".encode()) % 2**63
@@ -155,20 +155,20 @@ class LanguageModelling(pl.LightningModule):
         self._num_rows, self._sums = 0, [0.0, 0.0, 0.0, 0.0]
 
     def _totals(self) -> list[float]:
-        """Returns the sums of this update over all devices, and how many of their processes want to stop and why."""
+        """Returns, over all processes, the sums of this update, the number interrupted and the number out of time."""
         request = self._stop_request
         totals = [*self._sums, float(request.interrupted), float(request.time_is_over)]
         if self.trainer.world_size > 1:
-            # All processes learn of a stop in the same update, and so end together.
+            # All processes learn of a stop in the same update, and so they end together.
             tensor = torch.tensor(totals, dtype=torch.float64, device=self.device)
             torch.distributed.all_reduce(tensor)
             totals = tensor.tolist()
         return totals
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the model's weights and projections, on the CPU and whole; the first process has them all.
+        """Returns the model's weights and projections, whole and on the CPU; under FSDP2 in the first process alone.
 
-        All processes call it together.
+        All processes must call it together.
         """
         if self.device_mesh is None:
             return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
@@ -179,7 +179,7 @@ class LanguageModelling(pl.LightningModule):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the generator of the projections and what the run must agree on when it is resumed."""
+        """Adds the state of the projections' generator, and the settings and dataset that a resumed run must share."""
         checkpoint["protlm"] = {
             "dataset_hash": self.dataset_hash,
             "config": self.config.model_dump(mode="json"),
@@ -187,20 +187,20 @@ class LanguageModelling(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the generator."""
+        """Restores the generator of the projections."""
         self._redraw_generator.set_state(checkpoint["protlm"]["redraw_generator"])
 
 
 class TrainingData(pl.LightningDataModule):
-    """The endless stream of rows, started where the checkpoint left it.
+    """The endless stream of rows, continued from the checkpoint's place.
 
     Attributes:
-        draws: Which protein is drawn when.
-        tokens_per_batch: Budget of a row, which Lightning's search for the largest one sets.
+        draws: The order in which proteins are drawn.
+        tokens_per_batch: Budget of a row; Lightning's search for the largest one sets it.
     """
 
     def __init__(self, proteins: Mixture, config: Config) -> None:
-        """Plans the draws, which raises an error where the proteins do not allow what the settings ask for."""
+        """Plans the draws; raises ConfigError if the settings ask for draws that the proteins do not allow."""
         super().__init__()
         self.draws = Draws.of(proteins, config.data, config.train.seed)
         self.tokens_per_batch = config.data.tokens_per_batch
@@ -209,12 +209,12 @@ class TrainingData(pl.LightningDataModule):
         self._first_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place in the stream; checkpoints are made between updates only."""
+        """Returns the place in the stream, which at a checkpoint lies between two updates."""
         assert self.trainer is not None
         return {"next_row": self.trainer.global_step * self._config.train.accumulate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Starts the stream at a saved place; Lightning calls this before it asks for the loader."""
+        """Sets the stream to a saved place; Lightning calls this before `train_dataloader`."""
         self._first_row = state_dict["next_row"]
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -238,7 +238,7 @@ class TrainingData(pl.LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=_unchanged,
-            # Without its own generator a loader draws a number from torch's global one.
+            # Without a generator of its own a loader draws from torch's global one.
             generator=torch.Generator(),
             prefetch_factor=4 if workers else None,
             worker_init_fn=_leave_signals_to_the_run,
@@ -257,7 +257,7 @@ class _EveryNth(Sampler[Row]):
 
 
 class _TrainingRows(Dataset[Batch]):
-    """Makes the planned rows."""
+    """The planned rows, masked and packed."""
 
     def __init__(self, proteins: Mixture, config: Config) -> None:
         self._proteins, self._config = proteins, config
@@ -268,13 +268,13 @@ class _TrainingRows(Dataset[Batch]):
 
 
 def objective_of(config: Config) -> Objective:
-    """Returns what a run with these settings learns to predict."""
+    """Returns the training objective of these settings."""
     settings = config.train
     return Objective(config.model.causal, MaskRates(settings.mask_rate, settings.mask_share, settings.random_share))
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Keeps a worker at work when a whole job is signalled: the run still needs rows, and ends its workers itself."""
+    """Ignores signals to the whole job in a worker: the run still needs rows, and ends its workers itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -21,20 +21,20 @@ from protlm.workflows.train.task import LanguageModelling, TrainingData
 from protlm.workflows.trainers import quiet_lightning, training_trainer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What a training run ended with.
+    """The outcome of a training run.
 
     Attributes:
         run_dir: The run directory.
         step: Optimizer updates since step 0.
         interrupted: Whether Ctrl-C or another signal ended the run before max_steps.
         ended_early: Why it ended before max_steps, in words; None if it did not.
-        notes: What the user should know of the files that it went on with.
+        notes: Warnings about the files of the run that was resumed.
         seconds: Wall time of this call.
-        num_parameters: Trained numbers of the model.
-        model: The exported model; None in a run that was stopped before its first measurement.
-        valid: What that model reached on the valid split; None where there is none.
+        num_parameters: Trained parameters of the model.
+        model: The exported model; None if the run was stopped before its first measurement.
+        valid: Scores of that model on the valid split; None without one.
     """
 
     run_dir: Path
@@ -51,12 +51,12 @@ class TrainReport:
 def train(
     request: TrainRequest, *, max_seconds: float | None = None, command: Sequence[str] = ()
 ) -> TrainReport | None:
-    """Trains a language model and returns what it ended with; None in every process of the run but the first.
+    """Trains a language model and returns the outcome; None in every process of the run but the first.
 
     Args:
-        request: What the run is asked to be.
-        max_seconds: When to stop, with a checkpoint.
-        command: The words of the command, for run.json.
+        request: The run that is asked for.
+        max_seconds: Time after which to stop, with a checkpoint.
+        command: Words of the command line, for run.json.
 
     Raises:
         ProtlmError: Bad settings or data, an existing run, or a loss that is not finite.
@@ -130,7 +130,7 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
 
 
 def _loggers(run_dir: Path, first_step: int, wandb_project: str | None) -> list[Logger]:
-    """Returns what keeps the numbers beside our own files; TensorBoard forgets the steps past the checkpoint."""
+    """Returns the loggers besides our own files; TensorBoard drops the steps past the checkpoint."""
     from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
     loggers: list[Logger] = [TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1)]
@@ -143,7 +143,7 @@ def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, check
     try:
         trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
-        # Lightning exits on the second Ctrl-C; the command line knows what an interrupt means.
+        # Lightning exits on the second Ctrl-C; the command line expects a KeyboardInterrupt.
         raise KeyboardInterrupt from None
     except RuntimeError as error:
         if process_rank() and is_lost_peer(error):

@@ -27,7 +27,7 @@ def write_health(run_dir, layers, features=3.0):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Returns the panels of a run's picture, drawn anew, and checks that it is the only thing drawn."""
+    """A function that draws the picture of a run, checks that nothing else is written, and returns its panels."""
     figures = []
     save = Figure.savefig
 
@@ -72,7 +72,7 @@ def test_smoothing_keeps_a_constant_and_dampens_a_jump(tmp_path, drawn):
     assert 10.1 < smooth[99] < 11.0
 
 
-def test_the_axis_says_what_is_predicted(tmp_path, drawn):
+def test_the_axis_names_the_prediction(tmp_path, drawn):
     write_metrics(tmp_path, 2)
     assert drawn()[0].get_ylabel() == "perplexity of hidden residues"
     assert drawn(causal=True)[0].get_ylabel() == "perplexity of the next residue"
@@ -86,7 +86,7 @@ def test_features_have_a_panel_with_a_line_a_layer(tmp_path, drawn):
     assert all(list(line.get_ydata()) == [3.0, 3.0] for line in axes.get_lines())
 
 
-def test_many_layers_are_told_apart_by_colour_and_not_by_a_long_legend(tmp_path, drawn):
+def test_many_layers_get_colours_and_no_long_legend(tmp_path, drawn):
     write_metrics(tmp_path, 2)
     write_health(tmp_path, range(1, 37))
     _, axes = drawn()
@@ -107,7 +107,7 @@ def test_attention_without_features_has_no_panel(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "health.csv"])
-def test_a_number_that_is_none_is_one_line_that_names_the_file(tmp_path, name):
+def test_a_text_instead_of_a_number_is_one_line_that_names_the_file(tmp_path, name):
     write_metrics(tmp_path, 2)
     write_health(tmp_path, (1, 2))
     path = tmp_path / name

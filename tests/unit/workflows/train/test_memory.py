@@ -14,9 +14,9 @@ from protlm.model.performer import Performer
 from protlm.workflows.train.memory import check_fits, estimate_memory
 from protlm.workflows.train.optimizer import build_optimizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Makes the C library give back what is freed: what stays in its heap would hide a peak."""
+"""Makes the C library give back what is freed: memory that stays in its heap would mask a peak."""
 
 STEP = """
 import json, sys, torch
@@ -39,7 +39,7 @@ def step(config, num_tokens):
     tokens = torch.randint(4, 24, (num_tokens,))
     bounds = torch.arange(0, num_tokens + 1, num_tokens // 8, dtype=torch.int32)
     targets = torch.arange(0, num_tokens, 7)
-    # As in every update but the first, the optimizer's state is there before.
+    # As in every update but the first, the optimizer's state exists before.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -49,7 +49,7 @@ def step(config, num_tokens):
     optimizer.step()
 
 config = load_config(sys.argv[1], sys.argv[2:])
-# What libraries allocate once is no part of a step.
+# The first step also makes the allocations that libraries make only once.
 step(config, 64)
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
@@ -77,7 +77,7 @@ def test_the_estimate_is_close_to_the_peak_of_a_real_step(name, overrides):
 
 
 def saved_bytes(model, num_tokens, short):
-    """Returns the bytes of all tensors that autograd keeps of one row, weights apart."""
+    """Returns the bytes of all tensors, except weights, that autograd keeps of one row."""
     own = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())}
     kept = {}
 
@@ -113,7 +113,7 @@ def saved_bytes(model, num_tokens, short):
     ],
     ids=lambda options: ",".join(map(str, options.values())) or "default",
 )
-def test_what_a_layer_keeps_is_what_autograd_saves(short, options):
+def test_the_activations_of_a_layer_are_those_that_autograd_saves(short, options):
     num_tokens, shape = 768, {"model_dim": 128, "num_heads": 4, "ffn_dim": 384, "num_features": 16, **options}
     sizes = []
     for num_layers in (1, 3):
@@ -139,13 +139,13 @@ def test_parameters_and_the_optimizers_state_are_counted_exactly(kind):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    found = estimate_memory(config)
+    memory = estimate_memory(config)
     states = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.ndim]
-    assert found.optimizer_bytes == sum(tensor.nbytes for tensor in states)
-    assert found.gradients_bytes == sum(parameter.grad.nbytes for parameter in model.parameters())
-    assert found.weights_bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
-    assert found.projections == sum(buffer.numel() for buffer in model.buffers())
-    assert found.total == found.state_bytes + found.activations_bytes
+    assert memory.optimizer_bytes == sum(tensor.nbytes for tensor in states)
+    assert memory.gradients_bytes == sum(parameter.grad.nbytes for parameter in model.parameters())
+    assert memory.weights_bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert memory.projections == sum(buffer.numel() for buffer in model.buffers())
+    assert memory.total == memory.state_bytes + memory.activations_bytes
 
 
 def test_checkpointing_keeps_little_more_than_a_layer_and_a_gpu_more_than_a_cpu():
@@ -162,7 +162,7 @@ def test_short_numbers_take_less():
     assert estimate_memory(short, in_place=False).total < estimate_memory(load_config("small"), in_place=False).total
 
 
-def test_what_certainly_does_not_fit_is_an_error_with_the_numbers_and_what_to_lower():
+def test_a_run_that_certainly_does_not_fit_is_an_error_with_the_numbers_and_the_settings_to_lower():
     config = load_config("small")
     needed = estimate_memory(config).state_bytes
     check_fits(estimate_memory(config), needed)
@@ -170,5 +170,5 @@ def test_what_certainly_does_not_fit_is_an_error_with_the_numbers_and_what_to_lo
         check_fits(estimate_memory(config), needed - 1)
     message = str(caught.value)
     assert "\n" not in message
-    for part in (f"{estimate_memory(config).parameters:,}", f"{needed / 1e9:.1f} GB", "num_layers", "fsdp"):
-        assert part in message
+    for words in (f"{estimate_memory(config).parameters:,}", f"{needed / 1e9:.1f} GB", "num_layers", "fsdp"):
+        assert words in message

@@ -57,7 +57,7 @@ def test_muon_equals_torchs_to_the_precision_of_torchs():
         optimizer.step()
         peer.step()
     for before, a, b in zip(start, ours, theirs, strict=True):
-        # Of the way gone, not of where it is: the start is the larger part and would hide a difference.
+        # Errors relative to the distance moved: the start is much larger and would mask a difference.
         assert relative_error(a - before, b - before) < TOLERANCE[torch.bfloat16]
 
 
@@ -72,10 +72,10 @@ def test_a_parameter_without_gradient_stays():
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 32, 8), (2, 8, 32), (1, 1, 5)])
 def test_orthogonalise_moves_singular_values_near_one_and_keeps_directions(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalise(matrices)
-    assert found.dtype == torch.float32
-    assert found.shape == shape
-    for matrix, result in zip(matrices, found, strict=True):
+    results = orthogonalise(matrices)
+    assert results.dtype == torch.float32
+    assert results.shape == shape
+    for matrix, result in zip(matrices, results, strict=True):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         new_values = (left.mT @ result @ right.mT).diagonal()
         sure = values > 0.05 * values.max()
@@ -87,9 +87,9 @@ def test_orthogonalise_moves_singular_values_near_one_and_keeps_directions(shape
 def test_orthogonalise_does_not_depend_on_scale_or_batch_mates_and_keeps_zero():
     matrices = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
     matrices[1] = 0
-    found = orthogonalise(matrices)
-    assert not found[1].any()
-    assert relative_error(found[2:], orthogonalise(1e-3 * matrices[2:])) < 1e-4
+    results = orthogonalise(matrices)
+    assert not results[1].any()
+    assert relative_error(results[2:], orthogonalise(1e-3 * matrices[2:])) < 1e-4
 
 
 def build(optimizer="muon", **options):
@@ -263,7 +263,7 @@ def test_a_run_shorter_than_its_warm_up_has_a_schedule():
 
 
 def sharded_gradients(model, seed):
-    """Gives every parameter its shard of the gradient that set_gradients gives it whole."""
+    """Gives every parameter its shard of the gradient that `set_gradients` makes."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         whole = torch.randn(parameter.shape, generator=generator)
@@ -291,8 +291,8 @@ def shard(model):
     fully_shard(model)
 
 
-def check_shards(rank, folder):
-    """Runs in each of two processes: the same updates whole and in shards, and their states carried over both ways."""
+def compare_shards(rank, folder):
+    """Compares, in each of two processes, updates in shards with whole ones, and loads either state into the other."""
     process_groups.join(rank, 2, folder)
     (whole, whole_optimizer), (sharded, _) = build(weight_decay=0.3), build(weight_decay=0.3)
     shard(sharded)
@@ -344,4 +344,4 @@ def assert_same_weights(whole, sharded):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_shards_take_the_steps_of_the_whole_and_states_go_both_ways(tmp_path):
-    torch.multiprocessing.spawn(check_shards, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(compare_shards, (str(tmp_path),), nprocs=2)

@@ -3,12 +3,14 @@ import platform
 import socket
 import subprocess
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 import protlm
 from protlm.errors import CheckpointError
+from protlm.workflows.train import run_description
 from protlm.workflows.train.run_description import (
     TrainingSet,
     checkout_commit,
@@ -29,28 +31,28 @@ def path(tmp_path):
     return tmp_path / "run.json"
 
 
-def test_a_session_tells_when_by_what_and_where_it_ran():
-    found = session(first_step=7)
-    assert datetime.now(UTC) - datetime.fromisoformat(found.started) < timedelta(minutes=1)
-    assert found.versions["protlm"] == protlm.__version__
-    assert found.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(found.versions) == {"protlm", "torch", "pytorch-lightning", "numpy"}
-    assert found.python == platform.python_version()
-    assert (found.devices, found.num_nodes, found.strategy, found.first_step) == (2, 3, "fsdp", 7)
+def test_a_session_has_its_time_versions_and_devices():
+    start = session(first_step=7)
+    assert datetime.now(UTC) - datetime.fromisoformat(start.started) < timedelta(minutes=1)
+    assert start.versions["protlm"] == protlm.__version__
+    assert start.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(start.versions) == {"protlm", "torch", "pytorch-lightning", "numpy"}
+    assert start.python == platform.python_version()
+    assert (start.devices, start.num_nodes, start.strategy, start.first_step) == (2, 3, "fsdp", 7)
 
 
 def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
     write_run_description(path, DATASETS, session())
     write_run_description(path, DATASETS, session(first_step=200))
-    found = read_run_description(path)
-    assert [entry.first_step for entry in found.sessions] == [0, 200]
-    assert found.datasets == DATASETS
+    description = read_run_description(path)
+    assert [start.first_step for start in description.sessions] == [0, 200]
+    assert description.datasets == DATASETS
     content = json.loads(path.read_text())
     assert (content["format"], content["format_version"]) == ("protlm-run", 1)
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
 
 
-def test_no_folder_host_or_environment_is_told(path, monkeypatch):
+def test_no_folder_host_or_environment_is_written(path, monkeypatch):
     monkeypatch.setenv("PROTLM_SECRET", "hunter2hunter2")
     command = ["/opt/env/bin/protlm", "train", "/home/ada/uniref", "--out=/home/ada/run", "--set", "train.lr=1e-3"]
     write_run_description(path, DATASETS, session([*command, "data.x=~/ada", "../near"]))
@@ -94,7 +96,14 @@ def checkout(tmp_path):
     return package
 
 
-def test_the_commit_of_a_checkout_says_whether_files_differ(checkout):
+def test_a_session_has_the_commit_of_the_whole_package(monkeypatch):
+    folders = []
+    monkeypatch.setattr(run_description, "checkout_commit", lambda folder: folders.append(folder) or "c0ffee")
+    assert session().commit == "c0ffee"
+    assert [(folder / "__init__.py").resolve() for folder in folders] == [Path(protlm.__file__).resolve()]
+
+
+def test_the_commit_of_a_checkout_shows_whether_files_differ(checkout):
     commit = git(checkout, "rev-parse", "HEAD")
     assert checkout_commit(checkout) == commit
     (checkout / "new.py").write_text("")

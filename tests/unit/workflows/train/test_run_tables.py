@@ -3,7 +3,7 @@ import math
 import pytest
 
 from protlm.errors import CheckpointError
-from protlm.workflows.train import run_tables as metrics
+from protlm.workflows.train import run_tables
 from protlm.workflows.train.run_tables import HEALTH, METRICS, SPEED, CsvLog, read_rows, read_thinned
 
 CONTRACT = [
@@ -34,7 +34,7 @@ def write_health(path, steps, num_layers, last_step=0):
 
 
 def steps_of(path, columns=METRICS):
-    return [int(found["step"]) for found in read_rows(path, columns)]
+    return [int(values["step"]) for values in read_rows(path, columns)]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_the_contracts_columns_are_there_and_numbers_keep_every_digit(path):
     assert second["valid/loss"] == ""
 
 
-def test_what_depends_on_the_machine_has_a_table_of_its_own():
+def test_numbers_that_depend_on_the_machine_have_a_table_of_their_own():
     assert not set(METRICS) & {"seconds", "residues_per_second", "data_wait_fraction", "peak_memory_bytes"}
     assert SPEED[0] == HEALTH[0] == METRICS[0] == "step"
 
@@ -102,7 +102,7 @@ def test_a_row_cut_off_by_a_kill_is_ignored_and_dropped_on_resume(path, num_lost
     write(path, range(1, 4))
     path.write_bytes(path.read_bytes()[:-num_lost])
     assert steps_of(path) == [1, 2]
-    assert [found["step"] for found in read_thinned(path, METRICS, 10)] == ["1", "2"]
+    assert [values["step"] for values in read_thinned(path, METRICS, 10)] == ["1", "2"]
     write(path, [3], last_step=3)
     whole = path.with_name("whole.csv")
     write(whole, range(1, 4))
@@ -116,7 +116,7 @@ def test_infinite_perplexity_is_written_and_read(path):
     assert float(next(read_rows(path, METRICS))["valid/perplexity"]) == math.inf
 
 
-def test_what_was_not_measured_is_empty(path):
+def test_a_column_that_was_not_measured_is_empty(path):
     log = CsvLog(path, HEALTH)
     log.append({"step": 1, "layer": 2, "q_norm": 0.5, "k_norm": 0.5, "effective_features": None, "dead_features": None})
     log.close()
@@ -140,7 +140,7 @@ def test_an_unknown_column_is_an_error(path):
     ],
     ids=["binary", "other", "empty", "of an earlier version"],
 )
-def test_another_table_is_refused_with_what_to_do_and_stays_as_it_is(path, content):
+def test_another_table_is_refused_with_a_remedy_and_stays_as_it_is(path, content):
     path.write_bytes(content)
     for use in (lambda: CsvLog(path, METRICS), lambda: list(read_rows(path, METRICS)), lambda: thinned_steps(path, 5)):
         with pytest.raises(CheckpointError, match=r"metrics\.csv: line 1: expected the columns step, .*move the file"):
@@ -149,7 +149,7 @@ def test_another_table_is_refused_with_what_to_do_and_stays_as_it_is(path, conte
 
 
 def thinned_steps(path, most):
-    return [int(found["step"]) for found in read_thinned(path, METRICS, most)]
+    return [int(values["step"]) for values in read_thinned(path, METRICS, most)]
 
 
 def test_a_short_table_is_read_whole(path):
@@ -166,7 +166,7 @@ def test_a_long_table_is_thinned_evenly_from_its_first_row_to_its_last(path):
 
 @pytest.mark.parametrize("block", [1, 7, 2**24])
 def test_thinning_misses_no_measurement_and_does_not_depend_on_how_the_file_is_read(path, monkeypatch, block):
-    monkeypatch.setattr(metrics, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(run_tables, "_BLOCK_BYTES", block)
     log = CsvLog(path, METRICS)
     for step in range(1, 102):
         log.append(row(step, **(VALID if step in (13, 50, 97) else {})))
@@ -176,7 +176,7 @@ def test_thinning_misses_no_measurement_and_does_not_depend_on_how_the_file_is_r
 
 def test_thinning_keeps_all_layers_of_a_step(path):
     write_health(path, range(10, 1010, 10), num_layers=4)
-    found = [(int(row["step"]), int(row["layer"])) for row in read_thinned(path, HEALTH, 3)]
-    assert [layer for step, layer in found if step == 10] == [1, 2, 3, 4]
-    assert [layer for step, layer in found if step == 1000] == [1, 2, 3, 4]
-    assert len(found) == 12
+    rows = [(int(values["step"]), int(values["layer"])) for values in read_thinned(path, HEALTH, 3)]
+    assert [layer for step, layer in rows if step == 10] == [1, 2, 3, 4]
+    assert [layer for step, layer in rows if step == 1000] == [1, 2, 3, 4]
+    assert len(rows) == 12
