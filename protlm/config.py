@@ -1,5 +1,9 @@
-"""Settings of a model and its training: typed, frozen, strict, and read from defaults < file < `--set a.b=c`."""
+"""Settings of a model and its training: typed, frozen, strict, and read from defaults < file < `--set a.b=c`.
 
+The docstring below a setting is its documentation: `protlm config` prints it as the comment of the setting.
+"""
+
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -10,50 +14,50 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from protlm.errors import ConfigError
+from protlm.choices import FeatureMap, Precision, ProjectionKind
+from protlm.errors import ConfigError, first_fault
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# In TOML, and after --set, 32 is a number.
-Precision = Annotated[Literal["32", "bf16-mixed"], BeforeValidator(lambda value: "32" if value == 32 else value)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_COMMENT_COLUMNS = 100
 
 SPECIAL_TOKENS_PER_SEGMENT = 2
 """`<cls>` and `<eos>` around the residues of every segment."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class DataConfig(_Section):
-    """How proteins become batches.
-
-    Attributes:
-        tokens_per_batch: Budget of one row, special tokens included.
-        max_length: Longest stretch of one protein that enters a training row, in residues. Default: what fits into the
-            row. Unused by `concatenated`.
-        mode: `packed`: whole proteins side by side, none sees another; of one longer than max_length a random stretch,
-            another at every draw. `clipped`: the same with the first max_length residues, always. `concatenated`: all
-            proteins joined by `<eos>` and cut into windows of window_tokens; inside a window attention crosses the
-            proteins.
-        window_tokens: Tokens of a window, special tokens included; for `concatenated` only.
-        sample: What an epoch takes once: every one of the `records`, or one random member of each of the `clusters`.
-        weights: With several datasets, how often a protein is drawn from each; default: an epoch takes each of their
-            proteins once.
-        num_workers: Processes that prepare batches beside the training process; 0 prepares them in it.
-    """
+    """How proteins become batches."""
 
     tokens_per_batch: Positive = 4096
+    """Budget of one row, special tokens included."""
     max_length: Positive | None = None
+    """Longest window of one protein in a training row, in residues. Default: what fits into the row. Unused by
+    `concatenated`."""
     mode: Literal["packed", "clipped", "concatenated"] = "packed"
+    """`packed`: whole proteins side by side, without attention between them; of a protein longer than max_length, a
+    random window that changes with every draw. `clipped`: the same, but always with the first max_length residues.
+    `concatenated`: all proteins joined by `<eos>` and cut into windows of window_tokens; inside a window, attention
+    crosses protein boundaries."""
     window_tokens: Positive = 8192
+    """Tokens of a window, special tokens included; for `concatenated` only."""
     sample: Literal["records", "clusters"] = "records"
+    """An epoch is `records`: every protein once, or `clusters`: one random member of every cluster."""
     weights: tuple[PositiveFloat, ...] = ()
+    """How often each of several datasets is drawn from, relative to the others. Default: an epoch takes every protein
+    of all datasets once."""
     num_workers: NonNegative = 0
+    """Processes that prepare batches beside the training process; 0: the training process prepares them."""
 
     @model_validator(mode="after")
     def _a_protein_fits(self) -> Self:
@@ -76,62 +80,59 @@ class DataConfig(_Section):
 
     @property
     def window(self) -> int:
-        """The longest stretch of one protein in a training row, in residues; of no meaning when concatenated."""
+        """The longest window of one protein in a training row, in residues; meaningless when concatenated."""
         return self.max_length or self.tokens_per_batch - SPECIAL_TOKENS_PER_SEGMENT
 
     @property
     def longest_segment(self) -> int:
-        """The most tokens that attention looks at together in training, special tokens included."""
+        """The most tokens that one attention covers in training, special tokens included."""
         if self.mode == "concatenated":
             return self.window_tokens
         return self.window + SPECIAL_TOKENS_PER_SEGMENT
 
 
 class ModelConfig(_Section):
-    """The shape of the network; everything that its weights depend on.
-
-    Attributes:
-        num_layers: Encoder layers.
-        model_dim: Width of the residual stream.
-        num_heads: Attention heads; model_dim / num_heads is head_dim, an even number for the rotary positions.
-        ffn_dim: Width of the feed-forward layer.
-        ffn: `gelu`, or `swiglu`: SiLU(gate) · value, with a third matrix.
-        layer_norm: `pre`: before attention and feed-forward, and once at the end; `post`: after each residual sum.
-        positions: `rotary` (q and k are turned), `learned` or `sinusoidal` (added to the embedding), or `none`; they
-            start anew in every protein, and in every window of concatenated proteins.
-        max_positions: Tokens that `learned` positions reach, special tokens included; unused by the others.
-        causal: Attention looks back only, and the model learns to predict the next token instead of hidden residues.
-        attention: `positive`, `hyperbolic`, `oprf` or `trig` (FAVOR, estimates of softmax), `regularised` (FAVOR of a
-            smoother kernel), `relu` (generalised FAVOR) or `softmax` (exact).
-        num_features: Rows of a head's random matrix; unused by `softmax` and without a projection.
-        projection: How the random matrix is drawn: `orthogonal` blocks, `simplex` blocks or `iid` rows; `none`, for
-            `relu` only, applies the ReLU to q and k themselves.
-        qk_norm: Normalise q and k per head, with a learned temperature in (0, max_temperature].
-        rescale_qk: Divide each dimension of q and multiply that of k by what evens out their sizes in a protein: q·k
-            stays, and estimates vary less.
-        max_temperature: Upper bound of ‖q/d^¼‖² under qk_norm; training starts at three quarters of it.
-        conv_width: Width of the depthwise convolution on q, k, v inside each protein, odd and at most 127; 0 for none.
-            It is centred, but looks back only where the model is causal.
-        dropout: Dropped fraction after attention and feed-forward.
-    """
+    """The architecture: everything that the shapes and the meaning of the weights depend on."""
 
     num_layers: Positive = 3
+    """Encoder layers."""
     model_dim: Positive = 128
+    """Width of the residual stream."""
     num_heads: Positive = 4
+    """Attention heads; model_dim / num_heads is head_dim, which must be even for rotary positions."""
     ffn_dim: Positive = 512
+    """Width of the feed-forward layer."""
     ffn: Literal["gelu", "swiglu"] = "gelu"
+    """The feed-forward layer: `gelu`, or `swiglu`, which is SiLU(gate) · value with a third matrix."""
     layer_norm: Literal["pre", "post"] = "pre"
+    """`pre`: before attention and feed-forward, and once after the last layer; `post`: after each residual sum."""
     positions: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
+    """`rotary` (q and k are rotated), `learned` or `sinusoidal` (added to the embedding), or `none`. Positions restart
+    in every protein, and in every window of concatenated proteins."""
     max_positions: Positive = 1024
+    """Number of `learned` positions, special tokens included; unused by the other kinds."""
     causal: bool = False
-    attention: Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu", "softmax"] = "positive"
+    """Attend to earlier positions only, and learn to predict the next token instead of masked residues."""
+    attention: Literal[FeatureMap, "softmax"] = "positive"
+    """`positive`, `hyperbolic`, `oprf` or `trig` (FAVOR: estimates of softmax attention), `regularised` (FAVOR with a
+    smoother kernel), `relu` (generalised FAVOR) or `softmax` (exact)."""
     num_features: Positive = 128
-    projection: Literal["orthogonal", "iid", "simplex", "none"] = "orthogonal"
+    """Random features per head: rows of its random matrix. Unused by `softmax` and without a projection."""
+    projection: Literal[ProjectionKind, "none"] = "orthogonal"
+    """How the random matrix is drawn: in `orthogonal` blocks, in `simplex` blocks or with `iid` rows. `none`, for
+    `relu` only, applies the ReLU to q and k themselves."""
     qk_norm: bool = True
+    """Normalise q and k per head, with a learned temperature in (0, max_temperature]."""
     rescale_qk: bool = False
+    """Balance q and k: divide each dimension of q, and multiply the same dimension of k, by a factor that makes their
+    sizes in a protein equal. q·k does not change, and its estimates have a lower variance."""
     max_temperature: PositiveFloat = 2.0
+    """Upper bound of ‖q/d^¼‖² with qk_norm; training starts at three quarters of it."""
     conv_width: Annotated[int, Field(ge=0, le=127)] = 3
+    """Width of the depthwise convolution over q, k and v inside each protein: odd and at most 127, or 0 for none. It
+    is centred; in a causal model it covers earlier positions only."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout rate after attention and after the feed-forward layer."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -161,62 +162,60 @@ class ModelConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """How the weights are found.
-
-    Attributes:
-        seed: Seed of the weights, the projections, the order of the proteins, the masks and dropout; below 2⁶³.
-        max_steps: Optimizer updates since step 0, resumed ones included.
-        schedule_steps: Horizon of the learning-rate schedule; default: max_steps at the first start.
-        schedule: `cosine` to a tenth of the rate at the horizon, or `constant`; both after the warm-up.
-        optimizer: `adamw`, or `muon` for the matrices of the encoder with AdamW on the rest.
-        lr: Peak learning rate of AdamW.
-        muon_lr: Peak learning rate of Muon; unused by `adamw`.
-        betas: Decay of AdamW's two moments.
-        eps: What AdamW adds to the root of its second moment.
-        weight_decay: Decoupled weight decay of matrices; biases, norms and embeddings have none.
-        warmup_steps: Updates of linear warm-up.
-        clip_norm: Largest norm of the whole gradient; 0 for no clipping.
-        accumulate: Rows per update, all devices together: a multiple of their number.
-        precision: `32`, or `bf16-mixed`: matrix products in bfloat16, weights and sums in float32.
-        activation_checkpointing: Keep only what enters each layer, and compute the rest again in the backward pass:
-            less memory for about a third more work.
-        compile: Compile the layers with torch.compile.
-        checkpoint_every_steps: Updates between checkpoints for resuming.
-        keep_every_steps: Updates between checkpoints that are kept for good; 0 keeps none.
-        valid_every_steps: Updates between measurements on the valid split; the last update always measures.
-        patience: Measurements in a row without a lower perplexity that end the run; 0 for none.
-        health_every_steps: Updates between measurements of the attention's health; 0 for none.
-        redraw_every_steps: Updates between new random projections; 0 keeps the first draw, which is saved in the model.
-        mask_rate: Probability that a residue is scored; unused by a causal model, which scores them all.
-        mask_share: Part of the scored residues that is hidden behind `<mask>`.
-        random_share: Part of them that is replaced by a random standard residue; the rest stays as it is.
-    """
+    """How the model is trained."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the weights, the projections, the order of the proteins, the masks and dropout; below 2⁶³."""
     max_steps: Positive = 900
+    """Optimizer updates from step 0 on, those before a --resume included."""
     schedule_steps: Positive | None = None
+    """Length of the learning-rate schedule in updates. Default: max_steps at the first start."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up, `cosine` decay to a tenth of the peak rate at schedule_steps, or `constant`."""
     optimizer: Literal["adamw", "muon"] = "muon"
+    """`adamw`, or `muon`: Muon for the matrices of the encoder and AdamW for all other weights."""
     lr: PositiveFloat = 2e-3
+    """Peak learning rate of AdamW."""
     muon_lr: PositiveFloat = 0.04
+    """Peak learning rate of Muon; unused by `adamw`."""
     betas: tuple[Decay, Decay] = (0.9, 0.98)
+    """Decay rates of AdamW's first and second moment."""
     eps: PositiveFloat = 1e-8
+    """Added by AdamW to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay of matrices; biases, norms and embeddings are not decayed."""
     warmup_steps: NonNegative = 40
+    """Updates over which the learning rate rises linearly to its peak."""
     clip_norm: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; larger ones are scaled down. 0: no clipping."""
     accumulate: Annotated[int, Field(gt=0, le=2**20)] = 1
-    precision: Precision = "32"
+    """Rows per update on all devices together; a multiple of the number of devices."""
+    # In TOML, and after --set, 32 is a number.
+    precision: Annotated[Precision, BeforeValidator(lambda value: "32" if value == 32 else value)] = "32"
+    """`32` (float32), or `bf16-mixed`: matrix products in bfloat16, weights and sums in float32."""
     activation_checkpointing: bool = False
+    """Keep only the input of each layer and recompute the rest in the backward pass: less memory, about a third more
+    work."""
     compile: bool = False
+    """Compile the layers with torch.compile."""
     checkpoint_every_steps: Positive = 200
+    """Updates between checkpoints for --resume; each replaces the one before."""
     keep_every_steps: NonNegative = 0
+    """Updates between checkpoints that are kept for good. 0: none."""
     valid_every_steps: Positive = 200
+    """Updates between measurements on the valid split; there is always one after the last update."""
     patience: NonNegative = 0
+    """Stop the run after this many measurements in a row without a lower perplexity. 0: never."""
     health_every_steps: NonNegative = 50
+    """Updates between measurements of the health of the attention. 0: none."""
     redraw_every_steps: NonNegative = 0
+    """Updates between new draws of the random projections. 0: the first draw stays, and is saved in the model."""
     mask_rate: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """Probability that a residue becomes a target. Unused by a causal model, which predicts every residue."""
     mask_share: Share = 0.8
+    """Fraction of the targets that `<mask>` replaces."""
     random_share: Share = 0.1
+    """Fraction of the targets that a random standard residue replaces; the rest stays unchanged."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
@@ -229,7 +228,7 @@ class TrainConfig(_Section):
 
 
 class Config(_Section):
-    """Everything that `protlm train` is told, in three sections."""
+    """All settings of `protlm train`, in three sections."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -253,6 +252,12 @@ def shipped_configs() -> list[str]:
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
+def shipped_summaries() -> dict[str, str]:
+    """Returns the first comment line of each configuration that comes with protlm, by its name."""
+    texts = {name: (_config_folder() / f"{name}.toml").read_text(encoding="utf-8") for name in shipped_configs()}
+    return {name: text.partition("\n")[0].removeprefix("# ") for name, text in texts.items()}
+
+
 def load_config(name_or_file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Returns the settings from defaults, then a file, then overrides.
 
@@ -271,7 +276,7 @@ def load_config(name_or_file: str | Path | None = None, overrides: Sequence[str]
 
 
 def parse_config(settings: dict[str, Any], source: str) -> Config:
-    """Returns checked settings; `source` says in an error where they came from.
+    """Returns checked settings; an error begins with `source`, the place they came from.
 
     Raises:
         ConfigError: An unknown key or a value out of range.
@@ -285,6 +290,33 @@ def parse_config(settings: dict[str, Any], source: str) -> Config:
 def dump_config(config: Config) -> str:
     """Returns the settings as TOML text that `load_config` reads back to an equal object."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def explain_config(config: Config) -> str:
+    """Returns the settings as TOML text like `dump_config`, with the meaning of each as its comment.
+
+    A setting without a value, which TOML cannot express, is commented out.
+    """
+    sections = []
+    for name, section in config:
+        blocks = []
+        for key, field in type(section).model_fields.items():
+            value = getattr(section, key)
+            line = f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}"
+            blocks.append(f"{_comment(field.description or '')}\n{line}\n")
+        sections.append(f"{_comment(type(section).__doc__ or '')}\n[{name}]\n" + "\n".join(blocks))
+    return "\n".join(sections)
+
+
+def _comment(text: str) -> str:
+    return "\n".join(f"# {line}" for line in textwrap.wrap(" ".join(text.split()), _COMMENT_COLUMNS - 2))
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        # tomli_w writes each item on a line of its own.
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
 def _config_folder() -> Traversable:
@@ -324,14 +356,14 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     if not (equals and dot and section and key):
         raise ConfigError(f"--set {override}: expected SECTION.KEY=VALUE, such as train.max_steps=800")
     try:
-        found = tomllib.loads(f"value = {text}")
+        values = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        found = {"value": text.strip()}
-    if len(found) > 1:
+        values = {"value": text.strip()}
+    if len(values) > 1:
         raise ConfigError(f"--set {section}.{key}: expected one value, got more lines than one")
     if not isinstance(settings.setdefault(section, {}), dict):
         raise ConfigError(f"--set {override}: {section} is not a section")
-    settings[section][key] = found["value"]
+    settings[section][key] = values["value"]
 
 
 def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
@@ -343,14 +375,12 @@ def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = Config.model_fields.get(str(first["loc"][0])) if len(first["loc"]) > 1 else None
-        fields = Config.model_fields if section is None else section.annotation.model_fields  # type: ignore[union-attr]
-        return f"{where}: unknown key; known are {', '.join(fields)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{where}.{message}" if where else message
-    got = f", got {first['input']!r}"
-    return f"{where}: {message[0].lower()}{message[1:]}{got}"
+    fault = first_fault(error)
+    if fault.kind == "extra_forbidden":
+        section, dot, _ = fault.place.partition(".")
+        fields = Config.model_fields[section].annotation.model_fields if dot else Config.model_fields  # type: ignore[union-attr]
+        return f"{fault.place}: unknown key; known are {', '.join(fields)}"
+    if fault.is_rule:
+        # The rule of a section names the key.
+        return f"{fault.place}.{fault.message}" if fault.place else fault.message
+    return str(fault)

@@ -1,14 +1,17 @@
 """The errors a user can cause: each is shown as one line `error: …` and ends the command with status 1."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+_SHOWN_VALUE_LETTERS = 100
+
 
 class ProtlmError(Exception):
-    """A fault in the user's data, files or settings; its text says what, where and what to do."""
+    """A fault in the user's data, files or settings; its text names the fault, the place and what to do."""
 
 
 class ConfigError(ProtlmError):
@@ -56,11 +59,44 @@ class CheckpointError(ProtlmError):
     """A run or a model directory that is missing, damaged or of another version."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A value that pydantic refused.
+
+    Attributes:
+        place: Its keys from the outermost on, joined by dots; empty for the whole object.
+        kind: Pydantic's name of the fault.
+        message: The expectation, such as `input should be greater than 0`, or the message of a rule of ours.
+        value: The value.
+    """
+
+    place: str
+    kind: str
+    message: str
+    value: Any
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether a validator of ours refused the value: its message then names keys and values itself."""
+        return self.kind == "value_error"
+
+    def __str__(self) -> str:
+        if self.is_rule or not self.place:
+            return self.message
+        if self.kind == "missing":
+            return f"{self.place}: {self.message}"
+        return f"{self.place}: {self.message}, got {repr(self.value)[:_SHOWN_VALUE_LETTERS]}"
+
+
+def first_fault(error: "ValidationError") -> Fault:
+    """Returns the first fault of a validation by pydantic."""
+    details = error.errors(include_url=False)[0]
+    message, place = details["msg"].removeprefix("Value error, "), ".".join(map(str, details["loc"]))
+    if details["type"] != "value_error":
+        message = message[0].lower() + message[1:]
+    return Fault(place=place, kind=details["type"], message=message, value=details["input"])
+
+
 def validation_fault(error: "ValidationError") -> str:
-    """Returns the first of the faults that pydantic found, in one line."""
-    fault = error.errors(include_url=False)[0]
-    message = fault["msg"].removeprefix("Value error, ").replace("Input", "the value")
-    place = ".".join(str(key) for key in fault["loc"])
-    if not place or fault["type"] == "value_error":
-        return message
-    return f"{place}: {message}, got {str(fault['input'])[:40]!r}"
+    """Returns the first fault of a validation by pydantic in one line."""
+    return str(first_fault(error))

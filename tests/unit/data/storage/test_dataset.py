@@ -137,8 +137,8 @@ def train(manifest):
     ("change", "message"),
     [
         (lambda m: m.update(format_version=1), "format_version: expected 2, got 1"),
-        (lambda m: m.update(extra=1), "extra: Extra"),
-        (lambda m: m.pop("sources"), "sources: Field required"),
+        (lambda m: m.update(extra=1), "extra: extra inputs are not permitted, got 1"),
+        (lambda m: m.pop("sources"), "sources: field required$"),
         (lambda m: m["vocabulary"].reverse(), "vocabulary: not the one of this protlm"),
         (lambda m: m["splits"].update(other=train(m)), "splits"),
         (lambda m: train(m).update(num_records="6"), "num_records"),
