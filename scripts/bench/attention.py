@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from protlm.ops import backends
 from scripts.bench import attention_figures as figures
-from scripts.bench import attention_parts as parts
+from scripts.bench import attention_measurements as measurements
 from scripts.bench.attention_implementations import (
     RELU_PEER,
     SOFTMAX_PEER,
@@ -54,22 +54,22 @@ def measure(arguments: argparse.Namespace, functions: dict[str, Attention]) -> d
     repeats, favor = arguments.repeats, functions["favor"]
     found: dict[str, Any] = {}
     if "speed" in arguments.only:
-        found["speed"] = parts.speed(functions, arguments.lengths, repeats)
+        found["speed"] = measurements.speed(functions, arguments.lengths, repeats)
     if "malloc" in arguments.only and SOFTMAX_PEER in functions:
         names, length = ("favor", "favor relu", SOFTMAX_PEER, RELU_PEER), arguments.malloc_length
-        found["malloc"] = {"length": length, "times": parts.tuned_malloc(names, length, repeats)}
+        found["malloc"] = {"length": length, "times": measurements.tuned_malloc(names, length, repeats)}
     if "threads" in arguments.only and arguments.threads > 1:
         length = arguments.thread_length
-        times = parts.threads(favor, length, (1, arguments.threads), repeats)
+        times = measurements.threads(favor, length, (1, arguments.threads), repeats)
         found["threads"] = {"length": length, "times": times}
     if "memory" in arguments.only and can_measure_memory():
         names = [name for name in ("favor", "chunked torch", SOFTMAX_PEER) if name in functions]
-        peaks = parts.peak_bytes(names, arguments.memory_length)
+        peaks = measurements.peak_bytes(names, arguments.memory_length)
         found["memory"] = {"length": arguments.memory_length, "peak_bytes": peaks}
     if "slope" in arguments.only:
-        found["slope"] = parts.slope(favor, arguments.slope_lengths, repeats)
+        found["slope"] = measurements.slope(favor, arguments.slope_lengths, repeats)
     if "packed" in arguments.only:
-        times = parts.packed(favor, arguments.packed_tokens, repeats)
+        times = measurements.packed(favor, arguments.packed_tokens, repeats)
         found["packed"] = {"row_tokens": arguments.packed_tokens, "times": times}
     for part in arguments.only:
         if part not in found:
@@ -97,7 +97,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts; by default all")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[512, 1024, 4096, 8192, 32_768],
-        help=f"of `speed`; above {parts.PEER_MAX_LENGTH} the peers take no part",
+        help=f"of `speed`; above {measurements.PEER_MAX_LENGTH} the peers take no part",
     )  # fmt: skip
     parser.add_argument("--malloc-length", type=int, default=8192)
     parser.add_argument("--thread-length", type=int, default=32_768)

@@ -18,7 +18,7 @@ from scripts.bench.attention_implementations import (
     SOFTMAX_PEER,
     Times,
 )
-from scripts.bench.attention_parts import LONG_ROWS, PACKED, UNPACKED
+from scripts.bench.attention_measurements import LONG_ROWS, PACKED, UNPACKED
 from scripts.report.approximation import log_log_slope
 from scripts.report.cost import FEATURES, HEAD_DIM, HEADS
 from scripts.report.page import Line, plot

@@ -33,10 +33,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from protlm.data.parsing.reader import read_records
 from scripts.bench import embed_figures as figures
-from scripts.bench import embed_parts as parts
+from scripts.bench import embed_measurements as measurements
 from scripts.bench.attention import REPORT_REPEATS, full_environment
 from scripts.bench.attention_implementations import using_threads
-from scripts.bench.attention_parts import SAMPLE
+from scripts.bench.attention_measurements import SAMPLE
 from scripts.bench.embed_models import ESM_PEER, EXACT, FAIR_MAX_RESIDUES, FAIR_PEER, FAVOR, why_missing
 from scripts.bench.train_step_figures import markdown_rows
 from scripts.bench.train_step_models import Sizes
@@ -76,21 +76,21 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
     ):
         if part in wanted:
             sequences = drawn(arguments, limits, arguments.num_proteins)
-            times = parts.speed(MODELS[part], sizes, sequences, budget, repeats)
+            times = measurements.speed(MODELS[part], sizes, sequences, budget, repeats)
             found[part] = described(sequences) | {"times": times}
     if "pipeline" in wanted:
         sequences = drawn(arguments, (1, arguments.max_length), arguments.pipeline_proteins)
-        found["pipeline"] = described(sequences) | {"times": parts.pipeline(sizes, sequences, budget, repeats)}
+        found["pipeline"] = described(sequences) | {"times": measurements.pipeline(sizes, sequences, budget, repeats)}
     if {"long", "memory"} & set(wanted):
         sequence = long_sequence(arguments)
         where = f"{arguments.long_id}, {len(sequence):,} residues"
         if "long" in wanted:
-            found["long"] = {"where": where, "times": parts.long_protein(sizes, sequence, repeats)}
+            found["long"] = {"where": where, "times": measurements.long_protein(sizes, sequence, repeats)}
         if "memory" in wanted:
-            found["memory"] = {"where": where, "peak_bytes": parts.peak_above_model(sizes, sequence)}
+            found["memory"] = {"where": where, "peak_bytes": measurements.peak_above_model(sizes, sequence)}
     if "growth" in wanted:
         sequences = drawn(arguments, (1, arguments.max_length), None)
-        found["growth"] = {"peak_bytes": parts.growth(sequences, arguments.growth, repeats)}
+        found["growth"] = {"peak_bytes": measurements.growth(sequences, arguments.growth, repeats)}
     return found
 
 

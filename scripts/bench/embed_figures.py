@@ -6,8 +6,8 @@ from typing import Any
 
 from scripts.bench.attention_figures import MEBIBYTE, Figure, compare
 from scripts.bench.attention_implementations import Times
+from scripts.bench.embed_measurements import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST, SECONDS
 from scripts.bench.embed_models import EXACT, FAVOR
-from scripts.bench.embed_parts import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST, SECONDS
 from scripts.bench.train_step_models import Sizes
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from scripts.bench import train_step_figures as figures
-from scripts.bench import train_step_parts as parts
+from scripts.bench import train_step_measurements as measurements
 from scripts.bench.attention import REPORT_REPEATS, full_environment
 from scripts.bench.attention_implementations import using_threads
 from scripts.bench.train_step_models import (
@@ -78,17 +78,17 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
         ("ceiling", (short, long)),
     ):
         if part in wanted:
-            time_all = parts.tuned_malloc if part == "malloc" else parts.speed
+            time_all = measurements.tuned_malloc if part == "malloc" else measurements.speed
             found[part] = [
                 {"batch": batch, "length": length, "times": time_all(MODELS[part], sizes, batch, length, repeats)}
                 for batch, length in rows
             ]
     if "memory" in wanted:
-        peaks = parts.peak_bytes(MODELS["memory"], sizes, arguments.long_length)
+        peaks = measurements.peak_bytes(MODELS["memory"], sizes, arguments.long_length)
         found["memory"] = {"length": arguments.long_length, "peak_bytes": peaks}
     if "data" in wanted:
         tokens_per_batch = arguments.batch * arguments.length
-        found["data"] = parts.data(arguments.dataset, sizes, tokens_per_batch, arguments.data_steps)
+        found["data"] = measurements.data(arguments.dataset, sizes, tokens_per_batch, arguments.data_steps)
     return found
 
 

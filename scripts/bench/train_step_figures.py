@@ -7,6 +7,7 @@ from typing import Any
 
 from scripts.bench.attention_figures import MEBIBYTE, Figure
 from scripts.bench.attention_implementations import Times
+from scripts.bench.train_step_measurements import STEP
 from scripts.bench.train_step_models import (
     NO_ATTENTION,
     PERFORMER_PEER,
@@ -14,7 +15,6 @@ from scripts.bench.train_step_models import (
     PROTLM_CONVOLVED,
     Sizes,
 )
-from scripts.bench.train_step_parts import STEP
 
 OURS = (PROTLM, PROTLM_CONVOLVED)
 

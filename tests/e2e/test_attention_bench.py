@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from protlm.ops import backends
-from scripts.bench import attention, attention_figures, attention_implementations, attention_parts
+from scripts.bench import attention, attention_figures, attention_implementations, attention_measurements
 from scripts.bench.attention_implementations import BOTH, FORWARD
 from scripts.report.cost import FEATURES, HEADS, can_measure_memory
 
@@ -47,7 +47,7 @@ def test_a_tiny_run_tells_every_figure(tmp_path, monkeypatch, capsys):
     # Compiling, and new processes, would take longer than all else.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(
-        attention_parts, "in_a_process", lambda _, what, **job: attention_parts.run(job | {"what": what})
+        attention_measurements, "in_a_process", lambda _, what, **job: attention_measurements.run(job | {"what": what})
     )
     out, picture = tmp_path / "found.json", tmp_path / "speed.png"
     threads = torch.get_num_threads()
@@ -75,7 +75,7 @@ def test_threads_are_compared_and_their_number_is_restored():
     # Apart from the tiny run: threads that wait for each other on a busy machine would take minutes for all of it.
     threads = torch.get_num_threads()
     favor = attention_implementations.implementations()["favor"]
-    times = attention_parts.threads(favor, 64, (1, 2), repeats=1)
+    times = attention_measurements.threads(favor, 64, (1, 2), repeats=1)
     assert torch.get_num_threads() == threads
     told = attention_figures.figures({"threads": {"length": 64, "times": times}})
     assert [(figure.measured, figure.where) for figure in told] == [
@@ -86,7 +86,7 @@ def test_threads_are_compared_and_their_number_is_restored():
 @pytest.mark.skipif(not can_measure_memory(), reason="this system cannot reset the peak of a process")
 def test_a_peak_is_measured_in_a_new_process():
     length = 8192
-    (peak,) = attention_parts.peak_bytes(["plain formula"], length).values()
+    (peak,) = attention_measurements.peak_bytes(["plain formula"], length).values()
     # The features of queries and keys, at the least.
     assert peak > 2 * 4 * HEADS * length * FEATURES
 

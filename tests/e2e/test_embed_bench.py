@@ -11,9 +11,9 @@ import torch
 
 from protlm.model.performer import Performer
 from protlm.vocabulary import CLS, EOS, encode
-from scripts.bench import embed, embed_figures, embed_models, embed_parts
+from scripts.bench import embed, embed_figures, embed_measurements, embed_models
+from scripts.bench.embed_measurements import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST
 from scripts.bench.embed_models import ESM_PEER, EXACT, FAIR_PEER, FAVOR
-from scripts.bench.embed_parts import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST
 from scripts.bench.train_step_models import Sizes
 from scripts.report.cost import can_measure_memory
 
@@ -44,10 +44,10 @@ def in_this_process(monkeypatch):
     """New processes would take longer than all else, and the peaks of a process that is old say nothing."""
 
     def run(_, what, **job):
-        embed_parts.run(job | {"what": what})
+        embed_measurements.run(job | {"what": what})
         return 2**20 * (7 if what == "growth" else 3)
 
-    monkeypatch.setattr(embed_parts, "in_a_process", run)
+    monkeypatch.setattr(embed_measurements, "in_a_process", run)
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_the_bare_passes_are_over_the_rows_of_the_command(monkeypatch, fasta):
 
     monkeypatch.setattr(Performer, "hidden_states", noting)
     sequences = embed.drawn(embed.parse([*TINY, "--proteins", str(fasta)]), (1, 300), 8)
-    embed_parts.pipeline(SIZES, sequences, 400, 1)
+    embed_measurements.pipeline(SIZES, sequences, 400, 1)
     rows = list(seen.values())
     residues = sum(map(len, sequences))
     # Warm-up and one repeat of each; the command is warmed up once more, when its rows are noted.
@@ -191,15 +191,15 @@ def test_the_bare_passes_are_over_the_rows_of_the_command(monkeypatch, fasta):
 def test_a_peak_is_measured_in_a_new_process_and_holds_what_the_protein_needs():
     sizes = Sizes(num_layers=2, model_dim=64, num_heads=4, ffn_dim=256, num_features=16)
     length = 20_000
-    peak = embed_parts.peak_above_model(sizes, "MKVLAWYGHD" * (length // 10))
+    peak = embed_measurements.peak_above_model(sizes, "MKVLAWYGHD" * (length // 10))
     state = 4 * length * sizes.model_dim
     # The residual stream, q, k, v and what attention makes of them; no tensor as wide as the feed-forward layer.
     assert 4 * state < peak < 10 * state
 
 
 def test_proteins_of_the_growth_are_as_many_and_as_long_as_asked_for_and_differ():
-    found = list(embed_parts._stretches(["MKVLAWYGHD" * 30, "ACDEFGHIKLMNPQRSTVWY" * 40, "short"], 12))
-    assert [len(sequence) for sequence in found] == [embed_parts.GROWTH_RESIDUES] * 12
+    found = list(embed_measurements._stretches(["MKVLAWYGHD" * 30, "ACDEFGHIKLMNPQRSTVWY" * 40, "short"], 12))
+    assert [len(sequence) for sequence in found] == [embed_measurements.GROWTH_RESIDUES] * 12
     assert len(set(found)) > 6
 
 

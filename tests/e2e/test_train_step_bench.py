@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from protlm.model.performer import Performer
-from scripts.bench import train_step, train_step_figures, train_step_models, train_step_parts
+from scripts.bench import train_step, train_step_figures, train_step_measurements, train_step_models
 from scripts.bench.train_step_models import (
     ESM_PEER,
     NO_ATTENTION,
@@ -53,9 +53,9 @@ def in_this_process(monkeypatch):
     def run(_, what, **job):
         if what == "peak":
             return {"whole": 2**20 * (1 + len(job["names"][0])), "above": 2**20 * len(job["names"][0])}
-        return train_step_parts.run(job | {"what": what})
+        return train_step_measurements.run(job | {"what": what})
 
-    monkeypatch.setattr(train_step_parts, "in_a_process", run)
+    monkeypatch.setattr(train_step_measurements, "in_a_process", run)
 
 
 def test_a_tiny_run_tells_every_figure_from_its_own_times(in_this_process, dataset, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_attention_is_removed_for_the_loss_alone_and_what_comes_before_it_keeps_
 @pytest.mark.skipif(not can_measure_memory(), reason="this system cannot reset the peak of a process")
 def test_a_peak_is_measured_in_a_new_process():
     sizes, length = Sizes(num_layers=2, model_dim=256, num_heads=4, ffn_dim=1024, num_features=16), 2048
-    (peak,) = train_step_parts.peak_bytes([PROTLM], sizes, length).values()
+    (peak,) = train_step_measurements.peak_bytes([PROTLM], sizes, length).values()
     # Weights and the optimizer's two moments stay; gradients and what the feed-forward keeps do not.
     numbers = train_step_models.build(PROTLM, sizes, length).num_parameters
     assert peak["whole"] - peak["above"] == pytest.approx(3 * 4 * numbers, rel=0.25)

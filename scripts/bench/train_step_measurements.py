@@ -25,7 +25,7 @@ from protlm.data.batching.masking import MaskRates
 from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.mixture import Mixture
 from scripts.bench.attention_implementations import Times, take_turns
-from scripts.bench.attention_parts import TUNED_MALLOC
+from scripts.bench.attention_measurements import TUNED_MALLOC
 from scripts.bench.train_step_models import PROTLM, Learner, Sizes, Task, build, draw_task
 from scripts.report.cost import RETURN_FREED_MEMORY, ROOT, WARM_UP_LENGTH, reset_peak, status_bytes
 
@@ -85,7 +85,7 @@ def in_a_process(variables: Mapping[str, str], what: str, **job: Any) -> Any:
     """Returns the result of `run` under these environment variables, with as many threads as here."""
     job |= {"what": what, "threads": torch.get_num_threads()}
     result = subprocess.run(
-        [sys.executable, "-m", "scripts.bench.train_step_parts"], cwd=ROOT, env={**os.environ, **variables},
+        [sys.executable, "-m", "scripts.bench.train_step_measurements"], cwd=ROOT, env={**os.environ, **variables},
         input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return json.loads(result.stdout)

@@ -135,7 +135,7 @@ def in_a_process(variables: Mapping[str, str], what: str, **job: Any) -> Any:
     """Returns the result of `run` under these environment variables, with as many threads as here."""
     job |= {"what": what, "threads": torch.get_num_threads()}
     result = subprocess.run(
-        [sys.executable, "-m", "scripts.bench.embed_parts"], cwd=ROOT, env={**os.environ, **variables},
+        [sys.executable, "-m", "scripts.bench.embed_measurements"], cwd=ROOT, env={**os.environ, **variables},
         input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return json.loads(result.stdout)
