@@ -1,4 +1,4 @@
-"""How files appear: hides that each is written under a temporary name, so that nobody ever sees a half of it."""
+"""Files and folders that appear complete or not at all: hides the temporary names under which they are written."""
 
 import contextlib
 import os
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
-"""Ends the name of what is not complete; only a killed process leaves one behind."""
+"""Suffix of the name of an incomplete file or folder; only a killed process leaves one behind."""
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; the file written there takes its place on success and is gone otherwise."""
+    """Yields a temporary name beside `path`; the file written there is renamed to `path` on success, else removed."""
     temporary = partial_path(path)
     try:
         yield temporary
@@ -23,22 +23,22 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def left_overs(path: Path) -> list[Path]:
-    """Returns what killed processes left under the names that `partial_path` gives for a path."""
+    """Returns the incomplete files and folders that killed processes left beside a path, named by `partial_path`."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}")
-    return [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)]
+    return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
 
 
 def partial_path(path: Path) -> Path:
-    """Returns an unused name in the same folder for something that is not complete yet."""
+    """Returns an unused name in the same folder for a file or folder that is not complete yet."""
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL_SUFFIX}")
 
 
 def publish(source: Path, target: Path) -> None:
-    """Renames a finished file or folder to its place; an old folder there is removed once the new one has its name."""
+    """Renames a finished file or folder to its target; an old folder there is removed once the new one has its name."""
     if not target.is_dir():
         os.replace(source, target)
         return
-    # Of a process that was killed while it did this.
+    # Left by a process that was killed inside this function.
     for left_over in left_overs(target):
         remove(left_over)
     old = partial_path(target)
@@ -52,14 +52,14 @@ def publish(source: Path, target: Path) -> None:
 
 
 def remove_at_once(folder: Path) -> None:
-    """Removes a folder; if that is cut short, no half of it keeps its name."""
+    """Removes a folder under another name, so that an interruption leaves no half of it under its own."""
     doomed = partial_path(folder)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it, where there is one."""
+    """Removes a file, a link or a folder with its content; does nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,6 +1,6 @@
-"""Residues ↔ tokens: the only place that knows letters.
+"""The vocabulary: how the letters of a sequence are cleaned, and which token stands for which letter.
 
-The 33 tokens stand in ESM's order, so that ESM-2 checkpoints and tokenizers fit unchanged.
+The 33 tokens are in ESM's order, so that ESM-2 models and tokenizers fit unchanged.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ class IllegalLetterError(ValueError):
 
     Attributes:
         letter: The letter.
-        offset: Its place in the uncleaned text, from 0.
+        offset: Its position in the uncleaned text, from 0.
     """
 
     def __init__(self, letter: str, offset: int) -> None:
@@ -52,10 +52,10 @@ class IllegalLetterError(ValueError):
 
 
 def clean(text: bytes) -> tuple[bytes, Counter[str]]:
-    """Returns the residues of a sequence as written in a file, and the repairs that were needed.
+    """Returns the residues of a sequence as a file writes it, and the repairs that were needed.
 
-    Lower case becomes upper, a trailing `*` is dropped, J becomes X, gaps (`-` `.`) and white space inside are removed.
-    Line ends must be gone before, or they count as white space.
+    Lower case becomes upper, a trailing `*` is dropped, J becomes X, gaps (`-` `.`) and white space are removed. Remove
+    line ends first: they would count as white space.
 
     Args:
         text: The sequence as ASCII bytes.
@@ -64,7 +64,7 @@ def clean(text: bytes) -> tuple[bytes, Counter[str]]:
         The cleaned residues, one byte each, and the number of letters repaired by each rule of `REPAIRS`.
 
     Raises:
-        IllegalLetterError: An inner `*`, a digit or any other character that stands for no residue.
+        IllegalLetterError: A `*` before the end, a digit or any other character that stands for no residue.
     """
     repairs: Counter[str] = Counter()
     if not text.translate(None, delete=_LETTERS):
@@ -102,10 +102,10 @@ def encode(residues: bytes) -> np.ndarray:
 
 
 def decode(tokens: np.ndarray) -> str:
-    """Returns the letters of residue tokens; the inverse of `encode`.
+    """Returns the sequence of residue tokens; the inverse of `encode`.
 
     Raises:
-        ValueError: A token that stands for no residue.
+        ValueError: A token does not stand for a residue.
     """
     tokens = np.asarray(tokens)
     if not are_residues(tokens):
@@ -114,5 +114,5 @@ def decode(tokens: np.ndarray) -> str:
 
 
 def are_residues(tokens: np.ndarray) -> bool:
-    """Says whether every token stands for a residue."""
+    """Returns whether every token stands for a residue."""
     return tokens.size == 0 or bool(tokens.min() >= FIRST_RESIDUE and tokens.max() < FIRST_RESIDUE + NUM_RESIDUES)

@@ -1,1 +1,1 @@
-"""Proteins on disk and on their way to the model: formats, shards, splits, masking, batches. No Lightning, no CLI."""
+"""Proteins on disk and on their way into the model: file formats, datasets, splits, masking, batches, embeddings."""

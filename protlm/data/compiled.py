@@ -1,4 +1,4 @@
-"""The compiled part of the data path: hides whether it was built, and how it is loaded."""
+"""The library of compiled code for parsing and counting: hides whether it was built, and how it is loaded."""
 
 import ctypes
 import functools
@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 
 _EXTENSION = "protlm.data.parsing._fasta_parser"
-# As in fasta_parser.cpp: after an update, a library of before may still lie there.
+# The same as in fasta_parser.cpp: after an update, the library of an earlier version may still be installed.
 _VERSION = 1
 
 Pointer = ctypes.c_void_p
@@ -14,12 +14,12 @@ Integer = ctypes.c_int64
 
 
 def is_available() -> bool:
-    """Says whether the library was built and can be loaded."""
+    """Returns whether the library was built and can be loaded."""
     return why_not() is None
 
 
 def why_not() -> str | None:
-    """Returns why the library cannot be used, None if it can."""
+    """Returns the reason why the library cannot be used, None if it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    """Returns the library, or why there is none."""
+    """Returns the library, or the reason why there is none."""
     spec = importlib.util.find_spec(_EXTENSION)
     if spec is None or spec.origin is None:
         return "it was not built; install a C++17 compiler such as g++, then install protlm again"

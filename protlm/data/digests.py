@@ -1,4 +1,4 @@
-"""When two sequences or two ids count as the same, and which of them keeps its place."""
+"""Equality of sequences and of ids: two with the same xxh3-128 are one, and the first of them is kept."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ DIGEST_BYTES = 16
 
 
 def sequence_digest(residues: bytes) -> bytes:
-    """Returns the 16 bytes that stand for a cleaned sequence: its xxh3-128."""
+    """Returns the xxh3-128 of a cleaned sequence, 16 bytes."""
     return xxhash.xxh3_128_digest(residues)
 
 
@@ -22,12 +22,12 @@ def digests_of(texts: Iterable[bytes]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """Digests from several places, brought together to be compared.
+    """Digests of many records, to be compared with each other.
 
     Attributes:
         high: High halves, uint64.
         low: Low halves, uint64.
-        index: The record that each belongs to, by its number in the whole input, int64.
+        index: Number of the record that each digest belongs to, in the whole input, int64.
     """
 
     high: np.ndarray
@@ -36,17 +36,17 @@ class Digests:
 
 
 def duplicates(digests: Digests, splits: np.ndarray, *, dedupe: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the records to leave out because another one has the same digest.
+    """Returns the numbers of the records to leave out because another one has the same digest.
 
-    The earliest split that has a sequence keeps it, and in it the first record.
+    The earliest split that has a sequence keeps it, and within that split the first record.
 
     Args:
-        digests: What to compare.
-        splits: Of each, the place of its split among those that claim sequences, uint8.
-        dedupe: Leave out repeats within a split too; across splits that is always so.
+        digests: The digests to compare.
+        splits: Rank of each record's split in the order in which splits claim sequences, uint8.
+        dedupe: Leave out repeats within a split too; repeats across splits are always left out.
 
     Returns:
-        The numbers of the records to leave out: repeats within a split, and those that an earlier split has.
+        Repeats within a split, and records whose sequence an earlier split has.
     """
     places, rank, first = _groups(digests, splits)
     is_elsewhere = splits[places] != splits[first]
@@ -55,27 +55,27 @@ def duplicates(digests: Digests, splits: np.ndarray, *, dedupe: bool) -> tuple[n
 
 
 def repeats(digests: Digests) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the records that are not the first with their digest.
+    """Returns the records that are not the first with their digest.
 
     Returns:
-        Their numbers, and which occurrence each is, from 2; both int64.
+        Their numbers, and how many records up to each have its digest, from 2; both int64.
     """
     places, rank, _ = _groups(digests, np.zeros(len(digests.index), dtype=np.uint8))
     return digests.index[places[rank > 0]], rank[rank > 0] + 1
 
 
 def firsts(digests: Digests) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the records that are not the first with their digest.
+    """Returns the records that are not the first with their digest, each with the first one.
 
     Returns:
-        Their numbers, and the number of the first of each; both int64.
+        Their numbers, and the numbers of the first ones; both int64.
     """
     places, rank, first = _groups(digests, np.zeros(len(digests.index), dtype=np.uint8))
     return digests.index[places[rank > 0]], digests.index[first[rank > 0]]
 
 
 def _groups(digests: Digests, splits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the places of the records that share a digest, their rank, and the place of their first."""
+    """Returns the indices of repeated digests, their ranks among equal ones, and the indices of the first of each."""
     order = np.argsort(digests.high)
     high = digests.high[order]
     has_equal = np.zeros(len(order), dtype=bool)
@@ -86,7 +86,7 @@ def _groups(digests: Digests, splits: np.ndarray) -> tuple[np.ndarray, np.ndarra
     places = places[np.lexsort((digests.index[places], splits[places], digests.low[places], digests.high[places]))]
     high, low = digests.high[places], digests.low[places]
     starts = np.arange(len(places))
-    # Groups of equal high halves may fall apart by their low ones.
+    # A group of equal high halves may consist of several groups by their low halves.
     starts[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])] = 0
     starts = np.maximum.accumulate(starts) if len(starts) else starts
     return places, np.arange(len(places)) - starts, places[starts]

@@ -1,25 +1,25 @@
-"""How repeated ids are told apart: the n-th repeat of an id is called `id#n`, or by the next number that is free."""
+"""The names of repeated ids: the n-th record with an id is called `id#n`, or gets the next number that is free."""
 
 import re
 from collections import defaultdict
 
-# As repeats are numbered, and no longer than they ever will be.
+# A number as `number_suffix` writes it, with no more digits than a count of records can have.
 _NUMBERED_ID = re.compile(r"(.*)#([1-9][0-9]{0,17})", re.DOTALL)
 
 
 class NumberedIds:
-    """The numbers that no repeat of an id may get, since `id#n` is an id of its own; some 200 bytes each."""
+    """The numbers that no repeat of an id may get, because the input has `id#n` itself; some 200 bytes each."""
 
     def __init__(self) -> None:
         self._taken: defaultdict[str, set[int]] = defaultdict(set)
         self._next: dict[str, int] = {}
 
     def __contains__(self, record_id: object) -> bool:
-        """Says whether a number of this id is taken."""
+        """Returns whether any number of this id is taken."""
         return record_id in self._taken
 
     def add(self, record_id: str, number: int) -> None:
-        """Takes a number of an id."""
+        """Marks a number of an id as taken."""
         self._taken[record_id].add(number)
 
     def next_free(self, record_id: str) -> int:
@@ -32,11 +32,11 @@ class NumberedIds:
 
 
 def number_suffix(number: int) -> str:
-    """Returns the letters behind an id that make it the id of its n-th repeat."""
+    """Returns the suffix that makes an id the id of its n-th repeat."""
     return f"#{number}"
 
 
 def numbered_id(text: str) -> tuple[str, int] | None:
-    """Returns the id and the number if a repeat of that id could be called so, else None."""
-    found = _NUMBERED_ID.fullmatch(text)
-    return None if found is None else (found[1], int(found[2]))
+    """Returns the id and the number in `id#n` if a repeat could get that name, else None."""
+    match = _NUMBERED_ID.fullmatch(text)
+    return None if match is None else (match[1], int(match[2]))

@@ -1,16 +1,16 @@
-"""What one protein record is, in whatever format it was written."""
+"""A protein record, independent of the format that it was written in, and the choices for reading records."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 OnBadRecord = Literal["error", "skip"]
-"""Whether a bad record ends the command, or is left out and counted."""
+"""Treatment of a bad record: it ends the command, or is left out and counted."""
 
 Format = Literal["fasta", "a3m", "flatfile", "uniprot-xml", "uniref-xml"]
-"""How the records of a text are written."""
+"""The formats that are read."""
 
 MAX_RECORD_BYTES = 64 << 20
-"""The longest protein known has some 45,000 residues; what takes more than this in its file is no protein."""
+"""Size of the longest record that is read; the longest protein known has some 45,000 residues."""
 
 _SHOWN_ID_LETTERS = 60
 
@@ -23,10 +23,10 @@ class Record:
         id: The first word of the header, verbatim.
         description: The rest of the header.
         sequence: The cleaned residues.
-        cluster_size: Members of its UniRef cluster (`n=`), None if not told.
-        taxon_id: NCBI taxonomy id (`TaxID=` or `OX=`), None if not told.
+        cluster_size: Members of its UniRef cluster (`n=`), None if not given.
+        taxon_id: NCBI taxonomy id (`TaxID=` or `OX=`), None if not given.
         line: Line of the header in its file, from 1.
-        cluster_id: Name of its cluster, empty if not told.
+        cluster_id: Name of its cluster, empty if not given.
         families: Names of its families, such as `PF00012`.
     """
 
@@ -41,5 +41,5 @@ class Record:
 
 
 def shown(record_id: str) -> str:
-    """Returns an id as a message shows it: quoted, without control characters, and cut if it is long."""
+    """Returns an id for a message: quoted, without control characters, and cut if it is long."""
     return repr(record_id if len(record_id) <= _SHOWN_ID_LETTERS else record_id[:_SHOWN_ID_LETTERS] + "…")

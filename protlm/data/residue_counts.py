@@ -1,4 +1,4 @@
-"""How often each residue occurs among tokens: counted by compiled code where there is some."""
+"""Counts of residues: by compiled code where it was built, by NumPy elsewhere."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ _COUNTED_TOKENS = 1 << 20
 
 
 def count_residues(tokens: np.ndarray) -> np.ndarray:
-    """Returns how often each residue occurs, in token order, int64 of shape (25,); other tokens are not counted.
+    """Returns the count of each residue, in token order, int64 of shape (25,); other tokens are not counted.
 
     Args:
         tokens: Tokens, uint8 of one axis.
@@ -25,7 +25,7 @@ def count_residues(tokens: np.ndarray) -> np.ndarray:
         compiled.library().protlm_count_residues(tokens.ctypes.data, len(tokens), counts.ctypes.data)
     else:
         residues = slice(vocabulary.FIRST_RESIDUE, vocabulary.FIRST_RESIDUE + vocabulary.NUM_RESIDUES)
-        # In stretches, because bincount makes eight bytes of each token.
+        # In slices, because bincount makes eight bytes of each token.
         for start in range(0, len(tokens), _COUNTED_TOKENS):
             counts += np.bincount(tokens[start : start + _COUNTED_TOKENS], minlength=residues.stop)[residues]
     return counts

@@ -1,4 +1,4 @@
-"""Which split a record belongs to: decided by a seed and its own digest or label, never by place, file or company."""
+"""The split of a record: a function of the seed and its own digest or label, never of its file or of other records."""
 
 from collections.abc import Iterable
 from typing import get_args
@@ -8,14 +8,14 @@ import numpy as np
 from protlm.choices import SplitName
 
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
-"""All splits, in the order in which they claim sequences: the first to have one keeps it. A code is a place in it."""
+"""All splits, in the order in which they claim sequences; the code of a split is its index here."""
 TRAIN, VALID, TEST, OOD = range(4)
 
 PFAM_20 = (
     "PF18369", "PF04680", "PF17988", "PF12325", "PF03272", "PF03938", "PF17724", "PF10696", "PF11968", "PF04153",
     "PF06173", "PF12378", "PF04420", "PF10841", "PF06917", "PF03492", "PF06905", "PF15340", "PF17055", "PF05318",
 )  # fmt: skip
-"""The families that Choromanski et al. held out of TrEMBL (arXiv 2006.03555)."""
+"""The Pfam families that Choromanski et al. held out of TrEMBL (arXiv 2006.03555)."""
 FAMILY_PRESETS: dict[str, tuple[str, ...]] = {"paper-pfam-20": PFAM_20}
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -23,17 +23,17 @@ _UNIT = 2.0**-53
 
 
 def random_split(digests: np.ndarray, *, seed: int, valid_fraction: float, test_fraction: float) -> np.ndarray:
-    """Returns the codes of train, valid and test, a function of the seed and each digest alone.
+    """Returns the code of train, valid or test for each digest, a function of the seed and that digest alone.
 
-    A number in [0, 1) is drawn for each digest; valid takes the lower end and test the upper one, so that a larger
-    fraction only ever adds to its split.
+    A number in [0, 1) is drawn for each digest; valid takes the lowest numbers and test the highest, so that a larger
+    fraction only adds records to its split.
 
     Args:
-        digests: Low half of an xxh3-128, uint64 (records): that of the sequence, or that of the cluster's name so that
-            a cluster stays whole.
+        digests: Low half of an xxh3-128, uint64 (records): of the sequence, or of the cluster's name, which keeps a
+            cluster whole.
         seed: Another seed gives an independent split.
-        valid_fraction: Expected part of all distinct digests in valid.
-        test_fraction: Expected part of all distinct digests in test.
+        valid_fraction: Expected fraction of all distinct digests in valid.
+        test_fraction: Expected fraction of all distinct digests in test.
 
     Returns:
         Codes, uint8 (records).
@@ -46,7 +46,7 @@ def random_split(digests: np.ndarray, *, seed: int, valid_fraction: float, test_
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """Returns well mixed numbers in [0, 1): the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """Returns numbers hashed into [0, 1) by the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     numbers ^= numbers >> np.uint64(31)
@@ -54,11 +54,11 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 def held_out_families(names: Iterable[str]) -> frozenset[str]:
-    """Returns families by their names without version (`PF00306.30` is `PF00306`), presets replaced by theirs."""
-    found: set[str] = set()
+    """Returns the names of families without version (`PF00306.30` is `PF00306`); a preset stands for its families."""
+    families: set[str] = set()
     for name in names:
-        found.update(FAMILY_PRESETS.get(name, (plain_family(name),)))
-    return frozenset(found)
+        families.update(FAMILY_PRESETS.get(name, (plain_family(name),)))
+    return frozenset(families)
 
 
 def plain_family(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Many strings as one column: their bytes back to back and the bounds between them, in memory or mapped from a file."""
+"""Columns of strings: their bytes back to back and the bounds between them, in memory or mapped from a file."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from protlm.errors import ShardError
 
 _SLICE_STRINGS = 1 << 16
-"""Strings that are decoded at a time."""
+"""Number of strings that are decoded at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Strings:
     Attributes:
         text: The UTF-8 bytes of all strings back to back, uint8.
         offsets: The bounds of each string in `text`, int64 (strings + 1).
-        where: File and column, for messages, where the bytes come from a file that may be damaged.
+        where: File and column for messages, if the bytes come from a file, which may be damaged.
     """
 
     text: np.ndarray
@@ -28,7 +28,7 @@ class Strings:
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> "Strings":
-        """Returns strings as a column in memory."""
+        """Returns a column in memory of these strings."""
         encoded = [text.encode() for text in strings]
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), bounds_of([len(text) for text in encoded]))
 
@@ -42,12 +42,12 @@ class Strings:
         return map(self._decode, self.encoded())
 
     def bytes_of(self, index: int) -> bytes:
-        """Returns the UTF-8 bytes of one string; the index counts from the first."""
+        """Returns the UTF-8 bytes of one string; the index is not negative."""
         content: bytes = self.text[self.offsets[index] : self.offsets[index + 1]].tobytes()
         return content
 
     def encoded(self) -> Iterator[bytes]:
-        """Yields the UTF-8 bytes of each string, in order, reading a slice of them at a time."""
+        """Yields the UTF-8 bytes of each string, in order, reading many strings at a time."""
         for start in range(0, len(self), _SLICE_STRINGS):
             bounds = self.offsets[start : start + _SLICE_STRINGS + 1]
             text, first = self.text[bounds[0] : bounds[-1]].tobytes(), int(bounds[0])
@@ -68,7 +68,7 @@ class Strings:
 
 
 def bounds_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Returns the bounds of things of these lengths that stand back to back, int64 (lengths + 1), from 0."""
+    """Returns the bounds of intervals of these lengths that lie back to back from 0, int64 (lengths + 1)."""
     bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=bounds[1:])
     return bounds
