@@ -16,6 +16,7 @@ from protlm.model.qk_norm import normalise, normalise_and_rotate
 from protlm.model.segments import Segments
 from protlm.model.stretches import in_stretches
 from protlm.ops import draw_projection, favor_attention, oprf_parameter
+from protlm.ops.feature_maps import definition_of
 
 _INITIAL_TEMPERATURE = 0.75
 """Share of max_temperature at which every head starts."""
@@ -32,6 +33,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kind = config.attention
+        self.takes_oprf_a = config.attention != "softmax" and definition_of(config.attention).takes_oprf_a
         self.causal = config.causal
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rescale_qk = config.rescale_qk
@@ -119,7 +121,7 @@ class SelfAttention(nn.Module):
         With x = q/d^¼ and y = k/d^¼, ‖x‖² = ‖y‖² = τ under qk_norm, so the mean ‖x + y‖² over directions that do not
         know of each other is 2τ: a function of the weights alone. No gradient flows to it.
         """
-        if self.kind != "oprf" or not self.causal:
+        if not self.takes_oprf_a or not self.causal:
             return None
         temperature = self._temperature()
         assert temperature is not None

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from protlm.choices import FeatureMap
 from protlm.model.attention import SelfAttention
 from protlm.model.segments import Segments
+from protlm.ops.feature_maps import definition_of, with_oprf_a
 from protlm.ops.inputs import AttentionInputs
 from protlm.ops.oprf import oprf_a_from_data
-from protlm.ops.random_features import RELU_OFFSET, to_common_length
 
 _NUM_QUERIES = 64
 _NUM_KEYS = 64
@@ -153,7 +153,7 @@ def _spaced(sizes: Tensor, count: int) -> Tensor:
 
 def _oprf_a(attention: SelfAttention, q: Tensor, k: Tensor, segments: Segments) -> Tensor | None:
     """Returns the A of every segment and head (segments, heads) that the attention takes; None for other maps."""
-    if attention.kind != "oprf":
+    if not attention.takes_oprf_a:
         return None
     fixed = attention.fixed_oprf_a()
     if fixed is not None:
@@ -168,18 +168,16 @@ def log_features(
     feature_map: FeatureMap,
     oprf_a: Float[Tensor, "*broadcast 1"] | None = None,
 ) -> Float[Tensor, "*axes features"]:
-    """Returns log|φ(x)| of `kernel_features`, less what all features of x have in common: it is in no share."""
+    """Returns log|φ(x)| of `kernel_features`, without the terms that all features of x share: they cancel in a share.
+
+    Raises:
+        ValueError: An unknown map, or one without a formula.
+    """
+    definition = definition_of(feature_map)
     if projection is None:
-        return (torch.relu(x) + RELU_OFFSET).log()
-    if feature_map == "regularised":
-        projection = to_common_length(projection)
+        return definition.log_features(x)
+    projection = definition.rescaled(projection)
     scores: Tensor = x @ projection.T * x.shape[-1] ** -0.25
-    if feature_map == "relu":
-        return (torch.relu(scores) + RELU_OFFSET).log()
-    if feature_map == "trig":
-        return torch.cat((scores.sin(), scores.cos()), -1).abs().log()
-    if feature_map == "hyperbolic":
-        return torch.cat((scores, -scores), -1)
     if oprf_a is not None:
-        scores = oprf_a * projection.square().sum(-1) + (1 - 4 * oprf_a).sqrt() * scores
-    return scores
+        scores = with_oprf_a(scores, projection, oprf_a)
+    return definition.log_features(scores)

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from protlm.choices import FeatureMap
 from protlm.ops import context_parallel, favor_cpp, favor_torch, favor_triton
+from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.oprf import oprf_a_from_data
 
@@ -34,14 +35,19 @@ def backends() -> dict[str, str]:
     descriptions["cpp"] = (
         f"not available: {cpp_why_not}"
         if cpp_why_not
-        else f"compiled kernel for float32 on the CPU ({favor_cpp.best_kernel()}), every feature map but trig"
+        else f"compiled kernel for float32 on the CPU ({favor_cpp.best_kernel()}), {_maps_of('cpp')}"
     )
     descriptions["triton"] = (
         f"not available: {triton_why_not}"
         if triton_why_not
-        else "fused kernels for bfloat16 and float16 on CUDA, bidirectional, every feature map but trig"
+        else f"fused kernels for bfloat16 and float16 on CUDA, bidirectional, {_maps_of('triton')}"
     )
     return descriptions
+
+
+def _maps_of(backend: str) -> str:
+    others = [name for name, definition in DEFINITIONS.items() if backend not in definition.backends]
+    return f"every feature map but {', '.join(others)}" if others else "every feature map"
 
 
 def favor_attention(
@@ -131,10 +137,11 @@ def _attention(
     backend: str,
     group_name: str,
 ) -> Tensor:
-    if feature_map == "oprf" and oprf_a is None:
+    definition = definition_of(feature_map)
+    if definition.takes_oprf_a and oprf_a is None:
         oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens, group_name)
     dtype = v.dtype
-    if feature_map == "trig" and dtype in (torch.float16, torch.bfloat16) and projection is not None:
+    if definition.is_signed and dtype in (torch.float16, torch.bfloat16) and projection is not None:
         # The backward reads the output, and the small renormaliser would multiply what rounding took from it.
         projection = projection.to(dtype)
         q, k, v = q.float(), k.float(), v.float()

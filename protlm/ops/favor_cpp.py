@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.blocks import checked_bounds
-from protlm.ops.random_features import to_common_length
+from protlm.ops.feature_maps import check_backend
+from protlm.ops.inputs import AttentionInputs, result_like
 
 _EXTENSION = "protlm.ops._favor"
 # As in cpp/favor.cpp.
@@ -77,7 +77,7 @@ def covers(inputs: AttentionInputs) -> bool:
     """Says whether the kernel takes such a call; another one is left to `favor_torch`."""
     is_causal_in_group = inputs.causal and bool(inputs.group_name)
     is_float32 = inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32
-    return is_float32 and inputs.feature_map != "trig" and not is_causal_in_group
+    return is_float32 and "cpp" in inputs.map_definition.backends and not is_causal_in_group
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,6 +155,7 @@ class _Run:
 
     def __init__(self, inputs: AttentionInputs) -> None:
         _library()
+        check_backend(inputs.feature_map, "cpp")
         self._inputs = inputs
         self._heads, self._head_dim = inputs.q.shape[1], inputs.q.shape[-1]
         # What the call only points at has to live until it is over.
@@ -167,7 +168,7 @@ class _Run:
             head_dim=self._head_dim,
             num_tokens=inputs.q.shape[2],
             num_rows=projection.shape[-2],
-            mirror=inputs.feature_map == "hyperbolic",
+            mirror=inputs.map_definition.mirrors_rows,
             is_exponential=inputs.is_exponential,
             is_causal=inputs.causal,
             projection_head_stride=projection[0].numel() if projection.dim() == 3 else 0,
@@ -235,9 +236,8 @@ class _Run:
         projection = self._inputs.projection
         if projection is None:
             return torch.eye(self._head_dim), 1.0
-        if self._inputs.feature_map == "regularised":
-            projection = to_common_length(projection.float())
-        return projection.float().contiguous(), self._head_dim**-0.25
+        rows = self._inputs.map_definition.rescaled(projection.float())
+        return rows.contiguous(), self._head_dim**-0.25
 
     def _oprf_a(self) -> int | None:
         a = self._inputs.oprf_a

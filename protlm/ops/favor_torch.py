@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.blocks import Block, Piece, cut_into_blocks
+from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.torch_maps import TorchMap, torch_map
 
 # Features of one piece, all heads together: large enough for the matrix multiply, small enough for the cache.

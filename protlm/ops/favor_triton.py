@@ -78,9 +78,9 @@ def covers(inputs: AttentionInputs) -> bool:
     return (
         inputs.q.dtype in dtypes
         and inputs.q.shape[-1] <= MAX_DIM
-        and inputs.feature_map != "trig"
-        # Features of `relu` have no bound, and would leave the range of float16.
-        and not (inputs.feature_map == "relu" and inputs.q.dtype == torch.float16)
+        and "triton" in inputs.map_definition.backends
+        # Features that are not exponentials have no bound, and would leave the range of float16.
+        and (inputs.is_exponential or inputs.q.dtype != torch.float16)
         and not inputs.causal
         and inputs.q.numel() > 0
     )

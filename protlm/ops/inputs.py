@@ -1,16 +1,16 @@
-"""What one call of the attention op is given: its arguments as one value, and when they fit together."""
+"""The arguments of one call of the attention op as one value, and the conditions under which they fit together."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from protlm.ops.random_features import check_feature_map
+from protlm.ops.feature_maps import MapDefinition, check_feature_map, definition_of
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """The arguments of `favor_attention`, which has their meaning; every backend and the float64 twin take these.
+    """The arguments of `favor_attention`, which documents them, as every backend and the float64 twin take them.
 
     `group_name` is the name of the process group, empty for one process.
     """
@@ -27,31 +27,36 @@ class AttentionInputs:
     group_name: str = ""
 
     @property
+    def map_definition(self) -> MapDefinition:
+        """The definition of the feature map."""
+        return definition_of(self.feature_map)
+
+    @property
     def num_segments(self) -> int:
-        """Segments of the packed row, or rows of the batch."""
+        """Number of segments of the packed row, or of rows of the batch."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
     def num_features(self) -> int:
-        """Features that the map makes of one vector."""
+        """Number of features of one vector."""
         if self.projection is None:
             return self.q.shape[-1]
-        return self.projection.shape[-2] * (2 if self.feature_map in ("hyperbolic", "trig") else 1)
+        return self.projection.shape[-2] * self.map_definition.features_per_row
 
     @property
     def is_exponential(self) -> bool:
         """Whether features are exponentials, so that a state has a reference for each feature."""
-        return self.feature_map not in ("trig", "relu")
+        return self.map_definition.is_exponential
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of exponents, maxima and sums: float32, but float64 for float64 and for `trig`, where it exists.
+        """Dtype of exponents, maxima and sums: float32, but float64 for float64 and for signed maps, where it exists.
 
-        The renormaliser of `trig` is a sum of signed terms that nearly cancel: in float32 the rounding of the terms
+        The renormaliser of a signed map is a sum of terms that nearly cancel: in float32 the rounding of the terms
         shows in the third digit of the output.
         """
-        is_trig = self.feature_map == "trig" and self.q.device.type != "mps"
-        return torch.float64 if is_trig or self.q.dtype == torch.float64 else torch.float32
+        needs_float64 = self.map_definition.is_signed and self.q.device.type != "mps"
+        return torch.float64 if needs_float64 or self.q.dtype == torch.float64 else torch.float32
 
     def check(self) -> None:
         """Raises ValueError, naming argument, expected and got, unless the arguments fit together."""
@@ -62,7 +67,7 @@ class AttentionInputs:
         for name, tensor in (("k", self.k), ("v", self.v)):
             _expect(name, f"the shape of q, {tuple(q.shape)}", tensor.shape == q.shape, tuple(tensor.shape))
             _expect(name, f"the dtype of q, {q.dtype}", tensor.dtype == q.dtype, tensor.dtype)
-        check_feature_map(self.feature_map, projection is not None, self.oprf_a is not None)
+        check_feature_map(self.feature_map, has_projection=projection is not None, has_oprf_a=self.oprf_a is not None)
         if projection is not None:
             shape = tuple(projection.shape)
             fits = len(shape) in (2, 3) and shape[-1] == head_dim and shape[-2] > 0 and shape[:-2] in ((), (heads,))
@@ -83,13 +88,14 @@ class AttentionInputs:
     def _check_oprf_a(self, heads: int) -> None:
         a = self.oprf_a
         if a is None:
-            needed = self.feature_map == "oprf" and self.causal
-            _expect("oprf_a", "a tensor for causal attention, as the data would tell of later tokens", not needed, None)
+            is_needed = self.map_definition.takes_oprf_a and self.causal
+            expected = "a tensor for causal attention, as the data would tell of later tokens"
+            _expect("oprf_a", expected, not is_needed, None)
             return
-        shape, wanted = tuple(a.shape), ((heads,), (self.num_segments, heads))
-        # Not `shape in wanted`: under torch.compile with dynamic shapes that compares symbols by identity.
-        fits = shape == wanted[0] or shape == wanted[1]
-        _expect("oprf_a", f"shape {wanted[0]} or {wanted[1]}", fits, shape)
+        shape, allowed = tuple(a.shape), ((heads,), (self.num_segments, heads))
+        # Not `shape in allowed`: under torch.compile with dynamic shapes that compares symbols by identity.
+        fits = shape == allowed[0] or shape == allowed[1]
+        _expect("oprf_a", f"shape {allowed[0]} or {allowed[1]}", fits, shape)
         _expect("oprf_a", "a floating dtype", a.is_floating_point(), a.dtype)
 
     def _check_devices(self) -> None:
@@ -101,9 +107,9 @@ class AttentionInputs:
 
 
 def result_like(x: Tensor, *, is_zeroed: bool = False) -> Tensor:
-    """Returns a tensor for results in the layout of x, so that whoever made x as a view need not copy them.
+    """Returns a tensor for results in the layout of x, so that a caller who made x as a view need not copy them.
 
-    Only head_dim is always the axis along which numbers are neighbours.
+    Only the numbers along head_dim are always contiguous.
     """
     make = torch.zeros_like if is_zeroed else torch.empty_like
     result = make(x)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from protlm.ops.blocks import cut_into_blocks
 from protlm.ops.context_parallel import sum_over_ranks
 from protlm.ops.inputs import AttentionInputs
-from protlm.ops.blocks import cut_into_blocks
 from protlm.ops.random_features import oprf_parameter
 
 _PIECE_TOKENS = 512

@@ -1,4 +1,4 @@
-"""Random features: hides how the rows of a projection are drawn, and what a feature map makes of them."""
+"""Random features: how the rows of a projection are drawn, and the features of a vector by the formula of each map."""
 
 import math
 from typing import get_args
@@ -8,12 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protlm.choices import FeatureMap, ProjectionKind
+from protlm.ops.feature_maps import check_feature_map, definition_of, with_oprf_a
 
 PROJECTION_KINDS: tuple[str, ...] = get_args(ProjectionKind)
-FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
-
-RELU_OFFSET = 1e-3
-"""Added to every ReLU feature, as in the authors' code: no key has weight zero."""
 
 
 def draw_projection(
@@ -104,31 +101,31 @@ def kernel_features(
     Raises:
         ValueError: An unknown map, no projection or A for a map that needs one, or a projection of another head_dim.
     """
-    check_feature_map(feature_map, projection is not None, oprf_a is not None)
+    check_feature_map(feature_map, has_projection=projection is not None, has_oprf_a=oprf_a is not None)
+    definition = definition_of(feature_map)
     if projection is None:
-        return torch.relu(x) + RELU_OFFSET
-    if feature_map == "oprf" and oprf_a is None:
-        raise ValueError("oprf_a: expected a number or a tensor for feature_map 'oprf', got None")
+        return definition.apply(x)
+    if definition.takes_oprf_a and oprf_a is None:
+        raise ValueError(f"oprf_a: expected a number or a tensor for feature_map {feature_map!r}, got None")
     head_dim = x.shape[-1]
     if projection.shape[-1] != head_dim:
         raise ValueError(f"projection: expected head_dim {head_dim} as in x, got {projection.shape[-1]}")
-    if feature_map == "regularised":
-        projection = to_common_length(projection)
+    projection = definition.rescaled(projection)
     y = x * head_dim**-0.25
-    u = y @ projection.transpose(-1, -2)
-    half_square = y.square().sum(-1, keepdim=True) / 2
+    scores = y @ projection.transpose(-1, -2)
+    a = None if oprf_a is None else torch.as_tensor(oprf_a, dtype=x.dtype, device=x.device)
+    if a is not None:
+        scores = with_oprf_a(scores, projection, a)
+    features = definition.apply(scores)
+    norm_exponents = definition.norm_exponent * (y.square().sum(-1, keepdim=True) / 2)
     scale: float = projection.shape[-2] ** -0.5
-    if feature_map == "relu":
-        return (torch.relu(u) + RELU_OFFSET) * scale
-    if feature_map == "trig":
-        return torch.exp(half_square) * torch.cat((torch.sin(u), torch.cos(u)), -1) * scale
-    if feature_map == "hyperbolic":
-        return torch.exp(torch.cat((u, -u), -1) - half_square) * (scale / math.sqrt(2))
-    if oprf_a is None:
-        return torch.exp(u - half_square) * scale
-    a = torch.as_tensor(oprf_a, dtype=x.dtype, device=x.device)
-    exponents = a * projection.square().sum(-1).unsqueeze(-2) + (1 - 4 * a).sqrt() * u - half_square
-    return torch.pow(1 - 4 * a, head_dim / 4) * torch.exp(exponents) * scale
+    if not definition.is_exponential:
+        # Not exp(0 · ‖y‖²): of a vector whose square overflows that is NaN.
+        return (torch.exp(norm_exponents) * features if definition.norm_exponent else features) * scale
+    features = torch.exp(features + norm_exponents)
+    if a is not None:
+        features = torch.pow(1 - 4 * a, head_dim / 4) * features
+    return features * (scale / math.sqrt(definition.features_per_row))
 
 
 def oprf_parameter(mean_square: Float[Tensor, "*axes"], head_dim: int) -> Float[Tensor, "*axes"]:
@@ -139,24 +136,6 @@ def oprf_parameter(mean_square: Float[Tensor, "*axes"], head_dim: int) -> Float[
     """
     f = mean_square / head_dim
     return (1 - 2 * f - ((2 * f + 1).square() + 8 * f).sqrt()) / 16
-
-
-def to_common_length(
-    projection: Float[Tensor, "*heads features head_dim"],
-) -> Float[Tensor, "*heads features head_dim"]:
-    """Returns the rows rescaled to the length √head_dim: the projection of `regularised`."""
-    norms: Tensor = torch.linalg.vector_norm(projection, dim=-1, keepdim=True)
-    return projection * (math.sqrt(projection.shape[-1]) / norms)
-
-
-def check_feature_map(feature_map: str, has_projection: bool, has_oprf_a: bool) -> None:
-    """Raises ValueError for an unknown map, a missing projection, or an A for a map that has none."""
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map: expected one of {FEATURE_MAPS}, got {feature_map!r}")
-    if not has_projection and feature_map != "relu":
-        raise ValueError(f"projection: expected a tensor for feature_map {feature_map!r}, got None")
-    if has_oprf_a and feature_map != "oprf":
-        raise ValueError(f"oprf_a: expected None for feature_map {feature_map!r}, got a value")
 
 
 def _simplex_corners(size: int) -> Tensor:

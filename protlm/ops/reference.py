@@ -47,7 +47,7 @@ def favor_attention(
     segment = _segment_of_token(q, cu_seqlens)
     allowed = _allowed_pairs(segment, token_mask, causal)
     token_a = None
-    if feature_map == "oprf":
+    if inputs.map_definition.takes_oprf_a:
         if oprf_a is None:
             token_a = _oprf_a_from_pairs(q, k, segment, allowed)
         else:

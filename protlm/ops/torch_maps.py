@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from protlm.ops.feature_maps import RELU_OFFSET, check_backend
 from protlm.ops.inputs import AttentionInputs
-from protlm.ops.random_features import RELU_OFFSET, to_common_length
 
 
 class TorchMap(ABC):
@@ -27,7 +27,8 @@ class TorchMap(ABC):
         self._buffers: dict[str, Tensor] = {}
         self._rows = None
         if inputs.projection is not None:
-            rows = self._prepare_rows(inputs, inputs.projection.to(self.dtype))
+            definition = inputs.map_definition
+            rows = definition.mirrored(definition.rescaled(inputs.projection.to(self.dtype)))
             # Rounded once to the dtype of q, then used everywhere: all backends see the same rows.
             rows = rows.to(inputs.q.dtype).to(self.dtype)
             self._rows = (rows * head_dim**-0.25).expand(heads, -1, -1)
@@ -72,9 +73,6 @@ class TorchMap(ABC):
             buffer = torch.empty(size, dtype=self.dtype, device=self._device)
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
-
-    def _prepare_rows(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
-        return rows
 
     def _scores(self, x: Tensor, name: str) -> Tensor:
         """Returns ω·x/d^¼ (heads, segments, positions, rows) in a buffer; x itself without a projection."""
@@ -150,11 +148,6 @@ class ExponentialMap(TorchMap):
         grads.mul_(features)
         k_grad = self._scaled(self._project_back(grads))
         return k_grad.addcmul_(grads.sum(-1, keepdim=True), k, value=-2 * self._norm_scale)
-
-    def _prepare_rows(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
-        if inputs.feature_map == "hyperbolic":
-            return torch.cat((rows, -rows), -2)
-        return to_common_length(rows) if inputs.feature_map == "regularised" else rows
 
     def _query_exponents(self, q: Tensor, references: Tensor) -> Tensor:
         if self._block_constant is not None:
@@ -237,8 +230,18 @@ class ReluMap(_LinearMap):
         return self._scores(x, name).clamp_(min=0).add_(RELU_OFFSET)
 
 
+_LINEAR_MAPS: dict[str, type[TorchMap]] = {"trig": TrigMap, "relu": ReluMap}
+
+
 def torch_map(inputs: AttentionInputs) -> TorchMap:
-    """Returns the map of one call of the op."""
-    if inputs.feature_map == "trig":
-        return TrigMap(inputs)
-    return ReluMap(inputs) if inputs.feature_map == "relu" else ExponentialMap(inputs)
+    """Returns the map of one call of the op.
+
+    Raises:
+        ValueError: This backend does not compute the map.
+    """
+    check_backend(inputs.feature_map, "torch")
+    if inputs.is_exponential:
+        return ExponentialMap(inputs)
+    if inputs.feature_map not in _LINEAR_MAPS:
+        raise ValueError(f"feature_map: expected one of {tuple(_LINEAR_MAPS)}, got {inputs.feature_map!r}")
+    return _LINEAR_MAPS[inputs.feature_map](inputs)

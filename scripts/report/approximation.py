@@ -8,15 +8,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from protlm.ops import draw_projection, favor_attention, kernel_features
+from protlm.ops.feature_maps import definition_of
 from scripts.report.estimates import generator_of
-
-ROWS_A_FEATURE = {"hyperbolic": 2, "trig": 2}
-"""Features that one row makes, where not one."""
 
 
 def rows_for(feature_map: str, num_features: int) -> int:
     """Returns the rows that give this many features."""
-    return num_features // ROWS_A_FEATURE.get(feature_map, 1)
+    return num_features // definition_of(feature_map).features_per_row
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -8,7 +8,7 @@ those of Lemma 2 of arXiv 2009.14794, derived again; the covariances of orthogon
 import math
 from dataclasses import dataclass
 
-from protlm.ops.random_features import RELU_OFFSET
+from protlm.ops.feature_maps import RELU_OFFSET, definition_of
 
 MAX_TERMS = 200
 
@@ -60,7 +60,11 @@ def lemma_2(feature_map: str, pair: Pair, rows: int) -> float:
     if feature_map == "trig":
         return growth * pair.kernel**-2 * (1 - math.exp(-pair.difference_square)) ** 2 / (2 * rows)
     positive = growth * pair.kernel**2 * (1 - 1 / growth) / rows
-    return positive if feature_map == "positive" else 0.5 * (1 - 1 / growth) * positive
+    if feature_map == "positive":
+        return positive
+    if feature_map == "hyperbolic":
+        return 0.5 * (1 - 1 / growth) * positive
+    raise ValueError(f"feature_map: expected one of Lemma 2, got {feature_map!r}")
 
 
 def mean_estimate(feature_map: str, pair: Pair, head_dim: int) -> float:
@@ -72,7 +76,9 @@ def mean_estimate(feature_map: str, pair: Pair, head_dim: int) -> float:
         angle = math.acos(max(-1.0, min(1.0, pair.cosine)))
         arc_cosine = x * y * (math.sin(angle) + (math.pi - angle) * pair.cosine) / (2 * math.pi)
         return arc_cosine + RELU_OFFSET * (x + y) / math.sqrt(2 * math.pi) + RELU_OFFSET**2
-    return pair.kernel
+    if definition_of(feature_map).is_softmax_estimate:
+        return pair.kernel
+    raise ValueError(f"feature_map: expected one whose mean is known, got {feature_map!r}")
 
 
 def row_variance(feature_map: str, pair: Pair, head_dim: int, oprf_a: float = 0.0) -> float:
@@ -103,6 +109,8 @@ def row_covariance(feature_map: str, kind: str, pair: Pair, head_dim: int) -> fl
     if feature_map == "trig":
         both = (_rows_mean(-pair.difference_square, sign * cosine, head_dim) for sign in (1, -1))
         return math.exp(pair.x_square + pair.y_square) * sum(both) / 2 - pair.kernel**2
+    if feature_map not in ("positive", "hyperbolic", "oprf"):
+        raise ValueError(f"feature_map: expected one whose covariance is known, got {feature_map!r}")
     signs = (1, -1) if feature_map == "hyperbolic" else (1,)
     both = (_rows_mean(pair.sum_square, sign * cosine, head_dim) for sign in signs)
     return _envelope(pair) ** 2 * sum(both) / len(signs) - pair.kernel**2

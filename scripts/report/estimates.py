@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from protlm.ops import draw_projection, kernel_features, oprf_parameter
+from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from scripts.report.closed_forms import Pair, mean_estimate
 
-SOFTMAX_MAPS = ("positive", "hyperbolic", "trig", "oprf")
+SOFTMAX_MAPS = tuple(name for name, definition in DEFINITIONS.items() if definition.is_softmax_estimate)
 KINDS = ("iid", "orthogonal", "simplex")
 DRAWS_AT_ONCE = 1_000
 
@@ -63,7 +64,7 @@ def draw_without_signs(
 def row_estimates(feature_map: str, x: Tensor, y: Tensor, projection: Tensor, oprf_a: float | None) -> Tensor:
     """Returns (draws, directions, rows): the estimate of the kernel by each row, from x and y (…, directions, d)."""
     scale = x.shape[-1] ** 0.25
-    options = {"feature_map": feature_map, "oprf_a": oprf_a if feature_map == "oprf" else None}
+    options = {"feature_map": feature_map, "oprf_a": oprf_a if definition_of(feature_map).takes_oprf_a else None}
     products = kernel_features(x * scale, projection, **options) * kernel_features(y * scale, projection, **options)
     rows = projection.shape[-2]
     # `hyperbolic` and `trig` make two features of a row.

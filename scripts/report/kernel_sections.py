@@ -47,6 +47,9 @@ PAPER_COLUMNS: dict[str, tuple[str, str, int, tuple[float, ...]]] = {
 }
 """Map, kind, rows and the figures of an earlier measurement, in the order of PAPER_CASES."""
 
+MEANINGS = {"regularised": "below SM", "relu": "no estimate of SM"}
+"""What the product of features is, for the maps that do not estimate the softmax kernel."""
+
 
 def unbiasedness(settings: Settings, folder: Path) -> Section:
     """Section 1: means over draws along coordinate directions, all-ones and their opposites."""
@@ -60,7 +63,7 @@ def unbiasedness(settings: Settings, folder: Path) -> Section:
                 worst_by_kind[feature_map, kind] = row["max_abs_z"]
             holds = row["max_abs_z"] < MAX_Z and (feature_map != "regularised" or row["z_of_kernel"] < -MAX_Z)
             passed &= holds
-            meaning = {"regularised": "below SM", "relu": "no estimate of SM"}.get(feature_map, "unbiased")
+            meaning = "unbiased" if is_estimate else MEANINGS[feature_map]
             numbers.append(row)
             rows.append(_direction_cells(row, meaning if holds else "FAILS"))
     faults = [_direction_row(settings, name, "orthogonal", planted=True) for name in (*SOFTMAX_MAPS, "regularised")]

@@ -12,7 +12,7 @@ constexpr Index kLongestTile = 96, kTileFloats = 48 * 1024;
 // The same for causal attention, whose cost within a piece grows with the square of its length.
 constexpr Index kLongestPiece = 64;
 constexpr double kLog2E = 1.4426950408889634;
-constexpr float kReluOffset = 1e-3f;  // random_features.RELU_OFFSET
+constexpr float kReluOffset = 1e-3f;  // feature_maps.RELU_OFFSET
 
 struct Sizes {
     Index heads, head_dim, padded_dim, features, padded_features, tile, piece, projections;

@@ -22,8 +22,8 @@ from protlm.ops.cuda.short_forward import short_forward
 from protlm.ops.cuda.state_gradients import state_gradients
 from protlm.ops.cuda.tiles import MIN_CAPABILITY, fits_chip, padded_dim, padded_features, tile_of
 from protlm.ops.cuda.units import Units, cut_into_units, whole_segments
+from protlm.ops.feature_maps import check_backend
 from protlm.ops.inputs import AttentionInputs
-from protlm.ops.random_features import to_common_length
 
 _LOG2_E = math.log2(math.e)
 # Tokens of a unit: with few programs they are cut shorter, so that every multiprocessor has one.
@@ -58,6 +58,7 @@ class Call:
 
     def __init__(self, inputs: AttentionInputs, capability: int | None = None) -> None:
         """Prepares a call; `capability` (80, 90, …) stands in for that of the device."""
+        check_backend(inputs.feature_map, "triton")
         self.inputs = inputs
         if capability is None:
             # The interpreter takes the tiles of any GPU.
@@ -287,11 +288,8 @@ class Call:
         inputs = self.inputs
         if inputs.projection is None:
             return torch.eye(self.head_dim, dtype=inputs.q.dtype, device=inputs.q.device), 1.0
-        rows = inputs.projection.float()
-        if inputs.feature_map == "regularised":
-            rows = to_common_length(rows)
-        if inputs.feature_map == "hyperbolic":
-            rows = torch.cat((rows, -rows), -2)
+        definition = inputs.map_definition
+        rows = definition.mirrored(definition.rescaled(inputs.projection.float()))
         return rows.to(inputs.q.dtype), self.head_dim**-0.25
 
     def _oprf(self) -> tuple[Tensor | None, Tensor | None]:

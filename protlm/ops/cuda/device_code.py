@@ -7,7 +7,7 @@ LOG_ZERO = tl.constexpr(-1.0e30)
 """Stands for log 0: finite, so that a difference of two is no NaN."""
 
 RELU_OFFSET = tl.constexpr(1e-3)
-"""As in protlm.ops.random_features."""
+"""As in protlm.ops.feature_maps."""
 
 
 @triton.jit

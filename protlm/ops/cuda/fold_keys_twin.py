@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from protlm.ops.random_features import RELU_OFFSET
+from protlm.ops.feature_maps import RELU_OFFSET
 
 
 def fold_keys(k: Tensor, v: Tensor, rows: Tensor, is_exponential: bool) -> tuple[Tensor, Tensor]:

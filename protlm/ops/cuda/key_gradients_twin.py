@@ -5,7 +5,7 @@ from torch import Tensor
 
 from protlm.ops.cuda.fold_keys_twin import key_exponents
 from protlm.ops.cuda.merge_states_twin import LOG_2
-from protlm.ops.random_features import RELU_OFFSET
+from protlm.ops.feature_maps import RELU_OFFSET
 
 
 def key_gradients(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from protlm.ops.cuda.merge_states_twin import LOG_2
-from protlm.ops.random_features import RELU_OFFSET
+from protlm.ops.feature_maps import RELU_OFFSET
 
 
 def read_state(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from protlm.ops import backends, favor, random_features, reference
+from protlm.ops import backends, favor, feature_maps, random_features, reference
 
 favor_attention = inspect.unwrap(favor.favor_attention)
 draw_projection = inspect.unwrap(random_features.draw_projection)
@@ -172,7 +172,7 @@ def test_arguments_that_fit_are_accepted():
         {"feature_map": "relu", "projection": None},
         {"feature_map": "oprf", "oprf_a": torch.zeros(3)},
         {"feature_map": "oprf", "oprf_a": torch.zeros(2, 3), "causal": True},
-        *({"feature_map": name} for name in random_features.FEATURE_MAPS),
+        *({"feature_map": name} for name in feature_maps.DEFINITIONS),
         {"projection": torch.zeros(6, 4).double()},
         {"backend": "torch"},
     ):

@@ -8,7 +8,7 @@ import torch
 from protlm.model.health import _sampled_pairs, attention_health, log_features
 from protlm.model.segments import Segments
 from protlm.ops import draw_projection, kernel_features
-from protlm.ops.random_features import FEATURE_MAPS
+from protlm.ops.feature_maps import DEFINITIONS
 from tests.conftest import relative_error
 from tests.unit.model.test_model import bounds, build, proteins
 
@@ -27,7 +27,7 @@ def with_norms(temperature_logit, **options):
     return model
 
 
-@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("feature_map", DEFINITIONS)
 def test_log_features_give_the_shares_of_kernel_features(feature_map):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(20, 16, generator=generator) for _ in range(2))
