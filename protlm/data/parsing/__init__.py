@@ -1,1 +1,1 @@
-"""Text, whatever its format, to records."""
+"""From protein files of any supported format to records."""

@@ -1,4 +1,4 @@
-"""The compiled FASTA parser: hides how a text crosses into C++ and comes back as columns."""
+"""The FASTA parser in C++: hides how it is called and how its arrays become a table of records."""
 
 import ctypes
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from protlm.data.strings import Strings
 
 
 class _Sizes(ctypes.Structure):
-    """What `FastaSizes` is in C++."""
+    """The C++ struct `FastaSizes`."""
 
     _fields_ = [(name, Integer) for name in ("num_records", "header_bytes", "longest_record")]
 
 
 class _Columns(ctypes.Structure):
-    """What `FastaColumns` is in C++."""
+    """The C++ struct `FastaColumns`."""
 
     _fields_ = [
         *((name, Pointer) for name in (
@@ -37,11 +37,11 @@ class _Columns(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that cannot be used; `fasta.parse_fasta` says why.
+    """The place of a record that cannot be used; `fasta.parse_fasta` gives the error.
 
     Attributes:
         start: Its first byte in the text, the `>`.
-        end: The byte after its last, which leaves out the line end before the next record.
+        end: The byte after its last one; the line end before the next record is left out.
         line: Line of its header in the text, from 1.
         index: Number of good records before it.
     """
@@ -53,7 +53,7 @@ class BadRecord:
 
 
 class BadRecords(Sequence[BadRecord]):
-    """Bad records, each made when it is asked for: a bad file may be all of them."""
+    """Bad records, made on access, because all records of a file may be bad."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self._rows = rows
@@ -66,7 +66,7 @@ class BadRecords(Sequence[BadRecord]):
 
 
 def parse_fasta(text: bytes) -> tuple[RecordTable, BadRecords]:
-    r"""Returns the good records of a text as columns, and where the bad ones stand.
+    r"""Returns the good records of a text as columns, and the places of the bad ones.
 
     Args:
         text: Whole records, from a `>` on; `\n` line ends only, and headers in UTF-8.
@@ -88,7 +88,7 @@ def parse_fasta(text: bytes) -> tuple[RecordTable, BadRecords]:
 
 
 def _room_for(sizes: _Sizes, num_bytes: int) -> dict[str, np.ndarray]:
-    """Returns an array for each pointer of `_Columns`; pages of it that nothing is written to take no memory."""
+    """Returns an array for each pointer of `_Columns`; pages that are never written take no memory."""
     records, header_bytes = sizes.num_records, sizes.header_bytes
     return {
         "letters": np.empty(sizes.longest_record, dtype=np.uint8),

@@ -1,4 +1,4 @@
-"""How a record is written in FASTA and in A3M, one at a time and in plain words: the twin of the compiled parser."""
+"""Records of FASTA and A3M files, parsed one at a time in plain Python: the reference for the compiled parser."""
 
 import re
 from collections import Counter
@@ -10,12 +10,12 @@ from protlm.data.records import MAX_RECORD_BYTES, Record, shown
 from protlm.errors import RecordError
 
 ANNOTATION_IDS = frozenset(("ss_pred", "ss_conf", "ss_dssp", "sa_pred", "sa_dssp", "aa_pred", "aa_dssp"))
-"""Rows of an A3M file that hold no protein: secondary structure and the like, as HH-suite writes them."""
+"""Ids of A3M rows that hold no protein but secondary structure and the like, as HH-suite writes them."""
 
 _A3M_MARK = b"#A3M#"
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-# Nine digits always fit the int32 columns; whatever is longer is no cluster size and no taxon.
+# Nine digits always fit the int32 columns; a longer number is neither a cluster size nor a taxon.
 _CLUSTER_SIZE = re.compile(rb"(?:^|\s)n=(\d{1,9})(?!\S)")
 _TAXON_ID = re.compile(rb"(?:^|\s)(?:TaxID|OX)=(\d{1,9})(?!\S)")
 _SHOWN_LETTERS = 60
@@ -23,7 +23,7 @@ _BINARY_BYTES = 1024
 
 
 def is_a3m(head: bytes) -> bool:
-    """Says whether a FASTA file is an A3M file with rows that are no proteins, from its first lines."""
+    """Returns whether a FASTA file is an A3M file with rows that are no proteins, judged by its first lines."""
     if head.startswith(_A3M_MARK):
         return True
     start = head.find(b">")
@@ -32,7 +32,7 @@ def is_a3m(head: bytes) -> bool:
 
 
 def split_head(text: bytes) -> tuple[bytes, bytes]:
-    r"""Splits a text before its first header: what stands above it, and from its `>` on; `\n` line ends only."""
+    r"""Returns the text above the first header, and the text from its `>` on; `\n` line ends only."""
     if text.startswith(b">"):
         return b"", text
     start = text.find(b"\n>") + 1
@@ -40,25 +40,25 @@ def split_head(text: bytes) -> tuple[bytes, bytes]:
 
 
 def parse_fasta(path: str | Path, text: bytes, repairs: Counter[str]) -> Iterator[Record | RecordError]:
-    r"""Yields the records of a text and, in their place, the errors of those that cannot be used.
+    r"""Yields the records of a text in order; in place of a record that cannot be used, its error.
 
     Args:
         path: The file, for messages.
         text: Whole records, from a `>` on; `\n` line ends only.
-        repairs: Letters repaired are counted here.
+        repairs: The repaired letters are added to it.
     """
     line = 1
     # A text is ">record\n>record…".
-    for part in text[1:].split(b"\n>"):
+    for record in text[1:].split(b"\n>"):
         try:
-            yield _parse(path, part, line, repairs)
+            yield _parse(path, record, line, repairs)
         except RecordError as error:
             yield error
-        line += 1 + part.count(b"\n")
+        line += 1 + record.count(b"\n")
 
 
-def _parse(path: str | Path, part: bytes, line: int, repairs: Counter[str]) -> Record:
-    header, _, body = part.partition(b"\n")
+def _parse(path: str | Path, text: bytes, line: int, repairs: Counter[str]) -> Record:
+    header, _, body = text.partition(b"\n")
     words = header.split(None, 1)
     if not words:
         raise RecordError(path, line, "expected an id after `>`, got none", reason="empty_id")
@@ -69,7 +69,7 @@ def _parse(path: str | Path, part: bytes, line: int, repairs: Counter[str]) -> R
     except UnicodeDecodeError as error:
         message = f"the header of {shown(name)} is not UTF-8 text; convert the file"
         raise RecordError(path, line, message, reason="header_not_utf8", record_id=name) from error
-    if len(part) > MAX_RECORD_BYTES:
+    if len(text) > MAX_RECORD_BYTES:
         raise too_long(path, line, name)
     residues, made = clean_body(path, name, body, line)
     repairs.update(made)
@@ -81,16 +81,16 @@ def _parse(path: str | Path, part: bytes, line: int, repairs: Counter[str]) -> R
 
 
 def clean_body(path: str | Path, record_id: str, body: bytes, line: int) -> tuple[bytes, Counter[str]]:
-    r"""Returns the residues of the lines below a header, and the repairs.
+    r"""Returns the cleaned residues of the lines below a header, and the repairs made to them.
 
     Args:
         path: The file, for messages.
-        record_id: The record, for messages.
+        record_id: Id of the record, for messages.
         body: The lines, with `\n` line ends.
         line: Line of the header.
 
     Raises:
-        RecordError: An illegal character, at its line and column; no residue at all.
+        RecordError: An illegal character, with its line and column; no residue at all.
     """
     try:
         residues, repairs = vocabulary.clean(body.replace(b"\n", b""))
@@ -112,7 +112,7 @@ def too_long(path: str | Path, line: int, record_id: str) -> RecordError:
 
 
 def fault_above(path: str | Path, above: bytes) -> RecordError | None:
-    """Returns what is wrong with the text above the first header; nothing with blank and `#` lines."""
+    """Returns the error of the text above the first header; None if all its lines are blank or begin with `#`."""
     lines = above.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (line.startswith(b"#") and not line.startswith(_UTF8_MARK)):
@@ -124,15 +124,15 @@ def fault_above(path: str | Path, above: bytes) -> RecordError | None:
         elif b"\0" in above[:_BINARY_BYTES]:
             message, reason = "a binary file; expected FASTA, a line that starts with `>`", "text_above_first_header"
         else:
-            found = line[:_SHOWN_LETTERS].decode("ascii", "replace")
-            message = f"expected FASTA, a line that starts with `>`, got {found!r}"
+            beginning = line[:_SHOWN_LETTERS].decode("ascii", "replace")
+            message = f"expected FASTA, a line that starts with `>`, got {beginning!r}"
             reason = "text_above_first_header"
         return RecordError(path, number, message, reason=reason)
     return None
 
 
 def _place(body: bytes, offset: int) -> tuple[int, int]:
-    """Finds a letter: how many lines below the header, from 1, and its column, from 1; `offset` counts no line ends."""
+    """Returns the line below the header and the column of a letter, both from 1; `offset` does not count line ends."""
     lines = body.split(b"\n")
     for number, text in enumerate(lines, start=1):
         if offset < len(text):
@@ -142,5 +142,5 @@ def _place(body: bytes, offset: int) -> tuple[int, int]:
 
 
 def _number(pattern: re.Pattern[bytes], description: bytes) -> int | None:
-    found = pattern.search(description)
-    return int(found[1]) if found else None
+    match = pattern.search(description)
+    return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""What could not be used of a text, held in little memory however much it is."""
+"""Records and lines of a text that could not be used, listed in little memory even if they are most of it."""
 
 from array import array
 from collections import Counter
@@ -6,18 +6,18 @@ from collections import Counter
 from protlm.errors import RecordError
 
 ANNOTATION = "alignment_annotation"
-"""The reason of rows of an alignment that hold no protein: they are counted, and are no fault."""
+"""The reason given for rows of an alignment that hold no protein; they are counted but are no fault."""
 _NOT_ENTRIES = ("text_above_first_header", "byte_order_mark")
 
 
 class Faults:
-    """The place, id and reason of each thing that could not be used, in order; the whole error of the first one only.
+    """The line, id and reason of each fault in order, and the whole error of the first one.
 
     Attributes:
         lines: Lines in the text, from 1.
-        ids: Ids, empty where there is none.
+        ids: Ids, empty where a fault has none.
         reasons: Reasons.
-        first: The first error that is to be raised where nothing may be skipped.
+        first: The first error to raise if nothing may be skipped.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Faults:
         return len(self.lines)
 
     def add(self, error: RecordError) -> None:
-        """Adds what comes next in the text."""
+        """Adds the fault that comes next in the text."""
         self.lines.append(error.line)
         self.ids.append(error.record_id)
         self.reasons.append(error.reason)
@@ -39,11 +39,11 @@ class Faults:
 
     @property
     def num_entries(self) -> int:
-        """How many are records, and not only text above the first one."""
+        """Number of faults that are records, and not text above the first one."""
         counts = Counter(self.reasons)
         return len(self) - sum(counts[reason] for reason in _NOT_ENTRIES)
 
 
 def is_entry(error: RecordError) -> bool:
-    """Says whether what cannot be used is a record, and not only text above the first one."""
+    """Returns whether a fault is a record, and not text above the first one."""
     return error.reason not in _NOT_ENTRIES

@@ -1,4 +1,4 @@
-"""From files to records, whatever the format: one at a time, or a whole piece as columns."""
+"""From files of any format to records: one at a time, or a whole piece as columns."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from protlm.data.records import MAX_RECORD_BYTES, OnBadRecord, Record
 from protlm.errors import RecordError
 from protlm.runtime.progress import Advance, no_advance
 
-# Small, so that the first record of a large file is there at once.
+# Small, so that the first record of a large file is available at once.
 _READ_PIECE_BYTES = 1 << 20
 _ENTRY_START = re.compile(rb"<entry[\s>]")
 _ENTRY_END = b"</entry>"
@@ -28,12 +28,12 @@ _NO_RECORDS = "no records: expected protein FASTA, a line `>id …` and lines of
 
 @dataclass(frozen=True, slots=True)
 class ParsedPiece:
-    """What a piece of text holds; lines are counted from 1 at the start of the piece.
+    """The content of a piece of text; lines are counted from 1 at the start of the piece.
 
     Attributes:
-        table: Its records.
-        faults: What could not be used, in order of the lines.
-        num_lines: Line ends in the piece.
+        table: Its good records.
+        faults: Its records and lines that could not be used, in order.
+        num_lines: Number of line ends in the piece.
     """
 
     table: RecordTable
@@ -43,21 +43,21 @@ class ParsedPiece:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that was read to its end: its base name, and the sha256 of its bytes as they lie on disk."""
+    """A file that was read to its end: its base name, and the sha256 of its bytes on disk."""
 
     name: str
     sha256: str
 
 
 class RecordReader:
-    """Iterates once over the records of some files, in order, and counts what it had to repair or reject.
+    """Iterates once over the records of some files, in order, and counts repairs and rejects.
 
     Memory is bounded by a few blocks and the largest single record.
 
     Attributes:
         repairs: Letters repaired, by the rules of `vocabulary.REPAIRS`.
-        rejects: Records left out, by reason: bad ones under `on_bad_record="skip"`, and rows of an alignment that are
-            no proteins.
+        rejects: Records left out, by reason: bad ones if `on_bad_record="skip"`, and rows of an alignment that are no
+            proteins.
         sources: The files read to their end so far.
     """
 
@@ -71,7 +71,7 @@ class RecordReader:
         """Prepares to read; no file is opened yet.
 
         Args:
-            paths: Protein files; format and compression are told by their content, `-` is the standard input.
+            paths: Protein files; format and compression are recognised by their content, `-` is the standard input.
             on_bad_record: Raise the error of a bad record, or count it in `rejects` and go on.
             advance: Called with the number of bytes of each block read from disk.
         """
@@ -89,17 +89,18 @@ class RecordReader:
 
     def _read(self, path: str | Path) -> Iterator[Record]:
         source = SourceBlocks(path, advance=self._advance)
-        num_lines = num_found = 0
+        num_lines = num_entries = 0
         for piece in cut_into_pieces(path, source, piece_bytes=_READ_PIECE_BYTES):
             text = with_plain_line_ends(piece.text)
-            for found in records_in(path, piece, text, self.repairs):
-                num_found += not isinstance(found, RecordError) or is_entry(found)
-                if isinstance(found, RecordError):
-                    self._reject(found.moved(num_lines))
+            for record in records_in(path, piece, text, self.repairs):
+                if isinstance(record, RecordError):
+                    num_entries += is_entry(record)
+                    self._reject(record.moved(num_lines))
                 else:
-                    yield _moved_record(found, num_lines)
+                    num_entries += 1
+                    yield _moved_record(record, num_lines)
             num_lines += count_lines(piece, text)
-        if not num_found:
+        if not num_entries:
             raise no_records(path, num_lines)
         self.sources.append(Source(source.name, source.sha256))
 
@@ -113,8 +114,8 @@ def read_records(*paths: str | Path, on_bad_record: OnBadRecord = "error") -> It
     """Yields the protein records of files, in order; `RecordReader` also counts and hashes.
 
     Args:
-        paths: FASTA, A3M, UniProtKB flat files or XML, UniRef XML; plain, .gz, .bz2, .xz or .zst; `-` is the standard
-            input. All is told by the content.
+        paths: FASTA, A3M, UniProtKB flat files or XML, UniRef XML; plain, .gz, .bz2, .xz or .zst, recognised by their
+            content; `-` is the standard input.
         on_bad_record: Raise the error of a bad record, or leave it out.
 
     Raises:
@@ -125,7 +126,7 @@ def read_records(*paths: str | Path, on_bad_record: OnBadRecord = "error") -> It
 
 
 def parse_piece(path: str | Path, piece: TextPiece) -> ParsedPiece:
-    """Reads a piece of text as columns: FASTA by the compiled parser where it was built, all else in Python."""
+    """Returns a piece of text as columns: FASTA by the compiled parser where it was built, other formats in Python."""
     text = with_plain_line_ends(piece.text)
     if piece.format == "fasta" and not piece.oversized_lines and compiled.is_available():
         above, rest = fasta.split_head(text)
@@ -134,11 +135,11 @@ def parse_piece(path: str | Path, piece: TextPiece) -> ParsedPiece:
     repairs: Counter[str] = Counter()
     records: list[Record] = []
     faults = Faults()
-    for found in records_in(path, piece, text, repairs):
-        if isinstance(found, RecordError):
-            faults.add(found)
+    for record in records_in(path, piece, text, repairs):
+        if isinstance(record, RecordError):
+            faults.add(record)
         else:
-            records.append(found)
+            records.append(record)
     return ParsedPiece(table_of(records, repairs), faults, count_lines(piece, text))
 
 
@@ -149,10 +150,10 @@ def _parse_compiled(path: str | Path, above: bytes, text: bytes) -> ParsedPiece:
     if (fault := fasta.fault_above(path, above)) is not None:
         faults.add(fault)
     for bad in bad_records:
-        (found,) = fasta.parse_fasta(path, text[bad.start : bad.end], Counter())
-        assert isinstance(found, RecordError)
-        faults.add(found.moved(num_above + bad.line - 1))
-    # The lines are counted up to the last record already.
+        (error,) = fasta.parse_fasta(path, text[bad.start : bad.end], Counter())
+        assert isinstance(error, RecordError)
+        faults.add(error.moved(num_above + bad.line - 1))
+    # The lines up to the last record are counted already.
     last_line = max(table.lines[-1] if len(table) else 0, bad_records[-1].line if bad_records else 0)
     num_lines = num_above + int(last_line) - 1 + text.count(b"\n", text.rfind(b"\n>") + 1)
     table.lines[:] += num_above
@@ -162,24 +163,24 @@ def _parse_compiled(path: str | Path, above: bytes, text: bytes) -> ParsedPiece:
 def records_in(
     path: str | Path, piece: TextPiece, text: bytes, repairs: Counter[str]
 ) -> Iterator[Record | RecordError]:
-    r"""Yields the records of a piece and, in their place, the errors of those that cannot be used.
+    r"""Yields the records of a piece in order; in place of a record that cannot be used, its error.
 
     Args:
         path: The file, for messages.
         piece: The piece.
         text: Its text with `\n` line ends.
-        repairs: Letters repaired are counted here.
+        repairs: The repaired letters are added to it.
     """
     if piece.oversized_lines:
         yield _oversized(path, text)
         return
     if piece.format in ("fasta", "a3m"):
-        found = _fasta_records(path, text, repairs)
+        records = _fasta_records(path, text, repairs)
     elif piece.format == "flatfile":
-        found = _flatfile_records(path, text, repairs)
+        records = _flatfile_records(path, text, repairs)
     else:
-        found = _xml_records(path, piece, text, repairs)
-    for record in found:
+        records = _xml_records(path, piece, text, repairs)
+    for record in records:
         name = record.record_id if isinstance(record, RecordError) else record.id
         if piece.format == "a3m" and name in fasta.ANNOTATION_IDS:
             yield RecordError(path, record.line, f"{name} is no protein", reason=ANNOTATION, record_id=name)
@@ -193,8 +194,8 @@ def _fasta_records(path: str | Path, text: bytes, repairs: Counter[str]) -> Iter
         yield fault
     num_above = above.count(b"\n")
     if rest:
-        for found in fasta.parse_fasta(path, rest, repairs):
-            yield found.moved(num_above) if isinstance(found, RecordError) else _moved_record(found, num_above)
+        for record in fasta.parse_fasta(path, rest, repairs):
+            yield record.moved(num_above) if isinstance(record, RecordError) else _moved_record(record, num_above)
 
 
 def _flatfile_records(path: str | Path, text: bytes, repairs: Counter[str]) -> Iterator[Record | RecordError]:
@@ -250,7 +251,7 @@ def _entry(
 
 
 def no_records(path: str | Path, num_lines: int) -> RecordError:
-    """Returns the error of a file in which no record was found, good or bad."""
+    """Returns the error of a file without any record, good or bad."""
     return RecordError(path, max(num_lines, 1), _NO_RECORDS)
 
 

@@ -1,4 +1,4 @@
-"""Records as columns: how many parsed records are held at once without one Python object each."""
+"""Parsed records as columns: hides how many of them are held in memory without a Python object for each."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from protlm.data.records import Record
 from protlm.data.strings import Strings, bounds_of
 
 UNKNOWN = -1
-"""What stands for no value in the columns of numbers."""
+"""The value that marks a missing number in a column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,12 @@ class RecordTable:
         descriptions: The rest of each header.
         digests: xxh3-128 of each cleaned sequence, its letters in upper case; uint64 (records, 2), high half first.
         id_digests: xxh3-128 of each id's UTF-8 bytes, as `digests`.
-        cluster_size: Members of the record's UniRef cluster, int32 (records), `UNKNOWN` if not told.
-        taxon_id: NCBI taxonomy id, int32 (records), `UNKNOWN` if not told.
+        cluster_size: Members of the record's UniRef cluster, int32 (records), `UNKNOWN` if not given.
+        taxon_id: NCBI taxonomy id, int32 (records), `UNKNOWN` if not given.
         lines: Line of each header in the text it came from, int64 (records), from 1.
-        cluster_ids: Name of each record's cluster, empty if not told; None if told for none.
-        families: Names of each record's families joined by `;`, empty if not told; None if told for none.
-        repairs: Letters repaired, by the rules of `vocabulary.REPAIRS`; only rules that were needed.
+        cluster_ids: Name of each record's cluster, empty if not given; None if no record has one.
+        families: Names of each record's families joined by `;`, empty if not given; None if no record has any.
+        repairs: Letters repaired, by the rules of `vocabulary.REPAIRS`; only rules that were applied.
     """
 
     tokens: np.ndarray
@@ -51,7 +51,7 @@ class RecordTable:
 
 
 def table_of(records: Iterable[Record], repairs: Mapping[str, int]) -> RecordTable:
-    """Returns records as columns, with the repairs that were made on the way to them."""
+    """Returns records as columns, together with the repairs that parsing them took."""
     kept = list(records)
     sequences = [record.sequence.encode() for record in kept]
     numbers = {

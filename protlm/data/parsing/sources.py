@@ -1,4 +1,4 @@
-"""Where text comes from: hides files, folders, patterns and the standard input, and how the bytes are compressed."""
+"""Inputs as plain text: hides files, folders, patterns and the standard input, and how the bytes are compressed."""
 
 import bz2
 import glob
@@ -34,12 +34,12 @@ TextFormat = Literal["fasta", "flatfile", "uniprot-xml", "uniref-xml"]
 
 _RAW_BLOCK_BYTES = 1 << 20
 _BLOCK_BYTES = 4 << 20
-# Given to a decompressor at once: it copies what follows a member, so a file of many small ones wants this small.
+# Fed to a decompressor at once. It copies the bytes after a member, so files of many small members need this small.
 _FEED_BYTES = 1 << 18
-# Enough for every mark below; that of a tar archive stands last.
+# Enough for every mark below; that of a tar archive comes last.
 _MAGIC_BYTES = 512
 _HEAD_BYTES = 1 << 16
-# xz files are made with dictionaries up to 64 MiB unless someone asks for more.
+# The dictionaries of xz files have up to 64 MiB unless someone asked for more.
 _XZ_MEMORY_BYTES = 256 << 20
 
 # A FASTA file may begin with blank lines and, as A3M, with comments.
@@ -66,7 +66,7 @@ class _Decompressor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Compression:
-    """How one kind of compressed data is told and unpacked; `padding` says that zeros may follow its last member."""
+    """One kind of compression: how it is recognised and unpacked, and whether zeros may follow its last member."""
 
     name: str
     magic: re.Pattern[bytes]
@@ -78,7 +78,7 @@ class _Compression:
 _COMPRESSIONS = (
     _Compression(
         "gzip", re.compile(rb"\x1f\x8b"), partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP),
-        # The stub of isal says that its error is an instance.
+        # The stub of isal declares its error as an instance.
         (igzip_lib.IsalError, ValueError), padding=True,  # type: ignore[arg-type]
     ),
     _Compression("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, (OSError, ValueError), padding=False),
@@ -87,7 +87,7 @@ _COMPRESSIONS = (
         partial(lzma.LZMADecompressor, format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES),
         (lzma.LZMAError, ValueError), padding=True,
     ),
-    # The second mark is that of a skippable frame, with which some programs begin.
+    # The second mark is that of a skippable frame, which some programs write first.
     _Compression(
         "zstd", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), zstd.ZstdDecompressor,
         (zstd.ZstdError, ValueError), padding=False,
@@ -97,11 +97,11 @@ _COMPRESSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """What inputs stand for.
+    """The files that inputs name.
 
     Attributes:
-        paths: The files to read, in order; `STDIN` stands for itself.
-        left_out: What lies in a named folder and is no protein file.
+        paths: The files to read, in order; `STDIN` stays as it is.
+        left_out: Files and folders in a named folder that are no protein files.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -111,13 +111,13 @@ class Expanded:
 class SourceBlocks:
     """Iterates once over the uncompressed bytes of a file, in blocks of a few MiB at most.
 
-    Memory is bounded whatever the file unpacks to.
+    Memory is bounded, however far the file expands.
 
     Attributes:
-        name: Base name of the file; bytes that are no text are written as escapes.
-        sha256: Of the bytes as they lie on disk, in hex; empty before the end is reached.
-        is_plain: The file is neither compressed nor a pipe, so that a part of it can be read alone; known once the
-            first block is there.
+        name: Base name of the file; bytes that are not UTF-8 are written as escapes.
+        sha256: Hash of the bytes on disk, in hex; empty before the end is reached.
+        is_plain: Whether the file is neither compressed nor a pipe, so that any stretch of it can be read by itself;
+            set once the first block was read.
     """
 
     def __init__(self, path: str | Path, *, advance: Advance = no_advance) -> None:
@@ -143,7 +143,7 @@ class SourceBlocks:
         self.sha256 = digest.hexdigest()
 
     def _unpacked(self, raw_blocks: Iterator[bytes], *, is_pipe: bool) -> Iterator[bytes]:
-        """Yields the bytes of a file without its compression, after a look at what they are."""
+        """Yields the uncompressed bytes of a file, after checking that they are of a kind that is read."""
         first = _beginning(raw_blocks)
         if message := _unreadable_kind(first):
             raise ProtlmError(f"{self._path}: {message}")
@@ -172,54 +172,54 @@ class SourceBlocks:
 
 
 def expand_inputs(inputs: Sequence[str | Path]) -> Expanded:
-    """Returns the files that inputs stand for.
+    """Returns the files that inputs name.
 
     Args:
-        inputs: Each is a file or a pipe, a folder (the files directly in it, by name, without hidden ones), a pattern
-            such as `*.fasta` (by name) or `STDIN`.
+        inputs: Files, pipes, folders (the files directly in each by name, without hidden ones), patterns such as
+            `*.fasta` (their matches by name) or `STDIN`.
 
     Raises:
-        ProtlmError: An input that is not there, leads nowhere or cannot be read; a folder without protein files; a
-            pattern without matches.
+        ProtlmError: An input that does not exist, is a dangling link or cannot be read; a folder without protein files;
+            a pattern without matches.
     """
-    found = Expanded()
+    expanded = Expanded()
     for path in map(str, inputs):
         if path == STDIN:
-            found.paths.append(path)
+            expanded.paths.append(path)
         elif os.path.lexists(path):
-            _expand(path, found)
+            _expand(path, expanded)
         elif glob.has_magic(path):
             if not (matches := sorted(glob.glob(path, recursive=True))):
                 raise ProtlmError(f"{path}: no file matches this pattern; check its folder and its spelling")
             for match in matches:
-                _expand(match, found)
+                _expand(match, expanded)
         else:
             raise ProtlmError(f"{path}: no such file; check the spelling")
-    return found
+    return expanded
 
 
-def _expand(path: str, found: Expanded) -> None:
+def _expand(path: str, expanded: Expanded) -> None:
     mode = _mode(path)
     if stat.S_ISDIR(mode):
-        _expand_folder(path, found)
+        _expand_folder(path, expanded)
     elif stat.S_ISREG(mode) or stat.S_ISFIFO(mode):
-        found.paths.append(path)
+        expanded.paths.append(path)
     else:
         raise ProtlmError(f"{path}: a device or a socket; expected a file, a folder, a pipe or `-`")
 
 
-def _expand_folder(folder: str, found: Expanded) -> None:
+def _expand_folder(folder: str, expanded: Expanded) -> None:
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise _unreadable(folder, error) from error
     if not names:
         raise ProtlmError(f"{folder}: an empty folder; expected protein files in it")
-    num_before = len(found.paths)
+    num_before = len(expanded.paths)
     for path in (os.path.join(folder, name) for name in names):
         is_taken = stat.S_ISREG(_mode(path)) and is_protein_file(path)
-        (found.paths if is_taken else found.left_out).append(path)
-    if len(found.paths) == num_before:
+        (expanded.paths if is_taken else expanded.left_out).append(path)
+    if len(expanded.paths) == num_before:
         raise ProtlmError(f"{folder}: a folder without protein files; expected FASTA, UniProtKB or UniRef files in it")
 
 
@@ -238,9 +238,9 @@ def _mode(path: str) -> int:
 
 
 def is_protein_file(path: str | Path) -> bool:
-    """Says whether a file begins like one of the formats that protlm reads.
+    """Returns whether a file begins like one of the formats that protlm reads.
 
-    Compressed data that are damaged count as one, so that they are reported and not passed over.
+    Damaged compressed data count as one, so that they are reported instead of being passed over.
 
     Raises:
         ProtlmError: The file cannot be opened.
@@ -267,14 +267,14 @@ def is_protein_file(path: str | Path) -> bool:
 
 
 def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
-    """Tells the format of a text from its beginning; what is none of them counts as FASTA, whose reader explains it.
+    """Returns the format of a text; text of no known format counts as FASTA, whose parser reports what is wrong.
 
     Args:
         head: The first 64 KiB of the text.
         path: The file, for messages.
 
     Raises:
-        ProtlmError: XML whose root element is none that protlm reads.
+        ProtlmError: XML with another root element than those that protlm reads.
     """
     text = head.lstrip()
     if text.startswith(b"ID   "):
@@ -286,9 +286,9 @@ def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
         return "uniprot-xml"
     if root in UNIREF_ROOTS:
         return "uniref-xml"
-    found = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
+    got = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
     where = f"{path}: " if path is not None else ""
-    raise ProtlmError(f"{where}{found}; expected FASTA, or XML of UniProtKB (<uniprot>) or UniRef (<UniRef>)")
+    raise ProtlmError(f"{where}{got}; expected FASTA, or XML of UniProtKB (<uniprot>) or UniRef (<UniRef>)")
 
 
 def _open(path: str | Path) -> Any:
@@ -317,7 +317,7 @@ def _unreadable_kind(beginning: bytes) -> str | None:
 
 
 def _beginning(blocks: Iterator[bytes]) -> bytes:
-    """Returns the first block, with more of them added if it is too short to hold a mark."""
+    """Returns the first block, joined with the next ones while it is too short to hold every mark."""
     first = b""
     while len(first) < _MAGIC_BYTES and (block := next(blocks, b"")):
         first = first + block if first else block
@@ -327,12 +327,12 @@ def _beginning(blocks: Iterator[bytes]) -> bytes:
 def _decompressed(
     path: str | Path, compression: _Compression, first: bytes, raw_blocks: Iterator[bytes]
 ) -> Iterator[bytes]:
-    pieces = _pieces(first, raw_blocks)
+    feed = _small_blocks(first, raw_blocks)
     member: _Decompressor = compression.new()
-    data = next(pieces, b"")
+    data = next(feed, b"")
     while True:
         try:
-            # The bound keeps a small file that unpacks to terabytes from doing so all at once.
+            # Bounded, because a small file may expand to terabytes.
             block = member.decompress(data, _BLOCK_BYTES)
         except compression.error as error:
             raise _damaged(path, compression.name, error) from error
@@ -340,17 +340,17 @@ def _decompressed(
         if block:
             yield block
         if member.eof:
-            # Another member may follow, as in files put together with cat.
+            # Another member may follow, as in files joined with cat.
             data = member.unused_data
             while not (data := data.lstrip(b"\0") if compression.padding else data):
-                if not (data := next(pieces, b"")):
+                if not (data := next(feed, b"")):
                     return
             member = compression.new()
-        elif member.needs_input and not (data := next(pieces, b"")):
+        elif member.needs_input and not (data := next(feed, b"")):
             raise ProtlmError(f"{path}: the {compression.name} data end too early; copy or download the file again")
 
 
-def _pieces(first: bytes, raw_blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _small_blocks(first: bytes, raw_blocks: Iterator[bytes]) -> Iterator[bytes]:
     block = first
     while block:
         for start in range(0, len(block), _FEED_BYTES):

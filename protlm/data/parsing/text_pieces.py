@@ -1,4 +1,4 @@
-"""Where a text may be cut: hides how the end of a record is found in each format, so that pieces are read alone."""
+"""Pieces of whole records, to be parsed independently: hides where the text of each format may be cut."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from protlm.data.parsing.xml_text import check_prolog
 from protlm.data.records import MAX_RECORD_BYTES, Format
 
 PIECE_BYTES = 8 << 20
-"""Small enough for the memory of one piece to be used again for the next, instead of being asked for anew."""
+"""Small enough that the allocator reuses the memory of one piece for the next."""
 
 _HEAD_BYTES = 1 << 16
 _LONGEST_MARK = 16
@@ -18,15 +18,15 @@ _LONGEST_MARK = 16
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """Some whole records of a file, as text.
+    """The text of some whole records of a file.
 
     Attributes:
-        format: How they are written.
+        format: Format of the file.
         text: The text, with the line ends of the file.
-        start: Place of its first byte in the uncompressed file.
-        is_first: Nothing of the file stands before it.
-        is_last: Nothing of the file comes after it.
-        oversized_lines: 0; for a single record that is too long, its number of lines, and `text` is its beginning.
+        start: Offset of its first byte in the uncompressed file.
+        is_first: Whether the file begins with it.
+        is_last: Whether the file ends with it.
+        oversized_lines: 0, except for a single record that is too long: its number of lines; `text` is its beginning.
     """
 
     format: Format
@@ -40,14 +40,14 @@ class TextPiece:
 def cut_into_pieces(
     path: str | Path, blocks: Iterable[bytes], *, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[TextPiece]:
-    """Cuts the text of a file into pieces of whole records; a piece may be one record longer than `piece_bytes`.
+    """Yields the text of a file in pieces of whole records; a piece may be one record longer than `piece_bytes`.
 
-    Memory is bounded by one piece and one record of `MAX_RECORD_BYTES`, whatever the file holds.
+    Memory is bounded by one piece and one record of `MAX_RECORD_BYTES`, however long the records of the file are.
 
     Args:
         path: The file, for messages.
         blocks: Its uncompressed text.
-        piece_bytes: Size from which a piece ends at the next end of a record.
+        piece_bytes: A piece of at least this size ends at the next end of a record.
     """
     remaining = iter(blocks)
     head = b""
@@ -73,16 +73,16 @@ class _Cutter:
         self._piece_bytes = piece_bytes
 
     def cut(self, head: bytes, blocks: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
-        """Yields texts of whole records, and 0 or the number of lines of a record of which only the beginning is kept.
+        """Yields texts of whole records, each with 0, or with the number of lines of a record cut to its beginning.
 
-        `size` is then the bytes that the text takes in its file.
+        At each yield `size` is the number of bytes that the text takes in its file.
         """
         pending, num_bytes = [head], len(head)
         limit = self._piece_bytes + MAX_RECORD_BYTES
         while True:
             end = self._last_end(pending[-1]) if num_bytes >= self._piece_bytes else 0
             if not end and num_bytes > limit:
-                # The last end of a record may stand in an earlier block.
+                # The last end of a record may be in an earlier block.
                 pending = [b"".join(pending)]
                 end = self._last_end(pending[0])
                 if not end:
@@ -106,12 +106,12 @@ class _Cutter:
             yield b"".join(pending), 0
 
     def _drop(self, text: bytes, blocks: Iterator[bytes]) -> tuple[bytes, int, bytes]:
-        """Reads on to the end of a record that is too long; returns its beginning, its lines, and what follows."""
+        """Skips the rest of a record that is too long; returns its beginning, its number of lines and the next text."""
         beginning, tail = text[:_HEAD_BYTES], text[-_LONGEST_MARK:]
         line_end = b"\n" if b"\n" in beginning or b"\r" not in beginning else b"\r"
         lines, self.size = text.count(line_end), len(text)
         while block := next(blocks, b""):
-            # The mark of an end may stand across two blocks.
+            # The mark of an end may be split between two blocks.
             end = self._first_end(tail + block) - len(tail)
             if end > 0:
                 self.size += end
@@ -124,8 +124,8 @@ class _Cutter:
 def _format_of(path: str | Path, head: bytes) -> Format:
     if head.lstrip().startswith(b"<"):
         check_prolog(path, head)
-    found = sniff_format(head, path)
-    return "a3m" if found == "fasta" and fasta.is_a3m(head) else found
+    text_format = sniff_format(head, path)
+    return "a3m" if text_format == "fasta" and fasta.is_a3m(head) else text_format
 
 
 def _last_fasta_end(text: bytes) -> int:
@@ -145,7 +145,7 @@ def _first_flatfile_end(text: bytes) -> int:
 
 
 def _after_line(text: bytes, start: int) -> int:
-    """Returns the place after a line `//`; 0 if it is not there."""
+    """Returns the offset after a line `//`; 0 if there is no such line."""
     return text.find(b"\n", start + 1) + 1 if start >= 0 else 0
 
 
