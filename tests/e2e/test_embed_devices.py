@@ -38,7 +38,7 @@ def test_two_processes_give_the_bytes_of_one(run_dir, fasta, one_process, tmp_pa
 FULL_DISK = """
 import os, sys
 from protlm.cli.app import main
-from protlm.workflows.embed import parts as embed_parts
+from protlm.workflows.embed import portions as embed_parts
 
 def full(*_):
     raise OSError(28, "No space left on device", "a disk")

@@ -14,7 +14,7 @@ from protlm import files
 from protlm.cli.app import main
 from protlm.inference.row_embeddings import RowEmbedder
 from protlm.workflows.embed import assembly as embed_assembly
-from protlm.workflows.embed import parts as embed_parts
+from protlm.workflows.embed import portions as embed_parts
 from tests.e2e.conftest import SMALL, write_fasta
 from tests.e2e.train_tools import TIMEOUT_SECONDS, finish, start
 

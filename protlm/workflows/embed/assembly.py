@@ -14,7 +14,7 @@ from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError, ShardError
 from protlm.runtime.progress import StartProgress
 from protlm.workflows.embed.folder import EmbedFolder
-from protlm.workflows.embed.parts import contents_of
+from protlm.workflows.embed.portions import contents_of
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedSettings
 

@@ -16,7 +16,7 @@ from protlm.model.performer import Performer
 from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer, process_rank
 from protlm.runtime.progress import StartProgress
 from protlm.workflows.embed.folder import EmbedFolder
-from protlm.workflows.embed.parts import PartRow, PartRows, PartWriter
+from protlm.workflows.embed.portions import PartRow, PartRows, PartWriter
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedSettings
 from protlm.workflows.trainers import inference_trainer, quiet_lightning

@@ -26,7 +26,7 @@ from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, open_embed_folder
 from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
-from protlm.workflows.embed.parts import PartRows, PartWriter
+from protlm.workflows.embed.portions import PartRows, PartWriter
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
 
