@@ -1,13 +1,26 @@
-"""`protlm embed`: options in, embeddings out, and what there is to know of them."""
+"""`protlm embed`: options in, embeddings, a summary out."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from protlm.choices import SplitName
 from protlm.cli import output
+from protlm.cli.options import (
+    DevicesOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    NumNodesOption,
+    OnBadRecordOption,
+    ResumeOption,
+    one_of,
+    seed_option,
+    some_of,
+)
 from protlm.cli.progress import Bars
+from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName
 from protlm.data.records import shown
 from protlm.errors import ProtlmError
 
@@ -17,88 +30,76 @@ if TYPE_CHECKING:
 
 _UNITS = {"read": "B", "embed": "residue", "write": "protein"}
 _SHOWN_SKIPPED = 20
-
-
-class Include(StrEnum):
-    """The kinds of embedding."""
-
-    mean = "mean"
-    per_residue = "per-residue"
-    cls = "cls"
-    logits = "logits"
-
-
-class LayoutName(StrEnum):
-    """The layouts of the output."""
-
-    protlm = "protlm"
-    uniprot = "uniprot"
-    bio_embeddings = "bio-embeddings"
-    esm = "esm"
-    npz = "npz"
-    parquet = "parquet"
-    npy = "npy"
-
-
-class Precision(StrEnum):
-    """The types of the stored numbers."""
-
-    float32 = "float32"
-    float16 = "float16"
-
-
-class OnBadRecord(StrEnum):
-    """What to do with a record that cannot be used."""
-
-    error = "error"
-    skip = "skip"
-
-
-class SplitName(StrEnum):
-    """The splits of a dataset."""
-
-    train = "train"
-    valid = "valid"
-    test = "test"
-    ood = "ood"
+_DEFAULT_INCLUDE = ["mean"]
 
 
 def embed_command(
-    model: Path = typer.Argument(..., metavar="MODEL", help="A model directory, or the run that made it."),
-    inputs: list[str] = typer.Argument(
-        ..., metavar="INPUT...", help="Protein files as for prep, `-` for the standard input; or one DATASET."
-    ),
-    out: Path = typer.Option(..., "--out", metavar="FILE", help="The output: a file; with the layout esm a folder."),
-    split: SplitName | None = typer.Option(None, "--split", help="Which proteins of a DATASET."),
-    include: list[Include] = typer.Option([Include.mean], "--include", help="What to store; repeatable."),
-    layers: str = typer.Option("-1", "--layers", help="Layers, by comma: 0 is the embedding, -1 the last."),
-    layout: LayoutName = typer.Option(LayoutName.protlm, "--layout", help="How embeddings lie in the output."),
-    dtype: Precision | None = typer.Option(
-        None, "--dtype", help="Type of the stored numbers; default: float32, and float16 for the layout uniprot."
-    ),
-    tokens_per_batch: int | None = typer.Option(
-        None, "--tokens-per-batch", min=3, help="Budget of one forward pass; default: what suits the device."
-    ),
-    window: int | None = typer.Option(
-        None, "--window", min=2, help="Compute longer proteins in overlapping windows of so many residues."
-    ),
-    truncate: int | None = typer.Option(
-        None, "--truncate", min=1, help="Embed only the first so many residues of longer proteins."
-    ),
-    on_bad_record: OnBadRecord = typer.Option(OnBadRecord.error, "--on-bad-record", help="Stop, or skip and count."),
-    devices: int = typer.Option(1, "--devices", min=1, help="GPUs, or processes on the CPU, on each machine."),
-    num_nodes: int = typer.Option(1, "--num-nodes", min=1, help="Machines; they must share the folder of the output."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Taken as by every command; embedding draws nothing."),
-    resume: bool = typer.Option(False, "--resume", help="Go on with what an unfinished run left."),
-    force: bool = typer.Option(False, "--force", help="Replace an existing output of the same layout."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Tell proteins, size, time and free disk; embed nothing."),
-    as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
+    model: ModelArgument,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...", help="Protein files as for prep, or - for the standard input; or one DATASET."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The output: a file, or a folder with the layout esm.")
+    ],
+    split: Annotated[
+        SplitName | None, typer.Option("--split", metavar=one_of(SplitName), help="The proteins of a DATASET to embed.")
+    ] = None,
+    include: Annotated[
+        list[str], some_of("--include", Kind, help="Kind of embedding to store; repeatable.")
+    ] = _DEFAULT_INCLUDE,
+    layers: Annotated[
+        str, typer.Option("--layers", metavar="LAYERS", help="Numbers by comma: 0 is the embedding, -1 the last layer.")
+    ] = "-1",
+    layout: Annotated[
+        LayoutName, typer.Option("--layout", metavar=one_of(LayoutName), help="Layout of the output.")
+    ] = "protlm",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            "--dtype",
+            metavar=one_of(Dtype),
+            help="Type of the stored numbers; default: float32, and float16 for the layout uniprot.",
+        ),
+    ] = None,
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens-per-batch",
+            metavar="N",
+            min=3,
+            help="Budget of one forward pass; default: a number that suits the device.",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window", metavar="N", min=2, help="Compute longer proteins in overlapping windows of N residues."
+        ),
+    ] = None,
+    truncate: Annotated[
+        int | None,
+        typer.Option("--truncate", metavar="N", min=1, help="Embed only the first N residues of longer proteins."),
+    ] = None,
+    on_bad_record: OnBadRecordOption = "error",
+    devices: DevicesOption = 1,
+    num_nodes: NumNodesOption = 1,
+    seed: Annotated[int, seed_option("Accepted as by every command; embedding draws nothing.")] = 0,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print counts, size, time and free disk; embed nothing.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Embed every protein: one vector each, or one a residue.
+    """Embed every protein: one vector each, or one per residue.
 
     Proteins keep their order and their ids; a repeated id gets #2, #3, … A protein of any length is embedded whole
-    unless --truncate says otherwise, and its result does not depend on the others. Equal sequences are computed once. A
-    protein that does not fit into memory is left out and listed, and the status is then 1.
+    unless --truncate is given, and its result does not depend on the others. Equal sequences are computed once. A
+    protein that does not fit into memory is left out and listed, and the exit status is then 1. --force replaces an
+    output of the same layout only.
 
     \b
     Examples:
@@ -120,9 +121,9 @@ def embed_command(
     from protlm.workflows.embed.settings import EmbedRequest, EmbedUsageError
 
     request = EmbedRequest(
-        model, inputs, out, None if split is None else split.value, [kind.value for kind in include], layer_numbers,
-        layout.value, None if dtype is None else dtype.value, tokens_per_batch, window, truncate, on_bad_record.value,
-        Devices(devices, num_nodes), resume, force,
+        model=model, inputs=inputs, out=out, split=split, include=cast("list[Kind]", include), layers=layer_numbers,
+        layout=layout, dtype=dtype, tokens_per_batch=tokens_per_batch, window=window, truncate=truncate,
+        on_bad_record=on_bad_record, devices=Devices(devices, num_nodes), resume=resume, force=force,
     )  # fmt: skip
     try:
         with Bars(_UNITS) as bars:
@@ -134,42 +135,27 @@ def embed_command(
             output.warn(f"what is finished is kept in {kept}; go on with the same command and --resume")
         raise
     if report is None:
-        # One of the other processes of the run: the first one tells.
+        # Only the first process of a run prints.
         return
     for path in report.left_out:
         output.warn(f"{path}: no protein file; left out")
     if report.rejects:
         output.warn("skipped " + ", ".join(f"{count} records ({reason})" for reason, count in report.rejects.items()))
     if isinstance(report, EmbedEstimate):
-        _tell_estimate(report, as_json)
+        _print_estimate(report, as_json)
     else:
-        _tell(report, as_json)
+        _print(report, as_json)
 
 
-def _tell(report: "EmbedReport", as_json: bool) -> None:
+def _print(report: "EmbedReport", as_json: bool) -> None:
     if as_json:
         output.print_json(report)
     else:
-        print(f"embedded    {report.num_records:,} proteins, {report.num_residues:,} residues")
-        for count, what in (
-            (report.num_equal, "proteins with a sequence that stood before, computed once"),
-            (report.num_windowed, "proteins in overlapping windows"),
-            (report.num_truncated, "proteins cut to their beginning"),
-            (report.num_renamed, "repeated ids, renamed to #2, #3, …"),
-        ):
-            if count:
-                print(f"of them     {count:,} {what}")
-        for rule, count in report.repairs.items():
-            print(f"repaired    {count:,} letters ({rule})")
-        print(
-            f"stored      {', '.join(report.include)} of layer {', '.join(map(str, report.layers))}, "
-            f"{report.dim} wide, {report.dtype}"
-        )
-        print(f"embeddings  {', '.join(map(str, (report.out, *report.files)))}")
-        for found in report.skipped:
-            print(f"left out    {shown(found.id)}, {found.num_residues:,} residues: did not fit into memory")
+        output.print_pairs(_pairs(report))
     if report.skipped:
-        listed = ", ".join(f"{shown(found.id)} ({found.num_residues:,})" for found in report.skipped[:_SHOWN_SKIPPED])
+        listed = ", ".join(
+            f"{shown(protein.id)} ({protein.num_residues:,})" for protein in report.skipped[:_SHOWN_SKIPPED]
+        )
         listed += ", …" if len(report.skipped) > _SHOWN_SKIPPED else ""
         raise ProtlmError(
             f"{len(report.skipped):,} proteins did not fit into memory and are not in {report.out}: {listed}; "
@@ -177,22 +163,38 @@ def _tell(report: "EmbedReport", as_json: bool) -> None:
         )
 
 
-def _tell_estimate(found: "EmbedEstimate", as_json: bool) -> None:
-    if as_json:
-        output.print_json(found)
-    else:
-        rows = [
-            ("proteins", f"{found.num_records:,}"),
-            ("different sequences", f"{found.num_sequences:,}"),
-            ("residues", f"{found.num_residues:,}"),
-            ("residues to compute", f"{found.num_computed_residues:,}"),
-            ("residues of the longest", f"{found.longest:,}"),
-            ("output bytes, about", f"{found.out_bytes:,}"),
-            ("disk bytes while at work, about", f"{found.peak_bytes:,}"),
-            ("free disk bytes", f"{found.free_bytes:,}"),
-            ("residues a second, in a sample", f"{found.residues_per_second:,.0f}"),
-            ("seconds, about", f"{found.seconds:,.0f}"),
-        ]
-        output.print_table(("dry run", ""), rows)
-    if found.peak_bytes > found.free_bytes:
-        raise ProtlmError(f"not enough disk: about {found.peak_bytes:,} bytes wanted, {found.free_bytes:,} free")
+def _pairs(report: "EmbedReport") -> list[tuple[str, str]]:
+    pairs = [("embedded", f"{report.num_records:,} proteins, {report.num_residues:,} residues")]
+    for count, description in (
+        (report.num_equal, "proteins with a sequence that stood before, computed once"),
+        (report.num_windowed, "proteins in overlapping windows"),
+        (report.num_truncated, "proteins cut to their beginning"),
+        (report.num_renamed, "repeated ids, renamed to #2, #3, …"),
+    ):
+        if count:
+            pairs.append(("of them", f"{count:,} {description}"))
+    pairs += [("repaired", f"{count:,} letters ({rule})") for rule, count in report.repairs.items()]
+    kinds, layers = ", ".join(report.include), ", ".join(map(str, report.layers))
+    pairs += [
+        ("stored", f"{kinds} of layer {layers}, {report.dim} wide, {report.dtype}"),
+        ("embeddings", ", ".join(map(str, (report.out, *report.files)))),
+    ]
+    for protein in report.skipped:
+        pairs.append(("left out", f"{shown(protein.id)}, {protein.num_residues:,} residues: did not fit into memory"))
+    return pairs
+
+
+def _print_estimate(estimate: "EmbedEstimate", as_json: bool) -> None:
+    pairs = [
+        ("proteins", f"{estimate.num_records:,}"),
+        ("different sequences", f"{estimate.num_sequences:,}"),
+        ("residues", f"{estimate.num_residues:,}"),
+        ("residues to compute", f"{estimate.num_computed_residues:,}"),
+        ("residues of the longest", f"{estimate.longest:,}"),
+        ("output bytes, about", f"{estimate.out_bytes:,}"),
+        ("disk bytes while at work, about", f"{estimate.peak_bytes:,}"),
+        ("free disk bytes", f"{estimate.free_bytes:,}"),
+        ("residues a second, in a sample", f"{estimate.residues_per_second:,.0f}"),
+        ("seconds, about", f"{estimate.seconds:,.0f}"),
+    ]
+    output.print_estimate(estimate, pairs, as_json=as_json)

@@ -1,4 +1,4 @@
-"""What becomes of a protein that is longer than a model, or a user, wants to see at once: windows, or its beginning."""
+"""Long proteins can be computed in overlapping windows, or cut to their beginning."""
 
 import itertools
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Segment(NamedTuple):
-    """A stretch of one protein that is computed by itself, in residues from 0.
+class Window(NamedTuple):
+    """Consecutive residues of a protein, counted from 0, that are computed together; a short protein is one window.
 
     Attributes:
         record: The protein.
         start: The first residue that the model sees.
-        stop: The end of what it sees.
-        core_start: The first residue whose embedding is taken from here; the others are context.
-        core_stop: The end of those.
+        stop: The end of the residues that it sees.
+        core_start: The first residue whose embedding is taken from this window; those outside the core are context.
+        core_stop: The end of the core.
     """
 
     record: int
@@ -27,40 +27,40 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of a long protein.
+    """The treatment of long proteins.
 
     Attributes:
-        window: Residues of the overlapping windows that a longer protein is computed in; None for no windows.
-        truncate: Only so many residues of a longer protein are embedded; None for all.
+        window: Length of the overlapping windows in which a longer protein is computed, in residues; None: no windows.
+        truncate: Number of residues of a longer protein that are embedded, from its first on; None: all.
     """
 
     window: int | None = None
     truncate: int | None = None
 
     def kept(self, lengths: np.ndarray) -> np.ndarray:
-        """Returns the residues of each protein that are embedded."""
+        """Returns the number of residues of each protein that are embedded."""
         return lengths if self.truncate is None else np.minimum(lengths, self.truncate)
 
-    def segments(self, record: int, num_residues: int) -> list[Segment]:
-        """Returns what is computed of a protein.
+    def windows(self, record: int, num_residues: int) -> list[Window]:
+        """Returns the windows of a protein.
 
-        Neighbouring windows overlap by half or more. Each residue is taken from the window in whose middle it stands
-        most nearly.
+        Neighbouring windows overlap by half or more. The embedding of a residue is taken from the window whose middle
+        is nearest to it.
         """
         kept = num_residues if self.truncate is None else min(num_residues, self.truncate)
         if self.window is None or kept <= self.window:
-            return [Segment(record, 0, kept, 0, kept)]
+            return [Window(record, 0, kept, 0, kept)]
         count = int(self._num_windows(np.int64(kept)))
         starts = [number * (kept - self.window) // (count - 1) for number in range(count)]
-        # The middle of each overlap, which parts two windows.
+        # The cores of two neighbours meet in the middle of their overlap.
         bounds = [0, *((before + after + self.window) // 2 for before, after in itertools.pairwise(starts)), kept]
         return [
-            Segment(record, start, start + self.window, bounds[number], bounds[number + 1])
+            Window(record, start, start + self.window, bounds[number], bounds[number + 1])
             for number, start in enumerate(starts)
         ]
 
     def sizes(self, num_residues: np.ndarray) -> np.ndarray:
-        """Returns the residues of everything that is computed of some proteins, int64; the order is none of theirs."""
+        """Returns the number of residues of every window of some proteins, int64, in no particular order."""
         kept = self.kept(num_residues)
         if self.window is None:
             return kept
@@ -69,7 +69,7 @@ class Cut:
         return np.concatenate([kept[~is_long], np.full(num_windows, self.window, dtype=np.int64)])
 
     def _num_windows(self, num_residues: Any) -> Any:
-        """Returns the windows of proteins longer than one."""
+        """Returns the number of windows of proteins that are longer than one window."""
         assert self.window is not None
         stride = max(1, self.window // 2)
         return -(-(num_residues - self.window) // stride) + 1

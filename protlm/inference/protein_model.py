@@ -1,4 +1,4 @@
-"""The facade of a trained model: hides tokens, packing and devices from whoever wants embeddings or logits."""
+"""The Python interface of a trained model: sequences in, NumPy arrays out; tokens, packing and devices stay inside."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 from protlm import vocabulary
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.embeddings.kinds import KINDS, Kind
-from protlm.inference.row_embeddings import RowEmbedder, absolute_layer, merged
+from protlm.inference.row_embeddings import RowEmbedder, absolute_layer, merge_windows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import read_model
@@ -16,10 +16,10 @@ from protlm.runtime.devices import best_device, default_tokens_per_batch
 
 
 class ProteinModel:
-    """A trained model that takes sequences as text and gives NumPy arrays.
+    """A trained model that takes sequences as text and returns NumPy arrays.
 
     Attributes:
-        description: What the model directory says of the model.
+        description: The content of the model's config.json.
     """
 
     def __init__(self, model: Performer, description: ModelDescription) -> None:
@@ -46,48 +46,48 @@ class ProteinModel:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Returns an iterator over the embeddings of each sequence, in order, as float32.
 
-        A result does not depend on the sequences beside it. Sequences are read as they are needed.
+        A result does not depend on the other sequences. Sequences are read only as they are needed.
 
         Args:
             sequences: Residues as text; repaired like records of a FASTA file.
             include: `mean` over the residues (dim,), `per-residue` (num_residues, dim), `cls` (dim,), `logits`
-                (num_residues, 33), which are those of the last layer whatever `layer` is.
+                (num_residues, 33); logits always are those of the last layer.
             layer: 0 is the embedding, -1 the last layer.
-            tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None for what suits
+            tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None: a default for
                 the device.
 
         Raises:
             ValueError: An unknown kind or layer, an empty sequence, a letter that stands for no residue, or a sequence
-                longer than the positions of the model reach.
+                longer than the model's learned positions.
         """
         if isinstance(include, str) or not include or not set(include) <= set(KINDS):
             raise ValueError(f"include: expected some of {', '.join(map(repr, KINDS))}, got {include!r}")
         number = absolute_layer(layer, self.num_layers)
         proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
-        return self._computed(proteins, tuple(dict.fromkeys(include)), number, tokens_per_batch)
+        return self._compute(proteins, tuple(dict.fromkeys(include)), number, tokens_per_batch)
 
     def logits(self, sequences: Iterable[str], *, tokens_per_batch: int | None = None) -> Iterator[np.ndarray]:
-        """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), nothing masked.
+        """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), without masking.
 
         Raises:
             ValueError: An empty sequence or a letter that stands for no residue.
         """
         proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
-        found = self._computed(proteins, ("logits",), self.num_layers, tokens_per_batch)
-        return (embeddings["logits"] for embeddings in found)
+        by_kind = self._compute(proteins, ("logits",), self.num_layers, tokens_per_batch)
+        return (arrays["logits"] for arrays in by_kind)
 
-    def _computed(
+    def _compute(
         self, proteins: Iterable[np.ndarray], kinds: Sequence[Kind], layer: int, tokens_per_batch: int | None
     ) -> Iterator[dict[str, np.ndarray]]:
         embedder = RowEmbedder(self._model, kinds, (layer,))
         for row in _rows(proteins, tokens_per_batch or default_tokens_per_batch()):
             for protein, sums in zip(row, embedder(row), strict=True):
-                # Copies, so that a kept vector does not keep the whole row in memory.
-                yield {kind: array.copy() for (kind, _), array in merged([sums], len(protein)).items()}
+                # A vector that the caller keeps must not keep the whole row in memory.
+                yield {kind: array.copy() for (kind, _), array in merge_windows([sums], len(protein)).items()}
 
 
 def load_model(path: str | Path) -> ProteinModel:
-    """Returns a trained model, on the GPU if there is one.
+    """Returns a saved model, on the GPU if there is one.
 
     Args:
         path: A model directory, or a run of `protlm train`.
@@ -100,7 +100,7 @@ def load_model(path: str | Path) -> ProteinModel:
 
 
 def _tokens(sequences: Iterable[str], tokens_per_batch: int | None, max_residues: int | None) -> Iterator[np.ndarray]:
-    """Returns an iterator over the tokens of each sequence; checks at once what does not need the sequences."""
+    """Returns an iterator over the tokens of each sequence; checks the other arguments at once."""
     if isinstance(sequences, str):
         raise ValueError("sequences: expected several, such as a list, got a single str; put it into a list")
     if tokens_per_batch is not None and tokens_per_batch < 1:
@@ -121,7 +121,7 @@ def _encode(sequence: str, max_residues: int | None) -> np.ndarray:
 
 
 def _rows(proteins: Iterable[np.ndarray], tokens_per_batch: int) -> Iterator[list[np.ndarray]]:
-    """Yields proteins in order, as many at a time as fit into a row; a longer one alone."""
+    """Yields rows of proteins, in order: as many as the budget allows, or a single longer one."""
     row: list[np.ndarray] = []
     used = 0
     for protein in proteins:

@@ -1,4 +1,4 @@
-"""From rows of proteins to embeddings: hides pooling, the way to the CPU, and what is done when memory runs out."""
+"""A row of proteins becomes embeddings: pooling, the copy to the CPU, and smaller rows where memory runs out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +12,7 @@ from protlm.data.embeddings.layouts import Column, columns_of
 from protlm.model.performer import Performer
 
 Sums = dict[Column, np.ndarray]
-"""What one segment gives: float32 (num_residues, dim) or (dim,); for a mean the sum over its residues, float64."""
+"""The results of one window: float32 (num_residues, dim) or (dim,); for a mean the sum over its residues, float64."""
 
 _NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
 
@@ -21,16 +21,16 @@ class RowEmbedder:
     """Computes rows of proteins with a model, on the model's device.
 
     Attributes:
-        columns: What is computed.
+        columns: The columns that are computed.
     """
 
     def __init__(self, model: Performer, kinds: Sequence[Kind], layers: Sequence[int]) -> None:
         """Prepares.
 
         Args:
-            model: In evaluation mode.
+            model: The network, in evaluation mode.
             kinds: Kinds of embedding, each once.
-            layers: Absolute numbers, each once; logits ignore them.
+            layers: Absolute layer numbers, each once; logits ignore them.
         """
         self._model = model
         self._last = model.config.num_layers
@@ -38,34 +38,37 @@ class RowEmbedder:
         self._layers = {layer for _, layer in self.columns}
 
     def __call__(self, proteins: Sequence[np.ndarray], cores: Sequence[slice] | None = None) -> list[Sums]:
-        """Returns what each protein of a row gives.
+        """Returns the sums of each protein of a row.
 
         Args:
-            proteins: Residue tokens of each, uint8.
-            cores: The residues of each that are wanted; default: all.
+            proteins: Residue tokens of each protein, or of a window of it, uint8.
+            cores: The residues of each whose results are returned; default: all.
         """
         tokens, bounds = pack_row(proteins)
         device = self._model.embedding.weight.device
         with torch.inference_mode():
             states = self._model.hidden_states(tokens.to(device), bounds.to(device), self._layers)
-            # Without <cls> and <eos>.
+            # Residues begin after <cls>.
             starts = (bounds[:-1] + 1).tolist()
-            wanted = cores or [slice(0, len(protein)) for protein in proteins]
-            kept = [slice(at + core.start, at + core.stop) for at, core in zip(starts, wanted, strict=True)]
-            found = {column: self._computed(column, states, kept, bounds) for column in self.columns}
-        return [{column: found[column][number] for column in self.columns} for number in range(len(proteins))]
+            cores = cores or [slice(0, len(protein)) for protein in proteins]
+            kept = [slice(at + core.start, at + core.stop) for at, core in zip(starts, cores, strict=True)]
+            by_column = {column: self._compute(column, states, kept, bounds) for column in self.columns}
+        return [{column: by_column[column][number] for column in self.columns} for number in range(len(proteins))]
 
-    def or_none(self, proteins: Sequence[np.ndarray], cores: Sequence[slice]) -> Iterator[Sums | None]:
-        """Yields what each protein of a row gives; if memory does not suffice, by halves, and None for one too long."""
-        found = self._unless_memory_runs_out(proteins, cores)
-        if found is not None:
-            yield from found
+    def compute_by_halves(self, proteins: Sequence[np.ndarray], cores: Sequence[slice]) -> Iterator[Sums | None]:
+        """Yields the sums of each protein of a row; where memory runs out, the row is halved.
+
+        A protein that does not fit into memory even alone gives None.
+        """
+        sums = self._unless_memory_runs_out(proteins, cores)
+        if sums is not None:
+            yield from sums
         elif len(proteins) == 1:
             yield None
         else:
             half = len(proteins) // 2
-            yield from self.or_none(proteins[:half], cores[:half])
-            yield from self.or_none(proteins[half:], cores[half:])
+            yield from self.compute_by_halves(proteins[:half], cores[:half])
+            yield from self.compute_by_halves(proteins[half:], cores[half:])
 
     def _unless_memory_runs_out(self, proteins: Sequence[np.ndarray], cores: Sequence[slice]) -> list[Sums] | None:
         try:
@@ -73,12 +76,12 @@ class RowEmbedder:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside of `except`, whose traceback would keep the tensors alive.
+        # Not inside `except`, where the traceback would keep the tensors alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
 
-    def _computed(
+    def _compute(
         self, column: Column, states: Mapping[int, Tensor], kept: Sequence[slice], bounds: Tensor
     ) -> Sequence[np.ndarray]:
         kind, layer = column
@@ -94,36 +97,36 @@ class RowEmbedder:
         return [numbers[residues] for residues in kept]
 
 
-def merged(parts: Sequence[Sums], num_residues: int) -> dict[Column, np.ndarray]:
-    """Returns the embeddings of one protein from what its segments gave, in order, as float32.
+def merge_windows(windows: Sequence[Sums], num_residues: int) -> dict[Column, np.ndarray]:
+    """Returns the embeddings of one protein from the sums of its windows, as float32.
 
-    The `cls` of a protein in several windows is the mean of theirs.
+    The `cls` of a protein is the mean over its windows.
 
     Args:
-        parts: Of each segment.
-        num_residues: Residues of all of them together.
+        windows: The sums of each window, in order.
+        num_residues: Residues of the protein that are embedded.
     """
-    found = {}
-    for column in parts[0]:
+    embeddings = {}
+    for column in windows[0]:
         kind, _ = column
-        pieces = [part[column] for part in parts]
+        arrays = [sums[column] for sums in windows]
         if kind in RESIDUE_KINDS:
-            found[column] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            embeddings[column] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         else:
-            total = np.stack(pieces).sum(0, dtype=np.float64)
-            found[column] = (total / (num_residues if kind == "mean" else len(pieces))).astype(np.float32)
-    return found
+            total = np.stack(arrays).sum(0, dtype=np.float64)
+            embeddings[column] = (total / (num_residues if kind == "mean" else len(arrays))).astype(np.float32)
+    return embeddings
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Says whether an error is of memory that did not suffice, on a GPU or on the CPU."""
+    """Returns whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_CPU_MEMORY)
 
 
 def absolute_layer(layer: int, last_layer: int) -> int:
-    """Returns the absolute number of a layer given from either end.
+    """Returns the absolute number of a layer; a negative one counts from the last layer, which is -1.
 
     Raises:
         ValueError: There is no such layer.

@@ -38,13 +38,13 @@ def test_two_processes_give_the_bytes_of_one(run_dir, fasta, one_process, tmp_pa
 FULL_DISK = """
 import os, sys
 from protlm.cli.app import main
-from protlm.workflows.embed import portions as embed_parts
+from protlm.workflows.embed import portions as embed_portions
 
 def full(*_):
     raise OSError(28, "No space left on device", "a disk")
 
 if os.environ.get("LOCAL_RANK", "0") == os.environ["WITH_FULL_DISK"]:
-    embed_parts.PartWriter._write = full
+    embed_portions.PortionWriter._write = full
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -14,12 +14,12 @@ from protlm import files
 from protlm.cli.app import main
 from protlm.inference.row_embeddings import RowEmbedder
 from protlm.workflows.embed import assembly as embed_assembly
-from protlm.workflows.embed import portions as embed_parts
+from protlm.workflows.embed import portions as embed_portions
 from tests.e2e.conftest import SMALL, write_fasta
 from tests.e2e.train_tools import TIMEOUT_SECONDS, finish, start
 
-# Rows of one protein, and so several parts.
-MANY_PARTS = ["--tokens-per-batch", "60"]
+# Rows of one protein, and so several portions.
+MANY_PORTIONS = ["--tokens-per-batch", "60"]
 LAYOUTS = {
     "protlm": ["--include", "per-residue", "--include", "mean", "--include", "logits", "--layers", "0,-1"],
     "uniprot": ["--include", "per-residue"],
@@ -44,7 +44,7 @@ def inputs(tmp_path_factory, proteins):
 
 
 def embed(run_dir, fasta, out, layout="protlm", *arguments):
-    return main(["embed", str(run_dir), str(fasta), "--out", str(out), "--layout", layout, *MANY_PARTS,
+    return main(["embed", str(run_dir), str(fasta), "--out", str(out), "--layout", layout, *MANY_PORTIONS,
                  *LAYOUTS[layout], *map(str, arguments)])  # fmt: skip
 
 
@@ -81,10 +81,10 @@ def kill_at(monkeypatch, owner, name, call):
 
 
 MOMENTS = {
-    "computing": (embed_parts.PartRow, "computed", 25),
-    "writing a part": (embed_parts.PartWriter, "_check", 25),
-    "putting together": (embed_assembly._Parts, "embeddings", 30),
-    "between a note and its part": (embed_parts, "contents_of", 2),
+    "computing": (embed_portions.PortionRow, "compute", 25),
+    "writing a portion": (embed_portions.PortionWriter, "_check_finite", 25),
+    "putting together": (embed_assembly._Portions, "embeddings", 30),
+    "between a note and its portion": (embed_portions, "contents_of", 2),
     "putting in place": (files, "publish", 0),
     "removing": (files, "remove_at_once", 0),
 }
@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
 
 def test_what_is_finished_is_not_computed_again(run_dir, inputs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_at(patch, embed_parts.PartRow, "computed", 25)
+        kill_at(patch, embed_portions.PortionRow, "compute", 25)
         with pytest.raises(Killed):
             embed(run_dir, inputs, tmp_path / "out")
     finished = list((tmp_path / "out.partial" / "parts").glob("*.h5"))
@@ -117,9 +117,11 @@ def test_what_is_finished_is_not_computed_again(run_dir, inputs, tmp_path, monke
     # Each of them is a file of embeddings that can be read.
     ids = {name for path in finished for name in protlm.open_embeddings(path)}
     computed = []
-    original = embed_parts.PartRow.computed
+    original = embed_portions.PortionRow.compute
     monkeypatch.setattr(
-        embed_parts.PartRow, "computed", lambda row, embedder: computed.append(row.part) or original(row, embedder)
+        embed_portions.PortionRow,
+        "compute",
+        lambda row, embedder: computed.append(row.portion) or original(row, embedder),
     )
     assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
     assert computed
@@ -127,16 +129,16 @@ def test_what_is_finished_is_not_computed_again(run_dir, inputs, tmp_path, monke
     assert ids < set(protlm.open_embeddings(tmp_path / "out"))
 
 
-def test_parts_go_while_the_output_grows(run_dir, inputs, tmp_path, monkeypatch):
+def test_portions_go_while_the_output_grows(run_dir, inputs, tmp_path, monkeypatch):
     """Otherwise the disk would have to hold everything twice."""
     held = []
-    original = embed_assembly._Parts.embeddings
+    original = embed_assembly._Portions.embeddings
 
-    def watched(parts, record, record_id):
+    def watched(portions, record, record_id):
         held.append(len(list((tmp_path / "out.partial" / "parts").glob("*.h5"))))
-        return original(parts, record, record_id)
+        return original(portions, record, record_id)
 
-    monkeypatch.setattr(embed_assembly._Parts, "embeddings", watched)
+    monkeypatch.setattr(embed_assembly._Portions, "embeddings", watched)
     assert embed(run_dir, inputs, tmp_path / "out") == 0
     assert held == sorted(held, reverse=True)
     assert held[-1] < held[0] / 2
@@ -144,7 +146,7 @@ def test_parts_go_while_the_output_grows(run_dir, inputs, tmp_path, monkeypatch)
 
 def test_a_process_that_is_killed_in_the_middle_goes_on(run_dir, inputs, expected, tmp_path):
     out = tmp_path / "out"
-    process = start("embed", run_dir, inputs, "--out", out, "--layout", "protlm", *MANY_PARTS, *LAYOUTS["protlm"])
+    process = start("embed", run_dir, inputs, "--out", out, "--layout", "protlm", *MANY_PORTIONS, *LAYOUTS["protlm"])
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline and not list(tmp_path.glob("out.partial/parts/*.h5")):
         time.sleep(0.005)
@@ -155,14 +157,14 @@ def test_a_process_that_is_killed_in_the_middle_goes_on(run_dir, inputs, expecte
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_so(run_dir, inputs, tmp_path, monkeypatch, capsys):
-    original, calls = embed_parts.PartRow.computed, iter(range(25))
+    original, calls = embed_portions.PortionRow.compute, iter(range(25))
 
     def interrupted(row, embedder):
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return original(row, embedder)
 
-    monkeypatch.setattr(embed_parts.PartRow, "computed", interrupted)
+    monkeypatch.setattr(embed_portions.PortionRow, "compute", interrupted)
     assert embed(run_dir, inputs, tmp_path / "out") == 130
     assert "--resume" in capsys.readouterr().err
     assert list((tmp_path / "out.partial" / "parts").glob("*.h5"))
@@ -170,9 +172,9 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(run_dir, inputs, tmp_path, mo
 
 @pytest.fixture
 def unfinished(run_dir, inputs, tmp_path, monkeypatch):
-    """A run that was killed after some parts."""
+    """A run that was killed after some portions."""
     with monkeypatch.context() as patch:
-        kill_at(patch, embed_parts.PartRow, "computed", 25)
+        kill_at(patch, embed_portions.PortionRow, "compute", 25)
         with pytest.raises(Killed):
             embed(run_dir, inputs, tmp_path / "out")
     return tmp_path / "out"
@@ -180,7 +182,7 @@ def unfinished(run_dir, inputs, tmp_path, monkeypatch):
 
 def test_only_the_same_run_goes_on(run_dir, inputs, proteins, unfinished, failure, tmp_path):
     before = content(tmp_path)
-    command = ["embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PARTS, *LAYOUTS["protlm"]]
+    command = ["embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PORTIONS, *LAYOUTS["protlm"]]
     assert "--dtype float32, not float16" in failure(*command, "--dtype", "float16")
     assert "--window" in failure(*command, "--window", 50)
     assert "--layers" in failure(*command, "--layers", "0")
@@ -199,7 +201,7 @@ def test_another_model_does_not_go_on(run_dir, dataset, inputs, unfinished, fail
     other = tmp_path / "other"
     words = ["train", str(dataset), "--out", str(other), "--config", "tiny", "--max-steps", "1", "--seed", "5"]
     assert main([*words, *SMALL]) == 0
-    message = failure("embed", other, inputs, "--out", unfinished, "--resume", *MANY_PARTS, *LAYOUTS["protlm"])
+    message = failure("embed", other, inputs, "--out", unfinished, "--resume", *MANY_PORTIONS, *LAYOUTS["protlm"])
     assert "another model" in message
 
 
@@ -222,7 +224,7 @@ def test_a_run_that_replaces_an_output_goes_on_and_replaces_it(run_dir, inputs, 
         assert embed(run_dir, inputs, folder / "out", layout, "--truncate", 20) == 0
         before = content(folder)
         with monkeypatch.context() as patch:
-            kill_at(patch, embed_parts.PartRow, "computed", 25)
+            kill_at(patch, embed_portions.PortionRow, "compute", 25)
             with pytest.raises(Killed):
                 embed(run_dir, inputs, folder / "out", layout, "--force")
         assert {name: found for name, found in content(folder).items() if ".partial" not in name} == before
@@ -234,12 +236,12 @@ def test_two_runs_at_once_do_not_disturb_each_other(run_dir, inputs, unfinished,
     from protlm.workflows.embed.folder import EmbedFolder
 
     with EmbedFolder(unfinished).locked():
-        message = failure("embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PARTS, *LAYOUTS["protlm"])
+        message = failure("embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PORTIONS, *LAYOUTS["protlm"])
     assert "another run" in message
 
 
 def test_a_full_disk_keeps_what_is_written(run_dir, inputs, expected, tmp_path, monkeypatch, failure):
-    original, calls = embed_parts.PartWriter._check, iter(range(25))
+    original, calls = embed_portions.PortionWriter._check_finite, iter(range(25))
 
     def full(writer, record, embeddings):
         if next(calls, None) is None:
@@ -247,8 +249,8 @@ def test_a_full_disk_keeps_what_is_written(run_dir, inputs, expected, tmp_path, 
         return original(writer, record, embeddings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed_parts.PartWriter, "_check", full)
-        message = failure("embed", run_dir, inputs, "--out", tmp_path / "out", *MANY_PARTS, *LAYOUTS["protlm"])
+        patch.setattr(embed_portions.PortionWriter, "_check_finite", full)
+        message = failure("embed", run_dir, inputs, "--out", tmp_path / "out", *MANY_PORTIONS, *LAYOUTS["protlm"])
     assert "No space left on device" in message
     assert "--resume" in message
     for path in (tmp_path / "out.partial" / "parts").glob("*.h5"):
@@ -265,8 +267,8 @@ def test_what_lacked_memory_before_a_kill_is_embedded_where_there_is_some(
 
     with monkeypatch.context() as patch:
         patch.setattr(RowEmbedder, "__call__", without_memory)
-        # Between the note of what was skipped in the second part and that part.
-        kill_at(patch, embed_parts, "contents_of", 1)
+        # Between the note of what was skipped in the second portion and that portion.
+        kill_at(patch, embed_portions, "contents_of", 1)
         with pytest.raises(Killed):
             embed(run_dir, inputs, tmp_path / "out")
     assert list(tmp_path.glob("out.partial/parts/*.skipped.json"))
@@ -280,7 +282,7 @@ def test_an_output_without_any_protein_is_none(run_dir, inputs, expected, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(RowEmbedder, "__call__", without_memory)
-        message = failure("embed", run_dir, inputs, "--out", tmp_path / "out", *MANY_PARTS, *LAYOUTS["protlm"])
+        message = failure("embed", run_dir, inputs, "--out", tmp_path / "out", *MANY_PORTIONS, *LAYOUTS["protlm"])
     assert "no protein fits into memory" in message
     assert not (tmp_path / "out").exists()
     assert embed(run_dir, inputs, tmp_path / "out", "protlm", "--resume") == 0
@@ -360,7 +362,7 @@ def test_what_was_damaged_meanwhile_is_made_again(
 
 def test_a_note_that_cannot_be_read_is_one_line(run_dir, inputs, unfinished, failure):
     note = unfinished.with_name("out.partial") / "work.json"
-    command = ["embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PARTS, *LAYOUTS["protlm"]]
+    command = ["embed", run_dir, inputs, "--out", unfinished, "--resume", *MANY_PORTIONS, *LAYOUTS["protlm"]]
     about = json.loads(note.read_text())
     note.write_text(json.dumps(about | {"options": about["options"] | {"unknown": 1}}))
     assert "other options" in failure(*command)
@@ -390,7 +392,7 @@ def test_what_others_left_beside_the_output_stays(run_dir, inputs, tmp_path):
 )
 def test_a_disk_that_is_full_at_any_place_is_one_line(layout, kilobytes, run_dir, inputs, expected, tmp_path):
     """A largest size of a file fails like a full disk: in the middle of any write, also in those that HDF5 makes."""
-    words = ["embed", run_dir, inputs, "--out", tmp_path / "out", "--layout", layout, *MANY_PARTS, *LAYOUTS[layout]]
+    words = ["embed", run_dir, inputs, "--out", tmp_path / "out", "--layout", layout, *MANY_PORTIONS, *LAYOUTS[layout]]
     process = subprocess.run(
         ["bash", "-c", f"ulimit -f {kilobytes}; exec \"$@\"", "-", sys.executable, "-m", "protlm.cli.app",
          *map(str, words)],

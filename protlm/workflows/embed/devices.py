@@ -1,7 +1,7 @@
-"""Embedding on several devices: hides Lightning, which starts the processes and tells each which it is.
+"""Embedding on several devices, with the processes that Lightning starts.
 
-Each process computes every n-th of the parts that are not finished and writes them by itself; the first one puts them
-together. With several machines the folder must lie where all of them can reach it.
+Each process computes and writes every n-th of the unfinished portions; the first process then assembles the output.
+With several machines the folder must be on storage that all of them share.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from protlm.model.performer import Performer
 from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer, process_rank
 from protlm.runtime.progress import StartProgress
 from protlm.workflows.embed.folder import EmbedFolder
-from protlm.workflows.embed.portions import PartRow, PartRows, PartWriter
 from protlm.workflows.embed.plan import Plan
+from protlm.workflows.embed.portions import PortionRow, PortionRows, PortionWriter
 from protlm.workflows.embed.settings import EmbedSettings
 from protlm.workflows.trainers import inference_trainer, quiet_lightning
 
@@ -29,11 +29,11 @@ def compute_on_devices(
     devices: Devices,
     start_progress: StartProgress,
 ) -> None:
-    """Computes what is not finished; called by every process, and returns when all parts of all of them are there.
+    """Computes the unfinished portions; every process calls it, and it returns when all processes are done.
 
     Raises:
-        OtherProcessError: In any but the first process: another one failed, and tells why.
-        ProtlmError: In the first process: another one failed.
+        OtherProcessError: Another process failed, and reports why; raised in all processes but the first.
+        ProtlmError: Another process failed; raised in the first process.
     """
     task = _Embedding(folder, model, settings, start_progress)
     with quiet_lightning():
@@ -41,7 +41,7 @@ def compute_on_devices(
         try:
             trainer.predict(task, return_predictions=False)
         except SystemExit:
-            # Lightning's answer to Ctrl-C; the command line knows what an interrupt means.
+            # Lightning exits so on Ctrl-C; the command line expects a KeyboardInterrupt.
             raise KeyboardInterrupt from None
         except RuntimeError as error:
             if not is_lost_peer(error):
@@ -56,10 +56,10 @@ def compute_on_devices(
             task.close()
 
 
-class _Rows(IterableDataset[PartRow]):
+class _Rows(IterableDataset[PortionRow]):
     """The rows of one process."""
 
-    def __init__(self, rows: PartRows) -> None:
+    def __init__(self, rows: PortionRows) -> None:
         self._rows = rows
 
     def __iter__(self) -> Any:
@@ -67,7 +67,7 @@ class _Rows(IterableDataset[PartRow]):
 
 
 class _Embedding(pl.LightningModule):
-    """Lightning's view of a run: rows in, and what they give is written by the process that computed it."""
+    """The run as a Lightning module: each process writes the results of the rows that it computed."""
 
     def __init__(
         self, folder: EmbedFolder, model: Performer, settings: EmbedSettings, start_progress: StartProgress
@@ -76,38 +76,38 @@ class _Embedding(pl.LightningModule):
         self.model = model
         self._folder, self._settings, self._start_progress = folder, settings, start_progress
         self._embedder = RowEmbedder(model, settings.kinds, settings.layers)
-        self._writer: PartWriter | None = None
+        self._writer: PortionWriter | None = None
 
-    def predict_dataloader(self) -> DataLoader[PartRow]:
-        """Returns the rows of this process; by now the first one has prepared the folder."""
+    def predict_dataloader(self) -> DataLoader[PortionRow]:
+        """Returns the rows of this process, once the first process has prepared the folder."""
         self.trainer.strategy.barrier()
         proteins = open_proteins(self._folder.proteins_path)
         plan = Plan.of(proteins, self._settings)
-        waiting = self._folder.unfinished_parts(plan.num_parts)
-        # No process may finish a part before all have seen what is finished.
+        waiting = self._folder.unfinished_portions(plan.num_portions)
+        # No process may finish a portion before all have seen what is finished.
         self.trainer.strategy.barrier()
-        rows = PartRows(plan, proteins, waiting[self.global_rank :: self.trainer.world_size])
+        rows = PortionRows(plan, proteins, waiting[self.global_rank :: self.trainer.world_size])
         advance = self._start_progress("embed", rows.num_residues)
-        self._writer = PartWriter(self._folder, proteins, plan, self._settings, advance)
-        # As they are: by default arrays would become tensors.
+        self._writer = PortionWriter(self._folder, proteins, plan, self._settings, advance)
+        # The default collate function would turn arrays into tensors.
         return DataLoader(_Rows(rows), batch_size=None, collate_fn=lambda row: row)
 
-    def predict_step(self, row: PartRow, index: int) -> list[Sums | None]:
-        """Returns what a row gives."""
-        return row.computed(self._embedder)
+    def predict_step(self, row: PortionRow, index: int) -> list[Sums | None]:
+        """Returns the sums of each window of a row."""
+        return row.compute(self._embedder)
 
-    def on_predict_batch_end(self, results: Any, row: PartRow, index: int, dataloader_index: int = 0) -> None:
-        """Takes what a row gave."""
+    def on_predict_batch_end(self, results: Any, row: PortionRow, index: int, dataloader_index: int = 0) -> None:
+        """Passes the sums of a row to the writer."""
         assert self._writer is not None
         self._writer.add(row, results)
 
     def on_predict_end(self) -> None:
-        """Waits for the parts of all processes."""
+        """Waits until all processes have written their portions."""
         self.close()
         self.trainer.strategy.barrier()
 
     def close(self) -> None:
-        """Waits for the last part of this process."""
+        """Waits until this process has written its last portion."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

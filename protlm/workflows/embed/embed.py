@@ -1,7 +1,7 @@
-"""`protlm embed`: proteins in, one output of embeddings in the layout that is asked for.
+"""`protlm embed`: proteins become one output of embeddings, in the layout asked for.
 
-The proteins are read once into a store; what is computed of them is written part by part; the parts are put together in
-the order of the input. All of that lies in `OUT.partial` until the output is whole.
+The proteins are read once into a store, their embeddings are computed and written in portions, and the portions are
+assembled in the order of the input. All of this stays in `OUT.partial` until the output is complete.
 """
 
 import os
@@ -26,12 +26,12 @@ from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, open_embed_folder
 from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
-from protlm.workflows.embed.portions import PartRows, PartWriter
 from protlm.workflows.embed.plan import Plan
+from protlm.workflows.embed.portions import PortionRows, PortionWriter
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Skipped:
     """A protein that did not fit into memory."""
 
@@ -39,28 +39,28 @@ class Skipped:
     num_residues: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmbedReport:
-    """What was embedded.
+    """The outcome of a run.
 
     Attributes:
         out: The output.
-        layout: How it is laid out.
-        files: What belongs to the output and lies beside it.
-        num_records: Proteins in it.
-        num_residues: Their residues.
-        num_equal: Proteins among them whose sequence stood before, and was computed once.
-        num_renamed: Proteins whose id stood before and that got a `#n`.
+        layout: Name of its layout.
+        files: Companion files beside the output.
+        num_records: Proteins in the output.
+        num_residues: Residues of these proteins.
+        num_equal: Proteins whose sequence came before, and was computed only once.
+        num_renamed: Proteins whose id came before, and got a `#n`.
         num_windowed: Proteins computed in windows.
         num_truncated: Proteins of which only the first residues are embedded.
         include: Kinds of embedding.
         layers: Absolute layer numbers.
         dim: Width of an embedding.
-        dtype: Type of the numbers.
+        dtype: Type of the stored numbers.
         skipped: Proteins that did not fit into memory, and are not in the output.
-        rejects: Records that could not be read, by reason.
-        repairs: Repaired letters by rule.
-        left_out: What lies in a named folder and is no protein file.
+        rejects: Number of records that could not be read, by reason.
+        repairs: Number of repaired letters, by rule.
+        left_out: Entries of an input folder that are not protein files.
     """
 
     out: Path
@@ -83,26 +83,26 @@ class EmbedReport:
 
 
 def embed(request: EmbedRequest, start_progress: StartProgress = no_progress) -> EmbedReport | None:
-    """Embeds every protein of the inputs, in order, whatever it is computed beside.
+    """Embeds every protein of the inputs, in their order; a result does not depend on the other proteins.
 
     Args:
-        request: What is asked for.
+        request: The options of the run.
         start_progress: Starts the stages `read` (bytes), `embed` (residues) and `write` (proteins).
 
     Returns:
-        What was embedded; None in every process of a run on several devices but the first.
+        The report; None in all processes but the first of a run on several devices.
 
     Raises:
         EmbedUsageError: Options that contradict each other.
         ProtlmError: A model or an input that cannot be read, an output that is in the way, a protein that is too long
-            for the model, or a run before this one that does not fit to it.
+            for the model, or an unfinished run with other inputs, options or model.
     """
     model, description = read_model(request.model)
     settings = settings_of(request, description)
     if process_rank():
         _join(request, model, settings)
         return None
-    # Through a link the file it leads to is made or replaced, not the link.
+    # If OUT is a link, its target is made or replaced, not the link.
     out = Path(os.path.realpath(request.out))
     if request.resume and EmbedFolder(out).has_lost_output():
         EmbedFolder(out).forget_output()
@@ -127,7 +127,7 @@ def embed(request: EmbedRequest, start_progress: StartProgress = no_progress) ->
 
 
 def _join(request: EmbedRequest, model: Performer, settings: EmbedSettings) -> None:
-    """Takes part in a run that the first process leads."""
+    """Computes this process's share of a run that the first process prepares and finishes."""
     from protlm.workflows.embed.devices import compute_on_devices
 
     with suppress(OtherProcessError):
@@ -143,23 +143,23 @@ def _compute(
     request: EmbedRequest,
     start_progress: StartProgress,
 ) -> None:
-    """Computes the parts that are not finished."""
+    """Computes the unfinished portions."""
     if request.devices.total > 1:
-        # Here, because who uses one device alone should not wait for Lightning to be imported.
+        # Imported here because importing Lightning takes seconds, and a single device does not need it.
         from protlm.workflows.embed.devices import compute_on_devices
 
         compute_on_devices(folder, model, settings, request.devices, start_progress)
         return
-    rows = PartRows(plan, proteins, folder.unfinished_parts(plan.num_parts))
+    rows = PortionRows(plan, proteins, folder.unfinished_portions(plan.num_portions))
     advance = start_progress("embed", rows.num_residues)
     embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
-    with closing(PartWriter(folder, proteins, plan, settings, advance)) as writer:
+    with closing(PortionWriter(folder, proteins, plan, settings, advance)) as writer:
         for row in rows:
-            writer.add(row, row.computed(embedder))
+            writer.add(row, row.compute(embedder))
 
 
 def check_lengths(proteins: ProteinStore, cut: Cut, description: ModelDescription) -> None:
-    """Raises ProtlmError if there is a protein that the model's learned positions do not reach."""
+    """Raises ProtlmError if a protein is longer than the model's learned positions."""
     limit = description.max_residues
     if limit is None or cut.window is not None or cut.truncate is not None:
         return
@@ -193,7 +193,9 @@ def _report(
         layers=settings.layers,
         dim=settings.model_dim,
         dtype=settings.dtype,
-        skipped=tuple(Skipped(proteins.id(record), int(proteins.lengths[record])) for record in skipped),
+        skipped=tuple(
+            Skipped(id=proteins.id(record), num_residues=int(proteins.lengths[record])) for record in skipped
+        ),
         rejects=dict(inputs.rejects),
         repairs=dict(inputs.repairs),
         left_out=inputs.left_out,

@@ -1,4 +1,4 @@
-"""What embedding some inputs would take: their size is counted, and the time is told from a sample."""
+"""The dry run of embed: sizes are counted from the inputs, and the time is extrapolated from a sample of proteins."""
 
 import os
 import shutil
@@ -24,31 +24,31 @@ from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
 
 _QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Of the residues, sorted by the length of their protein: the lengths that are timed."""
+"""The lengths that are timed: these quantiles of all residues, sorted by the length of their protein or window."""
 
 _SAMPLE_TOKENS = 4096
 _SAMPLE_SECONDS = 30.0
 _STORE_BYTES = 64
-"""What the store keeps of a protein beside its id and its residues, about."""
+"""Bytes of a protein in the store besides its id and its residues, about."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmbedEstimate:
-    """What to expect.
+    """The size, time and disk that a run is expected to take.
 
     Attributes:
         num_records: Proteins.
-        num_residues: Their residues, without those that are cut off.
-        num_sequences: Different sequences, which are computed.
-        num_computed_residues: Residues of those, overlapping windows counted twice.
+        num_residues: Their residues, without those that `truncate` cuts off.
+        num_sequences: Different sequences; each is computed once.
+        num_computed_residues: Residues to compute; those in the overlap of two windows count twice.
         longest: Residues of the longest protein.
         out_bytes: Size of the output.
-        peak_bytes: Disk that is needed while it is made, the output included.
-        free_bytes: Free disk where it would go.
-        seconds: Time on this machine, from a sample; devices are taken to share it evenly.
-        residues_per_second: Residues to compute by that time.
-        rejects: Records that cannot be read, by reason.
-        left_out: What lies in a named folder and is no protein file.
+        peak_bytes: Disk space needed during the run, the output included.
+        free_bytes: Free disk space at the place of the output.
+        seconds: Time on this machine, from a sample; assumes that devices share the work evenly.
+        residues_per_second: Residues to compute divided by that time.
+        rejects: Number of records that cannot be read, by reason.
+        left_out: Entries of an input folder that are not protein files.
     """
 
     num_records: int
@@ -66,10 +66,10 @@ class EmbedEstimate:
 
 
 def estimate(request: EmbedRequest, start_progress: StartProgress = no_progress) -> EmbedEstimate:
-    """Reads the inputs, times some of their proteins and tells what embedding them all would take.
+    """Reads the inputs, times a sample of their proteins and returns what embedding them all would take.
 
     Raises:
-        EmbedUsageError, ProtlmError: What `embed` would raise before it computes anything.
+        EmbedUsageError, ProtlmError: As `embed` raises before it computes anything.
     """
     model, description = read_model(request.model)
     settings = settings_of(request, description)
@@ -124,25 +124,25 @@ def _estimate(
 def _peak_bytes(
     settings: EmbedSettings, proteins: ProteinStore, kept: np.ndarray, is_first: np.ndarray, out_bytes: int
 ) -> int:
-    """Returns what output and parts take together at the worst."""
-    parts = settings.num_bytes(int(is_first.sum()), int(kept[is_first].sum()))
+    """Returns the largest total size of output and portions during a run."""
+    portion_bytes = settings.num_bytes(int(is_first.sum()), int(kept[is_first].sum()))
     if not settings.layout.can_resume:
-        return out_bytes + parts
-    # A part goes when it is in the output, unless a later protein has a sequence of it.
+        return out_bytes + portion_bytes
+    # A portion is removed once it is in the output, unless a later protein has one of its sequences.
     plan = Plan.of(proteins, settings)
-    is_kept_on = plan.last_use() > np.arange(plan.num_parts)
-    held = [plan.num_residues(part) for part in np.flatnonzero(is_kept_on).tolist()]
-    largest = max(plan.num_residues(part) for part in range(plan.num_parts))
+    is_kept_on = plan.last_use() > np.arange(plan.num_portions)
+    held = [plan.num_residues(portion) for portion in np.flatnonzero(is_kept_on).tolist()]
+    largest = max(plan.num_residues(portion) for portion in range(plan.num_portions))
     share = (sum(held) + largest) / max(1, int(kept[is_first].sum()))
-    return out_bytes + int(parts * min(1.0, share))
+    return out_bytes + int(portion_bytes * min(1.0, share))
 
 
 def _seconds_per_token(
     embedder: RowEmbedder, proteins: ProteinStore, sizes: np.ndarray, tokens_per_batch: int
 ) -> tuple[float, float]:
-    """Returns what a token costs: so many seconds, and so many for each residue of its protein.
+    """Returns the seconds that a token takes, as a constant and a factor of the residues of its protein.
 
-    The second is what exact attention adds; it is near zero for FAVOR.
+    The factor is the quadratic cost of exact attention; it is near zero for FAVOR.
     """
     rising = np.sort(sizes)
     shares = np.cumsum(rising) / rising.sum()
@@ -153,10 +153,10 @@ def _seconds_per_token(
         size = length + SPECIAL_TOKENS_PER_SEGMENT
         row = [np.resize(letters, length)] * max(1, min(tokens_per_batch, _SAMPLE_TOKENS) // size)
         cores = [slice(0, length)] * len(row)
-        if None in embedder.or_none(row, cores):
+        if None in embedder.compute_by_halves(row, cores):
             break
         start = time.perf_counter()
-        list(embedder.or_none(row, cores))
+        list(embedder.compute_by_halves(row, cores))
         seconds.append((time.perf_counter() - start) / (len(row) * size))
         if time.perf_counter() - begun > _SAMPLE_SECONDS:
             break

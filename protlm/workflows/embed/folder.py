@@ -1,4 +1,4 @@
-"""Where embed keeps what is finished until the output is whole: what lies there, and when it may be used again."""
+"""The folder `OUT.partial` in which embed keeps finished work until the output is complete, and when it is reused."""
 
 import contextlib
 import os
@@ -20,10 +20,13 @@ FORMAT_VERSION = 1
 
 _ASSEMBLED, _FINISHED = "assembled.json", "finished.json"
 _SKIPPED_SUFFIX = ".skipped.json"
+# Portions were called parts when the format of this folder was made; on disk they keep that name, so that --resume
+# works across versions.
+_PORTIONS, _NUM_PORTIONS = "parts", "num_parts"
 
 
 class EmbedFolder:
-    """The folder `OUT.partial` beside the output to be.
+    """The folder `OUT.partial`, beside the place of the output.
 
     Attributes:
         path: The folder.
@@ -40,55 +43,56 @@ class EmbedFolder:
 
     @property
     def output_path(self) -> Path:
-        """Where the output lies until it is whole, under its own name."""
+        """The place of the output until it is complete; it has its final name there."""
         return self.path / "output" / self._out.name
 
-    def part_path(self, part: int) -> Path:
-        """Returns where a finished part lies: embeddings in protlm's own layout."""
-        return self.path / "parts" / f"{part:06d}.h5"
+    def portion_path(self, portion: int) -> Path:
+        """Returns the file of a portion: embeddings in the layout `protlm`."""
+        return self.path / _PORTIONS / f"{portion:06d}.h5"
 
-    def unfinished_parts(self, num_parts: int) -> list[int]:
-        """Returns the parts that were not computed yet."""
-        there = {path.name for path in (self.path / "parts").iterdir()}
-        return [part for part in range(self.num_assembled, num_parts) if self.part_path(part).name not in there]
+    def unfinished_portions(self, num_portions: int) -> list[int]:
+        """Returns the portions that are not computed yet."""
+        names = {path.name for path in (self.path / _PORTIONS).iterdir()}
+        portions = range(self.num_assembled, num_portions)
+        return [portion for portion in portions if self.portion_path(portion).name not in names]
 
     @property
     def num_assembled(self) -> int:
-        """Parts that are in the output already."""
-        found = read_json(self.path / _ASSEMBLED)
-        number = found.get("num_parts") if isinstance(found, dict) else None
+        """Number of portions that are in the output already."""
+        note = read_json(self.path / _ASSEMBLED)
+        number = note.get(_NUM_PORTIONS) if isinstance(note, dict) else None
         return number if isinstance(number, int) and number > 0 else 0
 
-    def note_assembled(self, num_parts: int) -> None:
-        """Notes that the first parts are in the output."""
-        write_json(self.path / _ASSEMBLED, {"num_parts": num_parts})
+    def note_assembled(self, num_portions: int) -> None:
+        """Notes that so many portions, from the first on, are in the output."""
+        write_json(self.path / _ASSEMBLED, {_NUM_PORTIONS: num_portions})
 
-    def remove_part(self, part: int) -> None:
-        """Removes a part that nothing needs any more."""
-        self.part_path(part).unlink(missing_ok=True)
+    def remove_portion(self, portion: int) -> None:
+        """Removes a portion that is no longer needed."""
+        self.portion_path(portion).unlink(missing_ok=True)
 
-    def note_skipped(self, part: int, records: list[int]) -> None:
-        """Notes which records of a part did not fit into memory, before the part is finished."""
+    def note_skipped(self, portion: int, records: list[int]) -> None:
+        """Notes the records of a portion that did not fit into memory; call it before the portion is written."""
         if records:
-            write_json(self._skipped_path(part), {"records": records})
+            write_json(self._skipped_path(portion), {"records": records})
         else:
-            # A process that was killed may have had less memory.
-            self._skipped_path(part).unlink(missing_ok=True)
+            # An earlier process, killed before it wrote the portion, may have had less memory.
+            self._skipped_path(portion).unlink(missing_ok=True)
 
     def skipped(self) -> list[int]:
-        """Returns the records that did not fit into memory, of all parts, rising."""
-        found = map(read_json, sorted((self.path / "parts").glob(f"*{_SKIPPED_SUFFIX}")))
-        return [record for noted in found if isinstance(noted, dict) for record in noted.get("records", ())]
+        """Returns the records of all portions that did not fit into memory, in ascending order."""
+        notes = map(read_json, sorted((self.path / _PORTIONS).glob(f"*{_SKIPPED_SUFFIX}")))
+        return [record for note in notes if isinstance(note, dict) for record in note.get("records", ())]
 
     def keep_proteins(self, new: ProteinStore) -> ProteinStore:
-        """Takes the proteins that were just read, if they are those that a run before this one read.
+        """Moves the proteins that were just read to their place, and returns them.
 
         Raises:
-            ProtlmError: They are not the same.
+            ProtlmError: They are not those of the unfinished run that is resumed.
         """
         note = self.path / "proteins.json"
         before = read_json(note)
-        if before is None and not any(self._parts()):
+        if before is None and not any(self._portions()):
             write_json(note, {"hash": new.hash, "num_records": new.num_records})
         elif not isinstance(before, dict) or before.get("hash") != new.hash:
             shutil.rmtree(new.path)
@@ -102,8 +106,8 @@ class EmbedFolder:
         return open_proteins(self.proteins_path)
 
     def drop_unusable(self, columns: Sequence[Column]) -> None:
-        """Removes finished parts that are damaged, or that lack a protein for which there may be memory now."""
-        for path in self._parts():
+        """Removes portions that are damaged, or lack a protein for which there may be enough memory now."""
+        for path in self._portions():
             number = int(path.stem)
             try:
                 for kind, layer in columns:
@@ -111,29 +115,29 @@ class EmbedFolder:
             except ShardError:
                 path.unlink()
                 if number < self.num_assembled:
-                    # Others of those before it are gone already.
+                    # Portions before it may have been removed, so the output has to be assembled anew.
                     self.forget_output()
             if not self.num_assembled and self._skipped_path(number).exists():
                 path.unlink(missing_ok=True)
                 self._skipped_path(number).unlink()
 
     def forget_output(self) -> None:
-        """Drops what was put together so far, so that it is made again."""
+        """Discards the output assembled so far, so that it is assembled anew."""
         for name in (_FINISHED, _ASSEMBLED):
             (self.path / name).unlink(missing_ok=True)
 
     def targets(self, layout: Layout) -> list[Path]:
-        """Returns the places of the output that a finished run has not put there yet; otherwise all of them."""
+        """Returns the files of the output that are not in place yet: all of them, unless the run is finished."""
         made, wanted = layout.paths(self.output_path), layout.paths(self._out)
         waiting = [target for source, target in zip(made, wanted, strict=True) if os.path.lexists(source)]
         return waiting if self.is_finished else list(wanted)
 
     def has_lost_output(self) -> bool:
-        """Says whether a finished output is neither here nor in its place."""
+        """Returns whether a finished output is neither in this folder nor in its place."""
         return self.is_finished and not os.path.lexists(self.output_path) and not os.path.lexists(self._out)
 
     def put_in_place(self, layout: Layout) -> None:
-        """Renames the finished output, and what belongs to it, to their places; what is there goes only then."""
+        """Renames the finished output and its companion files into place, replacing earlier ones."""
         write_json(self.path / _FINISHED, {})
         made, wanted = layout.paths(self.output_path), layout.paths(self._out)
         # The companions first: once OUT is there, all is.
@@ -143,19 +147,19 @@ class EmbedFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the output is whole, and perhaps in its place already."""
+        """Whether the output is complete; it may be in its place already."""
         return (self.path / _FINISHED).exists()
 
     def remove(self) -> None:
-        """Removes the folder with all that is in it."""
+        """Removes the folder and its content."""
         files.remove_at_once(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the folder meanwhile, and removes what a run that was killed had not finished.
+        """Locks the folder against other runs, and removes incomplete files of a run that was killed.
 
         Raises:
-            ProtlmError: Another run is at work.
+            ProtlmError: Another run holds the lock.
         """
         with work_folder.locked(self.path):
             for left_over in self.path.glob(f"*/.*{files.PARTIAL_SUFFIX}"):
@@ -165,16 +169,16 @@ class EmbedFolder:
 
     @property
     def new_proteins_path(self) -> Path:
-        """Where proteins are read to."""
+        """The place of proteins that are being read."""
         return self.path / "proteins.new"
 
     @contextlib.contextmanager
     def kept_or_removed(self) -> Iterator[None]:
-        """Where something goes wrong, keeps the folder and says how to go on; without a finished part it is removed."""
+        """On an error, keeps the folder if it has finished portions, or else removes it; the message says which."""
         try:
             yield
         except BaseException as error:
-            if any(self._parts()) or self.num_assembled:
+            if any(self._portions()) or self.num_assembled:
                 hint = f"what is finished is kept in {self.path}: go on with the same command and --resume"
             else:
                 self.remove()
@@ -186,22 +190,22 @@ class EmbedFolder:
                 raise ProtlmError(f"{error.filename or self.path}: {reason}; {hint}") from error
             raise
 
-    def _skipped_path(self, part: int) -> Path:
-        return self.path / "parts" / f"{part:06d}{_SKIPPED_SUFFIX}"
+    def _skipped_path(self, portion: int) -> Path:
+        return self.path / _PORTIONS / f"{portion:06d}{_SKIPPED_SUFFIX}"
 
-    def _parts(self) -> Iterator[Path]:
-        return (path for path in (self.path / "parts").glob("*.h5") if path.stem.isdecimal())
+    def _portions(self) -> Iterator[Path]:
+        return (path for path in (self.path / _PORTIONS).glob("*.h5") if path.stem.isdecimal())
 
 
 def open_embed_folder(out: Path, model_hash: str, options: dict[str, Any], *, resume: bool, force: bool) -> EmbedFolder:
-    """Makes or finds the folder for an output.
+    """Returns the folder for an output: a new one, or that of an unfinished run.
 
     Args:
-        out: The output to be.
-        model_hash: Of the weights.
-        options: Those that decide about the output.
-        resume: Use one that is there.
-        force: Without `resume`, remove one that is there.
+        out: The place of the output.
+        model_hash: Hash of the weights.
+        options: The options that shape the output.
+        resume: Use an existing folder.
+        force: Without `resume`, remove an existing folder.
 
     Raises:
         ProtlmError: As `check_start`.
@@ -216,46 +220,46 @@ def open_embed_folder(out: Path, model_hash: str, options: dict[str, Any], *, re
             files.remove_at_once(path)
     if not path.exists():
         work_folder.make_folder(path, _about(model_hash, options), ())
-    for name in ("parts", "output"):
+    for name in (_PORTIONS, "output"):
         (path / name).mkdir(exist_ok=True)
     return folder
 
 
 def check_start(folder: EmbedFolder, model_hash: str, options: dict[str, Any], *, resume: bool, force: bool) -> None:
-    """Looks whether a run may begin, or go on with what one before it left.
+    """Checks that a run may start, or may resume the unfinished run before it.
 
     Raises:
-        ProtlmError: A folder is there and is not to be used, or was made with another model or other options.
+        ProtlmError: A folder exists and may not be used, or was made with another model or other options.
     """
     path = folder.path
     if not path.exists():
         return
-    found = work_folder.read_own(path, FORMAT, "embed")
+    before = work_folder.read_own(path, FORMAT, "embed")
     if not resume and not force:
         raise ProtlmError(
             f"{path}: an unfinished run for this output; go on with --resume, or start afresh with --force"
         )
-    if resume and found != (about := _about(model_hash, options)):
-        raise ProtlmError(f"{path}: made with {_difference(found, about)}; start afresh with --force")
+    if resume and before != (about := _about(model_hash, options)):
+        raise ProtlmError(f"{path}: made with {_difference(before, about)}; start afresh with --force")
 
 
 def _about(model_hash: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "format_version": FORMAT_VERSION, "model": model_hash, "options": options}
 
 
-def _difference(found: Mapping[str, Any], wanted: dict[str, Any]) -> str:
-    """Returns in words what was different in a run before."""
-    if found.get("format_version") != wanted["format_version"]:
+def _difference(before: Mapping[str, Any], now: dict[str, Any]) -> str:
+    """Returns in words the first difference between an unfinished run and this one."""
+    if before.get("format_version") != now["format_version"]:
         return "another version of protlm"
-    if found.get("model") != wanted["model"]:
+    if before.get("model") != now["model"]:
         return "another model"
-    before, now = found.get("options"), wanted["options"]
-    if not isinstance(before, dict):
+    old, new = before.get("options"), now["options"]
+    if not isinstance(old, dict):
         return "other options"
-    name = next((name for name in now if before.get(name) != now[name]), None)
+    name = next((name for name in new if old.get(name) != new[name]), None)
     if name is None:
         return "other options"
-    return f"--{name} {_shown(before.get(name))}, not {_shown(now[name])}"
+    return f"--{name} {_shown(old.get(name))}, not {_shown(new[name])}"
 
 
 def _shown(value: Any) -> str:
@@ -263,20 +267,21 @@ def _shown(value: Any) -> str:
 
 
 def check_replaceable(folder: EmbedFolder, layout: Layout, out: Path, *, force: bool) -> None:
-    """Refuses an output that is there already, unless it is of the same layout and may be replaced.
+    """Checks that no file is in the way of the output, except one of the same layout that may be replaced.
 
     Raises:
-        ProtlmError: Something is in the way.
+        ProtlmError: A file is in the way.
     """
-    there = [path for path in folder.targets(layout) if os.path.lexists(path)]
-    if not there:
+    existing = [path for path in folder.targets(layout) if os.path.lexists(path)]
+    if not existing:
         return
-    if out not in there and not os.path.lexists(out):
-        raise ProtlmError(f"{there[0]}: exists already, and belongs to something else; choose another folder for --out")
+    first = existing[0]
+    if out not in existing and not os.path.lexists(out):
+        raise ProtlmError(f"{first}: exists already, and belongs to something else; choose another folder for --out")
     if not force:
-        raise ProtlmError(f"{there[0]}: exists already; choose another --out, or replace it with --force")
+        raise ProtlmError(f"{first}: exists already; choose another --out, or replace it with --force")
     if not os.path.lexists(out) or not layout.is_own(out):
         raise ProtlmError(
-            f"{there[0]}: holds no embeddings of layout {layout.name}, so --force does not replace it; "
+            f"{first}: holds no embeddings of layout {layout.name}, so --force does not replace it; "
             "choose another --out"
         )

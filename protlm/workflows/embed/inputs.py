@@ -1,4 +1,4 @@
-"""Where the proteins to embed come from: protein files as in prep, or a split of a dataset; both are read once."""
+"""The proteins to embed come from protein files, read as in prep, or from a split of a dataset; both are read once."""
 
 import shutil
 from collections import Counter
@@ -18,12 +18,12 @@ from protlm.runtime.progress import StartProgress, no_progress
 
 
 class ProteinInputs:
-    """Iterates once over the proteins of some inputs, in order: ids and residue tokens.
+    """Iterates once over the proteins of the inputs, in order: ids and residue tokens.
 
     Attributes:
-        left_out: What lies in a named folder and is no protein file.
-        rejects: Skipped records by reason, of what was read so far.
-        repairs: Repaired letters by rule, of what was read so far.
+        left_out: Entries of an input folder that are not protein files.
+        rejects: Number of skipped records so far, by reason.
+        repairs: Number of repaired letters so far, by rule.
         names: The inputs, for messages.
     """
 
@@ -34,10 +34,10 @@ class ProteinInputs:
         on_bad_record: OnBadRecord,
         start_progress: StartProgress = no_progress,
     ) -> None:
-        """Looks at the inputs; nothing is read yet.
+        """Finds the inputs; no record is read yet.
 
         Raises:
-            ProtlmError: An input that is not there; a dataset among files, or a split that it does not have.
+            ProtlmError: An input that does not exist, a dataset among files, or a split that the dataset lacks.
         """
         self.names = ", ".join(map(str, inputs))
         self.left_out: tuple[str, ...] = ()
@@ -74,16 +74,16 @@ class ProteinInputs:
         if split is None:
             filled = [name for name, summary in dataset.manifest.splits.items() if summary.num_records]
             raise ProtlmError(f"{path}: a dataset; say which of its proteins with --split: {', '.join(filled)}")
-        found = dataset.split(split)
-        found.open_shards()
-        return ((found.id(number), found.tokens(number)) for number in range(found.num_records))
+        proteins = dataset.split(split)
+        proteins.open_shards()
+        return ((proteins.id(number), proteins.tokens(number)) for number in range(proteins.num_records))
 
 
 def read_proteins(path: Path, inputs: ProteinInputs) -> ProteinStore:
-    """Reads the inputs to their end, into a new store.
+    """Reads all inputs into a new store.
 
     Raises:
-        ProtlmError: A record that cannot be used; no record at all.
+        ProtlmError: A record that cannot be used, or no record at all.
     """
     proteins = write_proteins(path, inputs)
     if not proteins.num_records:

@@ -1,4 +1,4 @@
-"""Computing a part: hides how its rows follow each other, and how it is written while the next one is computed."""
+"""A portion is computed row by row, and written by a thread while the next one is computed."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,53 +12,56 @@ from protlm.data.records import shown
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
-from protlm.inference.long_proteins import Segment
-from protlm.inference.row_embeddings import RowEmbedder, Sums, merged
+from protlm.inference.long_proteins import Window
+from protlm.inference.row_embeddings import RowEmbedder, Sums, merge_windows
 from protlm.runtime.progress import Advance
 from protlm.workflows.embed.folder import EmbedFolder
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedSettings
 
 
-class PartRow(NamedTuple):
-    """A row to compute, and its place; the only row of a part without anything to compute has no segments."""
+class PortionRow(NamedTuple):
+    """A row to compute, and the portion that it belongs to.
 
-    part: int
-    segments: list[Segment]
+    A portion in which nothing is computed has one row without windows.
+    """
+
+    portion: int
+    windows: list[Window]
     proteins: list[np.ndarray]
     is_last: bool
 
-    def computed(self, embedder: RowEmbedder) -> list[Sums | None]:
-        """Returns what each segment gives; None for one that does not fit into memory."""
-        if not self.segments:
+    def compute(self, embedder: RowEmbedder) -> list[Sums | None]:
+        """Returns the sums of each window; None for one that does not fit into memory."""
+        if not self.windows:
             return []
-        cores = [slice(core_start - start, core_stop - start) for _, start, _, core_start, core_stop in self.segments]
-        return list(embedder.or_none(self.proteins, cores))
+        cores = [slice(core_start - start, core_stop - start) for _, start, _, core_start, core_stop in self.windows]
+        return list(embedder.compute_by_halves(self.proteins, cores))
 
 
-class PartRows:
-    """Iterates over the rows of some parts, one part after the other."""
+class PortionRows:
+    """Iterates over the rows of some portions, one portion after the other."""
 
-    def __init__(self, plan: Plan, proteins: ProteinStore, parts: Sequence[int]) -> None:
-        self._plan, self._proteins, self._parts = plan, proteins, parts
+    def __init__(self, plan: Plan, proteins: ProteinStore, portions: Sequence[int]) -> None:
+        self._plan, self._proteins, self._portions = plan, proteins, portions
 
-    def __iter__(self) -> Iterator[PartRow]:
-        for part in self._parts:
-            rows = list(self._plan.rows(part)) or [[]]
-            for number, segments in enumerate(rows, start=1):
-                tokens = [self._proteins.tokens(record)[start:stop] for record, start, stop, _, _ in segments]
-                yield PartRow(part, segments, tokens, number == len(rows))
+    def __iter__(self) -> Iterator[PortionRow]:
+        for portion in self._portions:
+            rows = list(self._plan.rows(portion)) or [[]]
+            for number, windows in enumerate(rows, start=1):
+                tokens = [self._proteins.tokens(record)[start:stop] for record, start, stop, _, _ in windows]
+                yield PortionRow(portion, windows, tokens, number == len(rows))
 
     @property
     def num_residues(self) -> int:
-        """Residues of all of them."""
-        return sum(self._plan.num_residues(part) for part in self._parts)
+        """Residues computed in all of these portions."""
+        return sum(self._plan.num_residues(portion) for portion in self._portions)
 
 
-class PartWriter:
-    """Gathers what rows give and writes each part when it is complete, in a thread of its own.
+class PortionWriter:
+    """Collects the sums of rows and writes each portion once it is complete, in a thread.
 
-    Memory holds two parts.
+    Memory holds two portions at most: one that is computed and one that is written.
     """
 
     def __init__(
@@ -72,30 +75,30 @@ class PartWriter:
         """Prepares.
 
         Args:
-            folder: Where parts go.
+            folder: The folder to write to.
             proteins: All proteins.
-            plan: What is in which part.
-            settings: What is stored.
+            plan: The records of each portion.
+            settings: The settings of the run.
             advance: Called with the residues of each row that was computed.
         """
         self._folder, self._proteins, self._plan, self._settings = folder, proteins, plan, settings
         self._advance = advance
-        self._gathered: dict[int, list[tuple[Segment, Sums | None]]] = {}
+        self._gathered: dict[int, list[tuple[Window, Sums | None]]] = {}
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
 
-    def add(self, row: PartRow, results: Sequence[Sums | None]) -> None:
-        """Takes what a row gave; rows come as `PartRows` has them."""
-        for segment, result in zip(row.segments, results, strict=True):
-            self._gathered.setdefault(segment.record, []).append((segment, result))
+    def add(self, row: PortionRow, results: Sequence[Sums | None]) -> None:
+        """Takes the sums of each window of a row; rows must come in the order of `PortionRows`."""
+        for window, sums in zip(row.windows, results, strict=True):
+            self._gathered.setdefault(window.record, []).append((window, sums))
         if row.is_last:
             self._wait()
-            self._writing = self._pool.submit(self._write, row.part, self._gathered)
+            self._writing = self._pool.submit(self._write, row.portion, self._gathered)
             self._gathered = {}
-        self._advance(sum(segment.core_stop - segment.core_start for segment in row.segments))
+        self._advance(sum(window.core_stop - window.core_start for window in row.windows))
 
     def close(self) -> None:
-        """Waits for the last part.
+        """Waits until the last portion is written.
 
         Raises:
             OSError, ProtlmError: It could not be written.
@@ -110,52 +113,49 @@ class PartWriter:
             self._writing.result()
             self._writing = None
 
-    def _write(self, part: int, gathered: dict[int, list[tuple[Segment, Sums | None]]]) -> None:
-        """Writes a part: an embeddings file of the records that were computed in it."""
+    def _write(self, portion: int, gathered: dict[int, list[tuple[Window, Sums | None]]]) -> None:
+        """Writes a portion: an embeddings file of the records that were computed in it."""
         embeddings: dict[int, dict[Column, np.ndarray]] = {}
         skipped = []
-        for record in self._plan.computed(part):
-            # The rows are sorted by length; the windows of a protein belong in their own order.
-            parts = sorted(gathered.pop(record), key=lambda found: found[0].start)
-            sums = [result for _, result in parts if result is not None]
+        for record in self._plan.computed(portion):
+            # Rows are sorted by length, so the windows of a protein have to be put back in order.
+            results = sorted(gathered.pop(record), key=lambda result: result[0].start)
+            sums = [result for _, result in results if result is not None]
             try:
-                if len(sums) < len(parts):
+                if len(sums) < len(results):
                     raise MemoryError
-                embeddings[record] = self._check(record, merged(sums, parts[-1][0].core_stop))
+                merged = merge_windows(sums, results[-1][0].core_stop)
+                self._check_finite(record, merged)
+                embeddings[record] = merged
             except MemoryError:
                 skipped.append(record)
-        self._folder.note_skipped(part, skipped)
-        with files.written_whole(self._folder.part_path(part)) as path:
+        self._folder.note_skipped(portion, skipped)
+        with files.written_whole(self._folder.portion_path(portion)) as path:
             contents = contents_of(self._proteins, self._settings, np.array(list(embeddings), dtype=np.int64))
             writer = LAYOUTS["protlm"].open(path, contents, resume=False)
             try:
-                for index, found in enumerate(embeddings.values()):
-                    writer.write(index, found)
+                for index, by_column in enumerate(embeddings.values()):
+                    writer.write(index, by_column)
                 writer.close()
             except BaseException:
                 writer.discard()
                 raise
 
-    def _check(self, record: int, embeddings: dict[Column, np.ndarray]) -> dict[Column, np.ndarray]:
-        """Returns the embeddings of a record.
-
-        Raises:
-            ProtlmError: A number in them is not finite.
-        """
+    def _check_finite(self, record: int, embeddings: dict[Column, np.ndarray]) -> None:
+        """Raises ProtlmError if a number in the embeddings of a record is not finite."""
         if not all(np.isfinite(array).all() for array in embeddings.values()):
             raise ProtlmError(
                 f"{shown(self._proteins.id(record))}: its embedding is not finite; the model is of no use"
             )
-        return embeddings
 
 
 def contents_of(proteins: ProteinStore, settings: EmbedSettings, records: np.ndarray | None) -> Contents:
-    """Returns what a file of embeddings is told before the first of them.
+    """Returns the description of a file of embeddings that its writer starts with.
 
     Args:
         proteins: All proteins.
-        settings: What is stored.
-        records: The numbers of those in the file; None for all.
+        settings: The settings of the run.
+        records: The records in the file, by number; None for all.
     """
     some = slice(None) if records is None else records
     return Contents(

@@ -1,4 +1,4 @@
-"""What `protlm embed` is asked for: the request as it was given, and as it is once the model is known."""
+"""The options of `protlm embed`: the request of the user, and the settings that follow from it for a given model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,27 +23,27 @@ class EmbedUsageError(ValueError):
     """Options that contradict each other."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
-    """What embed is asked for.
+    """The options of a run.
 
     Attributes:
         model: A model directory or a run.
         inputs: Protein files, `-` for the standard input; or one dataset of `protlm prep`.
-        out: What to make: a file, or with the layout `esm` a folder.
-        split: Of the dataset.
+        out: The output to make: a file, or with the layout `esm` a folder.
+        split: The split of the dataset.
         include: Kinds of embedding.
-        layers: 0 is the embedding, -1 the last layer.
-        layout: How embeddings lie in the output.
-        dtype: Of the stored numbers; None for what the layout is known for.
-        tokens_per_batch: Budget of one forward pass; a longer protein or window has a pass of its own. None for what
-            suits the device.
+        layers: Layer numbers; 0 is the embedding, -1 the last layer.
+        layout: Name of the output's layout.
+        dtype: Type of the stored numbers; None: the default of the layout.
+        tokens_per_batch: Budget of one forward pass; a longer protein or window has a pass of its own. None: a default
+            for the device.
         window: Compute longer proteins in overlapping windows of so many residues.
-        truncate: Embed only the first residues of longer proteins.
+        truncate: Embed only the first so many residues of longer proteins.
         on_bad_record: Stop at a bad record, or skip and count it.
-        devices: Where to compute.
-        resume: Go on with what an unfinished run left; without any, begin.
-        force: Replace an existing output of the same layout; without `resume` also what an unfinished run left.
+        devices: The devices to compute on.
+        resume: Resume an unfinished run; start one if there is none.
+        force: Replace an existing output of the same layout and, without `resume`, the work of an unfinished run.
     """
 
     model: Path
@@ -63,20 +63,20 @@ class EmbedRequest:
     force: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmbedSettings:
-    """What is computed and stored, with the model known.
+    """The settings of a run on a given model.
 
     Attributes:
-        layout: The layout.
+        layout: The layout of the output.
         kinds: Kinds of embedding, each once.
-        layers: Absolute numbers, each once.
-        dtype: Of the stored numbers.
+        layers: Absolute layer numbers, each once.
+        dtype: Type of the stored numbers.
         tokens_per_batch: Budget of one forward pass.
-        cut: What becomes of long proteins.
+        cut: The treatment of long proteins.
         model_dim: Width of an embedding.
         last_layer: Number of the last layer.
-        weights_hash: Of the model.
+        weights_hash: Hash of the model's weights.
     """
 
     layout: Layout
@@ -91,7 +91,7 @@ class EmbedSettings:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """What is stored of a protein."""
+        """The columns stored for each protein: pairs of kind and layer."""
         return columns_of(self.kinds, self.layers, self.last_layer)
 
     def num_bytes(self, num_records: int, num_residues: int) -> int:
@@ -104,7 +104,7 @@ class EmbedSettings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that decide about the output, as `--resume` compares them."""
+        """The options that shape the output, as `--resume` compares them."""
         return {
             "layout": self.layout.name,
             "include": list(self.kinds),
@@ -117,11 +117,11 @@ class EmbedSettings:
 
 
 def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSettings:
-    """Returns what a request means for a model.
+    """Returns the settings that a request leads to with a given model.
 
     Raises:
         EmbedUsageError: Options that contradict each other.
-        ProtlmError: A layer that the model does not have; windows that its positions do not reach.
+        ProtlmError: A layer that the model does not have, or windows longer than its learned positions.
     """
     layout = LAYOUTS[request.layout]
     if request.window is not None and request.truncate is not None:
@@ -137,11 +137,18 @@ def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSe
         layout.check(kinds, layers, dtype)
     except ValueError as error:
         raise EmbedUsageError(str(error)) from None
-    cut, limit = Cut(request.window, request.truncate), description.max_residues
+    cut, limit = Cut(window=request.window, truncate=request.truncate), description.max_residues
     for name, size in (("--window", cut.window), ("--truncate", cut.truncate)):
         if size is not None and limit is not None and size > limit:
             raise ProtlmError(f"{request.model}: the positions of this model reach {limit:,} residues; lower {name}")
-    tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()
     return EmbedSettings(
-        layout, kinds, layers, dtype, tokens_per_batch, cut, description.model.model_dim, last, description.weights_hash
-    )  # fmt: skip
+        layout=layout,
+        kinds=kinds,
+        layers=layers,
+        dtype=dtype,
+        tokens_per_batch=request.tokens_per_batch or default_tokens_per_batch(),
+        cut=cut,
+        model_dim=description.model.model_dim,
+        last_layer=last,
+        weights_hash=description.weights_hash,
+    )

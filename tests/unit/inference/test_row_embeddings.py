@@ -5,7 +5,7 @@ import torch
 from protlm.config import ModelConfig
 from protlm.data.batching.batches import pack_row
 from protlm.data.embeddings.layouts import columns_of
-from protlm.inference.row_embeddings import RowEmbedder, is_out_of_memory, merged
+from protlm.inference.row_embeddings import RowEmbedder, is_out_of_memory, merge_windows
 from protlm.model.performer import Performer
 
 KINDS = ("per-residue", "mean", "cls", "logits")
@@ -31,7 +31,7 @@ def test_what_a_protein_gives_is_what_its_states_say(model, proteins):
         with torch.inference_mode():
             states = {layer: x.numpy() for layer, x in model.hidden_states(tokens, bounds, (0, 2)).items()}
             logits = model(tokens, bounds).numpy()
-        one = merged([sums], len(protein))
+        one = merge_windows([sums], len(protein))
         for layer in (0, 2):
             np.testing.assert_allclose(one["per-residue", layer], states[layer][1:-1], atol=1e-5)
             np.testing.assert_allclose(one["mean", layer], states[layer][1:-1].mean(0), atol=1e-5)
@@ -49,17 +49,17 @@ def test_the_core_of_a_protein_is_what_is_kept_of_it(model, proteins):
     embedder = RowEmbedder(model, KINDS, (2,))
     (whole,) = embedder([proteins[2]])
     cores = [slice(0, 7), slice(7, 20), slice(20, 30)]
-    parts = embedder([proteins[2]] * 3, cores)
-    together = merged(parts, 30)
-    for key, expected in merged([whole], 30).items():
+    windows = embedder([proteins[2]] * 3, cores)
+    together = merge_windows(windows, 30)
+    for key, expected in merge_windows([whole], 30).items():
         np.testing.assert_allclose(together[key], expected, atol=1e-5)
-    np.testing.assert_allclose(parts[1]["per-residue", 2], whole["per-residue", 2][7:20], atol=1e-5)
+    np.testing.assert_allclose(windows[1]["per-residue", 2], whole["per-residue", 2][7:20], atol=1e-5)
 
 
 def test_the_cls_of_several_windows_is_their_mean(model, proteins):
-    parts = RowEmbedder(model, ("cls",), (2,))(proteins[:2])
-    expected = (parts[0]["cls", 2] + parts[1]["cls", 2]) / 2
-    np.testing.assert_allclose(merged(parts, 6)["cls", 2], expected, rtol=1e-6)
+    windows = RowEmbedder(model, ("cls",), (2,))(proteins[:2])
+    expected = (windows[0]["cls", 2] + windows[1]["cls", 2]) / 2
+    np.testing.assert_allclose(merge_windows(windows, 6)["cls", 2], expected, rtol=1e-6)
 
 
 class Scarce(RowEmbedder):
@@ -75,7 +75,7 @@ class Scarce(RowEmbedder):
 
 def test_rows_are_halved_until_they_fit_and_what_never_fits_is_none(model, proteins):
     cores = [slice(0, len(protein)) for protein in proteins]
-    found = list(Scarce(model, ("mean",), (2,)).or_none(proteins, cores))
+    found = list(Scarce(model, ("mean",), (2,)).compute_by_halves(proteins, cores))
     assert [result is None for result in found] == [False, False, True, False, False]
     expected = RowEmbedder(model, ("mean",), (2,))(proteins)
     for result, whole in zip(found, expected, strict=True):
@@ -89,7 +89,7 @@ def test_other_errors_are_no_lack_of_memory(model, proteins):
             raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        list(Broken(model, ("mean",), (2,)).or_none(proteins[:1], [slice(0, 5)]))
+        list(Broken(model, ("mean",), (2,)).compute_by_halves(proteins[:1], [slice(0, 5)]))
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(ValueError("not enough memory"))

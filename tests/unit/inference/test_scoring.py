@@ -132,7 +132,7 @@ def test_a_loss_beyond_what_exp_can_hold_is_an_infinite_perplexity(model):
     with torch.no_grad():
         model.head.bias[0] = 1e6
     scores = score_model(model, random_proteins(3), {}, masked(0.5))
-    assert scores.model == Score(0.0, math.inf)
+    assert scores.model == Score(accuracy=0.0, perplexity=math.inf)
     assert scores.model.loss == math.inf
 
 
