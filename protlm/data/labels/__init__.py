@@ -1,1 +1,1 @@
-"""Clusters, families and splits that files tell."""
+"""Clusters, families and splits that files assign to ids."""

@@ -1,7 +1,7 @@
-"""Files that give ids a label, their cluster, families or split: hides how they are written and how an id is found.
+"""Labels of ids from files: their cluster, families or split. Hides the file formats and how an id is looked up.
 
-No id is kept, only its digest, in sorted NumPy columns: 20 bytes a row, and each label's name once. While it is read, a
-row takes some 60 bytes, and 200 where ids have several families in ever new combinations.
+Ids are not kept, only their digests, in sorted NumPy columns: 20 bytes a row, and each label's name once. During
+reading a row takes some 60 bytes, and 200 if ids have several families in ever new combinations.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,14 +20,14 @@ from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ProtlmError, RecordError
 
 UNLABELLED = -1
-"""What `Labels.lookup` returns for a record without label."""
+"""The number that `Labels.lookup` returns for an id without label."""
 
 _BATCH_ROWS = 1 << 17
 _BAR = ord("|")
 
 
 class _Index:
-    """Finds numbers by digest, from columns sorted by it in which each digest stands once."""
+    """Numbers by digest, in columns sorted by digest, each digest once."""
 
     def __init__(self, high: np.ndarray, low: np.ndarray, numbers: np.ndarray) -> None:
         self.high, self.low, self.numbers = high, low, numbers
@@ -36,22 +36,22 @@ class _Index:
         return len(self.high)
 
     def find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        """Returns the number of each digest, int64, `UNLABELLED` where it is not there."""
-        found = np.full(len(high), UNLABELLED, dtype=np.int64)
+        """Returns the number of each digest, int64, `UNLABELLED` for a digest that is not in the index."""
+        numbers = np.full(len(high), UNLABELLED, dtype=np.int64)
         waiting, places = np.arange(len(high)), np.searchsorted(self.high, high)
         while True:
-            # Different digests may agree in their high half: they stand side by side.
+            # Different digests with the same high half are neighbours.
             is_near = places < len(self)
             is_near[is_near] = self.high[places[is_near]] == high[waiting[is_near]]
             waiting, places = waiting[is_near], places[is_near]
             if not len(waiting):
-                return found
+                return numbers
             is_equal = self.low[places] == low[waiting]
-            found[waiting[is_equal]] = self.numbers[places[is_equal]]
+            numbers[waiting[is_equal]] = self.numbers[places[is_equal]]
             waiting, places = waiting[~is_equal], places[~is_equal] + 1
 
     def extended(self, high: np.ndarray, low: np.ndarray, numbers: np.ndarray) -> "_Index":
-        """Returns an index that finds other digests too, which it does not find yet."""
+        """Returns an index with further digests, none of which it has yet."""
         pairs = ((self.high, high), (self.low, low), (self.numbers, numbers))
         return _Index(*_sorted([np.concatenate(pair) for pair in pairs]))
 
@@ -61,8 +61,8 @@ class Labels:
 
     Attributes:
         file_name: Base name of the file.
-        sha256: Of the file as it lies on disk.
-        sizes: Ids with each label, int64 (labels); for UniRef XML the members of each cluster.
+        sha256: Hash of the bytes of the file on disk.
+        sizes: Number of ids with each label, int64 (labels); for UniRef XML the number of members of each cluster.
     """
 
     def __init__(self, source: SourceBlocks, index: _Index, names: Strings, sizes: np.ndarray) -> None:
@@ -75,7 +75,7 @@ class Labels:
     def lookup(self, ids: Strings, id_digests: np.ndarray) -> np.ndarray:
         """Returns the number of each id's label.
 
-        A UniProtKB id such as `sp|P69905|HBA_HUMAN` that is not there whole is looked for by its accession, then by its
+        A UniProtKB id such as `sp|P69905|HBA_HUMAN` that has no label itself is looked up by its accession, then by its
         entry name.
 
         Args:
@@ -83,23 +83,23 @@ class Labels:
             id_digests: xxh3-128 of each, uint64 (ids, 2), high half first.
 
         Returns:
-            int64 (ids), `UNLABELLED` where an id has none.
+            int64 (ids), `UNLABELLED` for an id without label.
         """
-        found = self._index.find(id_digests[:, 0], id_digests[:, 1])
-        missing = np.flatnonzero(found == UNLABELLED)
+        numbers = self._index.find(id_digests[:, 0], id_digests[:, 1])
+        missing = np.flatnonzero(numbers == UNLABELLED)
         if not len(missing) or not (ids.text == _BAR).any():
-            return found
-        text, places, parts = ids.text.tobytes(), [], []
+            return numbers
+        text, places, names = ids.text.tobytes(), [], []
         bounds = zip(ids.offsets[missing].tolist(), ids.offsets[missing + 1].tolist(), strict=True)
         for place, (start, end) in zip(missing.tolist(), bounds, strict=True):
             fields = text[start:end].split(b"|")
             if len(fields) == 3 and fields[0] in (b"sp", b"tr"):
                 places.append(place)
-                parts += fields[1:]
-        digests = digests_of(parts)
-        by_part = self._index.find(digests[:, 0], digests[:, 1]).reshape(-1, 2)
-        found[places] = np.where(by_part[:, 0] == UNLABELLED, by_part[:, 1], by_part[:, 0])
-        return found
+                names += fields[1:]
+        digests = digests_of(names)
+        by_accession, by_entry_name = self._index.find(digests[:, 0], digests[:, 1]).reshape(-1, 2).T
+        numbers[places] = np.where(by_accession == UNLABELLED, by_entry_name, by_accession)
+        return numbers
 
     def names(self, numbers: np.ndarray) -> Strings:
         """Returns the names of labels by their numbers, empty for `UNLABELLED`."""
@@ -118,14 +118,14 @@ class Labels:
 
 
 def read_clusters(path: str | Path) -> Labels:
-    r"""Reads which cluster each id is in, from a file of one of three formats, told by its content.
+    r"""Returns the cluster of each id, from a file of one of three formats, recognised by its content.
 
     Args:
         path: MMseqs2's TSV (`cluster<TAB>member`), CD-HIT's .clstr (a cluster is named by its representative), or
-            UniRef XML (an id is a name of a member, or of the cluster); may be compressed.
+            UniRef XML (an id is any name of a member or of the cluster); may be compressed.
 
     Raises:
-        RecordError: A line that is not understood, or a member in two clusters.
+        RecordError: A malformed line, or an id in two clusters.
         ProtlmError: A file that is missing, damaged, or of another format.
     """
     source, blocks, start = label_rows.open_rows(path)
@@ -143,19 +143,19 @@ def read_clusters(path: str | Path) -> Labels:
 
 
 def read_splits(path: str | Path) -> Labels:
-    r"""Reads which split each id is in, from rows of `id<TAB>split`; errors as in `read_clusters`."""
+    r"""Returns the split of each id, from rows of `id<TAB>split`; raises as `read_clusters` does."""
     source, blocks, _ = label_rows.open_rows(path)
     return _label(path, source, label_rows.split_rows(path, blocks), "split")
 
 
 def read_families(path: str | Path) -> Labels:
-    r"""Reads the families of each id, from rows of `id<TAB>family`; several of one id are one label, joined by `;`.
+    r"""Returns the families of each id, from rows of `id<TAB>family`; several of one id are one label, joined by `;`.
 
     Args:
         path: The file; may be compressed.
 
     Raises:
-        RecordError: A line that is not understood.
+        RecordError: A malformed line.
         ProtlmError: A file that is missing or damaged.
     """
     source, blocks, _ = label_rows.open_rows(path)
@@ -168,7 +168,7 @@ def read_families(path: str | Path) -> Labels:
 
 
 class _Names:
-    """Numbers names in the order of their first appearance, and keeps each once."""
+    """Names numbered in the order of their first appearance, each kept once."""
 
     def __init__(self) -> None:
         self._indices: list[_Index] = []
@@ -177,42 +177,42 @@ class _Names:
         self.count = 0
 
     def numbers_of(self, names: Iterable[bytes]) -> np.ndarray:
-        """Returns the numbers of names, int32."""
+        """Returns the numbers of names, int32; new names get the next ones."""
         codes: dict[bytes, int] = {}
         which = np.fromiter((codes.setdefault(name, len(codes)) for name in names), dtype=np.int32)
         high, low = digests_of(codes).T
-        found = np.full(len(codes), UNLABELLED, dtype=np.int32)
+        numbers = np.full(len(codes), UNLABELLED, dtype=np.int32)
         for index in self._indices:
-            missing = np.flatnonzero(found == UNLABELLED)
-            found[missing] = index.find(high[missing], low[missing])
-        if len(missing := np.flatnonzero(found == UNLABELLED)):
-            found[missing] = np.arange(self.count, self.count + len(missing))
+            missing = np.flatnonzero(numbers == UNLABELLED)
+            numbers[missing] = index.find(high[missing], low[missing])
+        if len(missing := np.flatnonzero(numbers == UNLABELLED)):
+            numbers[missing] = np.arange(self.count, self.count + len(missing))
             distinct = list(codes)
             new = [distinct[place] for place in missing.tolist()]
             self.count += len(new)
             self._texts.append(b"".join(new))
             self._lengths.append(np.fromiter(map(len, new), dtype=np.int32, count=len(new)))
-            self._insert(_Index(*_sorted([high[missing], low[missing], found[missing]])))
-        return found[which]
+            self._insert(_Index(*_sorted([high[missing], low[missing], numbers[missing]])))
+        return numbers[which]
 
     def _insert(self, index: _Index) -> None:
-        # Each index is more than twice the next, so that a name is moved only some log2(count) times.
+        # Each index has more than twice the size of the next, so a name is copied only some log2(count) times.
         while self._indices and len(self._indices[-1]) <= 2 * len(index):
             index = self._indices.pop().extended(index.high, index.low, index.numbers)
         self._indices.append(index)
 
     def to_strings(self) -> Strings:
-        """Returns all names by their numbers."""
+        """Returns all names in the order of their numbers."""
         return Strings(np.frombuffer(b"".join(self._texts), dtype=np.uint8), bounds_of(np.concatenate(self._lengths)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Collected:
-    """The rows of a file as columns, sorted by the digest of the id, and those of an id as they stand in the file.
+    """The rows of a file as columns, sorted by the digest of the id; those of one id keep the order of the file.
 
     Attributes:
         high: High half of the digest of each id, uint64.
-        low: Its low half.
+        low: Low half of the same.
         labels: Numbers of the labels, int32.
         lines: Line of each row, int64.
         names: The names of the labels.
@@ -225,40 +225,40 @@ class _Collected:
     names: _Names
 
     def is_first(self) -> np.ndarray:
-        """Says of each row whether it is the first of its id."""
+        """Returns for each row whether it is the first of its id, bool (rows)."""
         is_first = np.ones(len(self.high), dtype=bool)
         is_first[1:] = (self.high[1:] != self.high[:-1]) | (self.low[1:] != self.low[:-1])
         return is_first
 
     def only(self, is_wanted: np.ndarray) -> "_Collected":
-        """Returns some of the rows."""
+        """Returns the chosen rows."""
         high, low, labels, lines = (c[is_wanted] for c in (self.high, self.low, self.labels, self.lines))
         return _Collected(high, low, labels, lines, self.names)
 
 
 def _collect(path: str | Path, rows: Iterable[label_rows.Rows]) -> _Collected:
     names = _Names()
-    parts: list[list[np.ndarray]] = [[], [], [], []]
-    for row in rows:
-        high, low = digests_of(row.ids).T.copy()
-        for part, values in zip(parts, (high, low, names.numbers_of(row.labels), row.lines), strict=True):
-            part.append(values)
+    batches: tuple[list[np.ndarray], ...] = ([], [], [], [])
+    for batch in rows:
+        high, low = digests_of(batch.ids).T.copy()
+        for column, values in zip(batches, (high, low, names.numbers_of(batch.labels), batch.lines), strict=True):
+            column.append(values)
     if not names.count:
         raise ProtlmError(f"{path}: no rows; expected an id and its label on each line")
     columns = []
-    for part in parts:
-        columns.append(np.concatenate(part))
-        # Gone at once: otherwise all columns would be there twice.
-        part.clear()
+    for column in batches:
+        columns.append(np.concatenate(column))
+        # Otherwise all columns would be in memory twice.
+        column.clear()
     high, low, labels, lines = _sorted(columns)
     return _Collected(high, low, labels, lines, names)
 
 
 def _sorted(columns: list[np.ndarray]) -> list[np.ndarray]:
-    """Sorts rows by their first two columns, and equal ones by their place; takes the columns out of the list."""
+    """Returns the same list with rows sorted by the first two columns, and equal ones by their old order."""
     order = np.argsort(columns[0])
     for place in range(len(columns)):
-        # One after the other, so that only one column is there twice.
+        # One after the other, so that only one column is in memory twice.
         columns[place] = columns[place][order]
     high, low = columns[:2]
     is_tied = np.zeros(len(order), dtype=bool)
@@ -273,10 +273,10 @@ def _sorted(columns: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _label(path: str | Path, source: SourceBlocks, rows: Iterable[label_rows.Rows], kind: str) -> Labels:
-    """Returns the labels of a file in which an id has one only."""
-    found = _collect(path, rows)
-    names = found.names.to_strings()
-    index = _unique_index(path, found, names, kind)
+    """Returns the labels of a file in which each id has only one."""
+    collected = _collect(path, rows)
+    names = collected.names.to_strings()
+    index = _unique_index(path, collected, names, kind)
     return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)))
 
 
@@ -297,20 +297,20 @@ def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str)
 
 
 def _conflicts(rows: _Collected, is_first: np.ndarray) -> np.ndarray:
-    """Returns the places of rows that give their id another label than the row before."""
+    """Returns the indices of rows that give their id another label than the row before."""
     return np.flatnonzero(~is_first[1:] & (rows.labels[1:] != rows.labels[:-1])) + 1
 
 
 def _joined(labels: np.ndarray, starts: np.ndarray, names: _Names) -> np.ndarray:
-    """Gives every group of labels one label; several different ones become a new label, their names joined by `;`.
+    """Returns one label for every group of labels; different ones become a new label, their names joined by `;`.
 
     Args:
         labels: Numbers of labels, group by group.
         starts: The bounds of the groups, (groups + 1).
-        names: The names of the labels; gets the new ones.
+        names: The names of the labels; the new ones are added.
 
     Returns:
-        The label of each group, int32.
+        Number of the label of each group, int32.
     """
     numbers: np.ndarray = labels[starts[:-1]]
     listed = names.to_strings().to_list()
@@ -318,9 +318,9 @@ def _joined(labels: np.ndarray, starts: np.ndarray, names: _Names) -> np.ndarray
     for first in range(0, len(several), _BATCH_ROWS):
         groups = several[first : first + _BATCH_ROWS]
         bounds = zip(starts[groups].tolist(), starts[groups + 1].tolist(), strict=True)
-        # A family that stands twice for an id counts once, at its first place.
-        parts = (dict.fromkeys(labels[start:end].tolist()) for start, end in bounds)
-        numbers[groups] = names.numbers_of(";".join([listed[label] for label in part]).encode() for part in parts)
+        # A family that is listed twice for an id counts once, at its first place.
+        distinct = (dict.fromkeys(labels[start:end].tolist()) for start, end in bounds)
+        numbers[groups] = names.numbers_of(";".join([listed[label] for label in group]).encode() for group in distinct)
     return numbers
 
 
@@ -328,12 +328,13 @@ def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]
     sizes: list[int] = []
 
     def clusters() -> Iterator[label_rows.Cluster]:
-        for found in clusters_of(path, blocks):
-            sizes.append(found.num_members)
-            names, secondary = ([name.encode() for name in part] for part in (found.names, found.secondary))
-            # A negative line marks what need not be in one cluster only.
-            lines = [found.line] * len(names) + [-found.line] * len(secondary)
-            yield label_rows.Cluster(found.id.encode(), names + secondary, lines)
+        for cluster in clusters_of(path, blocks):
+            sizes.append(cluster.num_members)
+            names = [name.encode() for name in cluster.names]
+            secondary = [name.encode() for name in cluster.secondary]
+            # A negative line marks a name that may be in several clusters.
+            lines = [cluster.line] * len(names) + [-cluster.line] * len(secondary)
+            yield label_rows.Cluster(cluster.id.encode(), names + secondary, lines)
 
     rows = _collect(path, label_rows.rows_of(clusters()))
     if len(sizes) != rows.names.count:

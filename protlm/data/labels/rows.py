@@ -1,4 +1,4 @@
-"""How files of labels are written: MMseqs2's and other TSV, CD-HIT's clusters; read line by line in bounded memory."""
+"""The formats of label files: TSV, such as that of MMseqs2, and CD-HIT's clusters; parsed in bounded memory."""
 
 import itertools
 import re
@@ -14,7 +14,7 @@ from protlm.data.splits import SPLIT_NAMES
 from protlm.errors import ProtlmError, RecordError
 
 CD_HIT_CLUSTER = b">Cluster"
-"""How a line begins that opens a cluster of CD-HIT."""
+"""Beginning of the line that opens a cluster of CD-HIT."""
 
 _HEAD_BYTES = 1 << 16
 _MAX_LINE_BYTES = 16 << 20
@@ -31,7 +31,7 @@ _BATCH_ROWS = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows as they are written: the id and the label of each, and its line in the file, int64."""
+    """Rows of a label file: the id and the label of each, and its line in the file, int64."""
 
     ids: Sequence[bytes]
     labels: Sequence[bytes]
@@ -40,7 +40,7 @@ class Rows:
 
 @dataclass(slots=True)
 class Cluster:
-    """A cluster while it is read: its name, its members, and the line of each."""
+    """A cluster: its name, its members, and the line of each."""
 
     name: bytes = b""
     ids: list[bytes] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Cluster:
 
 
 def open_rows(path: str | Path) -> tuple[SourceBlocks, Iterator[bytes], bytes]:
-    """Returns a file, its uncompressed blocks, and the first 64 KiB of them from the first row on."""
+    """Returns a file, its uncompressed blocks, and the beginning of its text from the first row on."""
     source = SourceBlocks(path)
     blocks = iter(source)
     head = b""
@@ -65,7 +65,7 @@ def open_rows(path: str | Path) -> tuple[SourceBlocks, Iterator[bytes], bytes]:
 
 
 def _whole_lines(path: str | Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    r"""Yields text in whole lines with `\n` line ends, and the number of the first line of each."""
+    r"""Yields stretches of whole lines with `\n` line ends, each with the number of its first line."""
     line, pending = 1, b""
     for block in itertools.chain(blocks, [b""]):
         text = pending + block if block else pending + b"\n" if pending else b""
@@ -93,7 +93,7 @@ def _check_utf8(path: str | Path, text: bytes, line: int) -> None:
 
 
 def tsv_rows(path: str | Path, blocks: Iterable[bytes], expected: str) -> Iterator[Rows]:
-    """Yields rows of two fields, the first as the id."""
+    """Yields rows of two fields, taking the first as the id."""
     for line, text in _whole_lines(path, blocks):
         fields = text.replace(b"\n", b"\t").split(b"\t")
         if _are_pairs(text):
@@ -105,8 +105,8 @@ def tsv_rows(path: str | Path, blocks: Iterable[bytes], expected: str) -> Iterat
                 continue
             fields = row.split(b"\t")
             if len(fields) != 2 or not all(fields):
-                found = row.decode()
-                raise RecordError(path, number, f"expected `{expected}`, got {shown(found)}", reason="malformed_row")
+                message = f"expected `{expected}`, got {shown(row.decode())}"
+                raise RecordError(path, number, message, reason="malformed_row")
             ids.append(fields[0])
             labels.append(fields[1])
             lines.append(number)
@@ -114,7 +114,7 @@ def tsv_rows(path: str | Path, blocks: Iterable[bytes], expected: str) -> Iterat
 
 
 def _are_pairs(text: bytes) -> bool:
-    """Says whether every line is two fields and no comment, so that lines need not be looked at one by one."""
+    """Returns whether every line has two fields and is no comment, so that lines need not be split one by one."""
     if text.startswith(b"#") or b"\n#" in text:
         return False
     letters = np.frombuffer(text, dtype=np.uint8)
@@ -144,11 +144,11 @@ def cd_hit_clusters(path: str | Path, blocks: Iterable[bytes]) -> Iterator[Clust
                 if cluster.lines:
                     yield _named(path, cluster)
                 cluster = Cluster()
-            elif found := _CD_HIT_MEMBER.fullmatch(row):
-                cluster.ids.append(found[1])
+            elif member := _CD_HIT_MEMBER.fullmatch(row):
+                cluster.ids.append(member[1])
                 cluster.lines.append(number)
-                if found[2] == b"*":
-                    cluster.name = found[1]
+                if member[2] == b"*":
+                    cluster.name = member[1]
             elif row.strip() and not row.startswith(b"#"):
                 message = f"expected a line of CD-HIT such as `0 120aa, >id... *`, got {shown(row.decode())}"
                 raise RecordError(path, number, message, reason="malformed_row")
@@ -164,7 +164,7 @@ def _named(path: str | Path, cluster: Cluster) -> Cluster:
 
 
 def rows_of(clusters: Iterable[Cluster]) -> Iterator[Rows]:
-    """Yields the members of many clusters at once."""
+    """Yields the members of clusters as rows, those of many clusters at a time."""
     ids: list[bytes] = []
     labels: list[bytes] = []
     lines: list[int] = []
