@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from protlm.workflows.prep.estimate import Estimate
     from protlm.workflows.prep.prepare import PartReport, PrepReport
 
-# The defaults below are those of `workflows.prep.prepare`, which is too heavy to import here; a test compares them.
+# The defaults below are those of `workflows.prep.options.PrepRequest`, too heavy to import here; a test compares them.
 SplitMethod = Literal["random", "cluster", "family", "file"]
 OnBadRecord = Literal["error", "skip"]
 _READY_MADE = "{} set ready-made; INPUT is then the training set. Repeatable."
@@ -104,20 +104,20 @@ def prep_command(
     from protlm.runtime.work_folder import partial_folder
     from protlm.workflows.prep.estimate import Estimate
     from protlm.workflows.prep.mmseqs import clusters_of
-    from protlm.workflows.prep.options import PrepUsageError, parse_part
+    from protlm.workflows.prep.options import PrepRequest, PrepUsageError, parse_part
     from protlm.workflows.prep.prepare import PartReport, prepare
 
     try:
         with Bars(_UNITS) as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:
-            report = prepare(
-                inputs, out, valid_inputs=valid_input or (), test_inputs=test_input or (), ood_inputs=ood_input or (),
-                split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
+            request = PrepRequest(
+                inputs=inputs, out=out, valid_inputs=valid_input or (), test_inputs=test_input or (),
+                ood_inputs=ood_input or (), split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
                 clusters=cluster_file, families=families, ood_families=ood_family or (), split_file=split_file,
                 seed=seed, min_length=min_length, max_length=max_length, dedupe=dedupe, on_bad_record=on_bad_record,
                 shard_residues=shard_residues, check_leaks=check_leaks, workers=workers, resume=resume,
                 part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run, force=force,
-                start_progress=bars.start,
             )  # fmt: skip
+            report = prepare(request, start_progress=bars.start)
     except PrepUsageError as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import hashlib
 import inspect
@@ -12,7 +13,8 @@ from protlm.cli.app import main
 from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
 from protlm.workflows.prep import prepare as prep_workflow
-from protlm.workflows.prep.prepare import PrepUsageError, prepare
+from protlm.workflows.prep.options import PrepRequest, PrepUsageError
+from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, run_json, sequences
 
 UNIREF = Path(__file__).parents[3] / "shared" / "data" / "uniref" / "uniref100_sample14k.fasta.gz"
@@ -281,7 +283,7 @@ def test_force_never_replaces_a_file(write, tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_dataset(write, out, tmp_path, monkeypatch):
-    prepare([write("a", "MKV")], out)
+    prepare(PrepRequest(inputs=[write("a", "MKV")], out=out))
     before = digests(out)
     rename = Path.rename
 
@@ -295,11 +297,11 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_dataset(write, out,
     path = write("b", "MKW")
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(ProtlmError, match="no; what is finished is kept in"):
-        prepare([path], out, force=True)
+        prepare(PrepRequest(inputs=[path], out=out, force=True))
     assert fail_once.has_failed
     assert digests(out) == before
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "dataset", "dataset.partial"]
-    prepare([path], out, force=True, resume=True)
+    prepare(PrepRequest(inputs=[path], out=out, force=True, resume=True))
     assert sequences(out, "train") == ["MKW"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "dataset"]
 
@@ -335,15 +337,15 @@ def test_fractions_with_ready_made_splits_are_wrong_usage(write, out, capsys):
         assert "only without ready-made splits" in capsys.readouterr().err
     assert main(["prep", "--out", out]) == 2
     with pytest.raises(PrepUsageError, match="inputs: expected at least one file"):
-        prepare([], out)
+        prepare(PrepRequest(inputs=[], out=out))
 
 
 def test_the_command_and_the_workflow_have_the_same_defaults():
-    workflow = inspect.signature(prepare).parameters
+    workflow = {field.name: field.default for field in dataclasses.fields(PrepRequest)}
     command = inspect.signature(cli_prep.prep_command).parameters
     shared = workflow.keys() & command.keys() - {"inputs", "out"}
     assert len(shared) == 19
-    assert {name: command[name].default for name in shared} == {name: workflow[name].default for name in shared}
+    assert {name: command[name].default for name in shared} == {name: workflow[name] for name in shared}
 
 
 def test_the_examples_in_the_help_keep_their_lines(capsys):

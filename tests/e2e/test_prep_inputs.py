@@ -14,6 +14,7 @@ from protlm.cli.app import main
 from protlm.data.parsing.sources import zstd
 from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
+from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json, sequences
 
@@ -33,7 +34,7 @@ PACK = {
 def test_compression_is_told_by_content_and_changes_no_record(tmp_path, kind):
     path = tmp_path / "proteins.txt"
     path.write_bytes(PACK[kind](TEXT))
-    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", **ALL_TRAIN))
     assert sequences(tmp_path / "out", "train") == ["MKVLA", "WWW"]
     assert open_dataset(tmp_path / "out").manifest.sources[0].name == "proteins.txt"
 
@@ -51,7 +52,7 @@ def test_compression_is_told_by_content_and_changes_no_record(tmp_path, kind):
     ],
 )
 def test_real_files_of_each_kind_are_read_whole(shared_data, tmp_path, name, file_format, num_records):
-    report = prepare([shared_data / name], tmp_path / "out", **ALL_TRAIN)
+    report = prepare(PrepRequest(inputs=[shared_data / name], out=tmp_path / "out", **ALL_TRAIN))
     (source,) = report.manifest.sources
     assert (source.format, source.num_records) == (file_format, num_records)
     kept = report.manifest.splits["train"].num_records
@@ -72,7 +73,7 @@ def test_an_alignment_gives_its_proteins_without_gaps_and_without_its_annotation
 def test_comment_lines_above_the_first_record_are_no_fault(tmp_path):
     path = tmp_path / "a.a3m"
     path.write_text("#A3M#\n# from somewhere\n>query\nMKV\n")
-    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", **ALL_TRAIN))
     assert sequences(tmp_path / "out", "train") == ["MKV"]
 
 
@@ -118,10 +119,10 @@ def test_a_pipe_is_an_input_and_is_read_again_on_resume(tmp_path, workers):
             "protlm.workflows.prep.prepare.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
         )
         with pytest.raises(ProtlmError, match="full; what is finished is kept"):
-            prepare([pipe], tmp_path / "out", workers=workers, **ALL_TRAIN)
+            prepare(PrepRequest(inputs=[pipe], out=tmp_path / "out", workers=workers, **ALL_TRAIN))
     writer.join()
     writer = feed(TEXT.replace(b"WWW", b"WWC"))
-    prepare([pipe], tmp_path / "out", workers=workers, resume=True, **ALL_TRAIN)
+    prepare(PrepRequest(inputs=[pipe], out=tmp_path / "out", workers=workers, resume=True, **ALL_TRAIN))
     writer.join()
     assert sequences(tmp_path / "out", "train") == ["MKVLA", "WWC"]
 
@@ -134,7 +135,7 @@ def test_uniref_xml_of_any_level_is_read_to_its_end(tmp_path, root):
         '<dbReference type="UniProtKB ID" id="A_B"/><sequence length="3">MKV</sequence></representativeMember></entry>'
     )
     path.write_text(f"<?xml version='1.0' encoding='UTF-8'?>\n<{root}>\n{entry}\n</{root}>\n")
-    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", **ALL_TRAIN))
     assert ids(tmp_path / "out", "train") == ["UniRef50_A"]
 
 
@@ -142,7 +143,7 @@ def test_ids_are_kept_as_they_are(tmp_path):
     names = ["a/b/../c", "'q\"", "é中", "x" * 10_000, "a#2", "a", "a", "a"]
     path = tmp_path / "a.fasta"
     path.write_text("".join(f">{name} n=3\nMKV{'A' * number}\n" for number, name in enumerate(names)))
-    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", **ALL_TRAIN))
     # A user's own id goes before one that prep would have made.
     assert ids(tmp_path / "out", "train") == [*names[:6], "a#3", "a#4"]
 
@@ -151,14 +152,14 @@ def test_only_numbers_as_prep_writes_them_are_taken(tmp_path):
     names = ["a#" + "9" * 5000, "a#02", "a", "a"]
     path = tmp_path / "a.fasta"
     path.write_text("".join(f">{name}\nMKV{'A' * number}\n" for number, name in enumerate(names)))
-    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", **ALL_TRAIN))
     assert ids(tmp_path / "out", "train") == [*names[:3], "a#2"]
 
 
 def test_ten_thousand_equal_ids_are_told_apart(tmp_path):
     path = tmp_path / "a.fasta"
     path.write_text("".join(f">a\nM{'ACDEFGHIKL'[n % 10]}{'V' * (n // 10)}\n" for n in range(10_000)))
-    prepare([path], tmp_path / "out", **ALL_TRAIN)
+    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", **ALL_TRAIN))
     assert ids(tmp_path / "out", "train") == ["a", *(f"a#{number}" for number in range(2, 10_001))]
 
 
@@ -251,6 +252,6 @@ def test_links_that_lead_nowhere_and_outputs_that_cannot_be_made_are_one_line(tm
 
 def test_every_output_file_is_made_again_to_the_byte(tmp_path):
     for name in ("one", "two"):
-        prepare([SAMPLE], tmp_path / name, min_length=100)
+        prepare(PrepRequest(inputs=[SAMPLE], out=tmp_path / name, min_length=100))
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert {"manifest.json", "report.html", "rejects.tsv"} < digests(tmp_path / "one").keys()

@@ -21,7 +21,8 @@ from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
 from protlm.workflows.prep import folder as prep_folder
 from protlm.workflows.prep import reading as prep_reading
-from protlm.workflows.prep.prepare import PrepUsageError, prepare
+from protlm.workflows.prep.options import PrepRequest, PrepUsageError
+from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json
 
 SMALL = {"shard_residues": 200_000, "valid_fraction": 0.1, "test_fraction": 0.1}
@@ -53,13 +54,13 @@ MORE = {**SMALL, "on_bad_record": "skip", "min_length": 2}
 
 @pytest.fixture
 def expected(files, tmp_path):
-    prepare(files, tmp_path / "expected", **MORE)
+    prepare(PrepRequest(inputs=files, out=tmp_path / "expected", **MORE))
     return digests(tmp_path / "expected")
 
 
 def test_the_number_of_workers_changes_no_byte(small_pieces, files, expected, tmp_path):
     for workers in (2, 3):
-        prepare(files, tmp_path / "out", workers=workers, force=True, **MORE)
+        prepare(PrepRequest(inputs=files, out=tmp_path / "out", workers=workers, force=True, **MORE))
         assert digests(tmp_path / "out") == expected
     assert len(expected) > 5
 
@@ -69,25 +70,25 @@ def test_the_size_of_pieces_and_of_the_ranges_compared_changes_no_byte(files, ex
     for piece_bytes in (1, 20_000):
         monkeypatch.setattr(prep_reading, "PIECE_BYTES", piece_bytes)
         monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 3_000)
-        prepare(files, tmp_path / "out", force=True, **MORE)
+        prepare(PrepRequest(inputs=files, out=tmp_path / "out", force=True, **MORE))
         assert digests(tmp_path / "out") == expected
 
 
 def test_the_twin_in_python_makes_the_same_dataset_as_the_compiled_parser(files, expected, tmp_path, monkeypatch):
     monkeypatch.setattr("protlm.data.compiled.is_available", lambda: False)
-    prepare(files, tmp_path / "out", **MORE)
+    prepare(PrepRequest(inputs=files, out=tmp_path / "out", **MORE))
     assert digests(tmp_path / "out") == expected
 
 
 def test_parts_merged_are_the_dataset_of_one_run(files, expected, tmp_path):
     names = []
     for number in (2, 3, 1):
-        names += prepare(files, tmp_path / "out", part=(number, 3), **MORE).files
+        names += prepare(PrepRequest(inputs=files, out=tmp_path / "out", part=(number, 3), **MORE)).files
         if number != 1:
             with pytest.raises(Exception, match="not read yet, or changed since"):
-                prepare(files, tmp_path / "out", merge=True, **MORE)
+                prepare(PrepRequest(inputs=files, out=tmp_path / "out", merge=True, **MORE))
     assert sorted(names) == sorted(map(str, files))
-    prepare(files, tmp_path / "out", merge=True, **MORE)
+    prepare(PrepRequest(inputs=files, out=tmp_path / "out", merge=True, **MORE))
     assert digests(tmp_path / "out") == expected
     assert not (tmp_path / "out.partial").exists()
 
@@ -97,7 +98,7 @@ def test_parts_by_the_command(files, expected, tmp_path, capsys):
     assert run_json(capsys, *command, "--part", "1/2")["num_records"] > 0
     assert "are missing" in error_line(capsys, *command, "--merge")
     assert main([*map(str, command), "--part", "2/2"]) == 0
-    assert "records: " in capsys.readouterr().out
+    assert "records     " in capsys.readouterr().out
     assert main([*map(str, command), "--merge"]) == 0
     assert digests(tmp_path / "out") == expected
     assert main([*map(str, command), "--part", "4/4"]) == 0
@@ -112,6 +113,7 @@ def test_a_run_killed_at_any_stage_goes_on_to_the_same_bytes(files, expected, tm
         "from pathlib import Path\n"
         "from protlm.data.parsing import sources\n"
         "from protlm.workflows.prep import reading\n"
+        "from protlm.workflows.prep.options import PrepRequest\n"
         "from protlm.workflows.prep.prepare import prepare\n"
         "reading.PIECE_BYTES, sources._RAW_BLOCK_BYTES = 15_000, 5_000\n"
         "replace = os.replace\n"
@@ -120,14 +122,14 @@ def test_a_run_killed_at_any_stage_goes_on_to_the_same_bytes(files, expected, tm
         f"    if len(list(Path({str(out) + '.partial'!r}).glob({stage!r}))) >= 2:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "os.replace = die_after\n"
-        f"prepare({list(map(str, files))!r}, {str(out)!r}, **{MORE!r})\n"
+        f"prepare(PrepRequest(inputs={list(map(str, files))!r}, out={str(out)!r}, **{MORE!r}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     with pytest.raises(Exception, match="an unfinished run for this dataset; go on with --resume"):
-        prepare(files, out, **MORE)
-    prepare(files, out, resume=True, **MORE)
+        prepare(PrepRequest(inputs=files, out=out, **MORE))
+    prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE))
     assert digests(out) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.fasta", "1.fasta", "2.fasta", "expected", "out"]
 
@@ -144,10 +146,10 @@ def test_resuming_reads_no_finished_piece_again(small_pieces, files, expected, t
 
     monkeypatch.setattr(prep_reading, "write_piece", fail_at_the_tenth)
     with pytest.raises(Exception, match=r"No space left on device; what is finished is kept in .*out\.partial: go on"):
-        prepare(files, out, **MORE)
+        prepare(PrepRequest(inputs=files, out=out, **MORE))
     first, written[:] = list(written), []
     monkeypatch.setattr(prep_reading, "write_piece", lambda *a, **o: (write_piece(*a, **o), written.append(a[0])))
-    prepare(files, out, resume=True, **MORE)
+    prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE))
     assert digests(out) == expected
     assert set(first).isdisjoint(written)
     assert len(first) >= 10
@@ -166,11 +168,11 @@ def test_a_shard_that_cannot_be_written_leaves_the_finished_ones(files, expected
 
     monkeypatch.setattr(assembly, "write_shard", fail_at_the_third)
     with pytest.raises(Exception, match="No space left on device"):
-        prepare(files, out, **MORE)
+        prepare(PrepRequest(inputs=files, out=out, **MORE))
     assert sorted(path.name for path in (tmp_path / "out.partial" / "dataset").glob("*.h5")) == sorted(names)
     made = []
     monkeypatch.setattr(assembly, "write_shard", lambda *a: (made.append(a[1]), write_shard(*a))[1])
-    prepare(files, out, resume=True, **MORE)
+    prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE))
     assert digests(out) == expected
     assert set(made).isdisjoint(names)
 
@@ -182,11 +184,11 @@ def test_a_changed_file_is_read_again_on_resume(small_pieces, files, tmp_path, m
         "protlm.workflows.prep.prepare.build_dataset", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        prepare(files, out, **MORE)
+        prepare(PrepRequest(inputs=files, out=out, **MORE))
     monkeypatch.undo()
     files[0].write_bytes(files[0].read_bytes() + b">new\nMKVLAAGIV\n")
-    prepare(files, out, resume=True, **MORE)
-    prepare(files, tmp_path / "afresh", **MORE)
+    prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE))
+    prepare(PrepRequest(inputs=files, out=tmp_path / "afresh", **MORE))
     assert digests(out) == digests(tmp_path / "afresh")
 
 
@@ -203,13 +205,13 @@ def test_shards_of_a_file_that_changed_by_one_letter_are_made_again(files, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "write_shard", fail_at_the_last)
         with pytest.raises(ProtlmError, match="No space left"):
-            prepare(files, out, **MORE)
+            prepare(PrepRequest(inputs=files, out=out, **MORE))
     text = bytearray(files[0].read_bytes())
     place = text.index(b"\n") + 5
     text[place] = ord("W") if text[place] != ord("W") else ord("Y")
     files[0].write_bytes(text)
-    prepare(files, out, resume=True, **MORE)
-    prepare(files, tmp_path / "afresh", **MORE)
+    prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE))
+    prepare(PrepRequest(inputs=files, out=tmp_path / "afresh", **MORE))
     assert digests(out) == digests(tmp_path / "afresh")
 
 
@@ -218,9 +220,9 @@ def test_a_run_killed_after_its_dataset_was_put_in_place_is_finished_by_resume(f
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prep_folder.PrepFolder, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prepare(files, out, **MORE)
+            prepare(PrepRequest(inputs=files, out=out, **MORE))
     assert (tmp_path / "out.partial").exists()
-    assert prepare(files, out, resume=True, **MORE).hash == open_dataset(out).hash
+    assert prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE)).hash == open_dataset(out).hash
     assert digests(out) == expected
     assert not (tmp_path / "out.partial").exists()
 
@@ -249,11 +251,11 @@ def test_parts_that_begin_at_once_share_one_folder(files, expected, tmp_path):
 
     def read(number):
         barrier.wait()
-        prepare(files, out, part=(number, 3), **MORE)
+        prepare(PrepRequest(inputs=files, out=out, part=(number, 3), **MORE))
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(read, (1, 2, 3)))
-    prepare(files, out, merge=True, **MORE)
+    prepare(PrepRequest(inputs=files, out=out, merge=True, **MORE))
     assert digests(out) == expected
 
 
@@ -265,10 +267,10 @@ def test_a_file_that_changes_while_workers_read_it_is_an_error(files, tmp_path, 
 
 def test_what_a_killed_run_left_half_written_is_removed_by_resume(files, expected, tmp_path):
     out = tmp_path / "out"
-    prepare(files, out, part=(1, 2), **MORE)
+    prepare(PrepRequest(inputs=files, out=out, part=(1, 2), **MORE))
     half = tmp_path / "out.partial" / "pieces" / ".00000-000000.piece.0123.partial"
     half.write_bytes(b"half")
-    prepare(files, out, part=(2, 2), **MORE)
+    prepare(PrepRequest(inputs=files, out=out, part=(2, 2), **MORE))
     # It could be that of another part.
     assert half.exists()
     with pytest.MonkeyPatch.context() as patch:
@@ -276,22 +278,22 @@ def test_what_a_killed_run_left_half_written_is_removed_by_resume(files, expecte
             "protlm.workflows.prep.prepare.build_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
         )
         with pytest.raises(ProtlmError, match="full; what is finished is kept"):
-            prepare(files, out, resume=True, **MORE)
+            prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE))
     assert not half.exists()
-    prepare(files, out, resume=True, **MORE)
+    prepare(PrepRequest(inputs=files, out=out, resume=True, **MORE))
     assert digests(out) == expected
 
 
 def test_two_runs_do_not_share_a_folder_unless_they_are_parts(files, tmp_path, capsys):
     out = tmp_path / "out"
-    prepare(files, out, part=(1, 2), **MORE)
+    prepare(PrepRequest(inputs=files, out=out, part=(1, 2), **MORE))
     folder = prep_folder.PrepFolder(tmp_path / "out.partial", [])
     with folder.locked("part"):
-        prepare(files, out, part=(2, 2), **MORE)
+        prepare(PrepRequest(inputs=files, out=out, part=(2, 2), **MORE))
         for option in ("--resume", "--force", "--merge"):
             message = error_line(capsys, "prep", *files, "--out", out, "--on-bad-record", "skip", option)
             assert "another run is at work here" in message
-    prepare(files, out, merge=True, **MORE)
+    prepare(PrepRequest(inputs=files, out=out, merge=True, **MORE))
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
@@ -336,8 +338,8 @@ def test_other_options_may_follow_but_not_other_inputs(files, tmp_path, capsys, 
 
 def test_force_starts_afresh(files, expected, tmp_path):
     out = tmp_path / "out"
-    prepare(files, out, part=(1, 2), **MORE)
-    prepare(files, out, force=True, **MORE)
+    prepare(PrepRequest(inputs=files, out=out, part=(1, 2), **MORE))
+    prepare(PrepRequest(inputs=files, out=out, force=True, **MORE))
     assert digests(out) == expected
 
 
@@ -432,7 +434,7 @@ def test_a_dry_run_makes_nothing_and_comes_close(tmp_path, capsys):
     found = run_json(capsys, "prep", SAMPLE, "--out", tmp_path / "out", "--dry-run")
     assert os.listdir(tmp_path) == []
     assert abs(found["num_records"] - 2500) < 25
-    prepare([SAMPLE], tmp_path / "out")
+    prepare(PrepRequest(inputs=[SAMPLE], out=tmp_path / "out"))
     assert found["num_residues"] == pytest.approx(1_160_000, rel=0.2)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.h5"))
     assert found["dataset_bytes"] == pytest.approx(size, rel=0.3)
@@ -455,7 +457,7 @@ def test_a_dry_run_makes_nothing_and_comes_close(tmp_path, capsys):
 )
 def test_options_of_scale_that_contradict_each_other_are_wrong_usage(tmp_path, options, message):
     with pytest.raises(PrepUsageError, match=message):
-        prepare([SAMPLE], tmp_path / "out", **options)
+        prepare(PrepRequest(inputs=[SAMPLE], out=tmp_path / "out", **options))
     assert not Path(f"{tmp_path}/out.partial").exists()
 
 

@@ -13,7 +13,8 @@ from protlm import vocabulary
 from protlm.cli.app import main
 from protlm.data.splits import PFAM_20
 from protlm.data.storage.dataset import open_dataset
-from protlm.workflows.prep.prepare import PrepUsageError, prepare
+from protlm.workflows.prep.options import PrepRequest, PrepUsageError
+from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import error_line, ids, run_json
 
 LETTERS = vocabulary.RESIDUES[:20]
@@ -48,7 +49,7 @@ def split_of_ids(out):
 
 def test_whole_clusters_go_to_one_split_each(clustered, tmp_path):
     fasta, table = clustered
-    report = prepare([fasta], tmp_path / "out", split="cluster", clusters=table, **FRACTIONS)
+    report = prepare(PrepRequest(inputs=[fasta], out=tmp_path / "out", split="cluster", clusters=table, **FRACTIONS))
     found = split_of_ids(tmp_path / "out")
     assert len(found) == 300
     for number in range(100):
@@ -86,18 +87,19 @@ def test_a_split_by_cluster_wants_clusters(clustered, tmp_path, capsys):
 
 def test_the_split_of_a_cluster_depends_on_its_name_and_the_seed_alone(clustered, tmp_path):
     fasta, table = clustered
-    prepare([fasta], tmp_path / "whole", split="cluster", clusters=table, **FRACTIONS)
+    prepare(PrepRequest(inputs=[fasta], out=tmp_path / "whole", split="cluster", clusters=table, **FRACTIONS))
     records = fasta.read_text().split(">")[1:]
     fasta.write_text("".join(f">{record}" for record in records[::-2]))
-    prepare([fasta], tmp_path / "part", split="cluster", clusters=table, **FRACTIONS)
-    prepare([fasta], tmp_path / "other", split="cluster", clusters=table, seed=1, **FRACTIONS)
+    prepare(PrepRequest(inputs=[fasta], out=tmp_path / "part", split="cluster", clusters=table, **FRACTIONS))
+    prepare(PrepRequest(inputs=[fasta], out=tmp_path / "other", split="cluster", clusters=table, seed=1, **FRACTIONS))
     whole, part, other = (split_of_ids(tmp_path / name) for name in ("whole", "part", "other"))
     assert part.items() <= whole.items()
     assert not other.items() <= whole.items()
 
 
 def test_uniref_xml_brings_its_clusters(shared_data, tmp_path):
-    prepare([shared_data / "uniref" / "50_Q9EPS7_Q95604.xml.gz"], tmp_path / "out", valid_fraction=0, test_fraction=0)
+    path = shared_data / "uniref" / "50_Q9EPS7_Q95604.xml.gz"
+    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", valid_fraction=0, test_fraction=0))
     shard = open_dataset(tmp_path / "out").split("train").shard(0)
     assert shard.ids.to_list() == shard.cluster_id.to_list() == ["UniRef50_Q9EPS7", "UniRef50_Q95604"]
     assert shard.cluster_size[0] == 64
@@ -106,11 +108,11 @@ def test_uniref_xml_brings_its_clusters(shared_data, tmp_path):
 def test_the_entries_of_uniref_are_clusters_by_their_ids(tmp_path):
     sequences = random_sequences(40)
     fasta = write_fasta(tmp_path / "a.fasta", [f"UniRef50_A{number}" for number in range(40)], sequences)
-    report = prepare([fasta], tmp_path / "one", split="cluster", **FRACTIONS)
+    report = prepare(PrepRequest(inputs=[fasta], out=tmp_path / "one", split="cluster", **FRACTIONS))
     assert report.num_unclustered == 0
     # The name decides, not the sequence.
     write_fasta(fasta, [f"UniRef50_A{number}" for number in range(40)], sequences[::-1])
-    prepare([fasta], tmp_path / "two", split="cluster", **FRACTIONS)
+    prepare(PrepRequest(inputs=[fasta], out=tmp_path / "two", split="cluster", **FRACTIONS))
     assert split_of_ids(tmp_path / "one") == split_of_ids(tmp_path / "two")
 
 
@@ -118,7 +120,7 @@ def test_members_are_found_in_the_clusters_of_uniref_xml(shared_data, tmp_path):
     names = ["UniRef90_Q9EPS7", "tr|F6MB06|F6MB06_MOUSE", "elsewhere"]
     fasta = write_fasta(tmp_path / "a.fasta", names, random_sequences(3))
     clusters = shared_data / "uniref" / "50_Q9EPS7_Q95604.xml.gz"
-    prepare([fasta], tmp_path / "out", clusters=clusters, valid_fraction=0, test_fraction=0)
+    prepare(PrepRequest(inputs=[fasta], out=tmp_path / "out", clusters=clusters, valid_fraction=0, test_fraction=0))
     shard = open_dataset(tmp_path / "out").split("train").shard(0)
     assert shard.cluster_id.to_list() == ["UniRef50_Q9EPS7", "UniRef50_Q9EPS7", ""]
     assert shard.cluster_size.tolist() == [64, 64, -1]
@@ -145,10 +147,11 @@ def test_families_from_a_file_and_the_paper_s_preset(tmp_path):
     fasta = write_fasta(tmp_path / "a.fasta", ["a", "b", "c", "d"], random_sequences(4))
     table = tmp_path / "families.tsv"
     table.write_text(f"# id\tfamily\na\t{PFAM_20[3]}.7\nb\tPF00001\nb\t{PFAM_20[0]}\nc\tPF00001\n")
-    report = prepare(
-        [fasta], tmp_path / "out", split="family", families=table, ood_families=["paper-pfam-20"],
+    request = PrepRequest(
+        inputs=[fasta], out=tmp_path / "out", split="family", families=table, ood_families=["paper-pfam-20"],
         valid_fraction=0, test_fraction=0,
     )  # fmt: skip
+    report = prepare(request)
     assert ids(tmp_path / "out", "ood") == ["a", "b"]
     assert ids(tmp_path / "out", "train") == ["c", "d"]
     assert [(pair.first, pair.second, pair.num_labels) for pair in report.manifest.leakage.families] == [
@@ -161,8 +164,11 @@ def test_a_copy_of_a_held_out_sequence_that_names_no_family_is_not_trained_on(tm
     fasta = write_fasta(tmp_path / "a.fasta", ["copy", "held", "other", "again"], [held, held, other, other])
     table = tmp_path / "families.tsv"
     table.write_text("held\tPF00001\n")
-    prepare([fasta], tmp_path / "out", split="family", families=table, ood_families=["PF00001"], valid_fraction=0,
-            test_fraction=0)  # fmt: skip
+    request = PrepRequest(
+        inputs=[fasta], out=tmp_path / "out", split="family", families=table, ood_families=["PF00001"],
+        valid_fraction=0, test_fraction=0,
+    )  # fmt: skip
+    prepare(request)
     assert split_of_ids(tmp_path / "out") == {"held": "ood", "other": "train"}
 
 
@@ -197,7 +203,7 @@ def test_equal_sequences_that_a_file_gives_to_two_splits_stay_in_the_earlier_one
     fasta = write_fasta(tmp_path / "a.fasta", ["a", "b", "c"], ["MKVLAAGIV", "MKVLAAGIV", "WWWWW"])
     table = tmp_path / "splits.tsv"
     table.write_text("a\ttest\nb\ttrain\nc\ttest\n")
-    report = prepare([fasta], tmp_path / "out", split="file", split_file=table)
+    report = prepare(PrepRequest(inputs=[fasta], out=tmp_path / "out", split="file", split_file=table))
     assert split_of_ids(tmp_path / "out") == {"b": "train", "c": "test"}
     assert report.manifest.leakage.exact_duplicates_removed == 1
 
@@ -261,7 +267,7 @@ def test_ways_to_split_that_contradict_each_other_are_wrong_usage(clustered, tmp
     given = {name: [text.format(fasta=clustered[0]) for text in value] if name == "valid_inputs" else value
              for name, value in options.items()}  # fmt: skip
     with pytest.raises(PrepUsageError, match=message):
-        prepare([clustered[0]], tmp_path / "out", **given)
+        prepare(PrepRequest(inputs=[clustered[0]], out=tmp_path / "out", **given))
 
 
 def test_clusters_may_be_compressed(clustered, tmp_path):
@@ -269,5 +275,5 @@ def test_clusters_may_be_compressed(clustered, tmp_path):
     packed = tmp_path / "clusters.tsv.gz"
     packed.write_bytes(gzip.compress(table.read_bytes(), mtime=0))
     for name, path in (("plain", table), ("packed", packed)):
-        prepare([fasta], tmp_path / name, split="cluster", clusters=path, **FRACTIONS)
+        prepare(PrepRequest(inputs=[fasta], out=tmp_path / name, split="cluster", clusters=path, **FRACTIONS))
     assert split_of_ids(tmp_path / "plain") == split_of_ids(tmp_path / "packed")

@@ -22,6 +22,7 @@ from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.protein_store import write_proteins
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
+from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 from tests.unit.data.batching.batch_cases import InMemory, joined_epoch, segments
 
@@ -109,7 +110,8 @@ def test_prep_and_embed_name_a_repeated_id_alike(names):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in").write_text("".join(f">{record_id}\nM\n" for record_id in names))
-        prepare([folder / "in"], folder / "out", dedupe=False, valid_fraction=0, test_fraction=0)
+        whole = {"dedupe": False, "valid_fraction": 0, "test_fraction": 0}
+        prepare(PrepRequest(inputs=[folder / "in"], out=folder / "out", **whole))
         split = open_dataset(folder / "out").split("train")
         proteins = write_proteins(folder / "store", ((name, vocabulary.encode(b"M")) for name in names))
         assert proteins.ids.to_list() == [split.id(index) for index in range(len(split))]
@@ -125,8 +127,8 @@ def test_prep_keeps_every_record_in_order_in_shards_that_are_as_full_as_they_may
                 numbers = {"n": record.cluster_size, "OX": record.taxon_id}
                 told = " ".join(f"{key}={value}" for key, value in numbers.items() if value is not None)
                 file.write(f">{record.id} {told}\n{record.sequence}\n")
-        prepare([folder / "in"], folder / "out", shard_residues=shard_residues, dedupe=False, valid_fraction=0,
-                test_fraction=0)  # fmt: skip
+        whole = {"dedupe": False, "valid_fraction": 0, "test_fraction": 0}
+        prepare(PrepRequest(inputs=[folder / "in"], out=folder / "out", shard_residues=shard_residues, **whole))
         split = open_dataset(folder / "out").split("train")
         found, sizes = [], []
         for number in range(len(split.summary.shards)):
@@ -160,7 +162,8 @@ def test_no_sequence_is_ever_in_two_splits(train, test, dedupe):
         folder = Path(name)
         for file, content in (("train", train), ("test", test)):
             (folder / file).write_text("".join(f">x\n{sequence}\n" for sequence in content))
-        report = prepare([folder / "train"], folder / "out", test_inputs=[folder / "test"], dedupe=dedupe)
+        inputs, test_inputs = [folder / "train"], [folder / "test"]
+        report = prepare(PrepRequest(inputs=inputs, out=folder / "out", test_inputs=test_inputs, dedupe=dedupe))
         opened = open_dataset(folder / "out")
         found = {}
         for name, split in report.manifest.splits.items():

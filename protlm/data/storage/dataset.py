@@ -38,8 +38,8 @@ LENGTH_BIN_STARTS = tuple(sorted({round(2 ** (step / 4)) for step in range(4 * 1
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Part = Literal["input", "valid", "test", "ood"]
-"""What a file is given as: something to split or train on, or a ready-made split."""
+InputRole = Literal["input", "valid", "test", "ood"]
+"""The role of an input file: records to split or train on, or a ready-made split."""
 
 
 class _Strict(BaseModel):
@@ -52,7 +52,7 @@ class SourceSummary(_Strict):
     `num_records` counts what could be read, before anything was left out.
     """
 
-    part: Part
+    part: InputRole
     name: str
     format: Format
     num_records: Count

@@ -1,1 +1,1 @@
-"""protlm prep: files to a dataset."""
+"""`protlm prep`: from protein files to a dataset."""

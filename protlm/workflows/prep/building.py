@@ -1,4 +1,4 @@
-"""From finished pieces to a dataset: the second half of prep. What stays, the shards, leaks, rejects, the manifest."""
+"""From finished pieces to a dataset, the second half of prep: selection, shards, leaks, rejects, the manifest."""
 
 import functools
 from collections import Counter
@@ -25,7 +25,7 @@ from protlm.workflows.prep.folder import FinishedSource, PrepFolder
 from protlm.workflows.prep.reading import raise_first_fault
 from protlm.workflows.prep.report_page import render_report
 
-# Per split: they are read one after the other.
+# In each split; shards are read one after the other.
 _OPEN_SHARDS = 2
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
@@ -39,7 +39,7 @@ class _ShardTask:
 
 
 class _Shards(Sequence[ShardReader]):
-    """Shards that are opened when they are asked for: a dataset may have more of them than files may be open."""
+    """Shards that are opened on access: a dataset may have more of them than the system allows open files."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -55,85 +55,93 @@ class _Shards(Sequence[ShardReader]):
 def build_dataset(
     folder: PrepFolder,
     options: dataset.PrepOptions,
-    asked_for: Sequence[SplitName],
+    requested: Sequence[SplitName],
     workers: Workers,
     *,
     check_leaks: bool,
     start_progress: StartProgress,
-) -> tuple[dataset.Manifest, int]:
-    """Makes the dataset in its folder from all pieces.
+) -> int:
+    """Makes the dataset in its folder from the pieces of all files.
 
     Args:
-        folder: Where the pieces lie, of all files.
+        folder: The folder of the run, with all pieces.
         options: The options that shape the content.
-        asked_for: The splits that it should have.
-        workers: Who writes the shards.
+        requested: The splits that the dataset should have.
+        workers: The processes that write the shards.
         check_leaks: Look for sequences of one split inside those of another.
         start_progress: Starts the stage `write` (residues).
 
     Returns:
-        The manifest, and how many records no cluster names where the split is by cluster.
+        The number of records that are in no cluster, where the split is by cluster.
 
     Raises:
-        ProtlmError: Files that were not read yet, a bad record, or no record left.
+        ProtlmError: A file was not read yet, a bad record, or no record left.
     """
     sources = _finished_sources(folder)
     by_source = [folder.pieces(number) for number in range(len(sources))]
-    pieces = [piece for found in by_source for piece in found]
+    pieces = [piece for source_pieces in by_source for piece in source_pieces]
     chosen = selection.select(pieces, _rules(options), folder.codes_path)
     if options.split == "cluster" and chosen.num_unclustered == chosen.starts[-1]:
         raise ProtlmError("split by cluster: no record is in a cluster; give --clusters, or --cluster-with mmseqs")
     plans = assembly.plan_shards(pieces, chosen, options.shard_residues)
-    # Shards that were made before are those to be made only if all that shapes them is the same.
+    # Finished shards of an earlier run are used again only if everything that shapes them is the same.
     texts = xxhash.xxh3_128_hexdigest("".join(f"{piece.part} {piece.text_hash}\n" for piece in pieces).encode())
     folder.begin_dataset({"options": options.model_dump(mode="json"), "texts": texts})
     rejects = _write_rejects(folder, sources, by_source, chosen, options)
     if not plans:
-        told = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
-        raise ProtlmError(f"no record is left; rejected: {told}")
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
+        raise ProtlmError(f"no record is left; rejected: {counts}")
     finished = _make_shards(folder, plans, pieces, chosen, workers, start_progress)
     repairs: Counter[str] = Counter()
     for piece in pieces:
         repairs.update(piece.repairs)
     across = chosen.counts[selection.DUPLICATE_ACROSS]
     readers = {
-        split: _Shards([folder.dataset_path / shard.info.name for shard in found]) for split, found in finished.items()
+        split: _Shards([folder.dataset_path / shard.info.name for shard in shards])
+        for split, shards in finished.items()
     }
     manifest = dataset.Manifest(
         format=dataset.FORMAT,
         format_version=dataset.FORMAT_VERSION,
         vocabulary=vocabulary.TOKENS,
-        sources=tuple(
-            dataset.SourceSummary(
-                part=given.part, name=source.name, format=source.format, num_records=source.num_records,
-                sha256=source.sha256,
-            )
-            for given, source in zip(folder.inputs, sources, strict=True)
-        ),
+        sources=_source_summaries(folder, sources),
         options=options,
-        splits={split: dataset.summarise_split(finished.get(split, [])) for split in asked_for},
+        splits={split: dataset.summarise_split(finished.get(split, [])) for split in requested},
         duplicates_removed=dataset.DuplicatesRemoved(
             within_split=chosen.counts[selection.DUPLICATE_WITHIN], across_splits=across
         ),
         leakage=leakage.look_for_leaks(readers, across, substrings=check_leaks),
         rejects=dict(sorted(rejects.items())),
         repairs=dict(sorted(repairs.items())),
-    )  # fmt: skip
+    )
     with files.written_whole(folder.dataset_path / dataset.REPORT_NAME) as path:
         path.write_text(render_report(manifest), encoding="utf-8")
     dataset.write_manifest(folder.dataset_path, manifest)
-    return manifest, chosen.num_unclustered
+    return chosen.num_unclustered
 
 
 def _finished_sources(folder: PrepFolder) -> list[FinishedSource]:
-    found = [folder.finished_source(number) for number in range(len(folder.inputs))]
-    missing = [given.path for given, source in zip(folder.inputs, found, strict=True) if source is None]
+    sources = [folder.finished_source(number) for number in range(len(folder.inputs))]
+    missing = [input_file.path for input_file, source in zip(folder.inputs, sources, strict=True) if source is None]
     if missing:
         raise ProtlmError(
-            f"{missing[0]}: not read yet, or changed since; {len(missing)} of {len(found)} files are missing: "
+            f"{missing[0]}: not read yet, or changed since; {len(missing)} of {len(sources)} files are missing: "
             "run their parts again, or all with --resume"
         )
-    return [source for source in found if source is not None]
+    return [source for source in sources if source is not None]
+
+
+def _source_summaries(folder: PrepFolder, sources: Sequence[FinishedSource]) -> tuple[dataset.SourceSummary, ...]:
+    return tuple(
+        dataset.SourceSummary(
+            part=input_file.role,
+            name=source.name,
+            format=source.format,
+            num_records=source.num_records,
+            sha256=source.sha256,
+        )
+        for input_file, source in zip(folder.inputs, sources, strict=True)
+    )
 
 
 def _rules(options: dataset.PrepOptions) -> Rules:
@@ -167,7 +175,7 @@ def _make_shards(
 
 
 def _shard_task(plan: ShardPlan, path: Path, pieces: Sequence[PieceFile], chosen: Selection) -> _ShardTask:
-    """Returns what a worker needs to make a shard, and no more: it goes through a pipe."""
+    """Returns the task of making a shard, without the rest of the selection: it is sent through a pipe."""
     first = int(np.searchsorted(chosen.starts, plan.start, side="right")) - 1
     last = int(np.searchsorted(chosen.starts, plan.end))
     return _ShardTask(plan, path, pieces[first:last], chosen.between(first, last))
@@ -184,7 +192,7 @@ def _write_rejects(
     chosen: Selection,
     options: dataset.PrepOptions,
 ) -> Counter[str]:
-    """Lists what was left out, but for duplicates, in the order of the input: source, line, id and reason.
+    """Writes source, line, id and reason of all rejected records, duplicates apart, in the order of the input.
 
     Raises:
         RecordError: A bad record, unless bad records are skipped.
@@ -212,16 +220,16 @@ def _rejects_of(
     piece: PieceFile, number: int, num_lines: int, chosen: Selection, options: dataset.PrepOptions
 ) -> list[tuple[int, str, str]]:
     raise_first_fault(piece, num_lines, options.on_bad_record)
-    has_others = piece.num_records and any(chosen.counts[code] for code in selection.REASONS)
-    if not (piece.num_faults or has_others):
+    may_be_left_out = piece.num_records and any(chosen.counts[code] for code in selection.REASONS)
+    if not (piece.num_faults or may_be_left_out):
         return []
     columns = Piece(piece.path)
-    found = [(line + num_lines, record_id, reason) for line, record_id, reason in columns.faults()]
-    if has_others:
+    rejects = [(line + num_lines, record_id, reason) for line, record_id, reason in columns.faults()]
+    if may_be_left_out:
         codes = chosen.codes_of(number)
         ids = columns.strings("ids")
         for code, reason in selection.REASONS.items():
             for index in (codes == code).nonzero()[0].tolist():
                 name = ids.text[ids.offsets[index] : ids.offsets[index + 1]].tobytes().decode()
-                found.append((int(columns["lines"][index]) + num_lines, name, reason))
-    return sorted(found)
+                rejects.append((int(columns["lines"][index]) + num_lines, name, reason))
+    return sorted(rejects)

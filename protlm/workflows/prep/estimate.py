@@ -1,4 +1,4 @@
-"""What prep would make of some files, told from the beginning of each: nothing is left behind."""
+"""The dry run of prep: the size and duration of a dataset, estimated from samples that are read and thrown away."""
 
 import shutil
 import tempfile
@@ -17,24 +17,24 @@ from protlm.workflows.prep.options import Inputs, PrepUsageError
 
 _SAMPLE_BYTES = 8 << 20
 _SAMPLED_FILES = 8
-# The second half of the work takes about as long as the first.
+# Building takes about as long as reading.
 _WORK_AFTER_READING = 1.0
 _WORKER_EFFICIENCY = 0.85
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What to expect, before duplicates and length bounds; numbers of whole inputs, from samples of them.
+    """The expected numbers for all inputs, from samples, before duplicates and length bounds.
 
     Attributes:
-        files: How many files there are.
+        files: Number of files.
         input_bytes: Their size on disk.
-        sampled_bytes: What was read of them, on disk.
+        sampled_bytes: Size on disk of the samples.
         num_records: Records.
         num_residues: Residues.
         dataset_bytes: Size of the dataset.
-        peak_bytes: Disk that is needed while it is made, the dataset included.
-        free_bytes: Free disk where it would go.
+        peak_bytes: Disk space needed while it is made, the dataset included.
+        free_bytes: Free disk space at its place.
         seconds: Time on this machine.
         rejects: Bad records of the samples, by reason.
         left_out: Files of a folder that hold no proteins.
@@ -62,30 +62,30 @@ class _Sample:
 
 
 def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, workers: int) -> Estimate:
-    """Reads the beginning of some of the files and tells what would become of them all.
+    """Returns an estimate for all files, from reading the beginning of some of them.
 
     Args:
         inputs: The files.
-        target: Where the dataset would go.
+        target: The dataset folder that would be made.
         on_bad_record: Whether a bad record in a sample is an error.
         workers: Processes that would read and write.
 
     Raises:
-        PrepUsageError: A pipe, which has no size.
+        PrepUsageError: An input is a pipe, which has no size.
         ProtlmError: A bad file.
     """
-    if any(given.state is None for given in inputs.files):
+    if any(input_file.state is None for input_file in inputs.files):
         raise PrepUsageError("dry run: a pipe has no size to tell from; write it to a file")
-    sizes = [given.num_bytes for given in inputs.files]
+    sizes = [input_file.num_bytes for input_file in inputs.files]
     step = max(1, len(inputs.files) // _SAMPLED_FILES)
     sample, rejects = _Sample(), Counter[str]()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for given in inputs.files[::step][:_SAMPLED_FILES]:
-            _add_sample(sample, given.path, Path(folder) / "piece.h5", on_bad_record, rejects)
+        for input_file in inputs.files[::step][:_SAMPLED_FILES]:
+            _add_sample(sample, input_file.path, Path(folder) / "piece.h5", on_bad_record, rejects)
     seconds = time.perf_counter() - begun
     scale = sum(sizes) / max(1.0, sample.disk_bytes)
-    share = workers * _WORKER_EFFICIENCY if workers > 1 else 1.0
+    speed_up = workers * _WORKER_EFFICIENCY if workers > 1 else 1.0
     dataset_bytes = round(sample.piece_bytes * scale)
     return Estimate(
         files=len(sizes),
@@ -96,7 +96,7 @@ def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, worker
         dataset_bytes=dataset_bytes,
         peak_bytes=2 * dataset_bytes,
         free_bytes=shutil.disk_usage(_existing(target)).free,
-        seconds=seconds * scale * (1 + _WORK_AFTER_READING) / share,
+        seconds=seconds * scale * (1 + _WORK_AFTER_READING) / speed_up,
         rejects=dict(sorted(rejects.items())),
         left_out=inputs.left_out,
     )
@@ -105,7 +105,7 @@ def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, worker
 def _add_sample(
     sample: _Sample, path: str, piece_path: Path, on_bad_record: OnBadRecord, rejects: Counter[str]
 ) -> None:
-    """Reads the first piece of a file."""
+    """Adds the first piece of a file to the sample."""
     on_disk = text_bytes = 0
 
     def count(num_bytes: int) -> None:
@@ -127,7 +127,7 @@ def _add_sample(
     if not len(parsed.table) and not parsed.faults:
         raise reader.no_records(path, parsed.num_lines)
     write_piece(piece_path, parsed, text_hash="")
-    # The reader is ahead of the piece by a few blocks.
+    # The source has read a few blocks past the piece.
     sample.disk_bytes += on_disk * len(piece.text) / max(1, text_bytes)
     sample.num_records += len(parsed.table)
     sample.num_residues += len(parsed.table.tokens)

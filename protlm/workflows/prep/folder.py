@@ -1,4 +1,4 @@
-"""Where prep keeps what is finished until the dataset is whole: what lies there, and when it may be used again."""
+"""The folder of a prep run, `DATASET.partial`: what it holds, and when its finished work may be used again."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from protlm.data.building.pieces import PieceFile, open_piece_file
 from protlm.data.parsing.sources import STDIN
 from protlm.data.records import Format
 from protlm.data.storage import dataset
-from protlm.data.storage.dataset import Part
+from protlm.data.storage.dataset import InputRole
 from protlm.errors import ProtlmError
 from protlm.runtime import work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
@@ -30,17 +30,17 @@ Start = Literal["new", "resume", "part", "merge"]
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file to read, and the part of the dataset that it is given as."""
+    """A file to read, and its role in the dataset."""
 
-    part: Part
+    role: InputRole
     path: str
 
     @property
     def state(self) -> tuple[int, int] | None:
-        """Size and time of the last change, by which a change is noticed; None for a pipe, which is read only once."""
-        if self.path == STDIN or not stat.S_ISREG((found := os.stat(self.path)).st_mode):
+        """Size and time of the last change, which show whether it has changed; None for a pipe, which has neither."""
+        if self.path == STDIN or not stat.S_ISREG((status := os.stat(self.path)).st_mode):
             return None
-        return found.st_size, found.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
 
     @property
     def num_bytes(self) -> int:
@@ -48,7 +48,7 @@ class InputFile:
         return 0 if self.state is None else self.state[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedSource:
     """A file that was read to its end."""
 
@@ -61,7 +61,7 @@ class FinishedSource:
 
 
 class PrepFolder:
-    """The folder `DATASET.partial` beside the dataset to be.
+    """The folder `DATASET.partial` beside the dataset that is being made.
 
     Attributes:
         path: The folder.
@@ -75,7 +75,7 @@ class PrepFolder:
 
     @property
     def codes_path(self) -> Path:
-        """The file of decisions."""
+        """The file with the split or the reason of rejection of every record."""
         return self.path / "codes.bin"
 
     @property
@@ -85,7 +85,7 @@ class PrepFolder:
 
     @contextlib.contextmanager
     def locked(self, start: Start) -> Iterator[None]:
-        """Keeps other runs out of the folder meanwhile; parts share it.
+        """Keeps other runs out of the folder in a `with` block; parts share it.
 
         Raises:
             ProtlmError: Another run is at work.
@@ -95,13 +95,13 @@ class PrepFolder:
             yield
 
     def _remove_left_overs(self, start: Start) -> None:
-        """Removes what a run that was killed had not finished; parts may be at work on pieces of theirs."""
+        """Removes unfinished files of killed runs, except where other parts may be writing theirs."""
         for folder in {"new": ("*",), "resume": ("*",), "merge": ("dataset",), "part": ()}[start]:
             for left_over in self.path.glob(f"{folder}/.*{files.PARTIAL_SUFFIX}"):
                 left_over.unlink(missing_ok=True)
 
     def piece_path(self, number: int, piece: int) -> Path:
-        """Returns where a piece of a file lies."""
+        """Returns the path of a piece of a file."""
         return self.path / "pieces" / f"{number:05d}-{piece:06d}.piece"
 
     @property
@@ -110,19 +110,19 @@ class PrepFolder:
         return sum(path.stat().st_size for path in (self.path / "pieces").glob("*.piece"))
 
     def finished_source(self, number: int) -> FinishedSource | None:
-        """Returns what is known of a file that was read to its end and has not changed since."""
+        """Returns the record of a file that was read to its end and has not changed since, or None."""
         try:
-            found = FinishedSource(**read_json(self._source_path(number)))
+            source = FinishedSource(**read_json(self._source_path(number)))
             state = self.inputs[number].state
         except (OSError, TypeError):
             return None
-        # What came through a pipe before may not be what comes now.
-        is_same = number in self._read_here if state is None else list(found.state or ()) == list(state)
-        has_all = all(self.piece_path(number, piece).exists() for piece in range(found.num_pieces))
-        return found if is_same and has_all else None
+        # A pipe may deliver other content the next time.
+        is_same = number in self._read_here if state is None else list(source.state or ()) == list(state)
+        has_all = all(self.piece_path(number, piece).exists() for piece in range(source.num_pieces))
+        return source if is_same and has_all else None
 
     def finish_source(self, number: int, source: FinishedSource) -> None:
-        """Notes that a file was read to its end."""
+        """Records that a file was read to its end."""
         self._read_here.add(number)
         write_json(self._source_path(number), asdict(source))
 
@@ -130,18 +130,19 @@ class PrepFolder:
         """Returns the pieces of a file that was read to its end."""
         source = self.finished_source(number)
         assert source is not None
-        given = self.inputs[number]
-        found = [
-            open_piece_file(self.piece_path(number, piece), given.path, given.part)
-            for piece in range(source.num_pieces)
-        ]
-        pieces = [piece for piece in found if piece is not None]
-        if len(pieces) < source.num_pieces:
-            raise ProtlmError(f"{self.path}: a piece of {given.path} is damaged; remove {self.path} to start afresh")
+        input_file = self.inputs[number]
+        pieces = []
+        for index in range(source.num_pieces):
+            piece = open_piece_file(self.piece_path(number, index), input_file.path, input_file.role)
+            if piece is None:
+                raise ProtlmError(
+                    f"{self.path}: a piece of {input_file.path} is damaged; remove {self.path} to start afresh"
+                )
+            pieces.append(piece)
         return pieces
 
     def begin_dataset(self, plan: Mapping[str, Any]) -> None:
-        """Makes the folder of the dataset; shards of another plan are gone, those of the same are kept."""
+        """Makes the folder of the dataset; shards of the same plan are kept, those of another are removed."""
         plan_path = self.path / "plan.json"
         if not (self.dataset_path.is_dir() and read_json(plan_path) == plan):
             shutil.rmtree(self.dataset_path, ignore_errors=True)
@@ -149,15 +150,15 @@ class PrepFolder:
         self.dataset_path.mkdir(exist_ok=True)
 
     def note_finished(self, digest: str) -> None:
-        """Notes that the dataset is whole, and its hash, before it leaves the folder."""
+        """Records the hash of the complete dataset before it is moved out of this folder."""
         write_json(self.path / "finished.json", {"hash": digest})
 
     def is_finished(self, digest: str) -> bool:
-        """Says whether the dataset of this hash left this folder."""
+        """Returns whether the dataset with this hash was moved out of this folder."""
         return not self.dataset_path.exists() and read_json(self.path / "finished.json") == {"hash": digest}
 
     def remove(self) -> None:
-        """Removes the folder with all that is in it."""
+        """Removes the folder and its content."""
         files.remove_at_once(self.path)
 
     def _source_path(self, number: int) -> Path:
@@ -167,27 +168,27 @@ class PrepFolder:
 def open_prep_folder(
     out: Path, inputs: Sequence[InputFile], labels: Mapping[str, str | None], start: Start, *, force: bool
 ) -> PrepFolder:
-    """Makes or finds the folder for a dataset.
+    """Returns the folder of the run for a dataset, made if it is new.
 
     Args:
-        out: The dataset to be.
+        out: The dataset that will be made.
         inputs: The files to read.
-        labels: The sha256 of each file that tells clusters, families or splits, by kind; they are part of the pieces.
-        start: `new` wants none there, `resume` uses one that is there, `part` shares it, `merge` needs one.
-        force: With `new`, an unfinished one is removed.
+        labels: The sha256 of the file of clusters, families and splits, by kind; pieces contain their labels.
+        start: `new` expects no folder, `resume` uses an existing one, `part` shares it, `merge` needs one.
+        force: With `new`, the folder of an unfinished run is removed.
 
     Raises:
-        ProtlmError: It is there, or not there, or made from other inputs.
+        ProtlmError: The folder exists, or is missing, or was made from other inputs.
     """
     path = partial_folder(out)
     about = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "inputs": [[given.part, given.path] for given in inputs],
+        "inputs": [[input_file.role, input_file.path] for input_file in inputs],
         "labels": dict(labels),
     }
     if start != "part":
-        # Other parts may be at work on theirs.
+        # Beside a part, others may be about to make this folder.
         work_folder.finish_removing(path)
     if path.exists() and start == "new":
         _about(path)
@@ -201,8 +202,8 @@ def open_prep_folder(
         if start == "merge":
             raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
         work_folder.make_folder(path, about, ("pieces", "sources"))
-    if (found := _about(path)) != about:
-        differing = next(name for name in about if found.get(name) != about[name])
+    if (existing := _about(path)) != about:
+        differing = next(name for name in about if existing.get(name) != about[name])
         raise ProtlmError(f"{path}: made with other {differing}; give the same, or remove this folder to start afresh")
     return PrepFolder(path, inputs)
 
@@ -211,23 +212,23 @@ def _about(path: Path) -> Mapping[str, Any]:
     return work_folder.read_own(path, FORMAT, "prep")
 
 
-def finished_before(out: Path) -> dataset.Dataset | None:
-    """Returns the dataset of a run that was killed once it was in place, and removes what is left of the run."""
+def complete_killed_run(out: Path) -> dataset.Dataset | None:
+    """Removes the folder of a run that was killed when its dataset was in place already, and returns that dataset."""
     folder = PrepFolder(partial_folder(out), [])
     if not (folder.path.is_dir() and dataset.is_dataset(out)):
         return None
-    found = dataset.open_dataset(out)
-    if not folder.is_finished(found.hash):
+    finished = dataset.open_dataset(out)
+    if not folder.is_finished(finished.hash):
         return None
     folder.remove()
-    return found
+    return finished
 
 
 def check_replaceable(out: Path, *, force: bool) -> None:
-    """Refuses an output that is there already, unless it is a dataset or an empty folder and may be replaced.
+    """Refuses an existing output, unless it is a dataset or an empty folder and may be replaced.
 
     Raises:
-        ProtlmError: Something is in the way that may not be replaced.
+        ProtlmError: The output exists and may not be replaced.
     """
     if not out.exists():
         return
@@ -245,14 +246,14 @@ def check_replaceable(out: Path, *, force: bool) -> None:
 
 
 def put_in_place(folder: Path, out: Path, *, force: bool) -> None:
-    """Renames a finished dataset to its place; one that is there goes only once the new one has its name."""
+    """Moves a finished dataset to its place; an old one is removed only after that."""
     check_replaceable(out, force=force)
     files.publish(folder, out)
 
 
 @contextlib.contextmanager
 def kept_or_removed(folder: PrepFolder, start: Start) -> Iterator[None]:
-    """Where something goes wrong, keeps the folder and says how to go on; what a moment can make again is removed."""
+    """Keeps the folder if the run fails, and adds how to go on to the error; little work is removed instead."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Clusters from MMseqs2, where the program is installed: how it is called, and what becomes of its files."""
+"""Clusters from MMseqs2, if the program is installed: its command line, and the life of its files."""
 
 import contextlib
 import shutil
@@ -19,12 +19,12 @@ _COVERAGE = "0.8"
 def clusters_of(
     inputs: Sequence[str | Path], program: str | None, identity: float | None, clusters: Path | None
 ) -> Iterator[Path | None]:
-    """Gives the file of clusters to use: the one that is given, or one that MMseqs2 makes of the inputs meanwhile.
+    """Yields the file of clusters: the given one, or a temporary one that MMseqs2 makes from the inputs.
 
     `easy-linclust` takes time linear in the number of sequences; members cover 80 % of their representative.
 
     Args:
-        inputs: FASTA files, plain, .gz or .bz2: what MMseqs2 reads.
+        inputs: FASTA files, plain, .gz or .bz2, which MMseqs2 reads.
         program: `mmseqs`, or None to use `clusters`.
         identity: Least sequence identity of a member to its representative, by default `DEFAULT_IDENTITY`.
         clusters: A file of clusters, or None.
@@ -49,7 +49,7 @@ def clusters_of(
     least = DEFAULT_IDENTITY if identity is None else identity
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "clusters"
-        # Absolute paths, so that no file name is taken for an option.
+        # Absolute paths: no file name can be mistaken for an option.
         arguments = [*(str(Path(path).resolve()) for path in paths), str(result), str(Path(folder) / "tmp")]
         done = subprocess.run(
             [command, "easy-linclust", *arguments, "--min-seq-id", str(least), "-c", _COVERAGE, "--cov-mode", "1"],

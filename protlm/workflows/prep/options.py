@@ -1,11 +1,10 @@
-"""What prep is asked to do: which files, which options, and whether they fit together; before anything is read."""
+"""The request to prep: its files and options, and whether they fit together, before anything is read."""
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,8 +12,10 @@ from protlm.choices import SplitMethod, SplitName
 from protlm.data import splits
 from protlm.data.labels.labels import Labels, read_clusters, read_families, read_splits
 from protlm.data.parsing.sources import STDIN, expand_inputs
+from protlm.data.records import OnBadRecord
 from protlm.data.storage import dataset
-from protlm.data.storage.dataset import Part
+from protlm.data.storage.dataset import InputRole
+from protlm.data.storage.shards import DEFAULT_SHARD_RESIDUES
 from protlm.errors import ProtlmError, validation_fault
 from protlm.workflows.prep.folder import InputFile, Start
 from protlm.workflows.prep.reading import LabelFiles
@@ -25,7 +26,67 @@ _PART = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 
 
 class PrepUsageError(ValueError):
-    """Options of `prepare` that contradict each other or lie out of range."""
+    """Options of prep that contradict each other or lie out of range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepRequest:
+    """The dataset that is asked for, and how to make it.
+
+    Attributes:
+        inputs: The files to split, or the training set: files, folders, patterns, or `-` for the standard input.
+        out: The dataset folder to make. It appears when it is complete, and not at all if anything goes wrong.
+        valid_inputs: Ready-made validation set.
+        test_inputs: Ready-made test set.
+        ood_inputs: Ready-made out-of-distribution set.
+        split: `random` draws sequences, `cluster` whole clusters; `family` puts the records of `ood_families` into ood
+            and draws the others; `file` takes the splits of `split_file`.
+        valid_fraction: Fraction drawn for validation, by default `DEFAULT_FRACTION`.
+        test_fraction: Fraction drawn for the test, by default the same.
+        clusters: File with the clusters of records: MMseqs2 TSV, CD-HIT .clstr or UniRef XML.
+        families: File with the families of records: TSV of id and family.
+        ood_families: Families held out, or names of `splits.FAMILY_PRESETS`.
+        split_file: File with the splits of records: TSV of id and split. A record that it does not list is left out.
+        seed: Seed of the draw.
+        min_length: Shorter sequences are counted as rejects.
+        max_length: Longer sequences are counted as rejects; None for no limit.
+        dedupe: Keep only the first of equal sequences within a split; across splits that is always so.
+        on_bad_record: Stop at a bad record, or count it as a reject and go on.
+        shard_residues: Residues after which a new shard begins.
+        check_leaks: Look for sequences of one split that are contained in longer ones of another.
+        workers: Processes that read and write.
+        resume: Continue an unfinished run; if there is none, begin.
+        part: Only read the i-th of n parts of the files, (i, n) with i from 1, for a later `merge`.
+        merge: Make the dataset from the parts that were read before.
+        dry_run: Make nothing; estimate the outcome from samples.
+        force: Replace an existing dataset or an empty folder; nothing else is ever replaced.
+    """
+
+    inputs: Sequence[str | Path]
+    out: str | Path
+    valid_inputs: Sequence[str | Path] = ()
+    test_inputs: Sequence[str | Path] = ()
+    ood_inputs: Sequence[str | Path] = ()
+    split: SplitMethod = "random"
+    valid_fraction: float | None = None
+    test_fraction: float | None = None
+    clusters: str | Path | None = None
+    families: str | Path | None = None
+    ood_families: Sequence[str] = ()
+    split_file: str | Path | None = None
+    seed: int = 0
+    min_length: int = 1
+    max_length: int | None = None
+    dedupe: bool = True
+    on_bad_record: OnBadRecord = "error"
+    shard_residues: int = DEFAULT_SHARD_RESIDUES
+    check_leaks: bool = True
+    workers: int = 1
+    resume: bool = False
+    part: tuple[int, int] | None = None
+    merge: bool = False
+    dry_run: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,44 +101,53 @@ class Inputs:
     files: tuple[InputFile, ...]
     left_out: tuple[str, ...]
 
-    def has(self, part: Part) -> bool:
-        """Says whether files were given as this part."""
-        return any(given.part == part for given in self.files)
+    def has(self, role: InputRole) -> bool:
+        """Returns whether files were given in this role."""
+        return any(input_file.role == role for input_file in self.files)
 
 
-def find_inputs(parts: Mapping[Part, Sequence[str | Path]], out: Path) -> Inputs:
-    """Returns the files to read; finds a missing one, or an output that would harm one, before hours of work.
+def find_inputs(request: PrepRequest) -> Inputs:
+    """Returns the files to read; a missing one, or one that the output would harm, is an error before hours of work.
 
     Raises:
-        ProtlmError: A file that is not there, or that lies in the output, or the other way round.
+        ProtlmError: A file is missing, or a file and the output lie inside each other.
     """
-    found: list[InputFile] = []
+    by_role: dict[InputRole, Sequence[str | Path]] = {
+        "input": request.inputs,
+        "valid": request.valid_inputs,
+        "test": request.test_inputs,
+        "ood": request.ood_inputs,
+    }
+    input_files: list[InputFile] = []
     left_out: list[str] = []
-    for part, inputs in parts.items():
+    for role, inputs in by_role.items():
         expanded = expand_inputs(inputs)
-        found += [InputFile(part, path) for path in expanded.paths]
+        input_files += [InputFile(role, path) for path in expanded.paths]
         left_out += expanded.left_out
+    out = Path(request.out)
     target = Path(os.path.realpath(out))
-    for path in [given.path for given in found] + [str(given) for inputs in parts.values() for given in inputs]:
+    given = [str(path) for inputs in by_role.values() for path in inputs]
+    for path in [input_file.path for input_file in input_files] + given:
         source = Path(os.path.realpath(path))
         if path != STDIN and (source.is_relative_to(target) or target.is_relative_to(source)):
             raise ProtlmError(f"{out}: the output and the input {path} lie inside each other; choose another --out")
-    if sum(given.path == STDIN for given in found) > 1:
+    if sum(input_file.path == STDIN for input_file in input_files) > 1:
         raise PrepUsageError("inputs: the standard input, -, can be read only once")
-    return Inputs(tuple(found), tuple(left_out))
+    return Inputs(tuple(input_files), tuple(left_out))
 
 
-def start_of(inputs: Inputs, *, resume: bool, part: tuple[int, int] | None, merge: bool) -> Start:
+def resolve_start(inputs: Inputs, request: PrepRequest) -> Start:
     """Returns how the work begins.
 
     Raises:
-        PrepUsageError: More than one of resume, part and merge; a part out of range; the standard input with any.
+        PrepUsageError: More than one of resume, part and merge; a part out of range; a part or merge of a pipe.
     """
+    resume, part, merge = request.resume, request.part, request.merge
     if resume + (part is not None) + merge > 1:
         raise PrepUsageError("resume, part and merge: only one of them")
     if part is not None and not 1 <= part[0] <= part[1]:
         raise PrepUsageError(f"part: expected i/n with i from 1 to n, got {part[0]}/{part[1]}")
-    if (part is not None or merge) and any(given.state is None for given in inputs.files):
+    if (part is not None or merge) and any(input_file.state is None for input_file in inputs.files):
         raise PrepUsageError("inputs: a pipe cannot be shared among parts; write it to a file")
     return "part" if part is not None else "merge" if merge else "resume" if resume else "new"
 
@@ -88,44 +158,35 @@ def parse_part(text: str) -> tuple[int, int]:
     Raises:
         PrepUsageError: Another form.
     """
-    found = _PART.fullmatch(text)
-    if found is None:
+    match = _PART.fullmatch(text)
+    if match is None:
         raise PrepUsageError(f"part: expected i/n, such as 3/10, got {text!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def read_labels(clusters: str | Path | None, families: str | Path | None, split_file: str | Path | None) -> LabelFiles:
-    """Reads the files that tell clusters, families and splits.
+def read_labels(request: PrepRequest) -> LabelFiles:
+    """Reads the files of clusters, families and splits.
 
     Raises:
         ProtlmError: A file or a row that cannot be used.
     """
     return LabelFiles(
-        None if clusters is None else read_clusters(clusters),
-        None if families is None else read_families(families),
-        None if split_file is None else read_splits(split_file),
+        clusters=None if request.clusters is None else read_clusters(request.clusters),
+        families=None if request.families is None else read_families(request.families),
+        splits=None if request.split_file is None else read_splits(request.split_file),
     )
 
 
-def resolve_options(
-    inputs: Inputs,
-    labels: LabelFiles,
-    *,
-    split: SplitMethod,
-    seed: int,
-    valid_fraction: float | None,
-    test_fraction: float | None,
-    ood_families: Sequence[str],
-    **other_options: Any,
-) -> dataset.PrepOptions:
-    """Fills in what depends on how the splits come about, and checks all options.
+def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) -> dataset.PrepOptions:
+    """Returns the options that shape the content, checked; those that do not apply to the kind of split are None.
 
     Raises:
         PrepUsageError: Options that contradict each other or lie out of range.
     """
     if not inputs.has("input"):
         raise PrepUsageError("inputs: expected at least one file, got none")
-    is_ready_made = any(given.part != "input" for given in inputs.files)
+    split, valid_fraction, test_fraction = request.split, request.valid_fraction, request.test_fraction
+    is_ready_made = any(input_file.role != "input" for input_file in inputs.files)
     is_drawn = not is_ready_made and split != "file"
     if is_ready_made and split != "random":
         raise PrepUsageError(f"split: {split!r} only without ready-made splits")
@@ -133,19 +194,23 @@ def resolve_options(
         raise PrepUsageError("valid_fraction and test_fraction: only without ready-made splits and a split file")
     if (labels.splits is not None) != (split == "file"):
         raise PrepUsageError("split_file: wanted with split 'file', and only with it")
-    if bool(ood_families) != (split == "family"):
+    if bool(request.ood_families) != (split == "family"):
         raise PrepUsageError("ood_families: wanted with split 'family', and only with it")
     try:
         return dataset.PrepOptions(
             split="ready-made" if is_ready_made else split,
-            seed=seed if is_drawn else None,
+            seed=request.seed if is_drawn else None,
             valid_fraction=(DEFAULT_FRACTION if valid_fraction is None else valid_fraction) if is_drawn else None,
             test_fraction=(DEFAULT_FRACTION if test_fraction is None else test_fraction) if is_drawn else None,
-            ood_families=tuple(sorted(splits.held_out_families(ood_families))),
+            min_length=request.min_length,
+            max_length=request.max_length,
+            dedupe=request.dedupe,
+            on_bad_record=request.on_bad_record,
+            shard_residues=request.shard_residues,
+            ood_families=tuple(sorted(splits.held_out_families(request.ood_families))),
             clusters=_label_file(labels.clusters),
             families=_label_file(labels.families),
             split_file=_label_file(labels.splits),
-            **other_options,
         )
     except ValidationError as error:
         raise PrepUsageError(validation_fault(error)) from error
@@ -155,10 +220,10 @@ def _label_file(labels: Labels | None) -> dataset.LabelFile | None:
     return None if labels is None else dataset.LabelFile(name=labels.file_name, sha256=labels.sha256)
 
 
-def splits_asked_for(inputs: Inputs, options: dataset.PrepOptions) -> list[SplitName]:
-    """Returns the splits that the dataset should have; one that stays empty is told."""
+def requested_splits(inputs: Inputs, options: dataset.PrepOptions) -> list[SplitName]:
+    """Returns the splits that the dataset should have; if one stays empty, the user is warned."""
     is_drawn = options.valid_fraction is not None
-    asked_for = {
+    is_requested = {
         "train": True,
         "valid": bool(inputs.has("valid") or options.valid_fraction),
         "test": bool(inputs.has("test") or options.test_fraction),
@@ -166,4 +231,4 @@ def splits_asked_for(inputs: Inputs, options: dataset.PrepOptions) -> list[Split
     }
     if options.split == "file" and not is_drawn:
         return list(splits.SPLIT_NAMES)
-    return [split for split in splits.SPLIT_NAMES if asked_for[split]]
+    return [split for split in splits.SPLIT_NAMES if is_requested[split]]

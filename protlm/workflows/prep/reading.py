@@ -1,4 +1,4 @@
-"""From files to finished pieces: the first half of prep, shared among worker processes, each piece done once."""
+"""From files to finished pieces, the first half of prep: worker processes share the pieces, and none is made twice."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from protlm.workflows.prep.folder import FinishedSource, InputFile, PrepFolder
 
 @dataclass(frozen=True, slots=True)
 class LabelFiles:
-    """What files tell of records by their ids."""
+    """The labels of records by id, from the files that the user gave."""
 
     clusters: Labels | None = None
     families: Labels | None = None
@@ -37,14 +37,14 @@ class PieceTask:
     """A piece of text to read.
 
     Attributes:
-        given: The file that it comes from.
+        input_file: The file that it comes from.
         text: The piece; its text is empty if the worker is to read it from the file itself.
         num_bytes: Size of its text.
-        text_hash: Hash of it.
-        path: Where the finished piece goes.
+        text_hash: Hash of the piece.
+        path: The file of the finished piece.
     """
 
-    given: InputFile
+    input_file: InputFile
     text: TextPiece
     num_bytes: int
     text_hash: str
@@ -58,16 +58,17 @@ def read_source(
     on_bad_record: OnBadRecord,
     advance: Advance,
 ) -> None:
-    """Reads a file to its end and leaves its pieces in the folder; those that are there already are not read again.
+    """Reads a file to its end and writes its pieces into the folder, except those that are there already.
 
     Raises:
-        RecordError: A bad record, unless bad records are skipped; a file without records.
+        RecordError: A bad record, unless bad records are skipped, or a file without records.
         ProtlmError: A damaged file.
-        OSError: A file that cannot be read, or no room for what is made of it.
+        OSError: The file cannot be read, or the disk is full.
     """
-    given = folder.inputs[number]
-    state = given.state
-    source = SourceBlocks(given.path, advance=advance)
+    input_file = folder.inputs[number]
+    # Before reading, so that a change in the meantime is noticed.
+    state = input_file.state
+    source = SourceBlocks(input_file.path, advance=advance)
     formats: list[Format] = []
     num_pieces = num_records = num_lines = num_entries = 0
     for piece in workers.in_order(make_piece, _tasks(folder, number, source, workers, formats)):
@@ -77,8 +78,12 @@ def read_source(
         num_lines += piece.num_lines
         num_entries += piece.num_entries
     if not num_entries:
-        raise reader.no_records(given.path, num_lines)
-    folder.finish_source(number, FinishedSource(source.name, source.sha256, formats[0], num_pieces, num_records, state))
+        raise reader.no_records(input_file.path, num_lines)
+    finished = FinishedSource(
+        name=source.name, sha256=source.sha256, format=formats[0], num_pieces=num_pieces, num_records=num_records,
+        state=state,
+    )  # fmt: skip
+    folder.finish_source(number, finished)
 
 
 def raise_first_fault(piece: PieceFile, num_lines: int, on_bad_record: OnBadRecord) -> None:
@@ -97,39 +102,39 @@ def raise_first_fault(piece: PieceFile, num_lines: int, on_bad_record: OnBadReco
 def _tasks(
     folder: PrepFolder, number: int, source: SourceBlocks, workers: Workers, formats: list[Format]
 ) -> Iterator[PieceTask]:
-    given = folder.inputs[number]
-    for index, piece in enumerate(cut_into_pieces(given.path, source, piece_bytes=PIECE_BYTES)):
+    input_file = folder.inputs[number]
+    for index, piece in enumerate(cut_into_pieces(input_file.path, source, piece_bytes=PIECE_BYTES)):
         if not formats:
             formats.append(piece.format)
         num_bytes, text_hash = len(piece.text), _hash_of(piece)
-        # What lies in a plain file need not be sent through a pipe.
-        if workers.number > 1 and source.is_plain and not piece.oversized_lines and given.path != STDIN:
+        # A worker can read the text of a plain file itself, which is faster than a pipe.
+        if workers.number > 1 and source.is_plain and not piece.oversized_lines and input_file.path != STDIN:
             piece = dataclasses.replace(piece, text=b"")
-        yield PieceTask(given, piece, num_bytes, text_hash, folder.piece_path(number, index))
+        yield PieceTask(input_file, piece, num_bytes, text_hash, folder.piece_path(number, index))
 
 
 def _hash_of(piece: TextPiece) -> str:
-    """Returns a hash of all that decides what is read from a piece."""
+    """Returns a hash of everything that decides the records of a piece."""
     digest = xxhash.xxh3_128(f"{piece.format} {piece.is_first} {piece.is_last} {piece.oversized_lines}\n".encode())
     digest.update(piece.text)
     return digest.hexdigest()
 
 
 def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
-    """Reads a piece of text and writes what it holds, unless that is there already."""
-    given = task.given
-    if (found := open_piece_file(task.path, given.path, given.part, task.text_hash)) is not None:
-        return found
+    """Parses a piece of text and writes its records, unless its file is there already."""
+    path, role = task.input_file.path, task.input_file.role
+    if (existing := open_piece_file(task.path, path, role, task.text_hash)) is not None:
+        return existing
     text = task.text
     if not text.text and task.num_bytes:
-        text = dataclasses.replace(text, text=_read_range(given.path, text.start, task.num_bytes))
+        text = dataclasses.replace(text, text=_read_range(path, text.start, task.num_bytes))
         if _hash_of(text) != task.text_hash:
-            raise ProtlmError(f"{given.path}: changed while it was read; prepare it again")
-    parsed = reader.parse_piece(given.path, text)
+            raise ProtlmError(f"{path}: changed while it was read; prepare it again")
+    parsed = reader.parse_piece(path, text)
     table, split_codes = _labelled(parsed.table, labels)
     parsed = dataclasses.replace(parsed, table=table)
     write_piece(task.path, parsed, text_hash=task.text_hash, split=split_codes)
-    written = open_piece_file(task.path, given.path, given.part, task.text_hash)
+    written = open_piece_file(task.path, path, role, task.text_hash)
     assert written is not None
     return written
 
@@ -141,16 +146,16 @@ def _read_range(path: str, start: int, num_bytes: int) -> bytes:
 
 
 def _labelled(table: RecordTable, labels: LabelFiles) -> tuple[RecordTable, np.ndarray | None]:
-    """Adds what files tell of the records; it goes before what the records tell themselves."""
+    """Returns the table with the labels from files, which replace those in the records, and the code of each split."""
     if labels.clusters is not None:
-        found = labels.clusters.lookup(table.ids, table.id_digests)
-        sizes = np.where(found < 0, UNKNOWN, labels.clusters.sizes[found]).astype(np.int32)
-        table = dataclasses.replace(table, cluster_ids=labels.clusters.names(found), cluster_size=sizes)
+        clusters = labels.clusters.lookup(table.ids, table.id_digests)
+        sizes = np.where(clusters < 0, UNKNOWN, labels.clusters.sizes[clusters]).astype(np.int32)
+        table = dataclasses.replace(table, cluster_ids=labels.clusters.names(clusters), cluster_size=sizes)
     if labels.families is not None:
-        found = labels.families.lookup(table.ids, table.id_digests)
-        table = dataclasses.replace(table, families=labels.families.names(found))
+        families = labels.families.lookup(table.ids, table.id_digests)
+        table = dataclasses.replace(table, families=labels.families.names(families))
     if labels.splits is None:
         return table, None
-    found = labels.splits.lookup(table.ids, table.id_digests)
+    splits = labels.splits.lookup(table.ids, table.id_digests)
     codes = [SPLIT_NAMES.index(labels.splits.name(index)) for index in range(len(labels.splits))]
-    return table, np.array([*codes, NO_SPLIT], dtype=np.uint8)[found]
+    return table, np.array([*codes, NO_SPLIT], dtype=np.uint8)[splits]

@@ -1,4 +1,4 @@
-"""How a dataset is shown to a person: one HTML page made of the manifest alone, without scripts or other files."""
+"""The report.html of a dataset: one page made from the manifest alone, without scripts or other files."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ SWISS_PROT_PERCENT = {
     "A": 8.25, "R": 5.52, "N": 4.06, "D": 5.46, "C": 1.38, "Q": 3.93, "E": 6.71, "G": 7.07, "H": 2.27, "I": 5.90,
     "L": 9.64, "K": 5.79, "M": 2.41, "F": 3.86, "P": 4.75, "S": 6.66, "T": 5.36, "W": 1.10, "Y": 2.92, "V": 6.85,
 }  # fmt: skip
-"""Composition of UniProtKB/Swiss-Prot as in the statistics of its release."""
+"""Residue composition of UniProtKB/Swiss-Prot, from the statistics of the release."""
 
 _NUCLEOTIDES = "ACGTUN"
 _DNA_SHARE = 0.95
@@ -50,9 +50,9 @@ svg .soft { fill: var(--soft); } .grid { stroke: var(--rule); } .line { fill: no
 
 
 def looks_like_dna(residue_counts: Mapping[str, int]) -> bool:
-    """Says whether letters are probably nucleotides: nearly all are A, C, G, T, U or N, and there are enough to tell.
+    """Returns whether letters are probably nucleotides: there are many, and nearly all are A, C, G, T, U or N.
 
-    These letters are a quarter of the residues of proteins.
+    In proteins these letters are a quarter of the residues.
     """
     total = sum(residue_counts.values())
     return total >= _DNA_RESIDUES and _nucleotide_share(residue_counts) >= _DNA_SHARE
@@ -63,28 +63,28 @@ def _nucleotide_share(residue_counts: Mapping[str, int]) -> float:
 
 
 def warnings_of(manifest: Manifest) -> list[str]:
-    """Returns what a user may not have meant, one line each."""
-    found = []
+    """Returns one line for each property of a dataset that its user may not have intended."""
+    warnings = []
     for name, split in manifest.splits.items():
         if not split.num_records:
-            found.append(f"split '{name}' is empty")
+            warnings.append(f"split '{name}' is empty")
         if looks_like_dna(split.residue_counts):
             share = math.floor(100 * _nucleotide_share(split.residue_counts))
-            found.append(
+            warnings.append(
                 f"split '{name}' looks like DNA: {share} % of its letters are A, C, G, T, U or N; "
                 "protlm takes protein sequences, so translate it first"
             )
     for pair in manifest.leakage.clusters or ():
         if pair.num_labels:
-            found.append(
+            warnings.append(
                 f"{pair.num_labels:,} clusters have records in both {pair.first} and {pair.second}; "
                 "--split cluster keeps clusters whole"
             )
-    return found
+    return warnings
 
 
 def render_report(manifest: Manifest) -> str:
-    """Returns the page of a dataset; it names no folder, so that equal datasets have equal pages."""
+    """Returns the HTML page of a dataset; it names no folder, so that equal datasets have equal pages."""
     sections = [
         ("Splits", _splits(manifest)),
         ("Lengths", _lengths(manifest.splits)),
@@ -110,7 +110,7 @@ def render_report(manifest: Manifest) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1, last: str = "number") -> str:
-    """Returns a table: the first columns are text, the others numbers; `last` is the class of the last one."""
+    """Returns an HTML table: `texts` columns of text, then numbers; `last` is the class of the last column."""
     classes = ["name"] * texts + ["number"] * (len(header) - texts)
     classes[-1] = last
     lines = ["".join(f'<th class="{kind}">{escape(cell)}</th>' for kind, cell in zip(classes, header, strict=True))]
@@ -121,10 +121,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int =
     return '<div class="wide"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
 
 
-def _percent(part: int, whole: int) -> str:
-    if not whole:
+def _percent(count: int, total: int) -> str:
+    if not total:
         return "–"
-    return "< 0.01 %" if 0 < part < whole / 10_000 else f"{100 * part / whole:.2f} %"
+    return "< 0.01 %" if 0 < count < total / 10_000 else f"{100 * count / total:.2f} %"
 
 
 def _splits(manifest: Manifest) -> str:
@@ -145,7 +145,7 @@ def _splits(manifest: Manifest) -> str:
 
 
 def _lengths(splits: Mapping[SplitName, SplitSummary]) -> str:
-    """Returns the histogram of lengths, log x; each split by shares of its own records."""
+    """Returns the histogram of lengths on a logarithmic axis; each split as shares of its own records."""
     filled = {name: split for name, split in splits.items() if split.num_records}
     ends = (*LENGTH_BIN_STARTS[1:], round(LENGTH_BIN_STARTS[-1] * 2**0.25))
     used = [place for place in range(len(ends)) if any(split.length_histogram[place] for split in filled.values())]
@@ -157,7 +157,7 @@ def _lengths(splits: Mapping[SplitName, SplitSummary]) -> str:
     def across(length: float) -> float:
         return _LEFT + (math.log2(length) - low) / (high - low) * (_RIGHT - _LEFT)
 
-    # Lengths are whole numbers, so bins differ in width on the axis; for a quarter of a doubling, all are to scale.
+    # Lengths are whole numbers, so bins differ in width on the axis; heights are scaled to a quarter of a doubling.
     heights = {
         name: [
             split.length_histogram[place] / split.num_records / (4 * math.log2(ends[place] / LENGTH_BIN_STARTS[place]))
@@ -167,61 +167,65 @@ def _lengths(splits: Mapping[SplitName, SplitSummary]) -> str:
     }
     peak = max(max(values) for values in heights.values())
     ticks = [tick for tick in _TICKS if LENGTH_BIN_STARTS[first] <= tick <= ends[last]]
-    parts = _length_axes(ticks, across, peak)
+    elements = _length_axes(ticks, across, peak)
     for number, (name, values) in enumerate(heights.items()):
         path = f"M{_LEFT:.1f} {_BOTTOM:.1f}"
         for place, value in enumerate(values, start=first):
             path += f" V{_BOTTOM - value / peak * (_BOTTOM - _TOP):.1f} H{across(ends[place]):.1f}"
         key = _LEFT + 110 * number
-        parts.append(f'<path class="line {name}" d="{path} V{_BOTTOM:.1f}"><title>{name}</title></path>')
-        parts.append(f'<path class="line {name}" d="M{key:.1f} 12 h30"/><text x="{key + 36:.1f}" y="16">{name}</text>')
+        elements.append(f'<path class="line {name}" d="{path} V{_BOTTOM:.1f}"><title>{name}</title></path>')
+        elements.append(
+            f'<path class="line {name}" d="M{key:.1f} 12 h30"/><text x="{key + 36:.1f}" y="16">{name}</text>'
+        )
     return (
         "<p>How long the proteins are. All curves enclose the same area, whatever the size of their split.</p>\n"
-        f'<svg viewBox="0 0 800 310" role="img" aria-label="Histogram of lengths by split">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 800 310" role="img" aria-label="Histogram of lengths by split">{"".join(elements)}</svg>'
     )
 
 
 def _length_axes(ticks: Sequence[int], across: Callable[[float], float], peak: float) -> list[str]:
-    """Returns rules and numbers: lengths below, shares on the left."""
-    parts = []
+    """Returns the lines and labels of the axes: lengths at the bottom, shares on the left."""
+    elements = []
     step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if peak <= 6 * step)
     for number in range(math.floor(peak / step + 1e-9) + 1):
         height = _BOTTOM - number * step / peak * (_BOTTOM - _TOP)
-        parts.append(f'<path class="grid" d="M{_LEFT:.1f} {height:.1f} H{_RIGHT:.1f}"/>')
+        elements.append(f'<path class="grid" d="M{_LEFT:.1f} {height:.1f} H{_RIGHT:.1f}"/>')
         label = f"{100 * number * step:g} %"
-        parts.append(f'<text class="soft" x="{_LEFT - 6:.1f}" y="{height + 4:.1f}" text-anchor="end">{label}</text>')
+        elements.append(f'<text class="soft" x="{_LEFT - 6:.1f}" y="{height + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in ticks:
         place = across(tick)
-        parts.append(f'<path class="grid" d="M{place:.1f} {_BOTTOM:.1f} v5"/>')
-        parts.append(f'<text class="soft" x="{place:.1f}" y="{_BOTTOM + 18:.1f}" text-anchor="middle">{tick:,}</text>')
+        elements.append(f'<path class="grid" d="M{place:.1f} {_BOTTOM:.1f} v5"/>')
+        elements.append(
+            f'<text class="soft" x="{place:.1f}" y="{_BOTTOM + 18:.1f}" text-anchor="middle">{tick:,}</text>'
+        )
     middle = (_LEFT + _RIGHT) / 2
-    parts.append(
+    elements.append(
         f'<text class="soft" x="{middle:.1f}" y="{_BOTTOM + 36:.1f}" text-anchor="middle">'
         "residues; height: share of the records of the split, for a quarter of a doubling in length</text>"
     )
-    return parts
+    return elements
 
 
 def _composition(splits: Iterable[SplitSummary]) -> str:
-    """Returns the shares of the 20 residues beside those of Swiss-Prot, as bars and as numbers."""
+    """Returns the shares of the 20 standard residues beside those in Swiss-Prot, as bars and numbers."""
     filled = [split.residue_counts for split in splits if split.num_residues]
-    counts = {letter: sum(found[letter] for found in filled) for letter in vocabulary.RESIDUES}
+    counts = {letter: sum(split_counts[letter] for split_counts in filled) for letter in vocabulary.RESIDUES}
     total = sum(counts.values())
     if not total:
         return "<p>There are no residues.</p>"
     shares = {letter: 100 * counts[letter] / total for letter in SWISS_PROT_PERCENT}
     widest = max(*shares.values(), *SWISS_PROT_PERCENT.values())
     scale, row = 560 / widest, 26
-    parts = [
+    elements = [
         '<rect class="own" x="24" y="4" width="12" height="10"/><text x="42" y="13">this dataset, %</text>'
         '<rect class="reference" x="164" y="4" width="12" height="10"/>'
         f'<text x="182" y="13">Swiss-Prot {SWISS_PROT_RELEASE}, %; right: difference</text>'
     ]
     for number, letter in enumerate(sorted(SWISS_PROT_PERCENT, key=lambda letter: -SWISS_PROT_PERCENT[letter])):
         own, reference, y = shares[letter], SWISS_PROT_PERCENT[letter], 26 + row * number
-        # A rounded nothing has no sign.
+        # No sign on a difference that rounds to zero.
         difference = f"{round(own - reference, 2) or 0.0:+.2f}"
-        parts.append(
+        elements.append(
             f'<text x="4" y="{y + 15}">{letter}</text>'
             f'<rect class="own" x="24" y="{y}" width="{own * scale:.1f}" height="10"/>'
             f'<rect class="reference" x="24" y="{y + 11}" width="{reference * scale:.1f}" height="10"/>'
@@ -234,12 +238,12 @@ def _composition(splits: Iterable[SplitSummary]) -> str:
         "<p>All splits together, beside UniProtKB/Swiss-Prot as its release statistics give it "
         f"(release {SWISS_PROT_RELEASE}). Other letters: {others}.</p>\n"
         f'<svg viewBox="0 0 800 {26 + row * len(shares)}" role="img" aria-label="Residue composition">'
-        f"{''.join(parts)}</svg>"
+        f"{''.join(elements)}</svg>"
     )
 
 
 def _leakage(manifest: Manifest) -> str:
-    """Returns what one split tells of another, and what that means."""
+    """Returns the overlaps between splits, and what they mean for scores."""
     leakage, sizes = manifest.leakage, {name: split.num_records for name, split in manifest.splits.items()}
     rows = [
         (f"{pair.inner} sequences inside longer ones of {pair.outer}", f"{pair.num_records:,}",
@@ -250,31 +254,31 @@ def _leakage(manifest: Manifest) -> str:
         rows += [
             (f"{label} in both {pair.first} and {pair.second}", f"{pair.num_labels:,}", "") for pair in pairs or ()
         ]
-    parts = [
+    paragraphs = [
         "<p>A score on a held-out split means what it says only if training tells nothing of that split. "
         f"Records left out because an earlier split has the same sequence: {leakage.exact_duplicates_removed:,}; "
         "no sequence stands in two splits.</p>"
     ]
     if leakage.substrings is None:
-        parts.append("<p>Sequences that are part of longer ones were not looked for.</p>")
+        paragraphs.append("<p>Sequences that are part of longer ones were not looked for.</p>")
     else:
-        parts.append(
+        paragraphs.append(
             "<p>A sequence inside a longer one, such as a fragment, can be recalled instead of predicted. Sequences of "
             f"fewer than {MIN_LENGTH} residues were not looked for.</p>"
         )
     if leakage.clusters is not None:
-        parts.append(
+        paragraphs.append(
             "<p>A cluster on both sides means close relatives of the same protein on both sides: scores there tell how "
             "well a model knows families that it was trained on.</p>"
         )
     if leakage.families is not None:
-        parts.append(
+        paragraphs.append(
             "<p>Families on both sides are to be expected unless they were held out, and also then for proteins with "
             "domains of several families.</p>"
         )
-    parts.append(_table(("found", "count", "share"), rows) if rows else "")
-    parts.append('<p class="soft">Other likeness between sequences is not looked for.</p>')
-    return "\n".join(parts)
+    paragraphs.append(_table(("found", "count", "share"), rows) if rows else "")
+    paragraphs.append('<p class="soft">Other likeness between sequences is not looked for.</p>')
+    return "\n".join(paragraphs)
 
 
 def _left_out(manifest: Manifest) -> str:

@@ -12,6 +12,7 @@ from protlm import vocabulary
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ShardError
+from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 
 SEQUENCES = ["MKV", "L", "ACDEFGHIKLMNPQRSTVWY", "MMMM", "WW", "KRKRKR"]
@@ -21,7 +22,8 @@ SEQUENCES = ["MKV", "L", "ACDEFGHIKLMNPQRSTVWY", "MMMM", "WW", "KRKRKR"]
 def path(tmp_path):
     (tmp_path / "a.fasta").write_text("".join(f">id{n}\n{sequence}\n" for n, sequence in enumerate(SEQUENCES)))
     (tmp_path / "test.fasta").write_text(">same\nMKV\n")
-    prepare([tmp_path / "a.fasta"], tmp_path / "ds", test_inputs=[tmp_path / "test.fasta"], shard_residues=20)
+    inputs, test_inputs = [tmp_path / "a.fasta"], [tmp_path / "test.fasta"]
+    prepare(PrepRequest(inputs=inputs, out=tmp_path / "ds", test_inputs=test_inputs, shard_residues=20))
     return tmp_path / "ds"
 
 

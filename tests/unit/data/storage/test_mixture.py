@@ -13,6 +13,7 @@ from protlm.data.batching.masking import MaskRates
 from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError, ShardError
+from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 
 FIRST = ["MKV", "L", "ACDEFGHIKLMNPQRSTVWY", "MMMM", "WW", "KRKRKR", "GGGG"]
@@ -31,10 +32,11 @@ def make(tmp_path):
         if clusters is not None:
             rows = (f"{label}\tid{number}\n" for number, label in enumerate(clusters) if label)
             table.write_text("".join(rows))
-        prepare(
-            [fasta], tmp_path / name, clusters=None if clusters is None else table, valid_fraction=0, test_fraction=0,
-            shard_residues=shard_residues, dedupe=False,
+        request = PrepRequest(
+            inputs=[fasta], out=tmp_path / name, clusters=None if clusters is None else table,
+            valid_fraction=0, test_fraction=0, shard_residues=shard_residues, dedupe=False,
         )  # fmt: skip
+        prepare(request)
         return open_dataset(tmp_path / name).split("train")
 
     return prepared
