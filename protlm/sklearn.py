@@ -1,4 +1,4 @@
-"""A trained model as a transformer of scikit-learn: hides when the model is read, and what is a column of sequences."""
+"""A trained model as a scikit-learn transformer: it accepts any column of sequences and reads the model when needed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,22 +22,23 @@ _KINDS = ("mean", "cls")
 class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Turns protein sequences into one vector each, as a step of a scikit-learn pipeline.
 
-    Nothing is learned in `fit`: the vectors are those of the trained model, and a protein's vector does not depend on
-    the others. So `GridSearchCV` may compare layers and kinds by `layer` and `kind`, and give the pipeline's `memory` a
-    folder to have each of them computed once.
+    `fit` learns nothing: the vectors are those of the trained model, and a protein's vector does not depend on the
+    others. So `GridSearchCV` can compare layers and kinds by the parameters `layer` and `kind`; with a folder as the
+    pipeline's `memory`, each combination is computed once.
 
-    Clones share a model that was given loaded. One given by its path is read at the first need, and not pickled along.
+    Clones share a model that was passed loaded. A model passed as a path is read when it is first needed, and is not
+    pickled with the transformer.
 
     Args:
-        model: A model directory, a run of `protlm train`, or what `protlm.load_model` returned.
+        model: A model directory, a run of `protlm train`, or a model that `protlm.load_model` returned.
         kind: `mean` over the residues, or `cls`.
         layer: 0 is the embedding, -1 the last layer.
-        tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None for what
-            suits the device.
+        tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None: a default for the
+            device.
 
     Attributes:
         n_features_out_: Width of a vector.
-        model_hash_: Names the model that was there in `fit`; no other one is used after it.
+        model_hash_: Hash of the weights at `fit`; `transform` refuses another model.
     """
 
     _loaded: tuple[str, ProteinModel] | None = None
@@ -57,7 +58,7 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     # scikit-learn passes X and y by these names.
     def fit(self, X: Sequence[str] | np.ndarray, y: object = None) -> Self:  # noqa: N803
-        """Looks whether the sequences and the settings can be used.
+        """Checks the sequences and the settings, and reads the model.
 
         Args:
             X: Sequences: a list, a NumPy array, a pandas Series or a table of one column.
@@ -72,7 +73,7 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         if self.kind not in _KINDS:
             raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
         model = self._read_model()
-        # Finds fault with the other settings; no sequence, so nothing is computed.
+        # Checks the other settings; without sequences nothing is computed.
         model.embed((), (self.kind,), layer=self.layer, tokens_per_batch=self.tokens_per_batch)
         self.n_features_out_ = model.model_dim
         self.model_hash_ = model.description.weights_hash
@@ -86,7 +87,7 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
         Raises:
             ValueError: A sequence that cannot be used.
-            ProtlmError: The model is gone, or another one since `fit`.
+            ProtlmError: The model cannot be read any more, or is another one than at `fit`.
         """
         check_is_fitted(self, "model_hash_")
         sequences = _column(X)
@@ -94,14 +95,14 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         if model.description.weights_hash != self.model_hash_:
             raise CheckpointError(f"{self.model}: another model than in fit; fit again")
         vectors = np.empty((len(sequences), self.n_features_out_), dtype=np.float32)
-        found = model.embed(sequences, (self.kind,), layer=self.layer, tokens_per_batch=self.tokens_per_batch)
-        for vector, kinds in zip(vectors, found, strict=True):
-            vector[:] = kinds[self.kind]
+        embeddings = model.embed(sequences, (self.kind,), layer=self.layer, tokens_per_batch=self.tokens_per_batch)
+        for vector, by_kind in zip(vectors, embeddings, strict=True):
+            vector[:] = by_kind[self.kind]
         return vectors
 
     @property
     def _n_features_out(self) -> int:
-        """What get_feature_names_out counts to."""
+        """The number of names that `get_feature_names_out` returns."""
         return self.n_features_out_
 
     def _read_model(self) -> ProteinModel:
@@ -113,7 +114,7 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return self._loaded[1]
 
     def __sklearn_clone__(self) -> Self:
-        # A deep copy, as of other parameters, would put one more model into memory for each fold.
+        # The deep copy that other parameters get would put another model into memory for each fold.
         return type(self)(**self.get_params(deep=False))
 
     def __sklearn_tags__(self) -> Any:
@@ -127,16 +128,15 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return {name: value for name, value in super().__getstate__().items() if name != "_loaded"}
 
 
-def _column(found: Any) -> list[str]:
-    """Returns sequences as a list; raises ValueError for what is no column of usable ones."""
-    # An object without an order of its own, such as a set or a dictionary, has no axis for NumPy; neither has a str.
-    column = np.asarray(found, dtype=object)
+def _column(sequences: Any) -> list[str]:
+    """Returns the sequences as a list; raises ValueError if they are not a column of usable sequences."""
+    # NumPy makes an array without axes of a str and of an unordered object, such as a set or a dictionary.
+    column = np.asarray(sequences, dtype=object)
     if column.ndim == 2 and column.shape[1] == 1:
         column = column[:, 0]
     if column.ndim != 1:
-        raise ValueError(
-            f"X: expected a list or a column of sequences, got {_named(found, column)}; put a single one into a list"
-        )
+        got = _type_of(sequences, column)
+        raise ValueError(f"X: expected a list or a column of sequences, got {got}; put a single one into a list")
     for number, sequence in enumerate(column):
         if not isinstance(sequence, str):
             raise ValueError(f"X[{number}]: expected a sequence as str, got {type(sequence).__name__}")
@@ -149,6 +149,6 @@ def _column(found: Any) -> list[str]:
     return list(column)
 
 
-def _named(found: object, column: np.ndarray) -> str:
-    name = type(found).__name__
+def _type_of(sequences: object, column: np.ndarray) -> str:
+    name = type(sequences).__name__
     return f"{name} of shape {column.shape}" if column.ndim else name

@@ -1,4 +1,4 @@
-"""The model card: what the README.md of a model directory says of its model."""
+"""The model card: the README.md of a model directory, written from its description."""
 
 from protlm.pretrained.model_description import ModelDescription
 
@@ -10,7 +10,7 @@ _DATA_MODES = {
 
 
 def model_card(description: ModelDescription) -> str:
-    """Returns the README.md of a model directory."""
+    """Returns the text of the README.md of a model directory."""
     shape = description.model
     kind = "fixed random projections, saved with it" if description.redraw_every_steps == 0 else (
         f"projections redrawn every {description.redraw_every_steps} steps"
@@ -38,7 +38,7 @@ def model_card(description: ModelDescription) -> str:
             "| | accuracy | perplexity |",
             "|---|---|---|",
             f"| this model | {valid.accuracy:.4f} | {valid.perplexity:.3f} |",
-            f"| residue frequencies of the training set | {valid.empirical_accuracy:.4f} | "
+            f"| empirical baseline (residue frequencies of the training set) | {valid.empirical_accuracy:.4f} | "
             f"{valid.empirical_perplexity:.3f} |",
         ]
     lines += ["", "Use it with `protlm eval`, `protlm embed` or `protlm.load_model`.", ""]

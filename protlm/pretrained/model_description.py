@@ -1,4 +1,4 @@
-"""What is known of a model beside its weights: the content of the config.json of a model directory."""
+"""The description of a saved model: all that is known of it besides its weights, stored as config.json."""
 
 from typing import Annotated, Literal, Self
 
@@ -12,14 +12,14 @@ from protlm.vocabulary import RESIDUES, TOKENS
 MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
 MODEL_FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 knew packed proteins and masking as BERT does it only; its missing keys mean that."""
+"""In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing."""
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ValidScore(BaseModel):
-    """What the training run measured on its valid split when it saved the model."""
+    """The scores of the model and of the empirical baseline on the valid split, measured when the model was saved."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -34,22 +34,23 @@ class ModelDescription(BaseModel):
     """The content of a model's config.json.
 
     Attributes:
-        format: Says that this is a protlm model.
-        format_version: Of this file and of the tensors' names.
+        format: Marks the file as the description of a protlm model.
+        format_version: Version of this file and of the tensors' names.
         vocabulary: The tokens in order.
         model: The shape of the network.
-        mask_rate: Probability with which residues were scored in training; `protlm eval` uses it too. Unused by a
+        mask_rate: Probability with which a residue was scored in training; `protlm eval` uses it too. Unused by a
             causal model, like the two shares.
-        mask_share: Part of the scored residues that was hidden behind `<mask>`.
-        random_share: Part of them that was replaced by a random standard residue.
-        data_mode: How proteins became rows in training.
+        mask_share: Share of the scored residues that was replaced by `<mask>`.
+        random_share: Share of the scored residues that was replaced by a random standard residue.
+        data_mode: The way in which rows were made of proteins in training.
         window_tokens: Length of a window of concatenated proteins; None for the other modes.
-        redraw_every_steps: 0: the model is tied to its saved projections; else they were redrawn while it was trained.
-        seed: Of the training run.
-        step: Optimizer updates behind the weights.
+        redraw_every_steps: Updates between two draws of the projections in training; 0: the projections were never
+            redrawn, and the model is tied to the saved ones.
+        seed: Seed of the training run.
+        step: Number of optimizer updates that the weights have had.
         residue_counts: Residues of the training set by letter, for the empirical baseline.
-        dataset_hash: Of the manifest of the training dataset, or of several together.
-        valid: Measured on the valid split, where there was one.
+        dataset_hash: Hash of the training dataset's manifest, or the joint hash of several.
+        valid: Scores on the valid split, if there was one.
         weights_hash: xxh3-128 of model.safetensors.
     """
 
@@ -87,12 +88,12 @@ class ModelDescription(BaseModel):
 
     @property
     def objective(self) -> Objective:
-        """What the model predicts, and what it sees meanwhile."""
+        """The training objective: masked residues, with their rates, or next tokens."""
         return Objective(causal=self.model.causal, rates=MaskRates(self.mask_rate, self.mask_share, self.random_share))
 
     @property
     def max_residues(self) -> int | None:
-        """Residues of one protein that the model's positions reach; None where there is no limit."""
+        """Longest protein that the model's learned positions allow, in residues; None: no limit."""
         if self.model.positions != "learned":
             return None
         return self.model.max_positions - SPECIAL_TOKENS_PER_SEGMENT

@@ -1,4 +1,4 @@
-"""The model directory: hides how a trained model lies on disk, and never loads a pickle from it."""
+"""The model directory: a saved model as config.json, model.safetensors and README.md, read without any pickle."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,19 +22,19 @@ from protlm.vocabulary import TOKENS
 
 
 def dataset_hash_of(hashes: Sequence[str]) -> str:
-    """Returns what stands for the training data in a model: the one dataset's hash, or the xxh3-128 of all joined."""
+    """Returns the hash of a dataset, or for several the xxh3-128 of their concatenated hashes."""
     return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
 def save_model(folder: Path, weights: Performer | Mapping[str, Tensor], description: ModelDescription) -> None:
-    """Writes config.json, model.safetensors and README.md; each file is complete or as it was before.
+    """Writes config.json, model.safetensors and README.md; each is replaced in one step.
 
-    A reader that comes between two of them sees by the hash that weights and description do not belong together.
+    A reader between two of these steps sees from the hash that weights and description do not belong together.
 
     Args:
-        folder: The model directory; made if it is not there.
-        weights: The network, or its tensors by name where it lies in shards and was gathered.
-        description: What is known of it; the hash of the weights is filled in.
+        folder: The model directory; made if it does not exist.
+        weights: The network, or for a sharded network its gathered tensors by name.
+        description: The description; the hash of the weights is filled in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = weights.state_dict() if isinstance(weights, Performer) else weights
@@ -51,10 +51,10 @@ def save_model(folder: Path, weights: Performer | Mapping[str, Tensor], descript
 
 
 def find_model(path: Path) -> Path:
-    """Returns the model directory that a user means: the path itself, or `model/` inside a run.
+    """Returns the model directory at a path: the path itself, or `model/` inside a run.
 
     Raises:
-        CheckpointError: Neither holds a model.
+        CheckpointError: Neither is a model directory.
     """
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
@@ -66,10 +66,10 @@ def find_model(path: Path) -> Path:
 
 
 def read_model(path: Path) -> tuple[Performer, ModelDescription]:
-    """Returns the network in evaluation mode on the CPU, and what is known of it.
+    """Returns the network, in evaluation mode on the CPU, and its description.
 
     Raises:
-        CheckpointError: Files that are missing, altered, of another version or no protlm model.
+        CheckpointError: Files that are missing, altered, of another version, or not of a protlm model.
     """
     folder = find_model(path)
     description = read_description(folder)
@@ -95,45 +95,45 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     return model.eval(), description
 
 
-def initial_weights(model: Performer, path: Path) -> list[str]:
-    """Copies the weights of a saved model into a network of another kind of attention, or of the same.
+def load_initial_weights(model: Performer, path: Path) -> list[str]:
+    """Copies the weights of a saved model into a network, whose kind of attention may be another.
 
-    Projections and temperatures belong to the attention: where the saved model has none that fit, the network keeps its
-    own. So the weights of a softmax Transformer start a Performer, and the other way round.
+    Projections and temperatures depend on the kind of attention: the network keeps its own where the saved model has
+    none that fit. So a Performer can start from the weights of a softmax Transformer, and the other way round.
 
     Args:
-        model: A network whose weights are set already.
+        model: A network that is initialised already.
         path: A model directory or a run.
 
     Returns:
         The names of the tensors that the network kept.
 
     Raises:
-        CheckpointError: A model that cannot be read, or any other difference between the two.
+        CheckpointError: A model that cannot be read, or that differs in anything else.
     """
     saved, description = read_model(path)
     where = f"{path}: cannot start this model"
-    found, wanted = saved.state_dict(), model.state_dict()
+    source, target = saved.state_dict(), model.state_dict()
     if description.model.num_heads != model.config.num_heads:
         raise CheckpointError(
             f"{where}: model.num_heads: expected {description.model.num_heads} as in the saved one, "
             f"got {model.config.num_heads}"
         )
-    for name in sorted(found.keys() ^ wanted.keys()):
+    for name in sorted(source.keys() ^ target.keys()):
         if not _is_of_attention(name):
-            state = "is missing in the saved one" if name in wanted else "of the saved one has no place in it"
+            state = "is missing in the saved one" if name in target else "of the saved one has no place in it"
             raise CheckpointError(f"{where}: tensor {name!r} {state}; the model sections must agree")
     kept = []
-    for name, tensor in wanted.items():
-        fits = name in found and found[name].shape == tensor.shape
+    for name, tensor in target.items():
+        fits = name in source and source[name].shape == tensor.shape
         if _is_of_attention(name) and not (fits and _is_drawn_alike(name, description.model, model.config)):
             kept.append(name)
         elif not fits:
             raise CheckpointError(
-                f"{where}: tensor {name!r}: expected {tuple(found[name].shape)} as in the saved one, "
+                f"{where}: tensor {name!r}: expected {tuple(source[name].shape)} as in the saved one, "
                 f"got {tuple(tensor.shape)}; the model sections must agree"
             )
-    model.load_state_dict({**wanted, **{name: found[name] for name in wanted if name not in kept}})
+    model.load_state_dict({**target, **{name: source[name] for name in target if name not in kept}})
     return kept
 
 
@@ -145,12 +145,12 @@ def _is_drawn_alike(name: str, saved: ModelConfig, wanted: ModelConfig) -> bool:
     return not name.endswith(".projection") or saved.projection == wanted.projection
 
 
-def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Any]) -> None:
-    """Raises CheckpointError at the first tensor that is missing, too much, of another kind or not finite."""
-    for name in sorted(found.keys() ^ expected.keys()):
+def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
+    """Raises CheckpointError at the first tensor that is missing, unknown, of another shape or dtype, or not finite."""
+    for name in sorted(tensors.keys() ^ expected.keys()):
         state = "is missing" if name in expected else "is not part of this model"
         raise CheckpointError(f"{path}: does not hold this model: tensor {name!r} {state}")
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         wanted = expected[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise CheckpointError(
@@ -162,23 +162,23 @@ def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Any
 
 
 def read_description(folder: Path) -> ModelDescription:
-    """Returns what a model directory says of its model.
+    """Returns the description in a model directory.
 
     Raises:
-        CheckpointError: A file that is unreadable, of another version or of no protlm model.
+        CheckpointError: A file that cannot be read, is of another version, or does not describe a protlm model.
     """
     path = folder / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text)
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(found, dict) or found.get("format") != MODEL_FORMAT:
+    if not isinstance(content, dict) or content.get("format") != MODEL_FORMAT:
         raise CheckpointError(f"{path}: expected a protlm model, got another JSON file")
-    if found.get("format_version") not in READABLE_VERSIONS:
+    if content.get("format_version") not in READABLE_VERSIONS:
         raise CheckpointError(
             f"{path}: expected format version {' or '.join(map(str, READABLE_VERSIONS))}, "
-            f"got {found.get('format_version')!r}; use the protlm that wrote it"
+            f"got {content.get('format_version')!r}; use the protlm that wrote it"
         )
     try:
         description = ModelDescription.model_validate_json(text)

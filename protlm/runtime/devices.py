@@ -1,4 +1,4 @@
-"""The devices of a run: hides which process of it this is, and which device is used when nobody says so."""
+"""The devices of a run, the rank of this process in it, and the device that is used by default."""
 
 import os
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ import torch.distributed
 from protlm.choices import StrategyName
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
-"""How gloo says that the process at the other end is gone; NCCL has an error of its own."""
+"""Messages of gloo when another process is gone; NCCL raises an error class of its own."""
 
 
 class OtherProcessError(Exception):
-    """Ends this process quietly: the first one tells the user what is wrong."""
+    """Ends this process without a message, because the first process reports the error."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Devices:
     """The devices of a run.
 
     Attributes:
-        per_node: Devices, and so processes, on each machine.
-        num_nodes: Machines.
-        strategy: `ddp`: each device has the whole model; `fsdp`: each holds a part of it (FSDP2); `auto`: ddp where
-            there are several devices.
+        per_node: Devices on each machine; each has a process.
+        num_nodes: Number of machines.
+        strategy: `ddp`: each device has the whole model; `fsdp`: the devices share its parameters (FSDP2); `auto`: ddp
+            if there are several devices.
     """
 
     per_node: int = 1
@@ -34,15 +34,15 @@ class Devices:
 
     @property
     def total(self) -> int:
-        """Devices on all machines."""
+        """Number of devices on all machines."""
         return self.per_node * self.num_nodes
 
 
 def process_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Returns the number of this process among those of the run, before they are joined; 0 is the first.
+    """Returns a number for this process before the process group exists: 0 in the first process of the run only.
 
-    torchrun sets RANK; Lightning gives the processes that it starts a LOCAL_RANK, also inside a job of SLURM; where
-    SLURM starts them, it numbers the tasks of a step.
+    torchrun sets RANK. Lightning sets LOCAL_RANK in the processes that it starts, also inside a SLURM job. Where SLURM
+    starts the processes, it sets SLURM_PROCID.
     """
     if "RANK" in environment:
         return int(environment["RANK"])
@@ -54,14 +54,14 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Says whether an error means that another process of the run is gone."""
+    """Returns whether an error means that another process of the run is gone."""
     return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_PEER)
 
 
 def default_tokens_per_batch() -> int:
-    """Returns the budget of one forward pass without gradients that suits the device.
+    """Returns the default budget of a forward pass without gradients, in tokens, for the device.
 
-    A CPU is fastest while a row and what is made of it stay in its cache; a GPU wants more to do at once.
+    A CPU is fastest while a row and its activations fit into the cache; a GPU needs more work at a time.
     """
     return 8192 if best_device().type == "cuda" else 2048
 

@@ -1,7 +1,7 @@
-"""The folder `OUT.partial` in which a command keeps what is finished until its output is whole.
+"""The folder `OUT.partial` in which a command keeps finished work until its output is complete.
 
-Hides how such a folder appears and goes at once, how two runs are kept out of each other's way, and how a run tells its
-own folder from one in the way.
+It is created and removed in one step, is locked against other runs, and carries a note by which a command recognises
+its own folder.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ else:
     import fcntl
 
 ABOUT_NAME = "work.json"
-"""Says what a folder was made for; its `format` says by which command."""
+"""The note in a folder: the run that it was made for, and as its `format` the command that made it."""
 
 
 def partial_folder(out: Path) -> Path:
-    """Returns where the folder for an output lies; through a link it is the target's.
+    """Returns the folder for an output; if the output is a link, the folder lies beside its target.
 
     Raises:
-        ProtlmError: The output has no name.
+        ProtlmError: The path of the output does not end in a name.
     """
     target = Path(os.path.realpath(out))
     if not target.name:
@@ -38,7 +38,7 @@ def partial_folder(out: Path) -> Path:
 
 
 def make_folder(path: Path, about: Mapping[str, Any], subfolders: Sequence[str]) -> None:
-    """Makes the folder with all that it begins with at once: other processes may be doing the same."""
+    """Makes the folder, with its note and subfolders, in one step: other processes may be making it too."""
     temporary = files.partial_path(path)
     temporary.mkdir(parents=True)
     for name in subfolders:
@@ -53,16 +53,16 @@ def make_folder(path: Path, about: Mapping[str, Any], subfolders: Sequence[str])
 
 
 def finish_removing(path: Path) -> None:
-    """Removes what a run that was killed was about to remove."""
+    """Removes folders that a run was removing when it was killed."""
     for doomed in files.left_overs(path):
         shutil.rmtree(doomed)
 
 
 def read_own(path: Path, expected_format: str, command: str) -> Mapping[str, Any]:
-    """Returns what a folder says it was made for.
+    """Returns the note in a folder.
 
     Raises:
-        ProtlmError: It is nothing that this command made.
+        ProtlmError: This command did not make the folder.
     """
     found = read_json(path / ABOUT_NAME)
     if not isinstance(found, dict) or found.get("format") != expected_format:
@@ -72,10 +72,10 @@ def read_own(path: Path, expected_format: str, command: str) -> Mapping[str, Any
 
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keeps other runs out of the folder meanwhile, or other than those that share it.
+    """Locks the folder against other runs; with `shared`, only against those that do not share it.
 
     Raises:
-        ProtlmError: Another run is at work.
+        ProtlmError: Another run holds the lock.
     """
     if fcntl is None:
         yield
@@ -86,13 +86,13 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             raise ProtlmError(f"{path}: another run is at work here; wait for it, or stop it") from error
         except OSError:
-            # A file system without locks: then nothing is kept out.
+            # The file system has no locks; the run goes on without one.
             pass
         yield
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds; None where there is none that can be read."""
+    """Returns the content of a JSON file; None if it is missing or cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -100,6 +100,6 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file, completely or not at all."""
     with files.written_whole(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How work is shared among processes so that its outcome does not depend on their number."""
+"""Work is shared among processes so that its result does not depend on their number."""
 
 import contextlib
 import ctypes
@@ -20,9 +20,9 @@ from protlm.errors import ProtlmError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Nearly all of the work, hashing, parsing, copying and writing, runs outside Python's lock.
+# Threads help because nearly all of the work (hashing, parsing, copying, writing) releases Python's lock.
 _THREADS = 2
-# How often a worker looks whether its parent still lives.
+# Time between two checks of a worker that its parent is still alive.
 _PARENT_SECONDS = 0.5
 
 # From malloc.h of glibc.
@@ -33,20 +33,20 @@ _shared: Any = None
 
 
 class Workers:
-    """Some processes that know a common object; a single one is this process, with threads.
+    """Worker processes that share a common object; a single worker is this process, with threads.
 
-    Use it as a context: at its end they are gone.
+    Use it as a context manager; the processes end with it.
 
     Attributes:
-        number: How many.
+        number: Number of processes.
     """
 
     def __init__(self, number: int, shared: Any) -> None:
         """Starts nothing yet.
 
         Args:
-            number: How many processes.
-            shared: What every task is given beside its own.
+            number: Number of processes.
+            shared: The object passed to the function together with each task.
         """
         self.number = number
         self._shared = shared
@@ -54,7 +54,7 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.number > 1:
-            # A fork has the shared object at once, and starts in no time; only Linux forks safely.
+            # A forked process inherits the shared object and starts quickly; forking is safe only on Linux.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             self._executor = ProcessPoolExecutor(
                 self.number, mp_context=context, initializer=_begin, initargs=(self._shared,)
@@ -67,7 +67,7 @@ class Workers:
         self._executor.shutdown(cancel_futures=True)
 
     def in_order(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Yields function(shared, task) for each task, in the order of the tasks; few are held at a time.
+        """Yields function(shared, task) for each task, in the order of the tasks; few are in memory at a time.
 
         Raises:
             ProtlmError: A process died.
@@ -94,7 +94,7 @@ class Workers:
 
 @contextlib.contextmanager
 def _forks_of_threads_allowed() -> Iterator[None]:
-    # Newer Pythons warn of any fork beside threads. The workers call no library whose threads they would miss.
+    # Newer Pythons warn of every fork in a process with threads. The workers use no library that needs its threads.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
@@ -102,7 +102,7 @@ def _forks_of_threads_allowed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupts_put_off() -> Iterator[None]:
-    """Keeps Ctrl-C from coming between the start of a worker and its being known, after which nobody would end it."""
+    """Delays Ctrl-C while a worker is started: one that the executor does not know yet would never be ended."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -116,7 +116,7 @@ def _interrupts_put_off() -> Iterator[None]:
 def _begin(shared: Any) -> None:
     global _shared
     _shared = shared
-    # Ctrl-C reaches every process of a terminal; only the first one answers.
+    # Ctrl-C reaches every process of the terminal; only the parent reacts to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -125,14 +125,14 @@ def _begin(shared: Any) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process soon after its parent was killed, which could not tell it."""
+    """Ends this process soon after its parent was killed without ending its workers."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     os._exit(1)
 
 
 def _keep_memory() -> None:
-    """Makes glibc keep what is freed: asking for each piece's memory anew costs a tenth of the time."""
+    """Makes glibc keep freed memory: requesting memory anew for each piece takes a tenth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)

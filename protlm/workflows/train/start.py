@@ -17,7 +17,7 @@ from protlm.data.storage.dataset import Dataset, open_dataset
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import CheckpointError, ConfigError, ProtlmError
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import dataset_hash_of, find_model, initial_weights, read_description
+from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_description
 from protlm.runtime.devices import Devices, best_device, process_rank
 from protlm.workflows.train.memory import MemoryEstimate, check_fits, estimate_memory, memory_bytes
 from protlm.workflows.train.run_checkpoints import last_checkpoint, read_resume_step
@@ -172,7 +172,7 @@ def build_model(settings: Config, init: Path | None) -> Performer:
     except (RuntimeError, MemoryError):
         raise ConfigError("model: does not fit into the memory of this machine; make it smaller") from None
     if init is not None:
-        initial_weights(model, init)
+        load_initial_weights(model, init)
     model.checkpoint_activations = settings.train.activation_checkpointing
     if settings.train.compile:
         model.compile_layers()

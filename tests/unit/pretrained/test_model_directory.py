@@ -13,7 +13,7 @@ from protlm.data.batching.masking import MaskRates
 from protlm.errors import CheckpointError
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription, ValidScore
-from protlm.pretrained.model_directory import dataset_hash_of, find_model, initial_weights, read_model, save_model
+from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_model, save_model
 from protlm.vocabulary import RESIDUES, TOKENS
 
 VALID = ValidScore(
@@ -61,12 +61,12 @@ def replace_weights(folder, content):
     edit(folder, weights_hash=xxhash.xxh3_128_hexdigest(content))
 
 
-def assert_refused(folder, *parts):
+def assert_refused(folder, *words):
     with pytest.raises(CheckpointError) as caught:
         read_model(folder)
     message = str(caught.value)
     assert "\n" not in message
-    assert all(part in message for part in parts), message
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("kind", ["positive", "relu", "softmax"])
@@ -110,8 +110,9 @@ def test_the_model_card_has_the_hashes_and_the_measured_figures(folder):
     card = (folder / "README.md").read_text()
     _, description = read_model(folder)
     assert description.weights_hash == xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes())
-    for part in ("0123456789abcdef", description.weights_hash, "0.4321", "5.679", "0.0987", "17.812", "1,234", "250"):
-        assert part in card, part
+    for figure in ("0123456789abcdef", description.weights_hash, "0.4321", "5.679", "0.0987", "17.812", "1,234", "250"):
+        assert figure in card, figure
+    assert "| empirical baseline (residue frequencies of the training set) | 0.0987 | 17.812 |" in card
 
 
 def test_the_model_card_says_where_nothing_was_measured_and_what_was_redrawn(model, tmp_path):
@@ -320,7 +321,7 @@ def saved(tmp_path, **changes):
 @torch.no_grad()
 def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
     source, target = saved(tmp_path), network()
-    assert initial_weights(target, tmp_path) == []
+    assert load_initial_weights(target, tmp_path) == []
     assert torch.equal(target(TOKENS_OF_A_ROW, BOUNDS), source(TOKENS_OF_A_ROW, BOUNDS))
 
 
@@ -337,7 +338,7 @@ def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
 )
 def test_weights_start_another_kind_of_attention_that_keeps_its_own_draw(tmp_path, before, after, kept):
     source, target, fresh = saved(tmp_path, **before), network(**after), network(**after)
-    names = initial_weights(target, tmp_path)
+    names = load_initial_weights(target, tmp_path)
     assert set(names) == {f"layers.{layer}.attention.{name}" for layer in range(2) for name in kept}
     for name, tensor in target.state_dict().items():
         origin = fresh if name in names else source
@@ -359,5 +360,5 @@ def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, m
     saved(tmp_path, **before)
     target, fresh = network(**after), network(**after)
     with pytest.raises(CheckpointError, match=message):
-        initial_weights(target, tmp_path)
+        load_initial_weights(target, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), fresh.parameters(), strict=True))
