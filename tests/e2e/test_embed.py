@@ -2,8 +2,6 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -15,10 +13,12 @@ import torch
 
 import protlm
 from protlm.cli.app import main
+from protlm.data.embeddings.kinds import LayoutName
+from protlm.data.embeddings.layouts import LAYOUTS
 from protlm.data.storage.dataset import open_dataset
 from protlm.inference.row_embeddings import RowEmbedder
 from tests.e2e.conftest import SMALL, write_fasta
-from tests.e2e.train_tools import TIMEOUT_SECONDS
+from tests.forked import Forked
 
 
 def embed(run_dir, *arguments):
@@ -155,13 +155,20 @@ def test_force_replaces_embeddings_only(run_dir, fasta, tmp_path, failure):
 
 def test_a_pipe_and_the_standard_input_are_read_like_files(run_dir, fasta, proteins, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(fasta.read_bytes()))
-    writer.start()
+
+    def write(content):
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+        writer.start()
+        return writer
+
+    writer = write(fasta.read_bytes())
     assert embed(run_dir, tmp_path / "pipe", "--out", tmp_path / "pipe.h5") == 0
     writer.join()
-    packed = gzip.compress(fasta.read_bytes())
-    command = [sys.executable, "-m", "protlm.cli.app", "embed", run_dir, "-", "--out", tmp_path / "stdin.h5"]
-    subprocess.run(command, input=packed, check=True, timeout=TIMEOUT_SECONDS)
+    process = Forked("embed", run_dir, "-", "--out", tmp_path / "stdin.h5", stdin=tmp_path / "pipe")
+    writer = write(gzip.compress(fasta.read_bytes()))
+    _, errors = process.communicate()
+    writer.join()
+    assert process.returncode == 0, errors
     assert embed(run_dir, fasta, "--out", tmp_path / "file.h5") == 0
     expected = protlm.open_embeddings(tmp_path / "file.h5")
     for name in ("pipe", "stdin"):
@@ -321,11 +328,7 @@ def test_a_dry_run_tells_and_makes_nothing(run_dir, fasta, proteins, tmp_path, c
 
 
 def test_the_command_knows_every_layout():
-    from protlm.cli.embed import LayoutName
-    from protlm.data.embeddings.layouts import LAYOUTS
-    from protlm.workflows.embed import settings as embed_settings
-
-    assert list(LAYOUTS) == [name.value for name in LayoutName] == list(get_args(embed_settings.LayoutName))
+    assert tuple(LAYOUTS) == get_args(LayoutName)
 
 
 def test_float16_that_cannot_hold_a_number_is_an_error(run_dir, fasta, tmp_path, failure, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from protlm.cli.app import main
 from tests.e2e.train_tools import finish, start
+from tests.forked import fork_ranks
 
 OPTIONS = ["--tokens-per-batch", 100, "--include", "per-residue", "--include", "mean"]
 
@@ -26,10 +27,11 @@ def embed_on_two(run_dir, fasta, out, *arguments, **variables):
 
 def test_two_processes_give_the_bytes_of_one(run_dir, fasta, one_process, tmp_path):
     out = tmp_path / "e.h5"
-    status, shown, errors = finish(embed_on_two(run_dir, fasta, out, "--json"))
-    assert status == 0, errors
+    ranks = fork_ranks(2, "embed", run_dir, fasta, "--out", out, "--devices", 2, *OPTIONS, "--json")
+    (shown, errors), second = (process.communicate() for process in ranks)
+    assert [process.returncode for process in ranks] == [0, 0], (errors, second)
     # One report, of the first process.
-    assert json.loads(shown)["num_records"] == 120
+    assert (json.loads(shown)["num_records"], second[0]) == (120, "")
     assert out.read_bytes() == one_process
     assert [path.name for path in tmp_path.iterdir()] == ["e.h5"]
 

@@ -1,10 +1,9 @@
 """A killed run goes on to the same bytes, in every layout that is written in place and in those that are not."""
 
+import functools
 import json
-import os
+import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +15,7 @@ from protlm.inference.row_embeddings import RowEmbedder
 from protlm.workflows.embed import assembly as embed_assembly
 from protlm.workflows.embed import portions as embed_portions
 from tests.e2e.conftest import SMALL, write_fasta
-from tests.e2e.train_tools import TIMEOUT_SECONDS, finish, start
+from tests.forked import TIMEOUT_SECONDS, Forked
 
 # Rows of one protein, and so several portions.
 MANY_PORTIONS = ["--tokens-per-batch", "60"]
@@ -146,12 +145,13 @@ def test_portions_go_while_the_output_grows(run_dir, inputs, tmp_path, monkeypat
 
 def test_a_process_that_is_killed_in_the_middle_goes_on(run_dir, inputs, expected, tmp_path):
     out = tmp_path / "out"
-    process = start("embed", run_dir, inputs, "--out", out, "--layout", "protlm", *MANY_PORTIONS, *LAYOUTS["protlm"])
+    process = Forked("embed", run_dir, inputs, "--out", out, "--layout", "protlm", *MANY_PORTIONS, *LAYOUTS["protlm"])
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline and not list(tmp_path.glob("out.partial/parts/*.h5")):
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert finish(process)[0] == -signal.SIGKILL
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert embed(run_dir, inputs, out, "protlm", "--resume") == 0
     assert content(tmp_path) == expected["protlm"]
 
@@ -381,27 +381,19 @@ def test_what_others_left_beside_the_output_stays(run_dir, inputs, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="files have no largest size here")
-@pytest.mark.parametrize(
-    ("layout", "kilobytes"),
-    [
-        ("protlm", 20),
-        ("uniprot", 150),
-        pytest.param("protlm", 150, marks=pytest.mark.slow),
-        pytest.param("uniprot", 20, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("kilobytes", [20, 150])
+@pytest.mark.parametrize("layout", ["protlm", "uniprot"])
 def test_a_disk_that_is_full_at_any_place_is_one_line(layout, kilobytes, run_dir, inputs, expected, tmp_path):
     """A largest size of a file fails like a full disk: in the middle of any write, also in those that HDF5 makes."""
-    words = ["embed", run_dir, inputs, "--out", tmp_path / "out", "--layout", layout, *MANY_PORTIONS, *LAYOUTS[layout]]
-    process = subprocess.run(
-        ["bash", "-c", f"ulimit -f {kilobytes}; exec \"$@\"", "-", sys.executable, "-m", "protlm.cli.app",
-         *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+    process = Forked(
+        "embed", run_dir, inputs, "--out", tmp_path / "out", "--layout", layout, *MANY_PORTIONS, *LAYOUTS[layout],
+        prepare=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1024 * kilobytes,) * 2),
     )  # fmt: skip
-    assert process.returncode == 1, process.stderr
-    assert process.stderr.startswith("error: ")
-    assert process.stderr.count("\n") == 1, process.stderr
-    assert "File too large" in process.stderr
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1, errors
+    assert "File too large" in errors
     begin = ["--resume"] if (tmp_path / "out.partial").exists() else []
     assert embed(run_dir, inputs, tmp_path / "out", layout, *begin) == 0
     assert content(tmp_path) == expected[layout]

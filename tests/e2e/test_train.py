@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import tomllib
 
@@ -13,6 +11,7 @@ import torch
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL, write_fasta
 from tests.e2e.train_tools import rows, train, wait_for_rows
+from tests.forked import Forked
 
 
 def test_a_run_leaves_what_the_contract_names(run_dir):
@@ -50,17 +49,13 @@ def test_resuming_in_pieces_equals_an_uninterrupted_run(dataset, tmp_path, setti
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(dataset, run_dir, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "protlm.cli.app", "train", str(dataset), "--out", str(out), "--config", "tiny",
-               *SMALL, "--max-steps", "9"]  # fmt: skip
-    # As many threads as the tests use: the order of sums decides the last bits.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    process = Forked("train", dataset, "--out", out, "--config", "tiny", *SMALL, "--max-steps", 9)
     deadline = time.monotonic() + 60
     while not (out / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
-    process.wait()
-    assert (out / "checkpoints" / "last.ckpt").exists()
+    _, errors = process.communicate()
+    assert (out / "checkpoints" / "last.ckpt").exists(), errors
     assert main(["train", str(dataset), "--out", str(out), "--resume"]) == 0
     assert (out / "metrics.csv").read_text() == (run_dir / "metrics.csv").read_text()
     assert (out / "model" / "model.safetensors").read_bytes() == (run_dir / "model" / "model.safetensors").read_bytes()
@@ -79,12 +74,11 @@ def test_a_finished_run_resumes_to_itself(dataset, tmp_path, failure):
 
 def test_ctrl_c_stops_between_updates_and_leaves_a_usable_checkpoint(dataset, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "protlm.cli.app", "train", str(dataset), "--out", str(out), "--config", "tiny",
-               *SMALL, "--set", "train.checkpoint_every_steps=100000", "--max-steps", "100000"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    settings = [*SMALL, "--set", "train.checkpoint_every_steps=100000", "--max-steps", 100_000]
+    process = Forked("train", dataset, "--out", out, "--config", "tiny", *settings)
     wait_for_rows(out, 4)
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "--resume" in errors
     assert "Traceback" not in errors

@@ -10,6 +10,7 @@ import torch
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL
 from tests.e2e.train_tools import finish, losses, rows, start, train, wait_for_rows
+from tests.forked import fork_ranks
 
 # Ranks add in another order.
 CLOSE = {"rel": 2e-5}
@@ -27,25 +28,28 @@ def train_on_two(dataset, out, *arguments):
     return start("train", dataset, "--out", out, "--devices", 2, *arguments)
 
 
+def ended(ranks):
+    """Returns the stdout of each process; all of them have ended well."""
+    outputs = [process.communicate() for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * len(ranks), outputs
+    return [out for out, _ in outputs]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_anywhere(
     strategy, dataset, one_process, tmp_path
 ):
     out = tmp_path / "run"
-    arguments = ["--strategy", strategy, "--config", "tiny", *SMALL, *SHARED, "--set", "model.dropout=0.1"]
-    status, shown, errors = finish(
-        train_on_two(dataset, out, *arguments, "--max-steps", 4, "--set", "train.schedule_steps=6", "--json")
-    )
-    assert status == 0, errors
-    # One report, of the first process.
-    assert json.loads(shown)["step"] == 4
+    on_two = ["train", dataset, "--out", out, "--devices", 2, "--strategy", strategy]
+    settings = ["--config", "tiny", *SMALL, *SHARED, "--set", "model.dropout=0.1", "--set", "train.schedule_steps=6"]
+    first, second = ended(fork_ranks(2, *on_two, *settings, "--max-steps", 4, "--json"))
+    assert (json.loads(first)["step"], second) == (4, "")
     assert losses(out) == pytest.approx(losses(one_process)[:4], **CLOSE)
     valid = [row["valid/loss"] for row in rows(out)]
     assert float(valid[3]) == pytest.approx(float(rows(one_process)[3]["valid/loss"]), **CLOSE)
     # One process goes on from the checkpoint of two, and two from that of one.
     assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", "5"]) == 0
-    status, _, errors = finish(train_on_two(dataset, out, "--strategy", strategy, "--resume", "--max-steps", 6))
-    assert status == 0, errors
+    ended(fork_ranks(2, *on_two, "--resume", "--max-steps", 6))
     assert losses(out) == pytest.approx(losses(one_process), **CLOSE)
     weights, expected = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (out, one_process)

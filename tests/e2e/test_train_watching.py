@@ -13,7 +13,8 @@ from protlm.cli.app import main
 from protlm.workflows.train.run_log import RunLog
 from protlm.workflows.train.start import TrainRequest, prepare_start
 from tests.e2e.conftest import SMALL
-from tests.e2e.train_tools import finish, losses, rows, start, train, wait_for_rows
+from tests.e2e.train_tools import losses, rows, train, wait_for_rows
+from tests.forked import Forked
 
 
 def test_a_run_explains_itself(run_dir, dataset):
@@ -112,11 +113,11 @@ def test_a_signal_ends_a_run_between_two_updates_and_it_resumes(name, dataset, t
 def test_a_signal_to_a_whole_job_reaches_the_workers_that_prepare_rows_too(dataset, tmp_path):
     out = tmp_path / "run"
     endless = ["--set", "data.num_workers=2", "--max-steps", 100_000]
-    process = start("train", dataset, "--out", out, "--config", "tiny", *SMALL, *endless, is_group=True)
+    process = Forked("train", dataset, "--out", out, "--config", "tiny", *SMALL, *endless, prepare=os.setsid)
     wait_for_rows(out, 3)
     os.killpg(process.pid, signal.SIGTERM)
-    status, _, errors = finish(process)
-    assert status == 130, errors
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
     saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == len(rows(out))

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL
-
-TIMEOUT_SECONDS = 180
+from tests.forked import TIMEOUT_SECONDS
 
 
 def rows(run_dir: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
@@ -26,21 +25,20 @@ def train(dataset: Path, out: Path, *arguments: object) -> int:
     return main(["train", str(dataset), "--out", str(out), "--config", "tiny", *SMALL, *map(str, arguments)])
 
 
-def start(*arguments: object, is_group: bool = False, **variables: str) -> subprocess.Popen[str]:
-    """Starts a command in a process of its own, with one thread as all tests: the order of sums decides last bits.
-
-    With `is_group` the process and its children are a group that can be signalled together.
-    """
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Starts a command in a new interpreter, as Lightning needs it to start the other processes by the same command."""
     return subprocess.Popen(
         [sys.executable, "-m", "protlm.cli.app", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=is_group,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Returns its status, stdout and stderr."""
-    out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    try:
+        out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.kill()
     return process.returncode, out, errors
 
 
