@@ -1,4 +1,4 @@
-"""What a dataset tells about itself, and whether its bytes are still those that prep wrote."""
+"""`protlm inspect`: the summary of a dataset, and the check that its bytes are still those that prep wrote."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,9 @@ from protlm.errors import ShardError
 from protlm.runtime.progress import StartProgress, no_progress
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SplitCounts:
-    """A split in numbers; the lengths are None for an empty one."""
+    """The counts of a split; the lengths are None for an empty one."""
 
     num_records: int
     num_residues: int
@@ -20,13 +20,13 @@ class SplitCounts:
     num_shards: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSummary:
-    """What is told of a dataset.
+    """The summary of a dataset that `prep --json` and `inspect --json` print.
 
     Attributes:
         path: Its folder.
-        hash: Its hash, which names its content.
+        hash: Its hash, which identifies its content.
         splits: Counts by split.
         sources: The files that it was made from.
         options: The options that shaped it.
@@ -34,8 +34,8 @@ class DatasetSummary:
         duplicates_across_splits: Records left out because an earlier split has their sequence.
         repairs: Letters repaired, by rule.
         rejects: Records left out, by reason.
-        leakage: What one split tells of another.
-        verified: All bytes were read again and are those that the checksums name.
+        leakage: Overlaps between splits.
+        verified: Whether all bytes were read again and agree with their checksums.
     """
 
     path: str
@@ -51,15 +51,15 @@ class DatasetSummary:
     verified: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InspectReport:
-    """What `inspect_dataset` found.
+    """The outcome of `inspect_dataset`.
 
     Attributes:
         path: The dataset folder.
         hash: Its hash.
-        manifest: What the dataset says about itself.
-        verified: All bytes were read again and are those that the checksums name.
+        manifest: Its manifest.
+        verified: Whether all bytes were read again and agree with their checksums.
     """
 
     path: str
@@ -69,19 +69,22 @@ class InspectReport:
 
     @property
     def summary(self) -> DatasetSummary:
-        """What is told of the dataset."""
+        """The summary of the dataset."""
         return summarise(self.path, self.hash, self.manifest, verified=self.verified)
 
 
 def summarise(path: str, digest: str, manifest: dataset.Manifest, *, verified: bool = False) -> DatasetSummary:
-    """Returns what is told of a dataset, from its folder, hash and manifest."""
+    """Returns the summary of a dataset from its folder, hash and manifest."""
     return DatasetSummary(
         path=path,
         hash=digest,
         splits={
             name: SplitCounts(
-                split.num_records, split.num_residues, split.length_quantiles.get("median"),
-                split.length_quantiles.get("p99"), len(split.shards),
+                num_records=split.num_records,
+                num_residues=split.num_residues,
+                median_length=split.length_quantiles.get("median"),
+                p99_length=split.length_quantiles.get("p99"),
+                num_shards=len(split.shards),
             )
             for name, split in manifest.splits.items()
         },
@@ -93,35 +96,35 @@ def summarise(path: str, digest: str, manifest: dataset.Manifest, *, verified: b
         rejects=dict(manifest.rejects),
         leakage=manifest.leakage,
         verified=verified,
-    )  # fmt: skip
+    )
 
 
 def inspect_dataset(path: str | Path, *, verify: bool, start_progress: StartProgress = no_progress) -> InspectReport:
-    """Reads what a dataset says about itself.
+    """Opens a dataset and, with `verify`, reads all of it.
 
     Args:
         path: The dataset folder.
-        verify: Also read every byte of every shard and compare it with the manifest.
+        verify: Read every byte of every shard and compare the checksums with the manifest.
         start_progress: Starts the stage `verify` (residues), if there is one.
 
     Raises:
-        ShardError: No dataset, or shards that are missing, damaged, or not those that the manifest lists.
+        ShardError: There is no dataset, or a shard is missing, damaged, or not the one in the manifest.
     """
-    found = dataset.open_dataset(path)
+    opened = dataset.open_dataset(path)
     if verify:
-        _verify(found, start_progress)
-    return InspectReport(str(path), found.hash, found.manifest, verify)
+        _verify(opened, start_progress)
+    return InspectReport(path=str(path), hash=opened.hash, manifest=opened.manifest, verified=verify)
 
 
-def _verify(found: Dataset, start_progress: StartProgress) -> None:
-    """Checks all shards before it tells of the first that is damaged and how many others are."""
+def _verify(opened: Dataset, start_progress: StartProgress) -> None:
+    """Reads all shards; the error names the first damaged one and the number of others."""
     faults: list[ShardError] = []
-    advance = start_progress("verify", sum(summary.num_residues for summary in found.manifest.splits.values()))
-    for name, summary in found.manifest.splits.items():
+    advance = start_progress("verify", sum(summary.num_residues for summary in opened.manifest.splits.values()))
+    for name, summary in opened.manifest.splits.items():
         for number, shard in enumerate(summary.shards):
             try:
-                # A split of its own for each shard, so that its map is gone before the next one is opened.
-                Split(found.path, name, summary).shard(number).verify()
+                # A new Split for each shard, so that only one memory map is open at a time.
+                Split(opened.path, name, summary).shard(number).verify()
             except ShardError as fault:
                 faults.append(fault)
             advance(shard.num_residues)

@@ -1,4 +1,4 @@
-"""Lightning's trainers for our devices: hides which of its strategies joins them, and keeps its advice to itself."""
+"""Lightning's trainers for our devices: the strategy for each choice of devices, and no advice on stderr."""
 
 import logging
 import warnings
@@ -24,7 +24,7 @@ def training_trainer(
     loggers: Sequence[Logger],
     checkpoint_io: CheckpointIO,
 ) -> pl.Trainer:
-    """Returns the trainer of a run; the files that Lightning would write itself, it leaves to us."""
+    """Returns the trainer of a run; it makes no checkpoints, progress bars or summaries of its own accord."""
     return pl.Trainer(
         **_shared_options(devices),
         default_root_dir=run_dir,
@@ -40,7 +40,7 @@ def training_trainer(
 
 
 def inference_trainer(devices: Devices) -> pl.Trainer:
-    """Returns a trainer that runs a model on several devices without gradients."""
+    """Returns a trainer that runs a model without gradients on the given devices."""
     return pl.Trainer(**_shared_options(devices), logger=False)
 
 
@@ -58,21 +58,21 @@ def _shared_options(devices: Devices) -> dict[str, Any]:
 
 
 def lightning_strategy(devices: Devices) -> Any:
-    """Returns the strategy that a trainer for these devices takes."""
+    """Returns Lightning's strategy for these devices."""
     if devices.strategy == "fsdp":
-        # One file in which any number of devices finds its part again.
+        # One file, from which any number of devices can load their shards.
         return ModelParallelStrategy(
             data_parallel_size=devices.total, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
     if devices.total == 1:
         return "auto"
-    # The projections are the same everywhere: all processes draw them from one seed.
+    # Buffers need no broadcast: all processes draw the same projections from one seed.
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Hides Lightning's advice for other ways of working than ours, such as a loader with many workers."""
+    """Silences Lightning's advice that does not apply here, such as to use more loader workers."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

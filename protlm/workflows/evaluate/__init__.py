@@ -1,1 +1,1 @@
-"""protlm eval: a model and a split to a report."""
+"""`protlm eval`: from a model and a split to a report."""

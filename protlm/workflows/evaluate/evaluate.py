@@ -19,24 +19,24 @@ from protlm.runtime.progress import StartProgress, no_progress
 REPORT_FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalReport:
     """The content of report.json.
 
     Attributes:
-        format_version: Of this report.
-        split: Which split was scored.
-        seed: Of the masks.
+        format_version: Version of this format.
+        split: The split that was scored.
+        seed: Seed of the masks.
         objective: `masked`, or `next-token` for a causal model, which is scored at every residue.
-        mask_rate: Probability that a residue was scored; the model's own. Unused by `next-token`.
+        mask_rate: Probability that a residue was scored: the model's own. Unused by `next-token`.
         num_records: Proteins in the split.
-        num_cut: Proteins longer than the model's learned positions reach, of which the rest was left out.
+        num_cut: Proteins longer than the model's learned positions; their ends were not scored.
         num_targets: Scored residues.
         model: Accuracy and perplexity of the model.
-        empirical: Those of the residue frequencies of the model's training set, on the same targets.
-        weights_hash: Of the model.
-        dataset_hash: Of the dataset that the split is of.
-        projection: `fixed`, `redrawn` or `none`: how the model was trained, and so what its projections mean to it.
+        empirical: Accuracy and perplexity of the empirical baseline on the same targets.
+        weights_hash: Hash of the model's weights.
+        dataset_hash: Hash of the dataset.
+        projection: `fixed`, `redrawn` or `none`: whether training kept the saved projections, redrew them, or had none.
     """
 
     format_version: int
@@ -71,14 +71,14 @@ def evaluate(
         model_path: A model directory or a run.
         dataset_path: A dataset of `protlm prep`.
         split: `train`, `valid`, `test` or `ood`.
-        out: Folder for the report, made if it is not there.
-        seed: Of the masks; with a protein's sequence it decides what is masked.
+        out: Folder for the report, made if there is none.
+        seed: Seed of the masks, which are drawn from it and a protein's sequence.
         tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
         force: Replaces an existing report.
         start_progress: Starts the stage `eval` (residues).
 
     Raises:
-        ProtlmError: A model or dataset that cannot be read, an empty split or an existing report.
+        ProtlmError: The model or the dataset cannot be read, the split is empty, or there is a report already.
     """
     report_path = out / "report.json"
     if (out.exists() and not out.is_dir()) or report_path.is_dir():

@@ -29,7 +29,7 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def report(dataset, tmp_path):
-    """Saves a new model of the given shape and returns what evaluate says of it, and what report.json holds."""
+    """A function that evaluates a new model of a given shape; it returns the report and the content of report.json."""
 
     def run(description=None, **shape):
         model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8, **shape))
@@ -38,35 +38,35 @@ def report(dataset, tmp_path):
         counts = dict.fromkeys(RESIDUES, 1)
         saved = ModelDescription(model=model.config, residue_counts=counts, **{**known, **(description or {})})
         save_model(tmp_path / "model", model, saved)
-        found = evaluate(tmp_path / "model", dataset, "test", tmp_path / "report", force=True)
-        return found, json.loads((tmp_path / "report" / "report.json").read_text())
+        scored = evaluate(tmp_path / "model", dataset, "test", tmp_path / "report", force=True)
+        return scored, json.loads((tmp_path / "report" / "report.json").read_text())
 
     return run
 
 
 def test_a_masked_model_is_scored_at_some_residues(report, dataset):
-    found, written = report()
+    scored, written = report()
     num_residues = open_dataset(dataset).split("test").lengths.sum()
-    assert (found.objective, found.num_cut) == (written["objective"], written["num_cut"]) == ("masked", 0)
-    assert 0 < found.num_targets < num_residues
+    assert (scored.objective, scored.num_cut) == (written["objective"], written["num_cut"]) == ("masked", 0)
+    assert 0 < scored.num_targets < num_residues
     assert report({"mask_rate": 1.0})[0].num_targets == num_residues
 
 
 def test_a_causal_model_is_scored_at_every_residue(report, dataset):
-    found, written = report(causal=True)
-    assert found.objective == written["objective"] == "next-token"
-    assert found.num_targets == open_dataset(dataset).split("test").lengths.sum()
+    scored, written = report(causal=True)
+    assert scored.objective == written["objective"] == "next-token"
+    assert scored.num_targets == open_dataset(dataset).split("test").lengths.sum()
 
 
 def test_proteins_beyond_learned_positions_are_cut_and_counted(report):
-    found, written = report({"mask_rate": 1.0}, positions="learned", max_positions=32)
-    assert found.num_cut == written["num_cut"] == 2
-    assert found.num_targets == 22 + 30 + 30 + 10
+    scored, written = report({"mask_rate": 1.0}, positions="learned", max_positions=32)
+    assert scored.num_cut == written["num_cut"] == 2
+    assert scored.num_targets == 22 + 30 + 30 + 10
 
 
 def test_a_model_of_joined_proteins_is_scored_on_windows(report, dataset):
     joined = {"mask_rate": 1.0, "data_mode": "concatenated", "window_tokens": 20}
-    found, _ = report(joined, positions="learned", max_positions=20)
-    assert found.num_cut == 0
-    assert found.num_targets == open_dataset(dataset).split("test").lengths.sum()
-    assert found.model != report({"mask_rate": 1.0}, positions="learned", max_positions=200)[0].model
+    scored, _ = report(joined, positions="learned", max_positions=20)
+    assert scored.num_cut == 0
+    assert scored.num_targets == open_dataset(dataset).split("test").lengths.sum()
+    assert scored.model != report({"mask_rate": 1.0}, positions="learned", max_positions=200)[0].model

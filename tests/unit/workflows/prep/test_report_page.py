@@ -23,7 +23,7 @@ from protlm.workflows.prep.report_page import SWISS_PROT_PERCENT, looks_like_dna
 
 
 def split_of(*sequences):
-    """A split as it would be told of these sequences."""
+    """Returns the summary of a split with these sequences."""
     lengths = np.array([len(text) for text in sequences], dtype=np.int64)
     histogram = np.zeros(len(LENGTH_BIN_STARTS), dtype=np.int64)
     np.add.at(histogram, np.searchsorted(LENGTH_BIN_STARTS, lengths, side="right") - 1, 1)
@@ -72,7 +72,7 @@ def manifest():
 
 
 class Page(HTMLParser):
-    """Collects the text and the tags of a page, and that all tags are closed in order."""
+    """The text and the tags of a page, all of which must be closed in order."""
 
     def __init__(self, page):
         super().__init__()
@@ -99,7 +99,7 @@ def rows_of(page):
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page) if "<td" in row]
 
 
-def test_the_page_tells_all_that_was_counted(manifest):
+def test_the_page_shows_all_counts(manifest):
     page = render_report(manifest)
     rows = rows_of(page)
     assert ["train", "4", "80.00 %", "5,361", "60", "5,000", "5,000", "1"] in rows
@@ -124,7 +124,7 @@ def test_the_page_needs_no_other_file_and_no_script(manifest):
     assert "@media print" in page
 
 
-def test_what_users_name_is_shown_as_text(manifest):
+def test_names_from_users_are_shown_as_text(manifest):
     evil = "<script>alert('x')</script>&\"'"
     source = SourceSummary(part="input", name=evil, format="fasta", num_records=1, sha256="0" * 64)
     options = manifest.options.model_copy(update={"ood_families": (evil,)})
@@ -142,10 +142,10 @@ def test_the_same_manifest_gives_the_same_page(manifest):
 
 
 def path_of(page, split):
-    found = re.search(rf'<path class="line {split}" d="M([0-9.]+) ([0-9.]+)((?: [VH][0-9.]+)+)"><title>', page)
-    assert found is not None
-    x, bottom, area, top = float(found[1]), float(found[2]), 0.0, None
-    for step, value in re.findall(r"([VH])([0-9.]+)", found[3]):
+    match = re.search(rf'<path class="line {split}" d="M([0-9.]+) ([0-9.]+)((?: [VH][0-9.]+)+)"><title>', page)
+    assert match is not None
+    x, bottom, area, top = float(match[1]), float(match[2]), 0.0, None
+    for step, value in re.findall(r"([VH])([0-9.]+)", match[3]):
         if step == "H":
             area += (float(value) - x) * (bottom - top)
             x = float(value)
@@ -189,7 +189,7 @@ def test_a_dataset_without_any_record_still_has_a_page():
     assert "There are no residues." in page
 
 
-def test_leaks_are_told_with_their_share(manifest):
+def test_leaks_are_shown_with_their_share(manifest):
     leakage = Leakage(
         exact_duplicates_removed=23,
         substrings=(
@@ -212,7 +212,7 @@ def test_leaks_are_told_with_their_share(manifest):
     assert "clusters in both" not in without
 
 
-def test_a_share_that_rounds_to_nothing_is_not_called_nothing():
+def test_a_share_that_rounds_to_zero_is_not_shown_as_zero():
     train = split_of(*["MKV"] * 20_001)
     leakage = Leakage(
         exact_duplicates_removed=0, clusters=None, families=None,
@@ -236,15 +236,15 @@ def test_nucleotides_look_like_dna_and_proteins_do_not():
     assert not looks_like_dna(counts_of("ACDEFGHIKLMNPQRSTVWY" * 100))
 
 
-def test_warnings_name_dna_empty_splits_and_clusters_on_both_sides(manifest):
+def test_warnings_name_dna_empty_splits_and_clusters_on_both_sides():
     leakage = Leakage(
         exact_duplicates_removed=0, substrings=None, families=None,
         clusters=(
             Shared(first="train", second="valid", num_labels=0), Shared(first="train", second="test", num_labels=3),
         ),
     )  # fmt: skip
-    found = warnings_of(manifest_of({"train": split_of("ACGT" * 300), "valid": split_of()}, leakage=leakage))
-    assert found == [
+    manifest = manifest_of({"train": split_of("ACGT" * 300), "valid": split_of()}, leakage=leakage)
+    assert warnings_of(manifest) == [
         "split 'train' looks like DNA: 100 % of its letters are A, C, G, T, U or N; protlm takes protein sequences, "
         "so translate it first",
         "split 'valid' is empty",
@@ -252,16 +252,16 @@ def test_warnings_name_dna_empty_splits_and_clusters_on_both_sides(manifest):
     ]
 
 
-def test_no_real_protein_file_looks_like_dna_and_swiss_prot_has_the_composition_it_is_said_to_have(shared_data):
+def test_no_real_protein_file_looks_like_dna_and_swiss_prot_has_its_published_composition(shared_data):
     swiss_prot = counts_of("")
     for path in sorted(shared_data.glob("*/*.fasta.gz")):
-        found = counts_of("")
+        counts = counts_of("")
         for record in read_records(path):
             for letter in set(record.sequence):
-                found[letter] += record.sequence.count(letter)
-        assert not looks_like_dna(found), path
+                counts[letter] += record.sequence.count(letter)
+        assert not looks_like_dna(counts), path
         if path.parent.name == "swissprot":
-            swiss_prot = {letter: swiss_prot[letter] + found[letter] for letter in found}
+            swiss_prot = {letter: swiss_prot[letter] + counts[letter] for letter in counts}
     total = sum(swiss_prot.values())
     for letter, percent in SWISS_PROT_PERCENT.items():
         assert 100 * swiss_prot[letter] / total == pytest.approx(percent, abs=0.3), letter
