@@ -1,7 +1,6 @@
 import pytest
 
-from protlm.runtime.devices import Devices, process_rank
-from protlm.workflows.trainers import lightning_strategy
+from protlm.runtime.devices import process_rank
 
 
 @pytest.mark.parametrize(
@@ -24,9 +23,3 @@ def test_a_process_knows_its_number_whoever_started_it(environment, rank):
 def test_the_first_process_of_another_machine_is_not_the_first():
     assert process_rank({"LOCAL_RANK": "0", "NODE_RANK": "1"}) != 0
     assert process_rank({"NODE_RANK": "1"}) != 0
-
-
-def test_several_devices_are_joined_by_ddp_unless_shards_are_asked_for():
-    assert lightning_strategy(Devices(1)) == "auto"
-    assert type(lightning_strategy(Devices(2, 2))).__name__ == "DDPStrategy"
-    assert type(lightning_strategy(Devices(2, 1, "fsdp"))).__name__ == "ModelParallelStrategy"
