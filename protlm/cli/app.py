@@ -3,13 +3,16 @@
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from protlm import __version__
+from protlm.cli.config import config_command
 from protlm.cli.embed import embed_command
 from protlm.cli.evaluate import eval_command
+from protlm.cli.help import Command
 from protlm.cli.inspect import inspect_command
 from protlm.cli.prep import prep_command
 from protlm.cli.train import train_command
@@ -25,20 +28,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-app.command("prep")(prep_command)
-app.command("inspect")(inspect_command)
-app.command("train")(train_command)
-app.command("eval")(eval_command)
-app.command("embed")(embed_command)
+app.command("prep", cls=Command)(prep_command)
+app.command("inspect", cls=Command)(inspect_command)
+app.command("config", cls=Command)(config_command)
+app.command("train", cls=Command)(train_command)
+app.command("eval", cls=Command)(eval_command)
+app.command("embed", cls=Command)(embed_command)
 
 
 @app.callback(invoke_without_command=True)
 def _options(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", help="Print the version."),
-    verbose: bool = typer.Option(
-        False, "--verbose", help="With --version: also of what it builds on, and what runs here."
-    ),
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --version: also those of the libraries, and what runs here.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(f"protlm {__version__}")

@@ -1,4 +1,4 @@
-"""How `protlm prep` and `protlm inspect` tell what a dataset holds."""
+"""The counts of a dataset as `protlm prep` and `protlm inspect` print them."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def print_summary(manifest: "Manifest") -> None:
-    """Prints the splits as a table on stdout, then all else that was counted and is not zero."""
+    """Prints the splits as a table on stdout, then all other counts that are not zero."""
     rows = [
         (
             name,
@@ -43,7 +43,7 @@ def _leaks(manifest: "Manifest") -> dict[str, int]:
 
 
 def warn_about(manifest: "Manifest") -> None:
-    """Prints a warning line on stderr for whatever a user may not have meant."""
+    """Prints a warning line on stderr for everything that a user may not have meant."""
     from protlm.workflows.prep.report_page import warnings_of
 
     if manifest.rejects:

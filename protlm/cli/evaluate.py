@@ -1,37 +1,32 @@
 """`protlm eval`: options in, a measurement, its table out."""
 
-from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from protlm.choices import SplitName
 from protlm.cli import output
+from protlm.cli.options import DatasetArgument, ForceOption, JsonOption, ModelArgument, one_of, seed_option
 from protlm.cli.progress import Bars
 
 
-class SplitOption(StrEnum):
-    """The splits that can be scored."""
-
-    valid = "valid"
-    test = "test"
-    ood = "ood"
-    train = "train"
-
-
 def eval_command(
-    model: Path = typer.Argument(..., metavar="MODEL", help="A model directory, or the run that made it."),
-    dataset: Path = typer.Argument(..., metavar="DATASET", help="A dataset made by protlm prep."),
-    split: SplitOption = typer.Option(SplitOption.test, "--split", help="Which proteins to score."),
-    out: Path = typer.Option(..., "--out", metavar="DIR", help="Folder for report.json."),
-    seed: int = typer.Option(0, "--seed", min=0, max=2**63 - 1, help="Seed of the masks."),
-    force: bool = typer.Option(False, "--force", help="Replace an existing report."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+    model: ModelArgument,
+    dataset: DatasetArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for report.json.")],
+    split: Annotated[
+        SplitName, typer.Option("--split", metavar=one_of(SplitName), help="The proteins to score.")
+    ] = "test",
+    seed: Annotated[int, seed_option("Seed of the masks.", max=2**63 - 1)] = 0,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure how well a model fills in masked residues.
+    """Measure how well a model predicts masked residues.
 
-    Accuracy is the fraction of masked residues that the model ranks first; perplexity is the number of residues it
-    effectively hesitates between (20 is a blind guess among the standard ones). Both stand beside the empirical
-    baseline: the residue frequencies of the model's training set.
+    Accuracy is the fraction of masked residues that the model ranks first. Perplexity is the effective number of
+    residues that it is choosing between; a blind guess among the standard residues gives 20. Both are printed beside
+    the empirical baseline: the residue frequencies of the model's training set.
 
     \b
     Examples:
@@ -41,16 +36,18 @@ def eval_command(
     from protlm.workflows.evaluate.evaluate import evaluate
 
     with Bars({"eval": "residue"}) as bars:
-        report = evaluate(model, dataset, split.value, out, seed=seed, force=force, start_progress=bars.start)
+        report = evaluate(model, dataset, split, out, seed=seed, force=force, start_progress=bars.start)
     if as_json:
         output.print_json(report)
         return
-    output.print_table(
-        (f"{report.split} split", "accuracy", "perplexity"),
-        [
-            ("model", f"{report.model.accuracy:.4f}", f"{report.model.perplexity:.3f}"),
-            ("residue frequencies", f"{report.empirical.accuracy:.4f}", f"{report.empirical.perplexity:.3f}"),
-        ],
+    output.print_scores(
+        report.split,
+        model=(report.model.accuracy, report.model.perplexity),
+        baseline=(report.empirical.accuracy, report.empirical.perplexity),
     )
-    print(f"scored      {report.num_targets:,} masked residues of {report.num_records:,} proteins")
-    print(f"report      {out / 'report.json'}")
+    output.print_pairs(
+        [
+            ("scored", f"{report.num_targets:,} masked residues of {report.num_records:,} proteins"),
+            ("report", out / "report.json"),
+        ]
+    )

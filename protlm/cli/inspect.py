@@ -1,28 +1,30 @@
-"""`protlm inspect`: a dataset in, what it says about itself out."""
+"""`protlm inspect`: a dataset in, its counts out."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from protlm.cli import output
+from protlm.cli.options import DatasetArgument, JsonOption
 from protlm.cli.progress import Bars
 
 
 def inspect_command(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset made by protlm prep.")],
+    dataset: DatasetArgument,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all shards and compare them with their checksums.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Tell what a dataset holds, from its manifest; its report.html shows more.
+    """Print the counts of a dataset, from its manifest.
+
+    The report.html in the dataset shows more.
 
     \b
     Examples:
       protlm inspect dataset
       protlm inspect dataset --verify --json
-    """  # noqa: D301 (\b is Typer's mark to keep the lines)
+    """  # noqa: D301  \b must reach Typer as a backspace
     from protlm.cli.dataset_summary import print_summary
     from protlm.workflows.inspect import inspect_dataset
 
@@ -32,6 +34,7 @@ def inspect_command(
         output.print_json(report.summary)
         return
     print_summary(report.manifest)
-    print(f"\ndataset: {report.path}\nhash: {report.hash}")
+    print()
+    output.print_pairs([("dataset", report.path), ("hash", report.hash)])
     if verify:
-        print("verified: the shards hold what was written")
+        output.print_pairs([("verified", "the shards hold what was written")])

@@ -1,25 +1,39 @@
-"""How a command speaks: results on stdout as a table or as JSON, warnings on stderr."""
+"""How a command speaks: results on stdout as pairs, as a table or as JSON, warnings on stderr."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from protlm.errors import ProtlmError
+
+_MIN_NAME_WIDTH = 10
+"""Pairs of names as short as most are aligned alike in all commands."""
+
 
 def print_json(report: Any) -> None:
-    """Prints a report dataclass as one JSON object on stdout."""
-    print(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False, default=_plain))
+    """Prints a report, a dataclass or a dictionary, as one JSON object on stdout."""
+    content = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report  # type: ignore[arg-type]
+    print(json.dumps(content, indent=2, ensure_ascii=False, default=_plain))
 
 
 def _plain(value: Any) -> Any:
-    """Returns what JSON has for a value that a report may hold."""
+    """Returns the JSON form of a value that JSON does not know."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "model_dump"):
         return value.model_dump()
     raise TypeError(f"a report holds {type(value).__name__}, which JSON does not know")
+
+
+def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
+    """Prints lines `name  value` on stdout, the values aligned."""
+    pairs = list(pairs)
+    width = max([_MIN_NAME_WIDTH, *(len(name) for name, _ in pairs)])
+    for name, value in pairs:
+        print(f"{name.ljust(width)}  {value}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -32,6 +46,30 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         print("  ".join((first, *others)).rstrip())
+
+
+def print_scores(split: str, *, model: tuple[float, float], baseline: tuple[float, float]) -> None:
+    """Prints (accuracy, perplexity) of a model and of the empirical baseline on a split."""
+    rows = [
+        (name, f"{accuracy:.4f}", f"{perplexity:.3f}")
+        for name, (accuracy, perplexity) in (("model", model), ("empirical baseline", baseline))
+    ]
+    print_table((f"{split} split", "accuracy", "perplexity"), rows)
+
+
+def print_estimate(estimate: Any, pairs: Iterable[tuple[str, object]], *, as_json: bool) -> None:
+    """Prints the estimate of a dry run, as JSON or as pairs.
+
+    Raises:
+        ProtlmError: The estimated `peak_bytes` are more than the `free_bytes` of the disk.
+    """
+    if as_json:
+        print_json(estimate)
+    else:
+        print("dry run")
+        print_pairs(pairs)
+    if estimate.peak_bytes > estimate.free_bytes:
+        raise ProtlmError(f"not enough disk: about {estimate.peak_bytes:,} bytes wanted, {estimate.free_bytes:,} free")
 
 
 def warn(message: str) -> None:

@@ -1,22 +1,21 @@
-"""`protlm prep`: what its options are called and how its outcome is told."""
+"""`protlm prep`: options in, a dataset, its counts out."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from protlm.choices import SplitMethod
 from protlm.cli import output
+from protlm.cli.options import ForceOption, JsonOption, OnBadRecordOption, ResumeOption, one_of, seed_option
 from protlm.cli.progress import Bars
-from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
     from protlm.workflows.prep.estimate import Estimate
     from protlm.workflows.prep.prepare import PartReport, PrepReport
 
 # The defaults below are those of `workflows.prep.options.PrepRequest`, too heavy to import here; a test compares them.
-SplitMethod = Literal["random", "cluster", "family", "file"]
-OnBadRecord = Literal["error", "skip"]
-_READY_MADE = "{} set ready-made; INPUT is then the training set. Repeatable."
+_READY_MADE = "Ready-made {} set; INPUT is then the training set. Repeatable."
 _UNITS = {"read": "B", "write": "residues"}
 
 
@@ -24,74 +23,117 @@ def prep_command(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT",
-            help="FASTA, A3M, UniProtKB flat file or XML, UniRef XML; .gz .bz2 .xz .zst; told by content. "
-            "Files, folders, patterns; - is the standard input.",
+            metavar="INPUT...",
+            help="Protein files, folders or patterns, or - for the standard input: FASTA, A3M, UniProtKB flat file or "
+            "XML, UniRef XML; plain, .gz, .bz2, .xz or .zst. The format is recognised from the content.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DATASET", help="The dataset folder to make.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DATASET", help="The dataset folder to make.")],
     valid_input: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Validation"))
+        list[str] | None, typer.Option("--valid-input", metavar="FILE", help=_READY_MADE.format("validation"))
     ] = None,
-    test_input: Annotated[list[str] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Test"))] = None,
+    test_input: Annotated[
+        list[str] | None, typer.Option("--test-input", metavar="FILE", help=_READY_MADE.format("test"))
+    ] = None,
     ood_input: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help=_READY_MADE.format("Out-of-distribution"))
+        list[str] | None, typer.Option("--ood-input", metavar="FILE", help=_READY_MADE.format("out-of-distribution"))
     ] = None,
     split: Annotated[
         SplitMethod,
-        typer.Option(help="Draw sequences, draw whole clusters, hold out families, or do as a file says."),
+        typer.Option(
+            "--split",
+            metavar=one_of(SplitMethod),
+            help="Draw sequences, draw whole clusters, hold out families, or follow --split-file.",
+        ),
     ] = "random",
     valid_fraction: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Part drawn for validation.  [default: 0.01]")
+        float | None,
+        typer.Option(
+            "--valid-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for valid; default: 0.01."
+        ),
     ] = None,
     test_fraction: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Part drawn for the test.  [default: 0.01]")
+        float | None,
+        typer.Option(
+            "--test-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for test; default: 0.01."
+        ),
     ] = None,
     clusters: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Clusters: MMseqs2 TSV (cluster, member), CD-HIT .clstr or UniRef XML."),
+        typer.Option(
+            "--clusters",
+            metavar="FILE",
+            help="Clusters: CD-HIT .clstr, MMseqs2 TSV (cluster, member) or UniRef XML.",
+        ),
     ] = None,
     cluster_with: Annotated[
-        Literal["mmseqs"] | None, typer.Option(help="Find the clusters of INPUT with a program that is installed.")
+        Literal["mmseqs"] | None,
+        typer.Option(
+            "--cluster-with", metavar="mmseqs", help="Cluster INPUT with a program installed on this machine."
+        ),
     ] = None,
     cluster_identity: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Sequence identity in a cluster, with --cluster-with.  [default: 0.3]"),
+        typer.Option(
+            "--cluster-identity",
+            metavar="FRACTION",
+            min=0.0,
+            max=1.0,
+            help="Sequence identity within a cluster, with --cluster-with; default: 0.3.",
+        ),
     ] = None,
     families: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Families: TSV of id and family; flat files tell their own.")
+        Path | None,
+        typer.Option("--families", metavar="FILE", help="Families: TSV of id and family; flat files contain theirs."),
     ] = None,
     ood_family: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Family held out as ood, or the preset paper-pfam-20. Repeatable."),
+        typer.Option(
+            "--ood-family", metavar="NAME", help="Family, or the preset paper-pfam-20, to hold out as ood. Repeatable."
+        ),
     ] = None,
     split_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Splits: TSV of id and train, valid, test or ood.")
+        Path | None,
+        typer.Option("--split-file", metavar="FILE", help="Splits: TSV of id and train, valid, test or ood."),
     ] = None,
-    min_length: Annotated[int, typer.Option(min=1, help="Reject shorter sequences.")] = 1,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Reject longer sequences.")] = None,
-    dedupe: Annotated[bool, typer.Option(help="Keep only the first of equal sequences within a split.")] = True,
-    on_bad_record: Annotated[OnBadRecord, typer.Option(help="Stop at a bad record, or count it and go on.")] = "error",
-    shard_residues: Annotated[int, typer.Option(min=1, help="Residues in a shard, at most.")] = 67_108_864,
-    check_leaks: Annotated[
-        bool, typer.Option(help="Look for sequences of one split that are part of those of another.")
+    min_length: Annotated[int, typer.Option("--min-length", metavar="N", min=1, help="Reject shorter sequences.")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", metavar="N", min=1, help="Reject longer sequences.")
+    ] = None,
+    dedupe: Annotated[
+        bool, typer.Option("--dedupe/--no-dedupe", help="Keep only the first of equal sequences within a split.")
     ] = True,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the dataset does not depend on it.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an unfinished run left.")] = False,
+    on_bad_record: OnBadRecordOption = "error",
+    shard_residues: Annotated[
+        int, typer.Option("--shard-residues", metavar="N", min=1, help="Residues in a shard, at most.")
+    ] = 67_108_864,
+    check_leaks: Annotated[
+        bool,
+        typer.Option(
+            "--check-leaks/--no-check-leaks",
+            help="Look for sequences of one split that are contained in sequences of another.",
+        ),
+    ] = True,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", metavar="N", min=1, help="Processes; their number does not change the dataset."),
+    ] = 1,
+    resume: ResumeOption = False,
     part: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only read the I-th of N parts of the files, for --merge.")
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Read only the I-th of N parts of the files, for --merge."),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Make the dataset from parts that were read.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Make the dataset from the parts that were read.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Make nothing; tell counts, time and disk from a sample.")
+        bool, typer.Option("--dry-run", help="Estimate counts, time and disk from a sample; make nothing.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random split.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a dataset that is there already.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    seed: Annotated[int, seed_option("Seed of the random split.")] = 0,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Turn protein files into a dataset: clean, drop exact duplicates, split, write.
+    """Turn protein files into a dataset: clean, deduplicate, split.
 
-    A sequence never stands in two splits: of train, valid, test, ood the first that has it keeps it.
+    A sequence is never in two splits: the first of train, valid, test and ood that has it keeps it.
 
     \b
     Examples:
@@ -100,7 +142,7 @@ def prep_command(
       protlm prep train.fasta --valid-input valid.fasta --test-input test.fasta --out dataset
       protlm prep uniref90.fasta.gz --split cluster --clusters uniref50.tsv --out dataset --workers 8
       protlm prep uniprot_sprot.dat.gz --split family --ood-family PF00306 --out dataset
-    """  # noqa: D301 (\b is Typer's mark to keep the lines)
+    """  # noqa: D301  \b must reach Typer as a backspace
     from protlm.runtime.work_folder import partial_folder
     from protlm.workflows.prep.estimate import Estimate
     from protlm.workflows.prep.mmseqs import clusters_of
@@ -125,14 +167,14 @@ def prep_command(
             output.warn(f"what is finished is kept in {kept}; go on with the same command and --resume")
         raise
     if isinstance(report, Estimate):
-        _tell_estimate(report, as_json)
+        _print_estimate(report, as_json)
     elif isinstance(report, PartReport):
-        _tell_part(report, as_json)
+        _print_part(report, as_json)
     else:
-        _tell(report, as_json)
+        _print(report, as_json)
 
 
-def _tell(report: "PrepReport", as_json: bool) -> None:
+def _print(report: "PrepReport", as_json: bool) -> None:
     from protlm.cli.dataset_summary import print_summary, warn_about
 
     for path in report.left_out:
@@ -144,37 +186,34 @@ def _tell(report: "PrepReport", as_json: bool) -> None:
         output.print_json(report.summary)
         return
     print_summary(report.manifest)
-    print(f"\ndataset: {report.out}")
+    print()
+    output.print_pairs([("dataset", report.out)])
 
 
-def _tell_part(report: "PartReport", as_json: bool) -> None:
+def _print_part(report: "PartReport", as_json: bool) -> None:
     if as_json:
         output.print_json(report)
         return
     if not report.files:
         output.warn("this part has no file: there are more parts than files")
     output.print_table(("file of this part",), [(path,) for path in report.files])
-    print(f"\nrecords: {report.num_records:,}\nparts: {report.folder}")
+    print()
+    output.print_pairs([("records", f"{report.num_records:,}"), ("parts", report.folder)])
 
 
-def _tell_estimate(found: "Estimate", as_json: bool) -> None:
-    for path in found.left_out:
+def _print_estimate(estimate: "Estimate", as_json: bool) -> None:
+    for path in estimate.left_out:
         output.warn(f"{path}: no protein file; would be left out")
-    if as_json:
-        output.print_json(found)
-    else:
-        rows = [
-            ("files", f"{found.files:,}"),
-            ("input bytes", f"{found.input_bytes:,}"),
-            ("sampled bytes", f"{found.sampled_bytes:,}"),
-            ("records, about", f"{found.num_records:,}"),
-            ("residues, about", f"{found.num_residues:,}"),
-            ("dataset bytes, about", f"{found.dataset_bytes:,}"),
-            ("disk bytes while at work, about", f"{found.peak_bytes:,}"),
-            ("free disk bytes", f"{found.free_bytes:,}"),
-            ("seconds, about", f"{found.seconds:,.0f}"),
-            *((f"rejected in the sample, {reason}", f"{count:,}") for reason, count in found.rejects.items()),
-        ]
-        output.print_table(("dry run", ""), rows)
-    if found.peak_bytes > found.free_bytes:
-        raise ProtlmError(f"not enough disk: about {found.peak_bytes:,} bytes wanted, {found.free_bytes:,} free")
+    pairs = [
+        ("files", f"{estimate.files:,}"),
+        ("input bytes", f"{estimate.input_bytes:,}"),
+        ("sampled bytes", f"{estimate.sampled_bytes:,}"),
+        ("records, about", f"{estimate.num_records:,}"),
+        ("residues, about", f"{estimate.num_residues:,}"),
+        ("dataset bytes, about", f"{estimate.dataset_bytes:,}"),
+        ("disk bytes while at work, about", f"{estimate.peak_bytes:,}"),
+        ("free disk bytes", f"{estimate.free_bytes:,}"),
+        ("seconds, about", f"{estimate.seconds:,.0f}"),
+        *((f"rejected in the sample, {reason}", f"{count:,}") for reason, count in estimate.rejects.items()),
+    ]
+    output.print_estimate(estimate, pairs, as_json=as_json)

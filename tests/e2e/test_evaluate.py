@@ -9,6 +9,7 @@ from protlm.cli.app import main
 def test_eval_reports_the_model_beside_the_baseline(run_dir, dataset, tmp_path, capsys):
     assert main(["eval", str(run_dir), str(dataset), "--split", "test", "--out", str(tmp_path)]) == 0
     table = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in table.splitlines()[1:3]] == ["model", "empirical baseline"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["split"] == "test"
     assert report["seed"] == 0

@@ -49,8 +49,8 @@ def test_inspect_tells_what_prep_told(proteins, tmp_path, capsys):
     arguments = ("--valid-fraction", "0.3", "--test-fraction", "0.3", "--min-length", "5")
     prepared, warned = told_by(capsys, "prep", write_fasta(tmp_path / "a.fasta", lines), "--out", out, *arguments)
     inspected, silent = told_by(capsys, "inspect", out)
-    table, _, _ = prepared.partition("\ndataset:")
-    assert inspected == f"{table}\ndataset: {out}\nhash: {open_dataset(out).hash}\n"
+    table, _, _ = prepared.partition("\ndataset ")
+    assert inspected == f"{table}\ndataset     {out}\nhash        {open_dataset(out).hash}\n"
     assert "rejected records, too_short" in inspected
     assert "repaired letters, lower_case" in inspected
     assert "duplicates removed, within a split" in inspected
@@ -83,7 +83,7 @@ def test_json_is_the_report_of_prep_with_what_verify_found(fasta, tmp_path, caps
 
 def test_a_whole_dataset_is_verified(dataset, capsys):
     told, _ = told_by(capsys, "inspect", dataset, "--verify")
-    assert told.endswith("verified: the shards hold what was written\n")
+    assert told.endswith("verified    the shards hold what was written\n")
     assert "verified" not in told_by(capsys, "inspect", dataset)[0]
 
 

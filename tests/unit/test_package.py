@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 import tomllib
@@ -5,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import protlm
 import protlm.ops
 from protlm import __version__
-from protlm.cli.app import main
+from protlm.cli.app import app, main
 from protlm.config import load_config, shipped_configs
 from protlm.model.performer import Performer
 from protlm.ops import backends
@@ -45,22 +47,34 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import protlm",
-        "import protlm.cli.app",
-        "from protlm.cli.app import main; assert main(['--help']) == 0",
-        "from protlm.cli.app import main; assert main(['--version']) == 0",
-        "from protlm.cli.app import main; assert main(['train', '--help']) == 0",
-    ],
-)
-def test_help_and_version_load_nothing_heavy(code):
+def assert_loads_nothing_heavy(code):
     names = ", ".join(repr(name) for name in HEAVY)
     done = run(
-        f"import sys\n{code}\nfound = [name for name in ({names}) if name in sys.modules]\nassert not found, found"
+        f"import sys\n{code}\nloaded = [name for name in ({names}) if name in sys.modules]\nassert not loaded, loaded"
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("code", ["import protlm", "import protlm.cli.app"])
+def test_importing_loads_nothing_heavy(code):
+    assert_loads_nothing_heavy(code)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["config"], *([command, "--help"] for command in typer.main.get_command(app).commands)],
+    ids=" ".join,
+)
+def test_help_version_and_config_load_nothing_heavy_and_answer_fast(arguments):
+    assert_loads_nothing_heavy(f"from protlm.cli.app import app, main; assert main({arguments!r}) == 0")
+    seconds = []
+    for _ in range(3):
+        # Time of the processor: other work on the machine does not count.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "protlm.cli.app", *arguments], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < (0.6 if arguments == ["config"] else 0.3)
 
 
 def test_public_names_resolve():

@@ -1,0 +1,48 @@
+"""Options that mean the same in several commands, each defined once; and two forms of option that Typer lacks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from protlm.data.records import OnBadRecord
+
+
+def one_of(choices: Any) -> str:
+    """Returns the metavar of a choice: the values of a Literal, with bars between them."""
+    return "|".join(get_args(choices))
+
+
+def some_of(name: str, choices: Any, help: str) -> Any:
+    """Returns a repeatable option for values of a Literal; Typer itself takes a Literal for a single value only."""
+
+    def check(values: Sequence[str] | None) -> Sequence[str] | None:
+        for value in values or ():
+            if value not in get_args(choices):
+                raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, get_args(choices)))}.")
+        return values
+
+    return typer.Option(name, metavar=one_of(choices), help=help, callback=check)
+
+
+def seed_option(help: str, max: int | None = None) -> Any:
+    """Returns the option `--seed`; the help says which draws depend on it."""
+    return typer.Option("--seed", metavar="N", min=0, max=max, help=help)
+
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or the run that made it.")]
+DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset made by protlm prep.")]
+OnBadRecordOption = Annotated[
+    OnBadRecord,
+    typer.Option("--on-bad-record", metavar=one_of(OnBadRecord), help="Stop at a bad record, or skip and count it."),
+]
+DevicesOption = Annotated[
+    int, typer.Option("--devices", metavar="N", min=1, help="GPUs, or processes on the CPU, on each machine.")
+]
+NumNodesOption = Annotated[
+    int, typer.Option("--num-nodes", metavar="N", min=1, help="Machines; all must see the folder of --out.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
