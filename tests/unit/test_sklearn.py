@@ -44,10 +44,10 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("kind", "layer"), [("mean", -1), ("cls", 0), ("mean", 1)])
 def test_vectors_are_those_of_the_model_in_order(folder, kind, layer):
-    found = ProteinEmbedder(folder, kind=kind, layer=layer).fit_transform(SEQUENCES)
+    vectors = ProteinEmbedder(folder, kind=kind, layer=layer).fit_transform(SEQUENCES)
     expected = [one[kind] for one in load_model(folder).embed(SEQUENCES, (kind,), layer=layer)]
-    assert (found.shape, found.dtype) == ((6, 16), np.float32)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    assert (vectors.shape, vectors.dtype) == ((6, 16), np.float32)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_any_column_of_sequences_is_the_same(folder):

@@ -25,8 +25,8 @@ def proteins():
 
 
 def test_what_a_protein_gives_is_what_its_states_say(model, proteins):
-    found = RowEmbedder(model, KINDS, (0, 2))(proteins)
-    for protein, sums in zip(proteins, found, strict=True):
+    by_protein = RowEmbedder(model, KINDS, (0, 2))(proteins)
+    for protein, sums in zip(proteins, by_protein, strict=True):
         tokens, bounds = pack_row([protein])
         with torch.inference_mode():
             states = {layer: x.numpy() for layer, x in model.hidden_states(tokens, bounds, (0, 2)).items()}
@@ -75,10 +75,10 @@ class Scarce(RowEmbedder):
 
 def test_rows_are_halved_until_they_fit_and_what_never_fits_is_none(model, proteins):
     cores = [slice(0, len(protein)) for protein in proteins]
-    found = list(Scarce(model, ("mean",), (2,)).compute_by_halves(proteins, cores))
-    assert [result is None for result in found] == [False, False, True, False, False]
+    results = list(Scarce(model, ("mean",), (2,)).compute_by_halves(proteins, cores))
+    assert [result is None for result in results] == [False, False, True, False, False]
     expected = RowEmbedder(model, ("mean",), (2,))(proteins)
-    for result, whole in zip(found, expected, strict=True):
+    for result, whole in zip(results, expected, strict=True):
         if result is not None:
             np.testing.assert_allclose(result["mean", 2], whole["mean", 2], atol=1e-4)
 

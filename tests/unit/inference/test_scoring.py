@@ -163,7 +163,7 @@ ODD_BUDGET = 120
 
 
 def score_in_a_process(rank, world_size, folder):
-    """Runs in each of several processes; writes down what it was told."""
+    """Scores in one of several processes and saves the result."""
     process_groups.join(rank, world_size, folder)
     model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
     model.reset(0)

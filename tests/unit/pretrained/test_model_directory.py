@@ -75,11 +75,11 @@ def test_a_saved_model_reads_back_with_equal_logits(kind, tmp_path):
     model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, num_features=8, attention=kind))
     model.reset(1)
     save_model(tmp_path, model, describe(model))
-    found, description = read_model(tmp_path)
-    assert not found.training
-    assert torch.equal(found(TOKENS_OF_A_ROW, BOUNDS), model.eval()(TOKENS_OF_A_ROW, BOUNDS))
+    read, description = read_model(tmp_path)
+    assert not read.training
+    assert torch.equal(read(TOKENS_OF_A_ROW, BOUNDS), model.eval()(TOKENS_OF_A_ROW, BOUNDS))
     assert description.model_copy(update={"weights_hash": ""}) == describe(model)
-    assert set(found.state_dict()) == set(model.state_dict())
+    assert set(read.state_dict()) == set(model.state_dict())
 
 
 def test_a_model_that_was_read_can_be_trained_further(folder):
@@ -266,10 +266,10 @@ def test_a_model_of_version_1_reads_as_packed_with_berts_masking(folder):
     for key in ("ffn", "layer_norm", "positions", "max_positions", "causal"):
         del content["model"][key]
     path.write_text(json.dumps({**content, "format_version": 1}))
-    found, description = read_model(folder)
+    read, description = read_model(folder)
     assert description.objective == Objective(causal=False, rates=MaskRates(0.15, 0.8, 0.1))
     assert (description.data_mode, description.window_tokens, description.max_residues) == ("packed", None, None)
-    assert found.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+    assert read.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
 
 
 def test_the_objective_is_that_of_training(model, tmp_path):
