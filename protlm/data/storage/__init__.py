@@ -1,1 +1,1 @@
-"""Records on disk: written once, opened through a memory map."""
+"""Records on disk: written once, read through memory maps."""

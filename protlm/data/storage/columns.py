@@ -1,6 +1,6 @@
-"""How a column lies in an HDF5 file: contiguous, uncompressed and aligned, so that it is read through a memory map.
+"""Columns in HDF5 files: contiguous, uncompressed and aligned, so that they can be read through a memory map.
 
-The files may come from anyone: a column is mapped only after its place, type and size were checked against the file.
+Files may come from anyone: a column is mapped only after its offset, type and size were checked against the file.
 """
 
 import contextlib
@@ -21,21 +21,21 @@ from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 ALIGNMENT_BYTES = 64
-"""Every column starts at a multiple of this in its file: a cache line, and enough for any number type."""
+"""Every column starts at a multiple of this in its file: a cache line, which suits any number type."""
 
 Scalar = TypeVar("Scalar", str, int)
 
 
 @contextlib.contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Turns what HDF5 says when the disk is full, or fails otherwise, into the system's own error."""
+    """Turns an error of HDF5, such as that of a full disk, into the OSError of the system."""
     try:
         yield
     except (RuntimeError, OSError) as error:
-        found = re.search(r"errno = (\d+)", str(error))
-        if found is None and isinstance(error, OSError):
+        match = re.search(r"errno = (\d+)", str(error))
+        if match is None and isinstance(error, OSError):
             raise
-        number = int(found[1]) if found is not None else errno.EIO
+        number = int(match[1]) if match is not None else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
@@ -44,7 +44,7 @@ def create_columns(path: Path) -> Iterator[h5py.File]:
     """Opens a new HDF5 file whose columns will be aligned; equal content gives equal bytes.
 
     Args:
-        path: The file, which must not exist.
+        path: The file; it must not exist.
     """
     with system_errors(path), h5py.File(path, "x", alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES) as file:
         yield file
@@ -52,7 +52,7 @@ def create_columns(path: Path) -> Iterator[h5py.File]:
 
 @contextlib.contextmanager
 def change_columns(path: Path) -> Iterator[h5py.File]:
-    """Opens a file of columns to add to it."""
+    """Opens a file of columns to change it."""
     with h5py.File(path, "r+") as file:
         yield file
 
@@ -71,10 +71,10 @@ def write_strings(
 
 
 def allocate_column(file: h5py.File, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> int | None:
-    """Makes room for a column that is written in place later.
+    """Allocates a column that is written in place later.
 
     Returns:
-        The place of its first byte in the file, None for an empty column, which has no place.
+        Offset of its first byte in the file, None for an empty column, which has none.
     """
     parent, _, leaf = name.rpartition("/")
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -89,20 +89,20 @@ def allocate_column(file: h5py.File, name: str, shape: tuple[int, ...], dtype: D
 
 
 def file_attribute(path: Path, name: str) -> str | None:
-    """Returns a text attribute of an HDF5 file, None if there is none or this is no such file."""
+    """Returns a text attribute of an HDF5 file, None if it has none or is no such file."""
     if not path.is_file():
         return None
     try:
         with h5py.File(path, "r", locking=False) as file:
             value = file.attrs.get(name)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError):
-        # What h5py makes of a damaged file is any of these.
+        # h5py raises any of these for a damaged file.
         return None
     return value if isinstance(value, str) else None
 
 
 class ColumnFile:
-    """An HDF5 file of columns while it is being opened; the mapped columns outlive it."""
+    """An open HDF5 file of columns; the mapped columns outlive it."""
 
     def __init__(self, path: Path, file: h5py.File, content: mmap.mmap) -> None:
         self.path = path
@@ -110,37 +110,37 @@ class ColumnFile:
         self._content = content
 
     def attribute(self, name: str, kind: type[Scalar]) -> Scalar:
-        """Returns an attribute of the file that must be there and of the given kind, `str` or `int`."""
+        """Returns an attribute of the file as `str` or `int`; raises ShardError if it is missing or of another type."""
         value = self._file.attrs.get(name)
         if kind is int and isinstance(value, np.integer):
             return kind(value)
         if kind is str and isinstance(value, str):
             return kind(value)
-        found = "none" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise ShardError(f"{self.path}: attribute {name!r}: expected {kind.__name__}, got {found}")
+        got = "none" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise ShardError(f"{self.path}: attribute {name!r}: expected {kind.__name__}, got {got}")
 
     def check_format(self, expected: str, version: int) -> None:
-        """Refuses a file that is of another format or of another version of it."""
-        found = self._file.attrs.get("format")
-        if not isinstance(found, str) or found != expected:
+        """Raises ShardError for a file of another format or another version of it."""
+        name = self._file.attrs.get("format")
+        if not isinstance(name, str) or name != expected:
             raise ShardError(f"{self.path}: not a {expected} file")
-        found_version = self.attribute("format_version", int)
-        if found_version != version:
+        written_version = self.attribute("format_version", int)
+        if written_version != version:
             raise ShardError(
-                f"{self.path}: format_version: expected {version}, got {found_version}; make the file again, "
+                f"{self.path}: format_version: expected {version}, got {written_version}; make the file again, "
                 "or read it with the protlm that wrote it"
             )
 
     def names(self, group: str = "") -> list[str]:
-        """Returns what a group holds, sorted; nothing if there is no such group."""
-        found = self._resolve(group) if group else self._file
-        return sorted(found) if isinstance(found, h5py.Group) else []
+        """Returns the names in a group, sorted; none if there is no such group."""
+        node = self._resolve(group) if group else self._file
+        return sorted(node) if isinstance(node, h5py.Group) else []
 
     def column(self, name: str, dtype: DTypeLike, *, ndim: int = 1) -> np.ndarray:
         """Maps a column, read-only.
 
         Raises:
-            ShardError: It is not there, of another type or rank, not contiguous, stored elsewhere, or cut short.
+            ShardError: It is missing, of another type or rank, not contiguous, stored in another file, or cut short.
         """
         expected = np.dtype(dtype)
         dataset = self._resolve(name)
@@ -159,12 +159,12 @@ class ColumnFile:
         return self._map(name, dataset.id.get_offset(), shape, expected)
 
     def place(self, name: str) -> int | None:
-        """Returns the place of a column's first byte in the file, None for an empty column, which has no place."""
+        """Returns the offset of a column's first byte in the file, None for an empty column, which has none."""
         dataset = self._resolve(name)
         if not isinstance(dataset, h5py.Dataset):
             raise self._fault(name, "a column", "nothing" if dataset is None else "a group")
-        place: int | None = dataset.id.get_offset()
-        return place
+        offset: int | None = dataset.id.get_offset()
+        return offset
 
     def strings(self, name: str) -> Strings:
         """Maps a string column after checking its offsets."""
@@ -174,7 +174,7 @@ class ColumnFile:
         return Strings(text, offsets, f"{self.path}: {name}")
 
     def check_offsets(self, name: str, offsets: np.ndarray, end: int) -> None:
-        """Refuses offsets that do not run from 0 to `end` without ever falling."""
+        """Raises ShardError unless offsets run from 0 to `end` without falling."""
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != end:
             got = f"{offsets[0]} to {offsets[-1]}" if len(offsets) else "none"
             raise self._fault(name, f"offsets from 0 to {end}", got)
@@ -182,26 +182,26 @@ class ColumnFile:
             raise self._fault(name, "offsets that never fall", "some that do")
 
     def check_size(self, name: str, column: np.ndarray | Strings, size: int) -> None:
-        """Refuses a column of another number of rows."""
+        """Raises ShardError for a column of another number of rows."""
         if len(column) != size:
             raise self._fault(name, f"{size} rows", str(len(column)))
 
     def _resolve(self, name: str) -> h5py.Group | h5py.Dataset | None:
-        found = self._file
-        for part in name.split("/"):
-            if not isinstance(found, h5py.Group):
+        node = self._file
+        for key in name.split("/"):
+            if not isinstance(node, h5py.Group):
                 return None
-            link = found.get(part, getlink=True)
+            link = node.get(key, getlink=True)
             if link is None:
                 return None
-            # A soft or external link could lead to any other file that the user may read.
+            # A soft or external link could point to any other file that the user may read.
             if not isinstance(link, h5py.HardLink):
                 raise self._fault(name, "a column inside the file", "a link")
-            found = found[part]
-        return found
+            node = node[key]
+        return node
 
     def _map(self, name: str, offset: int | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        # Python integers, which do not overflow, since the shape comes from the file.
+        # Python integers, which do not overflow: the shape comes from the file.
         count = 1
         for axis in shape:
             count *= axis
@@ -217,16 +217,16 @@ class ColumnFile:
 
 @contextlib.contextmanager
 def open_columns(path: Path) -> Iterator[ColumnFile]:
-    """Opens an HDF5 file to map its columns; HDF5's own handle is closed again at the end, only the maps stay.
+    """Opens an HDF5 file to map its columns; HDF5's own handle is closed at the end, and only the maps stay.
 
-    Maps are shared and read-only, so a forked worker may use the parent's; each file costs one map, and one file
-    descriptor before Python 3.13.
+    Maps are shared and read-only, so a forked worker may use those of its parent; each file costs one map and, before
+    Python 3.13, one file descriptor.
 
     Raises:
         ShardError: The file is missing, is no HDF5 file, or is damaged.
     """
     try:
-        # No lock: a shard never changes once it has its name, and some network file systems know no locks.
+        # No lock: a shard never changes once it has its name, and some network file systems have no locks.
         with h5py.File(path, "r", locking=False) as file:
             yield ColumnFile(path, file, _map_file(path))
     except FileNotFoundError as error:
@@ -234,7 +234,7 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             raise
-        # What h5py makes of a damaged file is any of these.
+        # h5py raises any of these for a damaged file.
         reason = str(error).strip("'\" \n").split("\n")[0]
         raise ShardError(f"{path}: not a readable HDF5 file: {reason}") from error
 

@@ -1,4 +1,4 @@
-"""Several datasets as one: hides which of them a record is in, and how the names of clusters become numbers."""
+"""Several datasets as one: hides which of them a record is in, and how cluster names become numbers."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -17,12 +17,12 @@ _NO_LABEL = 0
 
 
 class Mixture:
-    """Splits of one or several datasets under one running number, in their order; pickles as their places on disk.
+    """Splits of one or several datasets, in order, under one running number; pickles as their paths.
 
     Attributes:
-        splits: What it is made of.
-        sizes: Records of each split.
-        num_records: Records of all splits.
+        splits: The splits.
+        sizes: Number of records of each split.
+        num_records: Number of records of all splits.
     """
 
     def __init__(self, splits: Sequence[Split]) -> None:
@@ -51,7 +51,7 @@ class Mixture:
 
     @property
     def residue_counts(self) -> dict[str, int]:
-        """How often each residue occurs in all records, by letter."""
+        """Count of each residue in all records, by letter."""
         counts: Counter[str] = Counter()
         for split in self.splits:
             counts.update(split.summary.residue_counts)
@@ -63,15 +63,15 @@ class Mixture:
         return split.tokens(index)
 
     def id(self, record: int | np.integer) -> str:
-        """Returns the id of a record, which another dataset may use too."""
+        """Returns the id of a record; a record of another dataset may have the same."""
         split, index = self._find(record)
         return split.id(index)
 
     def open_shards(self) -> None:
-        """Opens every shard now, so that a missing or damaged one is found before hours of work rather than after.
+        """Opens every shard now, so that a missing or damaged one ends a run before hours of work, not after.
 
         Raises:
-            ShardError: A file is missing, damaged, or not the one that its manifest lists.
+            ShardError: A file is missing, damaged, or not the one in its manifest.
         """
         for split in self.splits:
             split.open_shards()
@@ -79,18 +79,18 @@ class Mixture:
     def cluster_numbers(self) -> np.ndarray:
         """Returns the cluster of each record, int64 (num_records,): numbers from 0 without gaps, split after split.
 
-        Records of one split have equal numbers if and only if their labels are equal (told apart by xxh3-64). A record
+        Records of one split have equal numbers if and only if their labels are equal (compared by xxh3-64). A record
         without a label is a cluster of its own, and no cluster spans two datasets.
 
         Raises:
-            ShardError: A dataset knows no clusters.
+            ShardError: A dataset has no clusters.
         """
-        found, num_clusters = [], 0
+        numbers_by_split, num_clusters = [], 0
         for split in self.splits:
             numbers = _cluster_numbers(split)
-            found.append(num_clusters + numbers)
+            numbers_by_split.append(num_clusters + numbers)
             num_clusters += int(numbers.max()) + 1
-        return np.concatenate(found)
+        return np.concatenate(numbers_by_split)
 
     def _find(self, record: int | np.integer) -> tuple[Split, int]:
         if not 0 <= record < self.num_records:

@@ -1,7 +1,7 @@
-"""Proteins on disk between reading and computing: written once as a stream, read at random, in bounded memory.
+"""A temporary store of proteins on disk: written once as a stream, then read in any order, in bounded memory.
 
-A store is a folder of plain little-endian columns and `store.json`, which comes last: without it the store is not
-complete. It knows which records have the same sequence, and has a name for its whole content.
+A store is a folder of plain little-endian columns and `store.json`, which is written last: without it the store is
+incomplete. It also records which proteins have the same sequence, and a hash of its whole content.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _FORMAT_VERSION = 1
 _ABOUT = "store.json"
 _TOKENS, _OFFSETS, _DIGESTS, _FIRST = "tokens.bin", "offsets.bin", "digests.bin", "first.bin"
 _IDS, _ID_OFFSETS = "ids.bin", "id_offsets.bin"
-# Only while a store is written.
+# These exist only while a store is written.
 _GIVEN_IDS, _GIVEN_ID_OFFSETS, _ID_DIGESTS = "given_ids.bin", "given_id_offsets.bin", "id_digests.bin"
 
 _OFFSET = np.dtype("<i8")
@@ -47,12 +47,12 @@ class ProteinStore:
 
     Attributes:
         path: The folder.
-        num_records: How many proteins.
-        num_renamed: Proteins whose id stood before and that got a `#n`.
-        hash: xxh3-128, hex, of all ids as they were given and all tokens, in order.
-        lengths: Residues of each, int64 (records).
-        first: For each the first record with the same sequence, itself where it is the first; int64 (records).
-        digests: `duplicates.sequence_digest` of the letters of each, uint8 (records, 16).
+        num_records: Number of proteins.
+        num_renamed: Number of proteins that got a `#n` because an earlier one has their id.
+        hash: xxh3-128, hex, of all given ids and all tokens, in order.
+        lengths: Number of residues of each, int64 (records).
+        first: For each protein the first one with the same sequence, possibly itself; int64 (records).
+        digests: `digests.sequence_digest` of each, uint8 (records, 16).
         ids: Final ids, all different.
     """
 
@@ -71,7 +71,7 @@ class ProteinStore:
         id_offsets = _column(path / _ID_OFFSETS, _OFFSET, (num_records + 1,))
         self.ids = Strings(_column(path / _IDS, np.uint8, (int(id_offsets[-1]),)), id_offsets)
         _check_size(path / _TOKENS, int(self._offsets[-1]))
-        # Tokens are read and not mapped: pages of a map would count as memory of this process, one after another.
+        # Tokens are read and not mapped: the pages of a map would gradually add to the memory of this process.
         self._tokens = os.open(path / _TOKENS, os.O_RDONLY)
         weakref.finalize(self, os.close, self._tokens)
 
@@ -96,10 +96,10 @@ class ProteinStore:
 
 
 def open_proteins(path: Path) -> ProteinStore:
-    """Opens what `write_proteins` made, in any process. Sizes are checked, contents are not read.
+    """Opens a store that `write_proteins` made, in any process. Checks sizes, reads no contents.
 
     Raises:
-        ShardError: There is no store, it is not complete, or a file of it was altered.
+        ShardError: There is no store, it is incomplete, or the size of a file was altered.
     """
     return ProteinStore(path)
 
@@ -107,19 +107,19 @@ def open_proteins(path: Path) -> ProteinStore:
 def write_proteins(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> ProteinStore:
     """Writes proteins into a new store, in order, and gives each an id of its own.
 
-    The n-th repeat of an id gets `#n`, n ≥ 2, or the next number that makes an id which nobody has: an id as it was
-    given goes before one made here, wherever it stands.
+    The n-th repeat of an id gets `#n`, n ≥ 2, or the next number that gives an unused id. A given id keeps its name
+    even if it looks like a numbered one, wherever it occurs.
 
-    Memory: some 40 bytes a protein, up to 100 for one whose sequence or id stood before; of ids that end in `#n` a few
-    hundred if the id before the `#` repeats; and the longest protein.
+    Memory: some 40 bytes a protein; up to 100 for a repeated sequence or id; a few hundred for an id that ends in `#n`
+    if the id before the `#` repeats; and the longest protein.
 
     Args:
         path: The folder to make; it is removed again if anything fails.
-        proteins: Id and residue tokens (uint8) of each.
+        proteins: Id and residue tokens (uint8) of each protein.
 
     Raises:
-        ShardError: A protein without residues, or with a token that stands for none.
-        FileExistsError: The folder is there already.
+        ShardError: A protein without residues, or with a token that does not stand for one.
+        FileExistsError: The folder exists already.
         OSError: The disk is full.
     """
     path.mkdir(parents=True)
@@ -141,10 +141,10 @@ def write_proteins(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> Pr
 
 
 def _write_columns(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> tuple[str, "array[int]"]:
-    """Writes what is known of each protein by itself.
+    """Writes the columns that do not depend on other proteins.
 
     Returns:
-        The hash of all of it, and the numbers of the records whose id holds a `#`.
+        The hash of the content, and the numbers of the records whose id holds a `#`.
     """
     content_hash = xxhash.xxh3_128()
     with_number_sign = array("q")
@@ -166,7 +166,7 @@ def _write_columns(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> tu
             ids.write(name)
             id_offsets.write(_bytes(id_end))
             id_digests.write(xxhash.xxh3_128_digest(name))
-            # With their sizes, so that no letter can move from one protein or id to the next unnoticed.
+            # Sizes are hashed too, so that no letter can move to the next protein or id unnoticed.
             content_hash.update(b"".join((_bytes(len(name)), name, _bytes(len(content)), content)))
             if b"#" in name:
                 with_number_sign.append(number)
@@ -174,7 +174,7 @@ def _write_columns(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> tu
 
 
 def _letters(record_id: str, tokens: np.ndarray) -> bytes:
-    """Returns the letters of a protein; raises ShardError if they are none."""
+    """Returns the letters of a protein; raises ShardError for tokens that have none."""
     if tokens.dtype != np.uint8 or tokens.ndim != 1:
         raise ValueError(f"tokens: expected uint8 (num_residues,), got {tokens.dtype} {tokens.shape}")
     if not tokens.size:
@@ -198,7 +198,7 @@ def _write_first(path: Path, num_records: int) -> None:
 
 
 def _write_ids(path: Path, num_records: int, with_number_sign: "array[int]") -> int:
-    """Writes the final ids: those given, with a number behind each repeat. Returns how many got one."""
+    """Writes the final ids, the given ones with a number behind each repeat. Returns the number of repeats."""
     numbered = [np.stack(repeats(digests)) for digests in _digest_ranges(path / _ID_DIGESTS, num_records)]
     repeated, numbers = np.concatenate(numbered, axis=1)
     order = np.argsort(repeated)
@@ -225,17 +225,17 @@ def _write_ids(path: Path, num_records: int, with_number_sign: "array[int]") -> 
 def _avoid_taken_numbers(
     given: Strings, repeated: np.ndarray, numbers: np.ndarray, with_number_sign: "array[int]"
 ) -> None:
-    """Changes, in place, the numbers of repeated ids where `id#n` is an id of its own."""
+    """Changes, in place, the numbers of repeated ids for which `id#n` was given as an id."""
     if not len(repeated) or not with_number_sign:
         return
-    # Most ids with a number meet no repeat; hashes tell so without keeping them.
+    # Most ids of the form `id#n` match no repeated id; comparing hashes first saves keeping them.
     hashes = (xxhash.xxh3_64_intdigest(given.bytes_of(int(record))) for record in repeated)
     bases = np.unique(np.fromiter(hashes, np.uint64, len(repeated)))
     taken = NumberedIds()
     for record in with_number_sign:
-        found = numbered_id(given[int(record)])
-        if found is not None and _holds(bases, xxhash.xxh3_64_intdigest(found[0].encode())):
-            taken.add(*found)
+        numbered = numbered_id(given[int(record)])
+        if numbered is not None and _holds(bases, xxhash.xxh3_64_intdigest(numbered[0].encode())):
+            taken.add(*numbered)
     for place, record in enumerate(repeated):
         name = given[int(record)]
         if name in taken:
@@ -248,7 +248,7 @@ def _holds(ascending: np.ndarray, value: int) -> bool:
 
 
 def _digest_ranges(path: Path, num_records: int) -> Iterator[Digests]:
-    """Yields digests range by range of their high halves: all equal ones in one, and few enough to be compared."""
+    """Yields digests by ranges of their high halves, few enough to compare at once; equal ones share a range."""
     digests = _column(path, ">u8", (num_records, 2))
     high = digests[:, 0].astype(np.uint64)
     num_ranges = min(num_records // _COMPARED_AT_ONCE + 1, _MOST_RANGES)
@@ -271,7 +271,7 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file that is on the disk when the block ends: `store.json` must not outlive a column."""
+    """Opens a new file and syncs it to disk when the block ends, so that every column is there before `store.json`."""
     with path.open("xb") as file:
         yield file
         file.flush()
@@ -296,9 +296,9 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def _column(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
-    """Maps a column, read-only."""
+    """Returns a memory-mapped column, read-only."""
     kind = np.dtype(dtype)
     size = int(np.prod(shape, dtype=object)) * kind.itemsize
     _check_size(path, size)
-    # What is empty cannot be mapped.
+    # An empty file cannot be mapped.
     return np.memmap(path, dtype=kind, mode="r", shape=shape) if size else np.zeros(shape, dtype=kind)

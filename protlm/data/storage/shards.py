@@ -1,4 +1,4 @@
-"""How tokenised records lie in one shard file, so that each is read through a memory map, and how it is checked."""
+"""One shard, an HDF5 file of tokenised records: hides its columns, its checksum and the memory map they are read by."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,24 +22,24 @@ DEFAULT_SHARD_RESIDUES = 67_108_864
 VOCABULARY = " ".join(vocabulary.TOKENS)
 
 NUMBER_COLUMNS = ("cluster_size", "taxon_id")
-"""Optional columns of numbers; `table.UNKNOWN` stands for no value."""
+"""Optional columns of numbers; `record_table.UNKNOWN` stands for no value."""
 LABEL_COLUMNS = ("cluster_id", "family")
-"""Optional columns of strings; an empty one stands for no value, and several families are joined by `;`."""
+"""Optional columns of strings; an empty string stands for no value, and several families are joined by `;`."""
 TOKENS = "tokens"
 REQUIRED_COLUMNS = (
     "offsets", "ids/bytes", "ids/offsets", "descriptions/bytes", "descriptions/offsets",
 )  # fmt: skip
 OPTIONAL_COLUMNS = (
-    *NUMBER_COLUMNS, *(f"{name}/{part}" for name in LABEL_COLUMNS for part in ("bytes", "offsets")),
+    *NUMBER_COLUMNS, *(f"{name}/{column}" for name in LABEL_COLUMNS for column in ("bytes", "offsets")),
 )  # fmt: skip
-"""After the tokens, all columns are written and hashed in this order."""
+"""After the tokens, the required columns and then these are written and hashed in order."""
 
 _BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """What a finished shard holds: its base name, counts, and the checksum of its columns."""
+    """The summary of a finished shard: its base name, counts, and the checksum of its columns."""
 
     name: str
     num_records: int
@@ -49,14 +49,14 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """A shard as it was written.
+    """A finished shard with the counts that its split is summarised from.
 
     Attributes:
         split: Its split.
-        info: What the manifest tells of it.
-        residue_counts: How often each letter of `vocabulary.RESIDUES` occurs, int64 (25).
-        lengths: The lengths that occur, rising, int64.
-        length_counts: How many records have each, int64.
+        info: Its entry in the manifest.
+        residue_counts: Count of each letter of `vocabulary.RESIDUES`, int64 (25).
+        lengths: The distinct lengths of its records, ascending, int64.
+        length_counts: Number of records with each of them, int64.
     """
 
     split: SplitName
@@ -72,37 +72,38 @@ def write_shard(
     split: SplitName,
     num_residues: int,
     tokens: Iterable[np.ndarray],
-    found: Mapping[str, np.ndarray],
+    other_columns: Mapping[str, np.ndarray],
 ) -> tuple[ShardInfo, np.ndarray]:
-    """Writes one shard, whole or not at all; the tokens are never brought together in memory.
+    """Writes one shard, whole or not at all; the tokens are never all in memory.
 
     Args:
-        directory: The folder for it.
+        directory: The folder to write it to.
         name: Its base name.
         split: The split that its records belong to.
         num_residues: Residues of its records.
-        tokens: Stretches of the tokens of its records, in order; asked for only once.
-        found: The other columns by name, those of `REQUIRED_COLUMNS` and any of `OPTIONAL_COLUMNS`.
+        tokens: Stretches of the tokens of its records, in order; iterated over once.
+        other_columns: Columns by name: all of `REQUIRED_COLUMNS` and any of `OPTIONAL_COLUMNS`.
 
     Returns:
-        What the manifest tells of it, and how often each letter of `vocabulary.RESIDUES` occurs, int64 (25).
+        Its entry in the manifest, and the count of each letter of `vocabulary.RESIDUES`, int64 (25).
     """
-    ordered = {column: found[column] for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if column in found}
+    all_names = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
+    ordered = {column: other_columns[column] for column in all_names if column in other_columns}
     residue_counts = np.zeros(vocabulary.NUM_RESIDUES, dtype=np.int64)
     digest = xxhash.xxh3_128(_column_mark(TOKENS, num_residues))
     with files.written_whole(directory / name) as path:
         with columns.create_columns(path) as file:
-            place = columns.allocate_column(file, TOKENS, (num_residues,), np.uint8)
+            offset = columns.allocate_column(file, TOKENS, (num_residues,), np.uint8)
             for column_name, column in ordered.items():
                 columns.write_column(file, column_name, column)
             file.attrs["format"] = FORMAT
             file.attrs["format_version"] = FORMAT_VERSION
             file.attrs["vocabulary"] = VOCABULARY
             file.attrs["split"] = split
-            file.attrs["num_records"] = num_records = len(found["offsets"]) - 1
+            file.attrs["num_records"] = num_records = len(other_columns["offsets"]) - 1
             file.attrs["num_residues"] = num_residues
         with path.open("r+b") as raw:
-            raw.seek(place or 0)
+            raw.seek(offset or 0)
             for batch in _batches(tokens):
                 digest.update(batch.data)
                 residue_counts += count_residues(batch)
@@ -114,9 +115,9 @@ def write_shard(
 
 
 def _batches(stretches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields the same bytes in fewer pieces; each is gone when the next one is asked for.
+    """Yields the same bytes in fewer arrays; an array is valid only until the next one.
 
-    No stretch is held: each may keep a file open.
+    No stretch is kept, since each may hold a file open.
     """
     buffer = np.empty(_BATCH_BYTES, dtype=np.uint8)
     size = 0
@@ -140,19 +141,19 @@ class ShardReader:
         split: The split that its records belong to.
         num_records: Number of records.
         num_residues: Number of residues of all records.
-        checksum: The checksum that its writer noted.
+        checksum: The checksum in its attributes.
         tokens: Residue tokens of all records back to back.
         offsets: The bounds of each record in `tokens`, (num_records + 1).
         ids: Record ids.
         descriptions: Record descriptions.
-        cluster_size: Per record, `table.UNKNOWN` if not told; None if told for none.
-        taxon_id: Per record, `table.UNKNOWN` if not told; None if told for none.
-        cluster_id: Per record, empty if not told; None if told for none.
-        family: Per record, several joined by `;`, empty if not told; None if told for none.
+        cluster_size: Per record, `record_table.UNKNOWN` if not given; None if no record has one.
+        taxon_id: Per record, `record_table.UNKNOWN` if not given; None if no record has one.
+        cluster_id: Per record, empty if not given; None if no record has one.
+        family: Per record, several joined by `;`, empty if not given; None if no record has one.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Opens a shard and checks its header, sizes and offsets, but not yet its bytes.
+        """Opens a shard and checks its header, sizes and offsets, but not its checksum.
 
         Raises:
             ShardError: The file is missing, damaged, of another format or version.
@@ -189,20 +190,20 @@ class ShardReader:
         """Reads every byte and compares the checksum.
 
         Raises:
-            ShardError: The bytes are not those that were written, or a token stands for no residue.
+            ShardError: The checksum differs, or a token does not stand for a residue.
         """
-        found: dict[str, np.ndarray] = {"offsets": self.offsets}
+        other_columns: dict[str, np.ndarray] = {"offsets": self.offsets}
         for name, strings in (("ids", self.ids), ("descriptions", self.descriptions)):
-            found |= {f"{name}/bytes": strings.text, f"{name}/offsets": strings.offsets}
+            other_columns |= {f"{name}/bytes": strings.text, f"{name}/offsets": strings.offsets}
         for name in NUMBER_COLUMNS:
             if (numbers := getattr(self, name)) is not None:
-                found[name] = numbers
+                other_columns[name] = numbers
         for name in LABEL_COLUMNS:
             if (labels := getattr(self, name)) is not None:
-                found |= {f"{name}/bytes": labels.text, f"{name}/offsets": labels.offsets}
+                other_columns |= {f"{name}/bytes": labels.text, f"{name}/offsets": labels.offsets}
         digest = xxhash.xxh3_128(_column_mark(TOKENS, len(self.tokens)))
         digest.update(self.tokens.data)
-        checksum = _add_columns(digest, found.items())
+        checksum = _add_columns(digest, other_columns.items())
         if checksum != self.checksum:
             raise ShardError(f"{self.path}: checksum: expected {self.checksum}, got {checksum}; the file is damaged")
         if not vocabulary.are_residues(self.tokens):
@@ -224,7 +225,7 @@ class ShardReader:
 
 
 def _column_mark(name: str, num_bytes: int) -> bytes:
-    """Returns what is hashed before a column: its size keeps bytes from moving to a neighbour unnoticed."""
+    """Returns the bytes hashed before a column: with its size, no byte can move to the next column unnoticed."""
     return f"{name} {num_bytes}\n".encode()
 
 
