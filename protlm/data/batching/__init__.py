@@ -1,1 +1,1 @@
-"""From a dataset to batches: which record is drawn when, what is hidden, what shares a row."""
+"""From a dataset to batches: the order of draws, the masking of residues, and the packing of proteins into rows."""

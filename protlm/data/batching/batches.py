@@ -1,7 +1,7 @@
-"""From draws to batches: hides how proteins are put into rows, and what of a row is hidden and predicted.
+"""Batches from draws: hides how proteins are packed into rows, and which tokens of a row are hidden and predicted.
 
 A training run is one endless stream of rows that is a function of (seed, lengths, settings), so a resumed run finds its
-place by planning it again. A row is planned from lengths alone, and only its own proteins are read.
+place by planning the stream again. Rows are planned from lengths alone; only the proteins of a row are read for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _SCORED, _NOT_SCORED = np.array([True]), np.array([False])
 
 
 class Proteins(Protocol):
-    """What a batch needs of a split: lengths in residues, and the residue tokens of each record."""
+    """Records to make batches of: their lengths in residues and their residue tokens, as a split has them."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -35,11 +35,12 @@ class Proteins(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What the model learns to predict.
+    """The training objective.
 
     Attributes:
-        causal: Each token from those before it, and nothing is hidden; otherwise hidden residues from all others.
-        rates: Which residues are targets, and what is seen there; unused where causal.
+        causal: Predict each token from those before it and hide nothing; otherwise predict hidden residues from all
+            other tokens.
+        rates: Rates of hidden residues; unused if causal.
     """
 
     causal: bool
@@ -47,17 +48,18 @@ class Objective:
 
 
 class Batch(NamedTuple):
-    """One row and what is scored in it.
+    """One row of tokens and the targets in it.
 
     Attributes:
-        tokens: int64 (length,), segment after segment. One protein: `<cls> residues <eos>`. A window of concatenated
-            proteins: `<cls>` and a stretch of all proteins joined, each with its `<eos>`. Masked targets are hidden.
+        tokens: int64 (length,), segment after segment, masked targets hidden. A segment is one protein,
+            `<cls> residues <eos>`, or a window of concatenated proteins: `<cls>` and a stretch of all proteins joined,
+            each with its `<eos>`.
         cu_seqlens: int32 (segments + 1,), the bounds of the segments.
-        target_positions: int64 (targets,), where in the row the predictions are made: at the hidden residues, or
-            causally one token before each target, in its segment. A row may have none.
+        target_positions: int64 (targets,), positions in the row of the predictions: of the hidden residues, or if
+            causal, one token before each target, in its segment. A row may have none.
         targets: int64 (targets,), the true tokens.
-        epoch: Times that the stream has gone through the data before this row.
-        num_residues: Residues in the row.
+        epoch: Number of epochs that the stream completed before this row.
+        num_residues: Number of residues in the row.
     """
 
     tokens: Tensor
@@ -70,15 +72,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """The plan of one row: which records, and where in the run they were drawn.
+    """The plan of one row: its records, and their draws in the run.
 
     Attributes:
-        records: The records that it touches, in order.
-        first_draw: Number of the first one's draw in the whole run; the others follow.
-        epoch: Times that the stream has gone through the data before.
-        first_token: Of concatenated proteins: tokens of the first record that are in the row before.
-        num_tokens: Of concatenated proteins: tokens in this row, `<eos>` of each protein included and `<cls>` not; the
-            last record may go on in the next row. None: whole records.
+        records: The records of which it holds tokens, in order.
+        first_draw: Number of the first record's draw in the whole run; the others follow it.
+        epoch: Number of epochs that the stream completed before.
+        first_token: Of concatenated proteins: number of tokens of the first record that are in the previous row.
+        num_tokens: Of concatenated proteins: number of tokens in this row, with the `<eos>` of each protein and without
+            `<cls>`; the last record may continue in the next row. None: whole records.
     """
 
     records: np.ndarray
@@ -90,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class EpochSize:
-    """What an epoch of training comes to; special tokens are among the tokens."""
+    """The size of an epoch of training; special tokens count among the tokens."""
 
     num_rows: int
     num_tokens: int
@@ -98,7 +100,7 @@ class EpochSize:
 
 
 def pack(num_residues: np.ndarray, tokens_per_batch: int) -> Iterator[slice]:
-    """Yields the stretches of consecutive proteins that fill one row each; a longer one has a row of its own."""
+    """Yields the slices of consecutive proteins that fill one row each; a protein beyond the budget has its own row."""
     ends = np.cumsum(num_residues + SPECIAL_TOKENS_PER_SEGMENT)
     start = used = 0
     while start < len(ends):
@@ -111,10 +113,10 @@ def training_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, first_r
     """Yields the endless stream of training rows from row first_row on; the last row of an epoch may be short.
 
     Args:
-        draws: Which record is drawn when.
-        lengths: Residues of each record.
-        config: How proteins become rows.
-        first_row: Number of the first row that is wanted, from 0.
+        draws: The draws of the run.
+        lengths: Number of residues of each record.
+        config: The settings by which proteins become rows.
+        first_row: Number of the first row to yield, from 0.
     """
     epoch, row_number = 0, 0
     while True:
@@ -126,7 +128,7 @@ def training_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, first_r
 
 
 def epoch_size(draws: Draws, lengths: np.ndarray, config: DataConfig) -> EpochSize:
-    """Returns what the first epoch comes to; others may differ a little."""
+    """Returns the size of the first epoch; other epochs may differ slightly."""
     sizes = lengths[draws.epoch(0)]
     if config.mode == "concatenated":
         num_joined = int(sizes.sum()) + len(sizes)
@@ -144,16 +146,16 @@ def epoch_size(draws: Draws, lengths: np.ndarray, config: DataConfig) -> EpochSi
 
 
 def training_batch(row: Row, proteins: Proteins, config: DataConfig, seed: int, objective: Objective) -> Batch:
-    """Returns a planned row: its proteins cropped, hidden and joined as the settings say.
+    """Returns the batch of a planned row: its proteins cropped, masked and joined according to the settings.
 
     Args:
-        row: One of `training_rows`.
+        row: A row of `training_rows`.
         proteins: The records that were drawn from.
         config: The settings that the row was planned with.
         seed: Seed of the run.
-        objective: What is predicted.
+        objective: The training objective.
     """
-    parts = []
+    stretches = []
     for number, record in enumerate(row.records):
         generator = training_generator(seed, row.first_draw + number)
         tokens = proteins.tokens(int(record))
@@ -163,9 +165,9 @@ def training_batch(row: Row, proteins: Proteins, config: DataConfig, seed: int, 
             start = int(generator.integers(latest + 1)) if config.mode == "packed" else 0
             tokens = tokens[start : start + config.window]
             reaches_end = start == latest
-        parts.append(_part(tokens, objective, generator, scores_end=objective.causal and reaches_end))
+        stretches.append(_stretch(tokens, objective, generator, scores_end=objective.causal and reaches_end))
     window_tokens = config.window_tokens if config.mode == "concatenated" else None
-    return _batch(parts, row, window_tokens, objective)
+    return _batch(stretches, row, window_tokens, objective)
 
 
 def evaluation_batches(
@@ -177,16 +179,16 @@ def evaluation_batches(
     window_tokens: int | None = None,
     max_residues: int | None = None,
 ) -> Iterator[Batch]:
-    """Yields the records in order, each hidden as a function of the seed and its whole sequence; residues are scored.
+    """Yields the records in order, each masked as a function of the seed and its whole sequence; no `<eos>` is scored.
 
     Args:
         proteins: The records.
-        tokens_per_batch: Budget of a row; a protein or window beyond it has a row of its own.
-        seed: With the sequence it decides what is hidden.
-        objective: What is predicted.
-        window_tokens: Join the proteins and cut them into windows of so many tokens, as in training; default: each is a
-            segment of its own.
-        max_residues: Cut a longer protein to its first max_residues, after hiding; not together with window_tokens.
+        tokens_per_batch: Budget of a row; a protein or window beyond it has its own row.
+        seed: Determines, together with each sequence, which residues are hidden.
+        objective: The objective that the model was trained with.
+        window_tokens: Join the proteins and cut them into windows of so many tokens, as in training; default: each
+            protein is a segment.
+        max_residues: Cut a longer protein to its first max_residues after masking; not together with window_tokens.
     """
     if window_tokens is not None and max_residues is not None:
         raise ValueError(f"max_residues: expected none with window_tokens, which bound a segment, got {max_residues}")
@@ -197,18 +199,18 @@ def evaluation_batches(
     else:
         rows = _joined_rows(order, proteins.lengths, tokens_per_batch, window_tokens, epoch=0)
     for row in rows:
-        parts = []
+        stretches = []
         for record in row.records:
             tokens = proteins.tokens(int(record))
-            part = _part(tokens, objective, evaluation_generator(seed, tokens), scores_end=False)
-            parts.append(part if max_residues is None else part.first(max_residues))
-        yield _batch(parts, row, window_tokens, objective)
+            stretch = _stretch(tokens, objective, evaluation_generator(seed, tokens), scores_end=False)
+            stretches.append(stretch if max_residues is None else stretch.first(max_residues))
+        yield _batch(stretches, row, window_tokens, objective)
 
 
 def pack_row(proteins: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Returns the tokens (int64) and the bounds (int32) of a row of these proteins, `<cls>` and `<eos>` around each."""
     sizes = np.array([len(protein) + 1 for protein in proteins])
-    joined = np.concatenate([piece for protein in proteins for piece in (protein, _END)])
+    joined = np.concatenate([tokens for protein in proteins for tokens in (protein, _END)])
     bounds = _bounds(np.cumsum(sizes))
     return torch.from_numpy(_with_cls(joined, bounds)), torch.from_numpy(bounds.astype(np.int32))
 
@@ -221,8 +223,8 @@ def _epoch_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, epoch: in
 
 
 def _packed_rows(order: np.ndarray, sizes: np.ndarray, tokens_per_batch: int, epoch: int) -> Iterator[Row]:
-    for stretch in pack(sizes, tokens_per_batch):
-        yield Row(order[stretch], epoch * len(order) + stretch.start, epoch)
+    for packed in pack(sizes, tokens_per_batch):
+        yield Row(order[packed], epoch * len(order) + packed.start, epoch)
 
 
 def _joined_rows(
@@ -241,49 +243,50 @@ def _joined_rows(
 
 
 def _joined_per_row(tokens_per_batch: int, window_tokens: int) -> int:
-    """Returns how many tokens of the joined proteins a row holds; `<cls>` of each window comes on top."""
+    """Returns the number of tokens of the joined proteins in a row, without the `<cls>` of each window."""
     return max(1, tokens_per_batch // window_tokens) * (window_tokens - 1)
 
 
-class _Part(NamedTuple):
-    """Residues of one protein: the true ones, the seen ones, which are targets, and whether its `<eos>` is one."""
+class _Stretch(NamedTuple):
+    """Consecutive residues of one protein: true tokens, seen tokens, the targets, and whether `<eos>` is one too."""
 
     tokens: np.ndarray
     seen: np.ndarray
     target_mask: np.ndarray
     scores_end: bool
 
-    def first(self, num_residues: int) -> "_Part":
+    def first(self, num_residues: int) -> "_Stretch":
         """Returns its first residues."""
         kept = slice(num_residues)
-        return _Part(self.tokens[kept], self.seen[kept], self.target_mask[kept], self.scores_end)
+        return _Stretch(self.tokens[kept], self.seen[kept], self.target_mask[kept], self.scores_end)
 
 
-def _part(tokens: np.ndarray, objective: Objective, generator: np.random.Generator, *, scores_end: bool) -> _Part:
+def _stretch(tokens: np.ndarray, objective: Objective, generator: np.random.Generator, *, scores_end: bool) -> _Stretch:
     if objective.causal:
-        return _Part(tokens, tokens, np.ones(len(tokens), dtype=bool), scores_end)
-    return _Part(tokens, *mask_residues(tokens, objective.rates, generator), scores_end)
+        return _Stretch(tokens, tokens, np.ones(len(tokens), dtype=bool), scores_end)
+    return _Stretch(tokens, *mask_residues(tokens, objective.rates, generator), scores_end)
 
 
-def _batch(parts: Sequence[_Part], row: Row, window_tokens: int | None, objective: Objective) -> Batch:
-    """Returns the row of these proteins: each a segment of its own, or joined and cut into windows."""
-    if not are_residues(np.concatenate([part.tokens for part in parts])):
+def _batch(stretches: Sequence[_Stretch], row: Row, window_tokens: int | None, objective: Objective) -> Batch:
+    """Returns the batch of these proteins: each a segment, or joined and cut into windows, which are the segments."""
+    if not are_residues(np.concatenate([stretch.tokens for stretch in stretches])):
         raise ShardError("the dataset holds tokens that stand for no residue: a shard is damaged; prepare it again")
     stop = None if row.num_tokens is None else row.first_token + row.num_tokens
     kept = slice(row.first_token, stop)
-    true = np.concatenate([piece for part in parts for piece in (part.tokens, _END)])[kept]
-    seen = np.concatenate([piece for part in parts for piece in (part.seen, _END)])[kept]
+    true = np.concatenate([tokens for stretch in stretches for tokens in (stretch.tokens, _END)])[kept]
+    seen = np.concatenate([tokens for stretch in stretches for tokens in (stretch.seen, _END)])[kept]
+    end_masks = [_SCORED if stretch.scores_end else _NOT_SCORED for stretch in stretches]
     is_target = np.concatenate(
-        [piece for part in parts for piece in (part.target_mask, _SCORED if part.scores_end else _NOT_SCORED)]
+        [mask for stretch, end in zip(stretches, end_masks, strict=True) for mask in (stretch.target_mask, end)]
     )[kept]
     if window_tokens is None:
-        ends = np.cumsum([len(part.tokens) + 1 for part in parts])
+        ends = np.cumsum([len(stretch.tokens) + 1 for stretch in stretches])
     else:
         ends = np.append(np.arange(window_tokens - 1, len(true), window_tokens - 1), len(true))
     bounds = _bounds(ends)
     chosen = is_target.nonzero()[0]
-    # Before a target stand those before it, and a `<cls>` for each segment up to its own; causally the prediction is
-    # made one token earlier, which may be that `<cls>`.
+    # A target is preceded in its row by the tokens before it and one `<cls>` for each segment up to its own; a causal
+    # prediction is made one token earlier, which may be that `<cls>`.
     positions = chosen + np.searchsorted(ends, chosen, side="right") + (0 if objective.causal else 1)
     return Batch(
         tokens=torch.from_numpy(_with_cls(seen, bounds)),
@@ -296,12 +299,12 @@ def _batch(parts: Sequence[_Part], row: Row, window_tokens: int | None, objectiv
 
 
 def _bounds(ends: np.ndarray) -> np.ndarray:
-    """Returns the bounds of segments in a row, from where each ends while its `<cls>` is not counted."""
+    """Returns the bounds of segments in a row, given their ends without counting `<cls>`."""
     return np.concatenate(([0], ends + np.arange(1, len(ends) + 1)))
 
 
 def _with_cls(joined: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Returns a row, int64: what its segments hold, with `<cls>` before each."""
+    """Returns a row, int64: the joined tokens of its segments with `<cls>` before each segment."""
     row = np.full(bounds[-1], CLS, dtype=np.int64)
     is_cls = np.zeros(len(row), dtype=bool)
     is_cls[bounds[:-1]] = True

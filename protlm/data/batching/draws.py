@@ -1,13 +1,13 @@
-"""Which record is drawn when: hides how an endless run is arranged in epochs, and where its random order comes from.
+"""The order in which records are drawn: hides how an endless run is divided into epochs, and its random generators.
 
-Every epoch is a function of the seed and its number. The generators are
-Philox with a key of the seed and a number, and a counter that says what the random numbers are for:
+Every epoch is a function of the seed and its number. The generators are Philox; their key is the seed and a number, and
+their counter holds the purpose of the random numbers:
 
-| last word of the counter | the other number of the key | what for |
+| last word of the counter | second number of the key | purpose |
 |---|---|---|
 | 0 | draw in the whole run | crop and masks of one protein (`masking.training_generator`) |
-| 1 | epoch | order of an epoch, then which member of each cluster |
-| 2 | block of permutations | order in which one dataset of several is walked through; its number is the word before |
+| 1 | epoch | order of an epoch, then the member drawn from each cluster |
+| 2 | block of permutations | order of one dataset of several, whose number is the word before the last |
 """
 
 from collections.abc import Sequence
@@ -21,33 +21,32 @@ from protlm.errors import ConfigError
 
 _EPOCH, _WALK = 1, 2
 
-# A dataset of few records that is drawn often is permuted many times an epoch: at least so many draws are made with one
-# generator, since making one costs as much as a thousand draws.
+# A small dataset may be permuted many times an epoch. At least so many draws are made with one generator, since making
+# one costs as much as a thousand draws.
 _BLOCK_DRAWS = 4096
 
 
 class Draws:
     """The endless sequence of draws of a training run, arranged in epochs of equal size.
 
-    A unit is what an epoch takes once: a record, or a cluster, of which a random member is drawn. Without weights an
-    epoch is a permutation of all units. With weights it has as many draws, shared out among the datasets; each dataset
-    goes through one permutation of its units after the other, wherever epochs begin and end, and the epoch mixes them.
+    A unit is a record, or a cluster, of which a random member is drawn. Without weights an epoch is a permutation of
+    all units. With weights it has the same number of draws, divided among the datasets; each dataset goes through one
+    permutation of its units after the other, regardless of where epochs end, and an epoch shuffles the draws of all.
 
     Attributes:
         seed: Seed of the run.
-        num_draws: Draws of an epoch.
+        num_draws: Number of draws of an epoch.
     """
 
     def __init__(
         self, num_units: Sequence[int], seed: int, *, weights: Sequence[float] = (), clusters: np.ndarray | None = None
     ) -> None:
-        """Takes units that are numbered from 0, dataset after dataset.
+        """Creates the draws of units that are numbered from 0, dataset after dataset.
 
         Args:
-            num_units: Units of each dataset.
-            seed: Below 2⁶⁴.
-            weights: How often a unit is drawn from each dataset, relative to each other; none: every unit once an
-                epoch.
+            num_units: Number of units of each dataset.
+            seed: Seed of the run, below 2⁶⁴.
+            weights: Relative number of draws from each dataset; if empty, every unit is drawn once an epoch.
             clusters: The unit of each record, int64 (records); None: the records are the units.
 
         Raises:
@@ -67,8 +66,8 @@ class Draws:
         """Returns the draws that a configuration asks for.
 
         Raises:
-            ConfigError: data.weights does not fit the number of datasets.
-            ShardError: Clusters are asked for and a dataset has none.
+            ConfigError: data.weights does not fit the datasets.
+            ShardError: data.sample is `clusters` and a dataset has none.
         """
         if config.sample == "records":
             return cls(mixture.sizes, seed, weights=config.weights)
@@ -97,7 +96,7 @@ class Draws:
         return np.concatenate(walks)
 
     def _walk(self, dataset: int, num_units: int, start: int, stop: int) -> np.ndarray:
-        """Returns draws start to stop of the endless permutations of one dataset."""
+        """Returns draws start to stop from the endless sequence of permutations of one dataset."""
         passes = -(-_BLOCK_DRAWS // num_units)
         block_size = passes * num_units
         first, last = start // block_size, (stop - 1) // block_size
@@ -113,7 +112,7 @@ class Draws:
 
 
 class _Clusters:
-    """The records of each cluster."""
+    """The records of each cluster, for drawing members."""
 
     def __init__(self, clusters: np.ndarray) -> None:
         # All records, cluster after cluster, and where each cluster starts among them.
@@ -128,17 +127,17 @@ class _Clusters:
 
 
 def _shares(weights: Sequence[float], num_units: Sequence[int]) -> tuple[int, ...]:
-    """Returns the draws of an epoch from each dataset: proportional to the weights, the largest remainders rounded up.
+    """Returns the number of draws of an epoch from each dataset: in proportion to the weights, by largest remainder.
 
     Raises:
-        ConfigError: Another number of weights than of datasets, or a weight too small for a single draw.
+        ConfigError: There are not as many weights as datasets, or a weight is too small for a single draw.
     """
     if len(weights) != len(num_units):
         raise ConfigError(f"data.weights: expected one a dataset, {len(num_units)}, got {len(weights)}")
     total = sum(num_units)
     # Divided by the largest first, so that no sum of large weights overflows.
-    parts = np.asarray(weights) / max(weights)
-    exact = parts / parts.sum() * total
+    scaled = np.asarray(weights) / max(weights)
+    exact = scaled / scaled.sum() * total
     shares = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(shares - exact, kind="stable")
     shares[by_remainder[: total - int(shares.sum())]] += 1

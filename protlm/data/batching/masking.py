@@ -1,7 +1,7 @@
-"""Which residues are scored and what the model sees in their place: hides where the random draws come from.
+"""Masking, the choice of scored residues and of the tokens seen in their place: hides the source of the random draws.
 
-Every protein has its own generator, named by what the draw may depend on and nothing else. So batch size, workers,
-packing and devices change no draw.
+Every protein has its own generator, a function of only what its draws may depend on. So batch size, workers, packing
+and devices change no draw.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from protlm.vocabulary import FIRST_RESIDUE, MASK, NUM_STANDARD_RESIDUES
 
 @dataclass(frozen=True)
 class MaskRates:
-    """How much of a protein is scored, and what the model sees there; the default shares are BERT's.
+    """The rates at which residues are scored and replaced; the default shares are those of BERT.
 
     Attributes:
         rate: Probability that a residue is a target, in (0, 1].
-        mask_share: Part of the targets that becomes `<mask>`.
-        random_share: Part of the targets that becomes a random standard residue; the rest stays as it is.
+        mask_share: Fraction of the targets that become `<mask>`.
+        random_share: Fraction of the targets that become a random standard residue; the others stay as they are.
     """
 
     rate: float
@@ -29,7 +29,7 @@ class MaskRates:
 
 
 def training_generator(seed: int, draw_index: int) -> np.random.Generator:
-    """Returns the generator of the draw_index-th protein that a training run with this seed looks at."""
+    """Returns the generator of the protein with this number among all draws of a training run."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, draw_index], dtype=np.uint64)))
 
 
@@ -42,15 +42,15 @@ def evaluation_generator(seed: int, tokens: UInt8[np.ndarray, " residues"]) -> n
 def mask_residues(
     tokens: UInt8[np.ndarray, " residues"], rates: MaskRates, generator: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, " residues"], Bool[np.ndarray, " residues"]]:
-    """Returns what the model sees of a protein, and the target_mask of the positions that are scored.
+    """Returns the tokens that the model sees of a protein, and the target_mask of the positions that are scored.
 
-    Each residue is a target independently of the others; if none is drawn, one is taken uniformly. A target becomes
-    `<mask>`, or a random one of the 20 standard residues, which may be the true one, or stays.
+    Each residue becomes a target independently; if none does, one is drawn uniformly. A target is replaced by `<mask>`
+    or by a random one of the 20 standard residues, which may be the true one, or stays as it is.
 
     Args:
         tokens: Residue tokens without `<cls>` and `<eos>`; at least one.
-        rates: How many are targets, and what becomes of them. The shares change no choice of targets.
-        generator: Where the draws come from.
+        rates: Rates of targets and of their replacements. The shares do not affect which residues are targets.
+        generator: Generator of this protein.
     """
     target_mask = generator.random(len(tokens)) < rates.rate
     if not target_mask.any():
