@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protlm.gpu_check.tolerances import LOOSER_ON_GPU, NAMES, TOLERANCE
 from protlm.ops import draw_projection, favor_attention, favor_triton, reference
 from protlm.ops.inputs import AttentionInputs
 
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-5}
-"""Largest difference from the twin on the same values, relative to the largest number of a tensor."""
-LOOSER = {("relu", "q_grad"): 5, ("relu", "k_grad"): 5}
-"""By what a map multiplies it: the means under the features of `relu` are much alike, and are rounded to the dtype
-before these gradients take their differences."""
-NAMES = ("out", "q_grad", "k_grad", "v_grad")
 SEGMENTS = (300, 0, 1, 37, 1500)
 
 
@@ -99,7 +94,7 @@ def check(
 def outcome_of(case: Case, computed_by: str, errors: dict[str, float]) -> Outcome:
     """Returns the outcome of a case with these errors."""
     feature_map = case.feature_map.removeprefix("bare ")
-    bounds = {name: TOLERANCE[case.dtype] * LOOSER.get((feature_map, name), 1) for name in errors}
+    bounds = {name: TOLERANCE[case.dtype] * LOOSER_ON_GPU.get((feature_map, name), 1) for name in errors}
     wrong = ", ".join(
         f"{name} by more than {bounds[name]}" for name, error in errors.items() if not error <= bounds[name]
     )

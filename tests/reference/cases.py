@@ -6,11 +6,12 @@ from itertools import accumulate, cycle
 
 import torch
 
+from protlm.gpu_check.tolerances import LOOSER_IN_TESTS, NAMES
 from protlm.ops import draw_projection, favor_attention, favor_cpp, favor_torch, reference
-from tests.conftest import LOOSER, TOLERANCE, relative_error
+from protlm.ops.feature_maps import DEFINITIONS, definition_of
+from tests.conftest import TOLERANCE, relative_error
 
-NAMES = ("out", "dq", "dk", "dv")
-MAPS = ("positive", "hyperbolic", "trig", "regularised", "oprf", "relu", "bare relu")
+MAPS = (*DEFINITIONS, "bare relu")
 """Every feature map; `bare relu` is `relu` without a projection."""
 # Segments of 0, 1 and 3 tokens, several that share a block, and one longer than a piece.
 MIXED = (0, 1, 0, 3, 3, 20, 21, 22, 23, 1, 100, 0, 75, 80, 9, 300, 0)
@@ -51,6 +52,11 @@ class Case:
     def rows(self):
         """Rows of the projection; the renormaliser of `trig` is mere noise with few."""
         return self.num_features or (256 if self.feature_map == "trig" else 37)
+
+
+def maps_on(backend):
+    """Returns the maps that a backend computes."""
+    return tuple(name for name in MAPS if backend in definition_of(name.removeprefix("bare ")).backends)
 
 
 def segments_of(length):
@@ -126,7 +132,7 @@ def found_of(arguments, backend="auto"):
 
 def backends_of(feature_map, dtype):
     """Returns the backends that compute such a call here."""
-    is_compiled = dtype == torch.float32 and feature_map != "trig" and favor_cpp.why_not() is None
+    is_compiled = dtype == torch.float32 and feature_map in maps_on("cpp") and favor_cpp.why_not() is None
     return ("torch", "cpp") if is_compiled else ("torch",)
 
 
@@ -141,7 +147,7 @@ def assert_equal(found, expected, tolerance, told="", feature_map="positive"):
     # One key a segment leaves dq and dk exactly zero, and no relative error: then dv gives the scale.
     gradient_scale = expected[3].abs().max().item() if expected[3].numel() else 0.0
     for name, a, b in zip(NAMES, found, expected, strict=True):
-        bound = tolerance * LOOSER.get((feature_map, name), 1)
+        bound = tolerance * LOOSER_IN_TESTS.get((feature_map, name), 1)
         if b.numel() and b.abs().max() < 1e-12 * gradient_scale:
             assert a.shape == b.shape, (name, told)
             assert a.abs().max().item() <= bound * gradient_scale, (name, told)
@@ -163,8 +169,8 @@ def assert_op_equals_twin(case, dtype, seed=0):
 def make_pieces_small(case, monkeypatch):
     """Sets the constants of the backends to the piece sizes of the case."""
     if case.piece_tokens is not None:
-        features = case.head_dim if case.feature_map == "bare relu" else case.rows
-        features *= 2 if case.feature_map in ("hyperbolic", "trig") else 1
+        definition = definition_of(case.feature_map.removeprefix("bare "))
+        features = case.head_dim if case.feature_map == "bare relu" else case.rows * definition.features_per_row
         monkeypatch.setattr(favor_torch, "_MIN_PIECE_TOKENS", 1)
         monkeypatch.setattr(favor_torch, "_PIECE_FEATURES", case.piece_tokens * case.heads * features)
         monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", case.piece_tokens)

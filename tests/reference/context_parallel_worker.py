@@ -1,7 +1,8 @@
 """One rank of a group of gloo processes: compares what the group computes with what one process does.
 
-`python -m tests.reference.context_parallel_worker RANK WORLD_SIZE FOLDER` meets the other ranks in FOLDER and writes
-there what failed. A rank goes on after a failure: the others would wait for it.
+`python -m tests.reference.context_parallel_worker RANK WORLD_SIZE FOLDER CHECKS` meets the other ranks in FOLDER and
+writes there what failed. CHECKS is `cuda`, for the kernels that the interpreter runs, or `others`. A rank goes on after
+a failure: the others would wait for it.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from protlm.gpu_check.tolerances import LOOSER_IN_TESTS, NAMES
 from protlm.ops import (
     context_parallel,
     draw_projection,
@@ -23,13 +25,12 @@ from protlm.ops import (
     favor_attention,
     favor_cpp,
     favor_torch,
-    favor_triton,
     local_bounds,
 )
 from protlm.ops.inputs import AttentionInputs
 from tests import process_groups
-from tests.conftest import LOOSER, TOLERANCE
-from tests.reference.cases import MAPS, NAMES, Case, backends_of, differentiate, draw, found_of
+from tests.conftest import TOLERANCE
+from tests.reference.cases import MAPS, Case, backends_of, differentiate, draw, found_of
 
 SEGMENTS = (0, 1, 3, 20, 21, 0, 60, 22, 1, 75, 0)
 LAYOUTS = {
@@ -89,7 +90,7 @@ def expect_part(found, all_of_it, bounds, feature_map, told):
         expected = whole[:, :, start:stop]
         expect((part.shape, part.dtype) == (expected.shape, expected.dtype), (name, told))
         # Relative to all of it: the part of a rank may hold only small numbers.
-        bound = TOLERANCE[whole.dtype] * LOOSER.get((feature_map, name), 1) * whole.abs().max()
+        bound = TOLERANCE[whole.dtype] * LOOSER_IN_TESTS.get((feature_map, name), 1) * whole.abs().max()
         difference = (part - expected).abs().max() if part.numel() else torch.zeros(())
         expect(difference <= bound, (name, told, difference.item(), bound.item()))
 
@@ -116,11 +117,10 @@ def check_every_backend_equals_itself_in_one_process():
                 assert_equals_one_process(arguments, split, (name, feature_map), backend)
 
 
-def check_the_kernels_for_cuda_equal_themselves_in_one_process():
-    if favor_triton.why_not() is None:
-        for feature_map in ("positive", "relu"):
-            arguments = drawn(LAYOUTS["masked segments"], torch.float32, feature_map=feature_map)
-            assert_equals_one_process(arguments, splits(sum(SEGMENTS))[0], feature_map, "triton")
+def check_cuda_kernels_equal_themselves_in_one_process():
+    for feature_map in ("positive", "relu"):
+        arguments = drawn(LAYOUTS["masked segments"], torch.float32, feature_map=feature_map)
+        assert_equals_one_process(arguments, splits(sum(SEGMENTS))[0], feature_map, "triton")
 
 
 def check_short_floats_equal_one_process():
@@ -277,9 +277,17 @@ def check_nothing_later_changes_a_bit_of_an_earlier_causal_output():
 
 
 def check_a_token_that_is_not_a_number_reaches_the_ranks_it_should():
-    backends = [("torch", torch.float64), *(("cpp", torch.float32) for _ in [0] if favor_cpp.why_not() is None)]
-    backends += [("triton", torch.float32)] if favor_triton.why_not() is None else []
-    for (backend, dtype), changed, causal in product(backends, "kv", (False, True)):
+    expect_nan_where_one_process_has_it("torch", torch.float64)
+    if favor_cpp.why_not() is None:
+        expect_nan_where_one_process_has_it("cpp", torch.float32)
+
+
+def check_cuda_a_token_that_is_not_a_number_reaches_the_ranks_it_should():
+    expect_nan_where_one_process_has_it("triton", torch.float32)
+
+
+def expect_nan_where_one_process_has_it(backend, dtype):
+    for changed, causal in product("kv", (False, True)):
         arguments = list(draw(Case(length=20, causal=causal), dtype))
         place = "qkv".index(changed)
         arguments[place] = arguments[place].clone()
@@ -369,14 +377,14 @@ def told_by(call):
     return "no error"
 
 
-def main(rank, world_size, folder):
+def main(rank, world_size, folder, checks):
     process_groups.join(rank, world_size, folder)
     for name, check in globals().copy().items():
-        if name.startswith("check_"):
+        if name.startswith("check_") and name.startswith("check_cuda_") == (checks == "cuda"):
             check()
     (folder / f"{rank}.json").write_text(json.dumps(FAILURES))
     process_groups.leave()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

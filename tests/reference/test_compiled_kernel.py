@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from protlm.gpu_check.tolerances import NAMES
 from protlm.ops import backends, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE, relative_error
-from tests.reference.cases import MAPS, MIXED, Case, assert_equal, assert_op_equals_twin, draw, expected_of, found_of
+from tests.reference.cases import MIXED, Case, assert_equal, assert_op_equals_twin, draw, expected_of, found_of, maps_on
 
 SOURCES = Path(favor_cpp.__file__).parent / "cpp"
-COVERED = [name for name in MAPS if name != "trig"]
+COVERED = maps_on("cpp")
 needs_kernel = pytest.mark.skipif(favor_cpp.why_not() is not None, reason=str(favor_cpp.why_not()))
 
 LAYOUTS = {
@@ -102,9 +103,7 @@ def test_exponents_far_from_every_guess_equal_the_float64_twin(rise, causal, mon
     q = q * 5
     arguments = (q, k, v, out_grad, projection, options)
     expected, torch_found = expected_of(*arguments), found_of(arguments, "torch")
-    for name, found, wanted, other in zip(
-        ("out", "dq", "dk", "dv"), found_of(arguments, "cpp"), expected, torch_found, strict=True
-    ):
+    for name, found, wanted, other in zip(NAMES, found_of(arguments, "cpp"), expected, torch_found, strict=True):
         assert relative_error(found, wanted) <= max(TOLERANCE[torch.float32], 3 * relative_error(other, wanted)), name
 
 

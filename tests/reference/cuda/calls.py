@@ -8,13 +8,14 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels canno
 from protlm.ops import draw_projection, favor_triton
 from protlm.ops.cuda.call import Call
 from protlm.ops.inputs import AttentionInputs
+from tests import conftest
 from tests.conftest import relative_error
 
 HEADS, HEAD_DIM, FEATURES = 2, 24, 40
 SEGMENTS = (300, 1, 0, 37)
 """The first takes two units of 256 tokens."""
 MAPS = ("positive", "oprf", "relu")
-TOLERANCE = 1e-5
+TOLERANCE = conftest.TOLERANCE[torch.float32]
 
 
 class Drawn:
