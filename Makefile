@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 # As in protlm itself: waiting threads sleep, so that tests keep their time on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup lint types imports test test-slow bench check demo clean
+.PHONY: setup lint types imports docs test test-slow bench check demo clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py protlm/data/parsing/fasta_parser.cpp protlm/data/parsing/xxhash.h $(wildcard protlm/ops/cpp/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 setup: $(VENV)/.installed
@@ -36,7 +36,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
-check: lint types imports test
+# Into site/; a broken link or a docstring that cannot be read fails it. The variable stops an advertisement of its theme.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: lint types imports docs test
 
 bench: setup
 	$(BIN)/python scripts/bench/attention.py
@@ -51,4 +55,4 @@ demo: setup
 	$(BIN)/python scripts/demo.py --fasta "$(FASTA)" --out "$(DEMO)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
