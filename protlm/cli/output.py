@@ -24,7 +24,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "model_dump"):
-        return value.model_dump()
+        return value.model_dump(by_alias=True)
     raise TypeError(f"a report holds {type(value).__name__}, which JSON does not know")
 
 

@@ -68,7 +68,7 @@ def test_json_is_the_report_of_prep_with_what_verify_found(fasta, tmp_path, caps
     manifest = open_dataset(out).manifest
     assert verified["path"] == str(out)
     assert verified["hash"] == open_dataset(out).hash
-    assert verified["sources"] == [manifest.sources[0].model_dump()]
+    assert verified["sources"] == [manifest.sources[0].model_dump(by_alias=True)]
     assert verified["options"] == json.loads(manifest.options.model_dump_json())
     assert verified["leakage"] == json.loads(manifest.leakage.model_dump_json())
     train = manifest.splits["train"]

@@ -167,7 +167,7 @@ def test_a_sequence_stays_in_the_earliest_split_only(write, out, capsys):
     assert sequences(out, "test") == ["EEE"]
     assert sequences(out, "ood") == ["FFF"]
     assert (report["duplicates_within_split"], report["duplicates_across_splits"]) == (2, 7)
-    sources = [(source.part, source.name) for source in open_dataset(out).manifest.sources]
+    sources = [(source.role, source.name) for source in open_dataset(out).manifest.sources]
     assert sources == [("input", "a"), ("valid", "v"), ("valid", "w"), ("test", "t"), ("ood", "o")]
 
 

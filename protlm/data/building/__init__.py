@@ -1,1 +1,1 @@
-"""From records to a dataset: which stay, in which split and shard, and what leaks between splits."""
+"""From parsed records to a dataset: selection, splits, shards, and the leakage between splits."""

@@ -1,6 +1,6 @@
-"""What is kept on disk of a piece of a file until the dataset is put together: its records as columns, and its faults.
+"""Piece files, which hold a parsed piece of a source until the dataset is written: its records as columns, its faults.
 
-These files are short-lived and many, so they are plainer than HDF5 and open twenty times faster.
+They are many and short-lived, so their format is plainer than HDF5 and opens twenty times faster.
 """
 
 import json
@@ -25,31 +25,31 @@ from protlm.errors import ProtlmError
 _MAGIC = b"protlm-piece 1\n"
 _HEADER_SIZE = struct.Struct("<q")
 _FAULT = ("line", "message", "reason", "record_id")
-# Room for the header of any piece, since all its columns are known.
+# Enough for the header of any piece, since all its columns are known.
 _COLUMNS_START = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
 class PieceFile:
-    """A finished piece, known by its path; what it holds is mapped when it is needed.
+    """The path and the summary of a finished piece; its columns are mapped by `Piece`.
 
     Attributes:
         path: The file.
         path_of_source: The file that its records come from, for messages.
-        part: `input`, or the ready-made split that it belongs to.
-        text_hash: Hash of the text it was read from.
-        num_records: Its good records.
-        num_lines: Line ends in its text.
-        num_entries: Records found in it, good or bad.
-        num_faults: What could not be used.
-        first_fault: Line, message, reason and id of the first that is to be raised where nothing may be skipped.
+        role: The role of that file: `input`, or the ready-made split that it is.
+        text_hash: Hash of the text that was parsed.
+        num_records: Number of good records.
+        num_lines: Number of line ends in the text.
+        num_entries: Number of records, good or bad.
+        num_faults: Number of records and lines that could not be used.
+        first_fault: Line, message, reason and id of the first error to raise if nothing may be skipped.
         repairs: Letters repaired, by rule.
-        has_numbered_ids: An id in it holds a `#`.
+        has_numbered_ids: Whether an id holds a `#`.
     """
 
     path: Path
     path_of_source: str
-    part: str
+    role: str
     text_hash: str
     num_records: int
     num_lines: int
@@ -64,7 +64,7 @@ class Piece:
     """The mapped columns of a finished piece.
 
     Attributes:
-        about: What is noted of it.
+        about: The summary that a `PieceFile` is made from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class Piece:
         return Strings(self[f"{name}/bytes"], self[f"{name}/offsets"])
 
     def faults(self) -> Iterator[tuple[int, str, str]]:
-        """Yields line in the piece, id and reason of what could not be used."""
+        """Yields the line in the piece, the id and the reason of each fault."""
         ids, reasons = self.strings("faults/ids").to_list(), self.strings("faults/reasons").to_list()
         return zip(self["faults/lines"].tolist(), ids, reasons, strict=True)
 
@@ -115,18 +115,20 @@ def write_piece(path: Path, parsed: ParsedPiece, *, text_hash: str, split: np.nd
 
     Args:
         path: The file.
-        parsed: What was read.
-        text_hash: Hash of the text it was read from, by which it is known again.
-        split: The split of each record where a file says so, uint8 (records).
+        parsed: The parsed piece.
+        text_hash: Hash of the text that was parsed, by which the piece is recognised later.
+        split: The code of the split of each record according to a split file, uint8 (records).
     """
     table = parsed.table
-    found = _columns_of(table)
+    named_columns = _columns_of(table)
     if split is not None:
-        found["split"] = split
+        named_columns["split"] = split
     faults = parsed.faults
-    found["faults/lines"] = np.frombuffer(faults.lines, dtype=np.int64) if faults else np.zeros(0, dtype=np.int64)
+    named_columns["faults/lines"] = (
+        np.frombuffer(faults.lines, dtype=np.int64) if faults else np.zeros(0, dtype=np.int64)
+    )
     for name, strings in (("ids", Strings.of(faults.ids)), ("reasons", Strings.of(faults.reasons))):
-        found |= {f"faults/{name}/bytes": strings.text, f"faults/{name}/offsets": strings.offsets}
+        named_columns |= {f"faults/{name}/bytes": strings.text, f"faults/{name}/offsets": strings.offsets}
     about = {
         "text_hash": text_hash,
         "num_records": len(table),
@@ -138,42 +140,42 @@ def write_piece(path: Path, parsed: ParsedPiece, *, text_hash: str, split: np.nd
         "has_numbered_ids": b"#" in table.ids.text.tobytes(),
     }
     with files.written_whole(path) as temporary:
-        _write_columns(temporary, found, about)
+        _write_columns(temporary, named_columns, about)
 
 
-def _write_columns(path: Path, found: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Writes a mark, a header that says where each column lies, and the columns, aligned."""
+def _write_columns(path: Path, named_columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Writes a magic number, a header with the place of each column, and the columns, aligned."""
     places: dict[str, tuple[str, int, int]] = {}
     offset = _COLUMNS_START
-    for name, column in found.items():
+    for name, column in named_columns.items():
         places[name] = (column.dtype.str, offset, len(column))
         offset += -(-column.nbytes // columns.ALIGNMENT_BYTES) * columns.ALIGNMENT_BYTES
     header = json.dumps({"columns": places, "about": about, "size": offset}).encode()
     assert len(_MAGIC) + _HEADER_SIZE.size + len(header) <= _COLUMNS_START
     with path.open("wb") as file:
         file.write(_MAGIC + _HEADER_SIZE.pack(len(header)) + header)
-        for name, column in found.items():
+        for name, column in named_columns.items():
             file.seek(places[name][1])
             file.write(np.ascontiguousarray(column).data)
         file.truncate(offset)
 
 
 def _columns_of(table: RecordTable) -> dict[str, np.ndarray]:
-    found = {"tokens": table.tokens, "offsets": table.offsets, "lines": table.lines}
+    named_columns = {"tokens": table.tokens, "offsets": table.offsets, "lines": table.lines}
     strings = {"ids": table.ids, "descriptions": table.descriptions}
     labels = dict(zip(LABEL_COLUMNS, (table.cluster_ids, table.families), strict=True))
     strings |= {name: label for name, label in labels.items() if label is not None}
     for name, column in strings.items():
-        found |= {f"{name}/bytes": column.text, f"{name}/offsets": column.offsets}
+        named_columns |= {f"{name}/bytes": column.text, f"{name}/offsets": column.offsets}
     for kind, digests in (("sequence", table.digests), ("id", table.id_digests)):
-        found |= {f"{kind}_digest/high": digests[:, 0], f"{kind}_digest/low": digests[:, 1]}
-    return found | {"cluster_size": table.cluster_size, "taxon_id": table.taxon_id}
+        named_columns |= {f"{kind}_digest/high": digests[:, 0], f"{kind}_digest/low": digests[:, 1]}
+    return named_columns | {"cluster_size": table.cluster_size, "taxon_id": table.taxon_id}
 
 
-def open_piece_file(path: Path, path_of_source: str, part: str, text_hash: str | None = None) -> PieceFile | None:
-    """Returns a finished piece; None if there is none, or one of another text or another version of protlm."""
+def open_piece_file(path: Path, path_of_source: str, role: str, text_hash: str | None = None) -> PieceFile | None:
+    """Returns a finished piece; None if there is none, or it is of another text or another version of protlm."""
     try:
         about = Piece(path).about
     except (FileNotFoundError, ProtlmError):
         return None
-    return PieceFile(path, path_of_source, part, **about) if text_hash in (None, about["text_hash"]) else None
+    return PieceFile(path, path_of_source, role, **about) if text_hash in (None, about["text_hash"]) else None

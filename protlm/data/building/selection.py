@@ -1,4 +1,4 @@
-"""Which records of all pieces stay, in which split and under which id: decided from digests, in bounded memory."""
+"""Selection of records: whether each is kept, its split and its id; decided from digests, in bounded memory."""
 
 import itertools
 import os
@@ -16,10 +16,10 @@ from protlm.data.numbered_ids import NumberedIds, numbered_id
 from protlm.data.splits import SPLIT_NAMES
 
 FIRST_REJECT = 100
-"""Codes below are those of splits."""
+"""Smaller codes are those of splits."""
 TOO_SHORT, TOO_LONG, NOT_LISTED, DUPLICATE_WITHIN, DUPLICATE_ACROSS = range(FIRST_REJECT, FIRST_REJECT + 5)
 NO_SPLIT = 255
-"""What a split file says of a record that it does not list."""
+"""The value in column `split` of a record that the split file does not list."""
 REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
 
 _UNIREF = ("UniRef50_", "UniRef90_", "UniRef100_")
@@ -31,7 +31,7 @@ _HASHES = 2**64
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How records are chosen; see `workflows.prep.prepare`.
+    """The rules by which records are selected; see `workflows.prep.prepare`.
 
     Attributes:
         method: `random`, `cluster`, `family`, `file` or `ready-made`.
@@ -50,14 +50,16 @@ class Rules:
 
 @dataclass
 class Selection:
-    """What was decided.
+    """The decisions on all records.
 
     Attributes:
-        codes_path: A file with a byte for every record of all pieces: the code of its split, or of why it is left out.
-        starts: The number of the first record of each piece, and the number of all.
-        repeats: The kept records whose id repeats an earlier one, rising, and the number that each gets; int64 (2, n).
-        counts: How many records have each code.
-        num_unclustered: Records that no cluster names, where a split by cluster was asked for.
+        codes_path: A file with a byte for every record of all pieces: the code of its split, or the reason why it is
+            left out.
+        starts: The number of the first record of each piece, and the number of all records.
+        repeats: The kept records whose id repeats an earlier one, ascending, and the number that each gets; int64
+            (2, n).
+        counts: Number of records with each code.
+        num_unclustered: In a split by cluster, the number of records without cluster.
     """
 
     codes_path: Path
@@ -67,7 +69,7 @@ class Selection:
     num_unclustered: int = 0
 
     def between(self, first: int, last: int) -> "Selection":
-        """Returns what was decided on some neighbouring pieces, without what was decided on others."""
+        """Returns the decisions on pieces first to last, the last one excluded."""
         starts = self.starts[first : last + 1]
         low, high = np.searchsorted(self.repeats[0], [starts[0], starts[-1]]).tolist()
         return Selection(self.codes_path, starts, self.repeats[:, low:high])
@@ -79,7 +81,7 @@ class Selection:
         return np.memmap(self.codes_path, dtype=np.uint8, mode="r+", offset=start, shape=end - start)
 
     def numbers_between(self, start: int, end: int) -> dict[int, int]:
-        """Returns the records of a range whose id repeats an earlier one, with the number that it gets."""
+        """Returns the records of a range whose id repeats an earlier one, each with the number that its id gets."""
         first, last = np.searchsorted(self.repeats[0], [start, end]).tolist()
         return dict(zip(*self.repeats[:, first:last].tolist(), strict=True))
 
@@ -89,54 +91,54 @@ class Selection:
 
 
 def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selection:
-    """Decides for every record of the pieces, in order.
+    """Returns the decision on every record of the pieces, in order.
 
     Memory: digests are compared a range at a time, some four million records or a 64th of all, 50 bytes each; the codes
-    lie in a file of a byte a record; repeated ids take 16 bytes each, and about 200 where an id holds a `#`.
+    are in a file, a byte a record; a repeated id takes 16 bytes, or about 200 if an id holds a `#`.
 
     Args:
         pieces: All pieces in the order of the input.
-        rules: How to choose.
-        codes_path: Where the codes are kept.
+        rules: The rules of selection.
+        codes_path: The file to write the codes to.
     """
     starts = np.concatenate([[0], np.cumsum([piece.num_records for piece in pieces], dtype=np.int64)]).astype(np.int64)
     num_records = int(starts[-1])
     with codes_path.open("wb") as file:
         if num_records and hasattr(os, "posix_fallocate"):
-            # Otherwise a disk that fills up later would end the process without a word.
+            # If the disk filled up later, a write to the map would end the process without a message.
             os.posix_fallocate(file.fileno(), 0, num_records)
         file.truncate(num_records)
-    found = Selection(codes_path, starts)
-    codes = found.codes(0, num_records)
+    selection = Selection(codes_path, starts)
+    codes = selection.codes(0, num_records)
     for number, piece_file in enumerate(pieces):
         if piece_file.num_records:
             piece = Piece(piece_file.path)
-            found.codes_of(number)[:] = _first_codes(piece, piece_file.part, rules)
+            selection.codes_of(number)[:] = _first_codes(piece, piece_file.role, rules)
             if rules.method == "cluster":
-                found.num_unclustered += _cluster_names(piece).count("")
-    for digests in _digest_ranges(pieces, found, "sequence"):
+                selection.num_unclustered += _cluster_names(piece).count("")
+    for digests in _digest_ranges(pieces, selection, "sequence"):
         claims = codes[digests.index]
         if rules.method == "family":
-            # What is held out is held out of all other splits.
+            # A sequence that is held out must not be in any other split.
             claims = (claims - splits.OOD) % len(SPLIT_NAMES)
         within, across = duplicates(digests, claims, dedupe=rules.dedupe)
         codes[within] = DUPLICATE_WITHIN
         codes[across] = DUPLICATE_ACROSS
-    repeated = [np.stack(repeats(digests)) for digests in _digest_ranges(pieces, found, "id")]
+    repeated = [np.stack(repeats(digests)) for digests in _digest_ranges(pieces, selection, "id")]
     if repeated:
-        found.repeats = np.concatenate(repeated, axis=1)
-        found.repeats = found.repeats[:, np.argsort(found.repeats[0])]
-    if found.repeats.size and any(piece.has_numbered_ids for piece in pieces):
-        _avoid_taken_numbers(pieces, found)
+        selection.repeats = np.concatenate(repeated, axis=1)
+        selection.repeats = selection.repeats[:, np.argsort(selection.repeats[0])]
+    if selection.repeats.size and any(piece.has_numbered_ids for piece in pieces):
+        _avoid_taken_numbers(pieces, selection)
     for number in range(len(pieces)):
-        found.counts.update(dict(enumerate(np.bincount(found.codes_of(number)).tolist())))
-    return found
+        selection.counts.update(dict(enumerate(np.bincount(selection.codes_of(number)).tolist())))
+    return selection
 
 
-def _first_codes(piece: Piece, part: str, rules: Rules) -> np.ndarray:
+def _first_codes(piece: Piece, role: str, rules: Rules) -> np.ndarray:
     lengths = piece.lengths
-    if part != "input":
-        codes = np.full(len(lengths), SPLIT_NAMES.index(part), dtype=np.uint8)
+    if role != "input":
+        codes = np.full(len(lengths), SPLIT_NAMES.index(role), dtype=np.uint8)
     else:
         codes = _split_codes(piece, rules)
     codes[lengths < rules.min_length] = TOO_SHORT
@@ -168,49 +170,48 @@ def _split_codes(piece: Piece, rules: Rules) -> np.ndarray:
 
 
 def _cluster_names(piece: Piece) -> list[str]:
-    """Returns the name of each record's cluster; an entry of UniRef is one by its id; empty if none is known."""
+    """Returns the name of each record's cluster, for an entry of UniRef its id; empty if it has none."""
     ids = piece.strings("ids").to_list()
-    told = piece.strings("cluster_id").to_list() if "cluster_id/offsets" in piece else [""] * len(ids)
+    names = piece.strings("cluster_id").to_list() if "cluster_id/offsets" in piece else [""] * len(ids)
     return [
-        name or (record_id if record_id.startswith(_UNIREF) else "") for name, record_id in zip(told, ids, strict=True)
+        name or (record_id if record_id.startswith(_UNIREF) else "") for name, record_id in zip(names, ids, strict=True)
     ]
 
 
-def _digest_ranges(pieces: Sequence[PieceFile], found: Selection, kind: str) -> Iterator[Digests]:
-    """Yields the digests of the records kept so far, range by range of their high halves: all equal ones in one."""
-    num_ranges = min(int(found.starts[-1]) // _COMPARED_AT_ONCE + 1, _MOST_RANGES)
+def _digest_ranges(pieces: Sequence[PieceFile], selection: Selection, kind: str) -> Iterator[Digests]:
+    """Yields the digests of the records kept so far, by ranges of their high halves; equal ones share a range."""
+    num_ranges = min(int(selection.starts[-1]) // _COMPARED_AT_ONCE + 1, _MOST_RANGES)
     bounds = [_HASHES * number // num_ranges for number in range(num_ranges + 1)]
     for start, end in itertools.pairwise(bounds):
-        parts = []
+        by_piece = []
         for number, piece_file in enumerate(pieces):
             if not piece_file.num_records:
                 continue
             piece = Piece(piece_file.path)
             high = piece[f"{kind}_digest/high"]
-            is_wanted = found.codes_of(number) < FIRST_REJECT
+            is_wanted = selection.codes_of(number) < FIRST_REJECT
             if num_ranges > 1:
                 is_wanted &= (high >= np.uint64(start)) & (high <= np.uint64(end - 1))
             index = np.flatnonzero(is_wanted)
-            parts.append(Digests(high[index], piece[f"{kind}_digest/low"][index], index + found.starts[number]))
-        if parts:
-            yield Digests(
-                *(np.concatenate([getattr(part, name) for part in parts]) for name in ("high", "low", "index"))
-            )
+            by_piece.append(Digests(high[index], piece[f"{kind}_digest/low"][index], index + selection.starts[number]))
+        if by_piece:
+            columns = ([getattr(digests, name) for digests in by_piece] for name in ("high", "low", "index"))
+            yield Digests(*map(np.concatenate, columns))
 
 
-def _avoid_taken_numbers(pieces: Sequence[PieceFile], found: Selection) -> None:
-    """Gives repeated ids the next numbers where `id#n` is an id of its own."""
+def _avoid_taken_numbers(pieces: Sequence[PieceFile], selection: Selection) -> None:
+    """Gives a repeated id the next free numbers if the input has `id#n` itself."""
     taken = NumberedIds()
     repeated: list[str] = []
     for number, piece_file in enumerate(pieces):
         if not piece_file.num_records:
             continue
-        start, kept = int(found.starts[number]), found.codes_of(number) < FIRST_REJECT
-        numbers = found.numbers_between(start, start + len(kept))
+        start, kept = int(selection.starts[number]), selection.codes_of(number) < FIRST_REJECT
+        numbers = selection.numbers_between(start, start + len(kept))
         for index, name in enumerate(Piece(piece_file.path).strings("ids").to_list()):
             if start + index in numbers:
                 repeated.append(name)
             if kept[index] and (numbered := numbered_id(name)):
                 taken.add(*numbered)
     for place, name in enumerate(repeated):
-        found.repeats[1, place] = taken.next_free(name)
+        selection.repeats[1, place] = taken.next_free(name)

@@ -1,4 +1,4 @@
-"""What makes a folder of shards one dataset: the manifest, and the records of a split under one running number."""
+"""A dataset, a folder of shards with a manifest: hides the manifest's format and which shard a record is in."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ LENGTH_QUANTILES: dict[str, float] = {
 }  # fmt: skip
 
 LENGTH_BIN_STARTS = tuple(sorted({round(2 ** (step / 4)) for step in range(4 * 17)}))
-"""Where the bins of the length histograms begin, four to a doubling; the last one has no end."""
+"""Lower bounds of the bins of the length histograms, four to a doubling; the last bin is open."""
 
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -47,12 +47,9 @@ class _Strict(BaseModel):
 
 
 class SourceSummary(_Strict):
-    """An input file: its part (`input` or a ready-made split), base name, format, records, sha256.
+    """The entry of an input file in the manifest; `num_records` counts its good records, before any are left out."""
 
-    `num_records` counts what could be read, before anything was left out.
-    """
-
-    part: InputRole
+    role: InputRole = Field(alias="part")
     name: str
     format: Format
     num_records: Count
@@ -60,14 +57,14 @@ class SourceSummary(_Strict):
 
 
 class LabelFile(_Strict):
-    """A file that told clusters, families or splits: its base name and sha256."""
+    """A file of clusters, families or splits: its base name and sha256."""
 
     name: str
     sha256: Digest
 
 
 class PrepOptions(_Strict):
-    """The options that shape the content; what did not apply is None."""
+    """The options of prep that shape the content; an option that did not apply is None."""
 
     split: Literal[SplitMethod, "ready-made"]
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None
@@ -84,7 +81,7 @@ class PrepOptions(_Strict):
     split_file: LabelFile | None = None
 
     @model_validator(mode="after")
-    def _check_together(self) -> "PrepOptions":
+    def _validate_together(self) -> "PrepOptions":
         if (self.valid_fraction or 0.0) + (self.test_fraction or 0.0) >= 1.0:
             raise ValueError("valid_fraction and test_fraction: their sum should be less than 1")
         if self.max_length is not None and self.max_length < self.min_length:
@@ -93,7 +90,7 @@ class PrepOptions(_Strict):
 
 
 class ShardSummary(_Strict):
-    """A shard as the manifest knows it."""
+    """The entry of a shard in the manifest."""
 
     name: Annotated[str, Field(pattern=SHARD_NAME_PATTERN)]
     num_records: Annotated[int, Field(gt=0)]
@@ -102,7 +99,7 @@ class ShardSummary(_Strict):
 
 
 class SplitSummary(_Strict):
-    """A split as the manifest knows it."""
+    """The entry of a split in the manifest."""
 
     num_records: Count
     num_residues: Count
@@ -112,7 +109,7 @@ class SplitSummary(_Strict):
     shards: tuple[ShardSummary, ...]
 
     @model_validator(mode="after")
-    def _check_sums(self) -> "SplitSummary":
+    def _validate_sums(self) -> "SplitSummary":
         if tuple(self.residue_counts) != tuple(vocabulary.RESIDUES):
             raise ValueError(f"residue_counts: expected the letters {vocabulary.RESIDUES} in this order")
         if list(self.length_quantiles) != (list(LENGTH_QUANTILES) if self.num_records else []):
@@ -132,14 +129,14 @@ class SplitSummary(_Strict):
 
 
 class DuplicatesRemoved(_Strict):
-    """Records left out because their sequence was there before, in the same split or in an earlier one."""
+    """Counts of records left out because an earlier record has their sequence, in the same split or in another."""
 
     within_split: Count
     across_splits: Count
 
 
 class Contained(_Strict):
-    """How many records of one split are part of a longer record of another: their whole sequence occurs in it."""
+    """Count of records of one split whose whole sequence occurs in a longer record of another."""
 
     inner: SplitName
     outer: SplitName
@@ -147,7 +144,7 @@ class Contained(_Strict):
 
 
 class Shared(_Strict):
-    """How many clusters or families have records on both sides of a pair of splits."""
+    """Count of clusters or families that have records in both of two splits."""
 
     first: SplitName
     second: SplitName
@@ -155,11 +152,11 @@ class Shared(_Strict):
 
 
 class Leakage(_Strict):
-    """What one split tells of another.
+    """The sequences and labels that splits have in common.
 
     Attributes:
         exact_duplicates_removed: Records left out because an earlier split has their sequence; none is left.
-        substrings: For each pair of splits; None if it was not looked for.
+        substrings: For each pair of splits; None if they were not searched for.
         clusters: For each pair of splits, where clusters are known.
         families: For each pair of splits, where families are known.
     """
@@ -171,7 +168,7 @@ class Leakage(_Strict):
 
 
 class Manifest(_Strict):
-    """All that a dataset says about itself; same input, options, seed and library versions give the same bytes."""
+    """The description of a dataset; same input, options, seed and library versions give the same bytes."""
 
     format: Literal["protlm-dataset"]
     format_version: Literal[2]
@@ -185,14 +182,14 @@ class Manifest(_Strict):
     repairs: dict[str, Count]
 
     @model_validator(mode="after")
-    def _check_vocabulary(self) -> "Manifest":
+    def _validate_vocabulary(self) -> "Manifest":
         if self.vocabulary != vocabulary.TOKENS:
             raise ValueError("vocabulary: not the one of this protlm; prepare the dataset again")
         return self
 
 
 def summarise_split(finished: Sequence[FinishedShard]) -> SplitSummary:
-    """Returns what the manifest tells of a split, from its shards in order."""
+    """Returns the manifest's entry of a split, from its shards in order."""
     residue_counts = sum(
         (shard.residue_counts for shard in finished), start=np.zeros(vocabulary.NUM_RESIDUES, np.int64)
     )
@@ -209,11 +206,11 @@ def summarise_split(finished: Sequence[FinishedShard]) -> SplitSummary:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes the manifest into a folder of shards, which makes it a dataset."""
-    (directory / MANIFEST_NAME).write_bytes(manifest.model_dump_json(indent=2).encode() + b"\n")
+    (directory / MANIFEST_NAME).write_bytes(manifest.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
 
 
 def is_dataset(directory: Path) -> bool:
-    """Says whether a folder claims to be a protlm dataset, of any version."""
+    """Returns whether a folder has the manifest of a protlm dataset, of any version."""
     try:
         content = json.loads((directory / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -226,8 +223,8 @@ class Dataset:
 
     Attributes:
         path: Its folder.
-        manifest: What it says about itself.
-        hash: The xxh3-128 of the manifest's bytes, and through the checksums in it of all content.
+        manifest: Its description.
+        hash: The xxh3-128 of the manifest's bytes; through the checksums in it, a hash of all content.
     """
 
     def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
@@ -239,25 +236,25 @@ class Dataset:
         """Returns a split that has records.
 
         Raises:
-            ShardError: The split is empty or not there.
+            ShardError: The split is empty or does not exist.
         """
-        filled = {found: summary for found, summary in self.manifest.splits.items() if summary.num_records}
-        for found, summary in filled.items():
-            if found == name:
-                return Split(self.path, found, summary)
+        filled = {split: summary for split, summary in self.manifest.splits.items() if summary.num_records}
+        for split, summary in filled.items():
+            if split == name:
+                return Split(self.path, split, summary)
         raise ShardError(f"{self.path}: no records in split {name!r}; it has {', '.join(filled) or 'none'}")
 
 
 class Split:
-    """The records of one split, by their running number over all its shards; pickles as its place on disk.
+    """The records of one split, by their running number over all its shards; pickles as its path.
 
-    Shards are opened when they are first needed, so a worker process opens its own.
+    Shards are opened on first use, so every worker process opens its own.
 
     Attributes:
         directory: The folder of its dataset.
         name: train, valid, test or ood.
         num_records: Number of records.
-        summary: What the manifest says about the split.
+        summary: Its entry in the manifest.
     """
 
     def __init__(self, directory: Path, name: SplitName, summary: SplitSummary) -> None:
@@ -300,10 +297,10 @@ class Split:
         return self.shard(number).ids[int(index) - self._starts[number]]
 
     def open_shards(self) -> None:
-        """Opens every shard now, so that a missing or damaged one is found before hours of work rather than after.
+        """Opens every shard now, so that a missing or damaged one ends a run before hours of work, not after.
 
         Raises:
-            ShardError: A file is missing, damaged, or not the one that the manifest lists.
+            ShardError: A file is missing, damaged, or not the one in the manifest.
         """
         for number in range(len(self._shards)):
             self.shard(number)
@@ -312,7 +309,7 @@ class Split:
         """Returns a shard by its number within the split; opened once, and checked against the manifest.
 
         Raises:
-            ShardError: The file is missing, damaged, or not the one that the manifest lists.
+            ShardError: The file is missing, damaged, or not the one in the manifest.
         """
         if (shard := self._shards[number]) is None:
             expected = self.summary.shards[number]
@@ -330,10 +327,10 @@ class Split:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Opens a dataset that `protlm prep` made; reads its manifest only.
+    """Opens a dataset that `protlm prep` made; reads only its manifest.
 
     Raises:
-        ShardError: No such folder, no dataset, or one of another version.
+        ShardError: There is no such folder, it is no dataset, or one of another version.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -347,14 +344,14 @@ def open_dataset(path: str | Path) -> Dataset:
 
 def _parse_manifest(path: Path, content: bytes) -> Manifest:
     try:
-        found = json.loads(content)
+        header = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ShardError(f"{path}: not the manifest of a protlm dataset")
-    if found.get("format_version") != FORMAT_VERSION:
+    if header.get("format_version") != FORMAT_VERSION:
         raise ShardError(
-            f"{path}: format_version: expected {FORMAT_VERSION}, got {str(found.get('format_version'))[:40]}; "
+            f"{path}: format_version: expected {FORMAT_VERSION}, got {str(header.get('format_version'))[:40]}; "
             "prepare the dataset again, or read it with the protlm that wrote it"
         )
     try:
@@ -364,7 +361,7 @@ def _parse_manifest(path: Path, content: bytes) -> Manifest:
 
 
 def _merged_lengths(finished: Sequence[FinishedShard]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the lengths that occur in some shards, rising, and how often."""
+    """Returns the distinct lengths of the records of some shards, ascending, and the number of records of each."""
     none = np.zeros(0, dtype=np.int64)
     lengths, places = np.unique(np.concatenate([none, *(shard.lengths for shard in finished)]), return_inverse=True)
     counts = np.zeros(len(lengths), dtype=np.int64)
@@ -373,7 +370,7 @@ def _merged_lengths(finished: Sequence[FinishedShard]) -> tuple[np.ndarray, np.n
 
 
 def _length_quantiles(lengths: np.ndarray, counts: np.ndarray) -> dict[str, int]:
-    """Returns for each quantile the smallest length that at least that part of the records does not exceed."""
+    """Returns for each quantile the smallest length that at least this fraction of the records does not exceed."""
     if not len(lengths):
         return {}
     upto = np.cumsum(counts)

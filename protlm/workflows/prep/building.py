@@ -85,7 +85,7 @@ def build_dataset(
         raise ProtlmError("split by cluster: no record is in a cluster; give --clusters, or --cluster-with mmseqs")
     plans = assembly.plan_shards(pieces, chosen, options.shard_residues)
     # Finished shards of an earlier run are used again only if everything that shapes them is the same.
-    texts = xxhash.xxh3_128_hexdigest("".join(f"{piece.part} {piece.text_hash}\n" for piece in pieces).encode())
+    texts = xxhash.xxh3_128_hexdigest("".join(f"{piece.role} {piece.text_hash}\n" for piece in pieces).encode())
     folder.begin_dataset({"options": options.model_dump(mode="json"), "texts": texts})
     rejects = _write_rejects(folder, sources, by_source, chosen, options)
     if not plans:

@@ -294,7 +294,7 @@ def _left_out(manifest: Manifest) -> str:
 
 def _sources(manifest: Manifest) -> str:
     rows = [
-        (source.name, source.part, source.format, f"{source.num_records:,}", source.sha256)
+        (source.name, source.role, source.format, f"{source.num_records:,}", source.sha256)
         for source in manifest.sources
     ]
     return _table(("file", "part", "format", "records read", "sha256"), rows, texts=3, last="code")

@@ -137,7 +137,7 @@ def test_names_from_users_are_shown_as_text(manifest):
 
 
 def test_the_same_manifest_gives_the_same_page(manifest):
-    again = Manifest.model_validate_json(manifest.model_dump_json())
+    again = Manifest.model_validate_json(manifest.model_dump_json(by_alias=True))
     assert render_report(manifest) == render_report(again)
 
 
