@@ -10,7 +10,7 @@ class Bars:
     """One progress bar after the other; use it as a context, and give `start` to a workflow."""
 
     def __init__(self, units: Mapping[str, str]) -> None:
-        """Prepares.
+        """Sets the units; no bar is shown yet.
 
         Args:
             units: The unit of each stage by its name.

@@ -1,4 +1,4 @@
-"""`protlm --version --verbose`: what to send along with a question."""
+"""`protlm --version --verbose`: the versions and capabilities to send along with a question."""
 
 import platform
 from importlib.metadata import version
@@ -9,7 +9,7 @@ _LIBRARIES = ("torch", "pytorch-lightning", "numpy", "h5py", "biopython")
 
 
 def print_versions() -> None:
-    """Prints the versions of what protlm builds on, and which of its compiled parts and backends run here."""
+    """Prints the versions of the libraries, and which compiled code and backends run here."""
     import torch
 
     from protlm.data import compiled
@@ -19,6 +19,6 @@ def print_versions() -> None:
     for library in _LIBRARIES:
         typer.echo(f"{library} {version(library)}")
     typer.echo(f"threads {torch.get_num_threads()}")
-    for name, what in backends().items():
-        typer.echo(f"attention, {name}: {what}")
+    for name, description in backends().items():
+        typer.echo(f"attention, {name}: {description}")
     typer.echo(f"compiled FASTA parser: {compiled.why_not() or 'available'}")
