@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # As in protlm itself: waiting threads sleep, so that tests keep their time on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup lint types imports docs test test-slow bench check demo clean
+.PHONY: setup lint types imports docs test test-cuda test-slow coverage bench check demo clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py protlm/data/parsing/fasta_parser.cpp protlm/data/parsing/xxhash.h $(wildcard protlm/ops/cpp/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,11 +30,23 @@ imports: setup
 
 # As many tests at a time as there are cores; each of them uses one. Who has done its half takes tests from the other,
 # so that what a file's tests share is made once and nobody idles while the long ones at an end are run.
+# Where the CUDA kernels differ from the main branch, their long checks join (marker `cuda`).
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
+KERNELS := protlm/ops/cuda protlm/ops/favor_triton.py tests/machine_code tests/reference/cuda
+MAIN_BRANCH ?= origin/main
+CHANGED_KERNELS = $(shell (git diff --name-only "$$(git merge-base HEAD $(MAIN_BRANCH) || echo HEAD)" -- $(KERNELS); \
+	git ls-files --others --exclude-standard -- $(KERNELS)) 2>/dev/null)
 test: setup
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+	$(PYTEST) $(if $(CHANGED_KERNELS),-m 'not slow')
+
+test-cuda: setup
+	$(PYTEST) -m cuda
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m 'slow or cuda'
+
+coverage: setup
+	$(PYTEST) --cov=protlm --cov-report=term
 
 # Into site/; a broken link or a docstring that cannot be read fails it. The variable stops an advertisement of its theme.
 docs: setup

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlm.ops import local_bounds
+from protlm.ops import favor_triton, local_bounds
 from tests import process_groups
 from tests.reference import context_parallel_worker
 from tests.reference.cases import bounds
@@ -17,16 +17,26 @@ from tests.reference.cases import bounds
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_agree_with_one_process_and_with_each_other(world_size, tmp_path):
+@pytest.mark.parametrize(
+    ("world_size", "checks"),
+    [
+        (2, "others"),
+        pytest.param(3, "others", marks=pytest.mark.slow),
+        pytest.param(2, "cuda", marks=pytest.mark.cuda),
+        pytest.param(3, "cuda", marks=pytest.mark.cuda),
+    ],
+)
+def test_ranks_agree_with_one_process_and_with_each_other(world_size, checks, tmp_path):
     """All checks are in one run of the processes: to start them costs more than what they compute."""
+    if checks == "cuda" and favor_triton.why_not():
+        pytest.skip(favor_triton.why_not())
     command = [sys.executable, "-m", context_parallel_worker.__name__]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     logs = [tmp_path / f"{rank}.log" for rank in range(world_size)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as stream:
-            words = [*command, str(rank), str(world_size), str(tmp_path)]
+            words = [*command, str(rank), str(world_size), str(tmp_path), checks]
             processes.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stream, stderr=stream))
     try:
         statuses = [process.wait(4 * process_groups.SECONDS) for process in processes]
