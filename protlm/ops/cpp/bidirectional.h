@@ -1,11 +1,11 @@
 // Bidirectional FAVOR: the keys of a segment folded into its state, the state read by every query, and their gradients.
 //
 // The state of an exponential map is a mean of v for every feature, and the logarithm of the feature's sum over the keys
-// (`references`, to base 2): attention from the projection to the keys, then from the queries to the projection. What is
-// subtracted from an exponent before it is raised cancels, so it may be any guess that keeps the results in range. The
-// plain guess costs nothing: 0 for keys, two standard deviations for queries. The norms tell whether it may overflow, the
-// sums whether all vanished; then a panel of keys, or a tile of queries, is taken once more around its largest exponents.
-// No feature outlives its tile.
+// (`references`, to base 2): attention from the projection to the keys, then from the queries to the projection. The
+// number subtracted from an exponent before exp2 cancels, so any guess that keeps the results in range will do. The plain
+// guess costs nothing: 0 for keys, two standard deviations for queries. Norms show whether it may overflow, sums whether
+// everything vanished; a panel of keys, or a tile of queries, is then computed again around its largest exponents. No
+// feature is kept beyond its tile.
 
 #pragma once
 
@@ -13,17 +13,17 @@
 
 namespace PROTLM_NAMESPACE {
 
-// Exponents may exceed what is subtracted by as much: 2^60, times the keys of a segment, leaves room in float32.
+// The most by which exponents may exceed the number subtracted: 2^60, times the keys of a segment, fits in float32.
 constexpr float kRange = 60.0f;
-// A sum that is smaller may have lost what counts to kSmallestExponent.
+// A smaller sum may have lost significant terms to kSmallestExponent.
 constexpr float kSmallestSum = 0x1p-32f;
-// The largest exponent may fall below what is subtracted by as much.
+// The most by which the largest exponent may fall below the number subtracted.
 constexpr float kLargestFall = 32.0f;
-// References of a state may differ by as much for 2^references to be multiplied into it.
+// The most by which references of a state may differ for 2^references to be multiplied into it.
 constexpr float kWidestSpread = 32.0f;
 constexpr float kLogZero = -1e30f;
 
-// One unit of tokens of one head, with all that belongs to it.
+// The computations on one unit of tokens of one head.
 template <bool kExponential>
 struct Work {
     const Sizes& sizes;
@@ -45,7 +45,7 @@ struct Work {
             visit(first, tokens.unit.count - first < sizes.tile ? tokens.unit.count - first : sizes.tile);
     }
 
-    // Gathers keys for the projection, and their ‖k‖² in the exponent. Returns what bounds the exponents from above.
+    // Gathers keys for the projection, and their ‖k‖² in the exponent. Returns an upper bound of the exponents.
     float gather_keys(Index first, Index count, float* rows, float* norms) const {
         const FavorTensor& k = tokens.call.k;
         tokens.gather(k, first, count, factor, rows);
@@ -74,8 +74,7 @@ struct Work {
         });
     }
 
-    // Adds Σ features ⊗ values over the tokens of a tile; one pass after the other, so that what each reads again and
-    // again stays in the first-level cache.
+    // Adds Σ features ⊗ values over the tokens of a tile, in passes whose repeated reads stay in the first-level cache.
     void add_features(const float* features, Index count, const float* values, float* context) const {
         for (Index j = 0; j < padded; j += kPanel)
             for (Index c = 0; c < padded_dim; c += kPanel)
@@ -102,7 +101,7 @@ struct Work {
         return true;
     }
 
-    // The same relative to the references of the state, which move to the largest exponents where these are out of range.
+    // The same relative to the references of the state, which move to the largest exponents where those are out of range.
     void key_features(const State& state, Index j, Index count, bool is_first) const {
         const float* const columns = projection.columns + j * dim;
         const float* const norms = scratch.numbers[0];
@@ -146,7 +145,7 @@ struct Work {
         for (Index c = 0; c < padded_dim; ++c) state.context[(c / kPanel * padded + j) * kPanel + c % kPanel] *= shrink;
     }
 
-    // Makes means and logarithms of sums; features that only fill a panel weigh nothing from here on.
+    // Turns sums into means and logarithms of sums, and clears the features that only pad a panel.
     void finish(const State& state) const {
         for (Index j = 0; j < padded && kExponential; ++j) {
             const float inverse = 1.0f / state.sums[j];
@@ -168,7 +167,7 @@ struct Work {
         }
     }
 
-    // What a query finds of a feature: its reference, and the constant of `oprf`; returns the largest.
+    // Writes what queries add for each feature, its reference and the constant of `oprf`; returns the largest.
     float prepare_query_references(const float* references) const {
         float largest = -INFINITY;
         for (Index j = 0; j < padded; ++j) {
@@ -228,7 +227,7 @@ struct Work {
         return true;
     }
 
-    // Writes what is subtracted from the exponents of a tile of queries; returns whether that keeps them in range.
+    // Writes the numbers subtracted from the exponents of a tile of queries; returns whether they keep them in range.
     bool guess_offsets(const float* queries, Index count, float largest_reference) const {
         bool is_bounded = true;
         for (Index t = 0; t < count && kExponential; ++t, queries += dim) {
@@ -292,7 +291,7 @@ struct Work {
         }
     }
 
-    // Says whether every offset is near the largest exponent; moves there those that are not.
+    // Moves every offset that is not near the largest exponent to it; returns whether none had to move.
     bool offsets_fit(Index count) const {
         bool fit = true;
         for (Index t = 0; t < count; ++t) {
@@ -305,7 +304,7 @@ struct Work {
         return fit;
     }
 
-    // Writes the gradients of the queries of the unit, and what they give to the gradient of the state.
+    // Writes the gradients of the queries of the unit, and their contribution to the gradient of the state.
     void query_gradients(const State& state, const State& gradient) const {
         std::memset(gradient.context, 0, sizeof(float) * sizes.state_floats());
         transpose_panels(state.context, padded, dim, scratch.other_context);
@@ -340,7 +339,7 @@ struct Work {
         }
     }
 
-    // Features of queries divided by their sums; adds what they give to the gradient of the sums of the state.
+    // Writes features of queries divided by their sums; adds their contribution to the gradient of the sums of the state.
     PROTLM_INLINE void scaled_query_features(const State& gradient, Index j, Index count) const {
         const Vec left_reference = load(scratch.query_references + j);
         const Vec right_reference = load(scratch.query_references + j + kLanes);
@@ -357,7 +356,7 @@ struct Work {
         store(gradient.sums + j, left_grad), store(gradient.sums + j + kLanes, right_grad);
     }
 
-    // Makes of the features of queries the gradients of their exponents.
+    // Replaces the features of queries by the gradients of their exponents.
     PROTLM_INLINE void query_exponent_grads(const State& state, Index j, Index count) const {
         float* const features = scratch.features[0] + j * count;
         const float* const inner = scratch.numbers[1];

@@ -1,6 +1,6 @@
-// What favor_cpp.py hands over for one call of the op: plain structures of pointers, strides and counts.
+// The arguments of one call of the op, as favor_cpp.py passes them: plain structures of pointers, strides and counts.
 //
-// Every size is in floats or in counts. The caller owns all memory; results for tokens that no unit names stay untouched.
+// Every size is in floats or in counts. The caller owns all memory; results of tokens that no unit names are not written.
 
 #pragma once
 
@@ -14,11 +14,11 @@ struct FavorTensor {
     std::int64_t batch_stride, head_stride, token_stride;
 };
 
-// Consecutive tokens of one segment, which one thread takes at once.
+// Consecutive tokens of one segment, which one thread processes at a time.
 struct FavorUnit {
     std::int64_t segment, row;  // row of the batch
     std::int64_t first, count;  // in `positions`, or tokens of the row where that is null
-    std::int64_t slot;          // where its partial state goes; -1 if the segment is this one unit
+    std::int64_t slot;          // where its partial state is stored; -1 if the segment is this one unit
     std::int64_t first_slot;    // that of the first unit of the segment
 };
 
@@ -49,7 +49,7 @@ struct FavorCall {
     float* state_grads; // as states; only of the halves of the backward
     float* references;  // (segments, heads, features), or (segments, heads) for ReLU
 
-    std::int64_t result_bytes;  // of `out` and of each gradient that is written; each lies in one piece
+    std::int64_t result_bytes;  // of `out` and of each gradient that is written; each is contiguous
     FavorTensor out_grad, q_grad, k_grad, v_grad;
 
     float* workspace;

@@ -1,10 +1,10 @@
-// Causal FAVOR: the keys of a segment in short pieces, whose queries read the state of all pieces before and, by a
-// triangle of weights, the keys of their own.
+// Causal FAVOR: a segment is taken in short stretches. The queries of a stretch read the state of all keys before it, and
+// the keys of their own stretch by a triangle of weights.
 //
-// References are the largest exponents of the keys that came before a piece and of its first key: every query of the
-// piece sees that key, so no weight it needs vanishes, and none depends on a later token. Where a key rises too far above
-// them the piece ends, and the next one begins with it. The output of a token is made of earlier tokens by the same
-// operations whatever follows, so later ones cannot change a bit of it.
+// References are the largest exponents of the keys before a stretch and of its first key: every query of the stretch
+// sees that key, so no weight it needs vanishes, and none depends on a later token. Where a key rises too far above the
+// references the stretch ends, and the next one begins with that key. The operations that compute the output of a token
+// from earlier tokens do not depend on later ones, so later tokens cannot change a bit of it.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace PROTLM_NAMESPACE {
 
-// A key may exceed the references of its piece by as much. A query may be as far from its offset as 2^-32 or 2^60: with
-// 2^24, what exp2 makes of the smallest exponents stays far below the one, and weights far below the largest float.
+// The most by which a key may exceed the references of its stretch. A query may be as far from its offset as 2^-32 or
+// 2^60: with 2^24, exp2 of the smallest exponent stays far below that, and weights far below the largest float.
 constexpr float kLargestKeyRise = 24.0f;
 
 template <bool kExponential>
@@ -26,7 +26,7 @@ struct CausalWork : Work<kExponential> {
     const Index stride;  // rows of a panel of features, and of the triangles
 
     CausalWork(const Base& base, const CausalScratch& more_scratch)
-        : Base(base), more(more_scratch), stride(base.sizes.padded_piece()) {}
+        : Base(base), more(more_scratch), stride(base.sizes.padded_stretch()) {}
 
     // Makes `state` that of the keys before the unit, of no key for null.
     void begin(const State& state, const float* before) const {
@@ -44,13 +44,13 @@ struct CausalWork : Work<kExponential> {
         if (before) transpose_panels(before, padded, dim, state.context);
     }
 
-    // Gathers the piece that begins with a token of the unit: keys, values and the features of the keys. Moves the
+    // Gathers the stretch that begins with a token of the unit: keys, values and the features of the keys. Moves the
     // references of the state to the first key, and calls rescale(panel of features, two factors) where they move.
-    // Returns how many tokens the piece has.
+    // Returns how many tokens the stretch has.
     template <class Rescale>
-    Index next_piece(const State& state, Index first, Rescale&& rescale) const {
-        const Index rest = tokens.unit.count - first, count = rest < sizes.piece ? rest : sizes.piece;
-        gather_piece(first, count);
+    Index next_stretch(const State& state, Index first, Rescale&& rescale) const {
+        const Index rest = tokens.unit.count - first, count = rest < sizes.stretch ? rest : sizes.stretch;
+        gather_stretch(first, count);
         float *const rises = scratch.vectors[0];
         for (Index t = 0; t < count; ++t) store(rises + t * kLanes, all(-INFINITY));
         for (Index j = 0; j < padded; j += kPanel) {
@@ -76,9 +76,9 @@ struct CausalWork : Work<kExponential> {
         return kExponential ? kept : count;
     }
 
-    // Gathers a piece whose references are known.
-    void known_piece(const float* references, Index first, Index count) const {
-        gather_piece(first, count);
+    // Gathers a stretch whose references are known.
+    void known_stretch(const float* references, Index first, Index count) const {
+        gather_stretch(first, count);
         for (Index j = 0; j < padded; j += kPanel) {
             float* const features = scratch.features[0] + j * stride;
             key_exponents(j, count, features);
@@ -90,7 +90,7 @@ struct CausalWork : Work<kExponential> {
         }
     }
 
-    void gather_piece(Index first, Index count) const {
+    void gather_stretch(Index first, Index count) const {
         this->gather_keys(first, count, scratch.rows[0], more.norms);
         tokens.gather(tokens.call.v, first, count, 1.0f, scratch.rows[1]);
     }
@@ -104,13 +104,13 @@ struct CausalWork : Work<kExponential> {
                 left = feature(left), right = feature(right);
             store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
         });
-        // Weights within a piece have no sums of the state that would hide what only fills the panel.
+        // No sums of the state, which are zero for the padding of a panel, enter the weights within a stretch.
         for (Index i = sizes.features - j; i < kPanel && !kExponential; ++i)
             for (Index t = 0; t < count; ++t) features[t * kPanel + i] = 0.0f;
     }
 
-    // 2^(lower - higher), 0 where the lower reference is that of no key; 1 where rounding, or a column that only fills a
-    // panel, puts the lower one higher.
+    // 2^(lower - higher), 0 where the lower reference is that of no key; 1 where rounding, or a column that only pads a
+    // panel, makes the lower one larger.
     static Vec shrinkage(Vec lower, Vec higher) {
         Vec factors;
         for (int i = 0; i < kLanes; ++i) factors[i] = lower[i] > higher[i] ? 1.0f : std::exp2(lower[i] - higher[i]);
@@ -133,7 +133,7 @@ struct CausalWork : Work<kExponential> {
         return {features, kPanel, 1, kPanel, padded / kPanel, stride * kPanel};
     }
 
-    // Adds the keys of the piece to a state.
+    // Adds the keys of the stretch to a state.
     void add_keys(const State& state, Index count) const {
         for (Index c = 0; c < padded_dim; c += kPanel)
             for (Index j = 0; j < padded; j += kPanel)
@@ -152,11 +152,12 @@ struct CausalWork : Work<kExponential> {
         }
     }
 
-    // Writes the output and the query sums of the unit; the state is that of all keys before, then also of the unit's.
+    // Writes the output and the query sums of the unit. `state` holds all keys before the unit, and at the end also the
+    // keys of the unit.
     void scan(const State& state) const {
         float *const offsets = scratch.numbers[0], *const totals = scratch.vectors[1];
         for (Index first = 0, count; first < tokens.unit.count; first += count) {
-            count = next_piece(state, first, [&](Index j, Vec left, Vec right) {
+            count = next_stretch(state, first, [&](Index j, Vec left, Vec right) {
                 store(state.sums + j, load(state.sums + j) * left);
                 store(state.sums + j + kLanes, load(state.sums + j + kLanes) * right);
                 rescale_panels(state.context, j, left, right);
@@ -207,11 +208,11 @@ struct CausalWork : Work<kExponential> {
     }
 
     // Writes the gradients of the queries of the unit. `state` holds all keys before, its context transposed to
-    // [padded / kPanel][head_dim][kPanel]. Keeps the pieces and their references; returns their number.
+    // [padded / kPanel][head_dim][kPanel]. Keeps the stretches and their references; returns their number.
     Index query_scan(const State& state) const {
         Index steps = 0;
         for (Index first = 0, count; first < tokens.unit.count; first += count) {
-            count = next_piece(state, first, [&](Index j, Vec left, Vec right) {
+            count = next_stretch(state, first, [&](Index j, Vec left, Vec right) {
                 store(state.sums + j, load(state.sums + j) * left);
                 store(state.sums + j + kLanes, load(state.sums + j + kLanes) * right);
                 for (Index c = 0; c < dim; ++c) {
@@ -257,7 +258,7 @@ struct CausalWork : Work<kExponential> {
         std::memcpy(more.step_references + step * padded, state.references, sizeof(float) * padded);
     }
 
-    // Gathers the queries of a piece for the backward: their scaled features in features[1], the gradient of the output
+    // Gathers the queries of a stretch for the backward: their scaled features in features[1], the gradient of the output
     // as rows in `queries` and as panels, and its inner products with the output in numbers[1].
     void gather_queries(const float* references, Index first, Index count) const {
         float* const query_sums = scratch.numbers[0];
@@ -295,7 +296,7 @@ struct CausalWork : Work<kExponential> {
             for (Index s = t + 1; s < count; ++s) triangle[t * stride + s] = 0.0f;
     }
 
-    // Adds what the queries of the piece give to the gradient of the state.
+    // Adds the contribution of the queries of the stretch to the gradient of the state.
     void add_queries(const State& gradient, Index count) const {
         for (Index j = 0; j < padded; j += kPanel) {
             const float* const features = scratch.features[1] + j * stride;
@@ -328,21 +329,21 @@ struct CausalWork : Work<kExponential> {
     void own_gradient(const State& gradient, const float* references) const {
         std::memset(gradient.context, 0, sizeof(float) * sizes.state_floats());
         std::memcpy(gradient.references, references, sizeof(float) * padded);
-        for (Index first = 0; first < tokens.unit.count; first += sizes.piece) {
-            const Index rest = tokens.unit.count - first, count = rest < sizes.piece ? rest : sizes.piece;
+        for (Index first = 0; first < tokens.unit.count; first += sizes.stretch) {
+            const Index rest = tokens.unit.count - first, count = rest < sizes.stretch ? rest : sizes.stretch;
             gather_queries(references, first, count);
             add_queries(gradient, count);
         }
     }
 
-    // Writes the gradients of keys and values, from the last piece to the first; `gradient` is that of later units.
+    // Writes the gradients of keys and values, from the last stretch to the first; `gradient` is that of later units.
     void key_scan(Index steps, const State& gradient) const {
         for (Index step = steps - 1; step >= 0; --step) {
             const Index first = more.step_bounds[step];
             const Index count = more.step_bounds[step + 1] - first;
             const float* const references = more.step_references + step * padded;
             move_gradient(gradient, references);
-            known_piece(references, first, count);
+            known_stretch(references, first, count);
             gather_queries(references, first, count);
             triangle_of_gradients(count);
             triangle_of_weights(scratch.features[1], count);

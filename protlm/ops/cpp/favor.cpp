@@ -4,8 +4,8 @@
 
 extern "C" {
 
-// What Python compares with its own: after an update, a library of before may still lie there. Raise the version when
-// the meaning of a member changes and the size does not.
+// Python compares both with its own values: after an update an older library may still be in place. Raise the version
+// when the meaning of a member changes and the size does not.
 std::int64_t protlm_favor_version() { return 2; }
 std::int64_t protlm_favor_call_bytes() { return sizeof(FavorCall); }
 

@@ -1,5 +1,5 @@
-// The passes of a call over its units, in parallel. Units, their partial results and the order in which these are put
-// together depend on the call alone: any number of threads gives the same bits.
+// The passes of a call over its units, in parallel. Units, their partial results and the order in which these are
+// combined depend on the call alone: any number of threads gives the same bits.
 
 #pragma once
 
@@ -15,8 +15,8 @@
 
 namespace PROTLM_NAMESPACE {
 
-// One thread's part in a call. Every loop below is shared out among the threads of the parallel region around it, and
-// ends when all of them have ended it.
+// The work of one thread in a call. Every loop below is divided among the threads of the parallel region around it, and
+// ends when all of them have finished.
 template <bool kExponential>
 struct Team {
     const FavorCall& call;
@@ -40,13 +40,13 @@ struct Team {
             pack_projection(call, sizes, head, is_backward, workspace.projection(head));
     }
 
-    // Calls visit(unit, head) for the units of segments that are one unit, of longer ones, or of both.
+    // Calls visit(unit, head) for the units of segments that are one unit, of longer segments, or of both.
     template <class Visit>
-    void for_each_unit(bool whole, bool parts, Visit&& visit) const {
+    void for_each_unit(bool whole, bool partial, Visit&& visit) const {
 #pragma omp for schedule(dynamic)
         for (Index i = 0; i < call.num_units * sizes.heads; ++i) {
             const FavorUnit& unit = call.units[i / sizes.heads];
-            if (unit.slot < 0 ? whole : parts) visit(unit, i % sizes.heads);
+            if (unit.slot < 0 ? whole : partial) visit(unit, i % sizes.heads);
         }
     }
 
@@ -56,8 +56,8 @@ struct Team {
         for (Index i = 0; i < call.num_groups * sizes.heads; ++i) visit(call.groups[i / sizes.heads], i % sizes.heads);
     }
 
-    // Folds the keys of every segment into its state. visit(task) goes on with a segment that is one unit while its state
-    // is at hand, in `state`; those of longer ones are in their first slots.
+    // Folds the keys of every segment into its state. visit(task) continues with a segment that is one unit while its
+    // state is still in `state`; the states of longer segments are in their first slots.
     template <class Visit>
     void fold(Visit&& visit) const {
         for_each_unit(true, true, [&](const FavorUnit& unit, Index head) {
@@ -92,8 +92,8 @@ struct Team {
         });
     }
 
-    // Writes the gradients of the queries. visit(task) goes on as in `fold`, with the gradient of the state in `gradient`;
-    // those of longer segments are in their first slots.
+    // Writes the gradients of the queries. visit(task) continues as in `fold`, with the gradient of the state in
+    // `gradient`; the gradients of longer segments are in their first slots.
     template <class Visit>
     void query_gradients(Visit&& visit) const {
         for_each_unit(true, true, [&](const FavorUnit& unit, Index head) {
@@ -132,7 +132,7 @@ struct Team {
         });
     }
 
-    // Folds the keys of long segments, unit by unit, so that each unit can begin with the state of those before it.
+    // Folds the keys of long segments, unit by unit, so that each unit can begin with the state of the units before it.
     void prepare_causal(bool stores) const {
         for_each_unit(false, true, [&](const FavorUnit& unit, Index head) {
             const Work<kExponential> task = work(unit, head);
@@ -181,8 +181,8 @@ struct Team {
     }
 };
 
-// Asks for pages of 2 MiB below a large result that is about to be written for the first time: a fault for every 4 KiB
-// costs as much as a tenth of the attention. A call need not have every result.
+// Requests pages of 2 MiB for a large result that is about to be written for the first time: a page fault for every
+// 4 KiB costs as much as a tenth of the attention. A call need not have every result.
 inline void ask_for_huge_pages(const FavorCall& call, const FavorTensor& result) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (!result.data) return;
@@ -190,13 +190,13 @@ inline void ask_for_huge_pages(const FavorCall& call, const FavorTensor& result)
     const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(result.data);
     const std::uintptr_t first = (begin + page - 1) / page * page;
     const std::uintptr_t last = (begin + call.result_bytes) / page * page;
-    // Advice: where it is not taken, everything works as before.
+    // Only advice: without such pages the results are the same.
     if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
-// What a call does: all of forward or backward, or the halves of the bidirectional ones. States are complete between two
-// halves, so that the caller may put those of several processes together.
+// The task of a call: all of forward or backward, or a half of the bidirectional ones. Between two halves states are
+// complete, so that the caller can combine those of several processes.
 enum class Task { kForward, kBackward, kFold, kRead, kQueryGradients, kKeyGradients };
 
 template <bool kExponential>

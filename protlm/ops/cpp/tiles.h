@@ -1,4 +1,4 @@
-// Matrix products in tiles that stay in registers, and how their operands lie in memory.
+// Matrix products in tiles that stay in registers, and the memory layout of their operands.
 //
 // Products are rows of `a`, an element at a time, times columns of `b`, a panel of kPanel at a time. Every element of a
 // result is a chain of multiply-adds in the order of the inner axis (a sum of chains where that is long), whatever tile
@@ -16,7 +16,7 @@ namespace PROTLM_NAMESPACE {
 
 using Index = std::int64_t;
 
-// Rows of a tile: with two vectors each they fill the registers of AVX2, and hide the latency of the multiply-adds.
+// Rows of a tile: with two vectors each they fill the registers of AVX2 and cover the latency of the multiply-adds.
 constexpr int kRows = 6;
 
 constexpr Index round_up(Index x, Index step) { return (x + step - 1) / step * step; }
@@ -37,7 +37,7 @@ struct Operand {
 // `rows` contiguous rows of `size` elements.
 PROTLM_INLINE Operand row_major(const float* data, Index size) { return {data, size, 1, size}; }
 
-// Panels [inner / kPanel][rows][kPanel], as a product before wrote them.
+// Panels [inner / kPanel][rows][kPanel], as an earlier product wrote them.
 PROTLM_INLINE Operand from_panels(const float* data, Index rows, Index inner) {
     return {data, kPanel, 1, kPanel, inner / kPanel, rows * kPanel};
 }
@@ -60,7 +60,7 @@ PROTLM_INLINE void multiply(Vec (&c)[R][2], const Operand& a, const float* b) {
     }
 }
 
-// Panels of the inner axis that one chain takes: rounding grows with the length of a chain.
+// Panels of the inner axis in one chain: rounding grows with the length of a chain.
 constexpr Index kLongestChain = 512 / kPanel;
 
 // The product over a long inner axis, in blocks.
@@ -80,7 +80,7 @@ __attribute__((noinline)) void multiply_in_blocks(Vec (&c)[R][2], const Operand&
 template <int R>
 PROTLM_INLINE void multiply_first(Vec (&c)[R][2], const Operand& a, const float* b) {
     if (a.num_panels <= kLongestChain) return multiply<R>(c, a, b);
-    // Of its own, so that c need not have an address.
+    // A variable of its own, so that c need not have an address.
     Vec sums[R][2] = {};
     multiply_in_blocks<R>(sums, a, b);
 #pragma GCC unroll 6
@@ -118,8 +118,8 @@ PROTLM_INLINE void product(Index rows, const Operand& a, const float* b, Take&& 
     });
 }
 
-// The same for a * b + c * d, where c is a triangle: left(first row, rows) and right(first row) give what a tile needs of
-// c and of d.
+// The same for a * b + c * d, where c is a triangle: left(first row, rows) and right(first row) return the operands c and
+// d of a tile.
 template <class Left, class Right, class Take>
 PROTLM_INLINE void product_with_triangle(Index rows, const Operand& a, const float* b, Left&& left, Right&& right,
                                          Take&& take) {
@@ -147,7 +147,7 @@ PROTLM_INLINE void add_product(Index rows, const Operand& a, const float* b, flo
     });
 }
 
-// The first `count` lanes, at most kLanes, and zeros; nothing behind them is read.
+// The first `count` lanes, at most kLanes, followed by zeros; memory after them is not read.
 PROTLM_INLINE Vec load_columns(const float* from, Index count) {
     if (count >= kLanes) return load(from);
     float columns[kLanes] = {};
@@ -155,7 +155,7 @@ PROTLM_INLINE Vec load_columns(const float* from, Index count) {
     return load(columns);
 }
 
-// Writes `count` columns of a panel; memory behind them may belong to something else.
+// Writes `count` columns of a panel; memory after them may belong to something else.
 PROTLM_INLINE void store_columns(float* to, Index count, Vec left, Vec right) {
     if (count >= kPanel) {
         store(to, left);

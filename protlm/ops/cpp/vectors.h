@@ -25,7 +25,7 @@ typedef std::int32_t Ints __attribute__((vector_size(4 * PROTLM_LANES)));
 PROTLM_INLINE Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
 PROTLM_INLINE void store(float* to, Vec x) { *reinterpret_cast<LooseVec*>(to) = x; }
 PROTLM_INLINE Vec all(float x) { return x - Vec{}; }
-// The second argument where either is NaN. (From the plain form compilers make a comparison and a blend.)
+// The second argument where either is NaN. (Compilers turn the plain form into a comparison and a blend.)
 PROTLM_INLINE Vec larger(Vec a, Vec b) {
 #if PROTLM_LANES == 16 && defined(__AVX512F__)
     return _mm512_max_ps(a, b);
@@ -51,21 +51,21 @@ PROTLM_INLINE float largest_of(Vec x) {
 }
 
 PROTLM_INLINE bool any(Ints x) {
-    std::int32_t found = 0;
-    for (int i = 0; i < kLanes; ++i) found |= x[i];
-    return found != 0;
+    std::int32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= x[i];
+    return bits != 0;
 }
 
 PROTLM_INLINE bool all_of(Ints x) {
-    std::int32_t found = -1;
-    for (int i = 0; i < kLanes; ++i) found &= x[i];
-    return found != 0;
+    std::int32_t bits = -1;
+    for (int i = 0; i < kLanes; ++i) bits &= x[i];
+    return bits != 0;
 }
 
-// What exp2 makes of everything below: far under what counts beside the largest weight, far above where floats thin out.
+// exp2 of smaller exponents is that of this one: negligible beside the largest weight, and far above the denormals.
 constexpr float kSmallestExponent = -100.0f;
 
-// 2^x to 1.5e-7, for x up to 127; below kSmallestExponent that of it, NaN for NaN.
+// 2^x to a relative 1.5e-7, for x up to 127; 2^kSmallestExponent for smaller x; NaN for NaN.
 PROTLM_INLINE Vec exp2(Vec x) {
     x = larger(all(kSmallestExponent), x);
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.

@@ -1,4 +1,4 @@
-// Sizes of one call, and where in the caller's workspace everything lies.
+// The sizes of one call, and the layout of the caller's workspace.
 
 #pragma once
 
@@ -7,15 +7,15 @@
 
 namespace PROTLM_NAMESPACE {
 
-// Tokens taken at once: their features and the rows they are made of stay in a core's second-level cache.
+// Tokens processed together: their features and the rows they are computed from stay in a core's second-level cache.
 constexpr Index kLongestTile = 96, kTileFloats = 48 * 1024;
-// The same for causal attention, whose cost within a piece grows with the square of its length.
-constexpr Index kLongestPiece = 64;
+// The same for causal attention, whose cost within a stretch grows with the square of its length.
+constexpr Index kLongestStretch = 64;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kReluOffset = 1e-3f;  // feature_maps.RELU_OFFSET
 
 struct Sizes {
-    Index heads, head_dim, padded_dim, features, padded_features, tile, piece, projections;
+    Index heads, head_dim, padded_dim, features, padded_features, tile, stretch, projections;
 
     explicit Sizes(const FavorCall& call)
         : heads(call.heads), head_dim(call.head_dim), padded_dim(round_up(head_dim, kPanel)),
@@ -23,11 +23,11 @@ struct Sizes {
           projections(call.projection_head_stride ? heads : 1) {
         const Index fitting = kTileFloats / (padded_features + 2 * padded_dim) / kRows * kRows;
         tile = fitting < 2 * kRows ? 2 * kRows : fitting > kLongestTile ? kLongestTile : fitting;
-        piece = tile < kLongestPiece ? tile : kLongestPiece;
-        if (call.is_causal) tile = padded_piece();
+        stretch = tile < kLongestStretch ? tile : kLongestStretch;
+        if (call.is_causal) tile = padded_stretch();
     }
 
-    Index padded_piece() const { return round_up(piece, kPanel); }
+    Index padded_stretch() const { return round_up(stretch, kPanel); }
     Index state_floats() const { return padded_features * (padded_dim + 2); }
     Index projection_floats() const { return padded_features * (head_dim + padded_dim + 1) + 1; }
 };
@@ -55,7 +55,7 @@ struct Projection {
           squares(rows + sizes.padded_features * sizes.padded_dim), longest(squares + sizes.padded_features) {}
 };
 
-// What one thread works with.
+// The memory of one thread.
 struct Scratch {
     float *state, *gradient, *other_context, *query_references, *state_weights;
     float *features[2];             // [padded_features / kPanel][tile][kPanel]
@@ -90,9 +90,9 @@ private:
 // Further memory of a thread for causal calls.
 struct CausalScratch {
     float *queries, *query_panels;    // q as rows; the gradient of the output as panels
-    float *key_columns;               // features of keys, [piece / kPanel][padded_features][kPanel]
-    float *weights, *weights_grad;    // [piece][padded piece]
-    float *value_columns;             // [piece / kPanel][head_dim][kPanel]
+    float *key_columns;               // features of keys, [stretch / kPanel][padded_features][kPanel]
+    float *weights, *weights_grad;    // [stretch][padded stretch]
+    float *value_columns;             // [stretch / kPanel][head_dim][kPanel]
     float *norms;
     float *step_references;           // [steps][padded_features]
     Index* step_bounds;               // [steps + 1], tokens of the unit
@@ -104,14 +104,14 @@ struct CausalScratch {
             memory += round_up(count, 16);
             return taken;
         };
-        const Index piece = sizes.padded_piece();
-        queries = take(piece * sizes.padded_dim);
-        query_panels = take(piece * sizes.padded_dim);
-        key_columns = take(piece * sizes.padded_features);
-        weights = take(piece * piece);
-        weights_grad = take(piece * piece);
-        value_columns = take(piece * sizes.head_dim);
-        norms = take(piece);
+        const Index stretch = sizes.padded_stretch();
+        queries = take(stretch * sizes.padded_dim);
+        query_panels = take(stretch * sizes.padded_dim);
+        key_columns = take(stretch * sizes.padded_features);
+        weights = take(stretch * stretch);
+        weights_grad = take(stretch * stretch);
+        value_columns = take(stretch * sizes.head_dim);
+        norms = take(stretch);
         step_bounds = reinterpret_cast<Index*>(take(2 * (unit_tokens + 1)));
         step_references = take(unit_tokens * sizes.padded_features);
         end = memory;
@@ -170,7 +170,7 @@ inline void pack_projection(const FavorCall& call, const Sizes& sizes, Index hea
             if (!is_filling) rows[i] += (is_mirrored ? j - call.num_rows : j) * dim;
             signs[i] = is_filling ? 0.0f : is_mirrored ? -1.0f : 1.0f;
             projection.squares[j] = dot(rows[i], rows[i], dim);
-            // Not std::max: a row that is not finite has to show.
+            // Not std::max: a row that is not finite must make the bound NaN.
             if (!(projection.squares[j] <= largest_square)) largest_square = projection.squares[j];
         }
         float* columns = projection.columns + first * dim;
@@ -183,7 +183,7 @@ inline void pack_projection(const FavorCall& call, const Sizes& sizes, Index hea
     *projection.longest = column_scale * std::sqrt(largest_square);
 }
 
-// Where the tokens of one call, unit and head lie.
+// The positions of the tokens of one call, unit and head in memory.
 struct Tokens {
     const FavorCall& call;
     const FavorUnit& unit;
