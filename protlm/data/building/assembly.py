@@ -1,4 +1,4 @@
-"""How the kept records of all pieces become shards: where each shard begins and ends, and what goes into it."""
+"""Shards from the kept records of all pieces: hides where each shard begins and how its columns are gathered."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from protlm.errors import ShardError
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """The records of one shard: those of its split among a range of all records.
+    """The plan of one shard: it gets the records of its split in a range of all records.
 
     Attributes:
         split: The split.
         name: The base name of its file.
         start: Number of its first record in the whole input.
-        end: One more than the number of its last.
-        num_residues: Residues of its records.
+        end: One more than the number of its last record.
+        num_residues: Number of residues of its records.
     """
 
     split: SplitName
@@ -39,7 +39,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """The records of a shard that come from one piece: its path, the number of its first record, their places in it."""
+    """The records of a shard from one piece: the piece's path, the number of its first record, their indices in it."""
 
     path: Path
     start: int
@@ -47,12 +47,12 @@ class _Members:
 
 
 def plan_shards(pieces: Sequence[PieceFile], selection: Selection, shard_residues: int) -> list[ShardPlan]:
-    """Returns the shards of all splits: a shard ends where the next record would make it too large.
+    """Returns the plans of the shards of all splits; a shard ends where the next record would make it too large.
 
     Args:
         pieces: All pieces, in order.
-        selection: What is kept of them.
-        shard_residues: Residues in a shard, at most; only a single longer record makes it larger.
+        selection: The decisions on their records.
+        shard_residues: Maximum number of residues in a shard; only a single longer record may exceed it.
     """
     open_plans: dict[int, tuple[int, int, int]] = {}
     counts = dict.fromkeys(range(len(SPLIT_NAMES)), 0)
@@ -93,13 +93,13 @@ def plan_shards(pieces: Sequence[PieceFile], selection: Selection, shard_residue
 
 
 def make_shard(plan: ShardPlan, directory: Path, pieces: Sequence[PieceFile], selection: Selection) -> FinishedShard:
-    """Writes a shard, or finds that it was written before.
+    """Returns a shard, after writing it unless it is there already.
 
     Args:
-        plan: What goes into it.
+        plan: Its plan.
         directory: The folder of the dataset.
         pieces: All pieces, in order.
-        selection: What is kept of them.
+        selection: The decisions on their records.
     """
     if (reader := _finished(plan, directory / plan.name)) is not None:
         offsets = reader.offsets
@@ -107,10 +107,10 @@ def make_shard(plan: ShardPlan, directory: Path, pieces: Sequence[PieceFile], se
         residue_counts = count_residues(reader.tokens)
     else:
         members = list(_members(plan, pieces, selection))
-        found = _columns(members, selection)
-        offsets = found["offsets"]
+        other_columns = _columns(members, selection)
+        offsets = other_columns["offsets"]
         tokens = _tokens(members)
-        info, residue_counts = write_shard(directory, plan.name, plan.split, plan.num_residues, tokens, found)
+        info, residue_counts = write_shard(directory, plan.name, plan.split, plan.num_residues, tokens, other_columns)
     lengths, length_counts = np.unique(np.diff(offsets), return_counts=True)
     return FinishedShard(plan.split, info, residue_counts, lengths, length_counts)
 
@@ -140,46 +140,46 @@ def _members(plan: ShardPlan, pieces: Sequence[PieceFile], selection: Selection)
 
 
 def _tokens(members: Sequence[_Members]) -> Iterator[np.ndarray]:
-    """Yields the tokens of a shard in stretches; one piece is open at a time."""
+    """Yields the tokens of a shard in stretches, with one piece open at a time."""
     for member in members:
         piece = Piece(member.path)
         yield from _stretches(piece["tokens"], piece["offsets"], member.places)
 
 
 def _columns(members: Sequence[_Members], selection: Selection) -> dict[str, np.ndarray]:
-    """Returns the columns of a shard but for its tokens."""
-    parts = [_part(member, selection) for member in members]
-    # Taken out, so that each column is there twice only while it is put together.
-    found = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
-    for name in [name for name in found if name.endswith("lengths")]:
-        found[name.removesuffix("lengths") + "offsets"] = bounds_of(found.pop(name))
+    """Returns the columns of a shard except its tokens."""
+    by_piece = [_piece_columns(member, selection) for member in members]
+    # Removed here, so that only one column at a time is in memory twice.
+    columns = {name: np.concatenate([gathered.pop(name) for gathered in by_piece]) for name in list(by_piece[0])}
+    for name in [name for name in columns if name.endswith("lengths")]:
+        columns[name.removesuffix("lengths") + "offsets"] = bounds_of(columns.pop(name))
     for name in NUMBER_COLUMNS:
-        if not (found[name] != UNKNOWN).any():
-            del found[name]
+        if not (columns[name] != UNKNOWN).any():
+            del columns[name]
     for name in LABEL_COLUMNS:
-        if not len(found[f"{name}/bytes"]):
-            del found[f"{name}/bytes"], found[f"{name}/offsets"]
-    return found
+        if not len(columns[f"{name}/bytes"]):
+            del columns[f"{name}/bytes"], columns[f"{name}/offsets"]
+    return columns
 
 
-def _part(member: _Members, selection: Selection) -> dict[str, np.ndarray]:
-    """Returns what one piece gives to a shard, copied from it: columns, and lengths in place of bounds."""
+def _piece_columns(member: _Members, selection: Selection) -> dict[str, np.ndarray]:
+    """Returns copies of the columns of a shard's records from one piece, with lengths in place of bounds."""
     piece, places = Piece(member.path), member.places
-    found = {"lengths": piece.lengths[places]}
+    columns = {"lengths": piece.lengths[places]}
     for name in ("ids", "descriptions", *LABEL_COLUMNS):
         if f"{name}/offsets" not in piece:
-            found |= {f"{name}/bytes": np.zeros(0, np.uint8), f"{name}/lengths": np.zeros(len(places), np.int64)}
+            columns |= {f"{name}/bytes": np.zeros(0, np.uint8), f"{name}/lengths": np.zeros(len(places), np.int64)}
             continue
         strings = piece.strings(name)
         if name == "ids":
             strings = _renamed(strings, member.start, selection)
-        found[f"{name}/bytes"] = np.concatenate(_stretches(strings.text, strings.offsets, places))
-        found[f"{name}/lengths"] = np.diff(strings.offsets)[places]
-    return found | {name: piece[name][places] for name in NUMBER_COLUMNS}
+        columns[f"{name}/bytes"] = np.concatenate(_stretches(strings.text, strings.offsets, places))
+        columns[f"{name}/lengths"] = np.diff(strings.offsets)[places]
+    return columns | {name: piece[name][places] for name in NUMBER_COLUMNS}
 
 
 def _renamed(ids: Strings, start: int, selection: Selection) -> Strings:
-    """Returns the ids of a piece, with the numbers of those that repeat an earlier one."""
+    """Returns the ids of a piece, with a number behind each that repeats an earlier one."""
     numbers = selection.numbers_between(start, start + len(ids))
     if not numbers:
         return ids
@@ -190,7 +190,7 @@ def _renamed(ids: Strings, start: int, selection: Selection) -> Strings:
 
 
 def _stretches(content: np.ndarray, offsets: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
-    """Returns the content of some records as few stretches as neighbours allow; empty ones included."""
+    """Returns the content of some records, that of neighbours as one stretch; a stretch may be empty."""
     breaks = np.flatnonzero(np.diff(places) != 1) + 1
     firsts = places[np.concatenate([[0], breaks])]
     lasts = places[np.concatenate([breaks, [len(places)]]) - 1]

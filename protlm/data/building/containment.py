@@ -1,8 +1,8 @@
-"""Which records are part of longer ones, found without comparing all pairs.
+"""The search for records that are part of longer ones: hides how it avoids comparing all pairs.
 
-Sequences are found by windows of a few residues, read as one number. Where a sequence stands in the outer tokens, one
-of its first `stride` windows stands at a multiple of `stride`. So that many windows of each inner sequence are indexed,
-one window in `stride` of the outer tokens is looked up, and what fits is compared letter by letter.
+It uses k-mers of a few residues, read as one number. Wherever an inner sequence occurs in the outer tokens, one of its
+first `stride` k-mers begins at a multiple of `stride`. So the first `stride` k-mers of each inner sequence are indexed,
+one k-mer in `stride` of the outer tokens is looked up, and candidates are compared letter by letter.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from protlm.data.storage.shards import ShardReader
 from protlm.data.strings import bounds_of
 
 MIN_LENGTH = 12
-"""Shorter sequences are not looked for: so few residues occur in unrelated proteins too."""
+"""Shorter sequences are not searched for: so few residues occur in unrelated proteins too."""
 
 Shards = Sequence[ShardReader]
 
@@ -28,14 +28,21 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _HASH_BITS = 40
 _MAX_SLOT_BITS = 29
 _PROBES = 8
-# A form is a hash with a place and the rank of a length below it.
-_FORM_BITS = np.uint64(64 - _HASH_BITS)
-_FORM_MASK = np.uint64((1 << 64 - _HASH_BITS) - 1)
+# A key is a hash with a tail in its low bits: the rank of a length and the place of a k-mer.
+_TAIL_BITS = np.uint64(64 - _HASH_BITS)
+_TAIL_MASK = np.uint64((1 << 64 - _HASH_BITS) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """How inner sequences of `shortest` to `longest` residues are found: all have `span` residues."""
+    """The k-mers by which inner sequences of `shortest` to `longest` residues are searched for.
+
+    Attributes:
+        width: Number of residues of a k-mer.
+        stride: Distance between the k-mers of the outer tokens that are looked up.
+        shortest: Length of the shortest sequences; at least `span`.
+        longest: Length of the longest ones.
+    """
 
     width: int
     stride: int
@@ -44,45 +51,45 @@ class _Level:
 
     @property
     def span(self) -> int:
-        """Any stretch of so many residues holds a whole window at a multiple of the stride."""
+        """Length from which any stretch of residues holds a whole k-mer at a multiple of the stride."""
         return self.width + self.stride - 1
 
 
-# Fewer windows of the larger side are read: of a large outer side one in 32 residues, of a large inner side a few for
+# Fewer k-mers of the larger side are read: of a large outer side one in 32 residues, of a large inner side a few for
 # each sequence.
 _LARGE_OUTER = (_Level(8, 32, 39), _Level(5, 8, MIN_LENGTH, 38))
 _LARGE_INNER = _Level(8, 4, MIN_LENGTH)
 
 
 def small_in_large(inners: Sequence[Shards], outer: Shards) -> list[int]:
-    """Returns for each inner side how many of its records are part of a longer outer one, which is read once."""
+    """Returns for each inner side the number of its records that are part of a longer outer one; reads those once."""
     counts = np.zeros(len(inners), dtype=np.int64)
     bounds = bounds_of([sum(shard.num_records for shard in inner) for inner in inners])
     for level in _LARGE_OUTER:
         for needles in _needles(itertools.chain.from_iterable(inners), None, level):
-            found = _search(needles, outer, level)
-            counts += np.bincount(np.searchsorted(bounds, found, side="right") - 1, minlength=len(inners))
+            contained = _search(needles, outer, level)
+            counts += np.bincount(np.searchsorted(bounds, contained, side="right") - 1, minlength=len(inners))
     return counts.tolist()
 
 
 def large_in_small(inner: Shards, outers: Sequence[Shards]) -> list[int]:
-    """Returns for each outer side how many of the inner records are part of a longer one of it.
+    """Returns for each outer side the number of inner records that are part of a longer one of it.
 
-    Only inner records that share windows with an outer side are looked at more closely.
+    Only inner records that share k-mers with an outer side are searched for.
     """
-    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in outers]
+    contained: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in outers]
     for block in _blocks(outers):
         size = sum(outers[number][place].num_residues for number, place in block)
-        windows = _windows_of((outers[number][place] for number, place in block), size, _LARGE_INNER)
-        for needles in _needles(inner, windows, _LARGE_INNER):
+        kmers = _kmers_of((outers[number][place] for number, place in block), size, _LARGE_INNER)
+        for needles in _needles(inner, kmers, _LARGE_INNER):
             for number, place in block:
-                found[number].append(_search(needles, [outers[number][place]], _LARGE_INNER))
-    # A record may have been found in several shards.
-    return [len(distinct(np.concatenate(numbers))) for numbers in found]
+                contained[number].append(_search(needles, [outers[number][place]], _LARGE_INNER))
+    # A record may be contained in several shards.
+    return [len(distinct(np.concatenate(numbers))) for numbers in contained]
 
 
 def _blocks(sides: Sequence[Shards]) -> list[list[tuple[int, int]]]:
-    """Returns the shards of some sides, by side and place, in groups of about `_BLOCK_RESIDUES`; none is kept open."""
+    """Returns the shards of all sides, each by its side and its index there, in groups of about `_BLOCK_RESIDUES`."""
     blocks: list[list[tuple[int, int]]] = []
     size = _BLOCK_RESIDUES
     for number, shards in enumerate(sides):
@@ -96,12 +103,12 @@ def _blocks(sides: Sequence[Shards]) -> list[list[tuple[int, int]]]:
 
 
 def num_residues(shards: Shards) -> int:
-    """Returns how many residues shards hold."""
+    """Returns the number of residues in shards."""
     return sum(shard.num_residues for shard in shards)
 
 
 def distinct(numbers: np.ndarray) -> np.ndarray:
-    """Returns the distinct numbers, rising; many times faster than np.unique, which goes through a hash table."""
+    """Returns the distinct numbers, ascending; many times faster than np.unique, which uses a hash table."""
     numbers = np.sort(numbers)
     kept: np.ndarray = numbers[
         np.concatenate([np.ones(min(len(numbers), 1), dtype=np.bool_), numbers[1:] != numbers[:-1]])
@@ -110,7 +117,7 @@ def distinct(numbers: np.ndarray) -> np.ndarray:
 
 
 class _HashSet:
-    """Hashes, by a part of their bits: has all that were put in, and few others."""
+    """An approximate set of hashes, by their high bits: it has all that were added, and few others."""
 
     def __init__(self, num_slots: int) -> None:
         bits = min(max(20, num_slots.bit_length()), _MAX_SLOT_BITS)
@@ -120,7 +127,7 @@ class _HashSet:
     def add(self, hashes: np.ndarray) -> None:
         slots = hashes >> self._shift
         bits = slots.astype(np.uint8) & np.uint8(7)
-        # One bit after the other: within each, several hashes of a byte write the same.
+        # One bit after the other, since several hashes of a byte then write the same value.
         for bit in range(8):
             self._bytes[(slots[bits == bit] >> np.uint64(3)).view(np.int64)] |= np.uint8(1 << bit)
 
@@ -135,13 +142,13 @@ class _HashSet:
 def _hashed(words: np.ndarray, width: int) -> np.ndarray:
     """Returns a hash of `_HASH_BITS` bits of the first `width` residues of each word."""
     # The shifted factor moves the others out at the top.
-    return (words * (_FACTOR << np.uint64(8 * (_WORD - width)))) >> _FORM_BITS
+    return (words * (_FACTOR << np.uint64(8 * (_WORD - width)))) >> _TAIL_BITS
 
 
-def _window_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the hashes of the windows at multiples of the stride; each chunk with the place of its first window.
+def _kmer_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the hashes of the k-mers at multiples of the stride, each chunk with the place of its first k-mer.
 
-    Within a chunk the windows stand `max(_WORD, level.stride)` residues apart.
+    Within a chunk the k-mers are `max(_WORD, level.stride)` residues apart.
     """
     for shift in range(0, _WORD, level.stride):
         for start in range(shift, len(tokens), _WORD * _CHUNK_WORDS):
@@ -152,33 +159,33 @@ def _window_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.
             yield start, _hashed(words, level.width)
 
 
-def _windows_of(shards: Iterable[ShardReader], size: int, level: _Level) -> _HashSet:
-    """Returns the windows of shards that hold `size` residues."""
-    found = _HashSet(16 * size // level.stride)
+def _kmers_of(shards: Iterable[ShardReader], size: int, level: _Level) -> _HashSet:
+    """Returns the k-mers of shards that have `size` residues."""
+    kmers = _HashSet(16 * size // level.stride)
     for shard in shards:
-        for _, hashes in _window_chunks(shard.tokens, level):
-            found.add(hashes)
-    return found
+        for _, hashes in _kmer_chunks(shard.tokens, level):
+            kmers.add(hashes)
+    return kmers
 
 
 def _words_at(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Returns the 8 residues from each place on as one number, zeros after the end of the tokens."""
+    """Returns the 8 residues from each place on as one number, with zeros after the end of the tokens."""
     tokens = np.ascontiguousarray(tokens)
     words = np.ndarray(max(0, len(tokens) - _WORD + 1), dtype="<u8", buffer=tokens.data, strides=(1,))
     whole = np.minimum(places, len(words) - 1)
-    found: np.ndarray = words[whole] >> ((places - whole) << 3).astype(np.uint64)
-    return found
+    words_at: np.ndarray = words[whole] >> ((places - whole) << 3).astype(np.uint64)
+    return words_at
 
 
-def _first_windows(tokens: np.ndarray, starts: np.ndarray, level: _Level) -> np.ndarray:
-    """Returns the hashes of the windows at each start and the next ones, (starts, stride)."""
+def _first_kmers(tokens: np.ndarray, starts: np.ndarray, level: _Level) -> np.ndarray:
+    """Returns the hashes of the first `stride` k-mers from each start on, (starts, stride)."""
     places = starts[:, None] + np.arange(level.stride)
     return _hashed(_words_at(tokens, places), level.width)
 
 
 @dataclass(frozen=True, slots=True)
 class _Needles:
-    """Inner sequences that are looked for at once.
+    """Inner sequences that are searched for at once.
 
     Attributes:
         tokens: Their tokens back to back.
@@ -192,45 +199,45 @@ class _Needles:
 
     @classmethod
     def of(cls, shard: ShardReader, records: np.ndarray, numbers: np.ndarray) -> "_Needles":
-        """Returns some records of a shard."""
+        """Returns the given records of a shard."""
         starts, ends = shard.offsets[records], shard.offsets[records + 1]
-        parts = [shard.tokens[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return cls(np.concatenate([np.zeros(0, dtype=np.uint8), *parts]), bounds_of(ends - starts), numbers)
+        sequences = [shard.tokens[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return cls(np.concatenate([np.zeros(0, dtype=np.uint8), *sequences]), bounds_of(ends - starts), numbers)
 
     @classmethod
-    def joined(cls, parts: Sequence["_Needles"]) -> "_Needles":
-        """Returns several as one."""
-        lengths = np.concatenate([np.diff(part.bounds) for part in parts])
+    def joined(cls, several: Sequence["_Needles"]) -> "_Needles":
+        """Returns the sequences of several objects as one."""
+        lengths = np.concatenate([np.diff(needles.bounds) for needles in several])
         return cls(
-            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([needles.tokens for needles in several]),
             bounds_of(lengths),
-            np.concatenate([part.numbers for part in parts]),
+            np.concatenate([needles.numbers for needles in several]),
         )
 
     def sequence(self, place: int) -> np.ndarray:
-        """Returns one of them."""
+        """Returns the tokens of one sequence."""
         return self.tokens[self.bounds[place] : self.bounds[place + 1]]
 
     def chosen(self, kept: np.ndarray) -> "_Needles":
-        """Returns some of them."""
+        """Returns the sequences for which `kept` is true."""
         lengths = np.diff(self.bounds)
         return _Needles(self.tokens[np.repeat(kept, lengths)], bounds_of(lengths[kept]), self.numbers[kept])
 
 
-def _needles(inner: Iterable[ShardReader], windows: _HashSet | None, level: _Level) -> Iterator[_Needles]:
+def _needles(inner: Iterable[ShardReader], kmers: _HashSet | None, level: _Level) -> Iterator[_Needles]:
     """Yields the inner sequences of a level in blocks.
 
-    Where the windows of an outer side are given, those are left out that have a stretch with none of them.
+    If the k-mers of an outer side are given, sequences are left out that have a stretch without any of them.
     """
     num_before = 0
     waiting: list[_Needles] = []
     for shard in inner:
         starts, ends = shard.offsets[:-1], shard.offsets[1:]
         wanted = np.flatnonzero((ends - starts >= level.shortest) & (ends - starts <= level.longest))
-        if windows is not None:
+        if kmers is not None:
             for probe in range(_PROBES):
                 firsts = starts[wanted] + (ends - starts - level.span)[wanted] * probe // (_PROBES - 1)
-                wanted = wanted[windows.has(_first_windows(shard.tokens, firsts, level)).any(axis=1)]
+                wanted = wanted[kmers.has(_first_kmers(shard.tokens, firsts, level)).any(axis=1)]
         blocks = np.cumsum((ends - starts)[wanted]) // _BLOCK_RESIDUES
         for block in np.split(wanted, np.flatnonzero(np.diff(blocks)) + 1):
             waiting.append(_Needles.of(shard, block, block + num_before))
@@ -243,57 +250,57 @@ def _needles(inner: Iterable[ShardReader], windows: _HashSet | None, level: _Lev
 
 
 class _Index:
-    """Finds where inner sequences may stand: by a window near their start, then by their end and length.
+    """An index of inner sequences: by a k-mer near their start, then by their end and length, then by all residues.
 
-    Its forms are what is worth trying where a window fits: distinct hashes of a window, with the rank of the length of
-    its sequence and the place of the window in it. Sequences that differ elsewhere only share a form.
+    A key is a candidate for a k-mer of the outer tokens: the hash of an inner k-mer, with the rank of the length of its
+    sequence and the place of the k-mer in it. Sequences that differ only elsewhere share a key.
     """
 
     def __init__(self, needles: _Needles, level: _Level) -> None:
         starts, lengths = needles.bounds[:-1], np.diff(needles.bounds)
         self._needles, self._level = needles, level
         self._lengths, ranks = np.unique(lengths, return_inverse=True)
-        hashes = _first_windows(needles.tokens, starts, level)
-        self._windows = _HashSet(64 * hashes.size)
-        self._windows.add(hashes.ravel())
+        hashes = _first_kmers(needles.tokens, starts, level)
+        self._kmers = _HashSet(64 * hashes.size)
+        self._kmers.add(hashes.ravel())
         tails = (ranks[:, None] * level.stride + np.arange(level.stride)).astype(np.uint64)
-        self._forms = distinct(((hashes << _FORM_BITS) | tails).ravel())
+        self._keys = distinct(((hashes << _TAIL_BITS) | tails).ravel())
         self._ends = distinct(_end_marks(needles.tokens, starts, lengths))
         digests = _digests(needles.tokens, starts, lengths)
         self._order = np.argsort(digests, kind="stable")
         self._digests = digests[self._order]
 
     def hits(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the windows of outer tokens that may be in the index: their places and hashes."""
+        """Returns the places and hashes of the k-mers of outer tokens that may be in the index."""
         places, kept = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
-        for first, hashes in _window_chunks(tokens, self._level):
-            hits = np.flatnonzero(self._windows.has(hashes))
+        for first, hashes in _kmer_chunks(tokens, self._level):
+            hits = np.flatnonzero(self._kmers.has(hashes))
             places.append(hits * max(_WORD, self._level.stride) + first)
             kept.append(hashes[hits])
         return np.concatenate(places), np.concatenate(kept)
 
     def batches(self, hashes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yields the forms of windows, about `_BATCH` at a time.
+        """Yields the keys of k-mers in batches of about `_BATCH`.
 
         Yields:
-            How many windows are done with this batch; and in pairs the windows, by place in `hashes`, and the forms.
+            The number of k-mers finished with this batch; then pairs of a k-mer, by its index in `hashes`, and a key.
         """
-        lows = np.searchsorted(self._forms, hashes << _FORM_BITS)
-        known = np.flatnonzero(self._forms[np.minimum(lows, len(self._forms) - 1)] >> _FORM_BITS == hashes)
+        lows = np.searchsorted(self._keys, hashes << _TAIL_BITS)
+        known = np.flatnonzero(self._keys[np.minimum(lows, len(self._keys) - 1)] >> _TAIL_BITS == hashes)
         lows = lows[known]
-        counts = np.searchsorted(self._forms, (hashes[known] << _FORM_BITS) | _FORM_MASK, side="right") - lows
-        # How many forms the windows before each one have.
+        counts = np.searchsorted(self._keys, (hashes[known] << _TAIL_BITS) | _TAIL_MASK, side="right") - lows
+        # The number of keys of the k-mers before each one.
         before = bounds_of(counts)
         batches = before[:-1] // _BATCH
         for chosen in np.split(np.arange(len(known)), np.flatnonzero(np.diff(batches)) + 1):
             if len(chosen):
                 pairs = np.repeat(chosen, counts[chosen])
                 within = np.arange(before[chosen[0]], before[chosen[-1] + 1]) - before[pairs]
-                yield int(known[chosen[-1]]) + 1, known[pairs], self._forms[lows[pairs] + within]
+                yield int(known[chosen[-1]]) + 1, known[pairs], self._keys[lows[pairs] + within]
 
-    def found_at(self, shard: ShardReader, places: np.ndarray, forms: np.ndarray) -> list[int]:
-        """Returns the inner sequences that stand, letter by letter, where these windows and forms say."""
-        tails = (forms & _FORM_MASK).astype(np.int64)
+    def matches(self, shard: ShardReader, places: np.ndarray, keys: np.ndarray) -> list[int]:
+        """Returns the inner sequences that occur, letter by letter, at these candidates: places of k-mers and keys."""
+        tails = (keys & _TAIL_MASK).astype(np.int64)
         starts, lengths = places - tails % self._level.stride, self._lengths[tails // self._level.stride]
         records = np.searchsorted(shard.offsets, places, side="right") - 1
         firsts, ends = shard.offsets[records], shard.offsets[records + 1]
@@ -307,8 +314,8 @@ class _Index:
         digests = _digests(tokens, starts, lengths)
         lows = np.searchsorted(self._digests, digests)
         highs = np.searchsorted(self._digests, digests, side="right")
-        found: list[int] = []
-        # Sequences of one digest that were not found yet.
+        matches: list[int] = []
+        # By digest, the sequences without a match so far.
         missing: dict[int, list[int]] = {}
         for place in np.flatnonzero(highs > lows).tolist():
             low, start = int(lows[place]), int(starts[place])
@@ -318,42 +325,42 @@ class _Index:
                 sequence = tokens[start : start + int(lengths[place])]
                 equal = {number for number in missing[low] if np.array_equal(self._needles.sequence(number), sequence)}
                 missing[low] = [number for number in missing[low] if number not in equal]
-                found += equal
-        return found
+                matches += equal
+        return matches
 
 
 def _end_marks(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Returns a hash of the length and the last residues of each sequence."""
     last = _words_at(tokens, starts + lengths - _WORD)
-    marks: np.ndarray = (last ^ (lengths.astype(np.uint64) << _FORM_BITS)) * _FACTOR
+    marks: np.ndarray = (last ^ (lengths.astype(np.uint64) << _TAIL_BITS)) * _FACTOR
     return marks
 
 
 def _digests(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     bounds = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
     content = np.ascontiguousarray(tokens).data
-    found = (xxhash.xxh3_64_intdigest(content[start:end]) for start, end in bounds)
-    return np.fromiter(found, dtype=np.uint64, count=len(starts))
+    digests = (xxhash.xxh3_64_intdigest(content[start:end]) for start, end in bounds)
+    return np.fromiter(digests, dtype=np.uint64, count=len(starts))
 
 
 def _search(needles: _Needles, outer: Shards, level: _Level) -> np.ndarray:
-    """Returns the numbers of the inner sequences that stand in a longer record of the outer side."""
-    found = [np.zeros(0, dtype=np.int64)]
+    """Returns the numbers of the inner sequences that are part of a longer record of the outer side."""
+    contained = [np.zeros(0, dtype=np.int64)]
     index, missing = _Index(needles, level), np.ones(len(needles.numbers), dtype=np.bool_)
     for shard in outer:
         places, hashes = index.hits(shard.tokens)
         while len(places):
-            for num_done, windows, forms in index.batches(hashes):
-                missing[index.found_at(shard, places[windows], forms)] = False
-                # What was found is not looked for again. Each new index has at most half of the one before.
+            for num_done, kmers, keys in index.batches(hashes):
+                missing[index.matches(shard, places[kmers], keys)] = False
+                # A sequence is searched for until its first match. Each new index has at most half of the one before.
                 if 2 * int(missing.sum()) <= len(missing):
                     places, hashes = places[num_done:], hashes[num_done:]
                     break
             else:
                 break
-            found.append(needles.numbers[~missing])
+            contained.append(needles.numbers[~missing])
             needles = needles.chosen(missing)
             if not len(needles.numbers):
-                return np.concatenate(found)
+                return np.concatenate(contained)
             index, missing = _Index(needles, level), np.ones(len(needles.numbers), dtype=np.bool_)
-    return np.concatenate([*found, needles.numbers[~missing]])
+    return np.concatenate([*contained, needles.numbers[~missing]])

@@ -1,4 +1,4 @@
-"""What one split tells of another: sequences that are part of longer ones, and labels that occur on both sides."""
+"""Leakage between splits: sequences that are part of longer ones of another split, and labels that both have."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, combinations, pairwise, permutations
@@ -18,12 +18,12 @@ Shards = Sequence[ShardReader]
 
 
 def look_for_leaks(splits: Mapping[SplitName, Shards], exact_duplicates_removed: int, *, substrings: bool) -> Leakage:
-    """Compares all pairs of splits that have records.
+    """Returns the leakage between all pairs of splits that have records.
 
     Args:
         splits: The shards of each split.
         exact_duplicates_removed: Records left out because an earlier split has their sequence.
-        substrings: Look for sequences that are part of longer ones, too; this reads all tokens.
+        substrings: Also search for sequences that are part of longer ones; this reads all tokens.
     """
     filled = {name: splits[name] for name in SPLIT_NAMES if any(shard.num_records for shard in splits.get(name, ()))}
     shared: dict[LabelColumn, tuple[Shared, ...] | None] = {"cluster_id": None, "family": None}
@@ -43,7 +43,7 @@ def look_for_leaks(splits: Mapping[SplitName, Shards], exact_duplicates_removed:
 
 
 def _contained_pairs(splits: Mapping[SplitName, Shards]) -> tuple[Contained, ...]:
-    """Compares each split with all smaller ones at once, both ways."""
+    """Returns the containment in both directions of all pairs; compares each split with all smaller ones at once."""
     counts: dict[tuple[SplitName, SplitName], int] = {}
     waiting = sorted(splits, key=lambda name: containment.num_residues(splits[name]))
     while len(waiting) > 1:
@@ -60,7 +60,7 @@ def _contained_pairs(splits: Mapping[SplitName, Shards]) -> tuple[Contained, ...
 
 
 def shared_labels(first: Shards, second: Shards, column: LabelColumn) -> int:
-    """Returns how many distinct labels occur on both sides; 8 bytes of memory each, told apart by xxh3-64."""
+    """Returns the number of distinct labels on both sides, compared by xxh3-64; takes 8 bytes of memory a label."""
     return _num_common(_label_digests(first, column), _label_digests(second, column))
 
 
@@ -69,8 +69,8 @@ def _num_common(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def _label_digests(shards: Shards, column: LabelColumn) -> np.ndarray:
-    """Returns the xxh3-64 of each distinct label, rising."""
-    found = [np.zeros(0, dtype=np.uint64)]
+    """Returns the xxh3-64 of each distinct label, ascending."""
+    digests_by_shard = [np.zeros(0, dtype=np.uint64)]
     for shard in shards:
         strings = getattr(shard, column)
         if strings is None:
@@ -81,19 +81,19 @@ def _label_digests(shards: Shards, column: LabelColumn) -> np.ndarray:
             labels = {label for joined in labels for label in joined.split(b";")}
         labels.discard(b"")
         digests = np.fromiter(map(xxhash.xxh3_64_intdigest, labels), dtype=np.uint64, count=len(labels))
-        found.append(digests)
-    return containment.distinct(np.concatenate(found))
+        digests_by_shard.append(digests)
+    return containment.distinct(np.concatenate(digests_by_shard))
 
 
 def contained(inner: Shards, outer: Shards) -> int:
-    """Returns how many records of `inner` are part of a longer record of `outer`: all residues stand there in a row.
+    """Returns the number of records of `inner` that are part of a longer record of `outer`.
 
-    Records of fewer than `containment.MIN_LENGTH` residues are not looked for. What is found is exact.
+    Records of fewer than `containment.MIN_LENGTH` residues are not searched for. The count is exact.
 
-    Both sides are read shard by shard, and the inner sequences that are looked for at once are bounded, as is what is
-    noted of the outer ones. Time is linear in the residues for proteins. Repeats, whose windows fit in many places,
-    cost at most a comparison for each outer residue and each length that occurs among the inner records, not for each
-    pair of records; and what was found once is not looked for again.
+    Memory: both sides are read shard by shard; the inner sequences that are searched for at once are bounded, and so
+    are the k-mers kept of the outer side. Time is linear in the residues for proteins. Repeats, whose k-mers match in
+    many places, cost at most one comparison for each outer residue and each distinct length of inner records, not for
+    each pair of records; and no record is searched for after its first match.
     """
     if containment.num_residues(inner) > containment.num_residues(outer):
         return containment.large_in_small(inner, [outer])[0]
