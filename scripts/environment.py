@@ -1,4 +1,4 @@
-"""What a measured figure depends on, for all scripts that measure."""
+"""The machine, the versions and the commit that a measured figure depends on, for all scripts that measure."""
 
 import os
 import platform
@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def environment() -> dict[str, Any]:
-    """Returns machine, cores, threads, versions and commit; a commit with changes on top is `dirty`."""
+    """Returns machine, processor, cores, threads, versions and commit; a commit with changes on top is `dirty`."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -20,9 +22,20 @@ def environment() -> dict[str, Any]:
     )
     return {
         "machine": platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
     }
+
+
+def processor() -> str:
+    """Returns the name of the processor's model, as far as the system knows it."""
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or "unknown"

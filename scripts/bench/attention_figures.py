@@ -1,30 +1,19 @@
-"""What the attention benchmark tells: hides how times become ratios against a peer, Markdown rows and a plot."""
+"""The figures of the attention benchmark: how times become ratios against a peer, shares, slopes and a plot."""
 
-import datetime
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.attention_implementations import (
-    BOTH,
-    COMPILED,
-    FORWARD,
-    GEMM,
-    GEMM_SIZE,
-    OURS,
-    RELU_PEER,
-    SOFTMAX_PEER,
-    Times,
-)
+from scripts.attention_calls import BOTH, FEATURES, FORWARD, HEAD_DIM, HEADS
+from scripts.bench.attention_implementations import COMPILED, GEMM, GEMM_SIZE, OURS, RELU_PEER, SOFTMAX_PEER
 from scripts.bench.attention_measurements import LONG_ROWS, PACKED, UNPACKED
+from scripts.bench.harness import Figure, ratio
+from scripts.measuring import MEBIBYTE, PAGE_BYTES, Times
 from scripts.report.approximation import log_log_slope
-from scripts.report.cost import FEATURES, HEAD_DIM, HEADS
 from scripts.report.page import Line, plot
 
 SETUP = f"B1 H{HEADS} d{HEAD_DIM} M{FEATURES} float32"
-MEBIBYTE = 2**20
 MULTIPLIES = {FORWARD: 4, BOTH: 12}
 """Products of (length, features, head_dim) in each pass, a head; what the backward computes again does not count."""
 PEER_OF = {RELU_PEER: "favor relu"}
@@ -36,76 +25,25 @@ LINES = {
 """Colour and dash of each line of the plot."""
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One number and the range of the repeats.
-
-    Attributes:
-        measured: What is compared with what.
-        where: Length and pass.
-        value: The figure from the medians of all repeats.
-        low: The smallest of the figures that single repeats give.
-        high: The largest.
-        unit: Follows the value.
-        note: The medians behind a ratio.
-    """
-
-    measured: str
-    where: str
-    value: float
-    low: float
-    high: float
-    unit: str
-    note: str
-
-    @property
-    def text(self) -> str:
-        """The value with its range."""
-        digits = 0 if self.unit == " MiB" else 1 if self.unit == "%" else 2
-        spread = f" ({self.low:.{digits}f}–{self.high:.{digits}f})" if self.low < self.high else ""
-        return f"{self.value:.{digits}f}{self.unit}{spread}"
-
-
-def figures(found: Mapping[str, Any]) -> list[Figure]:
-    """Returns the figures of all parts that were measured."""
-    told: list[Figure] = []
-    for length, times in found.get("speed", {}).items():
-        told += _against_peers(times, f"L {length}", "")
-        told += _shares(times, length)
-    if "malloc" in found:
-        told += _against_peers(found["malloc"]["times"], f"L {found['malloc']['length']}", ", tuned malloc")
-    if "threads" in found:
-        one, many = found["threads"]["times"]
-        measured = f"favor with H1 for H{HEADS}: {one} thread / {many} threads"
-        told += _ratios(measured, f"L {found['threads']['length']}", found["threads"]["times"], one, many)
-    if "memory" in found:
-        told += _memory(found["memory"]["peak_bytes"], found["memory"]["length"])
-    if "slope" in found:
-        told += _slopes(found["slope"])
-    if "packed" in found:
-        measured = "favor: packed proteins / one row of the same length"
-        told += _ratios(
-            measured, f"rows of {found['packed']['row_tokens']}", found["packed"]["times"], PACKED, UNPACKED
-        )
-    return told
-
-
-def markdown_rows(told: Sequence[Figure], environment: Mapping[str, Any], command: str, repeats: int) -> list[str]:
-    """Returns a row of RESULTS.md for each thing measured."""
-    machine = f"{environment['machine']}, {environment['threads']} threads, torch {environment['torch']}"
-    if environment["variables"]:
-        machine += f", `{environment['variables']}`"
-    today = datetime.date.today().isoformat()
-    start = [today, environment["commit"], machine, f"`{command}`"]
-    rows = []
-    for measured in dict.fromkeys(figure.measured for figure in told):
-        group = [figure for figure in told if figure.measured == measured]
-        is_repeated = any(figure.low < figure.high for figure in group)
-        what = f"{measured}, {SETUP}" + (f"; {repeats} repeats" if is_repeated else "; one call, in a new process")
-        result = "; ".join(f"{figure.where}: {figure.text}" for figure in group)
-        notes = "; ".join(figure.note for figure in group if figure.note)
-        rows.append(f"| {' | '.join([*start, what, result, notes])} |")
-        start[2:] = "as above", "as above"
+def figures(measured: Mapping[str, Any]) -> list[Figure]:
+    """Returns the figures of all that was measured."""
+    rows: list[Figure] = []
+    for length, times in measured.get("speed", {}).items():
+        rows += _against_peers(times, f"L {length}", "")
+        rows += _shares(times, length)
+    if malloc := measured.get("malloc"):
+        rows += _against_peers(malloc["times"], f"L {malloc['length']}", ", tuned malloc")
+    if threads := measured.get("threads"):
+        one, many = threads["times"]
+        name = f"favor with H1 for H{HEADS}: {one} thread / {many} threads"
+        rows += _ratios(name, f"L {threads['length']}", threads["times"], one, many)
+    if memory := measured.get("memory"):
+        rows += _memory(memory["peak_bytes"], memory["length"])
+    if "slope" in measured:
+        rows += _slopes(measured["slope"])
+    if packed := measured.get("packed"):
+        name = "favor: packed proteins / one row of the same length"
+        rows += _ratios(name, f"rows of {packed['row_tokens']}", packed["times"], PACKED, UNPACKED)
     return rows
 
 
@@ -123,70 +61,53 @@ def draw(path: Path, speed: Mapping[int, Times]) -> None:
 
 
 def _against_peers(times: Times, where: str, suffix: str) -> list[Figure]:
-    told = []
+    rows = []
     for name in times:
         ours = PEER_OF.get(name, "favor")
         if name in (GEMM, *LONG_ROWS) or ours not in times:
             continue
-        told += _ratios(f"{name} / {ours}{suffix}", where, times, name, ours)
-    return told
+        rows += _ratios(f"{name} / {ours}{suffix}", where, times, name, ours)
+    return rows
 
 
 def _shares(times: Times, length: int) -> list[Figure]:
-    told = []
+    rows = []
     for name in (name for name in OURS if name in times and name != "favor causal"):
-        for what, products in MULTIPLIES.items():
-            work = HEADS * products * length * FEATURES * HEAD_DIM / GEMM_SIZE**3
-            told.append(
-                compare(
-                    f"share of the GEMM rate ({GEMM_SIZE}² matrices), {name}", f"L {length} {what}",
-                    times[GEMM][FORWARD], times[name][what], 100 * work, "%",
-                )
-            )  # fmt: skip
-    return told
+        for work, products in MULTIPLIES.items():
+            size = HEADS * products * length * FEATURES * HEAD_DIM / GEMM_SIZE**3
+            measured, where = f"share of the GEMM rate ({GEMM_SIZE}² matrices), {name}", f"L {length} {work}"
+            above, below = times[GEMM][FORWARD], times[name][work]
+            rows.append(ratio(measured, where, above, below, factor=100 * size, unit="%"))
+    return rows
 
 
 def _memory(peaks: Mapping[str, int], length: int) -> list[Figure]:
-    told = []
+    where, note = f"L {length} {BOTH}", "one call, in a new process"
+    rows = []
     for name, peak in peaks.items():
         size = peak / MEBIBYTE
-        told.append(
-            Figure(f"peak memory above inputs and outputs, {name}", f"L {length} {BOTH}", size, size, size, " MiB", "")
-        )
+        rows.append(Figure(f"peak memory above inputs and outputs, {name}", where, size, size, size, " MiB", note))
     for name, peak in peaks.items():
-        # A peak below one page cannot be seen.
-        ratio = peak / max(peaks["favor"], 4096)
         if name != "favor":
-            told.append(Figure(f"peak memory of {name} / favor", f"L {length} {BOTH}", ratio, ratio, ratio, "×", ""))
-    return told
+            times_ours = peak / max(peaks["favor"], PAGE_BYTES)
+            measured = f"peak memory of {name} / favor"
+            rows.append(Figure(measured, where, times_ours, times_ours, times_ours, "×", note))
+    return rows
 
 
 def _slopes(times: Times) -> list[Figure]:
     lengths = [float(length) for length in times]
     where = f"L {min(lengths):.0f} to {max(lengths):.0f}"
-    told = []
-    for what in (FORWARD, BOTH):
-        by_length = [seconds[what] for seconds in times.values()]
+    rows = []
+    for work in (FORWARD, BOTH):
+        by_length = [seconds[work] for seconds in times.values()]
         slope = log_log_slope(lengths, [statistics.median(seconds) for seconds in by_length])
         of_repeats = [log_log_slope(lengths, seconds) for seconds in zip(*by_length, strict=True)]
         measured = "log-log slope of time against length, favor"
-        told.append(Figure(measured, f"{where}, {what}", slope, min(of_repeats), max(of_repeats), "", ""))
-    return told
+        rows.append(Figure(measured, f"{where}, {work}", slope, min(of_repeats), max(of_repeats), "", ""))
+    return rows
 
 
 def _ratios(measured: str, where: str, times: Times, above: str, below: str) -> list[Figure]:
     """Returns the ratio of two times in each pass."""
-    return [
-        compare(measured, f"{where} {what}", times[above][what], times[below][what], 1.0, "×")
-        for what in (FORWARD, BOTH)
-    ]
-
-
-def compare(
-    measured: str, where: str, above: Sequence[float], below: Sequence[float], factor: float, unit: str
-) -> Figure:
-    """Returns factor · the ratio of two times, with the medians as a note."""
-    medians = statistics.median(above), statistics.median(below)
-    of_repeats = [factor * a / b for a, b in zip(above, below, strict=True)]
-    note = f"medians {medians[0] * 1e3:.4g} and {medians[1] * 1e3:.4g} ms"
-    return Figure(measured, where, factor * medians[0] / medians[1], min(of_repeats), max(of_repeats), unit, note)
+    return [ratio(measured, f"{where} {work}", times[above][work], times[below][work]) for work in (FORWARD, BOTH)]

@@ -1,16 +1,9 @@
-"""The measurements of the embedding benchmark: hides what takes turns with what, and what needs its own process.
-
-Run as a module it is that process.
-"""
+"""The measurements of the embedding benchmark: which calls take turns, and which need a process of their own."""
 
 import gc
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,12 +19,20 @@ from torch.nn import functional
 import protlm.model.attention
 from protlm.cli.app import main as protlm_command
 from protlm.model.performer import Performer
-from scripts.bench.attention_implementations import Times, take_turns
 from scripts.bench.embed_models import FAVOR, Embedder, build, check, performer, save
-from scripts.bench.train_step_models import Sizes
-from scripts.report.cost import RETURN_FREED_MEMORY, ROOT, WARM_UP_LENGTH, reset_peak, status_bytes
+from scripts.bench.models import Sizes
+from scripts.measuring import (
+    RETURN_FREED_MEMORY,
+    WARM_UP_LENGTH,
+    Times,
+    in_a_process,
+    peak_bytes,
+    peak_during,
+    resident_bytes,
+    take_turns,
+    timed,
+)
 
-SECONDS = "seconds"
 LONG_FAVOR, LONG_REST, LONG_EXACT_LAYER = "FAVOR", "without attention", "exact attention of one layer"
 COMMAND, BARE = "protlm embed", "bare forward passes"
 GROWTH_SIZES = Sizes(num_layers=1, model_dim=64, num_heads=2, ffn_dim=128, num_features=16)
@@ -42,7 +43,7 @@ def speed(names: Sequence[str], sizes: Sizes, sequences: Sequence[str], tokens_p
     """Returns the seconds in which each model embeds all the proteins; the models take turns."""
     embedders = {name: build(name, sizes, tokens_per_batch) for name in names}
     check(embedders, sequences[:2], sizes.model_dim)
-    return take_turns({name: partial(_timed, partial(_consume, embedders[name], sequences)) for name in names}, repeats)
+    return take_turns({name: partial(timed, partial(_consume, embedders[name], sequences)) for name in names}, repeats)
 
 
 def long_protein(sizes: Sizes, sequence: str, repeats: int) -> Times:
@@ -66,13 +67,24 @@ def long_protein(sizes: Sizes, sequence: str, repeats: int) -> Times:
         LONG_REST: without_attention,
         LONG_EXACT_LAYER: exact_layer,
     }
-    return take_turns({name: partial(_timed, call) for name, call in calls.items()}, repeats)
+    return take_turns({name: partial(timed, call) for name, call in calls.items()}, repeats)
 
 
 def peak_above_model(sizes: Sizes, sequence: str) -> int:
     """Returns the peak memory of embedding one protein by FAVOR, above the model, from a new process."""
-    peak: int = in_a_process(RETURN_FREED_MEMORY, "peak", sizes=asdict(sizes), sequence=sequence)
+    peak: int = in_a_process(RETURN_FREED_MEMORY, peak_above_model_here, sizes=asdict(sizes), sequence=sequence)
     return peak
+
+
+def peak_above_model_here(sizes: dict[str, int], sequence: str) -> int:
+    """Returns the peak in this process; a small model before it pays what libraries allocate once."""
+    shape = Sizes(**sizes)
+    _consume(build(FAVOR, replace(shape, num_layers=1), 1), [sequence[:WARM_UP_LENGTH]])
+    gc.collect()
+    embed = build(FAVOR, shape, 1)
+    before = resident_bytes()
+    peak, _ = peak_during(partial(_consume, embed, [sequence]))
+    return peak - before
 
 
 def pipeline(sizes: Sizes, sequences: Sequence[str], tokens_per_batch: int, repeats: int) -> Times:
@@ -99,23 +111,30 @@ def pipeline(sizes: Sizes, sequences: Sequence[str], tokens_per_batch: int, repe
                 for arguments in rows:
                     bare.hidden_states(*arguments)
 
-        return take_turns({COMMAND: partial(_timed, command), BARE: partial(_timed, bare_passes)}, repeats)
+        return take_turns({COMMAND: partial(timed, command), BARE: partial(timed, bare_passes)}, repeats)
 
 
 def growth(sequences: Sequence[str], counts: Sequence[int], repeats: int) -> dict[int, list[int]]:
     """Returns the peaks of memory of `protlm embed`, mean only, by number of proteins, each from a new process.
 
-    The proteins are short stretches of real ones, and the model is small: what grows with their number does not hide.
+    The proteins are short stretches of real ones, and the model is small, so that growth with their number shows.
     """
-    found: dict[int, list[int]] = {count: [] for count in counts}
+    peaks: dict[int, list[int]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory() as folder:
         save(performer(GROWTH_SIZES, "positive"), Path(folder) / "model")
         for count in counts:
             write_fasta(Path(folder) / f"{count}.fasta", list(_stretches(sequences, count)))
         for _ in range(repeats):
-            for count, peaks in found.items():
-                peaks.append(in_a_process({}, "growth", folder=folder, count=count))
-    return found
+            for count in counts:
+                peaks[count].append(in_a_process({}, growth_here, folder=folder, count=count))
+    return peaks
+
+
+def growth_here(folder: str, count: int) -> int:
+    """Returns the peak of this process after the command has run in it."""
+    at = Path(folder)
+    embed_command(at / "model", at / f"{count}.fasta", at / "out.h5", ["--include", "mean"])
+    return peak_bytes()
 
 
 def write_fasta(path: Path, sequences: Sequence[str]) -> None:
@@ -124,38 +143,11 @@ def write_fasta(path: Path, sequences: Sequence[str]) -> None:
 
 
 def embed_command(model: Path, fasta: Path, out: Path, options: Sequence[str]) -> None:
-    """Runs `protlm embed` as a user does; what it prints goes to standard error."""
+    """Runs `protlm embed` as a user does, with its output on standard error."""
     with redirect_stdout(sys.stderr):
         status = protlm_command(["embed", str(model), str(fasta), "--out", str(out), "--force", *options])
     if status:
-        sys.exit(f"error: protlm embed ended with status {status}; nothing is told")
-
-
-def in_a_process(variables: Mapping[str, str], what: str, **job: Any) -> Any:
-    """Returns the result of `run` under these environment variables, with as many threads as here."""
-    job |= {"what": what, "threads": torch.get_num_threads()}
-    result = subprocess.run(
-        [sys.executable, "-m", "scripts.bench.embed_measurements"], cwd=ROOT, env={**os.environ, **variables},
-        input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(result.stdout)
-
-
-def run(job: Mapping[str, Any]) -> int:
-    """Returns the result of what a process of its own is asked for: a peak in bytes."""
-    if job["what"] == "growth":
-        folder = Path(job["folder"])
-        embed_command(folder / "model", folder / f"{job['count']}.fasta", folder / "out.h5", ["--include", "mean"])
-        return status_bytes("VmHWM")
-    sizes, sequence = Sizes(**job["sizes"]), job["sequence"]
-    # A small model before it pays what libraries allocate once.
-    _consume(build(FAVOR, replace(sizes, num_layers=1), 1), [sequence[:WARM_UP_LENGTH]])
-    gc.collect()
-    embed = build(FAVOR, sizes, 1)
-    before = status_bytes("VmRSS")
-    reset_peak()
-    _consume(embed, [sequence])
-    return status_bytes("VmHWM") - before
+        sys.exit(f"error: protlm embed ended with status {status}; nothing is reported")
 
 
 def _consume(embed: Embedder, sequences: Sequence[str]) -> None:
@@ -163,14 +155,8 @@ def _consume(embed: Embedder, sequences: Sequence[str]) -> None:
         pass
 
 
-def _timed(call: Callable[[], None]) -> dict[str, float]:
-    started = time.perf_counter()
-    call()
-    return {SECONDS: time.perf_counter() - started}
-
-
 def _values(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, **options: Any) -> Tensor:
-    """Stands where attention was."""
+    """Takes the place of attention: returns v."""
     return v
 
 
@@ -183,14 +169,3 @@ def _stretches(sequences: Sequence[str], count: int) -> Iterable[str]:
         return sequence[start : start + GROWTH_RESIDUES]
 
     return map(stretch, range(count), islice(cycle(long), count))
-
-
-def main() -> None:
-    """Prints the result of the job that standard input describes."""
-    job = json.load(sys.stdin)
-    torch.set_num_threads(job["threads"])
-    print(json.dumps(run(job)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,6 @@
-"""What the embedding benchmark compares: hides how each model is built and gets the hidden states of proteins."""
+"""The models that the embedding benchmark compares: how each is built and gets the hidden states of proteins."""
 
-import importlib
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,21 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
+from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batching.batches import pack_row
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
-from protlm.vocabulary import CLS, EOS, MASK, PAD, RESIDUES, VOCABULARY_SIZE, encode
-from scripts.bench.train_step_models import Sizes
+from protlm.vocabulary import CLS, EOS, RESIDUES, encode
+from scripts.bench import models
+from scripts.bench.models import Sizes, building_a_peer, esm_config
 
 EXACT, FAVOR = "protlm, exact", "protlm, FAVOR"
 ESM_PEER, FAIR_PEER = "transformers EsmModel (SDPA), one by one", "fair-esm, as its extract.py"
 PEER_MODULES = {ESM_PEER: "transformers", FAIR_PEER: "esm"}
 FAIR_TOKENS = 4096
-"""What extract.py gives a batch by default."""
+"""Tokens of a batch of extract.py by default."""
 FAIR_MAX_RESIDUES = 1022
-"""Where extract.py cuts a protein by default."""
+"""Residues after which extract.py cuts a protein by default."""
 
 
 class Embedder(Protocol):
@@ -38,18 +37,10 @@ class Embedder(Protocol):
 
 def why_missing(name: str) -> str:
     """Returns why a model cannot take part; empty if it can."""
-    if name not in PEER_MODULES:
-        return ""
-    try:
-        # Their imports use what Python and torch have deprecated.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = importlib.import_module(PEER_MODULES[name])
-    except ImportError as error:
-        return f"it needs {PEER_MODULES[name]}: {error}"
-    if name == FAIR_PEER and not hasattr(module, "ESM2"):
+    reason = models.why_missing(PEER_MODULES[name]) if name in PEER_MODULES else ""
+    if name == FAIR_PEER and not reason and not hasattr(sys.modules[PEER_MODULES[name]], "ESM2"):
         return "it needs fair-esm, and another package is called esm here"
-    return ""
+    return reason
 
 
 def build(name: str, sizes: Sizes, tokens_per_batch: int) -> Embedder:
@@ -63,15 +54,7 @@ def build(name: str, sizes: Sizes, tokens_per_batch: int) -> Embedder:
 
 def performer(sizes: Sizes, attention: Any) -> Performer:
     """Returns a model of the shape of ESM-2: rotary positions, no convolution, no qk_norm."""
-    model = Performer(
-        ModelConfig(
-            num_layers=sizes.num_layers, model_dim=sizes.model_dim, num_heads=sizes.num_heads, ffn_dim=sizes.ffn_dim,
-            num_features=sizes.num_features, attention=attention, projection="orthogonal", positions="rotary",
-            qk_norm=False, conv_width=0, dropout=0.0,
-        )
-    )  # fmt: skip
-    model.reset(seed=0)
-    return model.eval()
+    return models.performer(sizes, attention=attention, qk_norm=False, conv_width=0).eval()
 
 
 def save(model: Performer, folder: Path) -> None:
@@ -120,18 +103,10 @@ class _Packed:
 
 def _transformers_esm(sizes: Sizes) -> Embedder:
     """Returns ESM-2 as transformers has it; one protein at a time has no padding, its fastest way on a CPU."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-        warnings.simplefilter("ignore")
-        from transformers import EsmConfig, EsmModel
+    with building_a_peer():
+        from transformers import EsmModel
 
-        torch.manual_seed(0)
-        config = EsmConfig(
-            vocab_size=VOCABULARY_SIZE, mask_token_id=MASK, pad_token_id=PAD, hidden_size=sizes.model_dim,
-            num_hidden_layers=sizes.num_layers, num_attention_heads=sizes.num_heads, intermediate_size=sizes.ffn_dim,
-            position_embedding_type="rotary", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            attn_implementation="sdpa", layer_norm_eps=1e-5,
-        )  # fmt: skip
-        model = EsmModel(config, add_pooling_layer=False).eval()
+        model = EsmModel(esm_config(sizes, layer_norm_eps=1e-5), add_pooling_layer=False).eval()
 
     def embed(sequences: Sequence[str]) -> Iterator[Tensor]:
         for sequence in sequences:
@@ -146,11 +121,9 @@ def _fair_esm(sizes: Sizes) -> Embedder:
     """Returns fair-esm's model, given batches as its scripts/extract.py makes them: padded, no contacts by default."""
     if sizes.ffn_dim != 4 * sizes.model_dim:
         raise ValueError(f"ffn_dim: expected {4 * sizes.model_dim}, which fair-esm has, got {sizes.ffn_dim}")
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-        warnings.simplefilter("ignore")
+    with building_a_peer():
         from esm import ESM2, FastaBatchedDataset
 
-        torch.manual_seed(0)
         model = ESM2(sizes.num_layers, sizes.model_dim, sizes.num_heads).eval()
 
     def embed(sequences: Sequence[str]) -> Iterator[Tensor]:

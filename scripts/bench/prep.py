@@ -1,13 +1,10 @@
 """Times `protlm prep` against the pipeline that one would write with Biopython, and the training reader against h5py.
 
-Everything is a command of its own, start included; the commands take turns within each repeat, and medians and ranges
-of all repeats are printed with the machine, the versions and the commit. Nothing is reported unless prep first kept
-exactly the sequences that the Biopython pipeline keeps.
+Everything is a command of its own, start included; the commands take turns within each repeat. Nothing is reported
+unless prep keeps exactly the sequences that the Biopython pipeline keeps.
 """
 
-import argparse
 import gzip
-import json
 import os
 import shutil
 import statistics
@@ -15,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,24 @@ import numpy as np
 
 from protlm import read_records, vocabulary
 from protlm.data.storage.dataset import Split, open_dataset
+from scripts.bench import harness
+from scripts.bench.harness import Figure, median, ratio
+from scripts.measuring import SAMPLE, SECONDS, Times, take_turns
 
-SAMPLE = Path(__file__).resolve().parents[2] / "data" / "trembl_sample.fasta.gz"
 LINE = 60
 MUTATED = 0.05
 REPEATED = 0.05
 NUM_READS = 200_000
+MEGABYTES = "peak_megabytes"
+READER, SLICES = "training reader", "h5py slices"
+RATE = "records_per_second"
+RATIOS = (
+    ("Biopython / prep", "Biopython", "prep"),
+    ("Biopython / prep, no leak check", "Biopython", "prep, no leak check"),
+    ("Biopython / prep, .gz", "Biopython, .gz", "prep, .gz"),
+    ("1 worker / 2 workers", "prep, no leak check", "prep, 2 workers"),
+)
+"""Names of ratios, and the slower and the faster command of each."""
 
 BIOPYTHON = """
 import gzip, sys, h5py, numpy as np, xxhash
@@ -83,16 +94,16 @@ def write_fasta(path: Path, num_bytes: int) -> int:
     return number
 
 
-def run(command: Sequence[str | Path]) -> tuple[float, float]:
-    """Runs a command; returns seconds, and the peak memory in MB of its largest process."""
-    begun = time.perf_counter()
+def run(command: Sequence[str | Path]) -> dict[str, float]:
+    """Runs a command; returns its seconds, and the peak memory in MB of its largest process."""
+    started = time.perf_counter()
     with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     if process.returncode:
         sys.exit(f"failed: {' '.join(map(str, command))[:200]}")
-    return seconds, usage.ru_maxrss / 1000
+    return {SECONDS: seconds, MEGABYTES: usage.ru_maxrss / 1000}
 
 
 def prep(path: Path, out: Path, *options: str) -> list[str | Path]:
@@ -105,34 +116,35 @@ def check_same(dataset: Path, biopython: Path) -> None:
     with h5py.File(biopython) as file:
         expected = (len(file["offsets"]) - 1, file["tokens"].shape[0])
     splits = open_dataset(dataset).manifest.splits.values()
-    found = (sum(split.num_records for split in splits), sum(split.num_residues for split in splits))
-    if found != expected:
-        sys.exit(f"not the same records and residues: {found} of prep, {expected} of Biopython; nothing is reported")
+    kept = (sum(split.num_records for split in splits), sum(split.num_residues for split in splits))
+    if kept != expected:
+        sys.exit(f"not the same records and residues: {kept} of prep, {expected} of Biopython; nothing is reported")
 
 
-def time_reads(split: Split, repeats: int) -> dict[str, list[float]]:
-    """Returns records a second, read in random order: by the training reader, and by slices of h5py; in turns."""
+def time_reads(split: Split, repeats: int) -> Times:
+    """Returns records a second, read in random order: by the training reader, and by slices of h5py."""
     order = np.random.default_rng(0).integers(0, len(split), NUM_READS).tolist()
     shard = split.shard(0)
     order_of_shard = [index % shard.num_records for index in order[: NUM_READS // 10]]
     bounds = shard.offsets.tolist()
-    found: dict[str, list[float]] = {"training reader": [], "h5py slices": []}
+
+    def rate(read: Any, indices: Sequence[int]) -> dict[str, float]:
+        started = time.perf_counter()
+        for index in indices:
+            read(index)
+        return {RATE: len(indices) / (time.perf_counter() - started)}
+
     with h5py.File(shard.path) as file:
         tokens = file["tokens"]
-        for _ in range(repeats):
-            begun = time.perf_counter()
-            for index in order:
-                split.tokens(index)
-            found["training reader"].append(len(order) / (time.perf_counter() - begun))
-            begun = time.perf_counter()
-            for index in order_of_shard:
-                tokens[bounds[index] : bounds[index + 1]]
-            found["h5py slices"].append(len(order_of_shard) / (time.perf_counter() - begun))
-    return found
+        calls = {
+            READER: partial(rate, split.tokens, order),
+            SLICES: partial(rate, lambda index: tokens[bounds[index] : bounds[index + 1]], order_of_shard),
+        }
+        return take_turns(calls, repeats)
 
 
 def measure(folder: Path, num_bytes: int, repeats: int) -> dict[str, Any]:
-    """Returns all figures."""
+    """Returns the sizes of the file, the figures of every command, and those of the readers."""
     plain, packed = folder / "proteins.fasta", folder / "proteins.fasta.gz"
     num_records = write_fasta(plain, num_bytes)
     with plain.open("rb") as text, gzip.open(packed, "wb", compresslevel=6) as file:
@@ -142,76 +154,48 @@ def measure(folder: Path, num_bytes: int, repeats: int) -> dict[str, Any]:
     python = sys.executable
     commands: dict[str, list[str | Path]] = {
         "prep": prep(plain, folder / "one"),
-        "prep, no leak check": prep(plain, folder / "one", "--no-check-leaks"),
+        "prep, no leak check": prep(plain, folder / "unchecked", "--no-check-leaks"),
         "prep, 2 workers": prep(plain, folder / "two", "--workers", "2", "--no-check-leaks"),
         "Biopython": [python, script, plain, folder / "biopython.h5"],
         "prep, .gz": prep(packed, folder / "gz", "--no-check-leaks"),
         "Biopython, .gz": [python, script, packed, folder / "biopython_gz.h5"],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    megabytes: dict[str, float] = {}
-    for repeat in range(repeats + 1):
-        for name, command in commands.items():
-            taken, peak = run(command)
-            # The first round only warms up.
-            if repeat:
-                seconds[name].append(taken)
-                megabytes[name] = max(megabytes.get(name, 0.0), peak)
-        if not repeat:
-            check_same(folder / "one", folder / "biopython.h5")
-    reads = time_reads(open_dataset(folder / "one").split("train"), repeats)
-    return {
-        "records": num_records,
-        "bytes": plain.stat().st_size,
-        "seconds": seconds,
-        "peak_megabytes": megabytes,
-        "records_per_second": reads,
-    }
+    times = take_turns({name: partial(run, command) for name, command in commands.items()}, repeats)
+    check_same(folder / "one", folder / "biopython.h5")
+    reads = time_reads(open_dataset(folder / "unchecked").split("train"), repeats)
+    return {"records": num_records, "bytes": plain.stat().st_size, "commands": times, "reads": reads}
 
 
-def print_figures(found: dict[str, Any]) -> None:
-    """Prints what was measured, and the ratios."""
-    for name, value in found["environment"].items():
-        print(f"{name}: {value}")
-    print(f"\n{found['records']:,} records, {found['bytes'] / 1e6:,.0f} MB of text")
-    medians = {name: statistics.median(times) for name, times in found["seconds"].items()}
-    for name, times in found["seconds"].items():
-        rate = found["bytes"] / 1e6 / medians[name]
-        spread = f"{min(times):.2f}-{max(times):.2f}"
-        print(
-            f"{name:20s} {medians[name]:6.2f} s ({spread})  {rate:5.0f} MB/s  {found['peak_megabytes'][name]:5.0f} MB"
-        )
-    reads = {name: statistics.median(rates) for name, rates in found["records_per_second"].items()}
-    for name, rate in reads.items():
-        print(f"{name:20s} {rate:12,.0f} records/s")
-    print()
-    for title, slow, fast in (
-        ("Biopython / prep", "Biopython", "prep"),
-        ("the same, no leak check", "Biopython", "prep, no leak check"),
-        ("Biopython / prep, .gz", "Biopython, .gz", "prep, .gz"),
-        ("1 worker / 2 workers", "prep, no leak check", "prep, 2 workers"),
-    ):
-        print(f"{title:24s} {medians[slow] / medians[fast]:.2f}x")
-    print(f"{'training reader / h5py':24s} {reads['training reader'] / reads['h5py slices']:.1f}x")
+def figures(measured: Mapping[str, Any]) -> Iterable[Figure]:
+    """Yields the time and the peak of every command, the rates of the readers, and the ratios."""
+    seconds = {name: times[SECONDS] for name, times in measured["commands"].items()}
+    for name, times in measured["commands"].items():
+        time_taken = median("time", name, seconds[name], " s")
+        rate = measured["bytes"] / 1e6 / time_taken.value
+        yield replace(time_taken, note=f"{rate:,.0f} MB/s, peak memory {max(times[MEGABYTES]):,.0f} MB")
+    rates = {name: times[RATE] for name, times in measured["reads"].items()}
+    for name, values in rates.items():
+        yield median("random reads", name, values, " records/s")
+    for name, slow, fast in RATIOS:
+        yield ratio(name, "whole commands", seconds[slow], seconds[fast])
+    note = " and ".join(f"{statistics.median(rates[name]):,.0f}" for name in (READER, SLICES)) + " records/s"
+    yield ratio(f"{READER} / {SLICES}", "random reads", rates[READER], rates[SLICES], note=note)
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None) -> None:
+    """Measures and reports."""
+    words = sys.argv[1:] if words is None else words
+    parser = harness.new_parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=300, help="size of the FASTA file")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the files are made; by default the system's place")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="folder of the files; by default the system's place")
+    arguments = harness.parse(parser, words, has_threads=False)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = measure(Path(folder), arguments.megabytes * 1_000_000, arguments.repeats)
-    # Only now: it loads torch, and a child begins with the peak memory of its parent.
-    from scripts.environment import environment
-
-    found["environment"] = environment()
-    print_figures(found)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2))
+        measured = measure(Path(folder), arguments.megabytes * 1_000_000, arguments.repeats)
+    harness.Report(
+        script="prep.py", words=words, setup=f"{measured['records']:,} records, {measured['bytes'] / 1e6:,.0f} MB",
+        figures=list(figures(measured)), measured=measured,
+        environment=harness.environment("biopython", "h5py", "xxhash"),
+    ).publish(arguments)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""What the training-step benchmark compares: hides how each model is built, given its loss and stepped."""
+"""The models that the training-step benchmark compares: how each is built, given its loss and stepped."""
 
-import importlib
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import protlm.model.attention
-from protlm.config import ModelConfig
 from protlm.model.performer import Performer
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE, MASK, NUM_STANDARD_RESIDUES, PAD, VOCABULARY_SIZE
+from scripts.bench import models
+from scripts.bench.models import Sizes, building_a_peer, esm_config
 
 PROTLM, PROTLM_CONVOLVED = "protlm", "protlm, conv_width 3"
 NO_ATTENTION = "attention removed"
@@ -30,23 +29,12 @@ CHECKED_BATCH, CHECKED_LENGTH = 2, 64
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The shape that all models share."""
-
-    num_layers: int
-    model_dim: int
-    num_heads: int
-    ffn_dim: int
-    num_features: int
-
-
-@dataclass(frozen=True)
 class Task:
     """Proteins of one length with hidden residues.
 
     Attributes:
         seen: int64 (batch, length), `<cls> residues <eos>` with `<mask>` at the targets.
-        positions: int64 (targets,), where the targets stand when the proteins are joined.
+        positions: int64 (targets,), the positions of the targets when the proteins are joined.
         targets: int64 (targets,), the true tokens there.
     """
 
@@ -107,16 +95,7 @@ def draw_task(batch: int, length: int) -> Task:
 
 def why_missing(name: str) -> str:
     """Returns why a model cannot take part; empty if it can."""
-    if name not in PEER_MODULES:
-        return ""
-    try:
-        # Their imports use what Python and torch have deprecated.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module(PEER_MODULES[name])
-    except ImportError as error:
-        return f"it needs {PEER_MODULES[name]}: {error}"
-    return ""
+    return models.why_missing(PEER_MODULES[name]) if name in PEER_MODULES else ""
 
 
 def build(name: str, sizes: Sizes, length: int) -> Learner:
@@ -125,14 +104,8 @@ def build(name: str, sizes: Sizes, length: int) -> Learner:
         return _performer_pytorch(sizes, length)
     if name == ESM_PEER:
         return _esm(sizes, length)
-    model = Performer(
-        ModelConfig(
-            num_layers=sizes.num_layers, model_dim=sizes.model_dim, num_heads=sizes.num_heads, ffn_dim=sizes.ffn_dim,
-            num_features=sizes.num_features, attention="positive", projection="orthogonal", positions="rotary",
-            qk_norm=True, conv_width=3 if name == PROTLM_CONVOLVED else 0, dropout=0.0,
-        )
-    )  # fmt: skip
-    model.reset(seed=0)
+    conv_width = 3 if name == PROTLM_CONVOLVED else 0
+    model = models.performer(sizes, attention="positive", qk_norm=True, conv_width=conv_width)
     return Learner(model, LOSSES[name])
 
 
@@ -151,14 +124,14 @@ def check(names: list[str], sizes: Sizes) -> dict[str, int]:
         if not (0 < losses[name] < float("inf") and 0 < norm < float("inf")):
             sys.exit(f"error: {name}: the loss is {losses[name]} and the gradient's norm {norm}; expected positive "
                      "finite numbers; nothing is timed")  # fmt: skip
-    # The weights are the same: only what attention returned can tell them apart.
+    # The weights are the same: only the output of attention makes a difference.
     if NO_ATTENTION in losses and losses[NO_ATTENTION] == losses[PROTLM]:
         sys.exit(f"error: {NO_ATTENTION}: the loss is that of {PROTLM}, so attention is still there; nothing is timed")
     return counts
 
 
 class _ValuesAlone(torch.autograd.Function):
-    """Returns v, and gives q and k a gradient of zeros, so that all that comes before them is still done backward."""
+    """Returns v, and gives q and k a gradient of zeros, so that the backward before them is still done."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -172,7 +145,7 @@ class _ValuesAlone(torch.autograd.Function):
 
 
 def _values_alone(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, **options: Any) -> Tensor:
-    """Stands where the op was: returns v; q and k get gradients of zeros."""
+    """Takes the place of the op: returns v; q and k get gradients of zeros."""
     values: Tensor = _ValuesAlone.apply(q, k, v)
     return values
 
@@ -197,11 +170,9 @@ LOSSES: dict[str, Callable[[Performer, Task], Tensor]] = {
 
 def _performer_pytorch(sizes: Sizes, length: int) -> Learner:
     """Returns a PerformerLM with its author's defaults: rotary positions, tied to nothing, no biases in attention."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-        warnings.simplefilter("ignore")
+    with building_a_peer():
         from performer_pytorch import PerformerLM
 
-        torch.manual_seed(0)
         model = PerformerLM(
             num_tokens=VOCABULARY_SIZE, max_seq_len=length, dim=sizes.model_dim, depth=sizes.num_layers,
             heads=sizes.num_heads, dim_head=sizes.model_dim // sizes.num_heads,
@@ -218,21 +189,13 @@ def _performer_pytorch(sizes: Sizes, length: int) -> Learner:
 
 def _esm(sizes: Sizes, length: int) -> Learner:
     """Returns ESM-2 as transformers has it; token_dropout stays off, which spares it a pass over the embedding."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-        warnings.simplefilter("ignore")
-        from transformers import EsmConfig, EsmForMaskedLM
+    with building_a_peer():
+        from transformers import EsmForMaskedLM
 
-        torch.manual_seed(0)
-        config = EsmConfig(
-            vocab_size=VOCABULARY_SIZE, mask_token_id=MASK, pad_token_id=PAD, hidden_size=sizes.model_dim,
-            num_hidden_layers=sizes.num_layers, num_attention_heads=sizes.num_heads, intermediate_size=sizes.ffn_dim,
-            max_position_embeddings=length + PAD + 1, position_embedding_type="rotary", hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
-        )  # fmt: skip
-        model = EsmForMaskedLM(config)
+        model = EsmForMaskedLM(esm_config(sizes, max_position_embeddings=length + PAD + 1))
 
     def loss(model: Callable[..., Any], task: Task) -> Tensor:
-        found: Tensor = model(input_ids=task.seen, labels=task.labels).loss
-        return found
+        mean: Tensor = model(input_ids=task.seen, labels=task.labels).loss
+        return mean
 
     return Learner(model, loss)

@@ -4,15 +4,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scripts.attention_calls import FEATURES, HEAD_DIM, HEADS
+from scripts.measuring import MEBIBYTE, PAGE_BYTES, can_measure_memory
 from scripts.report.approximation import log_log_slope
-from scripts.report.cost import CASES, FEATURES, HEAD_DIM, HEADS, Case, can_measure_memory, peak_bytes, seconds
+from scripts.report.cost import CASES, Case, peak_bytes, seconds
 from scripts.report.page import Line, Section, plot, table
 from scripts.report.settings import Settings
 
 TIME_SLOPE, MEMORY_SLOPE = 1.05, 0.3
 TARGET_LENGTH = 65_536
 """The slopes are promised up to here: over a few hundred tokens the constant parts still grow."""
-MEBIBYTE = 2**20
 
 
 def cost(settings: Settings, folder: Path) -> Section:
@@ -42,8 +43,8 @@ def cost(settings: Settings, folder: Path) -> Section:
         "Time grows linearly with length, and memory hardly",
         [
             "Section 3.1: O(L·M·d) time, where exact attention takes O(L²·d). Memory above inputs and outputs: FAVOR "
-            "keeps one state of M × (d + 1) numbers a head and a piece of features; the causal backward keeps M "
-            "numbers a head for every piece. `exact (SDPA)` is torch's fused attention, which forms no matrix of "
+            "keeps one state of M × (d + 1) numbers a head and a stretch of features; the causal backward keeps M "
+            "numbers a head for every stretch. `exact (SDPA)` is torch's fused attention, which forms no matrix of "
             "pairs; `matrix formed` is the formula as it is written. (The paper's Figure 3.)",
             f"B 1, H {HEADS}, d {HEAD_DIM}, M {FEATURES}, `positive`, float32; medians of {settings.repeats} calls, "
             "taken in turns. A peak is that of the process's resident memory during one call in a process apart, "
@@ -60,9 +61,7 @@ def cost(settings: Settings, folder: Path) -> Section:
 def _row(case: Case, times: dict[int, list[float]], peaks: dict[int, int]) -> tuple[tuple[object, ...], dict[str, Any]]:
     lengths = list(times)
     medians = [statistics.median(values) for values in times.values()]
-    # A peak below one page cannot be seen, and has no logarithm.
-    visible = {length: max(value, 4096) for length, value in peaks.items()}
-    memory_slope = log_log_slope(lengths, list(visible.values())) if visible else None
+    memory_slope = log_log_slope(lengths, [max(value, PAGE_BYTES) for value in peaks.values()]) if peaks else None
     number = {
         "implementation": case.implementation, "causal": case.causal, "work": case.work, "lengths": lengths,
         "seconds": list(times.values()), "median_seconds": medians, "time_slope": log_log_slope(lengths, medians),
@@ -77,15 +76,15 @@ def _row(case: Case, times: dict[int, list[float]], peaks: dict[int, int]) -> tu
 
 
 def _targets(numbers: list[dict[str, Any]]) -> str:
-    """Returns a sentence on the targets, which are reported and fail nothing: a busy machine misses them."""
+    """Returns a sentence on the targets. A missed one is no failure: a busy machine misses them."""
     ours = [number for number in numbers if number["implementation"] == "favor"]
     forward = max(number["time_slope"] for number in ours if number["work"] == "forward")
     memory = [number["memory_slope"] for number in ours if number["memory_slope"] is not None]
-    told = f"Targets for FAVOR up to {TARGET_LENGTH:,} tokens: "
-    told += f"slope of forward time ≤ {TIME_SLOPE}: {_met(forward, TIME_SLOPE)} ({forward:.2f})"
+    sentence = f"Targets for FAVOR up to {TARGET_LENGTH:,} tokens: "
+    sentence += f"slope of forward time ≤ {TIME_SLOPE}: {_met(forward, TIME_SLOPE)} ({forward:.2f})"
     if memory:
-        told += f"; slope of memory ≤ {MEMORY_SLOPE}: {_met(max(memory), MEMORY_SLOPE)} ({max(memory):.2f} at most)"
-    return told + "."
+        sentence += f"; slope of memory ≤ {MEMORY_SLOPE}: {_met(max(memory), MEMORY_SLOPE)} ({max(memory):.2f} at most)"
+    return sentence + "."
 
 
 def _met(slope: float, target: float) -> str:
@@ -108,7 +107,7 @@ def _plots(
                 values = (
                     {length: statistics.median(samples) for length, samples in times[case].items()}
                     if what == "time"
-                    else {length: max(value, 4096) for length, value in peaks[case].items()}
+                    else {length: max(value, PAGE_BYTES) for length, value in peaks[case].items()}
                 )
                 if values:
                     y = [value * unit for value in values.values()]

@@ -1,4 +1,4 @@
-"""The attention benchmark, made small: it tells every figure it promises, and none after a wrong result."""
+"""The attention benchmark, made small: it reports every figure it promises, and none after a wrong result."""
 
 import importlib.util
 import json
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from protlm.ops import backends
+from scripts.attention_calls import BOTH, FEATURES, FORWARD, HEADS
 from scripts.bench import attention, attention_figures, attention_implementations, attention_measurements
-from scripts.bench.attention_implementations import BOTH, FORWARD
-from scripts.report.cost import FEATURES, HEADS, can_measure_memory
+from scripts.measuring import can_measure_memory
 
 ROOT = Path(__file__).parents[2]
 HAS_PEER = importlib.util.find_spec("performer_pytorch") is not None
@@ -22,12 +22,12 @@ TINY = ["--lengths", "128", "256", "--malloc-length", "128", "--thread-length", 
 
 
 def expected_figures():
-    found = {
+    figures = {
         f"{name} / favor"
         for name in ("chunked torch", "favor causal", "plain formula", "compiled formula", "exact (SDPA)")
     }
-    found |= {f"share of the GEMM rate (2048² matrices), {name}" for name in ("favor", "favor relu", "chunked torch")}
-    found |= {
+    figures |= {f"share of the GEMM rate (2048² matrices), {name}" for name in ("favor", "favor relu", "chunked torch")}
+    figures |= {
         "log-log slope of time against length, favor",
         "favor: packed proteins / one row of the same length",
     }
@@ -35,21 +35,19 @@ def expected_figures():
     if HAS_PEER:
         measured_in_memory.append("performer-pytorch softmax")
         for kind, ours in (("softmax", "favor"), ("relu", "favor relu")):
-            found |= {f"performer-pytorch {kind} / {ours}{suffix}" for suffix in ("", ", tuned malloc")}
+            figures |= {f"performer-pytorch {kind} / {ours}{suffix}" for suffix in ("", ", tuned malloc")}
     if can_measure_memory():
-        found |= {f"peak memory above inputs and outputs, {name}" for name in ("favor", *measured_in_memory)}
-        found |= {f"peak memory of {name} / favor" for name in measured_in_memory}
-    return found
+        figures |= {f"peak memory above inputs and outputs, {name}" for name in ("favor", *measured_in_memory)}
+        figures |= {f"peak memory of {name} / favor" for name in measured_in_memory}
+    return figures
 
 
-def test_a_tiny_run_tells_every_figure(tmp_path, monkeypatch, capsys):
+def test_a_tiny_run_reports_every_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention_implementations, "GEMM_SIZE", 64)
     # Compiling, and new processes, would take longer than all else.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(
-        attention_measurements, "in_a_process", lambda _, what, **job: attention_measurements.run(job | {"what": what})
-    )
-    out, picture = tmp_path / "found.json", tmp_path / "speed.png"
+    monkeypatch.setattr(attention_measurements, "in_a_process", lambda _, function, **arguments: function(**arguments))
+    out, picture = tmp_path / "figures.json", tmp_path / "speed.png"
     threads = torch.get_num_threads()
     attention.main([*TINY, "--repeats", "5", "--rows", "--json", str(out), "--plot", str(picture)])
     assert torch.get_num_threads() == threads
@@ -77,9 +75,9 @@ def test_threads_are_compared_and_their_number_is_restored():
     favor = attention_implementations.implementations()["favor"]
     times = attention_measurements.threads(favor, 64, (1, 2), repeats=1)
     assert torch.get_num_threads() == threads
-    told = attention_figures.figures({"threads": {"length": 64, "times": times}})
-    assert [(figure.measured, figure.where) for figure in told] == [
-        (f"favor with H1 for H{HEADS}: 1 thread / 2 threads", f"L 64 {what}") for what in (FORWARD, BOTH)
+    figures = attention_figures.figures({"threads": {"length": 64, "times": times}})
+    assert [(figure.measured, figure.where) for figure in figures] == [
+        (f"favor with H1 for H{HEADS}: 1 thread / 2 threads", f"L 64 {work}") for work in (FORWARD, BOTH)
     ]
 
 
@@ -91,7 +89,7 @@ def test_a_peak_is_measured_in_a_new_process():
     assert peak > 2 * 4 * HEADS * length * FEATURES
 
 
-def test_what_does_not_compile_takes_no_part_and_is_told(monkeypatch, capsys):
+def test_a_formula_that_does_not_compile_is_left_out_with_a_reason(monkeypatch, capsys):
     def compile_nothing(function, **_):
         def fail(*_):
             raise RuntimeError("No working C++ compiler found\nand more")
@@ -103,8 +101,8 @@ def test_what_does_not_compile_takes_no_part_and_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "torch.compile takes no part: RuntimeError: No working C++ compiler found\n"
 
 
-@pytest.mark.parametrize("what", ["output", "dq"])
-def test_a_wrong_result_ends_the_run_without_a_figure(what, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("wrong_value", ["output", "dq"])
+def test_a_wrong_result_ends_the_run_without_a_figure(wrong_value, monkeypatch, capsys, tmp_path):
     right = attention_implementations.favor_attention
 
     def wrong(q, k, v, projection, **options):
@@ -113,14 +111,14 @@ def test_a_wrong_result_ends_the_run_without_a_figure(what, monkeypatch, capsys,
         if not options.get("causal"):
             return out
         # The second has the right output, and takes a thousandth from its gradients.
-        return out * 1.001 if what == "output" else out * 0.999 + out.detach() * 0.001
+        return out * 1.001 if wrong_value == "output" else out * 0.999 + out.detach() * 0.001
 
     monkeypatch.setattr(attention_implementations, "favor_attention", wrong)
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as ended:
-        attention.main([*TINY, "--json", str(tmp_path / "found.json")])
+        attention.main([*TINY, "--json", str(tmp_path / "figures.json")])
     # A message as the code is printed, and the status is 1.
-    assert str(ended.value.code).startswith(f"error: favor causal: {what} differs")
+    assert str(ended.value.code).startswith(f"error: favor causal: {wrong_value} differs")
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
     assert torch.get_num_threads() == threads
@@ -148,10 +146,11 @@ def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
         "favor": half_a_second,
         "exact (SDPA)": {FORWARD: [1.0, 2.0, 1.5], BOTH: [2.0, 2.0, 2.0]},
     }
-    told = {(figure.measured, figure.where): figure for figure in attention_figures.figures({"speed": {2048: times}})}
-    exact = told["exact (SDPA) / favor", "L 2048 forward"]
+    rows = attention_figures.figures({"speed": {2048: times}})
+    figures = {(figure.measured, figure.where): figure for figure in rows}
+    exact = figures["exact (SDPA) / favor", "L 2048 forward"]
     assert (exact.value, exact.low, exact.high, exact.text) == (3.0, 2.0, 4.0, "3.00× (2.00–4.00)")
-    share = told["share of the GEMM rate (2048² matrices), favor", "L 2048 forward"]
+    share = figures["share of the GEMM rate (2048² matrices), favor", "L 2048 forward"]
     # 8 heads · 8·L·M·d operations in half a second, against 2·2048³ in a tenth.
     assert share.value == pytest.approx(100 * (64 * 2048 * 256 * 64 / 0.5) / (2 * 2048**3 / 0.1))
     slopes = {str(length): {FORWARD: [length / 1e3] * 2, BOTH: [length**2 / 1e6] * 2} for length in (100, 200, 400)}

@@ -14,8 +14,8 @@ from protlm.vocabulary import CLS, EOS, encode
 from scripts.bench import embed, embed_figures, embed_measurements, embed_models
 from scripts.bench.embed_measurements import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST
 from scripts.bench.embed_models import ESM_PEER, EXACT, FAIR_PEER, FAVOR
-from scripts.bench.train_step_models import Sizes
-from scripts.report.cost import can_measure_memory
+from scripts.bench.models import Sizes
+from scripts.measuring import can_measure_memory
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(num_layers=2, model_dim=16, num_heads=2, ffn_dim=64, num_features=8)
@@ -29,23 +29,23 @@ LONG = "time with exact SDPA / with FAVOR"
 
 
 def expected_figures():
-    found = {LONG, OVERHEAD}
+    figures = {LONG, OVERHEAD}
     if can_measure_memory():
-        found |= {PEAK, f"{PEAK}: growth", "peak memory above the model"}
+        figures |= {PEAK, f"{PEAK}: growth", "peak memory above the model"}
     if HAS_ESM:
-        found |= {f"residues/s of {ours} / {ESM_PEER}" for ours in (EXACT, FAVOR)}
+        figures |= {f"residues/s of {ours} / {ESM_PEER}" for ours in (EXACT, FAVOR)}
     if HAS_FAIR:
-        found |= {f"residues/s of {EXACT} / {FAIR_PEER}"}
-    return found
+        figures |= {f"residues/s of {EXACT} / {FAIR_PEER}"}
+    return figures
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """New processes would take longer than all else, and the peaks of a process that is old say nothing."""
+    """New processes would take longer than all else, and the peaks of an old process mean nothing."""
 
-    def run(_, what, **job):
-        embed_measurements.run(job | {"what": what})
-        return 2**20 * (7 if what == "growth" else 3)
+    def run(_, function, **arguments):
+        function(**arguments)
+        return 2**20 * (7 if function is embed_measurements.growth_here else 3)
 
     monkeypatch.setattr(embed_measurements, "in_a_process", run)
 
@@ -57,40 +57,40 @@ def long_fasta(tmp_path):
     return ["--long-fasta", str(path), "--long-id", "giant"]
 
 
-def test_a_tiny_run_tells_every_figure_from_its_own_times(in_this_process, long_fasta, fasta, tmp_path, capsys):
-    out = tmp_path / "found.json"
+def test_a_tiny_run_reports_every_figure_from_its_own_times(in_this_process, long_fasta, fasta, tmp_path, capsys):
+    out = tmp_path / "figures.json"
     threads = torch.get_num_threads()
     embed.main([*TINY, *long_fasta, "--proteins", str(fasta), "--repeats", "5", "--rows", "--json", str(out)])
     assert torch.get_num_threads() == threads
     content = json.loads(out.read_text())
-    told = {figure["measured"]: figure for figure in content["figures"]}
-    assert set(told) == expected_figures()
+    figures = {figure["measured"]: figure for figure in content["figures"]}
+    assert set(figures) == expected_figures()
     measured = content["measured"]
-    times = {name: median(found["seconds"]) for name, found in measured["pipeline"]["times"].items()}
-    assert told[OVERHEAD]["value"] == pytest.approx(100 * times[COMMAND] / times[BARE] - 100)
+    times = {name: median(repeats["seconds"]) for name, repeats in measured["pipeline"]["times"].items()}
+    assert figures[OVERHEAD]["value"] == pytest.approx(100 * times[COMMAND] / times[BARE] - 100)
     if HAS_ESM:
-        times = {name: median(found["seconds"]) for name, found in measured["favor"]["times"].items()}
-        ratio = told[f"residues/s of {FAVOR} / {ESM_PEER}"]
+        times = {name: median(repeats["seconds"]) for name, repeats in measured["favor"]["times"].items()}
+        ratio = figures[f"residues/s of {FAVOR} / {ESM_PEER}"]
         assert ratio["value"] == pytest.approx(times[ESM_PEER] / times[FAVOR])
         assert ratio["note"].startswith(f"{measured['favor']['residues'] / times[FAVOR]:,.0f} and ")
-    assert told[LONG]["where"] == "giant, 400 residues"
+    assert figures[LONG]["where"] == "giant, 400 residues"
     printed = capsys.readouterr().out.splitlines()
     assert all(name in printed for name in expected_figures())
     rows = [line.split(" | ") for line in printed if line.startswith("| ")]
-    assert [row[4].split(f", {content['setup']}")[0] for row in rows] == list(told)
+    assert [row[4].split(f", {content['setup']}")[0] for row in rows] == list(figures)
     header = next(line for line in (ROOT / "scripts/bench/RESULTS.md").read_text().splitlines() if "| date" in line)
     assert {len(row) for row in rows} == {len(header.split(" | "))}
 
 
-def test_a_part_without_its_peer_or_its_protein_is_left_out_with_a_reason(monkeypatch, fasta, tmp_path, capsys):
+def test_a_measurement_without_its_peer_or_its_protein_is_left_out_with_a_reason(monkeypatch, fasta, tmp_path, capsys):
     monkeypatch.setattr(embed_models, "PEER_MODULES", {ESM_PEER: "no_such_module", FAIR_PEER: "json"})
-    out = tmp_path / "found.json"
+    out = tmp_path / "figures.json"
     only = ["--only", "exact", "extract", "favor", "long", "memory", "pipeline"]
     embed.main([*TINY, *only, "--proteins", str(fasta), "--repeats", "1", "--json", str(out)])
     assert [figure["measured"] for figure in json.loads(out.read_text())["figures"]] == [OVERHEAD]
-    told = [line for line in capsys.readouterr().err.splitlines() if "cannot be measured" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be measured" in line]
     missing = "cannot be measured here: it needs no_such_module: No module named 'no_such_module'"
-    assert told[:5] == [
+    assert lines[:5] == [
         f"exact: {missing}",
         "extract: cannot be measured here: it needs fair-esm, and another package is called esm here",
         f"favor: {missing}",
@@ -109,10 +109,10 @@ def test_a_wrong_model_ends_the_run_without_a_figure(fault, monkeypatch, fasta, 
     monkeypatch.setattr(Performer, "hidden_states", wrong)
     monkeypatch.setitem(embed.MODELS, "exact", (EXACT,))
     with pytest.raises(SystemExit) as ended:
-        embed.main([*TINY, "--only", "exact", "--proteins", str(fasta), "--json", str(tmp_path / "found.json")])
+        embed.main([*TINY, "--only", "exact", "--proteins", str(fasta), "--json", str(tmp_path / "figures.json")])
     assert str(ended.value.code).startswith(f"error: {EXACT}: expected finite hidden states")
     assert capsys.readouterr().out == ""
-    assert not list(tmp_path.glob("found*"))
+    assert not list(tmp_path.glob("figures*"))
 
 
 def test_every_model_embeds_every_protein_and_the_packed_rows_keep_to_their_budget():
@@ -146,9 +146,9 @@ def test_the_peer_computes_what_our_exact_model_computes_with_the_same_weights(m
     assert all(name.startswith("head.") for name in unmatched.missing_keys)
     sequence = "MKVLAWYGHD"
     tokens = torch.tensor([CLS, *encode(sequence.encode()).tolist(), EOS])
-    found = model.hidden_states(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), (2,))[2]
+    states = model.hidden_states(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), (2,))[2]
     (expected,) = embed_peer([sequence])
-    assert (found - expected[0]).abs().max() < 1e-5 * expected.abs().max()
+    assert (states - expected[0]).abs().max() < 1e-5 * expected.abs().max()
 
 
 def weights_of(peer):
@@ -159,12 +159,12 @@ def weights_of(peer):
         "attention.LayerNorm": "attention_norm", "intermediate.dense": "ffn_in", "output.dense": "ffn_out",
         "LayerNorm": "ffn_norm",
     }  # fmt: skip
-    found = {}
+    weights = {}
     for name, tensor in peer.state_dict().items():
         for theirs, ours in names.items():
             name = name.replace(theirs, ours)
-        found[name] = tensor
-    return found
+        weights[name] = tensor
+    return weights
 
 
 def test_the_bare_passes_are_over_the_rows_of_the_command(monkeypatch, fasta):
@@ -198,9 +198,9 @@ def test_a_peak_is_measured_in_a_new_process_and_holds_what_the_protein_needs():
 
 
 def test_proteins_of_the_growth_are_as_many_and_as_long_as_asked_for_and_differ():
-    found = list(embed_measurements._stretches(["MKVLAWYGHD" * 30, "ACDEFGHIKLMNPQRSTVWY" * 40, "short"], 12))
-    assert [len(sequence) for sequence in found] == [embed_measurements.GROWTH_RESIDUES] * 12
-    assert len(set(found)) > 6
+    proteins = list(embed_measurements._stretches(["MKVLAWYGHD" * 30, "ACDEFGHIKLMNPQRSTVWY" * 40, "short"], 12))
+    assert [len(sequence) for sequence in proteins] == [embed_measurements.GROWTH_RESIDUES] * 12
+    assert len(set(proteins)) > 6
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
     def seconds(**times):
         return {name: {"seconds": list(map(float, values))} for name, values in times.items()}
 
-    found = {
+    measured = {
         "extract": {"where": "5 proteins", "residues": 600,
                     "times": seconds(**{EXACT: (1, 2, 4), FAIR_PEER: (9, 9, 9)})},
         "long": {"where": "giant", "times": seconds(**{LONG_FAVOR: (2, 2, 1), LONG_REST: (1, 1, 1),
@@ -235,8 +235,8 @@ def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
         "growth": {"peak_bytes": {"10000": [300 * 2**20, 302 * 2**20, 301 * 2**20],
                                   "40000": [305 * 2**20, 301 * 2**20, 303 * 2**20]}},
     }  # fmt: skip
-    told = {(figure.measured, figure.where): figure for figure in embed_figures.figures(found, SIZES)}
-    assert {key: figure.text for key, figure in told.items()} == {
+    figures = {(figure.measured, figure.where): figure for figure in embed_figures.figures(measured, SIZES)}
+    assert {key: figure.text for key, figure in figures.items()} == {
         (f"residues/s of {EXACT} / {FAIR_PEER}", "5 proteins"): "4.50× (2.25–9.00)",
         # 1 + 2 layers · 12, over 2.
         (LONG, "giant"): "12.50× (10.50–29.00)",
@@ -246,4 +246,4 @@ def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
         (PEAK, "40,000 proteins"): "303 MiB (301–305)",
         (f"{PEAK}: growth", "from 10,000 to 40,000 proteins"): "2 MiB (-1–5)",
     }
-    assert told[f"residues/s of {EXACT} / {FAIR_PEER}", "5 proteins"].note == "300 and 67 residues/s"
+    assert figures[f"residues/s of {EXACT} / {FAIR_PEER}", "5 proteins"].note == "300 and 67 residues/s"

@@ -11,6 +11,7 @@ import torch
 
 from protlm.model.performer import Performer
 from scripts.bench import train_step, train_step_figures, train_step_measurements, train_step_models
+from scripts.bench.models import Sizes
 from scripts.bench.train_step_models import (
     ESM_PEER,
     NO_ATTENTION,
@@ -18,9 +19,8 @@ from scripts.bench.train_step_models import (
     PERFORMER_PEER,
     PROTLM,
     PROTLM_CONVOLVED,
-    Sizes,
 )
-from scripts.report.cost import can_measure_memory
+from scripts.measuring import can_measure_memory
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(num_layers=1, model_dim=16, num_heads=2, ffn_dim=32, num_features=8)
@@ -33,58 +33,60 @@ CEILING = {f"share of the speed with {NO_ATTENTION}, {PROTLM}"}
 
 
 def expected_figures():
-    found = DATA | CEILING
+    figures = DATA | CEILING
     if HAS_ESM:
-        found |= {f"tokens/s of {PROTLM} / {ESM_PEER}"}
+        figures |= {f"tokens/s of {PROTLM} / {ESM_PEER}"}
     if HAS_PERFORMER:
         ratios = [f"tokens/s of {ours} / {PERFORMER_PEER}" for ours in (PROTLM, PROTLM_CONVOLVED)]
-        found |= {f"{ratio}{suffix}" for ratio in ratios for suffix in ("", ", tuned malloc")}
+        figures |= {f"{ratio}{suffix}" for ratio in ratios for suffix in ("", ", tuned malloc")}
         if can_measure_memory():
-            for what in ("with weights and optimizer", "above weights and optimizer"):
+            for base in ("with weights and optimizer", "above weights and optimizer"):
                 names = (PROTLM, PERFORMER_PEER, f"{PROTLM} / {PERFORMER_PEER}")
-                found |= {f"peak memory {what}, {name}" for name in names}
-    return found
+                figures |= {f"peak memory {base}, {name}" for name in names}
+    return figures
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """New processes would take longer than all else, and the peaks of a process that is old say nothing."""
+    """New processes would take longer than all else, and the peaks of an old process mean nothing."""
 
-    def run(_, what, **job):
-        if what == "peak":
-            return {"whole": 2**20 * (1 + len(job["names"][0])), "above": 2**20 * len(job["names"][0])}
-        return train_step_measurements.run(job | {"what": what})
+    def run(_, function, **arguments):
+        if function is train_step_measurements.peaks_here:
+            return {"whole": 2**20 * (1 + len(arguments["name"])), "above": 2**20 * len(arguments["name"])}
+        return function(**arguments)
 
     monkeypatch.setattr(train_step_measurements, "in_a_process", run)
 
 
-def test_a_tiny_run_tells_every_figure_from_its_own_times(in_this_process, dataset, tmp_path, capsys):
-    out = tmp_path / "found.json"
+def test_a_tiny_run_reports_every_figure_from_its_own_times(in_this_process, dataset, tmp_path, capsys):
+    out = tmp_path / "figures.json"
     threads = torch.get_num_threads()
     train_step.main([*TINY, "--repeats", "5", "--rows", "--json", str(out), "--dataset", str(dataset)])
     assert torch.get_num_threads() == threads
     content = json.loads(out.read_text())
-    told = {(figure["measured"], figure["where"]): figure for figure in content["figures"]}
-    assert {measured for measured, _ in told} == expected_figures()
+    figures = {(figure["measured"], figure["where"]): figure for figure in content["figures"]}
+    assert {measured for measured, _ in figures} == expected_figures()
     measured = content["measured"]
     long = measured["ceiling"][1]["times"]
-    share = told[f"share of the speed with {NO_ATTENTION}, {PROTLM}", "B1 L96"]
+    share = figures[f"share of the speed with {NO_ATTENTION}, {PROTLM}", "B1 L96"]
     assert share["value"] == pytest.approx(100 * median(long[NO_ATTENTION]["step"]) / median(long[PROTLM]["step"]))
     if HAS_PERFORMER:
         times = measured["malloc"][0]["times"]
-        ratio = told[f"tokens/s of {PROTLM} / {PERFORMER_PEER}, tuned malloc", "B2 L64"]
+        ratio = figures[f"tokens/s of {PROTLM} / {PERFORMER_PEER}, tuned malloc", "B2 L64"]
         assert ratio["value"] == pytest.approx(median(times[PERFORMER_PEER]["step"]) / median(times[PROTLM]["step"]))
         assert ratio["note"].startswith(f"{2 * 64 / median(times[PROTLM]['step']):,.0f} and ")
     data = measured["data"]
-    fill = told["residues among the slots of tokens_per_batch", "tokens_per_batch 128"]
+    fill = figures["residues among the slots of tokens_per_batch", "tokens_per_batch 128"]
     assert fill["value"] == pytest.approx(100 * sum(data["residues"]) / (3 * 128))
     printed = capsys.readouterr().out.splitlines()
     assert all(name in printed for name in expected_figures())
     rows = [line.split(" | ") for line in printed if line.startswith("| ")]
-    assert [row[4].split(f", {content['setup']}")[0] for row in rows] == list(dict.fromkeys(name for name, _ in told))
+    assert [row[4].split(f", {content['setup']}")[0] for row in rows] == list(
+        dict.fromkeys(name for name, _ in figures)
+    )
     for row in rows:
         texts = [f"{where}: {figure['value']:.{digits(figure)}f}{figure['unit']}" for (name, where), figure
-                 in told.items() if row[4].startswith(f"{name}, {content['setup']}")]  # fmt: skip
+                 in figures.items() if row[4].startswith(f"{name}, {content['setup']}")]  # fmt: skip
         assert all(text in row[5] for text in texts)
     header = next(line for line in (ROOT / "scripts/bench/RESULTS.md").read_text().splitlines() if "| date" in line)
     assert {len(row) for row in rows} == {len(header.split(" | "))}
@@ -94,16 +96,16 @@ def digits(figure):
     return {" MiB": 0, "%": 1}.get(figure["unit"], 2)
 
 
-def test_a_part_without_its_peer_or_its_dataset_is_left_out_with_a_reason(monkeypatch, tmp_path, capsys):
+def test_a_measurement_without_its_peer_or_its_dataset_is_left_out_with_a_reason(monkeypatch, tmp_path, capsys):
     absent = {PERFORMER_PEER: "no_such_module", ESM_PEER: "no_such_module"}
     monkeypatch.setattr(train_step_models, "PEER_MODULES", absent)
-    out = tmp_path / "found.json"
+    out = tmp_path / "figures.json"
     train_step.main([*TINY, "--repeats", "1", "--json", str(out)])
     content = json.loads(out.read_text())
     assert {figure["measured"] for figure in content["figures"]} == CEILING
-    told = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     reason = "cannot be measured here: it needs no_such_module: No module named 'no_such_module'"
-    assert told == [
+    assert lines == [
         *(f"{part}: {reason}" for part in ("performer", "malloc", "esm", "memory")),
         "data: cannot be measured here: it needs --dataset",
     ]
@@ -127,7 +129,7 @@ def test_a_wrong_model_ends_the_run_without_a_figure(fault, monkeypatch, capsys,
     else:
         monkeypatch.setattr(Performer, "reset", wrong)
     with pytest.raises(SystemExit) as ended:
-        train_step.main([*TINY, "--only", "ceiling", "--json", str(tmp_path / "found.json")])
+        train_step.main([*TINY, "--only", "ceiling", "--json", str(tmp_path / "figures.json")])
     start, reason = {
         "loss": (PROTLM, "the loss is nan"),
         "gradient": (PROTLM, "the gradient's norm 0.0"),
@@ -210,17 +212,17 @@ def test_the_script_runs_as_a_file(tmp_path):
 def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
     times = {PROTLM: {"step": [1.0, 2.0, 4.0]}, PERFORMER_PEER: {"step": [3.0, 3.0, 3.0]}}
     peaks = {PROTLM: {"whole": 4 * 2**20, "above": 2**20}, PERFORMER_PEER: {"whole": 8 * 2**20, "above": 4 * 2**20}}
-    found = {
+    measured = {
         "performer": [{"batch": 4, "length": 100, "times": times}],
         "memory": {"length": 100, "peak_bytes": peaks},
         "data": {"tokens_per_batch": 100, "row_tokens": [80, 60], "residues": [72, 54], "waited": [1.0, 3.0],
                  "seconds": [10.0, 10.0]},
     }  # fmt: skip
-    told = {figure.measured: figure for figure in train_step_figures.figures(found)}
-    ratio = told[f"tokens/s of {PROTLM} / {PERFORMER_PEER}"]
+    figures = {figure.measured: figure for figure in train_step_figures.figures(measured)}
+    ratio = figures[f"tokens/s of {PROTLM} / {PERFORMER_PEER}"]
     assert (ratio.where, ratio.text) == ("B4 L100", "1.50× (0.75–3.00)")
     assert ratio.note == "200 and 133 tokens/s"
-    assert told[f"peak memory with weights and optimizer, {PROTLM} / {PERFORMER_PEER}"].text == "0.50×"
-    assert told[f"peak memory above weights and optimizer, {PROTLM} / {PERFORMER_PEER}"].text == "0.25×"
-    assert [told[name].text for name in sorted(DATA)] == ["63.0%", "90.0%", "20.0%"]
-    assert told["residues among the tokens of the rows"].note == "2 rows of training, each 90.0–90.0 %"
+    assert figures[f"peak memory with weights and optimizer, {PROTLM} / {PERFORMER_PEER}"].text == "0.50×"
+    assert figures[f"peak memory above weights and optimizer, {PROTLM} / {PERFORMER_PEER}"].text == "0.25×"
+    assert [figures[name].text for name in sorted(DATA)] == ["63.0%", "90.0%", "20.0%"]
+    assert figures["residues among the tokens of the rows"].note == "2 rows of training, each 90.0–90.0 %"
