@@ -10,10 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from protlm.cli.app import main
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["protlm.cli.app", "protlm.workflows.train.train", "protlm.workflows.embed.embed"])
 
-TIMEOUT_SECONDS = 100
+TIMEOUT_SECONDS = 150
 """Less than the time-out of a test, so that a process that never ends is killed and its errors are shown."""
 
 
@@ -75,6 +79,11 @@ def fork_ranks(number, *arguments):
     ]
 
 
+def spawn(function, args, nprocs):
+    """Does what `torch.multiprocessing.spawn` does, with processes that are forked."""
+    torch.multiprocessing.start_processes(function, args, nprocs, start_method="forkserver")
+
+
 def _run(words, environment, folder, streams, prepare):
     """Gives the process all that a new one would have been started with, and runs the command in it."""
     os.environ.clear()
@@ -88,9 +97,5 @@ def _run(words, environment, folder, streams, prepare):
     sys.argv = ["protlm", *words]
     if prepare is not None:
         prepare()
-    import torch
-
-    from protlm.cli.app import main
-
     torch.set_num_threads(1)
     sys.exit(main(words))

@@ -14,6 +14,7 @@ from protlm.gpu_check import parity, ranks, roofline, timing
 from protlm.gpu_check.__main__ import Work, main, report
 from protlm.ops import favor_attention
 from protlm.ops.cuda import launch
+from tests import forked
 
 SMALL = parity.Case(length=30, head_dim=16, features=32, heads=1)
 WORK = Work(cases=[SMALL], rank_cases=[], lengths=(16,), repeats=2, tokens=16)
@@ -38,12 +39,18 @@ def test_what_is_right_is_told_as_right(feature_map):
     assert set(outcome.errors) == set(parity.NAMES)
 
 
+@pytest.mark.cuda
 def test_every_kernel_runs_in_a_case():
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
     small = [replace(SMALL, heads=64, batch=1, head_dim=16, length=20), replace(SMALL, length=300, is_masked=True)]
     outcomes = list(parity.check([*small, replace(SMALL, feature_map="relu")], "cpu", "triton"))
     assert [(outcome.fault, outcome.computed_by) for outcome in outcomes] == [(None, "triton")] * 3
-    (other,) = parity.check([replace(SMALL, head_dim=256)], "cpu", "triton")
+
+
+def test_a_case_says_which_backend_computed_it():
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
+    covered, other = parity.check([SMALL, replace(SMALL, head_dim=256)], "cpu", "triton")
+    assert (covered.fault, covered.computed_by) == (None, "triton")
     assert (other.fault, other.computed_by) == (None, "torch")
 
 
@@ -82,8 +89,9 @@ def test_a_kernel_that_raises_and_one_that_changes_its_mind_are_faults():
 
 
 def test_the_report_has_a_row_for_everything(tmp_path, capsys, monkeypatch):
-    # A compiler of its own is not what is tested here.
+    # Neither a compiler nor the interpreter, which would take long, is what is tested here.
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(timing, "favor_attention", lambda *tensors, backend: favor_attention(*tensors, backend="torch"))
     out = tmp_path / "check.json"
     assert report(out, "cpu", "torch", WORK) == 0
     content = json.loads(out.read_text())
@@ -134,7 +142,8 @@ def test_a_gpu_on_which_nothing_runs_any_more_leaves_the_cases_in_the_report(tmp
     assert ([row["fault"] for row in content["parity"]], content["times"]) == ([None], [])
 
 
-def test_two_processes_are_checked_against_the_twin_of_one():
+def test_two_processes_are_checked_against_the_twin_of_one(monkeypatch):
+    monkeypatch.setattr(ranks, "spawn", forked.spawn)
     chosen = [replace(SMALL, segments=(9, 0, 1, 20), is_masked=True), replace(SMALL, feature_map="unknown")]
     (right,) = ranks.check(chosen[:1], "cpu", "torch")
     assert (right.fault, right.computed_by) == (None, "torch")

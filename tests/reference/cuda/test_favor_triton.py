@@ -24,6 +24,11 @@ SHAPES = {
 }
 
 
+def quick(first, *others):
+    """Returns feature maps of which all but the first are left to the long checks."""
+    return [first, *(pytest.param(name, marks=pytest.mark.cuda) for name in others if name != first)]
+
+
 @pytest.fixture(params=[True, False], ids=["whole segments", "units"])
 def is_short(request, monkeypatch):
     monkeypatch.setattr(call, "_ENOUGH_SHORT_PROGRAMS", 0 if request.param else 10**9)
@@ -37,18 +42,19 @@ def assert_equal_twin(case, dtype=torch.float32):
     cases.assert_equal(found, expected_of(*arguments), TOLERANCE[dtype], str(case), arguments[-1]["feature_map"])
 
 
-@pytest.mark.parametrize("feature_map", COVERED)
+@pytest.mark.parametrize("feature_map", quick("positive", *COVERED))
 def test_packed_segments_with_padding_equal_the_twin(feature_map, is_short):
     assert_equal_twin(Case(feature_map=feature_map, **SHAPES["segments with padding"]))
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "segments with padding"])
 @pytest.mark.parametrize("feature_map", ["oprf", "relu"])
 def test_every_shape_equals_the_twin(name, feature_map):
     assert_equal_twin(Case(feature_map=feature_map, **SHAPES[name]))
 
 
-@pytest.mark.parametrize("feature_map", ["positive", "relu"])
+@pytest.mark.parametrize("feature_map", quick("positive", "positive", "relu"))
 def test_short_floats_equal_the_twin_on_the_same_values(feature_map, is_short):
     for dtype in (torch.bfloat16, torch.float16):
         case = Case(feature_map=feature_map, head_dim=32, num_features=64, padding="some", length=90)
@@ -58,6 +64,7 @@ def test_short_floats_equal_the_twin_on_the_same_values(feature_map, is_short):
         cases.assert_equal(found, expected_of(*arguments), TOLERANCE[torch.bfloat16], feature_map=feature_map)
 
 
+@pytest.mark.cuda
 def test_a_long_row_in_float16_overflows_nothing():
     # Sums over queries of gradients this large leave the range of float16.
     case = Case(head_dim=16, num_features=16, length=2000, batch=1, heads=1)
@@ -67,7 +74,7 @@ def test_a_long_row_in_float16_overflows_nothing():
     cases.assert_equal(found, expected_of(*arguments), TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("feature_map", ["positive", "relu"])
+@pytest.mark.parametrize("feature_map", quick("relu", "positive", "relu"))
 def test_norms_without_bound_give_finite_results(feature_map, is_short):
     q, k, v, _, projection, options = draw(Case(head_dim=16, length=50, feature_map=feature_map), torch.float32)
     for factor in (1e3, 1e7):
@@ -80,7 +87,7 @@ def test_norms_without_bound_give_finite_results(feature_map, is_short):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy tells of the infinities, which are thrown away
-@pytest.mark.parametrize("feature_map", ["positive", "oprf", "relu"])
+@pytest.mark.parametrize("feature_map", quick("oprf", "positive", "relu"))
 def test_padding_of_any_content_changes_nothing(feature_map, is_short):
     case = Case(feature_map=feature_map, head_dim=16, length=40, padding="some", a_axes="heads")
     q, k, v, out_grad, projection, options = draw(case, torch.float32)
@@ -95,6 +102,7 @@ def test_padding_of_any_content_changes_nothing(feature_map, is_short):
 LAYOUTS = ("q, k and v in one", "expanded", "head_dim is no last axis")
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("feature_map", ["positive", "relu"])
 def test_inputs_and_gradients_may_lie_in_memory_in_any_way(feature_map, layout, is_short):
@@ -123,13 +131,14 @@ def test_nan_in_a_token_reaches_its_segment_and_no_other(is_short):
     assert not out[:, :, 40:].isnan().any()
 
 
+@pytest.mark.cuda
 def test_equal_calls_give_equal_bits():
     arguments = draw(Case(head_dim=16, segments=(600, 20)), torch.bfloat16)
     for a, b in zip(found_of(arguments, "triton"), found_of(arguments, "triton"), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("feature_map", ["positive", "bare relu"])
+@pytest.mark.parametrize("feature_map", quick("positive", "bare relu"))
 def test_what_torch_is_told_of_results_is_what_they_are(feature_map, is_short):
     *tensors, _, projection, options = draw(Case(head_dim=24, length=20, feature_map=feature_map), torch.bfloat16)
     arguments = (*tensors, projection, None, None, None, options["feature_map"], False, "triton")
@@ -180,7 +189,7 @@ def test_bounds_that_do_not_fit_are_refused():
             )
 
 
-@pytest.mark.parametrize("feature_map", ["oprf", "relu"])
+@pytest.mark.parametrize("feature_map", quick("oprf", "relu"))
 def test_the_phases_of_two_ranks_equal_one_process(feature_map):
     drawn = calls.Drawn(feature_map)
     whole = found_of(

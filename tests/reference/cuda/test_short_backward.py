@@ -39,6 +39,7 @@ def test_every_segment_equals_the_twin(feature_map):
         assert not grad[0, :, ~drawn.mask[0]].any()
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_the_other_kernels_give_the_same(feature_map):
     drawn = Drawn(feature_map)

@@ -11,7 +11,7 @@ from protlm.data.batching.masking import MaskRates
 from protlm.inference.scoring import Score, empirical_score, score_model
 from protlm.model.performer import Performer
 from protlm.vocabulary import FIRST_RESIDUE, RESIDUES, encode
-from tests import process_groups
+from tests import forked, process_groups
 
 
 class InMemory:
@@ -183,7 +183,7 @@ def test_the_number_of_processes_changes_no_bit_and_all_make_as_many_passes(tmp_
     one = score_model(model, proteins, {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET)
     num_rows = len(list(evaluation_batches(proteins, ODD_BUDGET, 0, masked(0.3))))
     assert num_rows % 2 == 1, "one process must run out of rows before the other"
-    torch.multiprocessing.spawn(score_in_a_process, (2, str(tmp_path)), nprocs=2)
+    forked.spawn(score_in_a_process, (2, str(tmp_path)), nprocs=2)
     for rank in range(2):
         scores, num_passes, num_residues = torch.load(tmp_path / str(rank), weights_only=True)
         assert scores == dataclasses.asdict(one)

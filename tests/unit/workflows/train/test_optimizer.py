@@ -24,7 +24,7 @@ from protlm.workflows.train.optimizer import (
     learning_rate_factor,
     orthogonalise,
 )
-from tests import process_groups
+from tests import forked, process_groups
 from tests.conftest import TOLERANCE, relative_error
 
 SHAPES = ((8, 8), (8, 8), (24, 8), (8, 40))
@@ -344,4 +344,4 @@ def assert_same_weights(whole, sharded):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_shards_take_the_steps_of_the_whole_and_states_go_both_ways(tmp_path):
-    torch.multiprocessing.spawn(compare_shards, (str(tmp_path),), nprocs=2)
+    forked.spawn(compare_shards, (str(tmp_path),), nprocs=2)
