@@ -18,6 +18,9 @@ StrategyName = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["32", "bf16-mixed"]
 """The precision of the matrix products in training."""
 
+DataMode = Literal["packed", "clipped", "concatenated"]
+"""How proteins become the rows that a model is trained on."""
+
 FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu"]
 """The feature maps of FAVOR."""
 

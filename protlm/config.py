@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from protlm.choices import FeatureMap, Precision, ProjectionKind
+from protlm.choices import DataMode, FeatureMap, Precision, ProjectionKind
 from protlm.errors import ConfigError, first_fault
 
 Positive = Annotated[int, Field(gt=0)]
@@ -44,7 +44,7 @@ class DataConfig(_Section):
     max_length: Positive | None = None
     """Longest window of one protein in a training row, in residues. Default: what fits into the row. Unused by
     `concatenated`."""
-    mode: Literal["packed", "clipped", "concatenated"] = "packed"
+    mode: DataMode = "packed"
     """`packed`: whole proteins side by side, without attention between them; of a protein longer than max_length, a
     random window that changes with every draw. `clipped`: the same, but always with the first max_length residues.
     `concatenated`: all proteins joined by `<eos>` and cut into windows of window_tokens; inside a window, attention

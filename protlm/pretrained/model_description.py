@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from protlm.choices import DataMode
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
 from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
@@ -63,7 +64,7 @@ class ModelDescription(BaseModel):
     mask_rate: Annotated[float, Field(gt=0, le=1)]
     mask_share: Share = 0.8
     random_share: Share = 0.1
-    data_mode: Literal["packed", "clipped", "concatenated"] = "packed"
+    data_mode: DataMode = "packed"
     window_tokens: Annotated[int, Field(gt=SPECIAL_TOKENS_PER_SEGMENT)] | None = None
     redraw_every_steps: Count
     seed: Count
