@@ -1,1 +1,1 @@
-"""Embeddings on disk: their kinds, their layouts, and the file that is read by record id."""
+"""Embeddings on disk: their kinds, the layouts they are written in, and the reader of layout `protlm`."""

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 Kind = Literal["per-residue", "mean", "cls", "logits"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What there can be in a file; the first of these that is there is opened by default."""
+"""All kinds; by default the first of them that a file has is opened."""
 
 RESIDUE_KINDS: tuple[Kind, ...] = ("per-residue", "logits")
 """The kinds with one row a residue; the others have one row a protein."""

@@ -1,4 +1,4 @@
-"""How a file of layout `protlm` is read: by record id, through a memory map."""
+"""The reader of layout `protlm`: hides how an embedding is found by record id in a memory map."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -20,15 +20,15 @@ FORMAT_VERSION = 1
 class EmbeddingsFile(Mapping[str, np.ndarray]):
     """The embeddings of one kind and layer by record id, in file order; read-only views of a memory map.
 
-    Opening reads no ids: they are looked at when the first one is looked up.
+    Opening does not read the ids; the first look-up does.
 
     Attributes:
         path: The file.
         kinds: The kinds in the file, in the order of `KINDS`.
-        layers: The layers in the file of the chosen kind, ascending.
+        layers: The layers of the chosen kind in the file, ascending.
         kind: The chosen kind.
         layer: The chosen layer.
-        model_hash: Names the model that made them.
+        model_hash: Hash of the model that made them.
         sequence_hashes: The digest of each record's sequence, uint8 of shape (records, 16).
     """
 
@@ -41,14 +41,14 @@ class EmbeddingsFile(Mapping[str, np.ndarray]):
             dtype = file.attribute("dtype", str)
             if dtype not in get_args(Dtype):
                 raise ShardError(f"{path}: dtype: expected one of {', '.join(get_args(Dtype))}, got {dtype!r}")
-            layers = {found: _layers(file, found) for found in KINDS}
-            self.kinds: tuple[Kind, ...] = tuple(found for found in KINDS if layers[found])
+            layers = {stored: _layers(file, stored) for stored in KINDS}
+            self.kinds: tuple[Kind, ...] = tuple(stored for stored in KINDS if layers[stored])
             self.kind = self._choose_kind(kind)
             self.layers = layers[self.kind]
             self.layer = self.layers[-1] if layer is None else layer
             if self.layer not in self.layers:
-                there = ", ".join(map(str, self.layers))
-                raise ShardError(f"{path}: no layer {layer} of kind {self.kind!r}; it has {there}")
+                stored_layers = ", ".join(map(str, self.layers))
+                raise ShardError(f"{path}: no layer {layer} of kind {self.kind!r}; it has {stored_layers}")
             self._ids = file.strings("ids")
             self.sequence_hashes = file.column("sequence_hash", np.uint8, ndim=2)
             file.check_size("sequence_hash", self.sequence_hashes, len(self._ids))
@@ -94,9 +94,9 @@ class EmbeddingsFile(Mapping[str, np.ndarray]):
     def _choose_kind(self, wanted: str | None) -> Kind:
         if not self.kinds:
             raise ShardError(f"{self.path}: no embeddings in it")
-        for found in self.kinds:
-            if wanted in (None, found):
-                return found
+        for kind in self.kinds:
+            if wanted in (None, kind):
+                return kind
         raise ShardError(f"{self.path}: no embeddings of kind {wanted!r}; it has {', '.join(self.kinds)}")
 
 
@@ -105,18 +105,18 @@ def open_embeddings(path: str | Path, kind: str | None = None, layer: int | None
 
     Args:
         path: A file of layout `protlm`.
-        kind: `per-residue`, `mean`, `cls` or `logits`; by default the first of these that is in the file.
+        kind: `per-residue`, `mean`, `cls` or `logits`; by default the first of these in the file.
         layer: The layer, by absolute number; by default the last in the file.
 
     Raises:
-        ShardError: The file is missing or damaged, or has no such kind or layer. That two records have the same id is
-            found when the first one is looked up.
+        ShardError: The file is missing or damaged, or has no such kind or layer. An id that occurs twice is an error of
+            the first look-up.
     """
     return EmbeddingsFile(path, kind, layer)
 
 
 class _IdIndex:
-    """Finds a record by its id with 16 bytes a record, a tenth of what a dictionary of the strings takes."""
+    """The numbers of records by id, in 16 bytes a record, a tenth of the memory of a dictionary of strings."""
 
     def __init__(self, ids: Strings) -> None:
         self._ids = ids
@@ -132,10 +132,10 @@ class _IdIndex:
             raise ShardError(f"{ids.where}: expected all different, got a repeated one")
 
     def find(self, record_id: object) -> int | None:
-        """Returns the number of a record, None if there is none with this id."""
+        """Returns the number of a record, None if no record has this id."""
         if not isinstance(record_id, str):
             return None
-        # Whatever the string, it has bytes; those that are no UTF-8 equal no id.
+        # A string with lone surrogates has no UTF-8 form; encoded like this, it equals no id.
         wanted = np.uint64(xxhash.xxh3_64_intdigest(record_id.encode(errors="surrogatepass")))
         start = int(np.searchsorted(self._hashes, wanted))
         for place in range(start, len(self._hashes)):

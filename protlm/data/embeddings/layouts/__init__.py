@@ -1,4 +1,4 @@
-"""The forms in which embeddings are given to others: `LAYOUTS`, by the name each has on the command line."""
+"""The layouts in which embeddings are written for other programs: `LAYOUTS`, by name on the command line."""
 
 from protlm.data.embeddings.layouts.bio_embeddings import BioEmbeddingsLayout
 from protlm.data.embeddings.layouts.contents import Column, Contents, Embeddings, columns_of

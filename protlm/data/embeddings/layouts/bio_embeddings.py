@@ -2,7 +2,7 @@
 
 The key of a protein is the MD5 of its sequence, in hexadecimal digits; each dataset has the id as its attribute
 `original_id`. bio_embeddings refused equal sequences; here the first keeps the key, and the others get `#2`, `#3`, ….
-The mapping file has the columns of bio_embeddings: the key without a title, `original_id`, `sequence_length`.
+The mapping file has the columns of bio_embeddings: the key, without a title, `original_id` and `sequence_length`.
 """
 
 import csv
@@ -30,7 +30,7 @@ class BioEmbeddingsLayout(KeyedLayout):
         return out, out.with_name("mapping_file.csv")
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether the file says so, and nothing else has the name of the mapping file."""
+        """Returns whether the file is of this layout, and no other file has the name of the mapping file."""
         _, mapping = self.paths(out)
         try:
             with mapping.open("rb") as file:
@@ -42,7 +42,7 @@ class BioEmbeddingsLayout(KeyedLayout):
         return is_mapping and super().is_own(out)
 
     def _keys(self, contents: Contents) -> Strings:
-        # MD5 as a name, not as a safeguard; some systems refuse it otherwise.
+        # MD5 as a name, not for security; some systems refuse it otherwise.
         sums = (hashlib.md5(contents.residues(index), usedforsecurity=False) for index in range(len(contents)))
         return all_different(collected(md5.hexdigest() for md5 in sums))
 

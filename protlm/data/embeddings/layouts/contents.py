@@ -1,4 +1,4 @@
-"""What an output of embeddings will hold: all that is known before the first protein is written."""
+"""The contents of an output of embeddings, as they are known before the first protein is written."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ Embeddings = Mapping[Column, np.ndarray]
 
 
 def columns_of(kinds: Sequence[Kind], layers: Sequence[int], last_layer: int) -> tuple[Column, ...]:
-    """Returns what kinds and layers come to, in their order: each kind of each layer, and logits of the last one."""
+    """Returns the columns of kinds and layers, in order: each kind of each layer, but logits of the last layer only."""
     return tuple((kind, layer) for kind in kinds for layer in ((last_layer,) if kind == "logits" else layers))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contents:
-    """What an output will hold.
+    """The contents of an output.
 
     Attributes:
         ids: Final ids in order, all different.
-        lengths: Rows that each record has of the residue kinds, int64 (records).
-        digests: `duplicates.sequence_digest` of each whole cleaned sequence, uint8 (records, 16).
-        residues: Returns the letters of the whole cleaned sequence of a record.
-        kinds: What to store, each once.
-        layers: Absolute numbers of the layers to store, each once; logits ignore them.
+        lengths: Number of rows of each record in the residue kinds, int64 (records).
+        digests: `digests.sequence_digest` of each whole cleaned sequence, uint8 (records, 16).
+        residues: Function that returns the letters of the whole cleaned sequence of a record.
+        kinds: Kinds to store, each once.
+        layers: Absolute numbers of the layers to store, each once; logits do not depend on them.
         last_layer: Number of the model's last layer, under which logits are stored.
         model_dim: Width of an embedding.
         dtype: Type of the stored numbers.
-        model_hash: Names the model that makes them.
+        model_hash: Hash of the model that makes them.
     """
 
     ids: Strings
@@ -52,7 +52,7 @@ class Contents:
     model_hash: str
 
     def __post_init__(self) -> None:
-        """Raises ValueError if the parts do not fit together."""
+        """Raises ValueError if the attributes contradict each other."""
         sizes = (len(self.ids), len(self.lengths), len(self.digests))
         if len(set(sizes)) != 1 or self.digests.shape[1:] != (DIGEST_BYTES,):
             raise ValueError(f"ids, lengths, digests: expected equal numbers, got {sizes}")
@@ -70,7 +70,7 @@ class Contents:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """What is stored of every protein."""
+        """The columns stored of every protein."""
         return columns_of(self.kinds, self.layers, self.last_layer)
 
     def record_id(self, index: int) -> str:
@@ -79,10 +79,10 @@ class Contents:
         return bytes(self.ids.text[start:end]).decode()
 
     def width(self, kind: Kind) -> int:
-        """Returns how many numbers a row of a kind has."""
+        """Returns the number of values in a row of a kind."""
         return vocabulary.VOCABULARY_SIZE if kind == "logits" else self.model_dim
 
     def shape(self, kind: Kind, index: int) -> tuple[int, ...]:
-        """Returns the shape of what a record has of a kind."""
+        """Returns the shape of a record's embedding of a kind."""
         width = self.width(kind)
         return (int(self.lengths[index]), width) if kind in RESIDUE_KINDS else (width,)

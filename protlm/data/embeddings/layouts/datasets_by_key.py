@@ -1,7 +1,7 @@
-"""What the layouts share that give every protein a dataset of its own in an HDF5 file, under a key.
+"""The layouts with an HDF5 dataset for every protein, under a key: hides how such a file is written and resumed.
 
-All datasets are created first, with their space, and the file is closed; only then rows are written at their places.
-So a process that is killed leaves a readable file, and another one goes on with it.
+All datasets are created and allocated first, and the file is closed; then rows are written at their offsets. So a
+process that is killed leaves a readable file, and another one can continue it.
 """
 
 from abc import abstractmethod
@@ -23,21 +23,21 @@ from protlm.errors import ShardError
 
 
 class KeyedLayout(Layout):
-    """A layout of one dataset a protein; its children say under which keys."""
+    """A layout of one dataset a protein; subclasses define the keys."""
 
     can_resume = True
     bytes_per_record = 512
 
     def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:
-        """Raises ValueError unless one kind of one layer is asked for."""
+        """Raises ValueError unless one kind of one layer is requested."""
         self._check_one_column(kinds, layers)
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether the file says so."""
+        """Returns whether the file has the name of this layout in its attributes."""
         return columns.file_attribute(out, "layout") == self.name
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "KeyedWriter":
-        """Begins a file, or goes on with one; see `Layout.open`."""
+        """Starts a file, or continues one; see `Layout.open`."""
         keys = self._keys(contents)
         if not resume:
             self._write_companions(path, contents, keys)
@@ -52,7 +52,7 @@ class KeyedLayout(Layout):
         """Returns the keys of the proteins, all different."""
 
     def _write_companions(self, path: Path, contents: Contents, keys: Strings) -> None:
-        """Writes what lies beside the file; most have nothing."""
+        """Writes the files beside the output; most layouts have none."""
 
 
 class KeyedWriter(LayoutWriter):
@@ -63,16 +63,16 @@ class KeyedWriter(LayoutWriter):
         super().__init__(contents, resume=resume)
         self._path = path
         self._keys = keys
-        # HDF5 only tells where the datasets lie. What is written past it, it never reads.
+        # HDF5 is used only to find the datasets; it never reads the rows, which are written without it.
         self._names = h5py.File(path, "r", locking=False)
         self._rows = SizedFile(path)
 
     def flush(self) -> None:
-        """Returns when all that was written is on the disk."""
+        """Syncs all written rows to disk."""
         self._rows.flush()
 
     def discard(self) -> None:
-        """Closes the file; it can be gone on with."""
+        """Closes the file; a resume can continue it."""
         self._names.close()
         self._rows.close()
 
@@ -94,7 +94,7 @@ class KeyedWriter(LayoutWriter):
 
 
 def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
-    """Creates every dataset with its space and its id; what they hold is written later."""
+    """Creates and allocates every dataset and writes its id; its rows are written later."""
     ((kind, layer),) = contents.columns
     properties = h5p.create(h5p.DATASET_CREATE)
     properties.set_layout(h5d.CONTIGUOUS)
@@ -106,7 +106,7 @@ def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
     number = h5t.py_create(np.dtype(contents.dtype), logical=True)
     text, python_text = h5t.py_create(h5py.string_dtype(), logical=True), h5t.py_create(h5py.string_dtype())
     scalar = h5s.create(h5s.SCALAR)
-    # The oldest form of the file, which every version of HDF5 reads.
+    # The earliest version of the file format, which every version of HDF5 reads.
     with columns.system_errors(path), h5py.File(path, "x", libver="earliest") as file:
         file.attrs["layout"] = layout
         file.attrs["model_hash"] = contents.model_hash

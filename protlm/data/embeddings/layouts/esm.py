@@ -1,13 +1,13 @@
 """Layout `esm`: a folder of `.pt` files as esm-extract writes them, one for each protein, and `index.tsv`.
 
-Each file holds a dictionary that `torch.load(…, weights_only=True)` reads: `label` (the id), and of what was asked for
+Each file holds a dictionary that `torch.load(…, weights_only=True)` reads: `label` (the id) and the requested ones of
 `representations` (per-residue), `mean_representations`, `bos_representations` (cls), each by number of layer, and
 `logits`.
 
-A file has the name of the protein's id, `sp|P69905|HBA_HUMAN.pt`, where every file system can hold it. Letters that
-cannot stand in a name become `_`, a long id is cut, and the hash of the id follows; so it does for an id that differs
-from an earlier one only by case or by how its accents are written. `index.tsv` lists the id and the file of every
-protein.
+A file is named after the id, `sp|P69905|HBA_HUMAN.pt`, if every file system allows that name. Otherwise letters that a
+file name must not have become `_`, a long id is cut, and the hash of the id is appended. The hash is also appended to
+an id that differs from an earlier one only in case or in the encoding of its accents. `index.tsv` lists the id and the
+file of every protein.
 """
 
 import os
@@ -35,7 +35,7 @@ _SUFFIX = ".pt"
 _INDEX = "index.tsv"
 _HEADER = "protein\tfile\n"
 _UNFINISHED = ".unfinished"
-"""Name of the one file that is being written."""
+"""Name of the file that is being written."""
 
 _TITLES: dict[Kind, str] = {
     "per-residue": "representations",
@@ -47,7 +47,7 @@ _MAX_NAME_BYTES = 200
 _SYNC_THREADS = 16
 _UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]|^[.-]|[. ]$")
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE | re.DOTALL)
-"""Names of devices on Windows, whatever follows the first dot."""
+"""Names of devices on Windows, with or without a suffix."""
 
 
 class EsmLayout(Layout):
@@ -55,7 +55,7 @@ class EsmLayout(Layout):
 
     name = "esm"
     can_resume = True
-    # A file fills whole blocks of the disk.
+    # A file takes up whole blocks of the disk.
     bytes_per_record = 4096
 
     def check_ids(self, ids: Strings) -> None:
@@ -63,7 +63,7 @@ class EsmLayout(Layout):
         check_one_line_each(ids, self.name)
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether this is a folder with our index, and with nothing that we would not write."""
+        """Returns whether this is a folder with an index of ours, and without files that we would not write."""
         try:
             with (out / _INDEX).open("rb") as file:
                 if file.read(len(_HEADER)) != _HEADER.encode():
@@ -74,7 +74,7 @@ class EsmLayout(Layout):
             return False
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "EsmWriter":
-        """Begins a folder, or goes on with one; see `Layout.open`."""
+        """Starts a folder, or continues one; see `Layout.open`."""
         self.check_ids(contents.ids)
         names = file_names(contents.ids)
         if resume and not self.is_own(path):
@@ -88,22 +88,22 @@ class EsmWriter(LayoutWriter):
     """Writes a file for each protein."""
 
     def __init__(self, path: Path, contents: Contents, names: Strings, *, resume: bool) -> None:
-        """Opens a folder that has its index."""
+        """Opens a folder with an index."""
         super().__init__(contents, resume=resume)
         self._path = path
         self._names = names
         self._unsynced: list[Path] = []
 
     def flush(self) -> None:
-        """Returns when all that was written is on the disk."""
-        # A journal writes what several threads ask for at once.
+        """Syncs all written files to disk."""
+        # A journalling file system syncs together what several threads ask for at once.
         with ThreadPoolExecutor(_SYNC_THREADS) as pool:
             list(pool.map(sync, self._unsynced))
         self._unsynced = []
         sync(self._path)
 
     def discard(self) -> None:
-        """Does nothing; the folder can be gone on with."""
+        """Does nothing; a resume can continue the folder."""
 
     def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
         # Not at the top of the file: the command line names layouts and must not wait for torch.
@@ -111,14 +111,14 @@ class EsmWriter(LayoutWriter):
 
         content: dict[str, Any] = {"label": self.contents.record_id(index)}
         for (kind, layer), rows in stored.items():
-            # A copy, so that a file holds only what is its own.
+            # A copy, so that a file holds only its own rows.
             tensor = torch.from_numpy(rows.copy())
             if kind == "logits":
                 content[_TITLES[kind]] = tensor
             else:
                 content.setdefault(_TITLES[kind], {})[layer] = tensor
         unfinished = self._path / _UNFINISHED
-        # Given a path, torch writes its name into the file, and equal content would not be equal bytes.
+        # Given a path, torch would write its name into the file, and equal content would not give equal bytes.
         with unfinished.open("wb") as file:
             torch.save(content, file)
         path = self._path / (self._names.bytes_of(index).decode() + _SUFFIX)
@@ -131,18 +131,18 @@ class EsmWriter(LayoutWriter):
 
 
 def file_names(ids: Strings) -> Strings:
-    """Returns the name of each protein's file without its suffix, different even where case does not count."""
+    """Returns the name of each protein's file without suffix; all differ even if case is ignored."""
     names = collected(map(_safe, ids))
     repeated = is_repeat(names, _folded)
     if repeated.any():
         every = zip(ids, names, repeated, strict=True)
         names = collected(_with_hash(name, record_id) if again else name for record_id, name, again in every)
-    # Someone may give a protein the very name that the hash of another one made.
+    # An id may be the very name that another one got with its hash.
     return all_different(names, _folded)
 
 
 def _safe(record_id: str) -> str:
-    """Returns an id if it can be the name of a file anywhere, else a name made of it."""
+    """Returns an id if every file system allows it as a name, else a name made from it."""
     encoded = record_id.encode()
     name = _UNSAFE.sub("_", encoded[:_MAX_NAME_BYTES].decode(errors="ignore")) or "_"
     if _RESERVED.fullmatch(name):
@@ -163,7 +163,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _create(path: Path, contents: Contents, names: Strings) -> None:
-    """Makes the folder with its index, in place of what lies there."""
+    """Creates the folder with its index, replacing what is at its path."""
     folder = files.partial_path(path)
     folder.mkdir()
     try:

@@ -1,4 +1,4 @@
-"""What every layout can do: say what it can hold, name its paths, and write proteins one after the other."""
+"""The interface of layouts: check what a layout can hold, name its paths, and write proteins one after the other."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,29 +15,29 @@ from protlm.errors import ProtlmError
 
 
 class LayoutWriter(ABC):
-    """Writes the embeddings of proteins in order; as a context it is closed at the end, or let go of after an error.
+    """Writes the embeddings of proteins in order; used with `with`, it is closed at the end, or discarded on an error.
 
     Attributes:
-        contents: What is written.
+        contents: The contents of the output.
     """
 
     def __init__(self, contents: Contents, *, resume: bool) -> None:
-        """Begins; after a resume the first record may be any, as those before it are there already."""
+        """Prepares to write; on a resume the first record may be any, as those before it were written already."""
         self.contents = contents
         self._columns = contents.columns
         self._next: int | None = None if resume else 0
 
     def write(self, index: int, embeddings: Embeddings) -> None:
-        """Writes what a record has.
+        """Writes the embeddings of a record.
 
         Args:
-            index: The record's place among the ids.
-            embeddings: For every kind and layer of the contents, of any floating-point type.
+            index: The record's index among the ids.
+            embeddings: One array for every column of the contents, of any floating-point type.
 
         Raises:
-            ValueError: The record is out of order, or its embeddings are not those of the contents.
+            ValueError: The record is out of order, or its embeddings do not fit the contents.
             ProtlmError: A number is too large for float16.
-            OSError: The disk is full or failed; a layout that can resume goes on from the last flush.
+            OSError: The disk is full or failed; a layout that can resume continues from the last flush.
         """
         self._check_order(index)
         self._write(index, self._as_stored(index, embeddings))
@@ -47,7 +47,7 @@ class LayoutWriter(ABC):
         """Completes the output.
 
         Raises:
-            ValueError: A record was not written; what was written stays as after `discard`.
+            ValueError: A record was not written; the output is then left as by `discard`.
         """
         missing = self._missing()
         if missing is not None:
@@ -57,11 +57,11 @@ class LayoutWriter(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """Returns when all that was written is on the disk; does nothing in a layout that cannot resume."""
+        """Syncs all written records to disk; does nothing in a layout that cannot resume."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Lets go of the output without completing it."""
+        """Closes the output without completing it."""
 
     @abstractmethod
     def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
@@ -77,7 +77,7 @@ class LayoutWriter(ABC):
             raise ValueError(f"index: expected {expected}, got {index}")
 
     def _missing(self) -> int | None:
-        """Returns a record that was not written, None if all were; what a resume began with is taken to be there."""
+        """Returns a record that was not written, None if all were; those before a resume are taken as written."""
         return None if self._next in (None, len(self.contents)) else self._next
 
     def _as_stored(self, index: int, embeddings: Embeddings) -> dict[Column, np.ndarray]:
@@ -86,18 +86,18 @@ class LayoutWriter(ABC):
         stored = {}
         for column in self._columns:
             kind, _ = column
-            found, expected = embeddings[column], self.contents.shape(kind, index)
-            if found.shape != expected:
+            values, expected = embeddings[column], self.contents.shape(kind, index)
+            if values.shape != expected:
                 where = f"{kind} of record {index}"
-                raise ValueError(f"embeddings: expected shape {expected} for {where}, got {found.shape}")
+                raise ValueError(f"embeddings: expected shape {expected} for {where}, got {values.shape}")
             try:
-                # A number too large would become infinite, and nobody would know.
+                # A number too large would silently become infinite.
                 with np.errstate(over="raise"):
-                    stored[column] = np.ascontiguousarray(found, dtype=self.contents.dtype)
+                    stored[column] = np.ascontiguousarray(values, dtype=self.contents.dtype)
             except FloatingPointError:
                 raise ProtlmError(
                     f"{shown(self.contents.record_id(index))}: {kind}: expected numbers up to 65504, which float16 "
-                    f"holds, got {np.nanmax(np.abs(found)):.6g}; store them with --dtype float32"
+                    f"holds, got {np.nanmax(np.abs(values)):.6g}; store them with --dtype float32"
                 ) from None
         return stored
 
@@ -114,13 +114,13 @@ class LayoutWriter(ABC):
 
 
 class Layout(ABC):
-    """A form in which embeddings are given to others.
+    """A layout of embeddings on disk, for other programs to read.
 
     Attributes:
-        name: As on the command line.
-        can_resume: Whether a new process can go on with what a killed one left.
-        default_dtype: Type of the stored numbers where the user asks for none.
-        bytes_per_record: Disk that a record takes beside its id and its numbers, about.
+        name: Name on the command line.
+        can_resume: Whether a new process can continue the output of a killed one.
+        default_dtype: Type of the stored numbers unless the user chooses one.
+        bytes_per_record: Approximate disk space of a record without its id and its numbers.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Layout(ABC):
     bytes_per_record: int = 32
 
     def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:  # noqa: B027  all is allowed
-        """Checks what is asked for, before anything is computed.
+        """Checks the requested kinds, layers and number type before anything is computed.
 
         Args:
             kinds: Kinds of embedding, each once.
@@ -137,39 +137,39 @@ class Layout(ABC):
             dtype: Type of the stored numbers.
 
         Raises:
-            ValueError: The layout cannot hold this; one sentence.
+            ValueError: The layout cannot hold these; the message is one sentence.
             ProtlmError: A package that the layout needs is not installed.
         """
 
     def check_ids(self, ids: Strings) -> None:  # noqa: B027  most can hold any
-        """Checks the ids, before anything is computed.
+        """Checks the ids before anything is computed.
 
         Raises:
-            ProtlmError: One that the layout cannot hold.
+            ProtlmError: The layout cannot hold one of them.
         """
 
     def paths(self, out: Path) -> tuple[Path, ...]:
-        """Returns what the layout makes: `out`, then what lies beside it."""
+        """Returns the paths of the layout's files and folders: `out`, then any beside it."""
         return (out,)
 
     @abstractmethod
     def is_own(self, out: Path) -> bool:
-        """Returns whether what lies at `paths(out)` is of this layout, so that it may be replaced."""
+        """Returns whether the files at `paths(out)` are of this layout, so that they may be replaced."""
 
     @abstractmethod
     def open(self, path: Path, contents: Contents, *, resume: bool) -> LayoutWriter:
-        """Begins an output, or goes on with one.
+        """Starts an output, or continues one.
 
         Args:
-            path: Where the output lies until it is complete; what lies beside it goes to `paths(path)[1:]`. Without
-                `resume`, what lies there is replaced. If anything is at `path` itself, it can be gone on with.
-            contents: What will be written; for a resume the same as before.
-            resume: Go on with what an earlier process left at `path`.
+            path: Path of the output until it is complete; further files go to `paths(path)[1:]`. Without `resume`,
+                existing files there are replaced. An output exists at `path` only once it can be resumed.
+            contents: The contents to write; for a resume the same as before.
+            resume: Continue the output that an earlier process left at `path`.
 
         Raises:
-            ShardError: There is nothing to go on with, or it holds something else.
-            ValueError: A resume in a layout that cannot.
-            OSError: The disk is full or failed; then nothing is at `path` that was not there before.
+            ShardError: There is no output to resume, or it has other contents.
+            ValueError: The layout cannot resume.
+            OSError: The disk is full or failed; then `path` is as it was before.
         """
 
     def _refuse_resume(self, *, resume: bool) -> None:

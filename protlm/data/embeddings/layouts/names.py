@@ -1,7 +1,7 @@
-"""Names that a layout gives to proteins: made from ids, made safe, and all different, without a Python object for each.
+"""Names that a layout gives to proteins: hides how they are made different without a Python object for each.
 
-Of equal names the first in order keeps it, and the n-th becomes `name#n`, or the next free number if that is a name
-of its own: the rule for repeated ids.
+The rule is that for repeated ids: of equal names the first is kept, and the n-th becomes `name#n`, or gets the next
+free number if some protein has that name itself.
 """
 
 import itertools
@@ -20,11 +20,11 @@ _SLICE = 1 << 16
 _LINE_BREAKERS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 Folding = Callable[[str], str]
-"""What of a name counts when two are compared."""
+"""A function that maps names to equal strings if they count as equal."""
 
 
 def collected(names: Iterable[str]) -> Strings:
-    """Returns names as a column, holding no more than their bytes."""
+    """Returns names as a column, using no more memory than their bytes."""
     text, lengths = bytearray(), array("q")
     for name in names:
         encoded = name.encode()
@@ -34,16 +34,16 @@ def collected(names: Iterable[str]) -> Strings:
 
 
 def is_repeat(names: Strings, folded: Folding = str) -> np.ndarray:
-    """Returns for each name whether an earlier one is the same, bool (names)."""
+    """Returns for each name whether an earlier one is equal, bool (names)."""
     digests = np.empty((len(names), 2), dtype=np.uint64)
     every = iter(names)
     for start in range(0, len(names), _SLICE):
         some = itertools.islice(every, _SLICE)
         digests[start : start + _SLICE] = digests_of(folded(name).encode() for name in some)
     numbers, _ = repeats(Digests(digests[:, 0], digests[:, 1], np.arange(len(names))))
-    found = np.zeros(len(names), dtype=bool)
-    found[numbers] = True
-    return found
+    repeated = np.zeros(len(names), dtype=bool)
+    repeated[numbers] = True
+    return repeated
 
 
 def all_different(names: Strings, folded: Folding = str) -> Strings:
@@ -63,7 +63,7 @@ def all_different(names: Strings, folded: Folding = str) -> Strings:
 
 
 def check_one_line_each(names: Strings, layout: str) -> None:
-    """Raises ProtlmError for an id that does not fit on a line of its own, or into a column between tabs."""
+    """Raises ProtlmError for an id with a line end or a tab, which a list of ids cannot hold."""
     for name in names:
         if _LINE_BREAKERS.search(name):
             raise ProtlmError(

@@ -1,6 +1,6 @@
 """Layout `protlm`: all proteins as columns of one HDF5 file, read through a memory map by `open_embeddings`.
 
-The file is made at its final size; proteins are written in place, in any order.
+The file is created at its final size; proteins are written in place, in any order.
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ class NativeLayout(Layout):
     can_resume = True
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether the file says so."""
+        """Returns whether the file has the format of this layout in its attributes."""
         return columns.file_attribute(out, "format") == FORMAT
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "EmbeddingsWriter":
-        """Begins a file, or goes on with one; see `Layout.open`."""
+        """Starts a file, or continues one; see `Layout.open`."""
         if not resume:
             _create(path, contents)
         return EmbeddingsWriter(path, contents, resume=resume)
@@ -46,16 +46,16 @@ class EmbeddingsWriter(LayoutWriter):
         self._places = _places(path, contents)
         has_residues = any(kind in RESIDUE_KINDS for kind in contents.kinds)
         self._bounds = bounds_of(contents.lengths) if has_residues else None
-        # What a resume began with is taken to be there.
+        # On a resume the records before it are taken as written.
         self._is_written = np.full(len(contents), resume)
         self._file = SizedFile(path)
 
     def flush(self) -> None:
-        """Returns when all that was written is on the disk."""
+        """Syncs all written rows to disk."""
         self._file.flush()
 
     def discard(self) -> None:
-        """Closes the file; it can be gone on with."""
+        """Closes the file; a resume can continue it."""
         self._file.close()
 
     def _check_order(self, index: int) -> None:
@@ -81,7 +81,7 @@ class EmbeddingsWriter(LayoutWriter):
 
 
 def _create(path: Path, contents: Contents) -> None:
-    """Makes the file at its final size; it takes disk only for what is written, as the parts go meanwhile."""
+    """Creates the file at its final size; it takes up disk only as rows are written."""
     with files.written_whole(path) as temporary, columns.create_columns(temporary) as file:
         # The int64 columns come first; they are small, and the large ones after them are only allocated.
         columns.write_strings(file, "ids", contents.ids.text, contents.ids.offsets)
@@ -95,7 +95,7 @@ def _create(path: Path, contents: Contents) -> None:
 
 
 def _places(path: Path, contents: Contents) -> dict[Column, int | None]:
-    """Returns where each column begins, after a look at whether the file is one of these contents."""
+    """Returns the offset of each column in the file, after checking that the file was begun for these contents."""
     places = {}
     with columns.open_columns(path) as file:
         file.check_format(FORMAT, FORMAT_VERSION)

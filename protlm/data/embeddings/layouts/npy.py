@@ -1,6 +1,6 @@
 """Layout `npy`: one array of (records, dim) that `numpy.load(…, mmap_mode="r")` maps, and a file of ids beside it.
 
-The ids of `NAME.npy` stand in `NAME.ids.txt`, one a line, in the order of the rows.
+The ids of `NAME.npy` are in `NAME.ids.txt`, one a line, in the order of the rows.
 """
 
 import io
@@ -28,12 +28,12 @@ class NpyLayout(Layout):
     can_resume = True
 
     def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:
-        """Raises ValueError unless mean or cls of one layer is asked for."""
+        """Raises ValueError unless mean or cls of one layer is requested."""
         self._check_one_row(kinds)
         self._check_one_column(kinds, layers)
 
     def check_ids(self, ids: Strings) -> None:
-        """Raises ProtlmError for an id that does not fit on a line of its own."""
+        """Raises ProtlmError for an id with a line end or a tab."""
         check_one_line_each(ids, self.name)
 
     def paths(self, out: Path) -> tuple[Path, ...]:
@@ -41,7 +41,7 @@ class NpyLayout(Layout):
         return out, out.with_name(out.name.removesuffix(_SUFFIX) + ".ids.txt")
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether there is an array of floating-point rows, and beside it a file of as many lines."""
+        """Returns whether the file is an array of floating-point rows with a file of as many lines beside it."""
         try:
             with out.open("rb") as file:
                 if np.lib.format.read_magic(file) != (1, 0):
@@ -55,7 +55,7 @@ class NpyLayout(Layout):
             return False
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpyWriter":
-        """Begins a file, or goes on with one; see `Layout.open`."""
+        """Starts a file, or continues one; see `Layout.open`."""
         header, size = _header(contents)
         if not resume:
             self._create(path, contents, header, size)
@@ -78,17 +78,17 @@ class NpyWriter(LayoutWriter):
     """Writes rows in place."""
 
     def __init__(self, path: Path, contents: Contents, first_row: int, *, resume: bool) -> None:
-        """Opens a file that has its header and its size."""
+        """Opens a file of its final size with its header."""
         super().__init__(contents, resume=resume)
         self._first_row = first_row
         self._file = SizedFile(path)
 
     def flush(self) -> None:
-        """Returns when all that was written is on the disk."""
+        """Syncs all written rows to disk."""
         self._file.flush()
 
     def discard(self) -> None:
-        """Closes the file; it can be gone on with."""
+        """Closes the file; a resume can continue it."""
         self._file.close()
 
     def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
@@ -101,7 +101,7 @@ class NpyWriter(LayoutWriter):
 
 
 def _header(contents: Contents) -> tuple[bytes, int]:
-    """Returns the beginning of the file, and the size of the whole."""
+    """Returns the header of the file, and the size of the whole file in bytes."""
     dtype, shape = np.dtype(contents.dtype), (len(contents), contents.model_dim)
     file = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

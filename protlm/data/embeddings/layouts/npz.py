@@ -1,12 +1,12 @@
 """Layout `npz`: a zip of arrays that `numpy.load` reads, under the names that TAPE's tape-embed gave them.
 
 tape-embed stored under each id a pickled dictionary with `seq` (per-residue), `avg` (mean) and `pooled` (cls). Pickles
-can run code, so here there are none: with one kind of one layer the key is the id itself, and otherwise it is `ID/seq`,
-`ID/avg`, `ID/pooled` or `ID/logits`, with `/layer_N` behind all but the logits where several layers were asked for.
+can run code, so this layout has none: with one kind of one layer the key is the id itself, otherwise `ID/seq`,
+`ID/avg`, `ID/pooled` or `ID/logits`, followed, except for logits, by `/layer_N` if several layers were requested.
 
-An id that would lead out of the folder into which someone unpacks the zip, or that NumPy would take for another, gets
-`_` for its slashes, backslashes and NULs and for the dot of a last `.npy`; if it has more than 60,000 bytes it is cut.
-Keys that would be equal get `#2`, `#3`, …. A member whose key was changed has the id as its comment.
+In an id that would unpack outside the folder of the zip, or that NumPy would read as another, slashes, backslashes,
+NULs and the dot of a final `.npy` become `_`; an id of more than 60,000 bytes is cut. Keys that would be equal get
+`#2`, `#3`, …. A member whose key was changed has the id as its comment.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class NpzLayout(Layout):
     bytes_per_record = 320
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether this is a zip that says so in its comment, which NumPy passes over."""
+        """Returns whether this is a zip with the comment of this layout, which NumPy ignores."""
         try:
             with out.open("rb") as file:
                 if file.read(2) != b"PK":
@@ -50,17 +50,17 @@ class NpzLayout(Layout):
             with zipfile.ZipFile(out) as archive:
                 return archive.comment == _MARK
         except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
-            # What zipfile makes of a damaged or unusual archive is any of these.
+            # zipfile raises any of these for a damaged or unusual archive.
             return False
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpzWriter":
-        """Begins a file; see `Layout.open`."""
+        """Starts a file; see `Layout.open`."""
         self._refuse_resume(resume=resume)
         return NpzWriter(path, contents)
 
 
 class NpzWriter(LayoutWriter):
-    """Adds the arrays of one protein after the other."""
+    """Adds arrays protein by protein."""
 
     def __init__(self, path: Path, contents: Contents) -> None:
         """Opens a new file."""
@@ -72,11 +72,11 @@ class NpzWriter(LayoutWriter):
         self._archive.comment = _MARK
 
     def flush(self) -> None:
-        """Does nothing: the file is of no use before it is complete."""
+        """Does nothing: the file is useless until it is complete."""
 
     def discard(self) -> None:
-        """Closes the file, which is of no use."""
-        # Closing writes the table of contents, which fails like the write before it.
+        """Closes the file, which is useless."""
+        # Closing writes the table of contents, which may fail like the write before it.
         with contextlib.suppress(OSError, ValueError):
             self._archive.close()
         with contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ class NpzWriter(LayoutWriter):
 
 
 def key_of(record_id: str) -> str:
-    """Returns the key of a record, not yet different from all others."""
+    """Returns the key of a record, which other records may have too."""
     encoded = record_id.encode()
     if len(encoded) > _MAX_KEY_BYTES:
         record_id = encoded[:_MAX_KEY_BYTES].decode(errors="ignore")

@@ -1,7 +1,7 @@
 """Layout `parquet`: a table with the columns `id`, `length` and `embedding`, for pandas, polars, DuckDB and Spark.
 
 It is written in row groups of bounded size, so that memory does not grow with the table. The key `protlm` of the file's
-metadata names the kind, the layer and the model as JSON.
+metadata gives the kind, the layer and the model hash as JSON.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ class ParquetLayout(Layout):
     can_resume = False
 
     def check(self, kinds: Sequence[Kind], layers: Sequence[int], dtype: Dtype) -> None:
-        """Raises ValueError unless mean or cls of one layer is asked for, ProtlmError without pyarrow."""
+        """Raises ValueError unless mean or cls of one layer is requested, ProtlmError without pyarrow."""
         self._check_one_row(kinds)
         self._check_one_column(kinds, layers)
         if importlib.util.find_spec("pyarrow") is None:
             raise ProtlmError("layout parquet needs pyarrow, which is not installed: pip install 'protlm[parquet]'")
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether the file says so."""
+        """Returns whether the file has the metadata of this layout."""
         if not out.is_file():
             return False
         try:
@@ -51,14 +51,14 @@ class ParquetLayout(Layout):
         return _METADATA_KEY in metadata
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "ParquetWriter":
-        """Begins a file; see `Layout.open`."""
+        """Starts a file; see `Layout.open`."""
         self._refuse_resume(resume=resume)
         self.check(contents.kinds, contents.layers, contents.dtype)
         return ParquetWriter(path, contents)
 
 
 class ParquetWriter(LayoutWriter):
-    """Gathers rows and writes them group by group."""
+    """Collects rows and writes them group by group."""
 
     def __init__(self, path: Path, contents: Contents) -> None:
         """Opens a new file."""
@@ -77,17 +77,17 @@ class ParquetWriter(LayoutWriter):
         self._num_rows = 0
         self._num_written = 0
         self._file: BinaryIO = path.open("wb")
-        # Floating-point numbers hardly repeat: neither a dictionary nor compression would make them smaller.
+        # Floating-point numbers hardly repeat, so neither a dictionary nor compression would make the file smaller.
         self._table = pyarrow.parquet.ParquetWriter(
             self._file, self._schema, use_dictionary=False, compression="none", write_statistics=["id", "length"]
         )
 
     def flush(self) -> None:
-        """Does nothing: the file is of no use before it is complete."""
+        """Does nothing: the file is useless until it is complete."""
 
     def discard(self) -> None:
-        """Closes the file, which is of no use."""
-        # Closing writes the table of contents, which fails like the write before it.
+        """Closes the file, which is useless."""
+        # Closing writes the footer, which may fail like the write before it.
         with contextlib.suppress(OSError, ValueError):
             self._table.close()
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""A file laid out at its final size whose pieces are written in place: hides short writes and fsync.
+"""A file of final size whose rows are written in place, in any order: hides short writes and fsync.
 
-It takes disk only for what was written: who moves embeddings from one file to another need not hold them twice. Writes
-go through `os.pwrite` and not through a memory map, so that the memory of the process does not grow with the file, and
-so that a full disk is an OSError and not a bus error.
+It takes up disk only for written rows, so embeddings can be moved from one file to another without storing them twice.
+Writes use `os.pwrite` and not a memory map, so that the memory of the process does not grow with the file, and so that
+a full disk is an OSError and not a bus error.
 """
 
 import os
@@ -12,15 +12,15 @@ import numpy as np
 
 
 class SizedFile:
-    """An open file of final size."""
+    """An open file that has its final size."""
 
     def __init__(self, path: Path) -> None:
-        """Opens a file that is there."""
+        """Opens an existing file."""
         self._folder = path.parent
         self._descriptor: int | None = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
 
     def write(self, place: int, rows: np.ndarray) -> None:
-        """Writes a contiguous array at a place, in bytes from the beginning of the file."""
+        """Writes a contiguous array at an offset in bytes from the beginning of the file."""
         assert self._descriptor is not None
         left = rows.reshape(-1).view(np.uint8).data
         while left:
@@ -29,7 +29,7 @@ class SizedFile:
             left, place = left[written:], place + written
 
     def flush(self) -> None:
-        """Returns when what was written, and the file's name, are on the disk."""
+        """Syncs the file's content and name to disk."""
         assert self._descriptor is not None
         os.fsync(self._descriptor)
         sync(self._folder)
@@ -42,7 +42,7 @@ class SizedFile:
 
 
 def sync(path: Path) -> None:
-    """Returns when the content of a file, or the names in a folder, are on the disk."""
+    """Syncs the content of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Layout `uniprot`: as UniProt's own `per-protein.h5` and `per-residue.h5`, a dataset for each accession.
+"""Layout `uniprot`: one HDF5 dataset for each accession, as in UniProt's own `per-protein.h5` and `per-residue.h5`.
 
-The key of `sp|P69905|HBA_HUMAN` and `tr|…` is the accession, that of any other id the id itself. In a key, `/` and NUL
-become `_`, a key of a single `.` becomes `_`, as does an empty one: HDF5 can name none of these. Keys that would be
-equal get `#2`, `#3`, …. Each dataset has the id itself as its attribute `original_id`.
+The key of `sp|P69905|HBA_HUMAN` and `tr|…` is the accession, that of any other id the id itself. HDF5 does not allow
+`/` and NUL in a key, nor a key `.` or an empty one: each becomes `_`. Keys that would be equal get `#2`, `#3`, …. Each
+dataset has the id as its attribute `original_id`.
 """
 
 import re
@@ -28,7 +28,7 @@ class UniprotLayout(KeyedLayout):
 
 
 def key_of(record_id: str) -> str:
-    """Returns the key of a record, not yet different from all others."""
-    found = _UNIPROT_ID.match(record_id)
-    key = _UNSAFE.sub("_", found[1] if found else record_id)
+    """Returns the key of a record, which other records may have too."""
+    match = _UNIPROT_ID.match(record_id)
+    key = _UNSAFE.sub("_", match[1] if match else record_id)
     return "_" if key in ("", ".") else key
