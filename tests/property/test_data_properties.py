@@ -60,10 +60,10 @@ def test_fasta_however_written_gives_back_its_records(entries, line_end, is_gzip
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "x"
             path.write_bytes(gzip.compress(content, mtime=0) if is_gzip else content)
-            found = [(r.id, r.description, r.sequence, r.line) for r in read_records(path)]
+            read = [(r.id, r.description, r.sequence, r.line) for r in read_records(path)]
     finally:
         sources._RAW_BLOCK_BYTES = before
-    assert found == expected
+    assert read == expected
 
 
 @settings(deadline=None, max_examples=200)
@@ -72,14 +72,14 @@ def test_no_bytes_make_the_reader_fail_other_than_by_its_own_error(content, on_b
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x"
         path.write_bytes(content)
-        found, message = [], None
+        records, message = [], None
         try:
-            found = list(read_records(path, on_bad_record=on_bad_record))
+            records = list(read_records(path, on_bad_record=on_bad_record))
         except ProtlmError as error:
             message = str(error)
         assert message is None or message.startswith(str(path))
         assert all(
-            record.id and record.sequence and set(record.sequence) <= set(vocabulary.RESIDUES) for record in found
+            record.id and record.sequence and set(record.sequence) <= set(vocabulary.RESIDUES) for record in records
         )
 
 
@@ -94,11 +94,11 @@ def test_unique_ids_are_unique_and_keep_first_uses(names, compared_at_once):
     try:
         with tempfile.TemporaryDirectory() as folder:
             proteins = write_proteins(Path(folder) / "store", ((name, vocabulary.encode(b"M")) for name in names))
-            found = proteins.ids.to_list()
+            ids = proteins.ids.to_list()
     finally:
         protein_store._COMPARED_AT_ONCE = before
-    assert len(set(found)) == len(names)
-    for number, (result, name) in enumerate(zip(found, names, strict=True)):
+    assert len(set(ids)) == len(names)
+    for number, (result, name) in enumerate(zip(ids, names, strict=True)):
         assert (result == name) == (name not in names[:number])
         assert result == name or result.startswith(f"{name}#")
     assert proteins.num_renamed == len(names) - len(set(names))
@@ -130,7 +130,7 @@ def test_prep_keeps_every_record_in_order_in_shards_that_are_as_full_as_they_may
         whole = {"dedupe": False, "valid_fraction": 0, "test_fraction": 0}
         prepare(PrepRequest(inputs=[folder / "in"], out=folder / "out", shard_residues=shard_residues, **whole))
         split = open_dataset(folder / "out").split("train")
-        found, sizes = [], []
+        stored, sizes = [], []
         for number in range(len(split.summary.shards)):
             shard = split.shard(number)
             shard.verify()
@@ -141,8 +141,8 @@ def test_prep_keeps_every_record_in_order_in_shards_that_are_as_full_as_they_may
                     for column in (shard.cluster_size, shard.taxon_id)
                 )
                 tokens = shard.tokens[shard.offsets[index] : shard.offsets[index + 1]]
-                found.append((vocabulary.decode(tokens), *optional))
-        assert found == [(record.sequence, record.cluster_size, record.taxon_id) for record in records]
+                stored.append((vocabulary.decode(tokens), *optional))
+        assert stored == [(record.sequence, record.cluster_size, record.taxon_id) for record in records]
         for lengths, following in itertools.zip_longest(sizes, sizes[1:]):
             assert len(lengths) == 1 or sum(lengths) <= shard_residues
             assert following is None or sum(lengths) + following[0] > shard_residues
@@ -165,16 +165,16 @@ def test_no_sequence_is_ever_in_two_splits(train, test, dedupe):
         inputs, test_inputs = [folder / "train"], [folder / "test"]
         report = prepare(PrepRequest(inputs=inputs, out=folder / "out", test_inputs=test_inputs, dedupe=dedupe))
         opened = open_dataset(folder / "out")
-        found = {}
+        by_split = {}
         for name, split in report.manifest.splits.items():
             records = opened.split(name) if split.num_records else []
-            found[name] = [vocabulary.decode(records.tokens(index)) for index in range(len(records))]
+            by_split[name] = [vocabulary.decode(records.tokens(index)) for index in range(len(records))]
     kept = [sequence for sequence in test if sequence not in set(train)]
-    assert found["train"] == (list(dict.fromkeys(train)) if dedupe else train)
-    assert found["test"] == (list(dict.fromkeys(kept)) if dedupe else kept)
+    assert by_split["train"] == (list(dict.fromkeys(train)) if dedupe else train)
+    assert by_split["test"] == (list(dict.fromkeys(kept)) if dedupe else kept)
     num_read = len(train) + len(test)
     num_removed = report.manifest.duplicates_removed.within_split + report.manifest.duplicates_removed.across_splits
-    assert num_read == num_removed + len(found["train"]) + len(found["test"])
+    assert num_read == num_removed + len(by_split["train"]) + len(by_split["test"])
 
 
 @settings(deadline=None, max_examples=40)
@@ -199,13 +199,13 @@ def test_embeddings_give_back_what_was_written_in_any_order(lengths, layers, dim
             order = list(range(len(ids)))
             random.shuffle(order)
             for index in order:
-                found = {}
+                embeddings = {}
                 for layer in layers:
                     mean = np.full(dim, random.random(), np.float32)
                     rows = np.arange(lengths[ids[index]] * dim, dtype=np.float32).reshape(-1, dim) + layer + index
-                    found |= {("mean", layer): mean, ("per-residue", layer): rows}
+                    embeddings |= {("mean", layer): mean, ("per-residue", layer): rows}
                     expected[ids[index], layer] = mean, rows
-                writer.write(index, found)
+                writer.write(index, embeddings)
         for layer in layers:
             means, per_residue = open_embeddings(path, "mean", layer), open_embeddings(path, "per-residue", layer)
             assert list(means) == list(per_residue) == ids
@@ -255,8 +255,8 @@ def first_epoch(proteins, draws, config, objective):
 
 @settings(deadline=None)
 @given(proteins_and_draws(), data_settings(whole=True), objectives)
-def test_an_epoch_shows_every_residue_of_every_drawn_protein_once(found, config, objective):
-    proteins, draws = found
+def test_an_epoch_shows_every_residue_of_every_drawn_protein_once(drawn, config, objective):
+    proteins, draws = drawn
     batches = first_epoch(proteins, draws, config, objective)
     true, seen, places = joined_epoch(batches, objective)
     expected = [proteins.tokens(record) for record in draws.epoch(0)]
@@ -270,9 +270,9 @@ def test_an_epoch_shows_every_residue_of_every_drawn_protein_once(found, config,
 @settings(deadline=None)
 @given(proteins_and_draws(), data_settings(), objectives)
 def test_no_row_exceeds_its_budget_and_no_target_is_special_hidden_elsewhere_or_in_another_segment(
-    found, config, objective
+    drawn, config, objective
 ):
-    proteins, draws = found
+    proteins, draws = drawn
     for batch in batches_from(0, 30, proteins, draws, config, objective):
         assert len(batch.tokens) <= config.tokens_per_batch
         assert batch.cu_seqlens.diff().max() <= config.longest_segment
@@ -287,8 +287,8 @@ def test_no_row_exceeds_its_budget_and_no_target_is_special_hidden_elsewhere_or_
 
 @settings(deadline=None)
 @given(proteins_and_draws(), data_settings(), objectives, st.integers(0, 20))
-def test_a_stream_of_batches_can_start_anywhere(found, config, objective, first_row):
-    proteins, draws = found
+def test_a_stream_of_batches_can_start_anywhere(drawn, config, objective, first_row):
+    proteins, draws = drawn
     walked = batches_from(0, first_row + 5, proteins, draws, config, objective)[first_row:]
     started = batches_from(first_row, first_row + 5, proteins, draws, config, objective)
     for a, b in zip(walked, started, strict=True):
@@ -302,9 +302,9 @@ def test_a_stream_of_batches_can_start_anywhere(found, config, objective, first_
 )  # fmt: skip
 def test_evaluation_shows_the_same_whatever_the_budget_and_the_windows(lengths, seed, objective, budget, window_tokens):
     proteins = InMemory(*lengths)
-    found = joined_epoch(evaluation_batches(proteins, budget, seed, objective, window_tokens=window_tokens), objective)
-    assert found == joined_epoch(evaluation_batches(proteins, 10_000, seed, objective), objective)
-    assert found[0] == [token for tokens in proteins.sequences for token in (*tokens.tolist(), vocabulary.EOS)]
+    epoch = joined_epoch(evaluation_batches(proteins, budget, seed, objective, window_tokens=window_tokens), objective)
+    assert epoch == joined_epoch(evaluation_batches(proteins, 10_000, seed, objective), objective)
+    assert epoch[0] == [token for tokens in proteins.sequences for token in (*tokens.tolist(), vocabulary.EOS)]
 
 
 @settings(deadline=None)

@@ -75,23 +75,23 @@ def twin(text: bytes) -> tuple[RecordTable, list[tuple[int, RecordError]]]:
     repairs: Counter[str] = Counter()
     records: list[Record] = []
     bad: list[tuple[int, RecordError]] = []
-    for found in fasta.parse_fasta("file", text, repairs):
-        if isinstance(found, Record):
-            records.append(found)
+    for record in fasta.parse_fasta("file", text, repairs):
+        if isinstance(record, Record):
+            records.append(record)
         else:
-            bad.append((len(records), found))
+            bad.append((len(records), record))
     return table_of(records, repairs), bad
 
 
-def assert_same(found, expected, name):
+def assert_same(actual, expected, name):
     if isinstance(expected, np.ndarray):
-        assert found.dtype == expected.dtype, name
-        np.testing.assert_array_equal(found, expected, err_msg=name)
+        assert actual.dtype == expected.dtype, name
+        np.testing.assert_array_equal(actual, expected, err_msg=name)
     elif isinstance(expected, Strings):
-        assert_same(found.text, expected.text, f"{name}.text")
-        assert_same(found.offsets, expected.offsets, f"{name}.offsets")
+        assert_same(actual.text, expected.text, f"{name}.text")
+        assert_same(actual.offsets, expected.offsets, f"{name}.offsets")
     else:
-        assert found == expected, name
+        assert actual == expected, name
 
 
 def assert_as_twin(text):
@@ -176,12 +176,12 @@ def test_a_digest_is_that_of_xxhash_at_every_length_and_alignment():
     digest = compiled._load().protlm_digest
     digest.restype, digest.argtypes = None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     content = np.random.default_rng(0).integers(0, 256, size=(1 << 20) + 64, dtype=np.uint8)
-    found = np.zeros(2, dtype=np.uint64)
+    halves = np.zeros(2, dtype=np.uint64)
     for length in (*range(1101), 2047, 2048, 2049, 3073, 65536, (1 << 20) - 1, 1 << 20):
         for start in range(9):
-            digest(content.ctypes.data + start, length, found.ctypes.data)
+            digest(content.ctypes.data + start, length, halves.ctypes.data)
             expected = xxhash.xxh3_128_intdigest(content[start : start + length].tobytes())
-            assert (int(found[0]) << 64) | int(found[1]) == expected, (length, start)
+            assert (int(halves[0]) << 64) | int(halves[1]) == expected, (length, start)
 
 
 def test_the_header_of_xxhash_is_the_released_one():

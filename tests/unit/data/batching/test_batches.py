@@ -150,8 +150,8 @@ def test_a_protein_that_fits_is_whole():
 
 def test_evaluation_keeps_order_and_whole_proteins():
     proteins = InMemory(*LENGTHS)
-    found = [member for batch in evaluation_batches(proteins, 64, 0, MASKED) for member in proteins_of(batch)]
-    assert [list(sequence) for sequence, _, _ in found] == [sequence.tolist() for sequence in proteins.sequences]
+    shown = [member for batch in evaluation_batches(proteins, 64, 0, MASKED) for member in proteins_of(batch)]
+    assert [list(sequence) for sequence, _, _ in shown] == [sequence.tolist() for sequence in proteins.sequences]
 
 
 def test_an_evaluation_draw_depends_on_seed_and_sequence_alone():
@@ -228,8 +228,8 @@ def test_causal_training_scores_every_residue_and_the_end_where_it_is_the_protei
 
 def test_causal_evaluation_scores_every_residue_and_no_end():
     proteins = InMemory(*LENGTHS)
-    found = [segment for batch in evaluation_batches(proteins, 64, 0, CAUSAL) for segment in segments(batch, CAUSAL)]
-    for (tokens, seen, places), sequence in zip(found, proteins.sequences, strict=True):
+    shown = [segment for batch in evaluation_batches(proteins, 64, 0, CAUSAL) for segment in segments(batch, CAUSAL)]
+    for (tokens, seen, places), sequence in zip(shown, proteins.sequences, strict=True):
         assert tokens == seen == [CLS, *sequence.tolist(), EOS]
         assert places == list(range(1, len(tokens) - 1))
 

@@ -46,10 +46,10 @@ def random_sides(letters, seed):
     def part():
         text = draw.choice(draw.choice(outer))
         start = draw.randrange(len(text))
-        found = list(text[start : start + draw.randint(1, 120)])
+        residues = list(text[start : start + draw.randint(1, 120)])
         if draw.random() < 0.5:
-            found[draw.randrange(len(found))] = draw.choice(letters)
-        return "".join(found)
+            residues[draw.randrange(len(residues))] = draw.choice(letters)
+        return "".join(residues)
 
     inner = [[part() for _ in range(draw.randint(1, 5))] for _ in range(draw.randint(1, 3))]
     return inner, outer

@@ -24,7 +24,7 @@ def test_labels_on_both_sides_are_counted_once_and_families_one_by_one(folder):
 
 def test_all_pairs_of_filled_splits_are_compared_both_ways(folder):
     part, short = PROTEIN[:50], PROTEIN[3:20]
-    found = leakage.look_for_leaks(
+    leaks = leakage.look_for_leaks(
         {
             "train": shards(folder, [PROTEIN, "MKVMKVMKVMKVMKVW"], [short]),
             "valid": shards(folder, [part, PROTEIN[60:80]]),
@@ -34,16 +34,16 @@ def test_all_pairs_of_filled_splits_are_compared_both_ways(folder):
         4,
         substrings=True,
     )
-    assert found.exact_duplicates_removed == 4
-    assert found.substrings == tuple(
+    assert leaks.exact_duplicates_removed == 4
+    assert leaks.substrings == tuple(
         Contained(inner=inner, outer=outer, num_records=count)
         for inner, outer, count in [
             ("train", "valid", 1), ("train", "ood", 1), ("valid", "train", 2), ("valid", "ood", 0),
             ("ood", "train", 1), ("ood", "valid", 0),
         ]
     )  # fmt: skip
-    assert found.clusters is None
-    assert found.families is None
+    assert leaks.clusters is None
+    assert leaks.families is None
 
 
 def test_labels_are_compared_where_any_shard_tells_them(folder):
@@ -52,10 +52,10 @@ def test_labels_are_compared_where_any_shard_tells_them(folder):
         "valid": [write(folder, [Record("a", "", "MKW", cluster_id="c")])],
         "test": shards(folder, ["MKL"]),
     }
-    found = leakage.look_for_leaks(splits, 0, substrings=False)
-    assert found.substrings is None
-    assert found.families is None
-    assert found.clusters == (
+    leaks = leakage.look_for_leaks(splits, 0, substrings=False)
+    assert leaks.substrings is None
+    assert leaks.families is None
+    assert leaks.clusters == (
         Shared(first="train", second="valid", num_labels=1),
         Shared(first="train", second="test", num_labels=0),
         Shared(first="valid", second="test", num_labels=0),

@@ -69,15 +69,15 @@ def replace(name, **options):
 @pytest.mark.parametrize("kind", ["mean", "per-residue", "cls"])
 @pytest.mark.parametrize("layer", [3, 6, 12])
 def test_every_kind_and_layer_is_read_as_written(path, kind, layer):
-    found = open_embeddings(path, kind=kind, layer=layer)
+    embeddings = open_embeddings(path, kind=kind, layer=layer)
     for index, record_id in enumerate(IDS):
-        np.testing.assert_array_equal(found[record_id], value(kind, layer, index))
-    assert (found.kind, found.layer, found.model_hash) == (kind, layer, "abc")
+        np.testing.assert_array_equal(embeddings[record_id], value(kind, layer, index))
+    assert (embeddings.kind, embeddings.layer, embeddings.model_hash) == (kind, layer, "abc")
 
 
 def test_the_default_is_the_richest_kind_and_the_last_layer(path, tmp_path):
-    found = open_embeddings(path)
-    assert (found.kind, found.layer, found.kinds, found.layers) == (
+    embeddings = open_embeddings(path)
+    assert (embeddings.kind, embeddings.layer, embeddings.kinds, embeddings.layers) == (
         "per-residue",
         12,
         ("per-residue", "mean", "cls"),
@@ -85,22 +85,22 @@ def test_the_default_is_the_richest_kind_and_the_last_layer(path, tmp_path):
     )
     with create(tmp_path / "few.h5", kinds=("cls", "mean"), layers=(0,)) as writer:
         fill(writer)
-    found = open_embeddings(tmp_path / "few.h5")
-    assert (found.kind, found.layer, found.kinds) == ("mean", 0, ("mean", "cls"))
+    embeddings = open_embeddings(tmp_path / "few.h5")
+    assert (embeddings.kind, embeddings.layer, embeddings.kinds) == ("mean", 0, ("mean", "cls"))
 
 
 def test_it_is_a_mapping_in_record_order(path):
-    found = open_embeddings(path, kind="mean")
-    assert list(found) == IDS
-    assert len(found) == 3
-    assert "a" in found
-    assert "z" not in found
-    assert found.get("z") is None
-    assert [array.shape for array in found.values()] == [(4,)] * 3
-    assert "mean of layer 12" in repr(found)
+    embeddings = open_embeddings(path, kind="mean")
+    assert list(embeddings) == IDS
+    assert len(embeddings) == 3
+    assert "a" in embeddings
+    assert "z" not in embeddings
+    assert embeddings.get("z") is None
+    assert [array.shape for array in embeddings.values()] == [(4,)] * 3
+    assert "mean of layer 12" in repr(embeddings)
     with pytest.raises(KeyError, match="'z'"):
-        found["z"]
-    assert [bytes(digest) for digest in found.sequence_hashes] == HASHES
+        embeddings["z"]
+    assert [bytes(digest) for digest in embeddings.sequence_hashes] == HASHES
 
 
 def test_what_is_read_is_a_read_only_view(path):
@@ -129,18 +129,18 @@ def test_the_layout_is_the_one_of_the_contract(path):
 def test_float16_is_stored_as_such(tmp_path):
     with create(tmp_path / "e.h5", kinds=("mean",), layers=(1,), dtype="float16") as writer:
         fill(writer)
-    found = open_embeddings(tmp_path / "e.h5")["a"]
-    assert found.dtype == np.float16
-    np.testing.assert_array_equal(found, value("mean", 1, 0).astype(np.float16))
+    embeddings = open_embeddings(tmp_path / "e.h5")["a"]
+    assert embeddings.dtype == np.float16
+    np.testing.assert_array_equal(embeddings, value("mean", 1, 0).astype(np.float16))
 
 
 def test_a_pickled_file_is_opened_anew(path):
-    found = open_embeddings(path, "mean", 6)
-    pickled = pickle.dumps(found)
+    embeddings = open_embeddings(path, "mean", 6)
+    pickled = pickle.dumps(embeddings)
     assert len(pickled) < 500
     again = pickle.loads(pickled)
     assert (again.kind, again.layer) == ("mean", 6)
-    np.testing.assert_array_equal(again["a"], found["a"])
+    np.testing.assert_array_equal(again["a"], embeddings["a"])
 
 
 def test_a_missing_record_is_found_at_the_end(tmp_path):
@@ -167,22 +167,22 @@ def test_logits_are_opened_only_where_asked_for_or_alone(tmp_path):
                 rows = {(kind, layer): value(kind, layer, index) for kind, layer in writer.contents.columns}
                 writer.write(index, rows | {("logits", 12): np.full((length, 33), index, np.float32)})
         assert open_embeddings(path).kind == kinds[-1]
-        found = open_embeddings(path, "logits")
-        assert (found.layer, found.layers) == (12, (12,))
-        assert {record_id: rows.shape for record_id, rows in found.items()} == dict(
+        embeddings = open_embeddings(path, "logits")
+        assert (embeddings.layer, embeddings.layers) == (12, (12,))
+        assert {record_id: rows.shape for record_id, rows in embeddings.items()} == dict(
             zip(IDS, [(3, 33), (1, 33), (5, 33)], strict=True)
         )
-        assert [rows.min() for rows in found.values()] == [0, 1, 2]
+        assert [rows.min() for rows in embeddings.values()] == [0, 1, 2]
 
 
 def test_records_are_found_by_id_whatever_their_hashes(path, monkeypatch):
     # As if all ids had the same one.
     monkeypatch.setattr("xxhash.xxh3_64_intdigest", lambda text: 7)
-    found = open_embeddings(path, "mean", 3)
+    embeddings = open_embeddings(path, "mean", 3)
     for index, record_id in enumerate(IDS):
-        np.testing.assert_array_equal(found[record_id], value("mean", 3, index))
+        np.testing.assert_array_equal(embeddings[record_id], value("mean", 3, index))
     for absent in ("z", "\ud800", b"a", 0, None):
-        assert absent not in found
+        assert absent not in embeddings
 
 
 def test_a_kind_or_layer_that_is_not_there_is_an_error_that_names_those_there_are(path):

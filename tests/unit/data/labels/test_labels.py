@@ -66,7 +66,7 @@ def block_bytes(request, monkeypatch):
     monkeypatch.setattr(label_rows, "_BATCH_ROWS", request.param)
 
 
-def found(table: Labels, *ids):
+def labels_of(table: Labels, *ids):
     numbers = table.lookup(Strings.of(ids), digests_of(name.encode() for name in ids))
     assert numbers.dtype == np.int64
     names = table.names(numbers).to_list()
@@ -91,14 +91,14 @@ def fault(read, path, kind=RecordError):
 def test_clusters_of_mmseqs_are_read_whatever_the_blocks_and_line_ends(write, line_end):
     text = "# comment\na\ta\na\tb\n\nc\tç\na\td\n# x\ty\n".replace("\n", line_end)
     clusters = read_clusters(write(text))
-    assert found(clusters, "b", "ç", "y", "d", "a", "c") == ["a", "c", "", "a", "a", ""]
+    assert labels_of(clusters, "b", "ç", "y", "d", "a", "c") == ["a", "c", "", "a", "a", ""]
     assert sizes(clusters) == {"a": 3, "c": 1}
 
 
 @pytest.mark.usefixtures("block_bytes")
 def test_clusters_of_cd_hit_are_named_by_their_representative(write):
     clusters = read_clusters(write(CD_HIT))
-    assert found(clusters, "A", "B|x", "C...D", "E", "F", "C") == ["B|x", "B|x", "C...D", "F", "F", ""]
+    assert labels_of(clusters, "A", "B|x", "C...D", "E", "F", "C") == ["B|x", "B|x", "C...D", "F", "F", ""]
     assert sizes(clusters) == {"B|x": 2, "C...D": 1, "F": 2}
 
 
@@ -106,31 +106,31 @@ def test_clusters_of_cd_hit_are_named_by_their_representative(write):
 def test_clusters_of_uniref_xml_are_found_by_every_name_of_a_member(write):
     clusters = read_clusters(write(UNIREF))
     first = ("UniRef50_P1", "P1_X", "P1", "UniRef90_P1", "UPI1", "UPI2", "OLD1")
-    assert found(clusters, *first) == ["UniRef50_P1"] * len(first)
-    assert found(clusters, "P2", "P2_X") == ["UniRef50_P2"] * 2
+    assert labels_of(clusters, *first) == ["UniRef50_P1"] * len(first)
+    assert labels_of(clusters, "P2", "P2_X") == ["UniRef50_P2"] * 2
     assert sizes(clusters) == {"UniRef50_P1": 2, "UniRef50_P2": 1}
 
 
 def test_a_secondary_accession_of_two_clusters_names_neither_and_a_first_one_wins(write):
-    assert found(read_clusters(write(UNIREF)), "OLD", "P1") == ["", "UniRef50_P1"]
+    assert labels_of(read_clusters(write(UNIREF)), "OLD", "P1") == ["", "UniRef50_P1"]
 
 
 def test_several_families_of_an_id_are_joined_once_each_in_the_order_of_the_file(write):
     families = read_families(write("a\tPF2\nb\tPF1\na\tPF1\nc\tPF2\nc\tPF1\na\tPF2\nd\tPF1\nd\tPF1\n"))
-    assert found(families, "a", "b", "c", "d") == ["PF2;PF1", "PF1", "PF2;PF1", "PF1"]
+    assert labels_of(families, "a", "b", "c", "d") == ["PF2;PF1", "PF1", "PF2;PF1", "PF1"]
     assert sizes(families) == {"PF2": 0, "PF1": 2, "PF2;PF1": 2}
 
 
 def test_splits_are_read_and_a_repeated_row_counts_once(write):
     splits = read_splits(write("a\ttrain\nb\tood\na\ttrain\nc\ttest\nd\tvalid\n"))
-    assert found(splits, "a", "b", "c", "d") == ["train", "ood", "test", "valid"]
+    assert labels_of(splits, "a", "b", "c", "d") == ["train", "ood", "test", "valid"]
     assert sizes(splits) == {"train": 1, "ood": 1, "test": 1, "valid": 1}
 
 
 def test_an_id_of_uniprot_is_found_whole_then_by_accession_then_by_entry_name(write):
     clusters = read_clusters(write("c1\tsp|P1|A_X\nc2\tP1\nc3\tA_X\nc4\tB_X\nc5\tP3\nc6\t\xe9|\n"))
     ids = ("sp|P1|A_X", "tr|P1|B_X", "sp|P2|B_X", "P3", "sp|P4|C_X", "pdb|P1|A", "sp|P1", "sp|P1|A_X|z", "é|")
-    assert found(clusters, *ids) == ["c1", "c2", "c4", "c5", "", "", "", "", "c6"]
+    assert labels_of(clusters, *ids) == ["c1", "c2", "c4", "c5", "", "", "", "", "c6"]
 
 
 @pytest.fixture(params=[None, 3], ids=["whole", "colliding"])
@@ -164,7 +164,7 @@ def test_a_file_knows_its_name_and_the_hash_of_its_bytes_on_disk(write):
     data = gzip.compress(b"a\tb\n", mtime=0)
     clusters = read_clusters(write(data, "x.tsv.gz"))
     assert (clusters.file_name, clusters.sha256) == ("x.tsv.gz", hashlib.sha256(data).hexdigest())
-    assert found(clusters, "b") == ["a"]
+    assert labels_of(clusters, "b") == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -278,4 +278,4 @@ def test_real_uniref_clusters_are_found_by_accession_and_by_the_header_of_unipro
         "UPI00000244B2",
         "P99999",
     )
-    assert found(clusters, *ids) == ["UniRef50_Q95604"] * 4 + ["UniRef50_Q9EPS7"] * 2 + [""]
+    assert labels_of(clusters, *ids) == ["UniRef50_Q95604"] * 4 + ["UniRef50_Q9EPS7"] * 2 + [""]

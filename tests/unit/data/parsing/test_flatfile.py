@@ -23,11 +23,11 @@ def test_a_flat_file_entry_gives_a_record_with_the_families_of_its_cross_referen
 def test_real_flat_files_are_read_as_biopython_does(shared_data):
     text = read(shared_data / "flatfile/uniprot_sample.dat.gz")
     expected = list(SeqIO.parse(io.StringIO(text.decode()), "swiss"))
-    found = [flatfile.parse_entry("a", entry + b"//\n", 1)[0] for entry in text.split(b"//\n")[:-1]]
-    assert len(found) == 98
-    for record, other in zip(found, expected, strict=True):
+    records = [flatfile.parse_entry("a", entry + b"//\n", 1)[0] for entry in text.split(b"//\n")[:-1]]
+    assert len(records) == 98
+    for record, other in zip(records, expected, strict=True):
         families = {key.split(":", 1)[1] for key in other.dbxrefs if key.startswith(("Pfam:", "InterPro:"))}
         assert (record.id, record.sequence, set(record.families)) == (other.id, str(other.seq), families)
         assert str(record.taxon_id) == other.annotations["ncbi_taxid"][0]
         assert record.description.startswith(other.name + " ")
-    assert sum(any(family.startswith("PF") for family in record.families) for record in found) == 82
+    assert sum(any(family.startswith("PF") for family in record.families) for record in records) == 82

@@ -249,8 +249,8 @@ def test_a_dash_is_the_standard_input(data):
         "import sys; from protlm.data.parsing.sources import SourceBlocks; source = SourceBlocks('-'); "
         "sys.stdout.buffer.write(b''.join(source) + (source.name + source.sha256).encode())"
     )
-    found = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True).stdout
-    assert found == FASTA + b"-" + hashlib.sha256(data).hexdigest().encode()
+    printed = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True).stdout
+    assert printed == FASTA + b"-" + hashlib.sha256(data).hexdigest().encode()
 
 
 def test_a_pipe_is_read_like_a_file(tmp_path):
@@ -281,9 +281,9 @@ def test_inputs_keep_their_order_and_a_folder_is_read_by_name(tmp_path):
     (folder / "sub").mkdir()
     first = tmp_path / "z.fa"
     first.write_bytes(b"not looked at")
-    found = expand_inputs([first, STDIN, folder])
-    assert found.paths == [str(first), STDIN, str(folder / "a.fa.gz"), str(folder / "b.fa")]
-    assert found.left_out == [str(folder / "README.md"), str(folder / "sub")]
+    expanded = expand_inputs([first, STDIN, folder])
+    assert expanded.paths == [str(first), STDIN, str(folder / "a.fa.gz"), str(folder / "b.fa")]
+    assert expanded.left_out == [str(folder / "README.md"), str(folder / "sub")]
 
 
 def test_a_pattern_stands_for_its_matches_unless_a_file_has_that_name(tmp_path):

@@ -92,10 +92,10 @@ def test_real_uniref_files_are_read_as_an_xml_library_does(shared_data, name, si
     text = read(shared_data / "uniref" / name)
     space = "{http://uniprot.org/uniref}"
     expected = ET.fromstring(text).findall(f"{space}entry")
-    found = [uniref_xml.parse_entry("a", entry, 1)[0] for entry in entries_of(text)]
+    records = [uniref_xml.parse_entry("a", entry, 1)[0] for entry in entries_of(text)]
     clusters = list(clusters_of("a", [text]))
-    assert [record.cluster_size for record in found] == [cluster.num_members for cluster in clusters] == sizes
-    for record, cluster, entry in zip(found, clusters, expected, strict=True):
+    assert [record.cluster_size for record in records] == [cluster.num_members for cluster in clusters] == sizes
+    for record, cluster, entry in zip(records, clusters, expected, strict=True):
         assert record.id == cluster.id == entry.get("id")
         assert record.sequence == "".join(entry.find(f".//{space}sequence").text.split())
         accessions = {p.get("value") for p in entry.iter(f"{space}property") if p.get("type") == "UniProtKB accession"}

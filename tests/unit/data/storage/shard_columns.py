@@ -7,12 +7,12 @@ from protlm.data.parsing.record_table import UNKNOWN, table_of
 
 def columns_of(records):
     table = table_of(records, {})
-    found = {"offsets": table.offsets}
+    columns = {"offsets": table.offsets}
     strings = {"ids": table.ids, "descriptions": table.descriptions, "cluster_id": table.cluster_ids}
     for name, column in (strings | {"family": table.families}).items():
         if column is not None:
-            found |= {f"{name}/bytes": column.text, f"{name}/offsets": column.offsets}
+            columns |= {f"{name}/bytes": column.text, f"{name}/offsets": column.offsets}
     for name in ("cluster_size", "taxon_id"):
         if np.any(getattr(table, name) != UNKNOWN):
-            found[name] = getattr(table, name)
-    return len(table.tokens), [table.tokens], found
+            columns[name] = getattr(table, name)
+    return len(table.tokens), [table.tokens], columns

@@ -95,15 +95,15 @@ def test_worker_processes_read_what_the_parent_reads(path, method):
     split = open_dataset(path).split("train")
     split.tokens(0)
     with multiprocessing.get_context(method).Pool(2) as pool:
-        found = pool.map(split.tokens, range(6))
-    assert [vocabulary.decode(tokens) for tokens in found] == SEQUENCES
+        tokens_of_records = pool.map(split.tokens, range(6))
+    assert [vocabulary.decode(tokens) for tokens in tokens_of_records] == SEQUENCES
 
 
 def test_the_hash_is_that_of_the_manifest_and_names_the_content(path):
-    found = open_dataset(path)
-    assert found.hash == xxhash.xxh3_128_hexdigest((path / "manifest.json").read_bytes())
-    assert [shard.checksum for shard in found.manifest.splits["train"].shards] == [
-        found.split("train").shard(number).checksum for number in range(3)
+    opened = open_dataset(path)
+    assert opened.hash == xxhash.xxh3_128_hexdigest((path / "manifest.json").read_bytes())
+    assert [shard.checksum for shard in opened.manifest.splits["train"].shards] == [
+        opened.split("train").shard(number).checksum for number in range(3)
     ]
 
 

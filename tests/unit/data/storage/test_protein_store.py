@@ -210,10 +210,10 @@ print(grown(2_000, 50_000, "long"))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_residues_written_and_read(tmp_path):
     """100 MB of tokens go in and out."""
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", _MEMORY, str(tmp_path)], check=True, capture_output=True, text=True, env=os.environ
     )
-    assert int(found.stdout) < 20_000, "KiB"
+    assert int(done.stdout) < 20_000, "KiB"
 
 
 def test_opened_stores_let_go_of_their_files(write):

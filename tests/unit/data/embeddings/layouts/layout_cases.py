@@ -76,8 +76,8 @@ def write_all(layout_name, path, contents):
 
 def bytes_of(layout, path):
     """Returns every file of an output by its place relative to it."""
-    found = {}
+    content_by_path = {}
     for place in layout.paths(path):
         files = sorted(place.iterdir()) if place.is_dir() else [place]
-        found.update({str(file.relative_to(path.parent)): file.read_bytes() for file in files})
-    return found
+        content_by_path.update({str(file.relative_to(path.parent)): file.read_bytes() for file in files})
+    return content_by_path

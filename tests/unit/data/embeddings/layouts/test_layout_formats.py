@@ -20,10 +20,10 @@ from tests.unit.data.embeddings.layouts.layout_cases import MODEL_DIM, SEQUENCES
 KINDS = ("logits", "per-residue", "mean", "cls")
 
 
-def same(found, contents, column, index):
+def same(stored, contents, column, index):
     expected = value(contents, column, index).astype(contents.dtype)
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected)
+    assert stored.dtype == expected.dtype
+    np.testing.assert_array_equal(stored, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -31,10 +31,10 @@ def test_protlm_gives_every_kind_and_layer_by_id(tmp_path, dtype):
     contents = contents_of(SEQUENCES, KINDS, (0, 6), dtype)
     write_all("protlm", tmp_path / "e.h5", contents)
     for kind, layer in contents.columns:
-        found = open_embeddings(tmp_path / "e.h5", kind, layer)
-        assert list(found) == list(SEQUENCES)
+        embeddings = open_embeddings(tmp_path / "e.h5", kind, layer)
+        assert list(embeddings) == list(SEQUENCES)
         for index, record_id in enumerate(SEQUENCES):
-            same(found[record_id], contents, (kind, layer), index)
+            same(embeddings[record_id], contents, (kind, layer), index)
     logits = open_embeddings(tmp_path / "e.h5", "logits")
     assert (logits.layer, logits["again"].shape) == (6, (4, len(vocabulary.TOKENS)))
     assert open_embeddings(tmp_path / "e.h5").kind == "per-residue"
@@ -81,11 +81,11 @@ def test_bio_embeddings_is_read_as_biotrainer_reads_it(tmp_path, kind):
     contents = contents_of(SEQUENCES, [kind])
     write_all("bio-embeddings", tmp_path / "e.h5", contents)
     with h5py.File(tmp_path / "e.h5", "r") as file:
-        found = {dataset.attrs["original_id"]: dataset[()] for _, dataset in file.items()}
+        embeddings = {dataset.attrs["original_id"]: dataset[()] for _, dataset in file.items()}
         keys = {dataset.attrs["original_id"]: key for key, dataset in file.items()}
-    assert sorted(found) == sorted(SEQUENCES)
+    assert sorted(embeddings) == sorted(SEQUENCES)
     for index, (record_id, sequence) in enumerate(SEQUENCES.items()):
-        same(found[record_id], contents, (kind, 6), index)
+        same(embeddings[record_id], contents, (kind, 6), index)
         assert keys[record_id].split("#")[0] == hashlib.md5(sequence.encode()).hexdigest()
     assert "#" not in keys["sp|P69905|HBA_HUMAN"]
     assert keys["again"] == keys["sp|P69905|HBA_HUMAN"] + "#2"
@@ -113,22 +113,22 @@ def test_esm_files_are_those_of_esm_extract(tmp_path, dtype):
     assert [line.split("\t")[0] for line in lines] == list(SEQUENCES)
     for index, line in enumerate(lines):
         record_id, name = line.split("\t")
-        found = torch.load(tmp_path / "out" / name, weights_only=True)
-        assert found.pop("label") == record_id
-        assert sorted(found) == ["bos_representations", "logits", "mean_representations", "representations"]
-        same(found["logits"].numpy(), contents, ("logits", 6), index)
+        content = torch.load(tmp_path / "out" / name, weights_only=True)
+        assert content.pop("label") == record_id
+        assert sorted(content) == ["bos_representations", "logits", "mean_representations", "representations"]
+        same(content["logits"].numpy(), contents, ("logits", 6), index)
         titles = {"per-residue": "representations", "mean": "mean_representations", "cls": "bos_representations"}
         for kind, title in titles.items():
-            assert list(found[title]) == [0, 6]
-            for layer, tensor in found[title].items():
+            assert list(content[title]) == [0, 6]
+            for layer, tensor in content[title].items():
                 same(tensor.numpy(), contents, (kind, layer), index)
     assert (tmp_path / "out" / "sp|P69905|HBA_HUMAN.pt").is_file()
 
 
 def test_esm_files_hold_only_what_was_asked_for(tmp_path):
     write_all("esm", tmp_path / "out", contents_of(kinds=["mean"]))
-    found = torch.load(tmp_path / "out" / "again.pt", weights_only=True)
-    assert sorted(found) == ["label", "mean_representations"]
+    content = torch.load(tmp_path / "out" / "again.pt", weights_only=True)
+    assert sorted(content) == ["label", "mean_representations"]
     assert (tmp_path / "out" / "again.pt").stat().st_size < 3_000
 
 
@@ -193,9 +193,9 @@ def test_an_id_that_no_file_should_have_becomes_a_safe_name_with_its_hash(record
 
 
 def test_files_differ_where_case_and_accents_do_not_count():
-    found = esm.file_names(Strings.of(["é", "E\u0301", "e\u0301", "É", "Straße", "STRASSE"])).to_list()
-    assert [name.partition("-")[0] for name in found] == ["é", "E\u0301", "e\u0301", "É", "Straße", "STRASSE"]
-    assert ["-" in name for name in found] == [False, True, True, True, False, True]
+    names = esm.file_names(Strings.of(["é", "E\u0301", "e\u0301", "É", "Straße", "STRASSE"])).to_list()
+    assert [name.partition("-")[0] for name in names] == ["é", "E\u0301", "e\u0301", "É", "Straße", "STRASSE"]
+    assert ["-" in name for name in names] == [False, True, True, True, False, True]
 
 
 def test_npz_of_one_kind_and_layer_has_the_ids_as_keys(tmp_path):
@@ -210,14 +210,14 @@ def test_npz_of_one_kind_and_layer_has_the_ids_as_keys(tmp_path):
     assert sum(path.is_file() for path in (tmp_path / "unpacked").rglob("*")) == len(short) == len(SEQUENCES) - 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "unpacked"]
     changed = {}
-    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
-        assert len(found) == len(SEQUENCES)
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
+        assert len(arrays) == len(SEQUENCES)
         for index, (record_id, member) in enumerate(zip(SEQUENCES, members, strict=True)):
             key = member.filename.removesuffix(".npy")
             if key != record_id:
                 changed[record_id] = key
                 assert member.comment.decode() == record_id
-            same(found[key], contents, ("per-residue", 6), index)
+            same(arrays[key], contents, ("per-residue", 6), index)
     assert changed == {
         "../../escape": ".._.._escape",
         "/absolute/x": "_absolute_x",
@@ -241,18 +241,18 @@ def test_npz_of_one_kind_and_layer_has_the_ids_as_keys(tmp_path):
 def test_npz_of_several_kinds_or_layers_has_the_names_of_tape_behind_the_id(tmp_path, kinds, layers, keys):
     contents = contents_of(SOME, kinds, layers)
     write_all("npz", tmp_path / "out.npz", contents)
-    with np.load(tmp_path / "out.npz") as found:
-        assert [key for key in found if key.partition("/")[0] == "again"] == keys
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert [key for key in arrays if key.partition("/")[0] == "again"] == keys
         for key, column in zip(keys, contents.columns, strict=True):
-            same(found[key], contents, column, list(SOME).index("again"))
+            same(arrays[key], contents, column, list(SOME).index("again"))
 
 
 def test_npz_stays_sound_with_an_id_longer_than_a_zip_can_name(tmp_path):
     contents = contents_of({"x" * 70_000: "M", "x" * 70_001: "MM"})
     write_all("npz", tmp_path / "out.npz", contents)
-    with np.load(tmp_path / "out.npz") as found:
+    with np.load(tmp_path / "out.npz") as arrays:
         for index, key in enumerate(["x" * 60_000, "x" * 60_000 + "#2"]):
-            same(found[key], contents, ("mean", 6), index)
+            same(arrays[key], contents, ("mean", 6), index)
 
 
 @pytest.mark.parametrize("record_id", ["a", "a/b", "a..b", "..a", "a.npz", "sp|P|X", "x" * 10_000])
@@ -312,10 +312,10 @@ def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
 def test_npy_is_a_matrix_with_its_ids_beside_it(tmp_path, dtype):
     contents = contents_of(SEQUENCES, dtype=dtype)
     write_all("npy", tmp_path / "means.npy", contents)
-    found = np.load(tmp_path / "means.npy", mmap_mode="r")
+    rows = np.load(tmp_path / "means.npy", mmap_mode="r")
     assert (tmp_path / "means.ids.txt").read_text().splitlines() == list(SEQUENCES)
-    assert len(found) == len(SEQUENCES)
-    for index, row in enumerate(found):
+    assert len(rows) == len(SEQUENCES)
+    for index, row in enumerate(rows):
         same(row, contents, ("mean", 6), index)
 
 
