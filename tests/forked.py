@@ -67,14 +67,14 @@ class Forked:
         return texts
 
 
-def fork_ranks(number, *arguments):
+def fork_ranks(number, *arguments, prepare=None):
     """Starts a command in several processes, as torchrun does, and returns them in the order of their ranks."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     group = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}  # fmt: skip
     return [
-        Forked(*arguments, variables={key: str(value) for key, value in (group | own).items()})
+        Forked(*arguments, variables={key: str(value) for key, value in (group | own).items()}, prepare=prepare)
         for own in ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(number))
     ]
 

@@ -1,5 +1,6 @@
 """Several processes embed what one does. They run on the CPU, each with a Lightning of its own."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,7 +9,8 @@ import sys
 import pytest
 
 from protlm.cli.app import main
-from tests.e2e.train_tools import finish, start
+from protlm.workflows.embed import portions as embed_portions
+from tests.e2e.train_tools import LAUNCHERS, ended, finish, run_on_two
 from tests.forked import fork_ranks
 
 OPTIONS = ["--tokens-per-batch", 100, "--include", "per-residue", "--include", "mean"]
@@ -21,51 +23,58 @@ def one_process(run_dir, fasta, tmp_path_factory):
     return out.read_bytes()
 
 
-def embed_on_two(run_dir, fasta, out, *arguments, **variables):
-    return start("embed", run_dir, fasta, "--out", out, "--devices", 2, *OPTIONS, *arguments, **variables)
-
-
 def test_two_processes_give_the_bytes_of_one(run_dir, fasta, one_process, tmp_path):
     out = tmp_path / "e.h5"
-    ranks = fork_ranks(2, "embed", run_dir, fasta, "--out", out, "--devices", 2, *OPTIONS, "--json")
-    (shown, errors), second = (process.communicate() for process in ranks)
-    assert [process.returncode for process in ranks] == [0, 0], (errors, second)
+    status, shown, errors = run_on_two("torchrun", "embed", run_dir, fasta, "--out", out, *OPTIONS, "--json")
+    assert status == 0, errors
     # One report, of the first process.
-    assert (json.loads(shown)["num_records"], second[0]) == (120, "")
+    assert json.loads(shown)["num_records"] == 120
     assert out.read_bytes() == one_process
     assert [path.name for path in tmp_path.iterdir()] == ["e.h5"]
+
+
+def fill_disk_of(rank):
+    """Makes writing fail in one of the processes."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "a disk")
+
+    if int(os.environ.get("LOCAL_RANK", "0")) == rank:
+        embed_portions.PortionWriter._write = full
 
 
 # Lightning starts the other processes with the same script.
 FULL_DISK = """
 import os, sys
 from protlm.cli.app import main
-from protlm.workflows.embed import portions as embed_portions
+from tests.e2e.test_embed_devices import fill_disk_of
 
-def full(*_):
-    raise OSError(28, "No space left on device", "a disk")
-
-if os.environ.get("LOCAL_RANK", "0") == os.environ["WITH_FULL_DISK"]:
-    embed_portions.PortionWriter._write = full
+fill_disk_of(int(os.environ["WITH_FULL_DISK"]))
 sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(
-    ("rank", "resuming_devices"),
-    [pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (1, 1)],
-)
+def embed_with_a_full_disk(rank, launcher, folder, *arguments):
+    """Returns status, stdout and stderr of a run on two devices."""
+    if launcher == "lightning":
+        script = folder / "full_disk.py"
+        script.write_text(FULL_DISK)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "WITH_FULL_DISK": str(rank)}
+        return finish(subprocess.Popen(
+            [sys.executable, script, "embed", *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        ))  # fmt: skip
+    return ended(fork_ranks(2, "embed", *arguments, prepare=functools.partial(fill_disk_of, rank)))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(("rank", "resuming_devices"), [(0, 1), (1, 2), (1, 1)])
 def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(
-    rank, resuming_devices, run_dir, fasta, one_process, tmp_path
+    rank, resuming_devices, launcher, run_dir, fasta, one_process, tmp_path
 ):
-    script, out = tmp_path / "full_disk.py", tmp_path / "out" / "e.h5"
-    script.write_text(FULL_DISK)
-    words = map(str, ["embed", run_dir, fasta, "--out", out, "--devices", 2, *OPTIONS])
-    process = subprocess.Popen(
-        [sys.executable, script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "WITH_FULL_DISK": str(rank)},
-    )  # fmt: skip
-    status, shown, errors = finish(process)
+    out = tmp_path / "out" / "e.h5"
+    words = [run_dir, fasta, "--out", out, *OPTIONS]
+    status, shown, errors = embed_with_a_full_disk(rank, launcher, tmp_path, *words, "--devices", 2)
     assert (status, shown) == (1, "")
     lines = errors.splitlines()
     assert all(line.startswith("error: ") for line in lines), errors
@@ -73,9 +82,9 @@ def test_a_process_that_fails_ends_the_run_and_the_rest_is_kept(
     assert 1 <= len(lines) <= 2
     assert "No space left on device" in errors
     if resuming_devices == 1:
-        assert main(["embed", str(run_dir), str(fasta), "--out", str(out), *map(str, OPTIONS), "--resume"]) == 0
+        assert main(["embed", *map(str, words), "--resume"]) == 0
     else:
-        status, _, errors = finish(embed_on_two(run_dir, fasta, out, "--resume"))
+        status, _, errors = run_on_two(launcher, "embed", *words, "--resume")
         assert status == 0, errors
     assert out.read_bytes() == one_process
     assert [path.name for path in out.parent.iterdir()] == ["e.h5"]

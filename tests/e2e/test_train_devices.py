@@ -9,8 +9,7 @@ import torch
 
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL
-from tests.e2e.train_tools import finish, losses, rows, start, train, wait_for_rows
-from tests.forked import fork_ranks
+from tests.e2e.train_tools import LAUNCHERS, finish, losses, rows, run_on_two, start, train, wait_for_rows
 
 # Ranks add in another order.
 CLOSE = {"rel": 2e-5}
@@ -24,32 +23,25 @@ def one_process(dataset, tmp_path_factory):
     return out
 
 
-def train_on_two(dataset, out, *arguments):
-    return start("train", dataset, "--out", out, "--devices", 2, *arguments)
-
-
-def ended(ranks):
-    """Returns the stdout of each process; all of them have ended well."""
-    outputs = [process.communicate() for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * len(ranks), outputs
-    return [out for out, _ in outputs]
-
-
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_anywhere(
-    strategy, dataset, one_process, tmp_path
+    strategy, launcher, dataset, one_process, tmp_path
 ):
     out = tmp_path / "run"
-    on_two = ["train", dataset, "--out", out, "--devices", 2, "--strategy", strategy]
+    on_two = [launcher, "train", dataset, "--out", out, "--strategy", strategy]
     settings = ["--config", "tiny", *SMALL, *SHARED, "--set", "model.dropout=0.1", "--set", "train.schedule_steps=6"]
-    first, second = ended(fork_ranks(2, *on_two, *settings, "--max-steps", 4, "--json"))
-    assert (json.loads(first)["step"], second) == (4, "")
+    status, shown, errors = run_on_two(*on_two, *settings, "--max-steps", 4, "--json")
+    assert status == 0, errors
+    # One report, of the first process.
+    assert json.loads(shown)["step"] == 4
     assert losses(out) == pytest.approx(losses(one_process)[:4], **CLOSE)
     valid = [row["valid/loss"] for row in rows(out)]
     assert float(valid[3]) == pytest.approx(float(rows(one_process)[3]["valid/loss"]), **CLOSE)
     # One process goes on from the checkpoint of two, and two from that of one.
     assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", "5"]) == 0
-    ended(fork_ranks(2, *on_two, "--resume", "--max-steps", 6))
+    status, _, errors = run_on_two(*on_two, "--resume", "--max-steps", 6)
+    assert status == 0, errors
     assert losses(out) == pytest.approx(losses(one_process), **CLOSE)
     weights, expected = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (out, one_process)
@@ -62,10 +54,10 @@ def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_anywh
 
 
 def test_a_signal_to_one_process_stops_both_in_the_same_update(dataset, tmp_path):
+    """Lightning starts the processes, as for every user without torchrun or SLURM."""
     out = tmp_path / "run"
-    process = train_on_two(
-        dataset, out, "--config", "tiny", *SMALL, "--set", "train.accumulate=2", "--max-steps", 100_000
-    )
+    settings = ["--config", "tiny", *SMALL, "--set", "train.accumulate=2", "--max-steps", 100_000]
+    process = start("train", dataset, "--out", out, "--devices", 2, *settings)
     wait_for_rows(out, 3)
     os.kill(process.pid, signal.SIGTERM)
     status, _, errors = finish(process)
@@ -99,11 +91,12 @@ def test_a_second_process_changes_nothing_in_the_run(dataset, tmp_path, monkeypa
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_what_goes_wrong_in_the_first_process_is_told_once(dataset, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_goes_wrong_in_the_first_process_is_told_once(launcher, dataset, tmp_path):
     out = tmp_path / "run"
     assert train(dataset, out, "--max-steps", 2, "--set", "train.accumulate=2") == 0
     (out / "metrics.csv").write_text("garbage\n")
-    status, _, errors = finish(train_on_two(dataset, out, "--resume", "--max-steps", 4))
+    status, _, errors = run_on_two(launcher, "train", dataset, "--out", out, "--resume", "--max-steps", 4)
     assert status == 1
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines(), errors
     assert errors.count("\n") == 1

@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL
-from tests.forked import TIMEOUT_SECONDS
+from tests.forked import TIMEOUT_SECONDS, Forked, fork_ranks
 
 
 def rows(run_dir: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
@@ -40,6 +42,23 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     finally:
         process.kill()
     return process.returncode, out, errors
+
+
+LAUNCHERS = ["torchrun", pytest.param("lightning", marks=pytest.mark.slow)]
+"""Who starts the processes of a command on two devices; Lightning takes twelve seconds for it."""
+
+
+def run_on_two(launcher: str, *arguments: object) -> tuple[int, str, str]:
+    """Runs a command on two devices and returns the largest status, stdout and stderr of both processes."""
+    if launcher == "lightning":
+        return finish(start(*arguments, "--devices", 2))
+    return ended(fork_ranks(2, *arguments, "--devices", 2))
+
+
+def ended(ranks: list[Forked]) -> tuple[int, str, str]:
+    """Waits for processes and returns their largest status, and stdout and stderr of all of them."""
+    outputs, errors = zip(*(process.communicate() for process in ranks), strict=True)
+    return max(process.returncode for process in ranks), "".join(outputs), "".join(errors)
 
 
 def wait_for_rows(out: Path, number: int) -> None:
