@@ -1,4 +1,4 @@
-"""Measures what FAVOR attention guarantees, and writes the results with their plots into a folder.
+"""Measures the guarantees of FAVOR attention, and writes the results with their plots into a folder.
 
 Unbiasedness, variance and convergence are tested against their theorems; time and memory are fitted against length.
 The status is 1 if a guarantee fails. Time and memory are reported only: a busy machine changes them.

@@ -1,4 +1,4 @@
-"""The whole road on one FASTA file, by the real commands: prep, train, eval, embed; `make demo` runs it.
+"""Runs the real commands on one FASTA file: prep, train, eval, embed; this is `make demo`.
 
 It ends with a table of the model beside the empirical baseline, and with status 1 if the model does not win both.
 """
@@ -32,7 +32,7 @@ def run_command(*words: str | Path | int) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def run_road(fasta: Path, out: Path, max_steps: int) -> dict[str, Any]:
+def run_commands(fasta: Path, out: Path, max_steps: int) -> dict[str, Any]:
     """Runs the four commands, replacing what an earlier demo left in `out`, and returns the content of report.json."""
     dataset, run, report, embeddings = out / "dataset", out / "run", out / "report", out / "embeddings.h5"
     run_command("prep", fasta, "--out", dataset, "--valid-fraction", "0.1", "--test-fraction", "0.1", "--force")
@@ -44,7 +44,7 @@ def run_road(fasta: Path, out: Path, max_steps: int) -> dict[str, Any]:
 
 
 def print_summary(report: dict[str, Any], out: Path) -> None:
-    """Prints the table and where everything is."""
+    """Prints the table and the paths of all results."""
     print(f"\n{'':20}  accuracy  perplexity   ({report['num_targets']:,} masked residues of the test split)")
     for name, key in (("model", "model"), ("empirical baseline", "empirical")):
         print(f"{name:20}  {report[key]['accuracy']:8.4f}  {report[key]['perplexity']:10.3f}")
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for all that the demo makes")
     parser.add_argument("--max-steps", type=int, default=DEMO_STEPS, help="optimizer updates")
     arguments = parser.parse_args()
-    report = run_road(arguments.fasta, arguments.out, arguments.max_steps)
+    report = run_commands(arguments.fasta, arguments.out, arguments.max_steps)
     print_summary(report, arguments.out)
     if lost := lost_measures(report):
         sys.exit(f"error: the model does not beat the empirical baseline in {' and '.join(lost)}")

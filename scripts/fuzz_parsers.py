@@ -1,7 +1,7 @@
-"""Feeds the parsers texts that a fuzzer thinks up, for a given time; by hand, `pip install atheris` first.
+"""Feeds the parsers texts that a fuzzer makes up, for a given time; run by hand, after `pip install atheris`.
 
-Whatever the text, a parser may only give records with an id and clean residues, or an error of its own; and the
-compiled FASTA parser must give what its twin in Python gives. A text that breaks this is written to `crash-…`.
+From any text a parser may only return records with an id and clean residues, or raise an error of its own; and the
+compiled FASTA parser must return the records of its twin in Python. A text that breaks this is written to `crash-…`.
 
     python scripts/fuzz_parsers.py --seconds 60
 """
@@ -53,7 +53,7 @@ def try_one(data: bytes) -> None:
 
 
 def check(table: RecordTable) -> None:
-    """Holds a table against what every table promises."""
+    """Checks the properties of every table."""
     lengths = np.diff(table.offsets)
     assert (lengths > 0).all()
     assert vocabulary.are_residues(table.tokens)
@@ -61,12 +61,12 @@ def check(table: RecordTable) -> None:
 
 
 def compare(text: bytes) -> None:
-    """Holds the compiled parser against its twin."""
+    """Compares the compiled parser with its twin."""
     table, bad_records = compiled_fasta.parse_fasta(text)
     repairs: Counter[str] = Counter()
-    found = list(fasta.parse_fasta("fuzz", text, repairs))
-    twin = table_of([record for record in found if not isinstance(record, RecordError)], repairs)
-    assert len(bad_records) == len(found) - len(twin)
+    records = list(fasta.parse_fasta("fuzz", text, repairs))
+    twin = table_of([record for record in records if not isinstance(record, RecordError)], repairs)
+    assert len(bad_records) == len(records) - len(twin)
     for field in dataclasses.fields(RecordTable):
         got, expected = getattr(table, field.name), getattr(twin, field.name)
         if isinstance(expected, np.ndarray):
@@ -78,7 +78,7 @@ def compare(text: bytes) -> None:
 
 
 def is_utf8(text: bytes) -> bool:
-    """Says whether a text is UTF-8."""
+    """Returns whether a text is UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError:

@@ -1,6 +1,6 @@
-"""Cuts the sample `data/trembl_sample.fasta.gz` out of a larger FASTA file; how, and from what, data/README.md tells.
+"""Cuts the sample `data/trembl_sample.fasta.gz` out of a larger FASTA file; data/README.md has the source and command.
 
-Which records are kept depends on a seed and their sequences alone; they keep their order, headers and lines.
+The choice of records depends on a seed and their sequences alone; they keep their order, headers and lines.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Seconds and memory: calls take turns in one process, and what needs other conditions gets a process of its own.
+"""Seconds and memory: calls take turns in one process; a peak, or other settings, need a process of their own.
 
 Run as a module it is that process. torch is imported only where it is needed: a process that starts others begins them
 with its own peak of memory.
@@ -31,7 +31,7 @@ TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000
 SECONDS = "seconds"
 
 Times = dict[str, dict[str, list[float]]]
-"""The figures of every repeat, by name of the call and of what was measured: mostly seconds."""
+"""The value of every repeat, mostly seconds, by name of the call and of the quantity."""
 
 _STATUS = Path("/proc/self/status")
 _Key = TypeVar("_Key", bound=Hashable)

@@ -15,7 +15,7 @@ from scripts.report.page import Line, plot
 
 SETUP = f"B1 H{HEADS} d{HEAD_DIM} M{FEATURES} float32"
 MULTIPLIES = {FORWARD: 4, BOTH: 12}
-"""Products of (length, features, head_dim) in each pass, a head; what the backward computes again does not count."""
+"""Products of (length, features, head_dim) per head in each pass, without those that the backward computes again."""
 PEER_OF = {RELU_PEER: "favor relu"}
 """Which of ours a peer is compared with, where it is not `favor`."""
 LINES = {
@@ -48,7 +48,7 @@ def figures(measured: Mapping[str, Any]) -> list[Figure]:
 
 
 def draw(path: Path, speed: Mapping[int, Times]) -> None:
-    """Writes a plot of time against length, one line an implementation."""
+    """Writes a plot of time against length, one line per implementation."""
     lines = []
     for name, (group, style) in LINES.items():
         medians = {length: statistics.median(times[name][BOTH]) for length, times in speed.items() if name in times}

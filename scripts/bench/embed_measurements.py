@@ -161,7 +161,7 @@ def _values(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, **options: Any)
 
 
 def _stretches(sequences: Sequence[str], count: int) -> Iterable[str]:
-    """Returns as many stretches of proteins as asked for, others in each round until the proteins are used up."""
+    """Returns this many stretches of the proteins, different ones in each round over them."""
     long = [sequence for sequence in sequences if len(sequence) >= GROWTH_RESIDUES] or list(sequences)
 
     def stretch(number: int, sequence: str) -> str:

@@ -31,8 +31,8 @@ class Figure:
     """One number and the range of the repeats.
 
     Attributes:
-        measured: What is compared with what.
-        where: The case: a length, a pass, the proteins.
+        measured: The quantity, or the two sides of a ratio.
+        where: A length, a pass, the proteins.
         value: The figure from the medians of all repeats.
         low: The smallest of the figures that single repeats give.
         high: The largest.
@@ -126,7 +126,7 @@ def possible(measurements: Iterable[str], obstacles: Callable[[str], Iterable[st
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Returns what the figures depend on: the machine, the variables that are set, the versions of the packages."""
+    """Returns the machine, the variables that are set, and the versions that figures depend on."""
     from scripts.environment import environment as machine_and_versions
 
     names = sorted(name for name in os.environ if name.startswith(_MEASURED_VARIABLES))
@@ -148,10 +148,10 @@ class Report:
     Attributes:
         script: File name of the benchmark in this folder.
         words: Its command line.
-        setup: What all figures share, as text.
-        environment: What they depend on; the items of a mapping in it are printed as lines of their own.
+        setup: The settings that all figures share, as text.
+        environment: Machine, versions and variables; the items of a mapping in it are printed as lines of their own.
         figures: The figures.
-        measured: What was measured, for the JSON.
+        measured: The values behind the figures, for the JSON.
         facts: More for the JSON, by key.
         remarks: Lines to print before the figures.
     """

@@ -1,4 +1,4 @@
-"""Models of one shape, ours and the peers': what the benchmarks of training and of embedding build in the same way."""
+"""Models of one shape, ours and the peers', built in the same way by the benchmarks of training and of embedding."""
 
 import importlib
 import warnings

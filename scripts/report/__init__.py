@@ -1,1 +1,1 @@
-"""The parts of `scripts/attention_report.py`: closed forms, measurements, the sections made of them, and their page."""
+"""Behind `scripts/attention_report.py`: closed forms, measurements, the sections made of them, and their page."""

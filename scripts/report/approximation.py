@@ -1,4 +1,4 @@
-"""Errors of whole attention against its exact value: hides which inputs are drawn, and how errors are measured."""
+"""Errors of whole attention against its exact value: which inputs are drawn, and how errors are measured."""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ def rows_for(feature_map: str, num_features: int) -> int:
     return num_features // definition_of(feature_map).features_per_row
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Returns ‖found − expected‖/‖expected‖, over all elements."""
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def relative_error(values: Tensor, expected: Tensor) -> float:
+    """Returns ‖values − expected‖/‖expected‖, over all elements."""
+    return ((values.double() - expected).norm() / expected.norm()).item()
 
 
 def on_sphere(shape: Sequence[int], square: float, generator: torch.Generator) -> Tensor:

@@ -276,7 +276,7 @@ def layers(settings: Settings, folder: Path) -> Section:
 
 
 def epsilon(settings: Settings, folder: Path) -> Section:
-    """Section 7: what the usual epsilon does to the output."""
+    """Section 7: the bias of the output by the usual epsilon."""
     biases = [
         epsilon_biases(
             EPSILONS, variance=variance, length=length, draws=settings.epsilon_draws, seed=settings.seed,

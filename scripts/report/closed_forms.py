@@ -1,4 +1,4 @@
-"""What estimates of the softmax kernel must do on average: hides the algebra of means, variances and covariances.
+"""Means, variances and covariances of estimates of the softmax kernel, in closed form.
 
 One row ω of a projection estimates the kernel by f(ω), and M rows by the mean of f. All maps depend on a row by ω·z or
 ω·(x − y) alone, so that a mean over turned rows is a series in the squared length of a sum of rows. The variances are
@@ -162,6 +162,6 @@ def _series(moments: list[float], argument: float, head_dim: int) -> float:
         term = factor * moment
         total += term
         factor *= argument / ((n + 1) * (head_dim / 2 + n))
-    # The terms fall factorially: a last one of any size means a pair far outside what the report measures.
+    # The terms fall factorially: a last one of any size means a pair far outside those of the report.
     assert abs(term) < 1e-9 * abs(total)
     return total

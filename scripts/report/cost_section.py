@@ -13,7 +13,7 @@ from scripts.report.settings import Settings
 
 TIME_SLOPE, MEMORY_SLOPE = 1.05, 0.3
 TARGET_LENGTH = 65_536
-"""The slopes are promised up to here: over a few hundred tokens the constant parts still grow."""
+"""The slopes are promised up to this length: over a few hundred tokens constant costs still count."""
 
 
 def cost(settings: Settings, folder: Path) -> Section:
@@ -101,12 +101,12 @@ def _plots(
         work = cases[0].work
         ticks = {length: f"{length:,}" for length in times[cases[0]]}
         setup = f"H {HEADS}, d {HEAD_DIM}, M {FEATURES}"
-        for what, label, unit in (("time", "time (ms)", 1e3), ("memory", "peak memory (MiB)", 1 / MEBIBYTE)):
+        for quantity, label, unit in (("time", "time (ms)", 1e3), ("memory", "peak memory (MiB)", 1 / MEBIBYTE)):
             lines = []
             for case in cases:
                 values = (
                     {length: statistics.median(samples) for length, samples in times[case].items()}
-                    if what == "time"
+                    if quantity == "time"
                     else {length: max(value, PAGE_BYTES) for length, value in peaks[case].items()}
                 )
                 if values:
@@ -114,8 +114,8 @@ def _plots(
                     lines.append(Line(case.name, list(values), y, groups[case.implementation], int(case.causal)))
             if not lines:
                 continue
-            name = f"{what}_{'training' if backward else 'forward'}.png"
-            title = f"{'Peak memory above inputs and outputs' if what == 'memory' else 'Time'}, {work} ({setup})"
+            name = f"{quantity}_{'training' if backward else 'forward'}.png"
+            title = f"{'Peak memory above inputs and outputs' if quantity == 'memory' else 'Time'}, {work} ({setup})"
             plot(folder / name, lines, x_label="length (tokens)", y_label=label, title=title, x_ticks=ticks)
             made.append((name, f"{title} against length"))
     return made

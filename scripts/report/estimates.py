@@ -1,4 +1,4 @@
-"""Estimates of the softmax kernel over many draws: hides how draws are made in parts and what is averaged over them."""
+"""Estimates of the softmax kernel over many draws: how draws are made, some at a time, and averaged."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Mean:
     standard_error: float
 
     def z_value(self, expected: float) -> float:
-        """Returns how many standard errors the mean lies from what is expected."""
+        """Returns the distance of the mean from an expected value, in standard errors."""
         return (self.value - expected) / self.standard_error
 
 
@@ -84,19 +84,19 @@ def direction_means(
     """Returns the mean of φ(q)·φ(k) over draws of one block, for each direction; x and y are parallel to it."""
     directions = directions_to_test(head_dim)
     x, y = directions * math.sqrt(pair.x_square), directions * math.sqrt(pair.y_square)
-    generator, parts = generator_of(seed), []
+    generator, means = generator_of(seed), []
     for first in range(0, draws, DRAWS_AT_ONCE):
         projection = draw(
             head_dim, head_dim, kind=kind, num_heads=min(DRAWS_AT_ONCE, draws - first), generator=generator,
             dtype=torch.float64,
         )  # fmt: skip
-        parts.append(row_estimates(feature_map, x, y, projection, best_a(pair, head_dim)).mean(-1))
-    return [mean_of(samples) for samples in torch.cat(parts).T]
+        means.append(row_estimates(feature_map, x, y, projection, best_a(pair, head_dim)).mean(-1))
+    return [mean_of(samples) for samples in torch.cat(means).T]
 
 
 @dataclass(frozen=True)
 class ErrorSamples:
-    """Mean squared errors and covariances of rows, one sample a draw.
+    """Mean squared errors and covariances of rows, one sample per draw.
 
     Attributes:
         square_errors: (φ(q)·φ(k) − its mean)², averaged over the directions that the draw is looked at along.

@@ -48,7 +48,7 @@ PAPER_COLUMNS: dict[str, tuple[str, str, int, tuple[float, ...]]] = {
 """Map, kind, rows and the figures of an earlier measurement, in the order of PAPER_CASES."""
 
 MEANINGS = {"regularised": "below SM", "relu": "no estimate of SM"}
-"""What the product of features is, for the maps that do not estimate the softmax kernel."""
+"""Verdicts on the maps that do not estimate the softmax kernel, where they hold."""
 
 
 def unbiasedness(settings: Settings, folder: Path) -> Section:
@@ -68,8 +68,8 @@ def unbiasedness(settings: Settings, folder: Path) -> Section:
             rows.append(_direction_cells(row, meaning if holds else "FAILS"))
     faults = [_direction_row(settings, name, "orthogonal", planted=True) for name in (*SOFTMAX_MAPS, "regularised")]
     # The even functions cosh and cos do not tell a row from its opposite.
-    found = [row for row in faults if row["map"] not in ("hyperbolic", "trig")]
-    passed &= all(row["max_abs_z"] > 3 * MAX_Z for row in found)
+    visible = [row for row in faults if row["map"] not in ("hyperbolic", "trig")]
+    passed &= all(row["max_abs_z"] > 3 * MAX_Z for row in visible)
     for row in faults:
         rows.append(_direction_cells(row, "fault found" if row["max_abs_z"] > MAX_Z else "fault not visible"))
     columns = ["map", "projection", "expected", "mean along all-ones", "its bias", "largest abs. z", "z against SM", ""]
@@ -128,20 +128,20 @@ def variance(settings: Settings, folder: Path) -> Section:
                 feature_map, "iid", pair, HEAD_DIM, LEMMA_ROWS, draws=settings.error_draws,
                 seed=settings.seed + number,
             )  # fmt: skip
-            found = mean_of(samples.square_errors)
+            error = mean_of(samples.square_errors)
             expected = mean_square_error(feature_map, "iid", pair, HEAD_DIM, LEMMA_ROWS, a)
             if feature_map != "oprf":
                 assert abs(lemma_2(feature_map, pair, LEMMA_ROWS) / expected - 1) < 1e-9
-            z = found.z_value(expected)
+            z = error.z_value(expected)
             passed &= abs(z) < MAX_Z
             numbers.append({
                 "map": feature_map, "sum_square": pair.sum_square, "difference_square": pair.difference_square,
-                "kernel": pair.kernel, "expected": expected, "found": found.value, "error": found.standard_error,
+                "kernel": pair.kernel, "expected": expected, "found": error.value, "error": error.standard_error,
                 "z": z,
             })  # fmt: skip
             rows.append((
                 feature_map, f"{pair.sum_square:.2f}", f"{pair.difference_square:.2f}", f"{pair.kernel:.3f}",
-                f"{expected:.5f}", f"{found.value:.5f} ± {found.standard_error / found.value:.1%}", f"{z:+.1f}",
+                f"{expected:.5f}", f"{error.value:.5f} ± {error.standard_error / error.value:.1%}", f"{z:+.1f}",
             ))  # fmt: skip
     return Section(
         "The variance is the one that Lemma 2 states",
@@ -165,7 +165,7 @@ def variance(settings: Settings, folder: Path) -> Section:
 
 
 def kinds(settings: Settings, folder: Path) -> Section:
-    """Section 3: what orthogonal and simplex rows save."""
+    """Section 3: the lower error of orthogonal and simplex rows."""
     first, first_numbers, first_holds = _map_table(settings)
     second, second_numbers, second_holds = _paper_table(settings)
     squares = [0.25 * step for step in range(1, 21)]
@@ -256,14 +256,14 @@ def _paper_table(settings: Settings) -> tuple[str, dict[str, Any], bool]:
         base = mean_square_error("positive", "iid", pair, PAPER_HEAD_DIM, 64)
         line: list[object] = [f"{sum_square:g} ({cosine:g})"]
         for name, (feature_map, kind, rows, earlier) in PAPER_COLUMNS.items():
-            expected, found = paper_figure(settings, feature_map, kind, rows, pair)
-            found = Mean(found.value / base, found.standard_error / base)
-            holds &= abs(found.z_value(expected / base)) < MAX_Z
+            expected, error = paper_figure(settings, feature_map, kind, rows, pair)
+            ratio = Mean(error.value / base, error.standard_error / base)
+            holds &= abs(ratio.z_value(expected / base)) < MAX_Z
             numbers.append({
-                "sum_square": sum_square, "cosine": cosine, "column": name, "found": found.value,
-                "error": found.standard_error, "closed_form": expected / base, "earlier": earlier[row],
+                "sum_square": sum_square, "cosine": cosine, "column": name, "found": ratio.value,
+                "error": ratio.standard_error, "closed_form": expected / base, "earlier": earlier[row],
             })  # fmt: skip
-            line.append(f"{expected / base:.2f}; {found.value:.2f} ± {found.standard_error:.2f} [{earlier[row]:.2f}]")
+            line.append(f"{expected / base:.2f}; {ratio.value:.2f} ± {ratio.standard_error:.2f} [{earlier[row]:.2f}]")
         cells.append(line)
     caption = (
         "64 features, head_dim 64, MSE / MSE(iid positive): closed form; measured ± standard error [earlier figure]:"
@@ -284,5 +284,5 @@ def paper_figure(settings: Settings, feature_map: str, kind: str, rows: int, pai
     )  # fmt: skip
     covariance, share = mean_of(samples.covariances), (rows - 1) / rows
     own = mean_square_error(feature_map, "iid", pair, PAPER_HEAD_DIM, rows, a)
-    found = Mean(own + share * covariance.value, share * covariance.standard_error)
-    return mean_square_error(feature_map, kind, pair, PAPER_HEAD_DIM, rows, a), found
+    measured = Mean(own + share * covariance.value, share * covariance.standard_error)
+    return mean_square_error(feature_map, kind, pair, PAPER_HEAD_DIM, rows, a), measured

@@ -1,4 +1,4 @@
-"""The report as a folder: hides how tables, plots and the page are written."""
+"""The report as a folder: how tables, plots and the page are written."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,15 +36,15 @@ class Line:
 
 @dataclass
 class Section:
-    """One claim, how it was tested, and what came out.
+    """One claim, how it was tested, and the result.
 
     Attributes:
         title: Heading.
-        text: Paragraphs: what was tested, and the claim with its source.
+        text: Paragraphs: the claim with its source, and the test.
         criterion: What had to hold; None for a section that only reports.
         passed: Whether it did.
         tables: In markdown, each with a line that introduces it.
-        plots: File name and what it shows.
+        plots: File names and captions.
         numbers: Everything measured, for results.json.
     """
 
@@ -125,7 +125,7 @@ def _page(sections: Sequence[Section], environment: Mapping[str, Any], command: 
         ["", "claim", "verdict"],
         [(str(number), section.title, section.verdict) for number, section in enumerate(sections, start=1)],
     )
-    parts = [
+    blocks = [
         "# What FAVOR attention guarantees, measured",
         f"Made by `{command}`: {', '.join(f'{key} {value}' for key, value in environment.items())}. Every figure on "
         "this page comes from that run; all of them are in results.json.",
@@ -138,10 +138,10 @@ def _page(sections: Sequence[Section], environment: Mapping[str, Any], command: 
         summary,
     ]
     for number, section in enumerate(sections, start=1):
-        parts += [f"## {number}. {section.title}", *section.text]
+        blocks += [f"## {number}. {section.title}", *section.text]
         if section.criterion is not None:
-            parts.append(f"**{section.verdict}**: {section.criterion}")
-        parts += section.tables
-        parts += [f"![{what}]({name})" for name, what in section.plots]
-        parts += section.notes
-    return "\n\n".join(parts) + "\n"
+            blocks.append(f"**{section.verdict}**: {section.criterion}")
+        blocks += section.tables
+        blocks += [f"![{caption}]({name})" for name, caption in section.plots]
+        blocks += section.notes
+    return "\n\n".join(blocks) + "\n"

@@ -1,4 +1,4 @@
-"""How much is measured: the full report, or a quick one that tests the road more than the claims."""
+"""Sizes of the full report, and of a quick one that tests the script more than the claims."""
 
 from dataclasses import dataclass
 

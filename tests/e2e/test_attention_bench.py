@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -122,21 +120,6 @@ def test_a_wrong_result_ends_the_run_without_a_figure(wrong_value, monkeypatch, 
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
     assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize("options", [["--json", "--rows"], ["--only", "slope", "--plot", "x.png"]])
-def test_options_that_do_not_go_together_are_a_usage_error(options, capsys):
-    with pytest.raises(SystemExit) as ended:
-        attention.main(options)
-    assert ended.value.code == 2
-    assert capsys.readouterr().out == ""
-
-
-def test_the_script_runs_as_a_file_and_takes_no_rows_from_few_repeats(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench" / "attention.py"), "--repeats", "4", "--rows"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--repeats: expected at least" in done.stderr
 
 
 def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():

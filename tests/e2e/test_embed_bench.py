@@ -1,8 +1,6 @@
 """The benchmark of embedding, made small: its figures come from its own times, and none after a wrong model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
@@ -201,24 +199,6 @@ def test_proteins_of_the_growth_are_as_many_and_as_long_as_asked_for_and_differ(
     proteins = list(embed_measurements._stretches(["MKVLAWYGHD" * 30, "ACDEFGHIKLMNPQRSTVWY" * 40, "short"], 12))
     assert [len(sequence) for sequence in proteins] == [embed_measurements.GROWTH_RESIDUES] * 12
     assert len(set(proteins)) > 6
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--json", "--rows"], ["--repeats", "4", "--rows"], ["--growth", "20", "20"], ["--only", "nothing"]],
-)
-def test_options_that_do_not_fit_are_a_usage_error(options, capsys):
-    with pytest.raises(SystemExit) as ended:
-        embed.main(options)
-    assert ended.value.code == 2
-    assert capsys.readouterr().out == ""
-
-
-def test_the_script_runs_as_a_file(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench" / "embed.py"), "--repeats", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--repeats: expected at least 1" in done.stderr
 
 
 def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():

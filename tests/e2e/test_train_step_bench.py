@@ -1,8 +1,6 @@
 """The benchmark of the training step, made small: its ratios come from its times, and none after a wrong model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
@@ -184,29 +182,6 @@ def test_a_peak_is_measured_in_a_new_process():
     numbers = train_step_models.build(PROTLM, sizes, length).num_parameters
     assert peak["whole"] - peak["above"] == pytest.approx(3 * 4 * numbers, rel=0.25)
     assert peak["above"] > 4 * sizes.num_layers * length * sizes.ffn_dim
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--json", "--rows"],
-        ["--repeats", "4", "--rows"],
-        ["--model-dim", "512", "--ffn", "1000"],
-        ["--only", "nothing"],
-    ],
-)
-def test_options_that_do_not_fit_are_a_usage_error(options, capsys):
-    with pytest.raises(SystemExit) as ended:
-        train_step.main(options)
-    assert ended.value.code == 2
-    assert capsys.readouterr().out == ""
-
-
-def test_the_script_runs_as_a_file(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench" / "train_step.py"), "--repeats", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--repeats: expected at least 1" in done.stderr
 
 
 def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
