@@ -31,7 +31,7 @@ _HASHES = 2**64
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules by which records are selected; see `workflows.prep.prepare`.
+    """The rules by which records are selected; see `workflows.prep.options.PrepRequest`.
 
     Attributes:
         method: `random`, `cluster`, `family`, `file` or `ready-made`.
