@@ -1,1 +1,1 @@
-"""`python -m protlm.gpu_check`: whether the CUDA kernels are right and fast on the GPU at hand, told in a JSON."""
+"""`python -m protlm.gpu_check`: checks and times the CUDA kernels on a GPU, and writes a JSON report."""

@@ -1,4 +1,4 @@
-"""The command: checks, times, prints a table and writes a JSON to send in."""
+"""The command: checks, measures, prints a table and writes a JSON to attach to an issue."""
 
 import argparse
 import itertools
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What is checked and timed: cases on one process and on several, lengths, and tokens of a call that is timed."""
+    """The work of one run: cases on one process and on several, and the lengths, repeats and tokens of timed calls."""
 
     cases: "list[Case]"
     rank_cases: "list[Case]"
@@ -70,7 +70,7 @@ class Work:
 
 
 def report(out: Path, device: str, backend: str, work: Work) -> int:
-    """Runs everything on a device, prints it, writes it, and returns the exit status."""
+    """Runs all checks and measurements on a device, prints and writes the results, and returns the exit status."""
     from protlm.gpu_check import parity, ranks, timing
     from protlm.gpu_check.roofline import PEAKS
 
@@ -82,14 +82,15 @@ def report(out: Path, device: str, backend: str, work: Work) -> int:
         return _fail(f"{out} cannot be written: {error.strerror}; give another --out")
     print(f"{environment['gpu']}, capability {environment['capability']}, torch {environment['torch']}")
     outcomes = []
-    checks = parity.check(work.cases, device, backend), ranks.check(work.rank_cases, device, backend)
-    for outcome in itertools.chain(*checks):
+    on_one_process = parity.compare_cases(work.cases, device, backend)
+    on_several = ranks.compare_cases(work.rank_cases, device, backend)
+    for outcome in itertools.chain(on_one_process, on_several):
         errors = " ".join(f"{name} {error:.1e}" for name, error in outcome.errors.items())
         head = f"{'ok  ' if outcome.fault is None else 'FAIL'} {outcome.computed_by:6} {outcome.case}:"
         print(f"{head} {errors} {outcome.fault or ''}".rstrip(), flush=True)
         outcomes.append(vars(outcome))
     failed = sum(outcome["fault"] is not None for outcome in outcomes)
-    # Whatever becomes of the times, what is known by now is kept.
+    # The outcomes are kept even if no times can be measured.
     content["parity"] = outcomes
     _write(out, content)
     if work.lengths:
@@ -116,8 +117,8 @@ def _print_times(times: list[dict[str, Any]]) -> None:
         f"{'length':>7} {'batch':>6} {'':16} {'implementation':24} {'median ms':>10} {'range':>19} {'of roofline':>12}"
     )
     for row in times:
-        what = "forward+backward" if row["backward"] else "forward"
-        head = f"{row['length']:7d} {row['batch']:6d} {what:16} {row['name']:24}"
+        passes = "forward+backward" if row["backward"] else "forward"
+        head = f"{row['length']:7d} {row['batch']:6d} {passes:16} {row['name']:24}"
         if "fault" in row:
             print(f"{head} {'–':>10} {row['fault']}")
             continue

@@ -1,4 +1,4 @@
-"""Whether the op gives what its float64 twin gives, case by case: hides which cases reach every kernel and mode."""
+"""Comparison of the op with its float64 twin, case by case: the cases that reach every kernel and mode."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,14 +9,18 @@ from torch import Tensor
 
 from protlm.gpu_check.tolerances import LOOSER_ON_GPU, NAMES, TOLERANCE
 from protlm.ops import draw_projection, favor_attention, favor_triton, reference
+from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from protlm.ops.inputs import AttentionInputs
 
 SEGMENTS = (300, 0, 1, 37, 1500)
+MAPS = (*(name for name, definition in DEFINITIONS.items() if "triton" in definition.backends), "bare relu")
+"""The maps that the kernels compute; `bare relu` is `relu` without a projection."""
+OTHER_MAPS = tuple(name for name in DEFINITIONS if name not in MAPS)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison; `segments` packs them into one row, and `batch` and `length` are then ignored."""
+    """The shape of one comparison; `segments` packs them into one row, and `batch` and `length` are then ignored."""
 
     feature_map: str = "positive"
     dtype: torch.dtype = torch.bfloat16
@@ -34,19 +38,19 @@ class Case:
 
     def __str__(self) -> str:
         default = Case()
-        told = [f"{n}={v}" for n, v in vars(self).items() if n != "feature_map" and v != getattr(default, n)]
-        return " ".join((self.feature_map, *told)).replace("torch.", "")
+        changes = [f"{n}={v}" for n, v in vars(self).items() if n != "feature_map" and v != getattr(default, n)]
+        return " ".join((self.feature_map, *changes)).replace("torch.", "")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
-        case: Its name.
-        computed_by: The backend that took it: `torch` is what the kernels leave to others.
-        errors: Relative, by tensor.
-        fault: What is wrong, None for nothing.
+        case: Name of the case.
+        computed_by: The backend that computed it: `torch` where the kernels do not cover the case.
+        errors: Relative errors, by tensor.
+        fault: Description of the fault, None if there is none.
     """
 
     case: str
@@ -56,11 +60,11 @@ class Outcome:
 
 
 def cases() -> list[Case]:
-    """Returns cases for every map, mode and kernel, and for what falls back to torch."""
-    found = []
-    for name in ("positive", "hyperbolic", "oprf", "regularised", "relu", "bare relu"):
+    """Returns cases for every map, mode and kernel, and for calls that fall back to torch."""
+    chosen = []
+    for name in MAPS:
         plain = Case(feature_map=name)
-        found += [
+        chosen += [
             plain,
             replace(plain, dtype=torch.float16),
             replace(plain, is_masked=True, length=1000),
@@ -73,21 +77,25 @@ def cases() -> list[Case]:
             replace(plain, is_strided=True, has_projection_per_head=False),
         ]
     for head_dim in (16, 32, 60, 80, 128):
-        found += [Case(head_dim=head_dim), Case(head_dim=head_dim, features=200, segments=SEGMENTS)]
-        found += [Case(head_dim=head_dim, batch=64, length=100), Case(head_dim=head_dim, batch=64, features=256)]
-    found += [Case(features=256, scale=4.0), Case(length=1), Case(segments=(0, 0))]
-    falls_back = (Case(causal=True, feature_map="relu"), Case(causal=True), Case(feature_map="trig", features=512))
-    return [*found, *falls_back, Case(head_dim=256), Case(dtype=torch.float32)]
+        chosen += [Case(head_dim=head_dim), Case(head_dim=head_dim, features=200, segments=SEGMENTS)]
+        chosen += [Case(head_dim=head_dim, batch=64, length=100), Case(head_dim=head_dim, batch=64, features=256)]
+    chosen += [Case(features=256, scale=4.0), Case(length=1), Case(segments=(0, 0))]
+    chosen += [
+        Case(causal=True, feature_map="relu"),
+        Case(causal=True),
+        *(Case(feature_map=name, features=512) for name in OTHER_MAPS),
+    ]
+    return [*chosen, Case(head_dim=256), Case(dtype=torch.float32)]
 
 
-def check(
+def compare_cases(
     chosen: list[Case], device: str, backend: str, attention: Callable[..., Tensor] = favor_attention
 ) -> Iterator[Outcome]:
-    """Yields the outcome of each case; a kernel that raises is one."""
+    """Yields the outcome of each case; an exception of a kernel is an outcome too."""
     for case in chosen:
         try:
-            yield _check_one(case, device, backend, attention)
-        except Exception as error:  # whatever a driver or compiler raises: the other cases shall be seen
+            yield _compare(case, device, backend, attention)
+        except Exception as error:  # drivers and compilers raise anything, and the other cases must still run
             yield Outcome(str(case), backend, {}, first_line(error))
 
 
@@ -103,24 +111,24 @@ def outcome_of(case: Case, computed_by: str, errors: dict[str, float]) -> Outcom
 
 
 def first_line(error: Exception) -> str:
-    """Returns what an exception says, in one line."""
+    """Returns the type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _check_one(case: Case, device: str, backend: str, attention: Callable[..., Tensor]) -> Outcome:
+def _compare(case: Case, device: str, backend: str, attention: Callable[..., Tensor]) -> Outcome:
     drawn = draw(case, device)
-    found, again = (differentiate(attention, drawn, {"backend": backend}) for _ in range(2))
+    first, second = (differentiate(attention, drawn, {"backend": backend}) for _ in range(2))
     expected = expected_of(drawn, case)
-    errors = {name: error_of(a, b, b) for name, a, b in zip(NAMES, found, expected, strict=True)}
+    errors = {name: error_of(a, b, b) for name, a, b in zip(NAMES, first, expected, strict=True)}
     outcome = outcome_of(case, computed_by(drawn, backend), errors)
-    if outcome.fault is None and not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
+    if outcome.fault is None and not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         return replace(outcome, fault="a second call gave other bits")
     return outcome
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a case hands to the op; `tensors` are q, k, v and the gradient of the output."""
+    """The arguments of the op in a case; `tensors` are q, k, v and the gradient of the output."""
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     projection: Tensor | None
@@ -128,7 +136,7 @@ class Drawn:
 
 
 def draw(case: Case, device: str) -> Drawn:
-    """Returns what a case hands to the op, the same on every machine."""
+    """Returns the arguments of the op in a case, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     length = sum(case.segments) if case.segments else case.length
     shape = (1 if case.segments else case.batch, case.heads, length, case.head_dim)
@@ -152,7 +160,7 @@ def draw(case: Case, device: str) -> Drawn:
 
 
 def computed_by(drawn: Drawn, backend: str) -> str:
-    """Returns the name of the backend that takes a call."""
+    """Returns the name of the backend that computes a call."""
     inputs = AttentionInputs(*drawn.tensors[:3], drawn.projection, **drawn.options)
     return "torch" if backend == "triton" and not favor_triton.covers(inputs) else backend
 
@@ -165,27 +173,27 @@ def expected_of(drawn: Drawn, case: Case) -> tuple[Tensor, ...]:
 
 
 def differentiate(attention: Callable[..., Tensor], drawn: Drawn, options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Returns output and gradients of an attention."""
+    """Returns the output and the gradients of an attention function."""
     *inputs, out_grad = drawn.tensors
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     out = attention(*leaves, drawn.projection, **drawn.options, **options)
     return out.detach(), *torch.autograd.grad(out, leaves, out_grad)
 
 
-def error_of(found: Tensor, expected: Tensor, whole: Tensor) -> float:
+def error_of(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
     """Returns the largest difference, relative to the largest number of the whole tensor."""
     if not expected.numel():
         return 0.0
     scale = whole.abs().max().item()
-    difference = (found.double() - expected.to(found.device)).abs().max().item()
+    difference = (actual.double() - expected.to(actual.device)).abs().max().item()
     # A lone token has a gradient of zero, up to rounding.
     return difference / scale if scale > 1e-9 else difference
 
 
 def _rounded(projection: Tensor | None, case: Case) -> Tensor | None:
-    """Returns the rows as the op sees them: rounded once, after `regularised` gave them their common length."""
+    """Returns the rows as the op uses them: rescaled if the map does so, then rounded once."""
     if projection is None:
         return None
-    if case.feature_map == "regularised":
+    if definition_of(case.feature_map).rescales_rows:
         projection = projection * (case.head_dim**0.5 / projection.norm(dim=-1, keepdim=True))
     return projection.to(case.dtype)

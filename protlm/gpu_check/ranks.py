@@ -1,4 +1,4 @@
-"""Whether two processes that share a length get what one gets: hides how they are started and what they exchange."""
+"""Comparison of two processes that share a length with the float64 twin of one: how they start and report."""
 
 import json
 import tempfile
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from protlm.gpu_check.parity import (
-    NAMES,
     SEGMENTS,
     Case,
     Drawn,
@@ -24,40 +23,41 @@ from protlm.gpu_check.parity import (
     expected_of,
     outcome_of,
 )
+from protlm.gpu_check.tolerances import NAMES
 from protlm.ops import favor_attention, local_bounds
 from protlm.ops.cuda.launch import capability_of
 from protlm.ops.cuda.tiles import MIN_CAPABILITY
 
 RANKS = 2
 SECONDS = 300
-"""How long a rank waits for the other."""
+"""Time-out of a rank that waits for the other."""
 
 
 def cases() -> list[Case]:
-    """Returns a case of each way that ranks exchange states."""
+    """Returns a case for each way in which ranks exchange states."""
     packed = Case(segments=SEGMENTS, is_masked=True)
     maps = ("positive", "oprf", "relu")
     return [*(replace(packed, feature_map=name) for name in maps), Case(is_masked=True), replace(packed, causal=True)]
 
 
-def check(chosen: list[Case], device: str, backend: str) -> Iterator[Outcome]:
-    """Yields the outcome of each case: on two GPUs by NCCL, where the first two are new enough, else by gloo on one."""
+def compare_cases(chosen: list[Case], device: str, backend: str) -> Iterator[Outcome]:
+    """Yields the outcome of each case: on two GPUs by NCCL if the first two are new enough, else by gloo on one."""
     if not chosen:
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_rank, (chosen, device, backend, folder), nprocs=RANKS)  # type: ignore[no-untyped-call]
             outcomes = [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(RANKS)]
-        except Exception as error:  # whatever a process died of; the last line of its traceback says it
-            told = next(reversed(str(error).strip().splitlines()), type(error).__name__)
-            yield Outcome(f"{RANKS} processes", backend, {}, told)
+        except Exception as error:  # any failure of a process; the last line of its traceback names it
+            last_line = next(reversed(str(error).strip().splitlines()), type(error).__name__)
+            yield Outcome(f"{RANKS} processes", backend, {}, last_line)
             return
     for of_ranks in zip(*outcomes, strict=True):
-        yield max((Outcome(**found) for found in of_ranks), key=lambda outcome: outcome.fault is not None)
+        yield max((Outcome(**fields) for fields in of_ranks), key=lambda outcome: outcome.fault is not None)
 
 
 def _rank(rank: int, chosen: list[Case], device: str, backend: str, folder: str) -> None:
-    """Runs in each process: compares this rank's part with that of the float64 twin, and writes what it found."""
+    """Runs in each process: compares the tokens of this rank with the float64 twin, and writes the outcomes."""
     has_gpu_each = (
         torch.device(device).type == "cuda"
         and torch.cuda.device_count() >= RANKS
@@ -74,28 +74,28 @@ def _rank(rank: int, chosen: list[Case], device: str, backend: str, folder: str)
         world_size=RANKS,
         timeout=timedelta(seconds=SECONDS),
     )
-    found = [_check_one(case, rank, device, backend) for case in chosen]
-    (Path(folder) / str(rank)).write_text(json.dumps([asdict(outcome) for outcome in found]))
+    outcomes = [_compare(case, rank, device, backend) for case in chosen]
+    (Path(folder) / str(rank)).write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _check_one(case: Case, rank: int, device: str, backend: str) -> Outcome:
+def _compare(case: Case, rank: int, device: str, backend: str) -> Outcome:
     drawn = draw(case, device)
     length = drawn.tensors[0].shape[2]
-    # Parts of different length; a segment goes on across them.
+    # The ranks hold different numbers of tokens, and share a segment.
     start, stop = ((0, length * 3 // 7), (length * 3 // 7, length))[rank]
-    part = _part(drawn, start, stop)
-    found = differentiate(favor_attention, part, {"backend": backend, "process_group": dist.group.WORLD})
+    own = _tokens_of(drawn, start, stop)
+    actual = differentiate(favor_attention, own, {"backend": backend, "process_group": dist.group.WORLD})
     expected = expected_of(drawn, case)
     errors = {
-        name: error_of(a, b[:, :, start:stop], b) for name, a, b in zip(NAMES, found, expected, strict=True)
+        name: error_of(a, b[:, :, start:stop], b) for name, a, b in zip(NAMES, actual, expected, strict=True)
     }  # fmt: skip
-    outcome = outcome_of(case, computed_by(part, backend), errors)
+    outcome = outcome_of(case, computed_by(own, backend), errors)
     return replace(outcome, case=f"{case}, {RANKS} processes")
 
 
-def _part(drawn: Drawn, start: int, stop: int) -> Drawn:
+def _tokens_of(drawn: Drawn, start: int, stop: int) -> Drawn:
     q, k, v, out_grad = (x[:, :, start:stop] for x in drawn.tensors)
     options = dict(drawn.options)
     if "token_mask" in options:

@@ -1,17 +1,17 @@
-"""The least time that FAVOR can take on a GPU: hides how many operations and bytes it has, and what GPUs can do."""
+"""The least time that FAVOR can take on a GPU: its operations and bytes, and the peak rates of GPUs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What a GPU can do at most in a second, by its data sheet.
+    """The peak rates of a GPU per second, by its data sheet.
 
     Attributes:
-        flops: In the tensor cores, bfloat16, dense.
-        bytes: To and from its memory.
-        exponentials: float32, 16 per multiprocessor and clock.
-        source: Who says so.
+        flops: Operations of the tensor cores, in dense bfloat16.
+        bytes: Bytes to and from its memory.
+        exponentials: float32 exponentials, 16 per multiprocessor and clock.
+        source: The source of the rates.
     """
 
     flops: float
@@ -20,7 +20,7 @@ class Peak:
     source: str
 
 
-# By the whole name that the driver gives: a slice of a GPU, or another model of it, has other peaks.
+# By the whole name that the driver reports: a slice of a GPU, or another model of it, has other peaks.
 PEAKS = {
     "NVIDIA A100-SXM4-80GB": Peak(312e12, 2.039e12, 108 * 16 * 1.41e9, "NVIDIA A100 80GB SXM data sheet"),
     "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12, 132 * 16 * 1.83e9, "NVIDIA H100 SXM data sheet"),
@@ -42,11 +42,11 @@ class Shape:
 
 
 def floor_seconds(shape: Shape, peak: Peak, *, has_backward: bool) -> dict[str, float]:
-    """Returns the seconds that products, memory and exponentials take at the peak; none can be hidden behind itself.
+    """Returns the seconds that products, memory and exponentials each take at the peak; the largest is the floor.
 
-    Forward: two products for keys and two for queries, 8·L·M·d operations a head, and an exponential for each key and
-    feature and each query and feature. Backward: nine products, 18·L·M·d, and three exponentials. Memory: inputs and
-    outputs once, in bfloat16 (the backward reads q and out_grad once more), beside the states.
+    Forward: two products for keys and two for queries, 8·L·M·d operations per head, and an exponential for each pair of
+    a key or query and a feature. Backward: nine products, 18·L·M·d, and three exponentials. Memory: inputs and outputs
+    once, in bfloat16 (the backward reads q and out_grad once more), and the states.
     """
     heads = shape.batch * shape.heads
     tokens = heads * shape.length

@@ -1,4 +1,4 @@
-"""How long attention takes on a GPU, beside its peers: hides how a time is taken and what a peer is."""
+"""Times of attention on a GPU beside other implementations: which those are, and how a time is measured."""
 
 import statistics
 from collections.abc import Callable
@@ -16,11 +16,11 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LENGTHS = tuple(512 << i for i in range(8))
 TOKENS = 65_536
-"""Tokens of a call: shorter lengths come in larger batches."""
+"""Number of tokens of a call: shorter lengths have larger batches."""
 
 
 def measure(lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, tokens: int) -> list[dict[str, Any]]:
-    """Returns a row for each length and implementation: median and range in milliseconds, share of the roofline."""
+    """Returns a row for each length and implementation, with median and range in milliseconds and roofline share."""
     rows: list[dict[str, Any]] = []
     peak = PEAKS.get(gpu_name)
     for length in lengths:
@@ -40,31 +40,31 @@ def measure(lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, 
 
 
 def _measure_one(shape: Shape, device: str, has_backward: bool, repeats: int) -> dict[str, list[float] | str]:
-    """Returns milliseconds of each implementation, taken in turns, or why it has none."""
+    """Returns the milliseconds of each implementation, measured in turns, or the fault of one that does not run."""
     generator = torch.Generator().manual_seed(0)
     size = (shape.batch, shape.heads, shape.length, shape.head_dim)
     q, k, v, out_grad = (torch.randn(size, generator=generator).to(device, torch.bfloat16) for _ in range(4))
     projection = draw_projection(shape.features, shape.head_dim, generator=generator).to(device)
-    found: dict[str, list[float] | str] = {}
+    outcomes: dict[str, list[float] | str] = {}
     running: dict[str, Callable[[], None]] = {}
     for name, attention in _implementations(projection).items():
         run = _runner(attention, (q, k, v), out_grad, has_backward)
         try:
             for _ in range(3):
                 run()
-            running[name], found[name] = run, []
-        except Exception as error:  # out of memory, or a compiler's: the others shall be seen
-            found[name] = first_line(error)
+            running[name], outcomes[name] = run, []
+        except Exception as error:  # out of memory, or an error of a compiler: the others must still run
+            outcomes[name] = first_line(error)
     for _ in range(repeats):
         for name, run in running.items():
-            times = found[name]
+            times = outcomes[name]
             assert isinstance(times, list)
             times.append(_milliseconds(run, device))
-    return found
+    return outcomes
 
 
 def _implementations(projection: Tensor) -> dict[str, Attention]:
-    # One shape at a time, which is what a compiler is best at.
+    # Compiled anew for each shape: compilers do best with one static shape.
     torch.compiler.reset()
     compiled = torch.compile(_formula, dynamic=False)
     return {
@@ -76,7 +76,7 @@ def _implementations(projection: Tensor) -> dict[str, Attention]:
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
-    """The textbook way: features of the whole length, one maximum, no epsilon."""
+    """Returns the textbook formula: features of the whole length, one maximum, no epsilon."""
     scale = q.shape[-1] ** -0.25
     key_scores = (k @ projection.T).float() * scale - k.float().square().sum(-1, keepdim=True) * (scale * scale / 2)
     query_scores = (q @ projection.T).float() * scale

@@ -1,4 +1,4 @@
-"""FAVOR attention on tensors: random features, the attention op and its float64 twins. Knows nothing of proteins."""
+"""FAVOR attention on tensors: random features, the attention op and its float64 twins. It knows nothing of proteins."""
 
 from protlm.ops.context_parallel import local_bounds
 from protlm.ops.favor import backends, favor_attention

@@ -1,7 +1,8 @@
-"""How a batch or a packed row is cut: hides which segments are handled together, and in which stretches of positions.
+"""How a batch or a packed row is divided: which segments are computed together, and in which stretches of positions.
 
-A block is a set of segments with one state each. Short segments of one length class are padded into a block; a long one
-is a block of its own. The positions of a block are cut into pieces, so that the features of a piece stay small.
+A block is a set of segments with one state each. Short segments of similar length are padded into one block; a long
+segment is a block of its own. The positions of a block are cut into stretches, so that the features of a stretch stay
+small.
 """
 
 from collections.abc import Iterator
@@ -16,16 +17,16 @@ _MIN_FILL = 0.75
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stretch:
     """A stretch of positions of one or more segments, seen as (heads, segments, positions, …).
 
     Attributes:
-        rows: Rows of the batch, where the piece is a rectangle of it.
+        rows: Rows of the batch, if the stretch is a rectangle of the batch.
         positions: Positions of that rectangle.
-        index: (segments, positions) in a packed row, where the piece is none; beyond the end of a segment its last
-            position again.
-        valid: (segments, positions), True at real tokens; None where all are real.
-        has_padding: Whether the caller's own padding, of unknown content, is among the positions.
+        index: (segments, positions), places in a packed row, if the stretch is no rectangle; beyond the end of a
+            segment its last position is repeated.
+        valid: (segments, positions), True at real tokens; None if all are real.
+        has_padding: Whether the positions include the caller's own padding, of unknown content.
     """
 
     rows: slice
@@ -39,8 +40,8 @@ class Piece:
         """Number of positions."""
         return self.positions.stop - self.positions.start if self.index is None else self.index.shape[1]
 
-    def narrow(self, start: int, stop: int) -> "Piece":
-        """Returns the piece of the positions from start to stop, counted within this one."""
+    def narrow(self, start: int, stop: int) -> "Stretch":
+        """Returns the stretch of the positions from start to stop, counted within this one."""
         first = self.positions.start
         return replace(
             self,
@@ -50,7 +51,7 @@ class Piece:
         )
 
     def take(self, tensor: Tensor, dtype: torch.dtype, *, only_valid: bool = False) -> Tensor:
-        """Returns (heads, segments, positions, …) from (batch, heads, length, …), the caller's padding as zeros.
+        """Returns (heads, segments, positions, …) from (batch, heads, length, …), with zeros for the caller's padding.
 
         With only_valid, positions beyond the end of a segment are zeros too.
         """
@@ -64,7 +65,7 @@ class Piece:
         return taken.masked_fill(~self.valid[..., None], 0.0)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Writes (heads, segments, positions, …) to (batch, heads, length, …): zeros where a token is not real."""
+        """Writes (heads, segments, positions, …) to (batch, heads, length, …), with zeros where a token is not real."""
         if self.index is None:
             if self.valid is not None:
                 values = values.masked_fill(~self.valid[..., None], 0.0)
@@ -78,23 +79,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """Segments that are handled together, and the pieces that their positions are cut into, first positions first."""
+    """Segments that are computed together, and the stretches of their positions, first positions first."""
 
     segments: Tensor
-    pieces: tuple[Piece, ...]
+    stretches: tuple[Stretch, ...]
 
 
 def cut_into_blocks(
     q: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, max_tokens: int, max_positions: int
 ) -> Iterator[Block]:
-    """Yields blocks that cover all positions once.
+    """Yields blocks that together cover every position once.
 
     Args:
         q: (batch, heads, length, head_dim); only shape and device matter.
         token_mask: (batch, length), True at real tokens.
         cu_seqlens: Bounds of the segments of a packed row; None takes each row of the batch as a segment.
-        max_tokens: Most tokens of a piece; more segments than one are taken together only within it.
-        max_positions: Most positions of a piece.
+        max_tokens: Most tokens of a stretch; several segments share a block only if they fit.
+        max_positions: Most positions of a stretch.
 
     Raises:
         ValueError: Bounds that do not rise from 0 to the length.
@@ -102,7 +103,7 @@ def cut_into_blocks(
     batch, _, length, _ = q.shape
     step = min(max_tokens, max_positions)
     if cu_seqlens is not None:
-        yield from _packed_blocks(token_mask, checked_bounds(cu_seqlens, length), max_tokens, step, q.device)
+        yield from _packed_blocks(token_mask, read_bounds(cu_seqlens, length), max_tokens, step, q.device)
         return
     if length == 0:
         return
@@ -113,17 +114,17 @@ def cut_into_blocks(
         yield Block(torch.arange(rows.start, rows.stop, device=q.device), _cut(whole, step))
 
 
-def _rectangle(rows: slice, start: int, stop: int, mask: Tensor | None) -> Piece:
+def _rectangle(rows: slice, start: int, stop: int, mask: Tensor | None) -> Stretch:
     valid = None if mask is None else mask[rows, start:stop]
-    return Piece(rows, slice(start, stop), None, valid, has_padding=mask is not None)
+    return Stretch(rows, slice(start, stop), None, valid, has_padding=mask is not None)
 
 
-def _cut(piece: Piece, step: int) -> tuple[Piece, ...]:
-    return tuple(piece.narrow(start, min(start + step, piece.length)) for start in range(0, piece.length, step))
+def _cut(stretch: Stretch, step: int) -> tuple[Stretch, ...]:
+    return tuple(stretch.narrow(start, min(start + step, stretch.length)) for start in range(0, stretch.length, step))
 
 
-def checked_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
-    """Returns the bounds of segments as integers.
+def read_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
+    """Returns the bounds of the segments of a packed row as integers.
 
     Raises:
         ValueError: Bounds that do not rise from 0 to the length.
@@ -159,11 +160,11 @@ def _packed_blocks(
         first = last
 
 
-def _gathered(segments: list[list[int]], longest: int, token_mask: Tensor | None, device: torch.device) -> Piece:
+def _gathered(segments: list[list[int]], longest: int, token_mask: Tensor | None, device: torch.device) -> Stretch:
     starts, stops = torch.tensor(segments, device=device).unsqueeze(-1).unbind(1)
     index = starts + torch.arange(longest, device=device)
     valid = index < stops
     index = torch.minimum(index, stops - 1)
     if token_mask is not None:
         valid = valid & token_mask[0][index]
-    return Piece(slice(0, 1), slice(0, 0), index, valid, has_padding=token_mask is not None)
+    return Stretch(slice(0, 1), slice(0, 0), index, valid, has_padding=token_mask is not None)

@@ -1,13 +1,13 @@
-"""Attention over a length that is split over processes: hides what the ranks of a group tell each other.
+"""Attention over a length that is split over processes: which states and gradients the ranks of a group exchange.
 
-Each rank holds consecutive tokens of every segment, the ranks in order. What crosses between them is states and their
-gradients, of those segments only that go on across ranks: its size does not depend on the length. Bidirectional ranks
-merge their states into one, and add up its gradients. Causal ranks gather states, and each begins with the merged state
-of those before it; on the way back each hands in the gradient of the state that it began with, and adds up those of the
+Each rank holds consecutive tokens of every segment, the ranks in order. Ranks exchange states and their gradients, only
+of the segments that continue across ranks: the size of a message does not depend on the length. Bidirectional ranks
+merge their states into one, and sum its gradients. Causal ranks gather states, and each begins with the merged state of
+the ranks before it; in the backward each sends the gradient of the state that it began with, and sums those of the
 ranks after it.
 
-A backend takes part with the halves of its forward, `fold` and `read`, and of its backward, `query_gradients` and
-`key_gradients`; the backends of the ranks may differ. Causal attention is left to `favor_torch`.
+A backend contributes the halves of its forward, `fold` and `read`, and of its backward, `query_gradients` and
+`key_gradients`; the backends of the ranks may differ. Causal attention always runs on `favor_torch`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from protlm.ops.inputs import AttentionInputs
 def local_bounds(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
     """Returns the bounds of all segments within the tokens from start to stop of a packed row, counted from start.
 
-    Every rank of a group gets as many segments; one that it has nothing of is empty there.
+    Every rank of a group gets the same number of segments; those of which it has no token are empty.
 
     Args:
         cu_seqlens: int32 bounds of the whole row.
@@ -35,7 +35,7 @@ def local_bounds(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
         stop: The token after its last one.
 
     Raises:
-        ValueError: A part that is none.
+        ValueError: A start below 0 or after stop.
     """
     if not 0 <= start <= stop:
         raise ValueError(f"start, stop: expected 0 <= start <= stop, got {start} and {stop}")
@@ -43,10 +43,10 @@ def local_bounds(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
 
 
 def group_name_of(process_group: ProcessGroup | None) -> str:
-    """Returns the name by which an operator finds a group again, empty for one process.
+    """Returns the name by which an operator can look a group up, empty for one process.
 
     Raises:
-        ValueError: No group, or one that this process is not in.
+        ValueError: An object that is no group, or a group that this process is not in.
     """
     if process_group is None:
         return ""
@@ -58,9 +58,9 @@ def group_name_of(process_group: ProcessGroup | None) -> str:
 
 
 def forward_in_group(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and what `backward_in_group` needs, as the `forward` of a backend does.
+    """Returns the output and the tensors that `backward_in_group` needs, like the `forward` of a backend.
 
-    The states are those of whole segments; of causal attention those of the tokens on the ranks before this one.
+    The states are those of whole segments, for causal attention those of the tokens on the ranks before this one.
     """
     if inputs.causal:
         states, references = _states_before(inputs)
@@ -89,7 +89,10 @@ def backward_in_group(
 
 
 def sum_over_ranks(x: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Returns x (segments, …), overwritten where segments go on across ranks: by the sum over all, in equal bits."""
+    """Returns x (segments, …) with the sum over all ranks, in equal bits, for segments that continue across ranks.
+
+    x is overwritten.
+    """
     shared = _Shared.of(inputs)
     sums = shared.take(x)
     _reduce(sums, dist.ReduceOp.SUM, inputs)
@@ -98,34 +101,34 @@ def sum_over_ranks(x: Tensor, inputs: AttentionInputs) -> Tensor:
 
 @dataclass(frozen=True)
 class _Shared:
-    """The segments of which several ranks may have tokens, by number, the same on all ranks; None for all segments."""
+    """The numbers of the segments of which several ranks may have tokens, equal on all ranks; None for all segments."""
 
     numbers: Tensor | None
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> "_Shared":
-        """Returns them: what goes on across ranks is the last segment of a rank, and not of the last one only."""
+        """Returns the last segment of every rank but the last: only these can continue on another rank."""
         others = _group(inputs.group_name).size() - 1
         if inputs.cu_seqlens is None or inputs.num_segments <= others:
             return cls(None)
-        # A rank without a token names the first segment, which does no harm.
+        # A rank without a token names the first segment, whose values then stay correct.
         return cls(_edges(inputs)[:-1, 1].clamp(min=0))
 
     def take(self, x: Tensor) -> Tensor:
-        """Returns a copy of what belongs to these segments; x itself, to be overwritten, for all of them."""
+        """Returns a copy of the rows of x of these segments; x itself, to be overwritten, for all segments."""
         return x if self.numbers is None else x.index_select(0, self.numbers)
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
-        """Returns x with other values for these segments; it may be overwritten."""
+        """Returns x with these values for these segments; x may be overwritten."""
         if self.numbers is None:
             return values
-        # Of a segment that is named twice both values mean the same, but their bits may differ.
+        # The two values of a segment that is named twice are equal up to rounding: take the first of them.
         first = (self.numbers[:, None] == self.numbers).int().argmax(1)
         return x.index_copy_(0, self.numbers, values.index_select(0, first))
 
 
 def _edges(inputs: AttentionInputs) -> Tensor:
-    """Returns the first and the last segment with a token on each rank, (ranks, 2); for none the count and −1."""
+    """Returns the first and last segment with a token on each rank (ranks, 2); for no token their number and −1."""
     assert inputs.cu_seqlens is not None
     has_token = inputs.cu_seqlens.diff() > 0
     numbers = torch.arange(inputs.num_segments, device=has_token.device)
@@ -138,7 +141,7 @@ def _edges(inputs: AttentionInputs) -> Tensor:
 
 
 def _group(name: str) -> ProcessGroup:
-    # As torch's functional collectives find it; there is no public way from a name to its group.
+    # As torch's functional collectives do; there is no public way from a name to its group.
     group: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     return group
 
@@ -150,11 +153,11 @@ def _reduce(x: Tensor, operation: dist.ReduceOp.RedOpType, inputs: AttentionInpu
 def _merged_states(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Returns the states of the keys of all ranks.
 
-    Those of exponential maps are means of v, ones, and the logarithms of the sums of the features: what the compiled
-    backends make of a state. A segment without a key anywhere keeps its zeros.
+    Those of exponential maps are means of v, ones, and the logarithms of the sums of the features: the form of the
+    compiled backends. A segment without a key on any rank keeps its zeros.
     """
     states, references = backend.fold(inputs)
-    # Between ranks logarithms are natural, whatever the backend of each.
+    # Between ranks logarithms are natural, as the backends of the ranks may differ.
     log_base = math.log(backend.LOG_BASE)
     references = references * log_base
     shared = _Shared.of(inputs)
@@ -194,11 +197,11 @@ def _causal_backward(
         inputs, out_grad, out, states, references, query_sums
     )
     links = _Links.of(inputs)
-    parts = state_grad[links.beginning], references[links.beginning]
-    grads, all_references = _gathered(parts, inputs.group_name)
+    own = state_grad[links.beginning], references[links.beginning]
+    grads, all_references = _gathered(own, inputs.group_name)
     if links.later:
         grads, all_references = grads[links.later], all_references[links.later]
-        # References only rise from rank to rank: moved to the lowest ones no gradient grows, and no key of this rank
+        # References only rise from rank to rank: relative to the lowest ones no gradient grows, and no key of this rank
         # has an exponent above them.
         moved = (grads * torch.exp(all_references[0] - all_references).unsqueeze(-1)).sum(0)
         # The queries of later ranks see every key that this one has of their segment.
@@ -211,13 +214,13 @@ def _causal_backward(
 
 @dataclass(frozen=True)
 class _Links:
-    """How the tokens of this rank hang together with those of others.
+    """The segments that this rank shares with other ranks.
 
     Attributes:
-        beginning: The segments that may go on from ranks before this one: the first, or every row.
-        ending: The segments that may go on on ranks after it: the last, or every row.
-        earlier: The ranks that hold the beginning's tokens before those of this one.
-        later: The ranks that hold the ending's tokens after those of this one.
+        beginning: The segments that ranks before this one may have begun: the first, or every row.
+        ending: The segments that ranks after this one may continue: the last, or every row.
+        earlier: The ranks that hold earlier tokens of `beginning`.
+        later: The ranks that hold later tokens of `ending`.
     """
 
     beginning: slice
@@ -227,7 +230,7 @@ class _Links:
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> "_Links":
-        """Asks all ranks; a rank without a token is linked to none, and names segments only to name as many."""
+        """Returns the links, by a collective; a rank without a token has none, and any segments for the shapes."""
         group = _group(inputs.group_name)
         rank, size = group.rank(), group.size()
         if inputs.cu_seqlens is None:
@@ -244,33 +247,33 @@ class _Links:
 
 
 def _segments_of(inputs: AttentionInputs, segments: slice) -> AttentionInputs:
-    """Returns the inputs of these segments of a packed row, or all rows."""
+    """Returns the inputs for these segments of a packed row; without one, the inputs themselves."""
     bounds, mask, a = inputs.cu_seqlens, inputs.token_mask, inputs.oprf_a
     if bounds is None:
         return inputs
-    some = bounds[segments.start : segments.stop + 1]
+    own_bounds = bounds[segments.start : segments.stop + 1]
     return dataclasses.replace(
         inputs,
         q=_tokens_of(inputs.q, inputs, segments),
         k=_tokens_of(inputs.k, inputs, segments),
         v=_tokens_of(inputs.v, inputs, segments),
-        token_mask=None if mask is None else mask[:, int(some[0]) : int(some[-1])],
-        cu_seqlens=some - some[0],
+        token_mask=None if mask is None else mask[:, int(own_bounds[0]) : int(own_bounds[-1])],
+        cu_seqlens=own_bounds - own_bounds[0],
         oprf_a=a if a is None or a.dim() == 1 else a[segments],
     )
 
 
 def _tokens_of(x: Tensor, inputs: AttentionInputs, segments: slice) -> Tensor:
-    """Returns the part of x (batch, heads, length, …) that lies in these segments, as a view."""
+    """Returns a view of the tokens of these segments in x (batch, heads, length, …)."""
     bounds = inputs.cu_seqlens
     return x if bounds is None else x[:, :, int(bounds[segments.start]) : int(bounds[segments.stop])]
 
 
-def _gathered(parts: tuple[Tensor, Tensor], group_name: str) -> tuple[Tensor, Tensor]:
-    """Returns two tensors of every rank, (ranks, …), by one collective."""
+def _gathered(tensors: tuple[Tensor, Tensor], group_name: str) -> tuple[Tensor, Tensor]:
+    """Returns two tensors of every rank (ranks, …), gathered by one collective."""
     group = _group(group_name)
-    own = torch.cat([part.flatten() for part in parts])
+    own = torch.cat([tensor.flatten() for tensor in tensors])
     gathered = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(gathered, own, group)
-    first, second = torch.split(torch.stack(gathered), [part.numel() for part in parts], 1)
-    return first.reshape(len(gathered), *parts[0].shape), second.reshape(len(gathered), *parts[1].shape)
+    first, second = torch.split(torch.stack(gathered), [tensor.numel() for tensor in tensors], 1)
+    return first.reshape(len(gathered), *tensors[0].shape), second.reshape(len(gathered), *tensors[1].shape)

@@ -1,8 +1,8 @@
-"""The one public attention op: checks its arguments, chooses a backend and registers forward and backward with torch.
+"""The one public attention op: how arguments are checked, a backend is chosen and gradients are registered with torch.
 
-A backend is a module with a `forward` and a `backward` of the signatures of `protlm.ops.favor_torch`, and with their
-halves (`fold`, `read`, `query_gradients`, `key_gradients`), between which the ranks of a process group talk; a further
-one is added to `_BACKENDS` and to `backends`.
+A backend is a module with the functions of `protlm.ops.favor_torch`: `forward` and `backward`, and their halves `fold`,
+`read`, `query_gradients` and `key_gradients`, between which the ranks of a process group exchange states. A new one is
+added to `_BACKENDS`, to `backends` and to the definitions of the maps that it computes.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ Backend = Literal["auto", "torch", "cpp", "triton"]
 
 _BACKENDS: dict[str, ModuleType] = {"torch": favor_torch, "cpp": favor_cpp, "triton": favor_triton}
 
-# From here on the variance of the estimate is infinite.
+# From this value on the variance of the estimate is infinite.
 _MAX_OPRF_A = 0.125
 
 
 def backends() -> dict[str, str]:
-    """Returns every backend by name, each with a line on what it is, or on why it cannot run here."""
+    """Returns every backend by name, with one line that describes it or the reason why it cannot run here."""
     descriptions = {"torch": "chunked torch operations with a recomputing backward, on any device"}
     cpp_why_not, triton_why_not = favor_cpp.why_not(), favor_triton.why_not()
     descriptions["cpp"] = (
@@ -66,49 +66,47 @@ def favor_attention(
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Returns FAVOR attention: D⁻¹(φ(q)·(φ(k)ᵀv)) with D the row sums of φ(q)·φ(k)ᵀ.
 
-    This is equations 3 and 4 of arXiv 2009.14794, causal its section 2.5.1, with φ as in `kernel_features`. The
-    un-normalised weights are unbiased estimates of exp(q·k/√d) for `positive`, `hyperbolic`, `trig` and `oprf`; the
-    normalised output is a ratio of such estimates, consistent but not unbiased. No epsilon is added: exponents are kept
-    in log space relative to references that cancel, and nothing overflows for norms of q and k up to 1e14. (The
-    renormaliser of `trig` is a sum of signed terms and can come close to 0: its outputs may be of any size.) Exponents,
-    maxima and sums are float32 for float32 and shorter inputs, also under autocast, and float64 for float64. Gradients
-    flow to q, k and v only, and features are recomputed for them.
+    These are equations 3 and 4 of arXiv 2009.14794, for causal attention its section 2.5.1, with φ of
+    `kernel_features`. The un-normalised weights are unbiased estimates of exp(q·k/√d) for `positive`, `hyperbolic`,
+    `trig` and `oprf`; the normalised output is a ratio of such estimates, consistent but not unbiased. No epsilon is
+    added: exponents are kept in log space relative to references that cancel, and nothing overflows for norms of q and
+    k up to 1e14. (The renormaliser of `trig` is a sum of signed terms and can come close to 0: its outputs may be of
+    any size.) Exponents, maxima and sums are float32 for float32 and shorter inputs, also under autocast, and float64
+    for float64. Gradients flow to q, k and v only; the backward recomputes features.
 
-    Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one piece of
-    features beside the inputs and the output; the causal backward keeps `features` numbers for every piece.
+    Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one stretch of
+    features beside the inputs and the output; the causal backward keeps `features` numbers for every stretch.
 
     Args:
         q: Queries, any strides.
         k: Keys.
         v: Values.
-        projection: Rows ω, shared by the heads or one set a head; None (for `relu` only) applies ReLU to q and k.
+        projection: Rows ω, shared by the heads or one set per head; None (for `relu` only) applies ReLU to q and k.
         feature_map: `positive`, `hyperbolic`, `trig` and `oprf` estimate softmax attention, `regularised` a smoother
-            kernel; `relu` is the paper's generalised attention. `hyperbolic` and `trig` make two features a row.
+            kernel; `relu` is the paper's generalised attention. `hyperbolic` and `trig` give two features per row.
         token_mask: True at real tokens. Padding may hold any finite value: it changes no real output, gets no gradient,
             and its own output is zero.
-        cu_seqlens: int32 bounds 0 = b₀ ≤ b₁ ≤ … = length of the segments packed into the row (batch = 1): no attention
-            across them. None takes each row as one segment.
-        causal: A token sees itself and the tokens before it in its segment; no later token of the segment changes a
-            bit of its output.
-        oprf_a: The A of `oprf`, below 1/8, one a head or (segments, heads); no gradient flows to it. None takes
+        cu_seqlens: int32 bounds 0 = b₀ ≤ b₁ ≤ … = length of the segments packed into the row (batch = 1), with no
+            attention across them. None makes each row one segment.
+        causal: A token sees itself and the earlier tokens of its segment; no later token changes a bit of its output.
+        oprf_a: The A of `oprf`, below 1/8, (heads) or (segments, heads); no gradient flows to it. None computes
             `oprf_parameter` of the mean ‖x + y‖² over all pairs of real tokens of the segment; causal attention needs
-            a value, as the data would tell of later tokens.
+            a value, as the data would reveal later tokens.
         process_group: The length is split over the ranks of this group, in their order: q, k, v, token_mask, the output
-            and all gradients are those of the rank's own tokens, of any number, also none. Rows and segments go on
-            across ranks; `cu_seqlens` are the `local_bounds` of all segments. Everything else is the same on all ranks,
-            and all of them call the op, and its backward, in the same order. They exchange states, of a size that does
-            not depend on the length. torch.compile leaves the call to eager torch. None is one process.
-        backend: `auto` takes the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
-            `trig`, where it was built; `triton` for bfloat16 and float16 on CUDA, bidirectional, head_dim up to 128
-            and every map but `trig`, where Triton is installed; else `torch`. `cpp` and `triton` leave to `torch` what
-            they do not cover: other devices and dtypes, `trig`, and causal attention in a process group.
+            and all gradients are those of the rank's own tokens, which may be none. Rows and segments continue across
+            ranks; `cu_seqlens` are the `local_bounds` of all segments. All other arguments are the same on all ranks,
+            and all ranks call the op, and its backward, in the same order. They exchange states, whose size does not
+            depend on the length. torch.compile runs the call in eager torch. None means one process.
+        backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
+            `trig`, if it was built; `triton` for bfloat16 and float16 on CUDA, bidirectional, head_dim up to 128 and
+            every map but `trig`, if Triton is installed; else `torch`. Calls that `cpp` or `triton` do not cover
+            (other devices, dtypes and maps, causal attention in a process group) run on `torch`.
 
     Returns:
         Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates.
 
     Raises:
-        ValueError: A shape, dtype, device, bound or A that does not fit; a group that this process is not in; `cpp`
-            where it was not built, `triton` where Triton is not installed or sees no GPU.
+        ValueError: An argument does not fit, this process is not in the group, or the named backend cannot run here.
     """
     group_name = context_parallel.group_name_of(process_group)
     AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
@@ -116,8 +114,8 @@ def favor_attention(
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
     arguments = (q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend, group_name)
     if group_name and torch.compiler.is_compiling():
-        # A compiler takes the operators for functions of their arguments: it leaves out those of empty tensors, which
-        # the other ranks would wait for, and changes their order by sizes, which differ from rank to rank.
+        # A compiler treats the operators as functions of their arguments: it drops those of empty tensors, for which
+        # the other ranks would wait, and orders them by sizes, which differ from rank to rank.
         reason = "the ranks of a process group wait for each other"
         eager: Callable[..., Tensor] = torch.compiler.disable(_attention, reason=reason)  # type: ignore[no-untyped-call]
         return eager(*arguments)
@@ -142,7 +140,7 @@ def _attention(
         oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens, group_name)
     dtype = v.dtype
     if definition.is_signed and dtype in (torch.float16, torch.bfloat16) and projection is not None:
-        # The backward reads the output, and the small renormaliser would multiply what rounding took from it.
+        # The backward reads the output, and the small renormaliser would amplify the rounding of the output.
         projection = projection.to(dtype)
         q, k, v = q.float(), k.float(), v.float()
     masks = (token_mask, cu_seqlens, oprf_a)
@@ -151,14 +149,14 @@ def _attention(
 
 
 def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
-    """Returns the backend of a call; its forward and its backward get the same one."""
+    """Returns the backend of a call, the same for its forward and its backward."""
     if backend == "torch":
         return favor_torch
     if backend == "auto":
         if inputs.q.device.type == "cuda":
             return favor_triton if favor_triton.why_not() is None and favor_triton.covers(inputs) else favor_torch
         return favor_cpp if favor_cpp.covers(inputs) and favor_cpp.why_not() is None else favor_torch
-    # In the operator, where no compiler looks on.
+    # Inside the operator, which a compiler does not trace.
     if backend == "triton" and (why_not := favor_triton.why_not()):
         raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
     chosen = favor_cpp if backend == "cpp" else favor_triton
@@ -175,7 +173,7 @@ def _check_oprf_a(oprf_a: Tensor) -> None:
 
 @torch.library.custom_op("protlm::oprf_a", mutates_args=())
 def _oprf_a(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, group_name: str) -> Tensor:
-    """Returns the A of each segment and head, (segments, heads), from the data; an operator, so that it compiles."""
+    """Returns the A of each segment and head (segments, heads) from the data; an operator, so that it compiles."""
     return oprf_a_from_data(AttentionInputs(q, k, q, None, token_mask, cu_seqlens, group_name=group_name))
 
 
@@ -199,7 +197,7 @@ def _favor(
     backend: str,
     group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and what the backward needs: states, their references, query sums."""
+    """Returns the output, and for the backward the states, their references and the query sums."""
     if oprf_a is not None:
         _check_oprf_a(oprf_a)
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name)
@@ -257,7 +255,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
     out = result_like(v)
-    # What ranks exchange has one form, whatever the backend.
+    # Ranks exchange states of one form, the same for all backends.
     makes_own_states = not group_name and _module(backend, inputs) is favor_triton
     states, references = (favor_triton if makes_own_states else favor_torch).empty_states(inputs)
     return out, states, references, q.new_empty(q.shape[:3], dtype=inputs.compute_dtype)

@@ -1,7 +1,7 @@
-"""FAVOR on the CPU by a compiled kernel: hides whether it was built, how a call is shared out and crosses into C++.
+"""FAVOR on the CPU by a compiled kernel: how the kernel is loaded, and how a call is divided and passed to C++.
 
-The kernel takes float32 and every feature map but `trig`. A call is cut into units, consecutive tokens of one segment;
-the partial states of a long segment are put together in their order. Nothing depends on the number of threads.
+The kernel computes in float32. A call is divided into units, consecutive tokens of one segment; the partial states of a
+long segment are merged in their order. No result depends on the number of threads.
 """
 
 import ctypes
@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.ops.blocks import checked_bounds
+from protlm.ops.blocks import read_bounds
 from protlm.ops.feature_maps import check_backend
 from protlm.ops.inputs import AttentionInputs, result_like
 
 _EXTENSION = "protlm.ops._favor"
 # As in cpp/favor.cpp.
 _VERSION = 2
-# References of a state are logarithms to this base.
 LOG_BASE = 2.0
-# Tokens of a segment that one thread takes at once: enough to make the state they are folded into cheap.
+"""Base of the references and query sums of exponential maps."""
+# Tokens of a segment that one thread processes at a time: enough to make the state they are folded into cheap.
 _UNIT_TOKENS = 2048
 # References of segments without a key, as in favor_torch.
 _LOG_ZERO = -1e30
@@ -35,13 +35,13 @@ _Integer = ctypes.c_int64
 
 
 class _Tensor(ctypes.Structure):
-    """What `FavorTensor` is in C++."""
+    """The structure `FavorTensor` of cpp/call.h."""
 
     _fields_ = [("data", _Pointer), *((f"{name}_stride", _Integer) for name in ("batch", "head", "token"))]
 
 
 class _Call(ctypes.Structure):
-    """What `FavorCall` is in C++."""
+    """The structure `FavorCall` of cpp/call.h."""
 
     _fields_ = [
         *((name, _Integer) for name in (
@@ -61,9 +61,9 @@ class _Call(ctypes.Structure):
 
 
 def why_not() -> str | None:
-    """Returns why the kernel cannot be used here, None if it can."""
-    found = _load()
-    return found if isinstance(found, str) else None
+    """Returns the reason why the kernel cannot be used here, None if it can."""
+    library = _load()
+    return library if isinstance(library, str) else None
 
 
 @functools.cache
@@ -74,14 +74,14 @@ def best_kernel() -> str:
 
 
 def covers(inputs: AttentionInputs) -> bool:
-    """Says whether the kernel takes such a call; another one is left to `favor_torch`."""
+    """Returns whether the kernel can compute a call; the others go to `favor_torch`."""
     is_causal_in_group = inputs.causal and bool(inputs.group_name)
     is_float32 = inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32
     return is_float32 and "cpp" in inputs.map_definition.backends and not is_causal_in_group
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns what `favor_torch.forward` returns; references and query sums of exponential maps are to base 2."""
+    """Returns the tensors of `favor_torch.forward`, with logarithms to base 2."""
     run = _Run(inputs)
     out, query_sums = run.empty_outputs()
     states, references = run.empty_states()
@@ -92,7 +92,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v; features are computed once more."""
+    """Returns the gradients of q, k and v; features are computed again."""
     run = _Run(inputs)
     q_grad, k_grad, v_grad = (run.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
@@ -109,7 +109,7 @@ def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the output and the query sums, given the states of whole segments."""
+    """Returns the output and the query sums, read from the states of whole segments."""
     run = _Run(inputs)
     out, query_sums = run.empty_outputs()
     run("read", {"out": out}, query_sums=query_sums, states=states, references=references)
@@ -151,14 +151,14 @@ def key_gradients(
 
 
 class _Run:
-    """One call of the kernel: everything but its results."""
+    """One call of the kernel: all of its arguments except the results."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
         _library()
         check_backend(inputs.feature_map, "cpp")
         self._inputs = inputs
         self._heads, self._head_dim = inputs.q.shape[1], inputs.q.shape[-1]
-        # What the call only points at has to live until it is over.
+        # The call holds only pointers: what they point to must live until it is over.
         plan = _plan_of(inputs)
         self._alive: list[Any] = [plan]
         self._has_empty, self._is_partial = plan.has_empty, plan.positions is not None
@@ -191,7 +191,7 @@ class _Run:
 
     def __call__(
         self,
-        what: str,
+        task: str,
         tensors: dict[str, Tensor],
         *,
         states: Tensor,
@@ -199,7 +199,7 @@ class _Run:
         query_sums: Tensor | None = None,
         state_grads: Tensor | None = None,
     ) -> None:
-        """Runs one function of the kernel on further tensors that it reads or writes; `tensors` go along the length."""
+        """Runs one task of the kernel on the other tensors that it reads or writes; `tensors` lie along the length."""
         call = self._call
         for name, tensor in tensors.items():
             setattr(call, name, self._strided(tensor))
@@ -208,20 +208,20 @@ class _Run:
         call.state_grads = None if state_grads is None else self._pointer(state_grads)
         functions = _functions(best_kernel())
         call.workspace = self._pointer(torch.empty(functions["workspace"](ctypes.byref(call))))
-        functions[what](ctypes.byref(call))
+        functions[task](ctypes.byref(call))
 
     def result_like(self, x: Tensor) -> Tensor:
-        """Returns a tensor for results along the length, zero where the kernel writes nothing."""
+        """Returns a tensor for results along the length, zeroed if the kernel does not write all of it."""
         return result_like(x, is_zeroed=self._is_partial)
 
     def empty_outputs(self) -> tuple[Tensor, Tensor]:
-        """Returns tensors for the output and for a number of each query, zero where the kernel writes nothing."""
+        """Returns tensors for the output and the query sums, zeroed if the kernel does not write all of them."""
         q = self._inputs.q
         query_sums = (q.new_zeros if self._is_partial else q.new_empty)(q.shape[:3])
         return self.result_like(self._inputs.v), query_sums
 
     def empty_states(self) -> tuple[Tensor, Tensor]:
-        """Returns states and references to be written, those of no key where the kernel writes nothing."""
+        """Returns tensors for states and references, filled with those of no key if a segment has no token."""
         inputs = self._inputs
         sizes = (inputs.num_segments, self._heads, inputs.num_features)
         states = inputs.q.new_empty((*sizes, self._head_dim + 1))
@@ -232,7 +232,7 @@ class _Run:
         return states, references
 
     def _projection(self) -> tuple[Tensor, float]:
-        """Returns the rows as the kernel takes them, and the factor that it gives them."""
+        """Returns the rows for the kernel, and the factor by which it multiplies them."""
         projection = self._inputs.projection
         if projection is None:
             return torch.eye(self._head_dim), 1.0
@@ -256,15 +256,15 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How a call is shared out.
+    """The units into which a call is divided.
 
     Attributes:
         units: int64, rows of `FavorUnit`, the longest first.
         groups: int64, rows of `FavorGroup`.
-        num_slots: Partial states.
-        longest_unit: Its tokens.
+        num_slots: Number of partial states.
+        longest_unit: Number of tokens of the longest unit.
         has_empty: Whether a segment has no real token.
-        positions: int32, the real tokens of every row in order; None where every token is real.
+        positions: int32, the real tokens of every row in order; None if every token is real.
     """
 
     units: np.ndarray
@@ -283,7 +283,7 @@ def _plan_of(inputs: AttentionInputs) -> _Plan:
     if inputs.cu_seqlens is None:
         bounds = np.arange(batch + 1, dtype=np.int64) * length
     else:
-        bounds = np.asarray(checked_bounds(inputs.cu_seqlens, length), dtype=np.int64)
+        bounds = np.asarray(read_bounds(inputs.cu_seqlens, length), dtype=np.int64)
     if inputs.token_mask is None:
         return _plan(bounds[:-1], np.diff(bounds), is_packed, _UNIT_TOKENS)
     real = np.flatnonzero(inputs.token_mask.contiguous().numpy())
@@ -298,7 +298,7 @@ def _plan_of_rows(batch: int, length: int, unit_tokens: int) -> _Plan:
 
 
 def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: int) -> _Plan:
-    """Returns how segments are shared out, given the place of the first token of each and the number of its tokens."""
+    """Returns the plan for segments, given the place of the first token of each and the number of its tokens."""
     num_units = -(-counts // unit_tokens)
     segment = np.repeat(np.arange(len(counts)), num_units)
     index = np.arange(len(segment)) - np.repeat(np.cumsum(num_units) - num_units, num_units)
@@ -332,20 +332,20 @@ def _functions(kernel: str) -> dict[str, Callable[..., Any]]:
 
 
 def _library() -> ctypes.CDLL:
-    found = _load()
-    if isinstance(found, str):
-        raise ValueError(f"backend: expected one that was built, got 'cpp': {found}")
-    return found
+    library = _load()
+    if isinstance(library, str):
+        raise ValueError(f"backend: expected one that was built, got 'cpp': {library}")
+    return library
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    """Returns the library, or why there is none."""
+    """Returns the library, or the reason why there is none."""
     spec = importlib.util.find_spec(_EXTENSION)
     if spec is None or spec.origin is None:
         return "it was not built; install a C++17 compiler with OpenMP such as g++, then install protlm again"
     try:
-        # torch has loaded its OpenMP by now, and the loader gives the kernel the same one.
+        # torch has already loaded its OpenMP, and the loader gives the kernel the same one.
         library = ctypes.CDLL(spec.origin)
         version = (
             _function(library, "protlm_favor_version", _Integer)(),

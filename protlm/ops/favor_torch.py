@@ -1,8 +1,8 @@
-"""FAVOR in plain torch, piece by piece: hides how the state of a segment is kept, read and differentiated.
+"""FAVOR in plain torch, stretch by stretch: how the state of a segment is built, read and differentiated.
 
 Bidirectional attention folds all keys of a segment into a state of (features, head_dim), then every query reads it.
-Causal attention goes through the pieces once: a query reads the state of the pieces before its own, and the keys of its
-own piece by a small matrix of weights.
+Causal attention goes through the stretches once: a query reads the state of the earlier stretches, and the keys of its
+own stretch by a small matrix of weights.
 """
 
 import math
@@ -12,26 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protlm.ops.blocks import Block, Piece, cut_into_blocks
+from protlm.ops.blocks import Block, Stretch, cut_into_blocks
 from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.torch_maps import TorchMap, torch_map
 
-# Features of one piece, all heads together: large enough for the matrix multiply, small enough for the cache.
-_PIECE_FEATURES = 1 << 20
-_MIN_PIECE_TOKENS = 64
-_CAUSAL_PIECE_LENGTH = 128
-# References of a state are logarithms to this base.
+# Features of one stretch, all heads together: large enough for the matrix multiply, small enough for the cache.
+_STRETCH_FEATURES = 1 << 20
+_MIN_STRETCH_TOKENS = 64
+_CAUSAL_STRETCH_LENGTH = 128
 LOG_BASE = math.e
+"""Base of the references and query sums of exponential maps."""
 # Stands for log 0 where a state has seen no key: finite, so that differences of it are not NaN.
 _LOG_ZERO = -1e30
-# A causal piece ends before a key whose exponent is this far above its references; exp(2 · 40) is finite in float32.
+# A causal stretch ends before a key whose exponent is this far above its references; exp(2 · 40) is finite in float32.
 _MAX_RISE = 40.0
 # Query sums that make the features, or the gradient, of a token that is not real vanish.
 _NOT_REAL = 1e30
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and what `backward` needs.
+    """Computes the output and the tensors that `backward` needs.
 
     Returns:
         out, like v; the states (segments, heads, features, head_dim + 1) of whole segments, Σ φ(k)·[v, 1]; their
@@ -53,7 +53,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v; features are computed once more."""
+    """Returns the gradients of q, k and v; features are computed again."""
     run = _Run(inputs)
     saved = _Saved(out_grad, out, query_sums)
     q_grad, k_grad, v_grad = (result_like(x, is_zeroed=True) for x in (inputs.q, inputs.k, inputs.v))
@@ -79,10 +79,10 @@ def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the output and the query sums, given states to read.
+    """Returns the output and the query sums, read from the given states.
 
-    For bidirectional inputs these are the states of whole segments. For causal ones they are those of the tokens that
-    came before the ones given here.
+    For bidirectional inputs these are the states of whole segments, for causal inputs those of the tokens that precede
+    the given ones.
     """
     run = _Run(inputs)
     out, query_sums = run.empty_outputs()
@@ -118,7 +118,7 @@ def key_gradients(
 def causal_gradients(
     inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k, v and of the states that a causal `read` was given."""
+    """Returns the gradients of q, k and v, and of the states that were given to a causal `read`."""
     run = _Run(inputs)
     saved = _Saved(out_grad, out, query_sums)
     q_grad, k_grad, v_grad = (result_like(x, is_zeroed=True) for x in (inputs.q, inputs.k, inputs.v))
@@ -141,7 +141,7 @@ def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class _State:
-    """Sums over keys, each with its features relative to the references.
+    """Sums over keys whose features are relative to the references.
 
     Attributes:
         sums: (heads, segments, features, head_dim + 1).
@@ -173,19 +173,19 @@ class _State:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What the backward knows of the output, along the length."""
+    """The tensors along the length that the backward gets from the forward, and the gradient of the output."""
 
     out_grad: Tensor
     out: Tensor
     query_sums: Tensor
 
-    def take(self, piece: Piece, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns the output's gradient, beside it minus its inner product with the output; and the query sums."""
-        out_grad = piece.take(self.out_grad, dtype, only_valid=True)
-        inner = (out_grad * piece.take(self.out, dtype)).sum(-1, keepdim=True).neg_()
-        sums = piece.take(self.query_sums.unsqueeze(-1), dtype)
-        if piece.valid is not None:
-            sums = sums.masked_fill(~piece.valid[..., None], _NOT_REAL)
+    def take(self, stretch: Stretch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns the gradient of the output, followed by minus its inner product with the output; and query sums."""
+        out_grad = stretch.take(self.out_grad, dtype, only_valid=True)
+        inner = (out_grad * stretch.take(self.out, dtype)).sum(-1, keepdim=True).neg_()
+        sums = stretch.take(self.query_sums.unsqueeze(-1), dtype)
+        if stretch.valid is not None:
+            sums = sums.masked_fill(~stretch.valid[..., None], _NOT_REAL)
         return torch.cat((out_grad, inner), -1), sums
 
 
@@ -199,8 +199,8 @@ class _Run:
     def blocks(self) -> Iterator[Block]:
         """Yields the blocks, each with its constants entered into the map."""
         inputs = self.inputs
-        tokens = max(_MIN_PIECE_TOKENS, _PIECE_FEATURES // (inputs.q.shape[1] * inputs.num_features))
-        length = _CAUSAL_PIECE_LENGTH if inputs.causal else tokens
+        tokens = max(_MIN_STRETCH_TOKENS, _STRETCH_FEATURES // (inputs.q.shape[1] * inputs.num_features))
+        length = _CAUSAL_STRETCH_LENGTH if inputs.causal else tokens
         for block in cut_into_blocks(inputs.q, inputs.token_mask, inputs.cu_seqlens, tokens, length):
             self.map.enter(block.segments)
             yield block
@@ -220,105 +220,106 @@ class _Run:
     def write_outputs(self, block: Block, state: _State, out: Tensor, query_sums: Tensor) -> None:
         """Writes the output and the query sums of a block."""
         outputs = self.causal_outputs(block, state) if self.inputs.causal else self.outputs(block, state)
-        for piece, piece_out, piece_sums in outputs:
-            piece.put(out, piece_out)
-            piece.put(query_sums.unsqueeze(-1), piece_sums)
+        for stretch, stretch_out, stretch_sums in outputs:
+            stretch.put(out, stretch_out)
+            stretch.put(query_sums.unsqueeze(-1), stretch_sums)
 
     def fold(self, block: Block, state: _State) -> None:
         """Adds all keys of a block to the state."""
-        for piece in block.pieces:
-            k, values = self._keys(piece)
-            exponents = self.map.key_exponents(k, piece.valid)
+        for stretch in block.stretches:
+            k, values = self._keys(stretch)
+            exponents = self.map.key_exponents(k, stretch.valid)
             state.move_to(torch.maximum(state.references, exponents.amax(2)))
             features = self.map.key_features(k, exponents.sub_(state.references.unsqueeze(2)))
             state.add(features, values)
 
-    def outputs(self, block: Block, state: _State) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-        """Yields each piece with its output and its query sums, read from the state of all keys."""
-        for piece in block.pieces:
-            features, offsets = self.map.query_features(self._queries(piece), state.references)
-            yield piece, *_normalised(_matmul(features, state.sums), offsets)
+    def outputs(self, block: Block, state: _State) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+        """Yields each stretch with its output and its query sums, read from the state of all keys."""
+        for stretch in block.stretches:
+            features, offsets = self.map.query_features(self._queries(stretch), state.references)
+            yield stretch, *_normalised(_matmul(features, state.sums), offsets)
 
-    def causal_outputs(self, block: Block, state: _State) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-        """Yields each piece with its output and its query sums, folding its keys into the state on the way."""
+    def causal_outputs(self, block: Block, state: _State) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+        """Yields each stretch with its output and its query sums, folding its keys into the state on the way."""
         for step in self._causal_steps(block, state):
-            features, offsets = self.map.query_features(self._queries(step.piece), state.references)
+            features, offsets = self.map.query_features(self._queries(step.stretch), state.references)
             weights = _matmul(features, step.features.transpose(2, 3)).tril_()
             # Zero times a value that is not finite would reach back to earlier tokens; it reaches the later ones only.
             sums = _matmul(weights, step.values.nan_to_num(0.0, 0.0, 0.0))
             _add_product(sums, features, state.sums)
             sums.add_((step.values - step.values).cumsum(2))
             out, query_sums = _normalised(sums, offsets)
-            yield step.piece.narrow(0, step.count), out[:, :, : step.count], query_sums[:, :, : step.count]
+            yield step.stretch.narrow(0, step.count), out[:, :, : step.count], query_sums[:, :, : step.count]
 
     def query_gradients(self, block: Block, state: _State, saved: _Saved, q_grad: Tensor) -> _State:
-        """Writes the gradients of the queries of a block; returns that of the state."""
+        """Writes the gradients of the queries of a block; returns the gradient of the state."""
         state_grad = _State(torch.zeros_like(state.sums, memory_format=torch.contiguous_format), state.references)
-        for piece in block.pieces:
-            features, pulled = self._pulled(piece, saved, state.references)
+        for stretch in block.stretches:
+            features, pulled = self._pulled(stretch, saved, state.references)
             grads = self._features_grad(pulled, state.sums.transpose(2, 3))
             state_grad.add(features, pulled)
-            piece.put(q_grad, self.map.query_gradient(features, grads))
+            stretch.put(q_grad, self.map.query_gradient(features, grads))
         return state_grad
 
     def key_gradients(self, block: Block, state_grad: _State, k_grad: Tensor, v_grad: Tensor) -> None:
         """Writes the gradients of the keys and values of a block."""
-        for piece in block.pieces:
-            k, values, features = self._keys_and_features(piece, state_grad.references)
-            piece.put(v_grad, _matmul(features, state_grad.sums[..., :-1]))
+        for stretch in block.stretches:
+            k, values, features = self._keys_and_features(stretch, state_grad.references)
+            stretch.put(v_grad, _matmul(features, state_grad.sums[..., :-1]))
             grads = self._features_grad(values, state_grad.sums.transpose(2, 3))
-            piece.put(k_grad, self.map.key_gradient(k, features, grads))
+            stretch.put(k_grad, self.map.key_gradient(k, features, grads))
 
     def causal_gradients(
         self, block: Block, state: _State, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
     ) -> _State:
-        """Writes the gradients of a block: of queries from the first piece to the last, then of keys on the way back.
+        """Writes the gradients of a block: of queries in the order of the stretches, then of keys in reverse order.
 
-        Returns the gradient of the state that it began with, and the references which that is relative to.
+        The reverse pass carries the gradient of the state, Σ over later queries. It is relative to the references that
+        the state had at each stretch: they do not depend on the queries of the stretch, so nothing overflows.
 
-        The way back carries the gradient of the state, Σ over later queries. It is relative to the references that the
-        state had at each piece: they were known before its queries, so that nothing overflows.
+        Returns:
+            The gradient of the state at the start of the block, with the references that it is relative to.
         """
-        steps: list[tuple[Piece, Tensor]] = []
+        steps: list[tuple[Stretch, Tensor]] = []
         for step in self._causal_steps(block, state):
-            piece = step.piece.narrow(0, step.count)
+            stretch = step.stretch.narrow(0, step.count)
             k_features, values = step.features[:, :, : step.count], step.values[:, :, : step.count]
-            features, pulled = self._pulled(piece, saved, state.references)
+            features, pulled = self._pulled(stretch, saved, state.references)
             grads = self._features_grad(pulled, state.sums.transpose(2, 3))
             weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
             _add_product(grads, weights_grad, k_features)
-            piece.put(q_grad, self.map.query_gradient(features, grads))
-            steps.append((piece, state.references))
+            stretch.put(q_grad, self.map.query_gradient(features, grads))
+            steps.append((stretch, state.references))
         state_grad, later = torch.zeros_like(state.sums), state.references
-        for piece, references in reversed(steps):
+        for stretch, references in reversed(steps):
             state_grad.mul_(torch.exp(references - later).unsqueeze(-1))
             later = references
-            k, values, k_features = self._keys_and_features(piece, references)
-            features, pulled = self._pulled(piece, saved, references)
+            k, values, k_features = self._keys_and_features(stretch, references)
+            features, pulled = self._pulled(stretch, saved, references)
             weights = _matmul(features, k_features.transpose(2, 3)).tril_()
             weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
-            piece_v_grad = _matmul(k_features, state_grad[..., :-1])
-            _add_product(piece_v_grad, weights.transpose(2, 3), pulled[..., :-1])
-            piece.put(v_grad, piece_v_grad)
+            stretch_v_grad = _matmul(k_features, state_grad[..., :-1])
+            _add_product(stretch_v_grad, weights.transpose(2, 3), pulled[..., :-1])
+            stretch.put(v_grad, stretch_v_grad)
             grads = self._features_grad(values, state_grad.transpose(2, 3))
             _add_product(grads, weights_grad.transpose(2, 3), features)
             _add_product(state_grad, features.transpose(2, 3), pulled)
-            piece.put(k_grad, self.map.key_gradient(k, k_features, grads))
+            stretch.put(k_grad, self.map.key_gradient(k, k_features, grads))
         return _State(state_grad, later)
 
     def _causal_steps(self, block: Block, state: _State) -> Iterator["_CausalStep"]:
-        """Yields the pieces in order, the state being that of the tokens before each; then adds its keys to the state.
+        """Yields each stretch in order while the state holds the tokens before it, then adds its keys to the state.
 
-        References are the largest exponents of the keys that first came in a step: every query of the step sees that
-        key, so no weight it needs can vanish, and none depends on a later token. Where a later key rises too far above
-        them the step ends before that key, and the next one begins with it.
+        References are the largest exponents of the earlier keys and of the first key of a step: every query of the step
+        sees that key, so no weight it needs can vanish, and none depends on a later token. Where a later key rises too
+        far above them the step ends before that key, and the next one begins with it.
         """
-        # A sum that is added to in place lies in one piece.
+        # Sums that are added to in place must be contiguous.
         state.sums = state.sums.contiguous()
-        for piece in block.pieces:
+        for stretch in block.stretches:
             start = 0
-            while start < piece.length:
-                rest = piece.narrow(start, piece.length)
+            while start < stretch.length:
+                rest = stretch.narrow(start, stretch.length)
                 k, values = self._keys(rest)
                 exponents = self.map.key_exponents(k, rest.valid)
                 state.move_to(torch.maximum(state.references, exponents[:, :, 0]))
@@ -329,28 +330,28 @@ class _Run:
                 state.add(features[:, :, :count], values[:, :, :count])
                 start += count
 
-    def _queries(self, piece: Piece) -> Tensor:
-        return piece.take(self.inputs.q, self.map.dtype)
+    def _queries(self, stretch: Stretch) -> Tensor:
+        return stretch.take(self.inputs.q, self.map.dtype)
 
-    def _keys(self, piece: Piece) -> tuple[Tensor, Tensor]:
+    def _keys(self, stretch: Stretch) -> tuple[Tensor, Tensor]:
         """Returns k, and v with a column of ones."""
-        k, v = piece.take(self.inputs.k, self.map.dtype), piece.take(self.inputs.v, self.map.dtype)
+        k, v = stretch.take(self.inputs.k, self.map.dtype), stretch.take(self.inputs.v, self.map.dtype)
         return k, torch.cat((v, torch.ones_like(v[..., :1])), -1)
 
-    def _keys_and_features(self, piece: Piece, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _keys_and_features(self, stretch: Stretch, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns k, v with a column of ones, and the features of k relative to known references."""
-        k, values = self._keys(piece)
-        exponents = self.map.key_exponents(k, piece.valid)
+        k, values = self._keys(stretch)
+        exponents = self.map.key_exponents(k, stretch.valid)
         return k, values, self.map.key_features(k, exponents.sub_(references.unsqueeze(2)))
 
-    def _pulled(self, piece: Piece, saved: _Saved, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns query features, and the gradient of Σ features·state before its product with either."""
-        pulled, query_sums = saved.take(piece, self.map.dtype)
-        features, divisor = self.map.scaled_query_features(self._queries(piece), references, query_sums)
+    def _pulled(self, stretch: Stretch, saved: _Saved, references: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns query features, and the gradient of Σ features·state, still to be multiplied by either factor."""
+        pulled, query_sums = saved.take(stretch, self.map.dtype)
+        features, divisor = self.map.scaled_query_features(self._queries(stretch), references, query_sums)
         return features, pulled if divisor is None else pulled.div_(divisor)
 
     def _features_grad(self, a: Tensor, b: Tensor) -> Tensor:
-        """Returns a·b in a buffer: the gradient of features through the state."""
+        """Returns the product a·b in a buffer: the gradient of features through the state."""
         out = self.map.buffer("grads", (*a.shape[:-1], b.shape[-1]))
         torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
         return out
@@ -358,23 +359,23 @@ class _Run:
 
 @dataclass(frozen=True)
 class _CausalStep:
-    """Keys that the queries of one piece see directly.
+    """Keys whose weights the queries of one stretch take directly.
 
     Attributes:
-        piece: All positions up to the end of the piece: results of a position do not depend on how many are kept.
-        count: Positions to keep; the features of later keys may have overflowed.
+        stretch: All positions up to the end of the stretch: the results of a position do not depend on `count`.
+        count: Number of positions to keep; the features of later keys may have overflowed.
         features: (heads, segments, positions, features) of the keys, relative to the references of the state.
         values: v with a column of ones.
     """
 
-    piece: Piece
+    stretch: Stretch
     count: int
     features: Tensor
     values: Tensor
 
 
 def _count_in_range(exponents: Tensor) -> int:
-    """Returns how many leading positions stay within the largest rise, at least 1; NaN counts as within it."""
+    """Returns the number of leading positions within the largest rise, at least 1; NaN counts as within it."""
     rise = exponents.amax(-1).nan_to_num(-torch.inf).flatten(0, 1).amax(0)
     too_far = (rise > _MAX_RISE).nonzero()
     return int(too_far[0]) if len(too_far) else exponents.shape[2]

@@ -1,11 +1,11 @@
-"""FAVOR on a GPU by Triton kernels: hides which calls they take, and in which order they run.
+"""FAVOR on a GPU by Triton kernels: which calls they can compute, and the order in which they run.
 
 A unit is a run of consecutive tokens of one segment. Keys are folded unit by unit, the partial states of a segment are
-merged in their order, and queries read the state; gradients go the same way back. Short segments are taken whole, by
-one kernel forward and one backward, where their state fits on the chip. No sum depends on which program ends first, so
+merged in their order, and queries read the state; gradients take the reverse path. Short segments are computed whole,
+by one kernel forward and one backward, if their state fits on the chip. No sum depends on which program ends first, so
 equal calls give equal bits.
 
-What happens in the kernels and how they are started is in `protlm.ops.cuda`, which needs Triton.
+The kernels and their launches are in `protlm.ops.cuda`, which needs Triton.
 """
 
 import functools
@@ -35,7 +35,10 @@ _LOG_ZERO = -1e30
 
 
 def why_not() -> str | None:
-    """Returns why the kernels cannot be used here, None if they can; a GPU that is too old is told by `covers`."""
+    """Returns the reason why the kernels cannot be used here, None if they can.
+
+    One GPU that is new enough suffices; `covers` refuses the others.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with the CUDA builds of PyTorch"
     return None if _is_interpreted() else _why_no_gpu()
@@ -43,7 +46,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def _why_no_gpu() -> str | None:
-    """Returns what is wrong with the GPUs or with what starts kernels on them, which no process outlives."""
+    """Returns the fault of the GPUs or of the tools that start kernels on them; it stays the same for a process."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     if torch.version.hip is not None:
@@ -58,17 +61,17 @@ def _why_no_gpu() -> str | None:
 
 
 def _why_triton_starts_nothing() -> str | None:
-    """Returns what Triton lacks to build the small C extension by which it starts kernels."""
+    """Returns the tool that Triton lacks to build the small C extension by which it starts kernels, None if none."""
     if "CC" not in os.environ and shutil.which("gcc") is None and shutil.which("clang") is None:
         return "Triton finds no C compiler, by which it starts kernels; install gcc or clang, or name one in CC"
-    # Debian's scheme for what users install has another folder, as Triton knows.
+    # Debian's scheme for packages that users install has another folder; Triton replaces it in the same way.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
     return None if header.is_file() else f"Triton needs {header}; install the headers of Python (python3-dev)"
 
 
 def covers(inputs: AttentionInputs) -> bool:
-    """Says whether the kernels take such a call; another one is left to `favor_torch`, on the same device."""
+    """Returns whether the kernels can compute a call; the others go to `favor_torch`, on the same device."""
     device, is_interpreted = inputs.q.device, _is_interpreted()
     if device.type != "cuda" and not is_interpreted:
         return False
@@ -87,7 +90,7 @@ def covers(inputs: AttentionInputs) -> bool:
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and what `backward` needs.
+    """Computes the output and the tensors that `backward` needs.
 
     Returns:
         out, like v; the means (segments, heads, padded features, padded head_dim), in the dtype of v; the references
@@ -108,15 +111,15 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v; features are computed once more."""
+    """Returns the gradients of q, k and v; features are computed again."""
     call = _call(inputs)
     q_grad, k_grad, v_grad = grads = result_like(inputs.q), result_like(inputs.k), result_like(inputs.v)
     if call.takes_short("short_backward", out_grad, out, *grads):
         call.run([call.short_backward(out_grad, out, states, references, query_sums, grads)])
     else:
         state_grad = call.empty_state_grad()
-        found = call.query_references(references)
-        call.run(call.query_gradients(out_grad, out, states, found, query_sums, q_grad, state_grad))
+        of_queries = call.query_references(references)
+        call.run(call.query_gradients(out_grad, out, states, of_queries, query_sums, q_grad, state_grad))
         call.run([call.key_gradients(references, state_grad, k_grad, v_grad)])
     return grads
 
@@ -130,7 +133,7 @@ def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Returns states and references as `favor_torch` keeps them, but to base 2: those of the keys given here."""
+    """Returns the states and references of all keys in the form of `favor_torch`, but with logarithms to base 2."""
     check_bounds(inputs)
     call = _call(inputs)
     means, references = empty_states(inputs)
@@ -146,7 +149,7 @@ def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the output and the query sums, from a state of that form."""
+    """Returns the output and the query sums, read from states in the form of `fold`."""
     call = _call(inputs)
     out, query_sums = result_like(inputs.v), call.query_sums()
     means, references = _with_padding(inputs, states, references)
@@ -157,12 +160,12 @@ def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[T
 def query_gradients(
     inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of q and what these queries give to that of the state, in the form of the states."""
+    """Returns the gradient of q, and the contribution of these queries to that of the states, in the form of `fold`."""
     call = _call(inputs)
     q_grad, state_grad = result_like(inputs.q), call.empty_state_grad()
     means, padded_references = _with_padding(inputs, states, references)
-    found = call.query_references(padded_references)
-    call.run(call.query_gradients(out_grad, out, means, found, query_sums, q_grad, state_grad))
+    of_queries = call.query_references(padded_references)
+    call.run(call.query_gradients(out_grad, out, means, of_queries, query_sums, q_grad, state_grad))
     mean_grads, sum_grads, sizes = state_grad.means.float(), state_grad.sums, state_grad.sizes
     mean_grads, sum_grads = _without_padding(inputs, mean_grads * sizes.unsqueeze(-1), sum_grads)
     grads = torch.cat((mean_grads, -sum_grads.unsqueeze(-1)), -1)
@@ -176,7 +179,7 @@ def query_gradients(
 def key_gradients(
     inputs: AttentionInputs, states: Tensor, references: Tensor, state_grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of k and v from the whole gradient of the state, in the form of the states."""
+    """Returns the gradients of k and v, given the whole gradient of the states in the form of `fold`."""
     call = _call(inputs)
     k_grad, v_grad = result_like(inputs.k), result_like(inputs.v)
     if not inputs.is_exponential:
@@ -194,13 +197,13 @@ def key_gradients(
 
 
 def _without_padding(inputs: AttentionInputs, means: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the features and dimensions that there are."""
+    """Returns means and references without the padding of features and dimensions."""
     features = inputs.num_features
     return means[..., :features, : inputs.q.shape[-1]], references[..., :features]
 
 
 def _with_padding(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns means and references as the kernels take them from states that other processes had a part in."""
+    """Returns means and references for the kernels, from states in the form of `fold` that several ranks may share."""
     means, padded = empty_states(inputs)
     sums = states[..., -1]
     means.zero_()[..., : states.shape[-2], : inputs.q.shape[-1]] = torch.where(

@@ -1,4 +1,4 @@
-"""Random features: how the rows of a projection are drawn, and the features of a vector by the formula of each map."""
+"""Random features: how the rows of a projection are drawn, and the features that each map makes of a vector."""
 
 import math
 from typing import get_args
@@ -22,23 +22,23 @@ def draw_projection(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "*heads features head_dim"]:
-    """Draws the rows ω of a random projection, each distributed as N(0, I) on its own.
+    """Draws the rows ω of a random projection, each of which is distributed as N(0, I).
 
     `iid` rows are independent. `orthogonal` rows are exactly orthogonal within blocks of head_dim rows, with
     independent norms distributed as χ with head_dim degrees of freedom: estimates stay unbiased and their variance
     falls (Theorem 2 of arXiv 2009.14794). A block is the Q of a Householder QR of a Gaussian matrix with its columns
     multiplied by sign(diag R): only then is Q distributed uniformly (Haar) over the orthogonal group. `simplex` rows
-    have the same norms and point, within a block, to the corners of a regular simplex turned by such a Q: any two are
-    at the cosine −1/(head_dim − 1) (arXiv 2301.13856). The draw is made in float64 on the CPU, so that a seed gives the
-    same projection everywhere. Cost: O(num_heads · num_features · head_dim²).
+    have the same norms and point, within a block, to the corners of a regular simplex turned by such a Q: any two have
+    the cosine −1/(head_dim − 1) (arXiv 2301.13856). Rows are drawn in float64 on the CPU, so that a seed gives the same
+    projection everywhere. Cost: O(num_heads · num_features · head_dim²).
 
     Args:
-        num_features: Rows, at least 1; more than head_dim makes further blocks.
-        head_dim: Columns, at least 1; at least 2 for `simplex`.
+        num_features: Number of rows, at least 1; each head_dim rows make a block.
+        head_dim: Number of columns, at least 1; at least 2 for `simplex`.
         kind: `orthogonal`, `iid` or `simplex`.
-        num_heads: Draws one independent projection a head; None draws a single one.
+        num_heads: Draws one independent projection per head; None draws a single one.
         generator: CPU generator to draw from; None uses torch's default generator.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
         Shape (num_features, head_dim), or (num_heads, num_features, head_dim).
@@ -75,9 +75,9 @@ def kernel_features(
     feature_map: FeatureMap = "positive",
     oprf_a: Float[Tensor, "*axes"] | float | None = None,
 ) -> Float[Tensor, "*broadcast length map_features"]:
-    """Returns the features φ(x) of queries or keys, un-normalised and with nothing subtracted inside the exponent.
+    """Returns the features φ(x) of queries or keys, without normalisation or stabiliser.
 
-    With y = x/d^¼, d = head_dim, M rows ω_j and u_j = ω_j·y, the features of a row are
+    With y = x/d^¼, d = head_dim, M rows ω_j and u_j = ω_j·y, the features of a row are:
 
     | map | φ(x) | features | the mean of φ(q)·φ(k) over draws |
     |---|---|---|---|
@@ -129,17 +129,17 @@ def kernel_features(
 
 
 def oprf_parameter(mean_square: Float[Tensor, "*axes"], head_dim: int) -> Float[Tensor, "*axes"]:
-    """Returns the A of `oprf` that makes the variance least, from the mean of ‖x + y‖² with x = q/d^¼, y = k/d^¼.
+    """Returns the A of `oprf` that minimises the variance, from the mean of ‖x + y‖² with x = q/d^¼, y = k/d^¼.
 
-    A = (1 − 2f − √((2f + 1)² + 8f))/16 with f the mean over head_dim (arXiv 2205.15317): at most 0, and 0, which is
-    `positive`, for f = 0. `oprf` is unbiased for any A that does not depend on the projection.
+    A = (1 − 2f − √((2f + 1)² + 8f))/16, where f is the mean divided by head_dim (arXiv 2205.15317). It is at most 0,
+    and 0, which is `positive`, for f = 0. `oprf` is unbiased for any A that does not depend on the projection.
     """
     f = mean_square / head_dim
     return (1 - 2 * f - ((2 * f + 1).square() + 8 * f).sqrt()) / 16
 
 
 def _simplex_corners(size: int) -> Tensor:
-    """Returns `size` unit vectors (size, size), any two at the cosine −1/(size − 1)."""
+    """Returns `size` unit vectors (size, size), any two of which have the cosine −1/(size − 1)."""
     centred = torch.eye(size, dtype=torch.float64) - 1 / size
     return centred * math.sqrt(size / (size - 1))
 

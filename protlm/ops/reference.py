@@ -1,6 +1,6 @@
-"""The slow, obvious float64 twins of the fast ops.
+"""The slow, obvious float64 twins of the fast ops, against which tests compare them.
 
-They form every feature and every weight and leave the gradient to autograd. Tests hold the fast ops against them.
+They form every feature and every weight and leave the gradient to autograd.
 """
 
 import torch
@@ -69,7 +69,8 @@ def softmax_attention(
     cu_seqlens: Int[Tensor, " bounds"] | None = None,
     causal: bool = False,
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """Returns exact attention softmax(q·k/√d)·v in float64: what FAVOR estimates."""
+    """Returns exact attention softmax(q·k/√d)·v in float64, which FAVOR estimates."""
+    # Checked like the inputs of a map that needs no projection.
     AttentionInputs(q, k, v, None, token_mask, cu_seqlens, None, "relu", causal).check()
     q, k, v = (tensor.double() for tensor in (q, k, v))
     allowed = _allowed_pairs(_segment_of_token(q, cu_seqlens), token_mask, causal)
@@ -79,7 +80,7 @@ def softmax_attention(
 
 
 def _segment_of_token(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Returns (batch, length): the number of the segment that a token is in."""
+    """Returns the number of each token's segment (batch, length)."""
     batch, _, length, _ = q.shape
     if cu_seqlens is None:
         return torch.arange(batch, device=q.device).unsqueeze(1).expand(batch, length)
@@ -88,7 +89,7 @@ def _segment_of_token(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _allowed_pairs(segment: Tensor, token_mask: Tensor | None, causal: bool) -> Tensor:
-    """Returns (batch, 1, length, length): True where a query may see a key; a padded query sees none."""
+    """Returns True where a query may see a key (batch, 1, length, length); a padded query sees none."""
     allowed = segment[:, :, None] == segment[:, None, :]
     if token_mask is not None:
         allowed = allowed & token_mask[:, :, None] & token_mask[:, None, :]
@@ -97,7 +98,7 @@ def _allowed_pairs(segment: Tensor, token_mask: Tensor | None, causal: bool) -> 
 
 @torch.no_grad()
 def _oprf_a_from_pairs(q: Tensor, k: Tensor, segment: Tensor, allowed: Tensor) -> Tensor:
-    """Returns (batch, heads, length): the A of every token's segment, from the mean ‖x + y‖² of all its pairs."""
+    """Returns the A of each token's segment (batch, heads, length), from the mean ‖x + y‖² of all its pairs."""
     same = (segment[:, :, None] == segment[:, None, :]).unsqueeze(1).double()
     head_dim = q.shape[-1]
     # ‖q + k‖² of every pair, written out: the sums themselves would be head_dim times larger.

@@ -1,9 +1,9 @@
-"""Feature maps for the chunked torch backend: hides how each map keeps its exponentials in range.
+"""Feature maps for the chunked torch backend: how each map keeps its exponentials in range.
 
-A map works on one piece of a block, (heads, segments, positions, head_dim). The features of keys are taken relative to
-references, logarithms that the state of a segment carries: one for each feature (exponential maps), or one for the
-whole head (`trig`, where it bounds exp(‖y‖²/2)). Whatever the references are, they cancel in the output; they only
-decide what overflows or vanishes on the way. So no stabiliser biases the result, and there is no epsilon.
+A map works on one stretch of a block, (heads, segments, positions, head_dim). The features of keys are relative to
+references, logarithms that belong to the state of a segment: one for each feature (exponential maps), or one for the
+whole head (`trig`, where it bounds exp(‖y‖²/2)). References of any value cancel in the output; they only decide which
+intermediate results overflow or vanish. So no stabiliser biases the result, and there is no epsilon.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from protlm.ops.inputs import AttentionInputs
 
 
 class TorchMap(ABC):
-    """What all maps share: the rows of the projection, and buffers that the pieces share."""
+    """The rows of the projection, and buffers that all stretches use; subclasses make features of them."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
         heads, head_dim = inputs.q.shape[1], inputs.q.shape[-1]
@@ -29,21 +29,21 @@ class TorchMap(ABC):
         if inputs.projection is not None:
             definition = inputs.map_definition
             rows = definition.mirrored(definition.rescaled(inputs.projection.to(self.dtype)))
-            # Rounded once to the dtype of q, then used everywhere: all backends see the same rows.
+            # Rounded once to the dtype of q, so that all backends use the same rows.
             rows = rows.to(inputs.q.dtype).to(self.dtype)
             self._rows = (rows * head_dim**-0.25).expand(heads, -1, -1)
 
     @property
     def num_references(self) -> int:
-        """References in the state of one head."""
+        """Number of references in the state of one head."""
         return 1
 
-    def enter(self, segments: Tensor) -> None:  # noqa: B027 - most maps have nothing to pick
-        """Says whose pieces come next."""
+    def enter(self, segments: Tensor) -> None:  # noqa: B027 - most maps have no constants of segments
+        """Selects the constants of these segments, whose stretches follow."""
 
     @abstractmethod
     def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
-        """Returns what references bound (…, positions, references): logarithms, −∞ where a token is not real."""
+        """Returns the logarithms that references bound (…, positions, references), −∞ where a token is not real."""
 
     @abstractmethod
     def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
@@ -51,11 +51,11 @@ class TorchMap(ABC):
 
     @abstractmethod
     def query_features(self, q: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns features up to a factor per query, and the logarithm of what was divided out; None for nothing."""
+        """Returns features up to a factor per query, and the logarithm of that factor; None for a factor of 1."""
 
     @abstractmethod
     def scaled_query_features(self, q: Tensor, references: Tensor, query_sums: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns features for the backward, and what the output's gradient is still to be divided by."""
+        """Returns features for the backward, and the divisor that the gradient of the output still needs."""
 
     @abstractmethod
     def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class TorchMap(ABC):
         """Returns the gradient of k from that of its features; overwrites both."""
 
     def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Returns an uninitialised tensor that the next call with this name overwrites."""
+        """Returns an uninitialised tensor, which the next call with this name may overwrite."""
         size = torch.Size(shape).numel()
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
@@ -92,10 +92,9 @@ class TorchMap(ABC):
 
 
 class ExponentialMap(TorchMap):
-    """`positive`, `hyperbolic`, `regularised` and `oprf`: exp(s·ω·y − ‖y‖²/2 + constant of ω), one reference a feature.
+    """Exponential maps: exp(s·ω·y − ‖y‖²/2 + constant of ω), with one reference for each feature.
 
-    The maps differ in their rows (for `hyperbolic` ω and −ω), and `oprf` in s = √(1−4A) and the constant 2A‖ω‖² that
-    its queries and keys have together.
+    The maps differ in their rows. With an A, s = √(1−4A) and queries take the constant 2A‖ω‖² of queries and keys.
     """
 
     def __init__(self, inputs: AttentionInputs) -> None:
@@ -116,17 +115,17 @@ class ExponentialMap(TorchMap):
         return self.num_features
 
     def enter(self, segments: Tensor) -> None:
-        """Picks the constants of these segments."""
+        """Selects s and the constants of these segments."""
         if self._scales is not None and self._constants is not None:
             self._block_scale, self._block_constant = self._scales[:, segments], self._constants[:, segments]
 
     def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
-        """Returns s·ω·y − ‖y‖²/2."""
+        """Returns the exponents s·ω·y − ‖y‖²/2."""
         exponents = self._scores(self._scaled(k), "keys").sub_(self._half_square(k))
         return exponents if valid is None else exponents.masked_fill_(~valid[..., None], -torch.inf)
 
     def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
-        """Returns their exponentials."""
+        """Returns the exponentials of the exponents."""
         return exponents.exp_()
 
     def query_features(self, q: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -159,14 +158,14 @@ class ExponentialMap(TorchMap):
 
 
 class _LinearMap(TorchMap):
-    """Maps whose features are no exponentials of the projection: queries keep their size, and sums are plain sums."""
+    """Maps whose features are no exponentials: queries have no factor to divide out, and query sums are plain sums."""
 
     def query_features(self, q: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the features as they are."""
+        """Returns the features, with no factor divided out."""
         return self._linear_features(q, "queries"), None
 
     def scaled_query_features(self, q: Tensor, references: Tensor, query_sums: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the features as they are, and the renormaliser."""
+        """Returns the features, and the renormaliser as the divisor."""
         return self._linear_features(q, "queries"), query_sums
 
     @abstractmethod
@@ -178,12 +177,12 @@ class TrigMap(_LinearMap):
     """`trig`: exp(‖y‖²/2)·(sin ω·y, cos ω·y); the factor of a query cancels, that of a key has one reference a head."""
 
     def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
-        """Returns ‖y‖²/2."""
+        """Returns the exponents ‖y‖²/2."""
         exponents = self._half_square(k)
         return exponents if valid is None else exponents.masked_fill_(~valid[..., None], -torch.inf)
 
     def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
-        """Returns exp(exponents)·(sin ω·y, cos ω·y)."""
+        """Returns the features exp(exponents)·(sin ω·y, cos ω·y)."""
         return self._linear_features(k, "keys").mul_(exponents.exp_())
 
     def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ class TrigMap(_LinearMap):
         return self._project_back(sine_grads.mul_(cosines).sub_(cosine_grads.mul_(sines)).contiguous())
 
     def key_gradient(self, k: Tensor, features: Tensor, grads: Tensor) -> Tensor:
-        """Returns the same, and the gradient through exp(‖y‖²/2)."""
+        """Returns the gradient through sine, cosine, the projection and exp(‖y‖²/2)."""
         norm_grad = torch.linalg.vecdot(features, grads).unsqueeze(-1)
         return self.query_gradient(features, grads).addcmul_(norm_grad, k, value=2 * self._norm_scale)
 
@@ -207,23 +206,23 @@ class TrigMap(_LinearMap):
 
 
 class ReluMap(_LinearMap):
-    """`relu`: max(ω·y, 0) + 1e-3; references say only which keys are real."""
+    """`relu`: max(ω·y, 0) + 1e-3; the exponents of keys only mark which keys are real."""
 
     def key_exponents(self, k: Tensor, valid: Tensor | None) -> Tensor:
-        """Returns 0 for every real key."""
+        """Returns 0 for every real key, −∞ for others."""
         exponents = torch.zeros_like(k[..., :1])
         return exponents if valid is None else exponents.masked_fill_(~valid[..., None], -torch.inf)
 
     def key_features(self, k: Tensor, exponents: Tensor) -> Tensor:
-        """Returns the features of real keys, and zeros."""
+        """Returns the features of real keys, and zeros for others."""
         return self._linear_features(k, "keys").mul_(exponents.exp_())
 
     def query_gradient(self, features: Tensor, grads: Tensor) -> Tensor:
-        """Returns the gradient where the ReLU is open."""
+        """Returns the gradient through the ReLU, zero where a feature is at its offset, and the projection."""
         return self._project_back(grads.mul_(features > RELU_OFFSET))
 
     def key_gradient(self, k: Tensor, features: Tensor, grads: Tensor) -> Tensor:
-        """Returns the gradient where the ReLU is open."""
+        """Returns the gradient through the ReLU, zero where a feature is at its offset, and the projection."""
         return self.query_gradient(features, grads)
 
     def _linear_features(self, x: Tensor, name: str) -> Tensor:

@@ -78,7 +78,7 @@ def test_another_segment_changes_nothing(seed, sizes, feature_map, content):
         x[:, :, :start] *= content
         x[:, :, stop:] *= content
     found = attend(*spoilt, projection, feature_map, cu_seqlens=cu_seqlens)[:, :, start:stop]
-    # Not to the bit: where a key of one segment ends a piece early, it does so for all. `trig` makes rounding grow.
+    # Not to the bit: where a key of one segment ends a stretch early, it does so for all. `trig` makes rounding grow.
     assert relative_error(found, whole[:, :, start:stop]) < (1e-6 if feature_map == "trig" else 1e-12)
 
 
@@ -105,7 +105,7 @@ def test_nothing_later_in_its_segment_changes_a_bit_of_a_packed_output(
     seed, sizes, share, feature_map, content, key_scale
 ):
     q, k, v, projection = draw(seed, sum(sizes), torch.float32)
-    # Keys this large, then small ones, make a piece end early.
+    # Keys this large, then small ones, make a stretch end early.
     k = key_scale * k
     stops = list(accumulate(sizes))
     cu_seqlens = torch.tensor([0, *stops], dtype=torch.int32)
@@ -192,10 +192,10 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
-@pytest.mark.parametrize("piece_length", [128, 7])
+@pytest.mark.parametrize("stretch_length", [128, 7])
 @pytest.mark.parametrize("feature_map", EXPONENTIAL)
-def test_keys_of_any_size_give_the_exact_result_and_its_gradients(feature_map, norms, piece_length, monkeypatch):
-    monkeypatch.setattr(favor_torch, "_CAUSAL_PIECE_LENGTH", piece_length)
+def test_keys_of_any_size_give_the_exact_result_and_its_gradients(feature_map, norms, stretch_length, monkeypatch):
+    monkeypatch.setattr(favor_torch, "_CAUSAL_STRETCH_LENGTH", stretch_length)
     q, k, v, projection = draw(0, 150, torch.float64, features=16)
     k = k / k.norm(dim=-1, keepdim=True) * norms.view(1, 1, -1, 1).double()
     assert_exact(q, k, v, projection, feature_map, causal=True)

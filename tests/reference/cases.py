@@ -13,7 +13,7 @@ from tests.conftest import TOLERANCE, relative_error
 
 MAPS = (*DEFINITIONS, "bare relu")
 """Every feature map; `bare relu` is `relu` without a projection."""
-# Segments of 0, 1 and 3 tokens, several that share a block, and one longer than a piece.
+# Segments of 0, 1 and 3 tokens, several that share a block, and one longer than a stretch.
 MIXED = (0, 1, 0, 3, 3, 20, 21, 22, 23, 1, 100, 0, 75, 80, 9, 300, 0)
 
 
@@ -25,8 +25,8 @@ class Case:
         num_features: Rows of the projection; None takes 37, and 256 for `trig`.
         padding: `some` hides 3 of 10 tokens, `left` the first third, `row` all of row 1 and some of the others.
         a_axes: `heads` or `segments` gives the A of `oprf`; `data` leaves it to the data, where that is allowed.
-        piece_tokens: Tokens of a piece; None leaves the constants as they are.
-        causal_piece_length: The same, of causal pieces.
+        stretch_tokens: Tokens of a stretch; None leaves the constants as they are.
+        causal_stretch_length: The same, of causal stretches.
     """
 
     length: int = 100
@@ -41,8 +41,8 @@ class Case:
     segments: tuple[int, ...] = ()
     is_strided: bool = False
     a_axes: str = "data"
-    piece_tokens: int | None = None
-    causal_piece_length: int | None = None
+    stretch_tokens: int | None = None
+    causal_stretch_length: int | None = None
 
     def __str__(self):
         default = Case()
@@ -166,16 +166,16 @@ def assert_op_equals_twin(case, dtype, seed=0):
         assert_equal(found, expected, TOLERANCE[dtype], told, arguments[-1]["feature_map"])
 
 
-def make_pieces_small(case, monkeypatch):
-    """Sets the constants of the backends to the piece sizes of the case."""
-    if case.piece_tokens is not None:
+def make_stretches_small(case, monkeypatch):
+    """Sets the constants of the backends to the stretch sizes of the case."""
+    if case.stretch_tokens is not None:
         definition = definition_of(case.feature_map.removeprefix("bare "))
         features = case.head_dim if case.feature_map == "bare relu" else case.rows * definition.features_per_row
-        monkeypatch.setattr(favor_torch, "_MIN_PIECE_TOKENS", 1)
-        monkeypatch.setattr(favor_torch, "_PIECE_FEATURES", case.piece_tokens * case.heads * features)
-        monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", case.piece_tokens)
-    if case.causal_piece_length is not None:
-        monkeypatch.setattr(favor_torch, "_CAUSAL_PIECE_LENGTH", case.causal_piece_length)
+        monkeypatch.setattr(favor_torch, "_MIN_STRETCH_TOKENS", 1)
+        monkeypatch.setattr(favor_torch, "_STRETCH_FEATURES", case.stretch_tokens * case.heads * features)
+        monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", case.stretch_tokens)
+    if case.causal_stretch_length is not None:
+        monkeypatch.setattr(favor_torch, "_CAUSAL_STRETCH_LENGTH", case.causal_stretch_length)
 
 
 def _token_mask(padding, batch, length, generator):

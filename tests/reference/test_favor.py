@@ -16,7 +16,7 @@ from tests.reference.cases import (
     draw,
     expected_of,
     found_of,
-    make_pieces_small,
+    make_stretches_small,
     segments_of,
 )
 
@@ -80,16 +80,22 @@ SHAPES = {
     "no token at all": {"segments": (0,)},
     "empty segments": {"segments": (0, 1, 0)},
     "mixed segments": {"segments": MIXED, "head_dim": 60, "is_strided": True},
-    "long segments in pieces": {"segments": (300, 5, 400), "piece_tokens": 64, "causal_piece_length": 16},
-    "small pieces": {"length": 257, "batch": 1, "piece_tokens": 64, "causal_piece_length": 7},
-    "pieces of one token": {"length": 40, "batch": 1, "padding": "some", "piece_tokens": 1, "causal_piece_length": 1},
-    "rows in one piece": {"batch": 5, "padding": "some", "piece_tokens": 220, "causal_piece_length": 30},
-    "mixed segments in small pieces": {"segments": MIXED, "piece_tokens": 64, "causal_piece_length": 7},
-    "masked segments in small pieces": {
+    "long segments in stretches": {"segments": (300, 5, 400), "stretch_tokens": 64, "causal_stretch_length": 16},
+    "small stretches": {"length": 257, "batch": 1, "stretch_tokens": 64, "causal_stretch_length": 7},
+    "stretches of one token": {
+        "length": 40,
+        "batch": 1,
+        "padding": "some",
+        "stretch_tokens": 1,
+        "causal_stretch_length": 1,
+    },
+    "rows in one stretch": {"batch": 5, "padding": "some", "stretch_tokens": 220, "causal_stretch_length": 30},
+    "mixed segments in small stretches": {"segments": MIXED, "stretch_tokens": 64, "causal_stretch_length": 7},
+    "masked segments in small stretches": {
         "segments": MIXED,
         "padding": "some",
-        "piece_tokens": 200,
-        "causal_piece_length": 7,
+        "stretch_tokens": 200,
+        "causal_stretch_length": 7,
     },
 }
 
@@ -99,7 +105,7 @@ SHAPES = {
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 def test_every_layout_equals_the_float64_twin(options, feature_map, causal, monkeypatch):
     case = Case(feature_map=feature_map, causal=causal, **options)
-    make_pieces_small(case, monkeypatch)
+    make_stretches_small(case, monkeypatch)
     for dtype in DTYPES:
         assert_op_equals_twin(case, dtype)
 

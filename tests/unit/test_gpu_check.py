@@ -12,8 +12,10 @@ import protlm.gpu_check.__main__ as gpu_check
 from protlm import ops
 from protlm.gpu_check import parity, ranks, roofline, timing
 from protlm.gpu_check.__main__ import Work, main, report
+from protlm.gpu_check.tolerances import NAMES
 from protlm.ops import favor_attention
 from protlm.ops.cuda import launch
+from protlm.ops.feature_maps import DEFINITIONS
 from tests import forked
 
 SMALL = parity.Case(length=30, head_dim=16, features=32, heads=1)
@@ -31,25 +33,29 @@ def test_the_floor_is_that_of_the_largest_share():
     assert both["products"] == pytest.approx(225.8e-6, rel=1e-2)
 
 
+def test_every_feature_map_is_compared():
+    assert {case.feature_map for case in parity.cases()} == {*DEFINITIONS, "bare relu"}
+
+
 @pytest.mark.parametrize("feature_map", ["positive", "regularised", "bare relu", "trig"])
 def test_what_is_right_is_told_as_right(feature_map):
     case = replace(SMALL, feature_map=feature_map, segments=(9, 0, 1, 20), is_masked=True)
-    (outcome,) = parity.check([case], "cpu", "torch")
+    (outcome,) = parity.compare_cases([case], "cpu", "torch")
     assert outcome.fault is None
-    assert set(outcome.errors) == set(parity.NAMES)
+    assert set(outcome.errors) == set(NAMES)
 
 
 @pytest.mark.cuda
 def test_every_kernel_runs_in_a_case():
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
     small = [replace(SMALL, heads=64, batch=1, head_dim=16, length=20), replace(SMALL, length=300, is_masked=True)]
-    outcomes = list(parity.check([*small, replace(SMALL, feature_map="relu")], "cpu", "triton"))
+    outcomes = list(parity.compare_cases([*small, replace(SMALL, feature_map="relu")], "cpu", "triton"))
     assert [(outcome.fault, outcome.computed_by) for outcome in outcomes] == [(None, "triton")] * 3
 
 
 def test_a_case_says_which_backend_computed_it():
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
-    covered, other = parity.check([SMALL, replace(SMALL, head_dim=256)], "cpu", "triton")
+    covered, other = parity.compare_cases([SMALL, replace(SMALL, head_dim=256)], "cpu", "triton")
     assert (covered.fault, covered.computed_by) == (None, "triton")
     assert (other.fault, other.computed_by) == (None, "torch")
 
@@ -70,7 +76,7 @@ def test_a_gradient_that_is_off_is_a_fault(factor, told):
     def attention(q, k, v, projection, **options):
         return favor_attention(_Off.apply(q, factor), k, v, projection, **options)
 
-    (outcome,) = parity.check([SMALL], "cpu", "torch", attention)
+    (outcome,) = parity.compare_cases([SMALL], "cpu", "torch", attention)
     assert outcome.fault.startswith(told)
 
 
@@ -83,7 +89,7 @@ def test_a_kernel_that_raises_and_one_that_changes_its_mind_are_faults():
             raise RuntimeError("no kernel image is available\nmore")
         return favor_attention(q, k, v + 1e-3 * len(calls), projection, **options)
 
-    first, second = parity.check([SMALL, SMALL], "cpu", "torch", attention)
+    first, second = parity.compare_cases([SMALL, SMALL], "cpu", "torch", attention)
     assert first.fault == "RuntimeError: no kernel image is available"
     assert second.fault == "a second call gave other bits"
 
@@ -145,10 +151,10 @@ def test_a_gpu_on_which_nothing_runs_any_more_leaves_the_cases_in_the_report(tmp
 def test_two_processes_are_checked_against_the_twin_of_one(monkeypatch):
     monkeypatch.setattr(ranks, "spawn", forked.spawn)
     chosen = [replace(SMALL, segments=(9, 0, 1, 20), is_masked=True), replace(SMALL, feature_map="unknown")]
-    (right,) = ranks.check(chosen[:1], "cpu", "torch")
+    (right,) = ranks.compare_cases(chosen[:1], "cpu", "torch")
     assert (right.fault, right.computed_by) == (None, "torch")
-    assert set(right.errors) == set(parity.NAMES)
-    (died,) = ranks.check(chosen, "cpu", "torch")
+    assert set(right.errors) == set(NAMES)
+    (died,) = ranks.compare_cases(chosen, "cpu", "torch")
     assert (died.case, died.errors) == ("2 processes", {})
     assert died.fault.startswith("ValueError: feature_map: expected one of ")
 

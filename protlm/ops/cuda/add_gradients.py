@@ -1,4 +1,4 @@
-"""Adds what the units of each segment give to the gradient of its state, in their order."""
+"""Sums the contributions of the units of each segment to the gradient of its state, in their order."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def add_gradients(
     """One program adds one tile of features of one head of a segment.
 
     A gradient of a mean is a sum over the queries and may leave the range of float16: each row of mean_grads is written
-    relative to its largest number, which `sizes` keeps.
+    relative to its largest number, which is stored in `sizes`.
     """
     BLOCKS: tl.constexpr = PADDED // TILE_FEATURES
     place = tl.program_id(0).to(tl.int64) // BLOCKS

@@ -1,4 +1,4 @@
-"""One call of the op as launches: hides how its arguments are prepared, and what each kernel is given."""
+"""One call of the op as kernel launches: how arguments are prepared, and which of them each kernel gets."""
 
 import contextlib
 import functools
@@ -26,10 +26,10 @@ from protlm.ops.feature_maps import check_backend
 from protlm.ops.inputs import AttentionInputs
 
 _LOG2_E = math.log2(math.e)
-# Tokens of a unit: with few programs they are cut shorter, so that every multiprocessor has one.
+# Tokens of a unit: shorter if there are few programs, so that every multiprocessor has one.
 _UNIT_TOKENS = (1024, 512, 256)
 _ENOUGH_PROGRAMS = 264
-# Segments up to here, on average, are taken by one program a head, if its state fits on the chip.
+# Segments up to this mean length are computed by one program per head, if its state fits on the chip.
 _SHORT_TOKENS = 1024
 _ENOUGH_SHORT_PROGRAMS = 64
 
@@ -41,7 +41,7 @@ class StateGrad:
     Attributes:
         means: (segments, heads, padded features, padded head_dim), each row relative to its size.
         sums: (segments, heads, padded features): Σ weights · inner product of output and gradient.
-        sizes: The same shape, the largest number of each row.
+        sizes: The same shape: the largest number of each row of means.
     """
 
     means: Tensor
@@ -50,10 +50,10 @@ class StateGrad:
 
 
 class Call:
-    """One call of the op: what its launches have in common, and the launches.
+    """One call of the op: its launches, and the arguments that they have in common.
 
-    The state of a segment is the mean of v under each feature, (segments, heads, padded features, padded head_dim), and
-    `references`, (segments, heads, padded features): the base-2 logarithm of the feature's sum, for `relu` the sum.
+    The state of a segment is the mean of v under each feature (segments, heads, padded features, padded head_dim), and
+    `references` (segments, heads, padded features): the base-2 logarithm of the feature's sum, for `relu` the sum.
     """
 
     def __init__(self, inputs: AttentionInputs, capability: int | None = None) -> None:
@@ -61,7 +61,7 @@ class Call:
         check_backend(inputs.feature_map, "triton")
         self.inputs = inputs
         if capability is None:
-            # The interpreter takes the tiles of any GPU.
+            # The interpreter runs with the tiles of any GPU.
             device = inputs.q.device
             capability = capability_of(device.index) if device.type == "cuda" else MIN_CAPABILITY
         self.capability = capability
@@ -76,9 +76,9 @@ class Call:
         self._scales, self._constants = self._oprf()
 
     def takes_short(self, kernel: str, *others: Tensor) -> bool:
-        """Says whether a kernel for short segments takes the call: by the mean length, which the host knows.
+        """Returns whether a kernel for short segments takes the call: by the mean length, which the host knows.
 
-        `others` are what it would read and write along the length beside q, k and v.
+        `others` are the tensors that it would read and write along the length beside q, k and v.
         """
         inputs = self.inputs
         mean_length = inputs.q.shape[0] * inputs.q.shape[2] / inputs.num_segments
@@ -115,14 +115,14 @@ class Call:
         return StateGrad(means, sums, torch.empty_like(sums))
 
     def query_references(self, references: Tensor) -> Tensor:
-        """Returns references as queries find them: with the constants of `oprf`; for `relu` relative to the largest."""
+        """Returns the references for queries: with the constants of `oprf`; for `relu` relative to the largest."""
         if not self.inputs.is_exponential:
             largest = references.amax(-1, keepdim=True)
             return torch.where(largest == 0, 0.0, references / largest)
         return references if self._constants is None else references + self._constants
 
     def short_forward(self, means: Tensor, references: Tensor, out: Tensor, query_sums: Tensor) -> Launch:
-        """Returns the launch that does the whole forward, one program a segment and head."""
+        """Returns the launch that does the whole forward, with one program per segment and head."""
         tensors = {"q": self._q, "k": self._k, "v": self._v, "out": out}
         arguments = {
             **self._of_whole_segments(means, references), "query_sums": query_sums, **self._sum_strides(),
@@ -139,7 +139,7 @@ class Call:
         query_sums: Tensor,
         grads: tuple[Tensor, Tensor, Tensor],
     ) -> Launch:
-        """Returns the launch that does the whole backward, one program a segment and head, into those of q, k and v."""
+        """Returns the launch that does the whole backward, with one program per segment and head, into `grads`."""
         tensors = {"q": self._q, "k": self._k, "v": self._v, "out": out, "out_grad": _with_neighbours(out_grad)}
         tensors |= zip(("q_grad", "k_grad", "v_grad"), grads, strict=True)
         arguments = {
@@ -149,7 +149,7 @@ class Call:
         return self._launch(short_backward, whole_segments(self.inputs), tensors, arguments)
 
     def fold(self, means: Tensor, references: Tensor) -> list[Launch]:
-        """Returns the launches that fold the keys of every unit and merge what each segment got."""
+        """Returns the launches that fold the keys of every unit and merge the states of each segment."""
         unit_means, unit_references = self._of_units()
         arguments = {
             **self._common(), "means": unit_means, "references": unit_references,
@@ -163,7 +163,7 @@ class Call:
         return [folded, self._launch(merge_states, None, {}, arguments)]
 
     def read(self, means: Tensor, references: Tensor, out: Tensor, query_sums: Tensor) -> Launch:
-        """Returns the launch that reads states with references as queries find them."""
+        """Returns the launch that reads states, given the references for queries."""
         arguments = {
             **self._common(), "means": means, "references": references, "query_sums": query_sums,
             **self._sum_strides(), **self._factors("factor"),
@@ -213,8 +213,8 @@ class Call:
     ) -> Launch:
         """Returns a launch with the strides of tensors, the tiles of the device and the constants of all kernels.
 
-        A program takes a unit and head, or a segment and head where `units` is None; of these a tile, for a kernel that
-        has several.
+        A program computes a unit and head, or a segment and head if `units` is None; for a kernel with several tiles,
+        one tile of these.
         """
         tile = tile_of(kernel.__name__, self.capability, self.dim, self.padded)
         names = set(kernel.arg_names)
@@ -254,7 +254,7 @@ class Call:
             "projection": rows,
             "projection_head": rows.stride(0) if rows.dim() == 3 else 0,
             "scales": rows if self._scales is None else self._scales,
-            # Without a mask the kernel reads none: any tensor will do.
+            # Without a mask the kernel reads none, and any tensor will do.
             "token_mask": rows.view(torch.uint8) if mask is None else mask,
             "mask_row": mask.stride(0) if mask is not None and self.inputs.cu_seqlens is None else 0,
         }
@@ -278,7 +278,7 @@ class Call:
         return {name: factors[name] for name in names}
 
     def _of_units(self) -> tuple[Tensor, Tensor]:
-        """Returns float32 tensors for a number of each feature and dimension of every unit, and of each feature."""
+        """Returns float32 tensors (units, heads, features, dimensions) and (units, heads, features), both padded."""
         shape = (self.units.count, self.heads, self.padded)
         means = self._q.new_empty((*shape, self.dim), dtype=torch.float32)
         return means, means.new_empty(shape)
@@ -304,5 +304,5 @@ class Call:
 
 
 def _with_neighbours(x: Tensor) -> Tensor:
-    """Returns the tensor such that the numbers of a vector are neighbours."""
+    """Returns the tensor with the numbers of each vector contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

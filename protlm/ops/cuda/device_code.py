@@ -1,10 +1,10 @@
-"""What the kernels share on the device: products, where the tokens of a unit lie in memory, how keys become a state."""
+"""Functions that several kernels use on the device: products, access to the tokens of a unit, folding of keys."""
 
 import triton
 import triton.language as tl
 
 LOG_ZERO = tl.constexpr(-1.0e30)
-"""Stands for log 0: finite, so that a difference of two is no NaN."""
+"""Stands for log 0: finite, so that a difference of two is not NaN."""
 
 RELU_OFFSET = tl.constexpr(1e-3)
 """As in protlm.ops.feature_maps."""
@@ -14,8 +14,8 @@ RELU_OFFSET = tl.constexpr(1e-3)
 def product(a, b, total, UPCAST: tl.constexpr):
     """Returns a·b + total, summed in float32.
 
-    The interpreter multiplies the bit patterns of bfloat16; UPCAST has it multiply numbers, whose products float32
-    holds exactly.
+    The interpreter would multiply the bit patterns of bfloat16; with UPCAST it multiplies numbers, whose products
+    float32 holds exactly.
     """
     if UPCAST:
         a = a.to(tl.float32)
@@ -31,7 +31,7 @@ def scores(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def load_unit(units, unit):
-    """Returns the segment of a unit, and its first position and the one behind its last."""
+    """Returns the segment of a unit, its first position and the position after its last."""
     segment = tl.load(units + 3 * unit).to(tl.int64)
     return segment, tl.load(units + 3 * unit + 1), tl.load(units + 3 * unit + 2)
 
@@ -56,7 +56,7 @@ def store_rows(pointer, offsets, values, is_in, HEAD_DIM: tl.constexpr, DIM: tl.
 
 @triton.jit
 def load_is_real(token_mask, place, is_in, HAS_MASK: tl.constexpr):
-    """Returns which of the tokens that `is_in` names are real."""
+    """Returns True for the tokens that `is_in` names and that are real."""
     if HAS_MASK:
         return is_in & (tl.load(token_mask + place, mask=is_in, other=0) != 0)
     return is_in
@@ -64,7 +64,7 @@ def load_is_real(token_mask, place, is_in, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def scale_of(scales, segment, head, HEADS: tl.constexpr, HAS_SCALES: tl.constexpr):
-    """Returns what multiplies ω·x in a segment and head: √(1−4A) of `oprf`, else 1."""
+    """Returns the factor of ω·x in a segment and head: √(1−4A) of `oprf`, else 1."""
     if HAS_SCALES:
         return tl.load(scales + segment * HEADS + head)
     return 1.0
@@ -78,21 +78,21 @@ def relu_features(scores):
 
 @triton.jit
 def relu_gradient(scores, grads):
-    """Returns the gradient of scores from that of their features; a score of NaN does not hide it."""
+    """Returns the gradient of scores from that of their features; it passes through a score of NaN."""
     return tl.where(scores <= 0, 0.0, grads)
 
 
 @triton.jit
 def weights_of(exponents):
-    """Returns 2^exponents of shares of a sum, which are at most 1: rounding far out can let them seem larger."""
+    """Returns 2^exponents of shares of a sum, at most 1, which rounding of large exponents could exceed."""
     return tl.math.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Returns how much of each feature's mean the queries take, (features, tokens), and what its gradient is times.
+    """Returns the weights of each feature's mean for the queries (features, tokens), and the factor of its gradient.
 
-    Nothing where a token is not real, whatever its exponents are: those of padding may be infinite.
+    Both are zero where a token is not real: exponents of padding may be infinite.
     """
     if IS_EXPONENTIAL:
         weights = weights_of(exponents + bias[:, None] - sums[None, :])
@@ -100,16 +100,16 @@ def query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL: tl.constexpr, 
             weights = tl.where(is_real[None, :], weights, 0.0)
         return weights, weights
     is_counted = is_real & (sums != 0)
-    parts = bias[:, None] * tl.where(is_counted, 1.0 / tl.where(is_counted, sums, 1.0), 0.0)[None, :]
-    weights = relu_features(exponents) * parts
+    shares = bias[:, None] * tl.where(is_counted, 1.0 / tl.where(is_counted, sums, 1.0), 0.0)[None, :]
+    weights = relu_features(exponents) * shares
     if HAS_MASK:
         weights = tl.where(is_real[None, :], weights, 0.0)
-    return weights, relu_gradient(exponents, parts)
+    return weights, relu_gradient(exponents, shares)
 
 
 @triton.jit
 def half_squares(k, is_real, norm_factor):
-    """Returns ‖k‖² in the exponent, and infinity where a token is not real."""
+    """Returns ‖k‖² as in the exponent, and infinity where a token is not real."""
     wide = k.to(tl.float32)
     return tl.where(is_real, tl.sum(wide * wide, 1) * norm_factor, float("inf"))
 
@@ -119,12 +119,12 @@ def fold_tile(
     rows, keys, values, is_real, largest, sums, context, factor, norm_factor,
     IS_EXPONENTIAL: tl.constexpr, HAS_MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of keys to a state; returns the largest exponent, the sum of and the context under each feature."""
+    """Adds a tile of keys to a state; returns the largest exponent, the sum and the context of each feature."""
     exponents = scores(rows, keys, UPCAST) * factor
     if IS_EXPONENTIAL:
         exponents -= half_squares(keys, is_real, norm_factor)[None, :]
         if HAS_MASK:
-            # Padding may be so large that its score is infinite too.
+            # Scores of padding may be infinite too.
             exponents = tl.where(is_real[None, :], exponents, float("-inf"))
         risen = tl.maximum(largest, tl.max(exponents, 1))
         key_features = tl.math.exp2(exponents - risen[:, None])

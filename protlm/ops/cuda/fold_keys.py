@@ -1,6 +1,6 @@
 """Folds the keys of a unit into a state: for each feature the mean of v under the key features, and their sum.
 
-Attention from the projection to the keys, with one running maximum a feature.
+This is attention from the projection to the keys, with one running maximum for each feature.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""The gradients of keys and values from that of the state."""
+"""The gradients of keys and values from the gradient of the state."""
 
 import triton
 import triton.language as tl
@@ -101,7 +101,7 @@ def key_gradients(
             exponents = scores(keys, rows, UPCAST) * factor
             grads = scores(values, pulled, UPCAST) * size[None, :] - tl.load(sum_grads + features)[None, :]
             if IS_EXPONENTIAL:
-                # A feature without a key, or that is padding, weighs nothing.
+                # A feature without a key, or of the padding, has no weight.
                 bias = tl.where(bias == LOG_ZERO, float("inf"), bias)
                 weights = weights_of(exponents - squares[:, None] - bias[None, :])
                 grads *= weights

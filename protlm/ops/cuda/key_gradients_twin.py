@@ -1,4 +1,4 @@
-"""The float64 twin of `key_gradients`: automatic differentiation of what keys and values give to the state."""
+"""The float64 twin of `key_gradients`: automatic differentiation of the contribution of keys and values."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from protlm.ops.feature_maps import RELU_OFFSET
 def key_gradients(
     k: Tensor, v: Tensor, rows: Tensor, references: Tensor, mean_grads: Tensor, sum_grads: Tensor, is_exponential: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of k and v of one head: of Σ φ(k)/sum · (v·mean_grad − sum_grad), the sums fixed."""
+    """Returns the gradients of Σ φ(k)/sum · (v·mean_grad − sum_grad) by k and v of one head, with fixed sums."""
     k, v = (x.detach().double().requires_grad_() for x in (k, v))
     rows, references = rows.double(), references.double()
     if is_exponential:

@@ -1,4 +1,4 @@
-"""A kernel launch as a value: what a GPU would be given, so that tests can run it, or compile it without a GPU."""
+"""A kernel launch as a value, so that tests can run it in the interpreter or compile it without a GPU."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs kernels as Python on the CPU; it asks when a kernel is defined, so for the whole process."""
+"""Whether Triton runs kernels as Python on the CPU: read when a kernel is defined, so fixed for the whole process."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Launch:
     Attributes:
         kernel: A function under `triton.jit`.
         grid: Programs along each axis.
-        arguments: The parameters known when it runs, by name.
-        constants: The parameters known when it is compiled, by name.
-        num_warps: Of a program.
-        num_stages: Loads in flight in a loop, at most.
+        arguments: Parameters of the run, by name.
+        constants: Parameters of the compilation, by name.
+        num_warps: Warps of a program.
+        num_stages: Most loads in flight in a loop.
     """
 
     kernel: Any
@@ -33,7 +33,7 @@ class Launch:
     num_stages: int
 
     def run(self) -> None:
-        """Starts the kernel; a grid without programs is no launch."""
+        """Starts the kernel; does nothing for a grid without programs."""
         if 0 in self.grid:
             return
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}

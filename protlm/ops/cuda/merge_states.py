@@ -1,4 +1,4 @@
-"""Merges the states of the units of each segment, in their order: by log-sum-exp, for `relu` by sums."""
+"""Merges the states of the units of each segment, in their order: by log-sum-exp, or by sums for `relu`."""
 
 import triton
 import triton.language as tl
@@ -19,7 +19,7 @@ def merge_states(
     TILE_FEATURES: tl.constexpr,
     IS_EXPONENTIAL: tl.constexpr,
 ):
-    """One program merges one tile of features of one head of a segment; a segment without a unit gets no key."""
+    """One program merges one tile of features of one head of a segment; a segment without units gets an empty state."""
     BLOCKS: tl.constexpr = PADDED // TILE_FEATURES
     place = tl.program_id(0).to(tl.int64) // BLOCKS
     segment, head = place // HEADS, place % HEADS

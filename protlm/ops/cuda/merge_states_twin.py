@@ -10,7 +10,7 @@ def merge_states(means: Tensor, references: Tensor, is_exponential: bool) -> tup
     Args:
         means: (units, features, head_dim).
         references: (units, features): log2 of sums, for ReLU sums.
-        is_exponential: Which of the two.
+        is_exponential: Whether references are logarithms.
     """
     means, references = means.double(), references.double()
     if not is_exponential:

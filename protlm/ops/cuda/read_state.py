@@ -1,6 +1,6 @@
 """Reads the state of a segment with its queries: the output, and the renormaliser of each query.
 
-Attention from the queries to the projection, whose values are the means and whose bias the logarithms of the state.
+This is attention from the queries to the projection: the values are the means of the state, the bias its logarithms.
 """
 
 import triton
@@ -52,7 +52,7 @@ def read_state(
     HAS_SCALES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program reads with one tile of queries of one head; `references` are those that queries find.
+    """One program reads with one tile of queries of one head; `references` are those of `Call.query_references`.
 
     Writes out, zero where a token is not real, and query_sums: log2 Σ φ(q)·φ(k), for `relu` the sum.
     """
@@ -94,7 +94,7 @@ def read_state(
                 weights = relu_features(exponents) * bias[None, :]
             sums += tl.sum(weights, 1)
             total = product(weights.to(values.dtype), values, total, UPCAST)
-        # Without a key the sum of `relu` is 0, and so is what it divides.
+        # Without a key the sum of `relu` is 0, and so is the number that it divides.
         total = tl.where(is_real[:, None], total / tl.where(sums == 0, 1.0, sums)[:, None], 0.0)
         out += segment * out_row + head * out_head + first_token * out_token
         store_rows(out, steps[:, None] * out_token + dims[None, :], total, is_in, HEAD_DIM, DIM)

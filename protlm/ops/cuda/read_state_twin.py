@@ -16,15 +16,15 @@ def read_state(
         q: (queries, head_dim).
         rows: (features, head_dim), with the factor d^-¼ and the scale of `oprf` in them.
         means: (features, head_dim).
-        references: (features), as queries find them: log2 of sums, for ReLU sums.
-        is_exponential: Which of the two.
+        references: (features), those of `Call.query_references`: log2 of sums, for ReLU sums.
+        is_exponential: Whether they are logarithms.
     """
     weights, sums = query_weights(q, rows, references, is_exponential)
     return weights @ means.double(), sums
 
 
 def query_weights(q: Tensor, rows: Tensor, references: Tensor, is_exponential: bool) -> tuple[Tensor, Tensor]:
-    """Returns how much of each feature's mean a query takes, (queries, features), and the renormalisers."""
+    """Returns the weight of each feature's mean for each query (queries, features), and the renormalisers."""
     scores, references = q.double() @ rows.double().T, references.double()
     if is_exponential:
         exponents = scores + references * LOG_2

@@ -22,7 +22,7 @@ from protlm.ops.cuda.device_code import (
 
 @triton.jit
 def product_of_features(weights, rows, TILE_TOKENS: tl.constexpr, DIM: tl.constexpr, UPCAST: tl.constexpr):
-    """Returns weightsᵀ·rows, (tokens, head_dim): computed with the longer side first, as tensor cores want it."""
+    """Returns weightsᵀ·rows, (tokens, head_dim): computed with the longer side first, which tensor cores need."""
     if TILE_TOKENS < DIM:
         zeros = tl.zeros([DIM, TILE_TOKENS], tl.float32)
         return tl.trans(product(tl.trans(rows), weights.to(rows.dtype), zeros, UPCAST))
@@ -142,7 +142,7 @@ def short_backward(
     size = tl.where(size == 0, 1.0, size)
     state_grad = (of_means / size[:, None]).to(state.dtype)
     if IS_EXPONENTIAL:
-        # A feature without a key, or that is padding, weighs nothing.
+        # A feature without a key, or of the padding, has no weight.
         bias = tl.where(sums_of_keys == LOG_ZERO, float("inf"), sums_of_keys)
     else:
         inverse_sums = tl.where(sums_of_keys == 0, 0.0, 1.0 / tl.where(sums_of_keys == 0, 1.0, sums_of_keys))

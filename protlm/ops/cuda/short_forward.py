@@ -61,7 +61,7 @@ def short_forward(
     HAS_SCALES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program takes one head of a segment, of any length; writes what `fold_keys` and `read_state` write."""
+    """One program takes one head of a segment, of any length; writes the results of `fold_keys` and `read_state`."""
     place = tl.program_id(0).to(tl.int64)
     segment, start, stop = load_unit(units, place // HEADS)
     head = place % HEADS
@@ -115,7 +115,7 @@ def short_forward(
             weights = relu_features(exponents) * bias[None, :]
         total = tl.sum(weights, 1)
         outputs = product(weights.to(state.dtype), state, tl.zeros([TILE_TOKENS, DIM], tl.float32), UPCAST)
-        # Without a key the sum of `relu` is 0, and so is what it divides.
+        # Without a key the sum of `relu` is 0, and so is the number that it divides.
         outputs = tl.where(is_real[:, None], outputs / tl.where(total == 0, 1.0, total)[:, None], 0.0)
         store_rows(out, tokens[:, None] * out_token + dims[None, :], outputs, is_in, HEAD_DIM, DIM)
         if IS_EXPONENTIAL:

@@ -16,7 +16,7 @@ def short_forward(
         k: The real keys.
         v: Their values.
         rows: (features, head_dim), with the factor d^-¼ and the scale of `oprf` in them.
-        constants: What queries find beside the references, to base 2: (features), zeros but for `oprf`.
+        constants: (features), added to the references for queries, to base 2; zeros except for `oprf`.
         is_exponential: Whether φ is an exponential, else ReLU.
     """
     means, references = fold_keys(k, v, rows, is_exponential)

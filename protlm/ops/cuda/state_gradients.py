@@ -1,4 +1,4 @@
-"""What the queries of a unit give to the gradient of the state: Σ over queries of weights ⊗ [out_grad, inner]."""
+"""The contribution of a unit's queries to the gradient of the state: Σ over queries of weights ⊗ [out_grad, inner]."""
 
 import triton
 import triton.language as tl

@@ -1,22 +1,22 @@
-"""How much of a call one program takes, by kernel and architecture: found by compiling, see tests/machine_code."""
+"""The share of a call that one program computes, chosen by kernel and architecture with tests/machine_code."""
 
 from dataclasses import dataclass
 
 MAX_DIM = 128
-"""head_dim, padded, up to which there are tiles."""
+"""Largest padded head_dim for which there are tiles."""
 MIN_CAPABILITY = 80
-"""Of the GPUs: older ones have no bfloat16 in their tensor cores."""
+"""Least compute capability, 10 · major + minor: the tensor cores of older GPUs have no bfloat16."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program holds at a time.
+    """The block of a call that one program holds at a time.
 
     Attributes:
         features: Rows of the state.
         tokens: Tokens.
         num_warps: Warps of a program.
-        num_stages: Loads in flight in a loop, at most.
+        num_stages: Most loads in flight in a loop.
     """
 
     features: int
@@ -25,7 +25,7 @@ class Tile:
     num_stages: int
 
 
-# For head_dim up to 64; the larger side is halved above.
+# For head_dim up to 64; for larger ones the longer side is halved.
 _TILES = {
     "fold_keys": Tile(128, 64, 8, 2),
     "merge_states": Tile(16, 0, 4, 1),
@@ -38,14 +38,14 @@ _TILES = {
     "short_backward": Tile(0, 32, 8, 2),
 }
 _THREE_STAGES = ("fold_keys", "read_state", "short_forward")
-# Of a state that one program keeps in its registers; the backward keeps its gradient there too, of which only Hopper
-# holds more, as compiling shows.
+# Most features of a state that one program keeps in its registers. The backward keeps its gradient there too; only
+# Hopper holds more of both, as compiling shows.
 _MOST_FEATURES_ON_CHIP = {"short_forward": 256, "short_backward": 128}
 _MOST_DIM_ON_CHIP = 64
 
 
 def fits_chip(kernel: str, capability: int, dim: int, padded_features: int) -> bool:
-    """Says whether one program of a kernel for short segments can hold the state of a segment and head."""
+    """Returns whether one program of a kernel for short segments can hold the state of a segment and head."""
     is_power_of_two = padded_features & (padded_features - 1) == 0
     most = 256 if 90 <= capability < 100 else _MOST_FEATURES_ON_CHIP[kernel]
     return is_power_of_two and padded_features <= most and dim <= _MOST_DIM_ON_CHIP
@@ -55,10 +55,10 @@ def tile_of(kernel: str, capability: int, dim: int, padded_features: int) -> Til
     """Returns the tile of a kernel.
 
     Args:
-        kernel: Its name.
-        capability: Of the device: 80, 90, 100, …
-        dim: head_dim, padded.
-        padded_features: Features, padded: no tile has more of them.
+        kernel: Name of the kernel.
+        capability: Compute capability of the device: 80, 90, 100, …
+        dim: Padded head_dim.
+        padded_features: Padded number of features, the most that a tile has.
     """
     tile = _TILES[kernel]
     features, tokens = tile.features, tile.tokens
@@ -67,7 +67,7 @@ def tile_of(kernel: str, capability: int, dim: int, padded_features: int) -> Til
         tokens, num_warps = 64, 4
     if dim > 64:
         features, tokens = (features, tokens // 2) if tokens > features else (features // 2, tokens)
-    # Hopper and the Blackwell of data centres have groups of warps multiply; their other chips (8.x, 12.x) do not.
+    # Hopper and the Blackwell chips for data centres multiply by groups of warps; other chips (8.x, 12.x) do not.
     has_warp_groups = 90 <= capability < 120
     stages = 3 if has_warp_groups and kernel in _THREE_STAGES and dim <= 64 else tile.num_stages
     if kernel == "short_forward" and not has_warp_groups:
@@ -77,10 +77,10 @@ def tile_of(kernel: str, capability: int, dim: int, padded_features: int) -> Til
 
 
 def padded_dim(head_dim: int) -> int:
-    """Returns the head_dim of the kernels: a power of two."""
+    """Returns the head_dim that the kernels use: a power of two."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def padded_features(features: int) -> int:
-    """Returns the features of the kernels, the next power of two or multiple of 128: every tile divides it."""
+    """Returns the number of features that the kernels use, a power of two or multiple of 128: every tile divides it."""
     return max(16, 1 << (features - 1).bit_length()) if features <= 128 else -(-features // 128) * 128

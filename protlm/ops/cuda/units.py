@@ -1,6 +1,6 @@
-"""How the tokens of a call are shared out: units, runs of consecutive tokens of one segment.
+"""The units of a call, runs of consecutive tokens of one segment: how they are cut without waiting for the device.
 
-Where units begin is computed on the device, also for packed rows: the host waits for nothing.
+Their bounds are computed on the device, also for packed rows.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from protlm.ops.inputs import AttentionInputs
 
 @dataclass(frozen=True)
 class Units:
-    """How tokens are shared out.
+    """The units of a call.
 
     Attributes:
-        table: int32 (units, 3): segment, first position, the position behind the last; empty units have none.
-        first: int32 (segments + 1): the first unit of each segment.
-        tokens: The largest unit.
+        table: int32 (units, 3): segment, first position, position after the last; the two are equal for empty units.
+        first: int32 (segments + 1): number of the first unit of each segment.
+        tokens: Most tokens of a unit.
     """
 
     table: Tensor
@@ -27,15 +27,15 @@ class Units:
 
     @property
     def count(self) -> int:
-        """Units, also empty ones."""
+        """Number of units, empty ones included."""
         return self.table.shape[0]
 
 
 def check_bounds(inputs: AttentionInputs) -> None:
-    """Checks that the bounds of a packed row rise from 0 to its length; on a GPU the device does so itself, later.
+    """Checks that the bounds of a packed row rise from 0 to its length; on a GPU the device checks it later.
 
     Raises:
-        ValueError: They do not, on the CPU.
+        ValueError: The bounds, on the CPU, do not.
     """
     bounds, length = inputs.cu_seqlens, inputs.q.shape[2]
     if bounds is None:
@@ -49,7 +49,7 @@ def check_bounds(inputs: AttentionInputs) -> None:
 
 
 def cut_into_units(inputs: AttentionInputs, tokens: int) -> Units:
-    """Returns units of at most so many tokens; how many a segment has is known to the device only."""
+    """Returns units of at most `tokens` tokens; only the device knows how many each segment has."""
     batch, _, length, _ = inputs.q.shape
     if inputs.cu_seqlens is None:
         return _units_of_rows(batch, length, tokens, inputs.q.device)
@@ -67,7 +67,7 @@ def whole_segments(inputs: AttentionInputs) -> Units:
 
 
 def _units_of_rows(batch: int, length: int, tokens: int, device: torch.device) -> Units:
-    # Made anew for each call: a tensor kept from the capture of a CUDA graph, or from another stream, may not be there.
+    # Built for each call: a tensor kept from the capture of a CUDA graph, or from another stream, may be invalid.
     per_row = -(-length // tokens)
     units = torch.arange(batch * per_row, dtype=torch.int32, device=device)
     starts = units % per_row * tokens
@@ -82,6 +82,6 @@ def _cut(bounds: Tensor, count: int, tokens: int) -> Units:
     segments = torch.searchsorted(first[1:], units, right=True).clamp_(max=len(starts) - 1)
     begin = starts[segments] + (units - first[segments]) * tokens
     end = torch.minimum(begin + tokens, stops[segments])
-    # Those that nothing was left for are empty.
+    # Units beyond the last token are empty.
     begin = torch.minimum(begin, end)
     return Units(torch.stack((segments.int(), begin, end), 1), first, tokens)
