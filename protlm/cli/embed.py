@@ -32,66 +32,69 @@ _UNITS = {"read": "B", "embed": "residue", "write": "protein"}
 _SHOWN_SKIPPED = 20
 _DEFAULT_INCLUDE = ["mean"]
 
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="INPUT...", help="Protein files as for prep, or - for the standard input; or one DATASET."),
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="FILE", help="The output: a file, or a folder with the layout esm.")
+]
+SplitOption = Annotated[
+    SplitName | None, typer.Option("--split", metavar=one_of(SplitName), help="The proteins of a DATASET to embed.")
+]
+IncludeOption = Annotated[list[str], some_of("--include", Kind, help="Kind of embedding to store; repeatable.")]
+LayersOption = Annotated[
+    str, typer.Option("--layers", metavar="LAYERS", help="Numbers by comma: 0 is the embedding, -1 the last layer.")
+]
+LayoutOption = Annotated[LayoutName, typer.Option("--layout", metavar=one_of(LayoutName), help="Layout of the output.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        metavar=one_of(Dtype),
+        help="Type of the stored numbers; default: float32, and float16 for the layout uniprot.",
+    ),
+]
+TokensPerBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens-per-batch",
+        metavar="N",
+        min=3,
+        help="Budget of one forward pass; default: a number that suits the device.",
+    ),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option("--window", metavar="N", min=2, help="Compute longer proteins in overlapping windows of N residues."),
+]
+TruncateOption = Annotated[
+    int | None,
+    typer.Option("--truncate", metavar="N", min=1, help="Embed only the first N residues of longer proteins."),
+]
+SeedOption = Annotated[int, seed_option("Accepted as by every command; embedding draws nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print counts, size, time and free disk; embed nothing.")]
+
 
 def embed_command(
     model: ModelArgument,
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...", help="Protein files as for prep, or - for the standard input; or one DATASET."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="The output: a file, or a folder with the layout esm.")
-    ],
-    split: Annotated[
-        SplitName | None, typer.Option("--split", metavar=one_of(SplitName), help="The proteins of a DATASET to embed.")
-    ] = None,
-    include: Annotated[
-        list[str], some_of("--include", Kind, help="Kind of embedding to store; repeatable.")
-    ] = _DEFAULT_INCLUDE,
-    layers: Annotated[
-        str, typer.Option("--layers", metavar="LAYERS", help="Numbers by comma: 0 is the embedding, -1 the last layer.")
-    ] = "-1",
-    layout: Annotated[
-        LayoutName, typer.Option("--layout", metavar=one_of(LayoutName), help="Layout of the output.")
-    ] = "protlm",
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            "--dtype",
-            metavar=one_of(Dtype),
-            help="Type of the stored numbers; default: float32, and float16 for the layout uniprot.",
-        ),
-    ] = None,
-    tokens_per_batch: Annotated[
-        int | None,
-        typer.Option(
-            "--tokens-per-batch",
-            metavar="N",
-            min=3,
-            help="Budget of one forward pass; default: a number that suits the device.",
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            "--window", metavar="N", min=2, help="Compute longer proteins in overlapping windows of N residues."
-        ),
-    ] = None,
-    truncate: Annotated[
-        int | None,
-        typer.Option("--truncate", metavar="N", min=1, help="Embed only the first N residues of longer proteins."),
-    ] = None,
+    inputs: InputsArgument,
+    out: OutOption,
+    split: SplitOption = None,
+    include: IncludeOption = _DEFAULT_INCLUDE,
+    layers: LayersOption = "-1",
+    layout: LayoutOption = "protlm",
+    dtype: DtypeOption = None,
+    tokens_per_batch: TokensPerBatchOption = None,
+    window: WindowOption = None,
+    truncate: TruncateOption = None,
     on_bad_record: OnBadRecordOption = "error",
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
-    seed: Annotated[int, seed_option("Accepted as by every command; embedding draws nothing.")] = 0,
+    seed: SeedOption = 0,
     resume: ResumeOption = False,
     force: ForceOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print counts, size, time and free disk; embed nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Embed every protein: one vector each, or one per residue.
@@ -109,10 +112,7 @@ def embed_command(
       zcat proteins.fasta.gz | protlm embed run - --out vectors --layout esm --layers 0,-1
       protlm embed run dataset --split test --out test.h5 --devices 4
     """  # noqa: D301  \b must reach Typer as a backspace
-    try:
-        layer_numbers = [int(text) for text in layers.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--layers: expected whole numbers by comma, got {layers!r}") from None
+    layer_numbers = _numbers(layers)
 
     from protlm.runtime.devices import Devices
     from protlm.runtime.work_folder import partial_folder
@@ -131,8 +131,8 @@ def embed_command(
     except EmbedUsageError as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
-        if not dry_run and (kept := partial_folder(out)).is_dir():
-            output.warn(f"what is finished is kept in {kept}; go on with the same command and --resume")
+        if not dry_run:
+            output.warn_if_kept(partial_folder(out))
         raise
     if report is None:
         # Only the first process of a run prints.
@@ -145,6 +145,13 @@ def embed_command(
         _print_estimate(report, as_json)
     else:
         _print(report, as_json)
+
+
+def _numbers(layers: str) -> list[int]:
+    try:
+        return [int(text) for text in layers.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--layers: expected whole numbers by comma, got {layers!r}") from None
 
 
 def _print(report: "EmbedReport", as_json: bool) -> None:

@@ -72,6 +72,12 @@ def print_estimate(estimate: Any, pairs: Iterable[tuple[str, object]], *, as_jso
         raise ProtlmError(f"not enough disk: about {estimate.peak_bytes:,} bytes wanted, {estimate.free_bytes:,} free")
 
 
+def warn_if_kept(work_folder: Path) -> None:
+    """Prints, where an interrupted command left its work folder, that `--resume` continues from it."""
+    if work_folder.is_dir():
+        warn(f"what is finished is kept in {work_folder}; go on with the same command and --resume")
+
+
 def warn(message: str) -> None:
     """Prints one warning line on stderr."""
     print(f"warning: {message}", file=sys.stderr)

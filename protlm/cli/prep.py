@@ -18,116 +18,135 @@ if TYPE_CHECKING:
 _READY_MADE = "Ready-made {} set; INPUT is then the training set. Repeatable."
 _UNITS = {"read": "B", "write": "residues"}
 
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="Protein files, folders or patterns, or - for the standard input: FASTA, A3M, UniProtKB flat file or "
+        "XML, UniRef XML; plain, .gz, .bz2, .xz or .zst. The format is recognised from the content.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DATASET", help="The dataset folder to make.")]
+ValidInputOption = Annotated[
+    list[str] | None, typer.Option("--valid-input", metavar="FILE", help=_READY_MADE.format("validation"))
+]
+TestInputOption = Annotated[
+    list[str] | None, typer.Option("--test-input", metavar="FILE", help=_READY_MADE.format("test"))
+]
+OodInputOption = Annotated[
+    list[str] | None, typer.Option("--ood-input", metavar="FILE", help=_READY_MADE.format("out-of-distribution"))
+]
+SplitOption = Annotated[
+    SplitMethod,
+    typer.Option(
+        "--split",
+        metavar=one_of(SplitMethod),
+        help="Draw sequences, draw whole clusters, hold out families, or follow --split-file.",
+    ),
+]
+ValidFractionOption = Annotated[
+    float | None,
+    typer.Option("--valid-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for valid; default: 0.01."),
+]
+TestFractionOption = Annotated[
+    float | None,
+    typer.Option("--test-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for test; default: 0.01."),
+]
+ClustersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--clusters",
+        metavar="FILE",
+        help="Clusters: CD-HIT .clstr, MMseqs2 TSV (cluster, member) or UniRef XML.",
+    ),
+]
+ClusterWithOption = Annotated[
+    Literal["mmseqs"] | None,
+    typer.Option("--cluster-with", metavar="mmseqs", help="Cluster INPUT with a program installed on this machine."),
+]
+ClusterIdentityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--cluster-identity",
+        metavar="FRACTION",
+        min=0.0,
+        max=1.0,
+        help="Sequence identity within a cluster, with --cluster-with; default: 0.3.",
+    ),
+]
+FamiliesOption = Annotated[
+    Path | None,
+    typer.Option("--families", metavar="FILE", help="Families: TSV of id and family; flat files contain theirs."),
+]
+OodFamilyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ood-family", metavar="NAME", help="Family, or the preset paper-pfam-20, to hold out as ood. Repeatable."
+    ),
+]
+SplitFileOption = Annotated[
+    Path | None,
+    typer.Option("--split-file", metavar="FILE", help="Splits: TSV of id and train, valid, test or ood."),
+]
+MinLengthOption = Annotated[int, typer.Option("--min-length", metavar="N", min=1, help="Reject shorter sequences.")]
+MaxLengthOption = Annotated[
+    int | None, typer.Option("--max-length", metavar="N", min=1, help="Reject longer sequences.")
+]
+DedupeOption = Annotated[
+    bool, typer.Option("--dedupe/--no-dedupe", help="Keep only the first of equal sequences within a split.")
+]
+ShardResiduesOption = Annotated[
+    int, typer.Option("--shard-residues", metavar="N", min=1, help="Residues in a shard, at most.")
+]
+CheckLeaksOption = Annotated[
+    bool,
+    typer.Option(
+        "--check-leaks/--no-check-leaks",
+        help="Look for sequences of one split that are contained in sequences of another.",
+    ),
+]
+WorkersOption = Annotated[
+    int,
+    typer.Option("--workers", metavar="N", min=1, help="Processes; their number does not change the dataset."),
+]
+PartOption = Annotated[
+    str | None,
+    typer.Option("--part", metavar="I/N", help="Read only the I-th of N parts of the files, for --merge."),
+]
+MergeOption = Annotated[bool, typer.Option("--merge", help="Make the dataset from the parts that were read.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Estimate counts, time and disk from a sample; make nothing.")
+]
+SeedOption = Annotated[int, seed_option("Seed of the random split.")]
+
 
 def prep_command(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...",
-            help="Protein files, folders or patterns, or - for the standard input: FASTA, A3M, UniProtKB flat file or "
-            "XML, UniRef XML; plain, .gz, .bz2, .xz or .zst. The format is recognised from the content.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DATASET", help="The dataset folder to make.")],
-    valid_input: Annotated[
-        list[str] | None, typer.Option("--valid-input", metavar="FILE", help=_READY_MADE.format("validation"))
-    ] = None,
-    test_input: Annotated[
-        list[str] | None, typer.Option("--test-input", metavar="FILE", help=_READY_MADE.format("test"))
-    ] = None,
-    ood_input: Annotated[
-        list[str] | None, typer.Option("--ood-input", metavar="FILE", help=_READY_MADE.format("out-of-distribution"))
-    ] = None,
-    split: Annotated[
-        SplitMethod,
-        typer.Option(
-            "--split",
-            metavar=one_of(SplitMethod),
-            help="Draw sequences, draw whole clusters, hold out families, or follow --split-file.",
-        ),
-    ] = "random",
-    valid_fraction: Annotated[
-        float | None,
-        typer.Option(
-            "--valid-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for valid; default: 0.01."
-        ),
-    ] = None,
-    test_fraction: Annotated[
-        float | None,
-        typer.Option(
-            "--test-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for test; default: 0.01."
-        ),
-    ] = None,
-    clusters: Annotated[
-        Path | None,
-        typer.Option(
-            "--clusters",
-            metavar="FILE",
-            help="Clusters: CD-HIT .clstr, MMseqs2 TSV (cluster, member) or UniRef XML.",
-        ),
-    ] = None,
-    cluster_with: Annotated[
-        Literal["mmseqs"] | None,
-        typer.Option(
-            "--cluster-with", metavar="mmseqs", help="Cluster INPUT with a program installed on this machine."
-        ),
-    ] = None,
-    cluster_identity: Annotated[
-        float | None,
-        typer.Option(
-            "--cluster-identity",
-            metavar="FRACTION",
-            min=0.0,
-            max=1.0,
-            help="Sequence identity within a cluster, with --cluster-with; default: 0.3.",
-        ),
-    ] = None,
-    families: Annotated[
-        Path | None,
-        typer.Option("--families", metavar="FILE", help="Families: TSV of id and family; flat files contain theirs."),
-    ] = None,
-    ood_family: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--ood-family", metavar="NAME", help="Family, or the preset paper-pfam-20, to hold out as ood. Repeatable."
-        ),
-    ] = None,
-    split_file: Annotated[
-        Path | None,
-        typer.Option("--split-file", metavar="FILE", help="Splits: TSV of id and train, valid, test or ood."),
-    ] = None,
-    min_length: Annotated[int, typer.Option("--min-length", metavar="N", min=1, help="Reject shorter sequences.")] = 1,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", metavar="N", min=1, help="Reject longer sequences.")
-    ] = None,
-    dedupe: Annotated[
-        bool, typer.Option("--dedupe/--no-dedupe", help="Keep only the first of equal sequences within a split.")
-    ] = True,
+    inputs: InputsArgument,
+    out: OutOption,
+    valid_input: ValidInputOption = None,
+    test_input: TestInputOption = None,
+    ood_input: OodInputOption = None,
+    split: SplitOption = "random",
+    valid_fraction: ValidFractionOption = None,
+    test_fraction: TestFractionOption = None,
+    clusters: ClustersOption = None,
+    cluster_with: ClusterWithOption = None,
+    cluster_identity: ClusterIdentityOption = None,
+    families: FamiliesOption = None,
+    ood_family: OodFamilyOption = None,
+    split_file: SplitFileOption = None,
+    min_length: MinLengthOption = 1,
+    max_length: MaxLengthOption = None,
+    dedupe: DedupeOption = True,
     on_bad_record: OnBadRecordOption = "error",
-    shard_residues: Annotated[
-        int, typer.Option("--shard-residues", metavar="N", min=1, help="Residues in a shard, at most.")
-    ] = 67_108_864,
-    check_leaks: Annotated[
-        bool,
-        typer.Option(
-            "--check-leaks/--no-check-leaks",
-            help="Look for sequences of one split that are contained in sequences of another.",
-        ),
-    ] = True,
-    workers: Annotated[
-        int,
-        typer.Option("--workers", metavar="N", min=1, help="Processes; their number does not change the dataset."),
-    ] = 1,
+    shard_residues: ShardResiduesOption = 67_108_864,
+    check_leaks: CheckLeaksOption = True,
+    workers: WorkersOption = 1,
     resume: ResumeOption = False,
-    part: Annotated[
-        str | None,
-        typer.Option("--part", metavar="I/N", help="Read only the I-th of N parts of the files, for --merge."),
-    ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Make the dataset from the parts that were read.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate counts, time and disk from a sample; make nothing.")
-    ] = False,
-    seed: Annotated[int, seed_option("Seed of the random split.")] = 0,
+    part: PartOption = None,
+    merge: MergeOption = False,
+    dry_run: DryRunOption = False,
+    seed: SeedOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -144,10 +163,9 @@ def prep_command(
       protlm prep uniprot_sprot.dat.gz --split family --ood-family PF00306 --out dataset
     """  # noqa: D301  \b must reach Typer as a backspace
     from protlm.runtime.work_folder import partial_folder
-    from protlm.workflows.prep.estimate import Estimate
     from protlm.workflows.prep.mmseqs import clusters_of
     from protlm.workflows.prep.options import PrepRequest, PrepUsageError, parse_part
-    from protlm.workflows.prep.prepare import PartReport, prepare
+    from protlm.workflows.prep.prepare import prepare
 
     try:
         with Bars(_UNITS) as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:
@@ -163,18 +181,24 @@ def prep_command(
     except PrepUsageError as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
-        if (kept := partial_folder(out)).is_dir():
-            output.warn(f"what is finished is kept in {kept}; go on with the same command and --resume")
+        output.warn_if_kept(partial_folder(out))
         raise
+    _print(report, as_json)
+
+
+def _print(report: "PrepReport | PartReport | Estimate", as_json: bool) -> None:
+    from protlm.workflows.prep.estimate import Estimate
+    from protlm.workflows.prep.prepare import PartReport
+
     if isinstance(report, Estimate):
         _print_estimate(report, as_json)
     elif isinstance(report, PartReport):
         _print_part(report, as_json)
     else:
-        _print(report, as_json)
+        _print_dataset(report, as_json)
 
 
-def _print(report: "PrepReport", as_json: bool) -> None:
+def _print_dataset(report: "PrepReport", as_json: bool) -> None:
     from protlm.cli.dataset_summary import print_summary, warn_about
 
     for path in report.left_out:

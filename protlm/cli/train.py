@@ -16,69 +16,80 @@ if TYPE_CHECKING:
     from protlm.workflows.train.dry_run import DryRunReport
     from protlm.workflows.train.train import TrainReport
 
+DatasetsArgument = Annotated[list[Path], typer.Argument(metavar="DATASET...", help="Datasets made by protlm prep.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.")]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="NAME|FILE",
+        help="A shipped configuration or a TOML file: see protlm config; default: tiny.",
+    ),
+]
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.lr=1e-3; repeatable."),
+]
+InitOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--init", metavar="MODEL", help="Start from the weights of this model or run; projections may differ."
+    ),
+]
+StrategyOption = Annotated[
+    StrategyName,
+    typer.Option(
+        "--strategy",
+        metavar=one_of(StrategyName),
+        help="ddp: the whole model on each device; fsdp: a share of it on each.",
+    ),
+]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option("--precision", metavar=one_of(Precision), help="Sets train.precision."),
+]
+MaxStepsOption = Annotated[
+    int | None,
+    typer.Option("--max-steps", metavar="N", min=1, help="Optimizer updates from step 0 on; sets train.max_steps."),
+]
+MaxTimeOption = Annotated[
+    str | None,
+    typer.Option("--max-time", metavar="HH:MM:SS", help="Stop after this time, with a checkpoint."),
+]
+SeedOption = Annotated[int | None, seed_option("Seed of weights, order and masks; sets train.seed.")]
+WandbOption = Annotated[
+    str | None,
+    typer.Option("--wandb", metavar="PROJECT", help="Send the metrics to Weights & Biases too (needs protlm[wandb])."),
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in RUN with its own settings.")]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print parameters, memory, steps and the time of a step; train nothing."),
+]
+FindBatchOption = Annotated[
+    bool,
+    typer.Option("--find-batch", help="With --dry-run, on a GPU: find the largest data.tokens_per_batch that fits."),
+]
+
 
 def train_command(
-    datasets: Annotated[list[Path], typer.Argument(metavar="DATASET...", help="Datasets made by protlm prep.")],
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.")],
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config",
-            metavar="NAME|FILE",
-            help="A shipped configuration or a TOML file: see protlm config; default: tiny.",
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.lr=1e-3; repeatable."),
-    ] = None,
-    init: Annotated[
-        Path | None,
-        typer.Option(
-            "--init", metavar="MODEL", help="Start from the weights of this model or run; projections may differ."
-        ),
-    ] = None,
+    datasets: DatasetsArgument,
+    out: OutOption,
+    config: ConfigOption = None,
+    overrides: OverridesOption = None,
+    init: InitOption = None,
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
-    strategy: Annotated[
-        StrategyName,
-        typer.Option(
-            "--strategy",
-            metavar=one_of(StrategyName),
-            help="ddp: the whole model on each device; fsdp: a share of it on each.",
-        ),
-    ] = "auto",
-    precision: Annotated[
-        Precision | None,
-        typer.Option("--precision", metavar=one_of(Precision), help="Sets train.precision."),
-    ] = None,
-    max_steps: Annotated[
-        int | None,
-        typer.Option("--max-steps", metavar="N", min=1, help="Optimizer updates from step 0 on; sets train.max_steps."),
-    ] = None,
-    max_time: Annotated[
-        str | None,
-        typer.Option("--max-time", metavar="HH:MM:SS", help="Stop after this time, with a checkpoint."),
-    ] = None,
-    seed: Annotated[int | None, seed_option("Seed of weights, order and masks; sets train.seed.")] = None,
-    wandb: Annotated[
-        str | None,
-        typer.Option(
-            "--wandb", metavar="PROJECT", help="Send the metrics to Weights & Biases too (needs protlm[wandb])."
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN with its own settings.")] = False,
+    strategy: StrategyOption = "auto",
+    precision: PrecisionOption = None,
+    max_steps: MaxStepsOption = None,
+    max_time: MaxTimeOption = None,
+    seed: SeedOption = None,
+    wandb: WandbOption = None,
+    resume: ResumeOption = False,
     force: ForceOption = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print parameters, memory, steps and the time of a step; train nothing."),
-    ] = False,
-    find_batch: Annotated[
-        bool,
-        typer.Option(
-            "--find-batch", help="With --dry-run, on a GPU: find the largest data.tokens_per_batch that fits."
-        ),
-    ] = False,
+    dry_run: DryRunOption = False,
+    find_batch: FindBatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a masked or next-token language model.
@@ -100,10 +111,8 @@ def train_command(
     if find_batch and not dry_run:
         raise typer.BadParameter("--find-batch trains nothing: give it together with --dry-run")
     max_seconds = _seconds(max_time)
-    settings = [*(overrides or ())]
-    for key, value in (("max_steps", max_steps), ("seed", seed), ("precision", precision)):
-        if value is not None:
-            settings.append(f"train.{key}={value}")
+    named = {"max_steps": max_steps, "seed": seed, "precision": precision}
+    settings = [*(overrides or ()), *(f"train.{key}={value}" for key, value in named.items() if value is not None)]
 
     from protlm.runtime.devices import Devices
     from protlm.workflows.train.start import TrainRequest
@@ -129,13 +138,26 @@ def train_command(
     for note in report.notes:
         output.warn(note)
     if report.ended_early is not None:
-        given = [("--devices", devices, 1), ("--num-nodes", num_nodes, 1), ("--strategy", strategy, "auto"),
-                 ("--wandb", wandb, None)]  # fmt: skip
-        words = [str(word) for name, value, default in given if value != default for word in (name, value)]
-        again = shlex.join(["protlm", "train", *map(str, datasets), "--out", str(out), "--resume", *words])
+        again = _resume_command(datasets, out, devices, num_nodes, strategy, wandb)
         output.warn(f"stopped at step {report.step}: {report.ended_early}; go on with: {again}")
     if report.interrupted:
         raise typer.Exit(130)
+
+
+def _resume_command(
+    datasets: list[Path], out: Path, devices: int, num_nodes: int, strategy: StrategyName, wandb: str | None
+) -> str:
+    """Returns the command that continues a run, without the options that have their default."""
+    words = ["protlm", "train", *map(str, datasets), "--out", str(out), "--resume"]
+    for name, value, default in (
+        ("--devices", devices, 1),
+        ("--num-nodes", num_nodes, 1),
+        ("--strategy", strategy, "auto"),
+        ("--wandb", wandb, None),
+    ):
+        if value != default:
+            words += [name, str(value)]
+    return shlex.join(words)
 
 
 def _seconds(text: str | None) -> float | None:

@@ -60,3 +60,12 @@ def test_an_estimate_is_printed_before_a_lack_of_disk_is_an_error(capsys):
 def test_a_warning_is_one_line_on_stderr(capsys):
     output.warn("look")
     assert capsys.readouterr() == ("", "warning: look\n")
+
+
+def test_work_that_is_kept_is_told_only_where_there_is_any(tmp_path, capsys):
+    output.warn_if_kept(tmp_path / "absent")
+    assert capsys.readouterr().err == ""
+    output.warn_if_kept(tmp_path)
+    assert capsys.readouterr().err == (
+        f"warning: what is finished is kept in {tmp_path}; go on with the same command and --resume\n"
+    )
