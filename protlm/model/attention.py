@@ -1,4 +1,4 @@
-"""Self-attention over packed rows: hides which kind of attention is used, and how q and k are kept in its range."""
+"""Self-attention over packed rows: the kind of attention, and how q and k are kept in its range."""
 
 import math
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from protlm.ops import draw_projection, favor_attention, oprf_parameter
 from protlm.ops.feature_maps import definition_of
 
 _INITIAL_TEMPERATURE = 0.75
-"""Share of max_temperature at which every head starts."""
+"""Initial temperature of every head, as a share of max_temperature."""
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention: FAVOR with any feature map, or exact `softmax`; bidirectional or causal.
 
-    Under qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], so that the
-    variance of the estimated weights stays bounded: (e^{4τ} − 1)/num_features relative to the weight, at the worst.
-    rescale_qk then changes their norms, and never makes the sum of ‖q‖² and ‖k‖² larger.
+    With qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], which bounds the
+    relative variance of the estimated weights by (e^{4τ} − 1)/num_features. rescale_qk then changes these norms, but
+    never increases the sum of ‖q‖² and ‖k‖².
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -54,12 +54,12 @@ class SelfAttention(nn.Module):
         self._uncompiled: Callable[..., Tensor] | None = None
 
     def prepare_compile(self) -> None:
-        """Leaves exact attention to Python: how many segments there are shows in the number of its calls."""
-        # Here and not as a decorator, which would have everyone wait for the compiler to be imported.
+        """Excludes exact attention from compilation: its number of calls depends on the number of segments."""
+        # Not as a decorator, which would import the compiler even where nothing is compiled.
         self._uncompiled = torch.compiler.disable(_exact_attention)  # type: ignore[no-untyped-call]
 
     def reset(self, generator: torch.Generator) -> None:
-        """Sets what is no weight of a linear layer, and draws the projection."""
+        """Sets the parameters that are not of linear layers, and draws the projection."""
         if self.convolution is not None:
             self.convolution.reset()
         if self.temperature_logit is not None:
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator) -> None:
-        """Draws a new projection for every head; nothing to do where there is none."""
+        """Draws a new projection for every head, if the attention has projections."""
         if self.projection is not None:
             assert self.projection_kind != "none"
             heads, features, head_dim = self.projection.shape
@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "length model_dim"]:
-        """Returns the attention's output for one packed row; without `rotary` q and k are not turned."""
+        """Returns the output of the attention for one packed row; without `rotary`, q and k are not rotated."""
         q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in self.queries_keys_values(x, segments, rotary))
         if self.kind == "softmax":
             exact_attention = self._uncompiled or _exact_attention
@@ -104,22 +104,22 @@ class SelfAttention(nn.Module):
         Float[Tensor, "length heads head_dim"],
         Float[Tensor, "length heads head_dim"],
     ]:
-        """Returns q, k and v as the attention takes them."""
+        """Returns the q, k and v that enter the attention."""
         angles = rotary or ()
         if self.convolution is None:
             q, k, v = in_stretches(lambda x, *angles: self._prepared(*self._projected(x), *angles), x, *angles)
         else:
-            parts = self.convolution(in_stretches(self._projected, x), segments)
-            q, k, v = in_stretches(self._prepared, *parts, *angles)
+            convolved = self.convolution(in_stretches(self._projected, x), segments)
+            q, k, v = in_stretches(self._prepared, *convolved, *angles)
         if self.rescale_qk:
             q, k = rescale(q, k, segments)
         return q, k, v
 
     def fixed_oprf_a(self) -> Float[Tensor, " heads"] | None:
-        """Returns the A of causal `oprf`, which must not depend on later tokens; None where the op finds its own.
+        """Returns the A of causal `oprf`, which must not depend on later tokens; None if the op computes its own.
 
-        With x = q/d^¼ and y = k/d^¼, ‖x‖² = ‖y‖² = τ under qk_norm, so the mean ‖x + y‖² over directions that do not
-        know of each other is 2τ: a function of the weights alone. No gradient flows to it.
+        With x = q/d^¼ and y = k/d^¼, ‖x‖² = ‖y‖² = τ under qk_norm, so the mean ‖x + y‖² over independent directions is
+        2τ: a function of the weights alone. No gradient flows to it.
         """
         if not self.takes_oprf_a or not self.causal:
             return None
@@ -128,23 +128,23 @@ class SelfAttention(nn.Module):
         return oprf_parameter(2 * temperature.detach(), self.head_dim)
 
     def _temperature(self) -> Tensor | None:
-        """Returns τ of every head."""
+        """Returns the temperature τ of every head, None without qk_norm."""
         return None if self.temperature_logit is None else self.max_temperature * torch.sigmoid(self.temperature_logit)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.query(x), self.key(x), self.value(x)
 
     def _prepared(self, q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the heads of q, k and v, q and k normalised and turned; each token is treated by itself."""
+        """Returns the heads of q, k and v, with q and k normalised and rotated; tokens do not interact."""
         q, k, v = (y.view(-1, self.num_heads, self.head_dim) for y in (q, k, v))
         rotary = (angles[0], angles[1]) if angles else None
-        # Back to the dtype of v, which autocast may have made shorter.
+        # To the dtype of v, which is shorter under autocast.
         return self._prepare(q, rotary).to(v.dtype), self._prepare(k, rotary).to(v.dtype), v
 
     def _prepare(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.temperature_logit is None:
             return x if rotary is None else rotate(x, *rotary)
-        # The root of τ·√d by way of logarithms: a τ near zero would have no gradient, and its root an infinite one.
+        # The root of τ·√d via logarithms: for τ near zero τ itself has no gradient, and its root an infinite one.
         largest = math.sqrt(self.max_temperature * math.sqrt(self.head_dim))
         lengths = largest * torch.exp(0.5 * F.logsigmoid(self.temperature_logit))
         return normalise(x, lengths) if rotary is None else normalise_and_rotate(x, lengths, rotary)
@@ -155,24 +155,24 @@ def rescale(
 ) -> tuple[Float[Tensor, "length heads head_dim"], Float[Tensor, "length heads head_dim"]]:
     """Returns Ψ·q and k/Ψ with Ψ_l = (Σk_l²/Σq_l²)^¼ over the tokens of a segment, for each head (arXiv 2302.00787).
 
-    q·k stays, and of all such rescalings this one makes Σ‖q‖² + Σ‖k‖² least. Ψ is no path for gradients. It is made of
-    the whole segment, so it has no place in causal attention.
+    q·k stays the same, and of all such rescalings this one minimises Σ‖q‖² + Σ‖k‖². No gradient flows through Ψ. It
+    depends on the whole segment, so causal attention cannot use it.
     """
     with torch.no_grad():
         q_sums, k_sums = (segments.sums(x.float().square()) for x in (q, k))
-        # A dimension that is zero throughout has nothing to even out.
+        # A dimension that is zero in all tokens stays as it is.
         ratio = torch.where((q_sums > 0) & (k_sums > 0), k_sums / q_sums, 1.0)
-        # Not pow(¼): its last bits depend on where in memory a number lies.
+        # Not pow(¼): its last bits depend on the position of a number in memory.
         psi = ratio.sqrt().sqrt().index_select(0, segments.numbers)
     return (q * psi).to(q.dtype), (k / psi).to(k.dtype)
 
 
 def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """Returns softmax attention, one segment at a time: never a (length, length) mask over the row."""
+    """Returns softmax attention, one segment at a time, without a (length, length) mask over the row."""
     outs = [
         F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], is_causal=causal)
         for start, stop in pairwise(segments.cpu_bounds.tolist())
         if stop > start
     ]
-    # Joined as they lie in memory, tokens first.
+    # Concatenated in their memory layout, tokens first.
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)

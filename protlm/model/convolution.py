@@ -1,4 +1,4 @@
-"""The convolution before attention: hides how it stays inside the proteins of a row, and which way is fast where."""
+"""The convolution before attention: how it stays inside the proteins of a row, and which implementation runs where."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from protlm.model.segments import Segments
 class SegmentConvolution(nn.Module):
     """A depthwise convolution along the length that stays inside segments; it starts as the identity.
 
-    It is centred on a token, or ends with it where it is causal.
+    Its window is centred on a token, or ends with the token if it is causal.
     """
 
     def __init__(self, channels: int, width: int, *, causal: bool = False) -> None:
@@ -24,23 +24,23 @@ class SegmentConvolution(nn.Module):
         self.offsets = tuple(range(first, first + width))
 
     def reset(self) -> None:
-        """Sets the identity: weight 1 on the token itself, 0 on its neighbours."""
+        """Sets the weights of the identity: 1 for the token itself, 0 for its neighbours."""
         nn.init.zeros_(self.weight)
         nn.init.ones_(self.weight[self.offsets.index(0)])
 
     def forward(
-        self, parts: Sequence[Float[Tensor, "length _"]], segments: Segments
+        self, inputs: Sequence[Float[Tensor, "length _"]], segments: Segments
     ) -> list[Float[Tensor, "length _"]]:
-        """Returns Σ_o weight_o · x_{t+o} over the neighbours of the same segment.
+        """Returns Σ_o weight_o · x_{t+o} over the neighbours in the same segment, for each input.
 
         Args:
-            parts: Tensors whose channels, one after the other, are those of the convolution.
+            inputs: Tensors whose channels, concatenated, are those of the convolution.
             segments: The segments of the row.
         """
-        pairs = zip(parts, torch.split(self.weight, [x.shape[1] for x in parts], dim=1), strict=True)
-        x = parts[0]
+        pairs = zip(inputs, torch.split(self.weight, [x.shape[1] for x in inputs], dim=1), strict=True)
+        x = inputs[0]
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != self.weight.dtype:
-            # In the dtype of x, which autocast may have made shorter: attention after it is worth keeping short.
+            # In the dtype of x, which is shorter under autocast: the attention that follows is faster in it.
             return [shifted_sum(x, weight.to(x.dtype), self.offsets, segments) for x, weight in pairs]
         lacking = [segments.lacks_neighbour(offset).nonzero().squeeze(1) for offset in self.offsets]
         lacked = [segments.lacks_neighbour(-offset).nonzero().squeeze(1) for offset in self.offsets]
@@ -56,19 +56,19 @@ def shifted_sum(
     offsets: Sequence[int],
     segments: Segments,
 ) -> Float[Tensor, "length channels"]:
-    """Returns the convolution by whole tensors: few kernels on a GPU, and what a compiler fuses into one."""
+    """Returns the convolution by operations on whole tensors: few kernels on a GPU, which a compiler fuses into one."""
     out = x * weight[offsets.index(0)]
     for row, offset in enumerate(offsets):
         if offset:
-            # What the roll brings round the end has no neighbour there either. Zeros put in rather than multiplied
-            # with: what another protein holds cannot even pass on a NaN.
+            # Tokens that the roll wraps around lack that neighbour too. Filled with zeros, not multiplied by them, so
+            # that a NaN of another protein has no effect.
             shifted = x.roll(-offset, 0).masked_fill(segments.lacks_neighbour(offset).unsqueeze(1), 0.0)
             out = torch.addcmul(out, shifted, weight[row])
     return out
 
 
 class _InPlaceSum(torch.autograd.Function):
-    """The same on a CPU, without shifted copies of the row, which would cost more than the sums themselves."""
+    """The convolution on a CPU, without shifted copies of the row, which would cost more than the sums themselves."""
 
     @staticmethod
     def forward(
@@ -82,7 +82,7 @@ class _InPlaceSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        # Where t + o is the neighbour of t, t is the neighbour at −o of t + o.
+        # If t + o is the neighbour of t at o, t is the neighbour of t + o at −o.
         x_grad = _add_shifted(grad, weight, [-offset for offset in ctx.offsets], ctx.lacked)
         weight_grad = torch.empty_like(weight)
         products = torch.empty_like(x)
@@ -98,7 +98,7 @@ def _add_shifted(x: Tensor, weight: Tensor, offsets: Sequence[int], lacking: lis
     for row, offset in enumerate(offsets):
         if offset:
             here, there = _overlap(len(x), offset)
-            # Kept and put back rather than corrected: what another protein holds cannot even pass on a NaN.
+            # Saved and restored, not corrected, so that a NaN of another protein has no effect.
             kept = out.index_select(0, lacking[row])
             out[here].addcmul_(x[there], weight[row])
             out.index_copy_(0, lacking[row], kept)
@@ -106,7 +106,7 @@ def _add_shifted(x: Tensor, weight: Tensor, offsets: Sequence[int], lacking: lis
 
 
 def _overlap(length: int, offset: int) -> tuple[slice, slice]:
-    """Returns the tokens whose neighbour at `offset` is in the row, and these neighbours."""
+    """Returns the tokens whose neighbour at `offset` is in the row, and those neighbours."""
     start = max(0, -offset)
     stop = max(start, min(length, length - offset))
     return slice(start, stop), slice(start + offset, stop + offset)

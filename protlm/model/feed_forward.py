@@ -1,4 +1,4 @@
-"""The feed-forward layer: hides its activation functions, and that their results are computed twice, not kept."""
+"""The feed-forward layer: its activation functions, whose results are recomputed for the gradients and not kept."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ def activated(
 def activate_and_project(
     inner: Float[Tensor, "length ffn_dim"], gate: Float[Tensor, "length ffn_dim"] | None, out: nn.Linear
 ) -> Float[Tensor, "length model_dim"]:
-    """Returns out(activated(inner, gate)), and keeps for the gradients what entered, not what was made of it.
+    """Returns out(activated(inner, gate)); keeps `inner` and `gate` for the gradients, but not their activation.
 
-    So the widest tensors of a layer are kept once, not twice, for the price of the activation function once more. Where
-    autocast makes matrices shorter, or a compiler decides what is kept, it is the plain formula.
+    So the widest tensors of a layer are kept once, not twice, at the cost of a second evaluation of the activation
+    function. Under autocast, or if a compiler decides which tensors are kept, the plain formula runs.
     """
     if torch.compiler.is_compiling() or inner.dtype != out.weight.dtype:
         projected: Tensor = out(activated(inner, gate))

@@ -1,7 +1,7 @@
-"""Health of the attention: hides how a row shows, layer by layer, whether random features still estimate anything.
+"""Health of the attention: how well the random features of each layer still estimate attention weights, on one row.
 
-The estimate of one (query, key) pair is a sum of parts t_f = φ_f(q)·φ_f(k), one for each feature f. Where norms grow,
-ever fewer features hold the whole sum, the variance explodes, and training stalls without an error.
+The estimate for one (query, key) pair is a sum of terms t_f = φ_f(q)·φ_f(k), one for each feature f. As norms grow,
+ever fewer features make up the whole sum, the variance explodes, and training stalls without an error.
 """
 
 import math
@@ -23,23 +23,23 @@ from protlm.ops.oprf import oprf_a_from_data
 _NUM_QUERIES = 64
 _NUM_KEYS = 64
 _DEAD_SHARE = 0.01
-"""Part of its fair share that a feature must reach in some pair."""
+"""Fraction of its fair share that a feature must reach in at least one pair."""
 
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """What one row says about the attention of one layer.
+    """The health of the attention of one layer, measured on one row.
 
     Attributes:
         layer: Number of the layer, from 1.
         q_norm: Mean ‖x‖², x = q/d^¼, over tokens and heads: with k_norm it bounds the variance of the estimates.
-        k_norm: The same of the keys.
-        max_q_norm: Mean of the head where it is largest: one head that runs away does not show in the mean of all.
-        max_k_norm: The same of the keys.
-        effective_features: Mean over sampled pairs and heads of (Σt)²/Σt², for `trig` of |t|: how many features share
-            an estimate, from 1 to their number. None for exact attention.
-        dead_features: Share of the features that hold less than a hundredth of their fair share of every sampled pair.
-            None for exact attention.
+        k_norm: The same for keys.
+        max_q_norm: Largest mean of a head: a single head that diverges does not show in the mean of all.
+        max_k_norm: The same for keys.
+        effective_features: Mean over sampled pairs and heads of (Σt)²/Σt², for `trig` of |t|: the number of features
+            that share an estimate, from 1 to all. None for exact attention.
+        dead_features: Share of the features with less than a hundredth of their fair share of every sampled pair. None
+            for exact attention.
     """
 
     layer: int
@@ -57,12 +57,12 @@ def attention_health(
 ) -> list[LayerHealth]:
     """Returns the health of every layer on one row.
 
-    The row goes once through `model(tokens, cu_seqlens)` in evaluation mode, uncompiled, so a model that is wrapped for
-    several devices works too; then every one of them has to make this call. At most 64 queries of the row and 64 keys
-    for each of them are looked at, spaced evenly and the same at every call.
+    `model(tokens, cu_seqlens)` runs once in evaluation mode, uncompiled, so a model that is wrapped for several devices
+    works too; every device then has to make this call. At most 64 queries of the row, and 64 keys for each of them, are
+    sampled, evenly spaced and the same in every call.
 
     Args:
-        model: A `Performer`, or what wraps one.
+        model: A `Performer`, or a module that wraps one.
         tokens: A packed row, not empty.
         cu_seqlens: int32 bounds of its segments.
     """
@@ -70,7 +70,7 @@ def attention_health(
 
     def measure(attention: nn.Module, arguments: tuple[Tensor, Segments, tuple[Tensor, Tensor] | None]) -> None:
         assert isinstance(attention, SelfAttention)
-        # While the layer runs its weights are whole, however they are shared out between devices.
+        # While a layer runs, its weights are complete even if devices share them.
         q, k, _ = attention.queries_keys_values(*arguments)
         healths.append(_layer_health(len(healths) + 1, attention, q, k, arguments[1]))
 
@@ -116,11 +116,11 @@ def _layer_health(layer: int, attention: SelfAttention, q: Tensor, k: Tensor, se
 def _feature_use(
     attention: SelfAttention, feature_map: FeatureMap, q: Tensor, k: Tensor, segments: Segments
 ) -> tuple[float, float]:
-    """Returns the effective features, and the share of dead ones."""
+    """Returns the number of effective features, and the share of dead ones."""
     queries, keys = _sampled_pairs(segments, attention.causal)
     oprf_a = _oprf_a(attention, q, k, segments)
     effective, dead = [], []
-    # One head at a time: the parts of all pairs of all heads would take more memory than the layer itself.
+    # One head at a time: the terms of all pairs of all heads would take more memory than the layer itself.
     for head in range(attention.num_heads):
         rows = None if attention.projection is None else attention.projection[head].float()
         a = None if oprf_a is None else oprf_a[segments.numbers[queries], head].view(-1, 1, 1)
@@ -128,7 +128,7 @@ def _feature_use(
             log_features(x[tokens, head].float(), rows, feature_map, a)
             for x, tokens in ((q, queries.unsqueeze(1)), (k, keys))
         )
-        # Softmax subtracts the largest of each pair, so norms of any size leave the shares finite.
+        # Softmax subtracts the largest logarithm of each pair, so the shares are finite for norms of any size.
         shares = torch.softmax(q_logs + k_logs, -1)
         effective.append(shares.square().sum(-1).reciprocal().mean())
         dead.append((shares.amax((0, 1)) < _DEAD_SHARE / shares.shape[-1]).float().mean())
@@ -136,23 +136,23 @@ def _feature_use(
 
 
 def _sampled_pairs(segments: Segments, causal: bool) -> tuple[Tensor, Tensor]:
-    """Returns queries (queries,) and for each of them keys (queries, keys) that it sees, as places in the row."""
+    """Returns queries (queries,), and for each of them keys (queries, keys) that it sees, as positions in the row."""
     length = len(segments.positions)
     queries = _spaced(torch.tensor(length, device=segments.positions.device), min(length, _NUM_QUERIES))
     positions = segments.positions[queries]
     num_seen = positions + 1 if causal else segments.lengths[queries]
-    # Of a shorter segment each key is taken several times, all about as often.
+    # The keys of a shorter segment are sampled repeatedly, all about equally often.
     return queries, (queries - positions).unsqueeze(1) + _spaced(num_seen.unsqueeze(1), _NUM_KEYS)
 
 
 def _spaced(sizes: Tensor, count: int) -> Tensor:
-    """Returns `count` numbers from 0 to size − 1, spaced evenly, along the last axis."""
+    """Returns `count` evenly spaced numbers from 0 to size − 1 along the last axis."""
     steps = torch.arange(count, device=sizes.device)
     return (2 * steps + 1) * sizes // (2 * count)
 
 
 def _oprf_a(attention: SelfAttention, q: Tensor, k: Tensor, segments: Segments) -> Tensor | None:
-    """Returns the A of every segment and head (segments, heads) that the attention takes; None for other maps."""
+    """Returns the A of every segment and head (segments, heads) in the attention; None for maps without an A."""
     if not attention.takes_oprf_a:
         return None
     fixed = attention.fixed_oprf_a()

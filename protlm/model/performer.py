@@ -1,4 +1,4 @@
-"""The Performer language model: an encoder over packed rows, with a head of ESM's shape."""
+"""The Performer language model: an encoder over packed rows, and a language-model head of the shape of ESM's."""
 
 import math
 from collections.abc import Collection
@@ -23,8 +23,8 @@ _EMBEDDING_SCALE = 0.02
 class EncoderLayer(nn.Module):
     """Attention and a feed-forward layer f, each with a residual sum: x + f(LN(x)), or LN(x + f(x)) for post-LN.
 
-    The feed-forward layer is W_out·GELU(W_in·x), or W_out·(SiLU(W_gate·x) · W_in·x) for SwiGLU. W_gate and W_in are two
-    matrices, as Muon orthogonalises each matrix by itself.
+    The feed-forward layer is W_out·GELU(W_in·x), or W_out·(SiLU(W_gate·x) · W_in·x) for SwiGLU. W_gate and W_in are
+    separate matrices, because Muon orthogonalises each matrix by itself.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -74,13 +74,13 @@ class LanguageModelHead(nn.Module):
 
 
 class Performer(nn.Module):
-    """A language model over packed rows of proteins: of hidden residues, or causal and of the next token.
+    """A language model over packed rows of proteins that predicts hidden residues, or the next token if it is causal.
 
     A row is a 1-D tensor of tokens, `<cls> residues <eos>` of each protein back to back, with the bounds of its
     segments; no protein sees another. Weights and projections are undefined until `reset` or a loaded state.
 
     Attributes:
-        checkpoint_activations: Whether training keeps only what enters each layer, and computes the rest again for the
+        checkpoint_activations: Whether training keeps only the input of each layer, and recomputes the rest for the
             gradients, which stay the same to the bit.
     """
 
@@ -113,8 +113,8 @@ class Performer(nn.Module):
         if self.position_embedding is not None:
             nn.init.normal_(self.position_embedding.weight, std=_EMBEDDING_SCALE, generator=generator)
         nn.init.zeros_(self.head.bias)
-        # The residual stream sums two outputs a layer; its variance at the start must not grow with depth. Where a norm
-        # follows each sum, small outputs keep deep encoders stable (arXiv 2203.00555).
+        # The residual stream sums two outputs per layer; its initial variance must not grow with depth. With post-LN,
+        # small outputs keep deep encoders stable (arXiv 2203.00555).
         for layer in self._encoder_layers():
             layer.attention.output.weight.mul_((2 * self.config.num_layers) ** -0.5)
             layer.ffn_out.weight.mul_((2 * self.config.num_layers) ** -0.5)
@@ -125,7 +125,7 @@ class Performer(nn.Module):
             layer.attention.redraw(generator)
 
     def compile_layers(self) -> None:
-        """Has torch.compile replace each encoder layer's forward, once for rows of all lengths; no name changes."""
+        """Compiles the forward of each encoder layer, once for rows of all lengths; names of parameters stay."""
         for layer in self._encoder_layers():
             layer.attention.prepare_compile()
             layer.compile(dynamic=True)
@@ -133,23 +133,23 @@ class Performer(nn.Module):
     def hidden_states(
         self, tokens: Int[Tensor, " length"], cu_seqlens: Int[Tensor, " bounds"], layers: Collection[int]
     ) -> dict[int, Tensor]:
-        """Returns the wanted hidden states of a row, each (length, model_dim).
+        """Returns the requested hidden states of a row, each (length, model_dim).
 
         Args:
             tokens: A packed row.
             cu_seqlens: int32 bounds of its segments.
-            layers: 0 is the embedding, with the positions that are added to it; i is the residual stream after layer i;
-                the last one is after the final LayerNorm.
+            layers: 0 is the embedding with the positions added to it, i the residual stream after layer i, and the last
+                one the result of the final LayerNorm.
 
         Raises:
-            ValueError: A layer that is not there, or a segment that the learned positions do not reach.
+            ValueError: There is no such layer, or a segment is longer than the learned positions.
         """
         unknown = sorted(set(layers) - set(range(self.config.num_layers + 1)))
         if unknown:
             raise ValueError(f"layers: expected numbers from 0 to {self.config.num_layers}, got {unknown}")
         segments = Segments.from_bounds(cu_seqlens)
         x = self._embed(tokens, segments)
-        wanted = {0: x} if 0 in layers else {}
+        states = {0: x} if 0 in layers else {}
         rotary = None
         if self.config.positions == "rotary":
             rotary = rotary_angles(segments.positions, self.config.head_dim, x.dtype)
@@ -161,8 +161,8 @@ class Performer(nn.Module):
             if number == self.config.num_layers and self.final_norm is not None:
                 x = self.final_norm(x)
             if number in layers:
-                wanted[number] = x
-        return wanted
+                states[number] = x
+        return states
 
     def forward(
         self,
@@ -170,10 +170,10 @@ class Performer(nn.Module):
         cu_seqlens: Int[Tensor, " bounds"],
         target_positions: Int[Tensor, " targets"] | None = None,
     ) -> Float[Tensor, "targets vocab_size"]:
-        """Returns the logits at the target positions, by default at all of the row.
+        """Returns the logits at the target positions, by default at all positions of the row.
 
         Raises:
-            ValueError: A segment that the learned positions do not reach.
+            ValueError: A segment is longer than the learned positions.
         """
         last = self.config.num_layers
         x = self.hidden_states(tokens, cu_seqlens, (last,))[last]
@@ -192,7 +192,7 @@ class Performer(nn.Module):
                 )
             x = x + self.position_embedding(segments.positions)
         elif self.config.positions == "sinusoidal":
-            # Sines have a mean square of 1/2: scaled to that of an embedding at the start, neither drowns the other.
+            # Sines have a mean square of 1/2: scaled to that of an initial embedding, neither dominates the other.
             scale = math.sqrt(2) * _EMBEDDING_SCALE
             x = x + scale * sinusoids(segments.positions, self.config.model_dim).to(x.dtype)
         return x

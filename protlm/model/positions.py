@@ -1,4 +1,4 @@
-"""Where a token stands in its protein: hides how each kind of position is computed and what it is applied to."""
+"""The position of a token in its protein: how rotary and sinusoidal positions are computed and applied."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ def rotary_angles(
 ) -> tuple[Float[Tensor, "length head_dim"], Float[Tensor, "length head_dim"]]:
     """Returns the cosines and sines of rotary positions.
 
-    Angles are position · 10000^(−2i/head_dim) for the pairs (i, i + head_dim/2), as in ESM-2.
+    The angles are position · 10000^(−2i/head_dim) for the pairs (i, i + head_dim/2), as in ESM-2.
     """
     angles = _angles(positions, head_dim).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -23,7 +23,7 @@ def rotate(
     cosines: Float[Tensor, "length head_dim"],
     sines: Float[Tensor, "length head_dim"],
 ) -> Float[Tensor, "length heads head_dim"]:
-    """Returns x turned by the angles of its position; norms stay, and q·k depends on the distance alone."""
+    """Returns x rotated by the angles of its position; norms stay the same, and q·k depends on distances alone."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return torch.addcmul(x * cosines.unsqueeze(1), turned, sines.unsqueeze(1))

@@ -1,4 +1,4 @@
-"""QK-norm and rotary positions of queries and keys: hides which way of computing them is fast where."""
+"""QK-norm and rotary positions of queries and keys, and which implementation of them runs where."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from protlm.model.positions import rotate
 
 # A vector shorter than this keeps its direction and stays short, instead of dividing by zero.
 _SMALLEST_NORM = 1e-12
-# Tokens that are turned at once on a CPU: what is computed of them on the way stays in its cache.
-_PIECE_TOKENS = 256
+# Tokens that are rotated together on a CPU: their intermediate results stay in its cache.
+_STRETCH_TOKENS = 256
 
 
 def normalise(
     x: Float[Tensor, "length heads head_dim"], lengths: Float[Tensor, " heads"]
 ) -> Float[Tensor, "length heads head_dim"]:
-    """Returns the vectors of every head rescaled to its length."""
+    """Returns the vectors of every head rescaled to the length of the head."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * (lengths.unsqueeze(-1) / norms.clamp_min(_SMALLEST_NORM))
 
@@ -28,7 +28,7 @@ def normalise_and_rotate(
     lengths: Float[Tensor, " heads"],
     rotary: tuple[Float[Tensor, "length head_dim"], Float[Tensor, "length head_dim"]],
 ) -> Float[Tensor, "length heads head_dim"]:
-    """Returns `rotate` of `normalise`, in float32 or longer."""
+    """Returns the normalised and rotated vectors of every head, in float32 or longer."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != lengths.dtype:
         return rotate(normalise(x, lengths), *rotary)
     result: Tensor = _NormaliseAndRotate.apply(x, lengths, *rotary)  # type: ignore[no-untyped-call]
@@ -36,10 +36,10 @@ def normalise_and_rotate(
 
 
 class _NormaliseAndRotate(torch.autograd.Function):
-    """The same on a CPU, in few passes and without whole tensors in between.
+    """Normalisation and rotation on a CPU, in few passes and without intermediate tensors of the whole row.
 
-    With y = R·s·x/‖x‖ and g the gradient of y, that of x is Rᵀ(g − y·(y·g)/s²)·s/‖x‖, and that of s is (y·g)/s summed
-    over the tokens: only y is kept, and attention keeps it too.
+    With y = R·s·x/‖x‖ and g the gradient of y, the gradient of x is Rᵀ(g − y·(y·g)/s²)·s/‖x‖, and that of s is (y·g)/s
+    summed over tokens: only y is kept, which attention keeps anyway.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class _NormaliseAndRotate(torch.autograd.Function):
         lengths = lengths.unsqueeze(-1)
         products = torch.linalg.vecdot(out, grad).unsqueeze(-1)
         lengths_grad = products.sum(0).div_(lengths).squeeze(-1)
-        # What is too short was only multiplied.
+        # Vectors below the smallest norm were only multiplied by a constant.
         shares = products.div_(lengths.square()).masked_fill_(norms < _SMALLEST_NORM, 0.0)
         tangent = torch.addcmul(grad, out, shares, value=-1)
         x_grad = _turned(tangent, cosines, -sines, lengths / norms.clamp_min(_SMALLEST_NORM))
@@ -65,12 +65,12 @@ class _NormaliseAndRotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor, factors: Tensor) -> Tensor:
-    """Returns R·x·factors, a piece at a time; both halves of the cosines are the same, and of the sines."""
+    """Returns R·x·factors, a stretch at a time; the two halves of the cosines are equal, and those of the sines."""
     half = x.shape[-1] // 2
     cosines, sines = (y[:, :half].unsqueeze(1) for y in (cosines, sines))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start in range(0, len(x), _PIECE_TOKENS):
-        tokens = slice(start, start + _PIECE_TOKENS)
+    for start in range(0, len(x), _STRETCH_TOKENS):
+        tokens = slice(start, start + _STRETCH_TOKENS)
         first, second = (x[tokens] * factors[tokens]).chunk(2, dim=-1)
         cosine, sine = cosines[tokens], sines[tokens]
         torch.mul(first, cosine, out=out[tokens, :, :half]).addcmul_(second, sine, value=-1)

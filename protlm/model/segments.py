@@ -1,4 +1,4 @@
-"""Packed rows: hides where the proteins of a row begin and end from every layer that must not look across."""
+"""Packed rows: the bounds of the proteins of a row, in the forms that the layers need to keep proteins apart."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Segments:
     Attributes:
         cu_seqlens: int32 bounds, 0 to length.
         cpu_bounds: The same on the CPU, for loops over segments.
-        positions: Place of every token in its segment, from 0.
+        positions: Position of every token in its segment, from 0.
         lengths: Length of every token's segment.
         numbers: Number of every token's segment, from 0.
     """
@@ -39,15 +39,15 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest segment."""
+        """Number of tokens of the longest segment."""
         return int(self.cpu_bounds.diff().max())
 
     def sums(self, x: Float[Tensor, "length heads head_dim"]) -> Float[Tensor, "segments heads head_dim"]:
-        """Returns the sum of x over the tokens of every segment, always in the same order."""
+        """Returns the sum of x over the tokens of every segment, always added in the same order."""
         sums: Tensor = torch.segment_reduce(x, "sum", lengths=self.cu_seqlens.diff().long(), unsafe=True)
         return sums
 
     def lacks_neighbour(self, offset: int) -> Bool[Tensor, " length"]:
-        """Returns True at each token whose neighbour `offset` places further is of another segment or of none."""
+        """Returns True for each token whose neighbour `offset` positions later is in another segment or in none."""
         neighbour = self.positions + offset
         return (neighbour < 0) | (neighbour >= self.lengths)

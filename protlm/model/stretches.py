@@ -1,4 +1,4 @@
-"""Work on every token by itself: hides that it is done a stretch of tokens at a time where no gradients are needed."""
+"""Computations on single tokens, done a stretch of tokens at a time where no gradients are needed."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 STRETCH_TOKENS = 1024
-"""Tokens of a stretch: many enough for fast matrix products, few enough for what is made of them to stay in the cache
-and in memory that is used again."""
+"""Number of tokens of a stretch: enough for fast matrix products, and few enough that intermediate results stay in the
+cache and in memory that is used again."""
 
 
 def in_stretches(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns what a function gives that treats every token, a row of each tensor, by itself.
+    """Returns the results of a function that computes each row of its tensors, one token, independently.
 
-    On a CPU and without gradients it gets a stretch of tokens at a time, so that the wide tensors inside it are never
-    of the whole row. Otherwise one call is faster, or all is kept anyway.
+    On a CPU and without gradients the function gets a stretch of tokens at a time, so that its wide intermediate
+    tensors never cover the whole row. Otherwise one call is faster, or everything is kept for the gradients anyway.
     """
     length = len(tensors[0])
     if (
@@ -27,8 +27,8 @@ def in_stretches(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) 
     outs: tuple[Tensor, ...] = ()
     for start in range(0, length, STRETCH_TOKENS):
         tokens = slice(start, start + STRETCH_TOKENS)
-        parts = function(*(tensor[tokens] for tensor in tensors))
-        outs = outs or tuple(part.new_empty((length, *part.shape[1:])) for part in parts)
-        for out, part in zip(outs, parts, strict=True):
-            out[tokens] = part
+        results = function(*(tensor[tokens] for tensor in tensors))
+        outs = outs or tuple(result.new_empty((length, *result.shape[1:])) for result in results)
+        for out, result in zip(outs, results, strict=True):
+            out[tokens] = result
     return outs

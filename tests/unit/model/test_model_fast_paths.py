@@ -10,7 +10,7 @@ from protlm.model.segments import Segments
 from tests.conftest import TOLERANCE, relative_error
 from tests.unit.model.test_model import bounds
 
-# Shorter and longer than a convolution and than a piece.
+# Shorter and longer than a convolution and than a stretch.
 ROWS = [(1,), (2, 0, 1), (9, 4, 3), (300,), (200, 90, 3)]
 
 
@@ -58,7 +58,7 @@ def test_the_convolution_in_place_equals_the_one_of_whole_tensors(sizes, width, 
 @pytest.mark.parametrize("length", [1, 255, 256, 600])
 def test_normalising_and_rotating_in_place_equals_the_two_steps(length, dtype):
     generator = torch.Generator().manual_seed(0)
-    # As the attention gets and gives it: neither q nor its gradient lies in one piece.
+    # As the attention gets and gives it: neither q nor its gradient is contiguous.
     x, weights = (torch.randn(3, length, 16, generator=generator, dtype=dtype).transpose(0, 1) for _ in range(2))
     lengths = torch.tensor([0.3, 1.0, 2.5], dtype=dtype)
     angles = angles_of(length, 16, dtype)
