@@ -8,7 +8,7 @@ from protlm.model.positions import rotate
 from protlm.model.qk_norm import normalise, normalise_and_rotate
 from protlm.model.segments import Segments
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.test_model import bounds
+from tests.unit.model.test_performer import bounds
 
 # Shorter and longer than a convolution and than a stretch.
 ROWS = [(1,), (2, 0, 1), (9, 4, 3), (300,), (200, 90, 3)]

@@ -17,7 +17,7 @@ from protlm.model.segments import Segments
 from protlm.ops import oprf_parameter, reference
 from protlm.vocabulary import FIRST_RESIDUE
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.test_model import KINDS, SIZES, attended, bounds, build, proteins
+from tests.unit.model.test_performer import KINDS, SIZES, attended, bounds, build, proteins
 
 FLOAT32 = TOLERANCE[torch.float32]
 POSITIONS = ("rotary", "learned", "sinusoidal", "none")

@@ -9,7 +9,7 @@ from protlm.config import ModelConfig
 from protlm.model.attention import rescale
 from protlm.model.segments import Segments
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.test_model import SIZES, attended, bounds, build, proteins
+from tests.unit.model.test_performer import SIZES, attended, bounds, build, proteins
 
 FLOAT32 = TOLERANCE[torch.float32]
 
