@@ -1,17 +1,148 @@
-"""Settings of the attention layer beyond the default: trig features, simplex rows, no projection, rescaling."""
+"""The attention layer: QK-norm, rescaling, its projections, and its results against the float64 twins."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 
 from protlm.config import ModelConfig
-from protlm.model.attention import rescale
+from protlm.model import attention as attention_module
+from protlm.model.attention import SelfAttention, rescale
+from protlm.model.performer import Performer
+from protlm.model.positions import rotary_angles
 from protlm.model.segments import Segments
+from protlm.ops import oprf_parameter, reference
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.test_performer import SIZES, attended, bounds, build, proteins
+from tests.unit.model.small_models import KINDS, SIZES, attended, bounds, build, proteins
 
 FLOAT32 = TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("logits", [None, -20.0, 0.0, 20.0])
+def test_qk_norm_gives_the_squared_norm_of_a_bounded_temperature(logits, monkeypatch):
+    model = build(max_temperature=3.0)
+    if logits is not None:
+        for layer in model.layers:
+            torch.nn.init.constant_(layer.attention.temperature_logit, logits)
+    q, k, _, _ = attended(model, proteins(30)[0], bounds(30), monkeypatch)
+    learned = model.layers[0].attention.temperature_logit
+    temperature = 3.0 * torch.sigmoid(learned)
+    assert (temperature > 0).all()
+    assert (temperature <= 3.0).all()
+    for x in (q, k):
+        squares = x.square().sum(-1)
+        assert relative_error(squares, (temperature * math.sqrt(16)).view(1, 2, 1).expand_as(squares)) < FLOAT32
+
+
+def test_temperatures_start_at_three_quarters_of_their_bound():
+    model = Performer(ModelConfig(max_temperature=2.0))
+    model.reset(0)
+    for layer in model.layers:
+        assert (2 * torch.sigmoid(layer.attention.temperature_logit) - 1.5).abs().max() < 1e-6
+
+
+def test_the_temperature_is_learned():
+    model = build()
+    model(proteins(30)[0], bounds(30)).square().sum().backward()
+    for layer in model.layers:
+        assert layer.attention.temperature_logit.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("logit", [-100.0, 100.0])
+def test_a_temperature_at_the_end_of_its_range_has_gradients(logit):
+    model = build()
+    torch.nn.init.constant_(model.layers[0].attention.temperature_logit, logit)
+    model(proteins(30)[0], bounds(30)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_without_qk_norm_q_keeps_its_norms(monkeypatch):
+    model = build(qk_norm=False)
+    q, _, _, _ = attended(model, proteins(30)[0], bounds(30), monkeypatch)
+    norms = q.norm(dim=-1)
+    assert norms.max() > 1.2 * norms.min()
+    assert not any("temperature" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("sizes", [(30,), (3, 20, 7)])
+def test_softmax_attention_equals_its_float64_twin(sizes, monkeypatch):
+    model = build(attention="softmax")
+    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "_exact_attention")
+    assert relative_error(out, reference.softmax_attention(q, k, v, cu_seqlens=bounds(*sizes))) < FLOAT32
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "softmax"])
+def test_favor_attention_is_given_the_saved_projection_of_its_head(kind, monkeypatch):
+    model = build(attention=kind)
+    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
+    projection = model.state_dict()["layers.0.attention.projection"]
+    expected = reference.favor_attention(q, k, v, projection, feature_map=kind, cu_seqlens=bounds(3, 25))
+    assert relative_error(out, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("softmax", "oprf")])
+def test_causal_favor_equals_its_float64_twin(kind, monkeypatch):
+    model = build(attention=kind, causal=True)
+    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
+    projection = model.layers[0].attention.projection
+    expected = reference.favor_attention(q, k, v, projection, feature_map=kind, cu_seqlens=bounds(3, 25), causal=True)
+    assert relative_error(out, expected) < FLOAT32
+
+
+def test_causal_exact_attention_equals_its_float64_twin(monkeypatch):
+    model = build(attention="softmax", causal=True)
+    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch, "_exact_attention")
+    expected = reference.softmax_attention(q, k, v, cu_seqlens=bounds(3, 25), causal=True)
+    assert relative_error(out, expected) < FLOAT32
+
+
+def test_causal_oprf_takes_its_constant_from_the_temperature(monkeypatch):
+    model = build(attention="oprf", causal=True)
+    given = []
+    original = attention_module.favor_attention
+    monkeypatch.setattr(
+        attention_module,
+        "favor_attention",
+        lambda *arguments, **options: given.append(options["oprf_a"]) or original(*arguments, **options),
+    )
+    q, k, _, _ = attended(model, proteins(200)[0], bounds(200), monkeypatch)
+    # ‖x‖² of what the attention is really given, x = q/d^¼.
+    mean_square = sum(x.square().sum(-1).mean((0, 2)) for x in (q, k)) / 4
+    assert relative_error(given[0], oprf_parameter(mean_square, 16)) < FLOAT32
+    assert not given[0].requires_grad
+    assert given[0].max() < 0
+
+
+def test_attention_without_rotary_positions_leaves_q_unturned():
+    attention = SelfAttention(ModelConfig(num_heads=2, model_dim=16, qk_norm=False, conv_width=0))
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    x = torch.ones(5, 16)
+    q, _, _ = attention.queries_keys_values(x, Segments.from_bounds(bounds(5)), None)
+    assert relative_error(q.flatten(1), attention.query(x)) < FLOAT32
+
+
+@pytest.mark.parametrize("conv_width", [0, 3])
+def test_autocast_makes_what_enters_attention_short(conv_width):
+    model = build(conv_width=conv_width)
+    tokens, segments = proteins(30)[0], Segments.from_bounds(bounds(30))
+    attention = model.layers[0].attention
+    rotary = rotary_angles(segments.positions, attention.head_dim, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.queries_keys_values(model.embedding(tokens), segments, rotary)
+    assert {x.dtype for x in found} == {torch.bfloat16}
+
+
+def test_attention_copes_with_one_token_and_with_a_segment_of_length_zero():
+    attention = SelfAttention(ModelConfig(num_heads=2, model_dim=16))
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    attention.redraw(torch.Generator().manual_seed(0))
+    for sizes in ((1,), (0, 1), (2, 0, 3)):
+        segments = Segments.from_bounds(bounds(*sizes))
+        x = torch.ones(sum(sizes), 16)
+        assert attention(x, segments, rotary_angles(segments.positions, 8, x.dtype)).isfinite().all()
 
 
 def q_and_k(length, seed=0):
@@ -78,26 +209,6 @@ def test_rescaling_changes_nothing_for_exact_attention_and_something_for_favor(m
     for start, stop in pairwise(cu_seqlens.tolist()):
         q_squares, k_squares = (x[0, :, start:stop].square().sum(1) for x in (q, k))
         assert relative_error(q_squares, k_squares) < FLOAT32
-
-
-@pytest.mark.parametrize("options", [{"rescale_qk": True}, {"attention": "oprf", "projection": "simplex"}], ids=str)
-@torch.no_grad()
-def test_a_protein_has_the_same_logits_alone_and_in_any_row(options):
-    model = build(**options)
-    members = proteins(*SIZES)
-    packed = model(torch.cat(members), bounds(*SIZES)).split(SIZES)
-    for tokens, found in zip(members, packed, strict=True):
-        assert relative_error(found, model(tokens, bounds(len(tokens)))) < FLOAT32
-
-
-@torch.no_grad()
-def test_trig_attention_keeps_proteins_apart_too():
-    # Its renormaliser is a sum of signed terms: rounding before it is amplified, more than for other maps.
-    model = build(attention="trig", max_temperature=0.5, num_features=256)
-    members = proteins(*SIZES)
-    packed = model(torch.cat(members), bounds(*SIZES)).split(SIZES)
-    for tokens, found in zip(members, packed, strict=True):
-        assert relative_error(found, model(tokens, bounds(len(tokens)))) < 10 * FLOAT32
 
 
 def test_simplex_rows_are_what_the_configuration_asks_for():

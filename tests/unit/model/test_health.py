@@ -10,7 +10,7 @@ from protlm.model.segments import Segments
 from protlm.ops import draw_projection, kernel_features
 from protlm.ops.feature_maps import DEFINITIONS
 from tests.conftest import relative_error
-from tests.unit.model.test_performer import bounds, build, proteins
+from tests.unit.model.small_models import bounds, build, proteins
 
 SIZES = (40, 3, 90, 3)
 

@@ -1,53 +1,18 @@
-import math
-from itertools import pairwise
+"""The model as a whole: what a logit depends on, positions, norms, hidden states, redraws and checkpointing."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from protlm.config import ModelConfig
-from protlm.model import attention as attention_module
-from protlm.model.attention import SelfAttention
-from protlm.model.convolution import SegmentConvolution
-from protlm.model.performer import Performer
-from protlm.model.positions import rotary_angles, rotate
+from protlm.model.performer import EncoderLayer, Performer
+from protlm.model.positions import rotary_angles
 from protlm.model.segments import Segments
-from protlm.ops import reference
-from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE
+from protlm.vocabulary import FIRST_RESIDUE
 from tests.conftest import TOLERANCE, relative_error
+from tests.unit.model.small_models import KINDS, SIZES, bounds, build, proteins
 
 FLOAT32 = TOLERANCE[torch.float32]
-KINDS = ("positive", "hyperbolic", "regularised", "oprf", "relu", "softmax")
-# Three tokens are `<cls>`, one residue and `<eos>`.
-SIZES = (3, 40, 3, 17, 90, 41, 3)
-
-
-def build(seed=0, **options):
-    """Returns a small model in evaluation mode whose weights are all away from what they start as."""
-    sizes = {"num_layers": 2, "model_dim": 32, "num_heads": 2, "ffn_dim": 48, "num_features": 24}
-    model = Performer(ModelConfig(**{**sizes, **options}))
-    model.reset(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator))
-            if parameter.dim() == 2 and parameter.shape[0] == model.config.conv_width:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def bounds(*sizes):
-    return torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
-
-
-def proteins(*sizes, seed=0):
-    """Returns one tensor of tokens a protein, `<cls>` and `<eos>` included in its size."""
-    generator = torch.Generator().manual_seed(seed)
-    result = []
-    for size in sizes:
-        tokens = torch.randint(FIRST_RESIDUE, FIRST_RESIDUE + 20, (size,), generator=generator)
-        tokens[0], tokens[-1] = CLS, EOS
-        result.append(tokens)
-    return result
 
 
 @pytest.mark.parametrize("conv_width", [0, 3, 5])
@@ -103,133 +68,6 @@ def test_target_positions_choose_logits():
     assert relative_error(model(tokens, bounds(5, 9), chosen), every[chosen]) < FLOAT32
 
 
-def attended(model, tokens, cu_seqlens, monkeypatch, kind="favor_attention"):
-    """Returns the q, k and v that the first layer's attention is given, and what it makes of them."""
-    seen = []
-    original = getattr(attention_module, kind)
-
-    def spy(q, k, v, *arguments, **options):
-        seen.append((q, k, v, original(q, k, v, *arguments, **options)))
-        return seen[-1][-1]
-
-    monkeypatch.setattr(attention_module, kind, spy)
-    with torch.no_grad():
-        model(tokens, cu_seqlens)
-    return seen[0]
-
-
-@pytest.mark.parametrize("logits", [None, -20.0, 0.0, 20.0])
-def test_qk_norm_gives_the_squared_norm_of_a_bounded_temperature(logits, monkeypatch):
-    model = build(max_temperature=3.0)
-    if logits is not None:
-        for layer in model.layers:
-            torch.nn.init.constant_(layer.attention.temperature_logit, logits)
-    q, k, _, _ = attended(model, proteins(30)[0], bounds(30), monkeypatch)
-    learned = model.layers[0].attention.temperature_logit
-    temperature = 3.0 * torch.sigmoid(learned)
-    assert (temperature > 0).all()
-    assert (temperature <= 3.0).all()
-    for x in (q, k):
-        squares = x.square().sum(-1)
-        assert relative_error(squares, (temperature * math.sqrt(16)).view(1, 2, 1).expand_as(squares)) < FLOAT32
-
-
-def test_temperatures_start_at_three_quarters_of_their_bound():
-    model = Performer(ModelConfig(max_temperature=2.0))
-    model.reset(0)
-    for layer in model.layers:
-        assert (2 * torch.sigmoid(layer.attention.temperature_logit) - 1.5).abs().max() < 1e-6
-
-
-def test_the_temperature_is_learned():
-    model = build()
-    model(proteins(30)[0], bounds(30)).square().sum().backward()
-    for layer in model.layers:
-        assert layer.attention.temperature_logit.grad.abs().min() > 0
-
-
-def test_without_qk_norm_q_keeps_its_norms(monkeypatch):
-    model = build(qk_norm=False)
-    q, _, _, _ = attended(model, proteins(30)[0], bounds(30), monkeypatch)
-    norms = q.norm(dim=-1)
-    assert norms.max() > 1.2 * norms.min()
-    assert not any("temperature" in name for name, _ in model.named_parameters())
-
-
-@pytest.mark.parametrize("sizes", [(30,), (3, 20, 7)])
-def test_softmax_attention_equals_its_float64_twin(sizes, monkeypatch):
-    model = build(attention="softmax")
-    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "_exact_attention")
-    assert relative_error(out, reference.softmax_attention(q, k, v, cu_seqlens=bounds(*sizes))) < FLOAT32
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "softmax"])
-def test_favor_attention_is_given_the_saved_projection_of_its_head(kind, monkeypatch):
-    model = build(attention=kind)
-    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
-    projection = model.state_dict()["layers.0.attention.projection"]
-    expected = reference.favor_attention(q, k, v, projection, feature_map=kind, cu_seqlens=bounds(3, 25))
-    assert relative_error(out, expected) < FLOAT32
-
-
-def test_rotary_positions_make_products_depend_on_distance_alone():
-    cosines, sines = rotary_angles(torch.arange(50), 16, torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 2, 16, generator=generator, dtype=torch.float64).expand(50, 2, 16) for _ in range(2))
-    turned_q, turned_k = (rotate(x, cosines, sines) for x in (q, k))
-    products = torch.einsum("ihd,jhd->hij", turned_q, turned_k)
-    for offset in (-30, -1, 0, 1, 7):
-        diagonal = products.diagonal(offset, 1, 2)
-        assert (diagonal - diagonal[:, :1]).abs().max() < 1e-4
-    assert (products[:, 0, 1] - products[:, 0, 2]).abs().max() > 1e-2
-    assert relative_error(turned_q.norm(dim=-1), q.norm(dim=-1)) < 1e-6
-
-
-def test_rotary_positions_start_anew_in_every_segment_and_turn_as_in_esm():
-    cosines, sines = rotary_angles(Segments.from_bounds(bounds(3, 0, 4)).positions, 8, torch.float32)
-    assert torch.equal(cosines[:3], cosines[3:6])
-    assert torch.equal(sines[:3], sines[3:6])
-    angle = 3 * 10000 ** (-2 * 1 / 8)
-    for column in (1, 5):
-        assert cosines[6, column].item() == pytest.approx(math.cos(angle), abs=1e-6)
-        assert sines[6, column].item() == pytest.approx(math.sin(angle), abs=1e-6)
-    x = torch.arange(8.0).view(1, 1, 8).expand(7, 1, 8)
-    turned = rotate(x, cosines, sines)[6, 0]
-    assert turned[1].item() == pytest.approx(math.cos(angle) - 5 * math.sin(angle), abs=1e-5)
-    assert turned[5].item() == pytest.approx(5 * math.cos(angle) + math.sin(angle), abs=1e-5)
-
-
-@pytest.mark.parametrize("width", [1, 3, 5])
-def test_the_convolution_is_a_padded_depthwise_one_on_every_segment(width):
-    convolution = SegmentConvolution(6, width).double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        convolution.weight.copy_(torch.randn(width, 6, generator=generator))
-    sizes = (3, 0, 1, 2, 9)
-    x = torch.randn(15, 6, generator=generator, dtype=torch.float64)
-    found = convolution([x], Segments.from_bounds(bounds(*sizes)))[0]
-    kernel = convolution.weight.T.unsqueeze(1)
-    for start, stop in pairwise(bounds(*sizes).tolist()):
-        if stop > start:
-            part = x[start:stop].T.unsqueeze(0)
-            expected = torch.nn.functional.conv1d(part, kernel, padding=width // 2, groups=6)[0].T
-            assert relative_error(found[start:stop], expected) < 1e-12
-
-
-@torch.no_grad()
-def test_the_convolution_starts_as_the_identity():
-    with_conv, without = (Performer(ModelConfig(conv_width=width)) for width in (3, 0))
-    for model in (with_conv, without):
-        model.reset(0)
-    tokens = torch.cat(proteins(3, 20))
-    found, expected = (model.eval()(tokens, bounds(3, 20)) for model in (with_conv, without))
-    assert relative_error(found, expected) < FLOAT32
-    convolution = SegmentConvolution(4, 5)
-    convolution.reset()
-    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(convolution([x], Segments.from_bounds(bounds(7)))[0], x)
-
-
 def test_projections_are_saved_float32_and_differ_between_layers_and_heads():
     state = build().state_dict()
     first, second = (state[f"layers.{layer}.attention.projection"] for layer in (0, 1))
@@ -268,6 +106,13 @@ def test_hidden_states_are_numbered_from_the_embedding_to_after_the_final_norm()
     assert torch.equal(states[3], model.final_norm(captured[2]))
     logits = model.head(states[3], model.embedding.weight)
     assert torch.equal(model(tokens, cu_seqlens), logits)
+
+
+def test_a_layer_that_is_not_there_is_a_value_error():
+    model = build()
+    for layer in (3, -1):
+        with pytest.raises(ValueError, match="layers: expected numbers from 0 to 2"):
+            model.hidden_states(proteins(3)[0], bounds(3), (layer,))
 
 
 @torch.no_grad()
@@ -311,28 +156,6 @@ def test_every_parameter_gets_a_gradient(kind, conv_width):
         assert parameter.grad.any(), name
 
 
-def test_attention_copes_with_one_token_and_with_a_segment_of_length_zero():
-    attention = SelfAttention(ModelConfig(num_heads=2, model_dim=16))
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    attention.redraw(torch.Generator().manual_seed(0))
-    for sizes in ((1,), (0, 1), (2, 0, 3)):
-        segments = Segments.from_bounds(bounds(*sizes))
-        x = torch.ones(sum(sizes), 16)
-        assert attention(x, segments, rotary_angles(segments.positions, 8, x.dtype)).isfinite().all()
-
-
-def test_segments_know_positions_lengths_and_neighbours():
-    segments = Segments.from_bounds(bounds(2, 0, 3))
-    assert segments.cpu_bounds.tolist() == [0, 2, 2, 5]
-    assert segments.longest == 3
-    assert segments.positions.tolist() == [0, 1, 0, 1, 2]
-    assert segments.lengths.tolist() == [2, 2, 3, 3, 3]
-    assert segments.numbers.tolist() == [0, 0, 2, 2, 2]
-    assert segments.lacks_neighbour(1).tolist() == [False, True, False, False, True]
-    assert segments.lacks_neighbour(-2).tolist() == [True, True, True, True, False]
-
-
 @pytest.mark.parametrize("conv_width", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_autocast_works_and_stays_near_float32(kind, conv_width):
@@ -345,18 +168,110 @@ def test_bfloat16_autocast_works_and_stays_near_float32(kind, conv_width):
     assert relative_error(found.float(), expected) < 0.1
 
 
-def test_a_protein_that_went_to_nan_spoils_no_other():
-    convolution = SegmentConvolution(4, 3)
-    torch.nn.init.ones_(convolution.weight)
-    x = torch.ones(7, 4)
-    x[:3] = torch.nan
-    out = convolution([x], Segments.from_bounds(bounds(3, 4)))[0]
-    assert out[:3].isnan().all()
-    assert out[3:].isfinite().all()
+@torch.no_grad()
+def test_added_positions_start_anew_in_every_segment_and_are_as_large_as_embeddings():
+    for positions in ("learned", "sinusoidal"):
+        model = Performer(ModelConfig(positions=positions, max_positions=40))
+        model.reset(0)
+        tokens = torch.cat(proteins(40, 7))
+        added = model.hidden_states(tokens, bounds(40, 7), (0,))[0] - model.embedding.weight[tokens]
+        assert relative_error(added[40:], added[:7]) < 1e-6
+        assert added.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.05)
+        assert (added[1:40] - added[:39]).abs().amax(-1).min() > 1e-3
+        if positions == "learned":
+            assert relative_error(added[:40], model.position_embedding.weight) < 1e-6
 
 
-def test_a_layer_that_is_not_there_is_a_value_error():
-    model = build()
-    for layer in (3, -1):
-        with pytest.raises(ValueError, match="layers: expected numbers from 0 to 2"):
-            model.hidden_states(proteins(3)[0], bounds(3), (layer,))
+@torch.no_grad()
+def test_without_positions_a_bidirectional_model_sees_a_set():
+    model = build(positions="none", conv_width=0)
+    tokens = proteins(20)[0]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert relative_error(model(tokens[order], bounds(20)), model(tokens, bounds(20))[order]) < FLOAT32
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@torch.no_grad()
+def test_with_added_positions_the_order_of_residues_matters(positions):
+    model = build(positions=positions, conv_width=0)
+    tokens = proteins(20)[0]
+    assert relative_error(model(tokens.flip(0), bounds(20)).flip(0), model(tokens, bounds(20))) > 1e-3
+
+
+def test_a_segment_that_learned_positions_do_not_reach_is_a_value_error():
+    model = build(positions="learned", max_positions=20)
+    model(torch.cat(proteins(20, 20)), bounds(20, 20))
+    with pytest.raises(ValueError, match=r"max_positions = 20 tokens, got one of 21"):
+        model(torch.cat(proteins(3, 21)), bounds(3, 21))
+
+
+def layer_and_inputs(**options):
+    model = build(num_layers=1, **options)
+    segments = Segments.from_bounds(bounds(12))
+    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
+    return model.layers[0], (x, segments, rotary_angles(segments.positions, 16, x.dtype))
+
+
+@torch.no_grad()
+def test_post_norm_is_the_norm_of_each_residual_sum():
+    layer, (x, *rest) = layer_and_inputs(layer_norm="post")
+    middle = layer.attention_norm(x + layer.attention(x, *rest))
+    expected = layer.ffn_norm(middle + layer.ffn_out(F.gelu(layer.ffn_in(middle))))
+    assert relative_error(layer(x, *rest), expected) < FLOAT32
+
+
+@torch.no_grad()
+def test_swiglu_gates_a_value():
+    layer, (x, *rest) = layer_and_inputs(ffn="swiglu")
+    middle = x + layer.attention(layer.attention_norm(x), *rest)
+    normed = layer.ffn_norm(middle)
+    gate = layer.ffn_gate(normed)
+    expected = middle + layer.ffn_out(gate * torch.sigmoid(gate) * layer.ffn_in(normed))
+    assert relative_error(layer(x, *rest), expected) < FLOAT32
+
+
+def test_post_norm_models_have_no_final_norm():
+    names = build(layer_norm="post").state_dict()
+    assert not any("final_norm" in name for name in names)
+    assert "final_norm.weight" in build().state_dict()
+
+
+@torch.no_grad()
+def test_the_last_hidden_state_of_a_post_norm_model_is_the_last_layers():
+    model = build(layer_norm="post")
+    last = []
+    model.layers[-1].register_forward_hook(lambda module, inputs, output: last.append(output))
+    states = model.hidden_states(proteins(9)[0], bounds(9), (2,))
+    assert torch.equal(states[2], last[0])
+
+
+def gradients(model, checkpoint_activations):
+    model.checkpoint_activations = checkpoint_activations
+    model.zero_grad()
+    torch.manual_seed(7)
+    logits = model(torch.cat(proteins(*SIZES)), bounds(*SIZES))
+    logits.square().sum().backward()
+    return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"attention": "softmax"}, {"causal": True}], ids=str)
+def test_activation_checkpointing_changes_no_bit(options):
+    model = build(**options).train()
+    for found, expected in zip(gradients(model, True), gradients(model, False), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_activation_checkpointing_computes_each_layer_twice_in_training_only(monkeypatch):
+    model = build().train()
+    calls = []
+    original = EncoderLayer.forward
+    monkeypatch.setattr(EncoderLayer, "forward", lambda self, *inputs: calls.append(self) or original(self, *inputs))
+    gradients(model, False)
+    assert len(calls) == 2
+    gradients(model, True)
+    assert len(calls) == 2 + 4
+    with torch.no_grad():
+        model(proteins(9)[0], bounds(9))
+    model.eval()
+    gradients(model, True)
+    assert len(calls) == 6 + 2 + 2

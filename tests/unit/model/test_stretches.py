@@ -7,7 +7,7 @@ from protlm.config import ModelConfig
 from protlm.model import stretches
 from protlm.model.performer import Performer
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.test_performer import bounds
+from tests.unit.model.small_models import bounds
 
 SIZES = (40, 3, 90, 21)
 
