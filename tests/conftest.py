@@ -18,13 +18,13 @@ __all__ = ["TOLERANCE", "relative_error"]
 torch.set_num_threads(1)
 
 
-def relative_error(found, expected):
-    """Returns max|found − expected| / max|expected|; NaN on either side gives NaN, which no bound accepts."""
-    if found.shape != expected.shape:
-        raise AssertionError(f"expected shape {tuple(expected.shape)}, got {tuple(found.shape)}")
+def relative_error(actual, expected):
+    """Returns max|actual − expected| / max|expected|; NaN on either side gives NaN, which no bound accepts."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
     if not expected.numel():
         return 0.0
-    difference = (found.double() - expected.double()).abs().max().item()
+    difference = (actual.double() - expected.double()).abs().max().item()
     scale = expected.double().abs().max().item()
     return difference / scale if scale else difference
 

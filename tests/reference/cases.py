@@ -124,7 +124,7 @@ def differentiate(attention, q, k, v, out_grad, projection, options):
     return out.detach(), *torch.autograd.grad(out, leaves, out_grad)
 
 
-def found_of(arguments, backend="auto"):
+def computed_of(arguments, backend="auto"):
     """Returns output and gradients of the op."""
     *tensors, options = arguments
     return differentiate(favor_attention, *tensors, {**options, "backend": backend})
@@ -142,11 +142,11 @@ def expected_of(q, k, v, out_grad, projection, options):
     return differentiate(reference.favor_attention, *doubles, projection, options)
 
 
-def assert_equal(found, expected, tolerance, told="", feature_map="positive"):
+def assert_equal(actual, expected, tolerance, told="", feature_map="positive"):
     """Fails unless output and gradients are within a relative tolerance; `told` says of what."""
     # One key a segment leaves dq and dk exactly zero, and no relative error: then dv gives the scale.
     gradient_scale = expected[3].abs().max().item() if expected[3].numel() else 0.0
-    for name, a, b in zip(NAMES, found, expected, strict=True):
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
         bound = tolerance * LOOSER_IN_TESTS.get((feature_map, name), 1)
         if b.numel() and b.abs().max() < 1e-12 * gradient_scale:
             assert a.shape == b.shape, (name, told)
@@ -160,10 +160,10 @@ def assert_op_equals_twin(case, dtype, seed=0):
     arguments = draw(case, dtype, seed)
     expected = expected_of(*arguments)
     for backend in backends_of(case.feature_map, dtype):
-        found = found_of(arguments, backend)
-        assert [tensor.dtype for tensor in found] == [dtype] * 4
+        actual = computed_of(arguments, backend)
+        assert [tensor.dtype for tensor in actual] == [dtype] * 4
         told = f"{case}, {dtype}, {backend}"
-        assert_equal(found, expected, TOLERANCE[dtype], told, arguments[-1]["feature_map"])
+        assert_equal(actual, expected, TOLERANCE[dtype], told, arguments[-1]["feature_map"])
 
 
 def make_stretches_small(case, monkeypatch):

@@ -30,7 +30,7 @@ from protlm.ops import (
 from protlm.ops.inputs import AttentionInputs
 from tests import process_groups
 from tests.conftest import TOLERANCE
-from tests.reference.cases import MAPS, Case, backends_of, differentiate, draw, found_of
+from tests.reference.cases import MAPS, Case, backends_of, computed_of, differentiate, draw
 
 SEGMENTS = (0, 1, 3, 20, 21, 0, 60, 22, 1, 75, 0)
 LAYOUTS = {
@@ -71,22 +71,22 @@ def part_of(arguments, split, rank=None):
     return *(tensor[:, :, start:stop] for tensor in tensors), projection, options
 
 
-def found_by_group(arguments, split, backend="torch", attention=favor_attention):
+def computed_by_group(arguments, split, backend="torch", attention=favor_attention):
     """Returns output and gradients of this rank's part."""
     *tensors, options = part_of(arguments, split)
     return differentiate(attention, *tensors, {**options, "backend": backend, "process_group": dist.group.WORLD})
 
 
 def assert_equals_one_process(arguments, split, told, backend="torch"):
-    found = found_by_group(arguments, split, backend)
+    actual = computed_by_group(arguments, split, backend)
     bounds = split[dist.get_rank() : dist.get_rank() + 2]
-    expect_part(found, found_of(arguments, backend), bounds, arguments[-1]["feature_map"], (told, backend, split))
+    expect_part(actual, computed_of(arguments, backend), bounds, arguments[-1]["feature_map"], (told, backend, split))
 
 
-def expect_part(found, all_of_it, bounds, feature_map, told):
+def expect_part(actual, all_of_it, bounds, feature_map, told):
     """Expects output and gradients of one process between these tokens."""
     start, stop = bounds
-    for name, part, whole in zip(NAMES, found, all_of_it, strict=True):
+    for name, part, whole in zip(NAMES, actual, all_of_it, strict=True):
         expected = whole[:, :, start:stop]
         expect((part.shape, part.dtype) == (expected.shape, expected.dtype), (name, told))
         # Relative to all of it: the part of a rank may hold only small numbers.
@@ -195,7 +195,7 @@ def check_what_is_exchanged_does_not_depend_on_the_number_of_segments():
 def expect_exchanged(case, split, numbers):
     arguments = draw(case, torch.float64)
     with Exchanged() as exchanged:
-        found_by_group(arguments, split)
+        computed_by_group(arguments, split)
     expect(exchanged.numbers == numbers, (case, exchanged.numbers, numbers))
 
 
@@ -241,7 +241,7 @@ def check_two_runs_give_the_same_bits():
         for dtype in (torch.float32, torch.float64):
             arguments = drawn(LAYOUTS["masked segments"], dtype, causal=causal)
             split = splits(sum(SEGMENTS))[0]
-            first, second = (found_by_group(arguments, split, "auto") for _ in range(2))
+            first, second = (computed_by_group(arguments, split, "auto") for _ in range(2))
             expect(all(map(torch.equal, first, second)), (causal, dtype))
 
 
@@ -265,12 +265,12 @@ def check_nothing_later_changes_a_bit_of_an_earlier_causal_output():
     for feature_map in MAPS:
         arguments = drawn(Case(length=length, batch=1), torch.float32, feature_map=feature_map, causal=True)
         split = splits(length)[0]
-        plain = found_by_group(arguments, split)[0]
+        plain = computed_by_group(arguments, split)[0]
         for content in (1e6, torch.nan):
             changed = [tensor.clone() for tensor in arguments[:3]]
             for tensor in changed:
                 tensor[:, :, first:] *= content
-            out = found_by_group((*changed, *arguments[3:]), split)[0]
+            out = computed_by_group((*changed, *arguments[3:]), split)[0]
             kept = max(0, min(first, split[rank + 1]) - split[rank])
             expect(torch.equal(out[:, :, :kept], plain[:, :, :kept]), (feature_map, content))
             expect(kept == out.shape[2] or not torch.equal(out[:, :, kept:], plain[:, :, kept:]), feature_map)
@@ -292,10 +292,12 @@ def expect_nan_where_one_process_has_it(backend, dtype):
         place = "qkv".index(changed)
         arguments[place] = arguments[place].clone()
         arguments[place][0, :, 3] = torch.nan
-        found, whole = found_by_group(arguments, splits(20)[0], backend)[0], found_of(arguments, backend)[0]
+        actual, whole = computed_by_group(arguments, splits(20)[0], backend)[0], computed_of(arguments, backend)[0]
         start, stop = splits(20)[0][dist.get_rank()], splits(20)[0][dist.get_rank() + 1]
-        expect(torch.equal(found.isnan(), whole[:, :, start:stop].isnan()), (backend, changed, causal))
-        expect(found[0, :, max(0, 3 - start) :].isnan().all() and found[1].isfinite().all(), (backend, changed, causal))
+        expect(torch.equal(actual.isnan(), whole[:, :, start:stop].isnan()), (backend, changed, causal))
+        expect(
+            actual[0, :, max(0, 3 - start) :].isnan().all() and actual[1].isfinite().all(), (backend, changed, causal)
+        )
 
 
 def check_compilers_leave_calls_in_a_group_alone():
@@ -333,8 +335,8 @@ def check_a_part_of_all_processes_is_a_group():
             split = (0, 90, sum(SEGMENTS))
             *tensors, options = part_of(arguments, split, rank)
             options = {**options, "backend": "torch", "process_group": group}
-            found = differentiate(favor_attention, *tensors, options)
-            expect_part(found, found_of(arguments, "torch"), split[rank : rank + 2], "positive", causal)
+            actual = differentiate(favor_attention, *tensors, options)
+            expect_part(actual, computed_of(arguments, "torch"), split[rank : rank + 2], "positive", causal)
 
 
 def check_ranks_may_take_different_backends():
@@ -342,17 +344,17 @@ def check_ranks_may_take_different_backends():
         for feature_map in ("positive", "relu"):
             arguments = draw(Case(segments=SEGMENTS, padding="some", feature_map=feature_map), torch.float32)
             split = splits(sum(SEGMENTS))[0]
-            found = found_by_group(arguments, split, ("cpp", "torch", "cpp")[dist.get_rank()])
+            actual = computed_by_group(arguments, split, ("cpp", "torch", "cpp")[dist.get_rank()])
             rank = dist.get_rank()
-            expect_part(found, found_of(arguments, "torch"), split[rank : rank + 2], feature_map, "backends")
+            expect_part(actual, computed_of(arguments, "torch"), split[rank : rank + 2], feature_map, "backends")
 
 
 def check_a_group_of_one_is_one_process_and_strangers_are_told():
     alone = dist.new_group([0])
     *tensors, options = drawn(LAYOUTS["rows"], torch.float32)
     if dist.get_rank() == 0:
-        found = differentiate(favor_attention, *tensors, {**options, "process_group": alone})
-        expect(all(map(torch.equal, found, found_of((*tensors, options)))))
+        actual = differentiate(favor_attention, *tensors, {**options, "process_group": alone})
+        expect(all(map(torch.equal, actual, computed_of((*tensors, options)))))
         return
     told = told_by(lambda: favor_attention(*tensors[:3], tensors[4], **options, process_group=alone))
     expect(told.startswith("process_group: expected a torch.distributed.ProcessGroup that this process is in"), told)

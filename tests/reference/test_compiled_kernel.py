@@ -15,7 +15,16 @@ from protlm.gpu_check.tolerances import NAMES
 from protlm.ops import backends, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE, relative_error
-from tests.reference.cases import MIXED, Case, assert_equal, assert_op_equals_twin, draw, expected_of, found_of, maps_on
+from tests.reference.cases import (
+    MIXED,
+    Case,
+    assert_equal,
+    assert_op_equals_twin,
+    computed_of,
+    draw,
+    expected_of,
+    maps_on,
+)
 
 SOURCES = Path(favor_cpp.__file__).parent / "cpp"
 COVERED = maps_on("cpp")
@@ -41,9 +50,9 @@ def assert_kernel_equals_twin(monkeypatch):
         expected = expected_of(*arguments)
         for unit_tokens in unit_sizes:
             monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", unit_tokens)
-            found = found_of(arguments, "cpp")
+            actual = computed_of(arguments, "cpp")
             told = f"{case}, units of {unit_tokens}"
-            assert_equal(found, expected, TOLERANCE[torch.float32], told, arguments[-1]["feature_map"])
+            assert_equal(actual, expected, TOLERANCE[torch.float32], told, arguments[-1]["feature_map"])
 
 
 @needs_kernel
@@ -85,7 +94,7 @@ def test_the_number_of_threads_changes_no_bit(feature_map, causal, monkeypatch):
         results = []
         for num_threads in (1, 2, 5):
             monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
-            results.append(found_of(arguments, "cpp"))
+            results.append(computed_of(arguments, "cpp"))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -102,9 +111,9 @@ def test_exponents_far_from_every_guess_equal_the_float64_twin(rise, causal, mon
     k = 0.1 * k + sizes.view(1, 1, -1, 1).sqrt() * direction.view(1, 2, 1, 16)
     q = q * 5
     arguments = (q, k, v, out_grad, projection, options)
-    expected, torch_found = expected_of(*arguments), found_of(arguments, "torch")
-    for name, found, wanted, other in zip(NAMES, found_of(arguments, "cpp"), expected, torch_found, strict=True):
-        assert relative_error(found, wanted) <= max(TOLERANCE[torch.float32], 3 * relative_error(other, wanted)), name
+    expected, torch_actual = expected_of(*arguments), computed_of(arguments, "torch")
+    for name, actual, wanted, other in zip(NAMES, computed_of(arguments, "cpp"), expected, torch_actual, strict=True):
+        assert relative_error(actual, wanted) <= max(TOLERANCE[torch.float32], 3 * relative_error(other, wanted)), name
 
 
 @needs_kernel
@@ -117,11 +126,11 @@ def test_causal_keys_and_queries_at_the_edge_of_both_ranges_equal_the_float64_tw
     k[:, :, 0] = 0
     v, out_grad = (size * torch.randn(1, 1, 64, head_dim) for _ in range(2))
     arguments = (q, k, v, out_grad, projection, {"causal": True})
-    found, expected = found_of(arguments, "cpp"), expected_of(*arguments)
+    actual, expected = computed_of(arguments, "cpp"), expected_of(*arguments)
     for index in (0, 3):
-        assert relative_error(found[index], expected[index]) < TOLERANCE[torch.float32]
+        assert relative_error(actual[index], expected[index]) < TOLERANCE[torch.float32]
     # All keys but one are the same: dq and dk are what is left of terms that cancel.
-    assert all(gradient.isfinite().all() for gradient in found[1:3])
+    assert all(gradient.isfinite().all() for gradient in actual[1:3])
 
 
 @needs_kernel
@@ -132,7 +141,7 @@ def test_rows_of_very_different_length_equal_the_float64_twin(causal):
     projection = draw_projection(17, 16, num_heads=2, generator=generator)
     projection = projection * 10 ** (torch.rand(17, 1, generator=generator) * 4 - 2)
     arguments = (q, k, v, out_grad, projection, {"causal": causal})
-    assert_equal(found_of(arguments, "cpp"), expected_of(*arguments), 2 * TOLERANCE[torch.float32])
+    assert_equal(computed_of(arguments, "cpp"), expected_of(*arguments), 2 * TOLERANCE[torch.float32])
 
 
 @needs_kernel
@@ -149,8 +158,8 @@ def test_nan_in_a_real_token_reaches_its_own_gradient(feature_map, causal):
     for name in (0, 1):
         arguments = list(draw(Case(length=60, feature_map=feature_map, causal=causal), torch.float32))
         arguments[name][:, :, 40, 3] = torch.nan
-        found = found_of(tuple(arguments), "cpp")
-        assert found[1 + name][:, :, 40].isnan().any()
+        actual = computed_of(tuple(arguments), "cpp")
+        assert actual[1 + name][:, :, 40].isnan().any()
 
 
 @needs_kernel
@@ -162,9 +171,9 @@ def test_strided_inputs_are_read_where_they_lie():
     for name in "qkv":
         assert getattr(call, name).data == getattr(inputs, name).data_ptr()
     transposed = torch.randn(2, 2, 8, 100).transpose(2, 3)
-    found = favor_attention(transposed, transposed, transposed, arguments[4], backend="cpp")
+    actual = favor_attention(transposed, transposed, transposed, arguments[4], backend="cpp")
     expected = reference.favor_attention(*[transposed.double()] * 3, arguments[4])
-    assert relative_error(found, expected) < TOLERANCE[torch.float32]
+    assert relative_error(actual, expected) < TOLERANCE[torch.float32]
 
 
 @needs_kernel
@@ -211,10 +220,10 @@ def test_what_the_kernel_does_not_cover_is_left_to_torch():
     projection = draw_projection(16, 8)
     for dtype, feature_map in ((torch.float64, "positive"), (torch.bfloat16, "positive"), (torch.float32, "trig")):
         q, k, v = (torch.randn(1, 2, 20, 8).to(dtype) for _ in range(3))
-        found, expected = (
+        actual, expected = (
             favor_attention(q, k, v, projection, feature_map=feature_map, backend=name) for name in ("cpp", "torch")
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 def test_a_kernel_that_was_not_built_is_told_and_left_out(monkeypatch):
@@ -225,8 +234,8 @@ def test_a_kernel_that_was_not_built_is_told_and_left_out(monkeypatch):
         assert backends()["cpp"].startswith("not available: it was not built")
         q = torch.randn(1, 2, 20, 8)
         projection = draw_projection(16, 8)
-        found = favor_attention(q, q, q, projection)
-        assert torch.equal(found, favor_attention(q, q, q, projection, backend="torch"))
+        actual = favor_attention(q, q, q, projection)
+        assert torch.equal(actual, favor_attention(q, q, q, projection, backend="torch"))
         with pytest.raises(ValueError, match=r"^backend: expected one that was built, got 'cpp': it was not built"):
             favor_attention(q, q, q, projection, backend="cpp")
     finally:

@@ -13,9 +13,9 @@ from tests.reference.cases import (
     Case,
     assert_equal,
     assert_op_equals_twin,
+    computed_of,
     draw,
     expected_of,
-    found_of,
     make_stretches_small,
     segments_of,
 )
@@ -136,10 +136,10 @@ def test_an_a_of_zero_makes_oprf_positive():
 def test_short_floats_give_what_float64_gives_for_the_same_values(feature_map, causal, dtype):
     case = Case(head_dim=32, num_features=256, segments=(100, 3, 40), feature_map=feature_map, causal=causal)
     arguments = draw(case, dtype)
-    found = found_of(arguments)
-    assert [tensor.dtype for tensor in found] == [dtype] * 4
+    actual = computed_of(arguments)
+    assert [tensor.dtype for tensor in actual] == [dtype] * 4
     arguments = (*arguments[:4], _as_the_op_sees_it(arguments[4], feature_map, dtype), arguments[5])
-    assert_equal(found, expected_of(*arguments), TOLERANCE[torch.bfloat16], feature_map=arguments[-1]["feature_map"])
+    assert_equal(actual, expected_of(*arguments), TOLERANCE[torch.bfloat16], feature_map=arguments[-1]["feature_map"])
 
 
 def _as_the_op_sees_it(projection, feature_map, dtype):
@@ -189,8 +189,8 @@ def test_many_features_approach_exact_softmax_attention():
         average = v.cumsum(2) / counts if causal else v.mean(2, keepdim=True).expand_as(v)
         assert relative_error(average, exact) > 0.05
         for feature_map in ("positive", "hyperbolic", "trig"):
-            found = favor_attention(q, k, v, projection, feature_map=feature_map, causal=causal)
-            assert relative_error(found, exact) < 0.03
+            actual = favor_attention(q, k, v, projection, feature_map=feature_map, causal=causal)
+            assert relative_error(actual, exact) < 0.03
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
@@ -199,7 +199,7 @@ def test_exact_softmax_twin_equals_torch_on_masked_segments(causal):
         Case(segments=(5, 0, 1, 30), padding="some", feature_map="bare relu", causal=causal), torch.float64
     )
     del options["feature_map"]
-    found = reference.softmax_attention(q, k, v, **options)
+    actual = reference.softmax_attention(q, k, v, **options)
     expected = torch.zeros_like(v)
     real = options["token_mask"][0]
     for start, stop in ((0, 5), (5, 6), (6, 36)):
@@ -207,7 +207,7 @@ def test_exact_softmax_twin_equals_torch_on_masked_segments(causal):
         if len(chosen):
             parts = (x[:, :, chosen] for x in (q, k, v))
             expected[:, :, chosen] = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal)
-    assert relative_error(found, expected) < 1e-13
+    assert relative_error(actual, expected) < 1e-13
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])

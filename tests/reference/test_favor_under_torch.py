@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from protlm.ops import favor, favor_attention
-from tests.reference.cases import MAPS, Case, assert_equal, differentiate, draw, found_of
+from tests.reference.cases import MAPS, Case, assert_equal, computed_of, differentiate, draw
 
 attention = inspect.unwrap(favor.favor_attention)
 
@@ -35,7 +35,7 @@ def test_the_op_compiles_as_one_graph_forward_and_backward(case):
     torch._dynamo.reset()
     arguments = draw(case, torch.float32)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    assert_equal(differentiate(compiled, *arguments), found_of(arguments), 1e-7)
+    assert_equal(differentiate(compiled, *arguments), computed_of(arguments), 1e-7)
 
 
 FUSED_CASES = [Case(causal=True), Case(feature_map="oprf", causal=True), Case(padding="some"), Case(feature_map="trig")]
@@ -71,12 +71,12 @@ def test_generated_code_gives_output_and_gradients(case):
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_autocast_rounds_nothing_inside(feature_map, causal):
     arguments = draw(Case(length=300, batch=1, feature_map=feature_map, causal=causal), torch.float32)
-    expected = found_of(arguments)
+    expected = computed_of(arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         # A product that autocast rounds shows that it is on.
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-        found = found_of(arguments)
-    for a, b in zip(found, expected, strict=True):
+        actual = computed_of(arguments)
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -88,7 +88,7 @@ def test_activation_checkpointing_changes_nothing(feature_map, causal):
     def checkpointed(q, k, v, projection, **options):
         return checkpoint(lambda *qkv: favor_attention(*qkv, projection, **options), q, k, v, use_reentrant=False)
 
-    for a, b in zip(differentiate(checkpointed, *arguments), found_of(arguments), strict=True):
+    for a, b in zip(differentiate(checkpointed, *arguments), computed_of(arguments), strict=True):
         assert torch.equal(a, b)
 
 

@@ -30,10 +30,10 @@ FORMULAS = {
 def test_features_are_the_formula_written_out(feature_map):
     a = A if feature_map == "oprf" else None
     for module in (kernel_features, reference.kernel_features):
-        found = module(torch.tensor([X]).double(), torch.tensor([ROW]).double(), feature_map=feature_map, oprf_a=a)
-        assert found.shape == (1, len(FORMULAS[feature_map]))
+        actual = module(torch.tensor([X]).double(), torch.tensor([ROW]).double(), feature_map=feature_map, oprf_a=a)
+        assert actual.shape == (1, len(FORMULAS[feature_map]))
         # The inputs are float32 numbers, nearly those of the formula.
-        assert found[0].tolist() == pytest.approx(FORMULAS[feature_map], rel=1e-6)
+        assert actual[0].tolist() == pytest.approx(FORMULAS[feature_map], rel=1e-6)
 
 
 @pytest.mark.parametrize("feature_map", FORMULAS)
@@ -63,6 +63,6 @@ def test_the_float64_twin_of_float32_features_equals_them(feature_map):
     a = torch.full((3, 1, 1), -0.1) if feature_map == "oprf" else None
     twin = reference.kernel_features(x, projection, feature_map=feature_map, oprf_a=a)
     assert twin.dtype == torch.float64
-    found = kernel_features(x, projection, feature_map=feature_map, oprf_a=a)
-    assert found.dtype == torch.float32
-    assert relative_error(found, twin) < TOLERANCE[torch.float32]
+    actual = kernel_features(x, projection, feature_map=feature_map, oprf_a=a)
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, twin) < TOLERANCE[torch.float32]

@@ -75,6 +75,6 @@ class Drawn:
         return means, references
 
 
-def assert_close(found, expected, told=""):
+def assert_close(actual, expected, told=""):
     """Fails unless a tensor equals what its twin says."""
-    assert relative_error(found, expected) < TOLERANCE, told
+    assert relative_error(actual, expected) < TOLERANCE, told

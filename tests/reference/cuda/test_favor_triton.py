@@ -10,7 +10,7 @@ from protlm.ops.favor import _module
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE
 from tests.reference import cases
-from tests.reference.cases import Case, draw, expected_of, found_of
+from tests.reference.cases import Case, computed_of, draw, expected_of
 from tests.reference.cuda import calls
 
 COVERED = cases.maps_on("triton")
@@ -37,9 +37,9 @@ def is_short(request, monkeypatch):
 
 def assert_equal_twin(case, dtype=torch.float32):
     arguments = draw(case, dtype)
-    found = found_of(arguments, "triton")
-    assert [tensor.dtype for tensor in found] == [dtype] * 4
-    cases.assert_equal(found, expected_of(*arguments), TOLERANCE[dtype], str(case), arguments[-1]["feature_map"])
+    actual = computed_of(arguments, "triton")
+    assert [tensor.dtype for tensor in actual] == [dtype] * 4
+    cases.assert_equal(actual, expected_of(*arguments), TOLERANCE[dtype], str(case), arguments[-1]["feature_map"])
 
 
 @pytest.mark.parametrize("feature_map", quick("positive", *COVERED))
@@ -59,9 +59,9 @@ def test_short_floats_equal_the_twin_on_the_same_values(feature_map, is_short):
     for dtype in (torch.bfloat16, torch.float16):
         case = Case(feature_map=feature_map, head_dim=32, num_features=64, padding="some", length=90)
         arguments = draw(case, dtype)
-        found = found_of(arguments, "triton")
-        assert [tensor.dtype for tensor in found] == [dtype] * 4
-        cases.assert_equal(found, expected_of(*arguments), TOLERANCE[torch.bfloat16], feature_map=feature_map)
+        actual = computed_of(arguments, "triton")
+        assert [tensor.dtype for tensor in actual] == [dtype] * 4
+        cases.assert_equal(actual, expected_of(*arguments), TOLERANCE[torch.bfloat16], feature_map=feature_map)
 
 
 @pytest.mark.cuda
@@ -70,8 +70,8 @@ def test_a_long_row_in_float16_overflows_nothing():
     case = Case(head_dim=16, num_features=16, length=2000, batch=1, heads=1)
     q, k, v, out_grad, projection, options = draw(case, torch.float16)
     arguments = (q * 0.3, k * 0.3, v, out_grad.abs() * 2000, projection, options)
-    found = found_of(arguments, "triton")
-    cases.assert_equal(found, expected_of(*arguments), TOLERANCE[torch.bfloat16])
+    actual = computed_of(arguments, "triton")
+    cases.assert_equal(actual, expected_of(*arguments), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("feature_map", quick("relu", "positive", "relu"))
@@ -79,11 +79,11 @@ def test_norms_without_bound_give_finite_results(feature_map, is_short):
     q, k, v, _, projection, options = draw(Case(head_dim=16, length=50, feature_map=feature_map), torch.float32)
     for factor in (1e3, 1e7):
         arguments = (q * factor, k * factor, v, torch.ones_like(v), projection, options)
-        found = found_of(arguments, "triton")
-        assert all(tensor.isfinite().all() for tensor in found)
+        actual = computed_of(arguments, "triton")
+        assert all(tensor.isfinite().all() for tensor in actual)
         if feature_map == "relu":
             # In float32 exponents this large are rounded by more than 1; `relu` has none.
-            cases.assert_equal(found, expected_of(*arguments), 1e-3, feature_map="relu")
+            cases.assert_equal(actual, expected_of(*arguments), 1e-3, feature_map="relu")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy tells of the infinities, which are thrown away
@@ -92,10 +92,10 @@ def test_padding_of_any_content_changes_nothing(feature_map, is_short):
     case = Case(feature_map=feature_map, head_dim=16, length=40, padding="some", a_axes="heads")
     q, k, v, out_grad, projection, options = draw(case, torch.float32)
     padding = ~options["token_mask"][:, None, :, None]
-    quiet = found_of((q, k, v, out_grad, projection, options), "triton")
+    quiet = computed_of((q, k, v, out_grad, projection, options), "triton")
     loud = [tensor.masked_fill(padding, 3e38) for tensor in (q, k, v)]
     pulled = out_grad.masked_fill(padding, torch.nan)
-    for a, b in zip(quiet, found_of((*loud, pulled, projection, options), "triton"), strict=True):
+    for a, b in zip(quiet, computed_of((*loud, pulled, projection, options), "triton"), strict=True):
         assert torch.equal(a, b)
 
 
@@ -118,9 +118,9 @@ def test_inputs_and_gradients_may_lie_in_memory_in_any_way(feature_map, layout, 
     q, k, v, out_grad = tensors
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = favor_attention(*leaves, projection, **options, backend="triton")
-    found = (out.detach(), *torch.autograd.grad(out, leaves, out_grad))
+    actual = (out.detach(), *torch.autograd.grad(out, leaves, out_grad))
     expected = expected_of(*(x.contiguous() for x in tensors), projection, options)
-    cases.assert_equal(found, expected, TOLERANCE[torch.float32], layout, feature_map)
+    cases.assert_equal(actual, expected, TOLERANCE[torch.float32], layout, feature_map)
 
 
 def test_nan_in_a_token_reaches_its_segment_and_no_other(is_short):
@@ -134,7 +134,7 @@ def test_nan_in_a_token_reaches_its_segment_and_no_other(is_short):
 @pytest.mark.cuda
 def test_equal_calls_give_equal_bits():
     arguments = draw(Case(head_dim=16, segments=(600, 20)), torch.bfloat16)
-    for a, b in zip(found_of(arguments, "triton"), found_of(arguments, "triton"), strict=True):
+    for a, b in zip(computed_of(arguments, "triton"), computed_of(arguments, "triton"), strict=True):
         assert torch.equal(a, b)
 
 
@@ -171,7 +171,7 @@ def test_what_the_kernels_do_not_cover_goes_to_torch(options):
     q, k, v, _, projection, others = arguments
     inputs = AttentionInputs(q, k, v, projection, causal=others["causal"], feature_map=others["feature_map"])
     assert _module("triton", inputs) is favor_torch
-    for a, b in zip(found_of(arguments, "triton"), found_of(arguments, "torch"), strict=True):
+    for a, b in zip(computed_of(arguments, "triton"), computed_of(arguments, "torch"), strict=True):
         assert torch.equal(a, b)
 
 
@@ -192,7 +192,7 @@ def test_bounds_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("feature_map", quick("oprf", "relu"))
 def test_the_phases_of_two_ranks_equal_one_process(feature_map):
     drawn = calls.Drawn(feature_map)
-    whole = found_of(
+    whole = computed_of(
         (drawn.q, drawn.k, drawn.v, drawn.out_grad, drawn.projection,
          {"feature_map": feature_map, "token_mask": drawn.mask, "cu_seqlens": drawn.bounds, "oprf_a": drawn.a}),
         "triton",
@@ -214,8 +214,8 @@ def test_the_phases_of_two_ranks_equal_one_process(feature_map):
         torch.cat([k_grad for k_grad, _ in keys], 2),
         torch.cat([v_grad for _, v_grad in keys], 2),
     )
-    for found, expected in zip(together, whole, strict=True):
-        calls.assert_close(found, expected)
+    for actual, expected in zip(together, whole, strict=True):
+        calls.assert_close(actual, expected)
 
 
 def _part(drawn, feature_map, start, stop):

@@ -9,7 +9,7 @@ import torch
 
 from protlm.ops.cuda import call
 from tests.reference import cases
-from tests.reference.cases import Case, draw, expected_of, found_of
+from tests.reference.cases import Case, computed_of, draw, expected_of
 from tests.reference.cuda import calls
 
 CASES = (
@@ -52,8 +52,8 @@ def worst_error(only):
     worst = 0.0
     for case in only:
         arguments = draw(case, torch.float32)
-        for found, expected in zip(found_of(arguments, "triton"), expected_of(*arguments), strict=True):
-            error = cases.relative_error(found, expected)
+        for actual, expected in zip(computed_of(arguments, "triton"), expected_of(*arguments), strict=True):
+            error = cases.relative_error(actual, expected)
             worst = max(worst, error if error == error else float("inf"))
     return worst
 

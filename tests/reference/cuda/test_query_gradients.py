@@ -11,12 +11,12 @@ from tests.reference.cuda.calls import FEATURES, HEAD_DIM, HEADS, MAPS, Drawn, a
 def test_every_query_equals_the_twin(feature_map):
     drawn = Drawn(feature_map)
     means, references = drawn.random_states()
-    found = drawn.call.query_references(references)
+    actual = drawn.call.query_references(references)
     out, query_sums = torch.empty_like(drawn.v), drawn.call.query_sums()
-    drawn.call.read(means, found, out, query_sums).run()
+    drawn.call.read(means, actual, out, query_sums).run()
     q_grad = torch.empty_like(drawn.q)
     launch = drawn.call.query_gradients(
-        drawn.out_grad, out, means, found, query_sums, q_grad, drawn.call.empty_state_grad()
+        drawn.out_grad, out, means, actual, query_sums, q_grad, drawn.call.empty_state_grad()
     )[0]
     launch.run()
     for _, segment, tokens in drawn.units():

@@ -33,8 +33,8 @@ def test_every_segment_equals_the_twin(feature_map):
             )
             # A lone token has no gradient but that of its value, up to rounding.
             compared = zip(grads, expected, strict=True) if len(tokens) > 1 else [(grads[2], expected[2])]
-            for found, wanted in compared:
-                assert_close(found[0, head, tokens], wanted)
+            for actual, wanted in compared:
+                assert_close(actual[0, head, tokens], wanted)
     for grad in grads:
         assert not grad[0, :, ~drawn.mask[0]].any()
 
@@ -45,11 +45,11 @@ def test_the_other_kernels_give_the_same(feature_map):
     drawn = Drawn(feature_map)
 
     def by_units(out, means, references, query_sums, grads):
-        state_grad, found = drawn.call.empty_state_grad(), drawn.call.query_references(references)
-        saved = (out, means, found, query_sums)
+        state_grad, actual = drawn.call.empty_state_grad(), drawn.call.query_references(references)
+        saved = (out, means, actual, query_sums)
         yield from drawn.call.query_gradients(drawn.out_grad, *saved, grads[0], state_grad)
         yield drawn.call.key_gradients(references, state_grad, *grads[1:])
 
     short = backward(drawn, lambda *saved: [drawn.call.short_backward(drawn.out_grad, *saved)])
-    for found, expected in zip(short, backward(drawn, by_units), strict=True):
-        assert_close(found, expected)
+    for actual, expected in zip(short, backward(drawn, by_units), strict=True):
+        assert_close(actual, expected)

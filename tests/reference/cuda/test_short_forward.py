@@ -31,7 +31,7 @@ def test_every_segment_equals_the_twin(feature_map):
 
 def test_the_backward_takes_its_state_as_that_of_the_other_kernels():
     drawn = Drawn("relu")
-    found = []
+    actual = []
     for is_short in (True, False):
         means, references = drawn.empty_states()
         out, query_sums = torch.empty_like(drawn.v), drawn.call.query_sums()
@@ -40,6 +40,6 @@ def test_the_backward_takes_its_state_as_that_of_the_other_kernels():
         else:
             drawn.call.run(drawn.call.fold(means, references))
             drawn.call.read(means, drawn.call.query_references(references), out, query_sums).run()
-        found.append((out, means, references, query_sums[0][:, drawn.mask[0]]))
-    for short, other in zip(*found, strict=True):
+        actual.append((out, means, references, query_sums[0][:, drawn.mask[0]]))
+    for short, other in zip(*actual, strict=True):
         assert_close(short, other)

@@ -11,11 +11,11 @@ from tests.reference.cuda.calls import FEATURES, HEAD_DIM, HEADS, MAPS, Drawn, a
 def test_every_unit_equals_the_twin(feature_map):
     drawn = Drawn(feature_map)
     means, references = drawn.random_states()
-    found = drawn.call.query_references(references)
+    actual = drawn.call.query_references(references)
     out, query_sums = torch.empty_like(drawn.v), drawn.call.query_sums()
-    drawn.call.read(means, found, out, query_sums).run()
+    drawn.call.read(means, actual, out, query_sums).run()
     of_queries, launch, _ = drawn.call.query_gradients(
-        drawn.out_grad, out, means, found, query_sums, torch.empty_like(drawn.q), drawn.call.empty_state_grad()
+        drawn.out_grad, out, means, actual, query_sums, torch.empty_like(drawn.q), drawn.call.empty_state_grad()
     )
     of_queries.run()
     launch.run()

@@ -12,6 +12,6 @@ def differentiated(function, inputs, weights):
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
-def assert_all_near(found, expected, dtype):
-    for a, b in zip(found, expected, strict=True):
+def assert_all_near(actual, expected, dtype):
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < TOLERANCE[dtype]

@@ -130,8 +130,8 @@ def test_autocast_makes_what_enters_attention_short(conv_width):
     attention = model.layers[0].attention
     rotary = rotary_angles(segments.positions, attention.head_dim, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = attention.queries_keys_values(model.embedding(tokens), segments, rotary)
-    assert {x.dtype for x in found} == {torch.bfloat16}
+        actual = attention.queries_keys_values(model.embedding(tokens), segments, rotary)
+    assert {x.dtype for x in actual} == {torch.bfloat16}
 
 
 def test_attention_copes_with_one_token_and_with_a_segment_of_length_zero():
@@ -171,9 +171,9 @@ def test_rescaling_is_of_every_segment_and_head_on_its_own():
     sizes = (5, 0, 1, 30)
     q, k = q_and_k(36)
     whole = torch.stack(rescale(q, k, Segments.from_bounds(bounds(*sizes)))).split(sizes, 1)
-    for size, found, *parts in zip(sizes, whole, q.split(sizes), k.split(sizes), strict=True):
+    for size, actual, *parts in zip(sizes, whole, q.split(sizes), k.split(sizes), strict=True):
         alone = torch.stack(rescale(*parts, Segments.from_bounds(bounds(size))))
-        assert torch.equal(found, alone)
+        assert torch.equal(actual, alone)
         for head in range(3):
             single = (part[:, head : head + 1].contiguous() for part in parts)
             only = torch.stack(rescale(*single, Segments.from_bounds(bounds(size))))

@@ -27,13 +27,13 @@ def test_the_convolution_is_a_padded_depthwise_one_on_every_segment(width):
         convolution.weight.copy_(torch.randn(width, 6, generator=generator))
     sizes = (3, 0, 1, 2, 9)
     x = torch.randn(15, 6, generator=generator, dtype=torch.float64)
-    found = convolution([x], Segments.from_bounds(bounds(*sizes)))[0]
+    actual = convolution([x], Segments.from_bounds(bounds(*sizes)))[0]
     kernel = convolution.weight.T.unsqueeze(1)
     for start, stop in pairwise(bounds(*sizes).tolist()):
         if stop > start:
             part = x[start:stop].T.unsqueeze(0)
             expected = torch.nn.functional.conv1d(part, kernel, padding=width // 2, groups=6)[0].T
-            assert relative_error(found[start:stop], expected) < 1e-12
+            assert relative_error(actual[start:stop], expected) < 1e-12
 
 
 @pytest.mark.parametrize("width", [1, 3, 5])
@@ -44,8 +44,8 @@ def test_a_causal_convolution_is_padded_at_the_left_of_every_segment(width):
         convolution.weight.copy_(torch.randn(width, 6, generator=generator))
     sizes = (3, 0, 1, 2, 9)
     x = torch.randn(15, 6, generator=generator, dtype=torch.float64)
-    found = convolution([x], Segments.from_bounds(bounds(*sizes)))[0].split(sizes)
-    for part, result in zip(x.split(sizes), found, strict=True):
+    actual = convolution([x], Segments.from_bounds(bounds(*sizes)))[0].split(sizes)
+    for part, result in zip(x.split(sizes), actual, strict=True):
         padded = F.pad(part.T, (width - 1, 0)).unsqueeze(0)
         if len(part):
             expected = F.conv1d(padded, convolution.weight.T.unsqueeze(1), groups=6)[0].T
@@ -58,8 +58,8 @@ def test_the_convolution_starts_as_the_identity():
     for model in (with_conv, without):
         model.reset(0)
     tokens = torch.cat(proteins(3, 20))
-    found, expected = (model.eval()(tokens, bounds(3, 20)) for model in (with_conv, without))
-    assert relative_error(found, expected) < FLOAT32
+    actual, expected = (model.eval()(tokens, bounds(3, 20)) for model in (with_conv, without))
+    assert relative_error(actual, expected) < FLOAT32
     convolution = SegmentConvolution(4, 5)
     convolution.reset()
     x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
@@ -88,11 +88,11 @@ def test_the_convolution_in_place_equals_the_one_of_whole_tensors(sizes, width, 
         parts = [x[:, :3], x[:, 3:]]
         return torch.cat(torch.func.functional_call(convolution, {"weight": kernel}, (parts, segments)), 1)
 
-    found = differentiated(in_place, (x, kernel), weights)
+    actual = differentiated(in_place, (x, kernel), weights)
     expected = differentiated(
         lambda x, kernel: shifted_sum(x, kernel, convolution.offsets, segments), (x, kernel), weights
     )
-    assert_all_near(found, expected, dtype)
+    assert_all_near(actual, expected, dtype)
 
 
 def test_a_protein_that_went_to_nan_spoils_no_other():

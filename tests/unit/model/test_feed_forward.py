@@ -21,9 +21,9 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(has_gate, dtype):
     inner, gate, out = draw(has_gate, dtype)
     leaves = [leaf for leaf in (inner, gate, out.weight, out.bias) if leaf is not None]
     grad = torch.randn(LENGTH, MODEL_DIM, dtype=dtype)
-    found, expected = activate_and_project(inner, gate, out), out(activated(inner, gate))
-    assert relative_error(found, expected) < TOLERANCE[dtype]
-    pairs = zip(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True)
+    actual, expected = activate_and_project(inner, gate, out), out(activated(inner, gate))
+    assert relative_error(actual, expected) < TOLERANCE[dtype]
+    pairs = zip(torch.autograd.grad(actual, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True)
     for ours, theirs in pairs:
         assert relative_error(ours, theirs) < TOLERANCE[dtype]
 

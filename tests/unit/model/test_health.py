@@ -35,8 +35,8 @@ def test_log_features_give_the_shares_of_kernel_features(feature_map):
     a = torch.tensor([-0.07]) if feature_map == "oprf" else None
     parts = [kernel_features(x.double(), projection.double(), feature_map=feature_map, oprf_a=a) for x in (q, k)]
     expected = (parts[0] * parts[1]).abs()
-    found = torch.softmax(sum(log_features(x, projection, feature_map, a) for x in (q, k)), -1)
-    assert relative_error(found, expected / expected.sum(-1, keepdim=True)) < 1e-4
+    actual = torch.softmax(sum(log_features(x, projection, feature_map, a) for x in (q, k)), -1)
+    assert relative_error(actual, expected / expected.sum(-1, keepdim=True)) < 1e-4
 
 
 def test_log_features_without_a_projection_are_of_the_vector_itself():
@@ -66,9 +66,9 @@ def test_nearly_all_features_share_the_estimate_where_norms_are_tiny(feature_map
 
 
 def test_fewer_features_share_the_estimate_the_larger_the_norms():
-    found = [measured(with_norms(logit, max_temperature=8.0))[0].effective_features for logit in (-9, -3, 0, 9)]
-    assert found == sorted(found, reverse=True)
-    assert found[-1] < 0.5 * found[0]
+    actual = [measured(with_norms(logit, max_temperature=8.0))[0].effective_features for logit in (-9, -3, 0, 9)]
+    assert actual == sorted(actual, reverse=True)
+    assert actual[-1] < 0.5 * actual[0]
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e6, 1e12])
@@ -91,7 +91,7 @@ def test_effective_features_are_the_mean_over_all_pairs_of_a_short_row():
     tokens, cu_seqlens = proteins(8)[0], bounds(8)
     seen = []
     model.layers[0].attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    found = attention_health(model, tokens, cu_seqlens)[0]
+    actual = attention_health(model, tokens, cu_seqlens)[0]
     attention = model.layers[0].attention
     with torch.no_grad():
         q, k, _ = attention.queries_keys_values(*seen[0])
@@ -101,7 +101,7 @@ def test_effective_features_are_the_mean_over_all_pairs_of_a_short_row():
         ]
     pairs = parts[0].unsqueeze(2) * parts[1].unsqueeze(1)
     expected = (pairs.sum(-1).square() / pairs.square().sum(-1)).mean().item()
-    assert found.effective_features == pytest.approx(expected, rel=1e-4)
+    assert actual.effective_features == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_pair_is_of_one_segment_and_looks_back_only_where_the_model_is_causal():

@@ -22,8 +22,8 @@ def test_a_protein_has_the_same_logits_alone_and_in_any_row(kind, conv_width):
     model = build(attention=kind, conv_width=conv_width)
     members = proteins(*SIZES)
     packed = model(torch.cat(members), bounds(*SIZES)).split(SIZES)
-    for tokens, found in zip(members, packed, strict=True):
-        assert relative_error(found, model(tokens, bounds(len(tokens)))) < FLOAT32
+    for tokens, actual in zip(members, packed, strict=True):
+        assert relative_error(actual, model(tokens, bounds(len(tokens)))) < FLOAT32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,8 +55,8 @@ def test_the_order_of_residues_matters():
     model = build(conv_width=0)
     tokens = proteins(20)[0]
     reversed_tokens = torch.cat((tokens[:1], tokens[1:-1].flip(0), tokens[-1:]))
-    found = model(reversed_tokens, bounds(20))[1:-1].flip(0)
-    assert relative_error(found, model(tokens, bounds(20))[1:-1]) > 1e-3
+    actual = model(reversed_tokens, bounds(20))[1:-1].flip(0)
+    assert relative_error(actual, model(tokens, bounds(20))[1:-1]) > 1e-3
 
 
 @torch.no_grad()
@@ -164,8 +164,8 @@ def test_bfloat16_autocast_works_and_stays_near_float32(kind, conv_width):
     with torch.no_grad():
         expected = model(tokens, bounds(*SIZES))
         with torch.autocast("cpu", torch.bfloat16):
-            found = model(tokens, bounds(*SIZES))
-    assert relative_error(found.float(), expected) < 0.1
+            actual = model(tokens, bounds(*SIZES))
+    assert relative_error(actual.float(), expected) < 0.1
 
 
 @torch.no_grad()
@@ -257,8 +257,8 @@ def gradients(model, checkpoint_activations):
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"attention": "softmax"}, {"causal": True}], ids=str)
 def test_activation_checkpointing_changes_no_bit(options):
     model = build(**options).train()
-    for found, expected in zip(gradients(model, True), gradients(model, False), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(gradients(model, True), gradients(model, False), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_activation_checkpointing_computes_each_layer_twice_in_training_only(monkeypatch):

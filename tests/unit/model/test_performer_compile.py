@@ -62,8 +62,8 @@ def test_compiled_layers_give_the_same_logits_and_gradients_for_rows_of_all_leng
     command = [sys.executable, "-c", PROGRAM, backend]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found["largest_error"] < 1e-4
-    assert 1 <= found["num_graphs"] <= 2
-    assert found["same_names"]
-    assert found["same_health"]
+    actual = json.loads(run.stdout.splitlines()[-1])
+    assert actual["largest_error"] < 1e-4
+    assert 1 <= actual["num_graphs"] <= 2
+    assert actual["same_names"]
+    assert actual["same_health"]

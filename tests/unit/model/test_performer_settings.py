@@ -35,8 +35,8 @@ def test_a_protein_has_the_same_logits_alone_and_in_any_row(options):
     model = build(**options)
     members = proteins(*SIZES)
     packed = model(torch.cat(members), bounds(*SIZES)).split(SIZES)
-    for tokens, found in zip(members, packed, strict=True):
-        assert relative_error(found, model(tokens, bounds(len(tokens)))) < FLOAT32
+    for tokens, actual in zip(members, packed, strict=True):
+        assert relative_error(actual, model(tokens, bounds(len(tokens)))) < FLOAT32
 
 
 @torch.no_grad()
@@ -45,8 +45,8 @@ def test_trig_attention_keeps_proteins_apart_too():
     model = build(attention="trig", max_temperature=0.5, num_features=256)
     members = proteins(*SIZES)
     packed = model(torch.cat(members), bounds(*SIZES)).split(SIZES)
-    for tokens, found in zip(members, packed, strict=True):
-        assert relative_error(found, model(tokens, bounds(len(tokens)))) < 10 * FLOAT32
+    for tokens, actual in zip(members, packed, strict=True):
+        assert relative_error(actual, model(tokens, bounds(len(tokens)))) < 10 * FLOAT32
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
@@ -108,9 +108,9 @@ def test_no_logit_of_a_causal_model_depends_on_later_tokens(options):
     for position in (10, 24, 38):
         changed = tokens.clone()
         changed[position:39] = FIRST_RESIDUE + (tokens[position:39] - FIRST_RESIDUE + 1) % 20
-        found = model(changed, bounds(*sizes))
-        assert torch.equal(found[:position], plain[:position])
-        assert (found[position] - plain[position]).abs().max() > 1e-4
+        actual = model(changed, bounds(*sizes))
+        assert torch.equal(actual[:position], plain[:position])
+        assert (actual[position] - plain[position]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "trig"])

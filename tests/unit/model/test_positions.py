@@ -39,9 +39,9 @@ def test_rotary_positions_start_anew_in_every_segment_and_turn_as_in_esm():
 
 
 def test_sinusoids_are_those_of_vaswani():
-    found = sinusoids(torch.tensor([0, 7]), 8)
-    assert found[0].tolist() == [0, 1] * 4
+    actual = sinusoids(torch.tensor([0, 7]), 8)
+    assert actual[0].tolist() == [0, 1] * 4
     for pair in range(4):
         angle = 7 / 10000 ** (2 * pair / 8)
-        assert found[1, 2 * pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
-        assert found[1, 2 * pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+        assert actual[1, 2 * pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
+        assert actual[1, 2 * pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)

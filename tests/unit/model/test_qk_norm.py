@@ -23,9 +23,9 @@ def test_normalising_and_rotating_in_place_equals_the_two_steps(length, dtype):
     x, weights = (torch.randn(3, length, 16, generator=generator, dtype=dtype).transpose(0, 1) for _ in range(2))
     lengths = torch.tensor([0.3, 1.0, 2.5], dtype=dtype)
     angles = angles_of(length, 16, dtype)
-    found = differentiated(lambda x, lengths: normalise_and_rotate(x, lengths, angles), (x, lengths), weights)
+    actual = differentiated(lambda x, lengths: normalise_and_rotate(x, lengths, angles), (x, lengths), weights)
     expected = differentiated(lambda x, lengths: rotate(normalise(x, lengths), *angles), (x, lengths), weights)
-    assert_all_near(found, expected, dtype)
+    assert_all_near(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-14])
@@ -35,10 +35,10 @@ def test_vectors_of_almost_no_length_have_the_gradient_of_a_multiplication(scale
     x[1:3] *= scale
     lengths = torch.tensor([0.5, 2.0], dtype=torch.float64)
     angles = angles_of(4, 8, torch.float64)
-    found = differentiated(lambda x, lengths: normalise_and_rotate(x, lengths, angles), (x, lengths), weights)
+    actual = differentiated(lambda x, lengths: normalise_and_rotate(x, lengths, angles), (x, lengths), weights)
     expected = differentiated(lambda x, lengths: rotate(normalise(x, lengths), *angles), (x, lengths), weights)
-    assert_all_near(found, expected, torch.float64)
-    assert relative_error(found[1][0], expected[1][0]) < 1e-10
+    assert_all_near(actual, expected, torch.float64)
+    assert relative_error(actual[1][0], expected[1][0]) < 1e-10
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():

@@ -64,9 +64,9 @@ def test_hidden_states_are_those_of_whole_rows(monkeypatch, settings):
     # No stretch ends where a protein does.
     monkeypatch.setattr(stretches, "STRETCH_TOKENS", 16)
     with torch.inference_mode():
-        found = model.hidden_states(tokens, bounds(*SIZES), (0, 1, 2))
+        actual = model.hidden_states(tokens, bounds(*SIZES), (0, 1, 2))
     for layer, states in expected.items():
-        assert relative_error(found[layer], states) < TOLERANCE[torch.float64], layer
+        assert relative_error(actual[layer], states) < TOLERANCE[torch.float64], layer
 
 
 def test_without_gradients_the_widest_tensors_are_never_of_a_whole_row(monkeypatch):
