@@ -41,6 +41,8 @@ setup(
     cmdclass={"build_ext": BuildSourceBySource},
     # No Python modules: compiled_fasta.py and favor_cpp.py find the files by these names and load them with ctypes.
     # Without a compiler protlm still installs; it then reads FASTA in Python, and attention runs on torch.
+    # Apple's compiler refuses -fopenmp, so that on macOS the kernel is left out. Another OpenMP library would not do:
+    # torch brings LLVM's, and a second copy of that in a process ends it.
     ext_modules=[
         Extension(
             "protlm.data.parsing._fasta_parser",
