@@ -81,14 +81,10 @@ PLACES = {
 @pytest.fixture
 def _unchecked_annotations(monkeypatch):
     """Makes functions that take the name of a map what they are outside pytest."""
-    for module, names in (
-        (favor, ("favor_attention",)),
-        (random_features, ("kernel_features",)),
-        (reference, ("kernel_features", "favor_attention")),
-        (health, ("_feature_use", "log_features")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+    for module in (favor, random_features, reference, health):
+        for name, function in list(vars(module).items()):
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                monkeypatch.setattr(module, name, inspect.unwrap(function))
 
 
 @pytest.mark.usefixtures("_unchecked_annotations")
