@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("PyTorch sees no CUDA device; run this where `torch.cuda.is_available()` is true")
     if options.device not in (there := [f"cuda:{index}" for index in range(torch.cuda.device_count())]):
         return _fail(f"--device: expected one of {', '.join(there)}, got {options.device}")
-    if (told := backends()["triton"]).startswith("not available"):
-        return _fail(f"the backend triton is {told}")
+    if (description := backends()["triton"]).startswith("not available"):
+        return _fail(f"the backend triton is {description}")
     if capability_of(torch.device(options.device).index) < MIN_CAPABILITY:
         return _fail(f"--device: the kernels need compute capability {MIN_CAPABILITY / 10}, {options.device} is older")
     from protlm.gpu_check import parity, ranks, timing

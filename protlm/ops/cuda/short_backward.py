@@ -131,10 +131,10 @@ def short_backward(
         inners = tl.sum(pulled.to(tl.float32) * outputs.to(tl.float32), 1)
         sums = tl.load(query_sums + tokens, mask=is_in, other=float("inf"))
         exponents = scores(rows, queries, UPCAST) * factor
-        weights, parts = query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL, HAS_MASK)
+        weights, shares = query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL, HAS_MASK)
         of_sums += tl.sum(weights * inners[None, :], 1)
         of_means = product(weights.to(pulled.dtype), pulled, of_means, UPCAST)
-        grads = (scores(state, pulled, UPCAST) - inners[None, :]) * parts
+        grads = (scores(state, pulled, UPCAST) - inners[None, :]) * shares
         of_queries = product_of_features(grads, rows, TILE_TOKENS, DIM, UPCAST) * (grad_factor * scale)
         of_queries = tl.where(is_real[:, None], of_queries, 0.0)
         store_rows(q_grad, tokens[:, None] * q_grad_token + dims[None, :], of_queries, is_in, HEAD_DIM, DIM)
