@@ -17,6 +17,8 @@ from protlm.model.segments import Segments
 from protlm.model.stretches import in_stretches
 from protlm.ops import draw_projection, favor_attention, oprf_parameter
 from protlm.ops.feature_maps import definition_of
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.oprf import oprf_a_from_data
 
 _INITIAL_TEMPERATURE = 0.75
 """Initial temperature of every head, as a share of max_temperature."""
@@ -79,7 +81,19 @@ class SelfAttention(nn.Module):
         self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "length model_dim"]:
         """Returns the output of the attention for one packed row; without `rotary`, q and k are not rotated."""
-        q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in self.queries_keys_values(x, segments, rotary))
+        out = self.attend(*self.queries_keys_values(x, segments, rotary), segments)
+        (result,) = in_stretches(lambda out: (self.output(out),), out.flatten(1))
+        return result
+
+    def attend(
+        self,
+        q: Float[Tensor, "length heads head_dim"],
+        k: Float[Tensor, "length heads head_dim"],
+        v: Float[Tensor, "length heads head_dim"],
+        segments: Segments,
+    ) -> Float[Tensor, "length heads head_dim"]:
+        """Returns the attention of every head, before they are joined and projected."""
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         if self.kind == "softmax":
             exact_attention = self._uncompiled or _exact_attention
             out = exact_attention(q, k, v, segments, self.causal)
@@ -94,8 +108,7 @@ class SelfAttention(nn.Module):
                 causal=self.causal,
                 oprf_a=self.fixed_oprf_a(),
             )
-        (result,) = in_stretches(lambda out: (self.output(out),), out.squeeze(0).transpose(0, 1).flatten(1))
-        return result
+        return out.squeeze(0).transpose(0, 1)
 
     def queries_keys_values(
         self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
@@ -126,6 +139,18 @@ class SelfAttention(nn.Module):
         temperature = self._temperature()
         assert temperature is not None
         return oprf_parameter(2 * temperature.detach(), self.head_dim)
+
+    def oprf_a(
+        self, q: Float[Tensor, "length heads head_dim"], k: Float[Tensor, "length heads head_dim"], segments: Segments
+    ) -> Float[Tensor, "segments heads"] | None:
+        """Returns the A of every segment with which the attention is computed; None for maps without an A."""
+        if not self.takes_oprf_a:
+            return None
+        fixed = self.fixed_oprf_a()
+        if fixed is not None:
+            return fixed.expand(len(segments.cu_seqlens) - 1, -1)
+        q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+        return oprf_a_from_data(AttentionInputs(q, k, q, None, None, segments.cu_seqlens))
 
     def _temperature(self) -> Tensor | None:
         """Returns the temperature τ of every head, None without qk_norm."""

@@ -5,8 +5,6 @@ ever fewer features make up the whole sum, the variance explodes, and training s
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protlm.choices import FeatureMap
-from protlm.model.attention import SelfAttention
+from protlm.model.attention_calls import AttentionCall, visit_attention
 from protlm.model.segments import Segments
 from protlm.ops.feature_maps import definition_of, with_oprf_a
-from protlm.ops.inputs import AttentionInputs
-from protlm.ops.oprf import oprf_a_from_data
 
 _NUM_QUERIES = 64
 _NUM_KEYS = 64
@@ -51,7 +47,6 @@ class LayerHealth:
     dead_features: float | None
 
 
-@torch.no_grad()
 def attention_health(
     model: nn.Module, tokens: Int[Tensor, " length"], cu_seqlens: Int[Tensor, " bounds"]
 ) -> list[LayerHealth]:
@@ -67,43 +62,18 @@ def attention_health(
         cu_seqlens: int32 bounds of its segments.
     """
     healths: list[LayerHealth] = []
-
-    def measure(attention: nn.Module, arguments: tuple[Tensor, Segments, tuple[Tensor, Tensor] | None]) -> None:
-        assert isinstance(attention, SelfAttention)
-        # While a layer runs, its weights are complete even if devices share them.
-        q, k, _ = attention.queries_keys_values(*arguments)
-        healths.append(_layer_health(len(healths) + 1, attention, q, k, arguments[1]))
-
-    attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
-    handles = [attention.register_forward_pre_hook(measure) for attention in attentions]
-    try:
-        # A compiled layer would not call the hooks.
-        with _evaluating(model), torch.compiler.set_stance("force_eager"):
-            model(tokens, cu_seqlens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    visit_attention(model, tokens, cu_seqlens, lambda call: healths.append(_layer_health(call)))
     return healths
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _layer_health(layer: int, attention: SelfAttention, q: Tensor, k: Tensor, segments: Segments) -> LayerHealth:
-    q_norms, k_norms = (x.float().square().sum(-1).mean(0) / math.sqrt(attention.head_dim) for x in (q, k))
+def _layer_health(call: AttentionCall) -> LayerHealth:
+    head_dim = call.attention.head_dim
+    q_norms, k_norms = (x.float().square().sum(-1).mean(0) / math.sqrt(head_dim) for x in (call.q, call.k))
     effective, dead = None, None
-    if attention.kind != "softmax":
-        effective, dead = _feature_use(attention, attention.kind, q, k, segments)
+    if call.attention.kind != "softmax":
+        effective, dead = (numbers.mean().item() for numbers in feature_use(call))
     return LayerHealth(
-        layer=layer,
+        layer=call.layer,
         q_norm=q_norms.mean().item(),
         k_norm=k_norms.mean().item(),
         max_q_norm=q_norms.max().item(),
@@ -113,26 +83,31 @@ def _layer_health(layer: int, attention: SelfAttention, q: Tensor, k: Tensor, se
     )
 
 
-def _feature_use(
-    attention: SelfAttention, feature_map: FeatureMap, q: Tensor, k: Tensor, segments: Segments
-) -> tuple[float, float]:
-    """Returns the number of effective features, and the share of dead ones."""
+def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Tensor, " heads"]]:
+    """Returns the effective features and the share of dead features of every head, as `LayerHealth` defines them.
+
+    Raises:
+        ValueError: The attention is exact.
+    """
+    attention, segments = call.attention, call.segments
+    if attention.kind == "softmax":
+        raise ValueError("call: expected attention with features, got softmax")
     queries, keys = _sampled_pairs(segments, attention.causal)
-    oprf_a = _oprf_a(attention, q, k, segments)
+    oprf_a = attention.oprf_a(call.q, call.k, segments)
     effective, dead = [], []
     # One head at a time: the terms of all pairs of all heads would take more memory than the layer itself.
     for head in range(attention.num_heads):
         rows = None if attention.projection is None else attention.projection[head].float()
-        a = None if oprf_a is None else oprf_a[segments.numbers[queries], head].view(-1, 1, 1)
+        a = None if oprf_a is None else oprf_a[segments.numbers[queries], head].float().view(-1, 1, 1)
         q_logs, k_logs = (
-            log_features(x[tokens, head].float(), rows, feature_map, a)
-            for x, tokens in ((q, queries.unsqueeze(1)), (k, keys))
+            log_features(x[tokens, head].float(), rows, attention.kind, a)
+            for x, tokens in ((call.q, queries.unsqueeze(1)), (call.k, keys))
         )
         # Softmax subtracts the largest logarithm of each pair, so the shares are finite for norms of any size.
         shares = torch.softmax(q_logs + k_logs, -1)
         effective.append(shares.square().sum(-1).reciprocal().mean())
         dead.append((shares.amax((0, 1)) < _DEAD_SHARE / shares.shape[-1]).float().mean())
-    return torch.stack(effective).mean().item(), torch.stack(dead).mean().item()
+    return torch.stack(effective), torch.stack(dead)
 
 
 def _sampled_pairs(segments: Segments, causal: bool) -> tuple[Tensor, Tensor]:
@@ -149,17 +124,6 @@ def _spaced(sizes: Tensor, count: int) -> Tensor:
     """Returns `count` evenly spaced numbers from 0 to size − 1 along the last axis."""
     steps = torch.arange(count, device=sizes.device)
     return (2 * steps + 1) * sizes // (2 * count)
-
-
-def _oprf_a(attention: SelfAttention, q: Tensor, k: Tensor, segments: Segments) -> Tensor | None:
-    """Returns the A of every segment and head (segments, heads) in the attention; None for maps without an A."""
-    if not attention.takes_oprf_a:
-        return None
-    fixed = attention.fixed_oprf_a()
-    if fixed is not None:
-        return fixed.expand(len(segments.cu_seqlens) - 1, -1)
-    q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
-    return oprf_a_from_data(AttentionInputs(q, k, q, None, None, segments.cu_seqlens)).float()
 
 
 def log_features(
