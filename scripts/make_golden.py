@@ -6,8 +6,10 @@ Run it by hand: when a change of numerics is wanted, and say so in CHANGELOG.md 
 
 import csv
 import io
+import itertools
 import json
 import os
+import platform
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -18,33 +20,58 @@ from unittest import mock
 import torch
 import typer
 
+import protlm
 from protlm.cli.app import app, main
 from protlm.data.storage.dataset import open_dataset
+from protlm.ops import favor_cpp
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_PATH = ROOT / "tests" / "golden" / "golden.json"
 HELP_DIR = ROOT / "tests" / "golden" / "help"
 HELP_COLUMNS = 80
-NUM_STEPS = 20
+SAMPLE = ROOT / "data" / "trembl_sample.fasta.gz"
+NUM_STEPS = 60
+"""The warm-up of the tiny configuration ends after 40."""
+NUM_PROTEINS = 3
+MAX_RESIDUES = 512
+
+TOLERANCES = {"losses": 1e-6, "valid_perplexity": 1e-6, "embeddings": 1e-5}
+"""Largest difference between machines of one class, relative to a number, or to the largest number of an embedding."""
+TOLERANCE_OF_OTHER_MACHINES = 1e-4
+
+
+def machine_class() -> dict[str, str]:
+    """Returns what decides the order in which sums are computed, and with it the last bits of a result."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__.partition("+")[0],
+        "instructions of torch": torch.backends.cpu.get_cpu_capability(),
+        "kernel of protlm": favor_cpp.best_kernel() if favor_cpp.why_not() is None else "none",
+    }
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Returns the hash of the prepared sample and the first losses of the tiny configuration on it."""
+    """Returns the hash of the prepared sample, losses of the tiny configuration, and embeddings by its model."""
     torch.set_num_threads(1)
     dataset, run = folder / "dataset", folder / "run"
     for arguments in (
-        ["prep", str(ROOT / "data" / "trembl_sample.fasta.gz"), "--out", str(dataset)],
+        ["prep", str(SAMPLE), "--out", str(dataset)],
         ["train", str(dataset), "--out", str(run), "--config", "tiny", "--max-steps", str(NUM_STEPS),
-         "--set", "data.tokens_per_batch=1024", "--set", "data.max_length=512"],
+         "--set", "data.tokens_per_batch=1024", "--set", f"data.max_length={MAX_RESIDUES}",
+         "--set", "train.valid_every_steps=20"],
     ):  # fmt: skip
         if main(arguments) != 0:
             sys.exit(f"failed: protlm {' '.join(arguments)}")
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    short = (record.sequence for record in protlm.read_records(SAMPLE) if len(record.sequence) <= MAX_RESIDUES)
+    embeddings = protlm.load_model(run).embed(itertools.islice(short, NUM_PROTEINS))
     return {
+        "machine": machine_class(),
         "dataset_hash": open_dataset(dataset).hash,
         "losses": [float(row["train/loss"]) for row in rows],
-        "valid_perplexity": float(rows[-1]["valid/perplexity"]),
+        "valid_perplexity": [float(row["valid/perplexity"]) for row in rows if row["valid/perplexity"]],
+        "embeddings": [embedding["mean"].tolist() for embedding in embeddings],
     }
 
 
