@@ -1,53 +1,151 @@
-"""`protlm eval`: options in, a measurement, its table out."""
+"""`protlm eval`: options in, a measurement, its tables out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from protlm.choices import SplitName
 from protlm.cli import output
-from protlm.cli.options import DatasetArgument, ForceOption, JsonOption, ModelArgument, one_of, seed_option
+from protlm.cli.options import DatasetArgument, ForceOption, JsonOption, ModelArgument, seed_option, some_of
 from protlm.cli.progress import Bars
+
+if TYPE_CHECKING:
+    from protlm.workflows.evaluate.report import EvalReport, ScoreRow
+
+AnySplit = Literal["valid", "test", "ood", "train", "all"]
+
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the report.")]
+SplitsOption = Annotated[
+    list[str],
+    some_of("--split", AnySplit, "The proteins to score; repeatable, `all` for every split there is. [default: test]"),
+]
+MasksOption = Annotated[
+    int, typer.Option("--masks", metavar="K", min=1, help="Score every protein K times, each time with other masks.")
+]
+MaskRateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--mask-rate",
+        metavar="FRACTION",
+        min=0.0,
+        max=1.0,
+        help="Probability that a residue is hidden; default: as in training.",
+    ),
+]
+AsTrainedOption = Annotated[
+    bool,
+    typer.Option(
+        "--as-trained",
+        help="Also score the mixture of hidden, replaced and visible residues that the model was trained with.",
+    ),
+]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="Also score the same architecture with random weights.")
+]
+PseudoPerplexityOption = Annotated[
+    int,
+    typer.Option(
+        "--pseudo-perplexity",
+        metavar="N",
+        min=0,
+        help="Also hide the residues of N proteins one at a time: a forward pass for each residue.",
+    ),
+]
+ResiduesOption = Annotated[
+    bool,
+    typer.Option("--residues", help="Write residues.parquet: the prediction at each scored residue (protlm[parquet])."),
+]
 
 
 def eval_command(
     model: ModelArgument,
     dataset: DatasetArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for report.json.")],
-    split: Annotated[
-        SplitName, typer.Option("--split", metavar=one_of(SplitName), help="The proteins to score.")
-    ] = "test",
-    seed: Annotated[int, seed_option("Seed of the masks.", max=2**63 - 1)] = 0,
+    out: OutOption,
+    split: SplitsOption = [],  # noqa: B006  Typer copies it
+    masks: MasksOption = 1,
+    mask_rate: MaskRateOption = None,
+    as_trained: AsTrainedOption = False,
+    random_weights: RandomWeightsOption = False,
+    pseudo_perplexity: PseudoPerplexityOption = 0,
+    residues: ResiduesOption = False,
+    seed: Annotated[int, seed_option("Seed of the masks and of the bootstrap.", max=2**63 - 1)] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how well a model predicts masked residues.
+    """Measure how well a model predicts residues that are hidden from it.
 
-    Accuracy is the fraction of masked residues that the model ranks first. Perplexity is the effective number of
-    residues that it is choosing between; a blind guess among the standard residues gives 20. Both are printed beside
-    the empirical baseline: the residue frequencies of the model's training set.
+    All scored residues are hidden, whatever the model was trained with. Accuracy is the fraction to which the model
+    gives the highest probability. Perplexity is the effective number of residues that it is choosing between. Both
+    stand beside baselines on the same residues: the residue frequencies of the model's training set (empirical), and a
+    table of the residues that followed each short stretch in the dataset's training split (Markov). A model is worth
+    using only if it beats both. Intervals are 95 % of a bootstrap over proteins, or clusters where they are known. A
+    causal model is scored at every residue, given those before it.
 
     \b
     Examples:
       protlm eval run dataset --split test --out report
-      protlm eval run/model dataset --split valid --out report-valid --json
+      protlm eval run dataset --split test --split ood --out report-both
+      protlm eval run/model dataset --split valid --out report-valid --as-trained --json
     """  # noqa: D301  \b must reach Typer as a backspace
+    if mask_rate == 0:
+        raise typer.BadParameter("expected a rate above 0: nothing would be scored", param_hint="--mask-rate")
     from protlm.workflows.evaluate.evaluate import evaluate
+    from protlm.workflows.evaluate.request import EvalRequest, EvalUsageError
 
-    with Bars({"eval": "residue"}) as bars:
-        report = evaluate(model, dataset, split, out, seed=seed, force=force, start_progress=bars.start)
-    if as_json:
-        output.print_json(report)
-        return
-    output.print_scores(
-        report.split,
-        model=(report.model.accuracy, report.model.perplexity),
-        baseline=(report.empirical.accuracy, report.empirical.perplexity),
+    splits: tuple[SplitName, ...] = tuple(name for name in get_args(SplitName) if name in split)
+    request = EvalRequest(
+        model=model,
+        dataset=dataset,
+        splits=() if "all" in split else tuple(name for name in split if name in splits) or ("test",),
+        out=out,
+        seed=seed,
+        num_masks=masks,
+        mask_rate=mask_rate,
+        as_trained=as_trained,
+        random_weights=random_weights,
+        pseudo_perplexity=pseudo_perplexity,
+        residues=residues,
+        force=force,
     )
-    output.print_pairs(
-        [
-            ("scored", f"{report.num_targets:,} masked residues of {report.num_records:,} proteins"),
-            ("report", out / "report.json"),
-        ]
+    try:
+        with Bars({"eval": "residue"}) as bars:
+            report = evaluate(request, start_progress=bars.start)
+    except EvalUsageError as error:
+        raise typer.BadParameter(str(error)) from error
+    if as_json:
+        output.print_json(report.to_json())
+        return
+    _print(report, out)
+
+
+def _print(report: "EvalReport", out: Path) -> None:
+    from protlm.workflows.evaluate.report import ROW_NAMES
+
+    for name, split in report.splits.items():
+        rows = [(ROW_NAMES[key], *_cells(split.scores[key])) for key in ROW_NAMES if key in split.scores]
+        output.print_table((f"{name} split", "accuracy", "± 95 %", "perplexity", "95 % interval"), rows)
+        print()
+    for split in report.splits.values():
+        print(split.verdict)
+        if split.pseudo_perplexity is not None:
+            value, num_proteins = split.pseudo_perplexity["perplexity"], split.pseudo_perplexity["num_proteins"]
+            print(f"pseudo-perplexity {value:.3f} of {num_proteins:,} proteins, one residue hidden at a time")
+    scored = [
+        f"{split.num_targets:,} residues of {split.num_records:,} proteins ({name})"
+        for name, split in report.splits.items()
+    ]
+    what = "hidden" if report.targets == "hidden" else "predicted from those before"
+    output.print_pairs([("scored", f"{'; '.join(scored)}; all {what}"), ("report", out / "report.json")])
+
+
+def _cells(row: "ScoreRow") -> tuple[str, str, str, str]:
+    """Returns accuracy and perplexity with their intervals, empty where a figure has none."""
+    accuracy, low, high = (row[f"accuracy{suffix}"] for suffix in ("", "_low", "_high"))
+    perplexity, least, most = (row[f"perplexity{suffix}"] for suffix in ("", "_low", "_high"))
+    return (
+        f"{accuracy:.4f}",
+        "" if low is None or high is None else f"{(high - low) / 2:.4f}",
+        f"{perplexity:.3f}",
+        "" if least is None or most is None else f"{least:.3f} to {most:.3f}",
     )

@@ -9,6 +9,9 @@ OnBadRecord = Literal["error", "skip"]
 Format = Literal["fasta", "a3m", "flatfile", "uniprot-xml", "uniref-xml"]
 """The formats that are read."""
 
+UNKNOWN = -1
+"""The value that marks a missing number in a column."""
+
 MAX_RECORD_BYTES = 64 << 20
 """Size of the longest record that is read; the longest protein known has some 45,000 residues."""
 

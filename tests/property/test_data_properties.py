@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protlm import open_embeddings, read_records, vocabulary
 from protlm.config import DataConfig
-from protlm.data.batching.batches import Objective, epoch_size, evaluation_batches, training_batch, training_rows
+from protlm.data.batching.batches import Objective, epoch_size, training_batch, training_rows
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import MaskRates
 from protlm.data.embeddings.layouts import LAYOUTS, Contents
@@ -24,7 +24,7 @@ from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
-from tests.unit.data.batching.batch_cases import InMemory, joined_epoch, segments
+from tests.unit.data.batching.batch_cases import InMemory, evaluation_batches, joined_epoch, segments
 
 sequences = st.text(vocabulary.RESIDUES, min_size=1, max_size=40)
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)

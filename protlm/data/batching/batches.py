@@ -46,6 +46,10 @@ class Objective:
     causal: bool
     rates: MaskRates
 
+    def hiding_all(self) -> "Objective":
+        """Returns the objective of an evaluation: the same targets, all of them hidden, so that none can be copied."""
+        return Objective(self.causal, MaskRates(self.rates.rate, mask_share=1.0, random_share=0.0))
+
 
 class Batch(NamedTuple):
     """One row of tokens and the targets in it.
@@ -68,6 +72,20 @@ class Batch(NamedTuple):
     targets: Tensor
     epoch: int
     num_residues: int
+
+
+class EvaluationRow(NamedTuple):
+    """One row of a split that is scored.
+
+    Attributes:
+        batch: The row and its targets.
+        records: Number of each target's record in the split, int64 (targets,).
+        positions: Position of each target in its protein, from 0, int64 (targets,).
+    """
+
+    batch: Batch
+    records: np.ndarray
+    positions: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -167,10 +185,10 @@ def training_batch(row: Row, proteins: Proteins, config: DataConfig, seed: int, 
             reaches_end = start == latest
         stretches.append(_stretch(tokens, objective, generator, scores_end=objective.causal and reaches_end))
     window_tokens = config.window_tokens if config.mode == "concatenated" else None
-    return _batch(stretches, row, window_tokens, objective)
+    return _batch(stretches, row, window_tokens, objective)[0]
 
 
-def evaluation_batches(
+def evaluation_rows(
     proteins: Proteins,
     tokens_per_batch: int,
     seed: int,
@@ -178,14 +196,14 @@ def evaluation_batches(
     *,
     window_tokens: int | None = None,
     max_residues: int | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[EvaluationRow]:
     """Yields the records in order, each masked as a function of the seed and its whole sequence; no `<eos>` is scored.
 
     Args:
         proteins: The records.
         tokens_per_batch: Budget of a row; a protein or window beyond it has its own row.
         seed: Determines, together with each sequence, which residues are hidden.
-        objective: The objective that the model was trained with.
+        objective: What is predicted, and what is hidden meanwhile.
         window_tokens: Join the proteins and cut them into windows of so many tokens, as in training; default: each
             protein is a segment.
         max_residues: Cut a longer protein to its first max_residues after masking; not together with window_tokens.
@@ -204,7 +222,11 @@ def evaluation_batches(
             tokens = proteins.tokens(int(record))
             stretch = _stretch(tokens, objective, evaluation_generator(seed, tokens), scores_end=False)
             stretches.append(stretch if max_residues is None else stretch.first(max_residues))
-        yield _batch(stretches, row, window_tokens, objective)
+        batch, places = _batch(stretches, row, window_tokens, objective)
+        # Places count an `<eos>` behind each protein, from the beginning of the first one.
+        starts = np.cumsum([0, *(len(stretch.tokens) + 1 for stretch in stretches)])
+        members = np.searchsorted(starts, places, side="right") - 1
+        yield EvaluationRow(batch, row.records[members], places - starts[members])
 
 
 def pack_row(proteins: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -267,8 +289,14 @@ def _stretch(tokens: np.ndarray, objective: Objective, generator: np.random.Gene
     return _Stretch(tokens, *mask_residues(tokens, objective.rates, generator), scores_end)
 
 
-def _batch(stretches: Sequence[_Stretch], row: Row, window_tokens: int | None, objective: Objective) -> Batch:
-    """Returns the batch of these proteins: each a segment, or joined and cut into windows, which are the segments."""
+def _batch(
+    stretches: Sequence[_Stretch], row: Row, window_tokens: int | None, objective: Objective
+) -> tuple[Batch, np.ndarray]:
+    """Returns the batch of these proteins: each a segment, or joined and cut into windows, which are the segments.
+
+    With it come the places of the targets, int64 (targets,), among the tokens of all stretches joined, with an `<eos>`
+    behind each stretch.
+    """
     if not are_residues(np.concatenate([stretch.tokens for stretch in stretches])):
         raise ShardError("the dataset holds tokens that stand for no residue: a shard is damaged; prepare it again")
     stop = None if row.num_tokens is None else row.first_token + row.num_tokens
@@ -288,7 +316,7 @@ def _batch(stretches: Sequence[_Stretch], row: Row, window_tokens: int | None, o
     # A target is preceded in its row by the tokens before it and one `<cls>` for each segment up to its own; a causal
     # prediction is made one token earlier, which may be that `<cls>`.
     positions = chosen + np.searchsorted(ends, chosen, side="right") + (0 if objective.causal else 1)
-    return Batch(
+    batch = Batch(
         tokens=torch.from_numpy(_with_cls(seen, bounds)),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         target_positions=torch.from_numpy(positions),
@@ -296,6 +324,7 @@ def _batch(stretches: Sequence[_Stretch], row: Row, window_tokens: int | None, o
         epoch=row.epoch,
         num_residues=int(np.count_nonzero(true != EOS)),
     )
+    return batch, chosen + row.first_token
 
 
 def _bounds(ends: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from protlm.choices import SplitName
 from protlm.data.building.pieces import Piece, PieceFile
 from protlm.data.building.selection import Selection
 from protlm.data.numbered_ids import number_suffix
-from protlm.data.parsing.record_table import UNKNOWN
+from protlm.data.records import UNKNOWN
 from protlm.data.residue_counts import count_residues
 from protlm.data.splits import SPLIT_NAMES
 from protlm.data.storage.shards import LABEL_COLUMNS, NUMBER_COLUMNS, FinishedShard, ShardInfo, ShardReader, write_shard

@@ -7,11 +7,8 @@ import numpy as np
 
 from protlm import vocabulary
 from protlm.data.digests import digests_of
-from protlm.data.records import Record
+from protlm.data.records import UNKNOWN, Record
 from protlm.data.strings import Strings, bounds_of
-
-UNKNOWN = -1
-"""The value that marks a missing number in a column."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from protlm import vocabulary
 from protlm.choices import SplitMethod, SplitName
-from protlm.data.records import Format, OnBadRecord
+from protlm.data.records import UNKNOWN, Format, OnBadRecord
 from protlm.data.storage.shards import FinishedShard, ShardReader
 from protlm.errors import ShardError, validation_fault
 
@@ -24,6 +24,7 @@ FORMAT: Final = "protlm-dataset"
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.html"
+MULTIQC_NAME = "protlm_prep_mqc.json"
 REJECTS_NAME = "rejects.tsv"
 SHARD_NAME_PATTERN = r"^[a-z]+-[0-9]{5,}\.h5$"
 """Shard names come from a file that anyone may have written: only plain base names of this form are opened."""
@@ -245,6 +246,20 @@ class Dataset:
         raise ShardError(f"{self.path}: no records in split {name!r}; it has {', '.join(filled) or 'none'}")
 
 
+class RecordLabels(NamedTuple):
+    """The labels of a record, each kind empty where it is not known.
+
+    Attributes:
+        families: Names of its families.
+        clusters: The name of its cluster.
+        taxa: Its NCBI taxonomy id.
+    """
+
+    families: tuple[str, ...]
+    clusters: tuple[str, ...]
+    taxa: tuple[str, ...]
+
+
 class Split:
     """The records of one split, by their running number over all its shards; pickles as its path.
 
@@ -295,6 +310,19 @@ class Split:
             raise IndexError(f"index: expected 0 to {self.num_records - 1}, got {index}")
         number = bisect_right(self._starts, index) - 1
         return self.shard(number).ids[int(index) - self._starts[number]]
+
+    def labels(self, index: int | np.integer) -> RecordLabels:
+        """Returns the families, the cluster and the taxon of a record, as far as the dataset has them."""
+        number = bisect_right(self._starts, index) - 1
+        shard, place = self.shard(number), int(index) - self._starts[number]
+        families = "" if shard.family is None else shard.family[place]
+        cluster = "" if shard.cluster_id is None else shard.cluster_id[place]
+        taxon = UNKNOWN if shard.taxon_id is None else int(shard.taxon_id[place])
+        return RecordLabels(
+            families=tuple(families.split(";")) if families else (),
+            clusters=(cluster,) if cluster else (),
+            taxa=(str(taxon),) if taxon != UNKNOWN else (),
+        )
 
     def open_shards(self) -> None:
         """Opens every shard now, so that a missing or damaged one ends a run before hours of work, not after.

@@ -22,7 +22,7 @@ DEFAULT_SHARD_RESIDUES = 67_108_864
 VOCABULARY = " ".join(vocabulary.TOKENS)
 
 NUMBER_COLUMNS = ("cluster_size", "taxon_id")
-"""Optional columns of numbers; `record_table.UNKNOWN` stands for no value."""
+"""Optional columns of numbers; `records.UNKNOWN` stands for no value."""
 LABEL_COLUMNS = ("cluster_id", "family")
 """Optional columns of strings; an empty string stands for no value, and several families are joined by `;`."""
 TOKENS = "tokens"
@@ -146,8 +146,8 @@ class ShardReader:
         offsets: The bounds of each record in `tokens`, (num_records + 1).
         ids: Record ids.
         descriptions: Record descriptions.
-        cluster_size: Per record, `record_table.UNKNOWN` if not given; None if no record has one.
-        taxon_id: Per record, `record_table.UNKNOWN` if not given; None if no record has one.
+        cluster_size: Per record, `records.UNKNOWN` if not given; None if no record has one.
+        taxon_id: Per record, `records.UNKNOWN` if not given; None if no record has one.
         cluster_id: Per record, empty if not given; None if no record has one.
         family: Per record, several joined by `;`, empty if not given; None if no record has one.
     """

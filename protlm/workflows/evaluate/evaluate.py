@@ -1,122 +1,219 @@
-"""`protlm eval`: a model's accuracy and perplexity on a split, beside the empirical baseline."""
+"""`protlm eval`: a model on splits of a dataset, beside the baselines, with the uncertainty of every figure."""
 
-import dataclasses
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 
 from protlm import files
-from protlm.data.storage.dataset import open_dataset
-from protlm.errors import ProtlmError
-from protlm.inference.scoring import EVALUATION_SEED, Score, score_split, scored_residues
-from protlm.pretrained.model_directory import read_model
+from protlm.data.batching.batches import Objective
+from protlm.data.storage.dataset import Dataset, Split, open_dataset
+from protlm.inference.metrics import MetricSums, replicate_weights, sums_by_protein
+from protlm.inference.pseudo_perplexity import sample_of, single_residue_rows
+from protlm.inference.scoring import max_scored_residues, score_rows
+from protlm.model.performer import Performer
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_directory import find_model, read_model
 from protlm.runtime.devices import best_device
-from protlm.runtime.progress import StartProgress, no_progress
-
-REPORT_FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalReport:
-    """The content of report.json.
-
-    Attributes:
-        format_version: Version of this format.
-        split: The split that was scored.
-        seed: Seed of the masks.
-        objective: `masked`, or `next-token` for a causal model, which is scored at every residue.
-        mask_rate: Probability that a residue was scored: the model's own. Unused by `next-token`.
-        num_records: Proteins in the split.
-        num_cut: Proteins longer than the model's learned positions; their ends were not scored.
-        num_targets: Scored residues.
-        model: Accuracy and perplexity of the model.
-        empirical: Accuracy and perplexity of the empirical baseline on the same targets.
-        weights_hash: Hash of the model's weights.
-        dataset_hash: Hash of the dataset.
-        projection: `fixed`, `redrawn` or `none`: whether training kept the saved projections, redrew them, or had none.
-    """
-
-    format_version: int
-    split: str
-    seed: int
-    objective: Literal["masked", "next-token"]
-    mask_rate: float
-    num_records: int
-    num_cut: int
-    num_targets: int
-    model: Score
-    empirical: Score
-    weights_hash: str
-    dataset_hash: str
-    projection: str
+from protlm.runtime.progress import Advance, StartProgress, no_progress
+from protlm.workflows.evaluate.baselines import (
+    UNIFORM,
+    Markov,
+    Predict,
+    copies_of_the_visible,
+    empirical,
+    fit_markov,
+    markov_predictions,
+)
+from protlm.workflows.evaluate.breakdowns import Breakdowns
+from protlm.workflows.evaluate.measure import Masks, Watcher, measure_split
+from protlm.workflows.evaluate.report import (
+    EvalReport,
+    MarkovSummary,
+    SplitReport,
+    calibration_of,
+    differences_between_splits,
+    exact_row,
+    replicates_of,
+    score_row,
+    verdict_of,
+)
+from protlm.workflows.evaluate.request import (
+    REPORT_NAME,
+    RESIDUES_NAME,
+    EvalRequest,
+    EvalUsageError,
+    check_out,
+    resolve_splits,
+)
+from protlm.workflows.evaluate.residue_table import ResidueTable, open_residue_table
 
 
-def evaluate(
-    model_path: Path,
-    dataset_path: Path,
-    split: str,
-    out: Path,
-    *,
-    seed: int = EVALUATION_SEED,
-    tokens_per_batch: int = 8192,
-    force: bool = False,
-    start_progress: StartProgress = no_progress,
-) -> EvalReport:
-    """Scores a model on a split and writes out/report.json.
+def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progress) -> EvalReport:
+    """Scores a model and writes out/report.json.
 
     Args:
-        model_path: A model directory or a run.
-        dataset_path: A dataset of `protlm prep`.
-        split: `train`, `valid`, `test` or `ood`.
-        out: Folder for the report, made if there is none.
-        seed: Seed of the masks, which are drawn from it and a protein's sequence.
-        tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
-        force: Replaces an existing report.
+        request: What is asked for.
         start_progress: Starts the stage `eval` (residues).
 
     Raises:
-        ProtlmError: The model or the dataset cannot be read, the split is empty, or there is a report already.
+        EvalUsageError: Options that do not fit the model.
+        ProtlmError: A model or dataset that cannot be read, an empty split or an existing report.
     """
-    report_path = out / "report.json"
-    if (out.exists() and not out.is_dir()) or report_path.is_dir():
-        raise ProtlmError(f"{out}: expected a folder for report.json, got something else; choose another --out")
-    if report_path.exists() and not force:
-        raise ProtlmError(f"{report_path}: exists already; replace it with --force or choose another --out")
-    dataset = open_dataset(dataset_path)
-    proteins = dataset.split(split)
-    model, description = read_model(model_path)
-    limit = scored_residues(description)
-    num_residues = int(proteins.lengths.sum() if limit is None else np.minimum(proteins.lengths, limit).sum())
-    scores = score_split(
-        model.to(best_device()),
-        description,
-        proteins,
-        seed=seed,
-        tokens_per_batch=tokens_per_batch,
-        advance=start_progress("eval", num_residues),
-    )
-    report = EvalReport(
-        format_version=REPORT_FORMAT_VERSION,
-        split=split,
-        seed=seed,
-        objective="next-token" if description.objective.causal else "masked",
-        mask_rate=description.mask_rate,
-        num_records=proteins.num_records,
-        num_cut=0 if limit is None else int((proteins.lengths > limit).sum()),
-        num_targets=scores.num_targets,
-        model=scores.model,
-        empirical=scores.empirical,
-        weights_hash=description.weights_hash,
-        dataset_hash=dataset.hash,
-        projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    with files.written_whole(report_path) as partial:
-        partial.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
+    check_out(request)
+    dataset = open_dataset(request.dataset)
+    names = resolve_splits(request, dataset)
+    splits = {name: dataset.split(name) for name in names}
+    for split in splits.values():
+        split.open_shards()
+    model, description = read_model(request.model)
+    evaluation = _Evaluation(request, dataset, model.to(best_device()), description)
+    advance = start_progress("eval", sum(map(evaluation.num_scored_residues, splits.values())))
+    request.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        table = None
+        if request.residues:
+            table = stack.enter_context(open_residue_table(request.out / RESIDUES_NAME))
+        reports: dict[str, SplitReport] = {
+            name: evaluation.report(split, table, advance) for name, split in splits.items()
+        }
+    report = evaluation.summary(reports)
+    with files.written_whole(request.out / REPORT_NAME) as partial:
+        partial.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     return report
+
+
+class _Evaluation:
+    """The model, the baselines and the masks of one call, and how they measure a split."""
+
+    def __init__(self, request: EvalRequest, dataset: Dataset, model: Performer, description: ModelDescription) -> None:
+        trained = description.objective
+        self._request, self._dataset, self._model, self._description = request, dataset, model, description
+        if trained.causal and (request.mask_rate is not None or request.as_trained or request.pseudo_perplexity):
+            raise EvalUsageError(
+                "this model predicts the next token and hides nothing: --mask-rate, --as-trained and "
+                "--pseudo-perplexity are for masked models"
+            )
+        if description.window_tokens is not None and request.pseudo_perplexity:
+            raise EvalUsageError(
+                "--pseudo-perplexity takes proteins one by one, and this model reads windows of several"
+            )
+        rates = trained.rates if request.mask_rate is None else replace(trained.rates, rate=request.mask_rate)
+        self._masks = Masks(
+            objective=Objective(trained.causal, rates).hiding_all(),
+            seed=request.seed,
+            num_masks=request.num_masks,
+            tokens_per_batch=request.tokens_per_batch,
+            window_tokens=description.window_tokens,
+            max_residues=max_scored_residues(description),
+        )
+        self._as_trained = replace(self._masks, objective=Objective(trained.causal, rates))
+        self._markov: Markov | None = fit_markov(dataset, self._masks.objective, request.seed)
+
+    def num_scored_residues(self, split: Split) -> int:
+        """Returns the residues of all forward passes over a split."""
+        lengths, request = self._reached(split), self._request
+        passes = request.num_masks * (1 + request.as_trained + request.random_weights)
+        sample = [lengths[record] ** 2 for record in self._sample(split)]
+        return int(lengths.sum()) * passes + int(sum(sample))
+
+    def report(self, split: Split, table: ResidueTable | None, advance: Advance) -> SplitReport:
+        """Measures everything on one split."""
+        breakdowns = Breakdowns(split)
+        watchers: list[Watcher] = [lambda _mask, _row, scores: breakdowns.add(scores)]
+        if table is not None:
+            watchers.append(lambda mask, _row, scores: table.add(split, mask, scores))
+        baselines: dict[str, Predict] = {"empirical": empirical(self._description.residue_counts)}
+        if self._markov is not None:
+            baselines["markov"] = markov_predictions(self._markov.model, self._masks.objective)
+        sums = measure_split(self._model, split, self._masks, baselines, watchers=tuple(watchers), advance=advance)
+        rows = {name: score_row(measured) for name, measured in sums.items()} | {"uniform": exact_row(UNIFORM)}
+        rows |= self._further_rows(split, advance)
+        order = None if self._markov is None else self._markov.model.order
+        limit = self._masks.max_residues
+        return SplitReport(
+            num_records=split.num_records,
+            num_cut=0 if limit is None else int((split.lengths > limit).sum()),
+            num_targets=sums["model"].num_targets,
+            scores=rows,
+            verdict=verdict_of(split.name, sums, order),
+            pseudo_perplexity=self._pseudo_perplexity(split, advance),
+            calibration=calibration_of(sums["model"]),
+            breakdowns=breakdowns.report(),
+            replicates=replicates_of(sums["model"]),
+        )
+
+    def _further_rows(self, split: Split, advance: Advance) -> dict[str, dict[str, float | None]]:
+        """Returns the rows that are measured on request only."""
+        rows = {}
+        if self._request.random_weights:
+            twin = Performer(self._description.model)
+            twin.reset(self._request.seed)
+            sums = measure_split(twin.to(best_device()), split, self._masks, {}, advance=advance)
+            rows["random_weights"] = score_row(sums["model"])
+        if self._request.as_trained:
+            copies = {"copies": copies_of_the_visible(self._description.residue_counts, self._as_trained.objective)}
+            sums = measure_split(self._model, split, self._as_trained, copies, advance=advance)
+            rows |= {"model_as_trained": score_row(sums["model"]), "copies": score_row(sums["copies"])}
+        return rows
+
+    def _pseudo_perplexity(self, split: Split, advance: Advance) -> dict[str, float | int | None] | None:
+        records = self._sample(split)
+        if not records:
+            return None
+        sums = MetricSums()
+        for _, scores in score_rows(
+            self._model, single_residue_rows(split, records, self._request.tokens_per_batch), advance=advance
+        ):
+            members, terms = sums_by_protein(scores)
+            keys = [np.asarray(split.tokens(record)).tobytes() for record in members.tolist()]
+            sums.add(terms, replicate_weights(keys, self._request.seed))
+        return {"num_proteins": len(records), "num_targets": sums.num_targets, **score_row(sums)}
+
+    def _sample(self, split: Split) -> list[int]:
+        """Returns the proteins of which every residue is hidden alone; those beyond the model's reach are left out."""
+        if not self._request.pseudo_perplexity:
+            return []
+        limit = self._masks.max_residues
+        chosen = sample_of(split, self._request.pseudo_perplexity, self._request.seed)
+        return [record for record in chosen if limit is None or split.lengths[record] <= limit]
+
+    def _reached(self, split: Split) -> np.ndarray:
+        limit = self._masks.max_residues
+        return split.lengths if limit is None else np.minimum(split.lengths, limit)
+
+    def summary(self, reports: dict[str, SplitReport]) -> EvalReport:
+        """Returns the whole report."""
+        description, request, markov = self._description, self._request, self._markov
+        name, first = next(iter(reports.items()))
+        return EvalReport(
+            split=name,
+            seed=request.seed,
+            objective="next-token" if description.objective.causal else "masked",
+            targets="next" if description.objective.causal else "hidden",
+            mask_rate=self._masks.objective.rates.rate,
+            num_masks=request.num_masks,
+            num_records=first.num_records,
+            num_cut=first.num_cut,
+            num_targets=first.num_targets,
+            model=first.scores["model"],
+            empirical=first.scores["empirical"],
+            verdict=first.verdict,
+            splits=reports,
+            differences=differences_between_splits(reports),
+            markov=None
+            if markov is None
+            else MarkovSummary(order=markov.model.order, num_residues=markov.num_residues, chosen_on=markov.chosen_on),
+            model_name=find_model(request.model).parent.name
+            if find_model(request.model).name == "model"
+            else find_model(request.model).name,
+            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            attention=str(description.model.attention),
+            weights_hash=description.weights_hash,
+            dataset_hash=self._dataset.hash,
+            projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
+        )
 
 
 def _projection_kind(has_projection: bool, redraw_every_steps: int) -> str:

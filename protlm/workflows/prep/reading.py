@@ -12,10 +12,10 @@ from protlm.data.building.pieces import PieceFile, open_piece_file, write_piece
 from protlm.data.building.selection import NO_SPLIT
 from protlm.data.labels.labels import Labels
 from protlm.data.parsing import reader
-from protlm.data.parsing.record_table import UNKNOWN, RecordTable
+from protlm.data.parsing.record_table import RecordTable
 from protlm.data.parsing.sources import STDIN, SourceBlocks
 from protlm.data.parsing.text_pieces import PIECE_BYTES, TextPiece, cut_into_pieces
-from protlm.data.records import Format, OnBadRecord
+from protlm.data.records import UNKNOWN, Format, OnBadRecord
 from protlm.data.splits import SPLIT_NAMES
 from protlm.errors import ProtlmError, RecordError
 from protlm.runtime.progress import Advance

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from protlm.config import ModelConfig
-from protlm.data.batching.batches import Objective, evaluation_batches
+from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
 from protlm.inference.scoring import Score, empirical_score, score_model
 from protlm.model.performer import Performer
 from protlm.vocabulary import FIRST_RESIDUE, RESIDUES, encode
 from tests import forked, process_groups
+from tests.unit.data.batching.batch_cases import evaluation_batches
 
 
 class InMemory:

@@ -5,7 +5,7 @@ from itertools import islice, pairwise
 import numpy as np
 
 from protlm.config import DataConfig
-from protlm.data.batching.batches import Objective, training_batch, training_rows
+from protlm.data.batching.batches import Objective, evaluation_rows, training_batch, training_rows
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import MaskRates
 from protlm.vocabulary import CLS, FIRST_RESIDUE, NUM_RESIDUES
@@ -71,3 +71,8 @@ def joined_epoch(batches, objective=MASKED, epoch=0):
                 true += true_segment[1:]
                 seen += seen_segment[1:]
     return true, seen, places
+
+
+def evaluation_batches(*arguments, **options):
+    """Returns the batches of the rows that evaluation scores."""
+    return [row.batch for row in evaluation_rows(*arguments, **options)]

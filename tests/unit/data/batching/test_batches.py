@@ -3,12 +3,21 @@ import pytest
 import torch
 
 from protlm.config import DataConfig
-from protlm.data.batching.batches import EpochSize, epoch_size, evaluation_batches, pack, pack_row
+from protlm.data.batching.batches import EpochSize, epoch_size, pack, pack_row
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import evaluation_generator, mask_residues, training_generator
 from protlm.errors import ShardError
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE, MASK, NUM_RESIDUES
-from tests.unit.data.batching.batch_cases import CAUSAL, LENGTHS, MASKED, InMemory, rows, segments, training_batches
+from tests.unit.data.batching.batch_cases import (
+    CAUSAL,
+    LENGTHS,
+    MASKED,
+    InMemory,
+    evaluation_batches,
+    rows,
+    segments,
+    training_batches,
+)
 
 
 def proteins_of(batch):
@@ -261,7 +270,7 @@ def test_evaluation_cuts_a_protein_only_after_hiding(objective):
 
 def test_a_limit_of_residues_is_refused_for_windows():
     with pytest.raises(ValueError, match="max_residues: expected none with window_tokens"):
-        next(evaluation_batches(InMemory(5), 64, 0, MASKED, window_tokens=32, max_residues=10))
+        list(evaluation_batches(InMemory(5), 64, 0, MASKED, window_tokens=32, max_residues=10))
 
 
 def test_an_epochs_size_is_that_of_its_rows():

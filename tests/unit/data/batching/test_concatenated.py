@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from protlm.data.batching.batches import Objective, evaluation_batches
+from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
 from protlm.vocabulary import CLS, EOS
 from tests.unit.data.batching.batch_cases import (
@@ -10,6 +10,7 @@ from tests.unit.data.batching.batch_cases import (
     LENGTHS,
     MASKED,
     InMemory,
+    evaluation_batches,
     joined_epoch,
     rows,
     segments,

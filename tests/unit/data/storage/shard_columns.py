@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from protlm.data.parsing.record_table import UNKNOWN, table_of
+from protlm.data.parsing.record_table import table_of
+from protlm.data.records import UNKNOWN
 
 
 def columns_of(records):

@@ -1,0 +1,117 @@
+"""A count table as a language model: the residues that followed each short context in the training set, smoothed.
+
+The baseline that shows how much of a score is local statistics. The probability of a residue given the k residues
+before it is interpolated with those of the shorter contexts by the rule of Witten and Bell (Chen and Goodman 1998,
+section 2.3),
+
+    P_k(x | c) = (n(c x) + t(c) P_{k-1}(x | c')) / (n(c) + t(c)),        P_{-1} uniform
+
+with n the counts in the training set, t(c) the number of different residues seen after c, and c' the context without
+its first residue. A context is cut short by a hidden residue and by the beginning of the protein.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, VOCABULARY_SIZE
+
+MAX_ORDER = 4
+"""The table of the longest contexts then has 25⁵ counts, 78 MB."""
+_BLOCK_RESIDUES = 1 << 22
+
+
+class MarkovCounts:
+    """How often each residue followed each context of at most `MAX_ORDER` residues.
+
+    Attributes:
+        num_residues: Residues that were counted.
+        tables: One table for each length k of a context, from 0: int64 (25**k, 25).
+    """
+
+    def __init__(self) -> None:
+        self.num_residues = 0
+        self.tables = [np.zeros((NUM_RESIDUES**k, NUM_RESIDUES), dtype=np.int64) for k in range(MAX_ORDER + 1)]
+
+    def add(self, proteins: Iterable[np.ndarray]) -> None:
+        """Counts the residues of proteins, each given as its residue tokens, uint8 (num_residues,)."""
+        for tokens, places in _blocks(proteins):
+            residues = tokens.astype(np.int64) - FIRST_RESIDUE
+            self.num_residues += len(residues)
+            codes = np.zeros(len(residues), dtype=np.int64)
+            for k, table in enumerate(self.tables):
+                if k:
+                    # The residue k places before, in front of the context so far.
+                    codes[k:] += residues[:-k] * NUM_RESIDUES ** (k - 1)
+                is_whole = places >= k
+                cells = codes[is_whole] * NUM_RESIDUES + residues[is_whole]
+                table += np.bincount(cells, minlength=table.size).reshape(table.shape)
+
+
+class MarkovModel:
+    """The smoothed probabilities of one order.
+
+    Attributes:
+        order: Residues of the longest context.
+    """
+
+    def __init__(self, counts: MarkovCounts, order: int) -> None:
+        if not 0 <= order <= MAX_ORDER:
+            raise ValueError(f"order: expected 0 to {MAX_ORDER}, got {order}")
+        self.order = order
+        self._log_probabilities: list[np.ndarray] = []
+        shorter = np.full((1, NUM_RESIDUES), 1 / NUM_RESIDUES)
+        for k in range(order + 1):
+            table = counts.tables[k]
+            num_seen, num_kinds = table.sum(axis=1, keepdims=True), (table > 0).sum(axis=1, keepdims=True)
+            # Contexts that end alike follow each other at a distance of 25**(k-1) rows.
+            backed_off = np.tile(shorter, (len(table) // len(shorter), 1))
+            with np.errstate(invalid="ignore"):
+                mixed = (table + num_kinds * backed_off) / (num_seen + num_kinds)
+            shorter = np.where(num_seen > 0, mixed, backed_off)
+            self._log_probabilities.append(np.log(shorter).astype(np.float32))
+
+    def log_probabilities(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Returns the log-probabilities of all tokens at some positions of a row, float32 (positions, 33).
+
+        Args:
+            tokens: The row as a model sees it: hidden residues are `<mask>`, and a special token stands between
+                proteins.
+            positions: The positions that are predicted, from the residues before them.
+        """
+        predicted = np.full((len(positions), VOCABULARY_SIZE), -np.inf, dtype=np.float32)
+        residues = tokens.astype(np.int64) - FIRST_RESIDUE
+        is_residue = (residues >= 0) & (residues < NUM_RESIDUES)
+        lengths = np.zeros(len(positions), dtype=np.int64)
+        codes = np.zeros((self.order + 1, len(positions)), dtype=np.int64)
+        is_open = np.ones(len(positions), dtype=bool)
+        for k in range(1, self.order + 1):
+            before = positions - k
+            is_open &= (before >= 0) & is_residue[before]
+            lengths[is_open] = k
+            codes[k] = codes[k - 1] + np.where(is_open, residues[before], 0) * NUM_RESIDUES ** (k - 1)
+        residue_columns = slice(FIRST_RESIDUE, FIRST_RESIDUE + NUM_RESIDUES)
+        for k, table in enumerate(self._log_probabilities):
+            (chosen,) = np.nonzero(lengths == k)
+            predicted[chosen, residue_columns] = table[codes[k, chosen]]
+        return predicted
+
+
+def _blocks(proteins: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields proteins back to back, some millions of residues at a time, with each residue's place in its protein."""
+    held: list[np.ndarray] = []
+    size = 0
+    for tokens in proteins:
+        held.append(tokens)
+        size += len(tokens)
+        if size >= _BLOCK_RESIDUES:
+            yield _joined(held)
+            held, size = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(tokens) for tokens in held])
+    starts = np.cumsum(lengths) - lengths
+    return np.concatenate(held), np.arange(lengths.sum()) - np.repeat(starts, lengths)

@@ -1,0 +1,159 @@
+"""The metrics of a model on a split, and their uncertainty by a bootstrap over proteins, in bounded memory.
+
+Every metric is a function of sums over the scored residues. Resampling the proteins multiplies the terms of each
+protein by a weight; with Poisson(1) weights, drawn for each protein on its own, the replicates can be summed while the
+stream of scores goes by, and the weights of a protein are the same for every model that is measured on it. So
+differences between models are paired.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from protlm.inference.residue_scores import ResidueScores
+
+NUM_REPLICATES = 1000
+TOP_RANKS = 5
+NUM_CONFIDENCE_BINS = 20
+
+_NUM_TARGETS, _NLL, _NUM_CORRECT, _NUM_TOP = range(4)
+_BINS = 4
+NUM_SUMS = _BINS + 3 * NUM_CONFIDENCE_BINS
+"""Targets, negative log likelihood, correct, among the first ranks; then per bin of confidence its targets, the sum of
+their confidence, and how many are correct."""
+
+METRICS = ("accuracy", "top5_accuracy", "perplexity", "bits_per_residue", "calibration_error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A metric with its uncertainty.
+
+    Attributes:
+        value: On the proteins of the split.
+        stderr: Standard deviation over the replicates; None where there is one protein or cluster only.
+        low: 2.5th percentile of the replicates.
+        high: 97.5th percentile.
+    """
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+
+
+def sums_by_protein(scores: ResidueScores) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the records of a row that have targets, and the sums of each, float64 (records, NUM_SUMS)."""
+    records, places = np.unique(scores.records, return_inverse=True)
+    ranks = scores.ranks()
+    correct = ranks == 0
+    confidence = np.exp(scores.log_probabilities.max(axis=1).astype(np.float64))
+    bins = np.clip((confidence * NUM_CONFIDENCE_BINS).astype(np.int64), 0, NUM_CONFIDENCE_BINS - 1)
+    size = len(records)
+    columns = [
+        np.bincount(places, weights=weights, minlength=size)
+        for weights in (np.ones(len(scores)), -scores.true_log_probabilities(), correct, ranks < TOP_RANKS)
+    ]
+    cells = places * NUM_CONFIDENCE_BINS + bins
+    binned = [
+        np.bincount(cells, weights=weights, minlength=size * NUM_CONFIDENCE_BINS).reshape(size, NUM_CONFIDENCE_BINS)
+        for weights in (np.ones(len(scores)), confidence, correct)
+    ]
+    sums = np.concatenate([np.stack(columns, axis=1), *binned], axis=1)
+    return records, sums
+
+
+def replicate_weights(keys: Sequence[bytes], seed: int, num_replicates: int = NUM_REPLICATES) -> np.ndarray:
+    """Returns how often each replicate draws each protein, float64 (proteins, replicates).
+
+    The Poisson bootstrap: a draw with replacement from many proteins takes each a number of times that is close to
+    Poisson(1), independently (Chamandy et al. 2012).
+
+    Args:
+        keys: The name of each protein's cluster, or the bytes of its sequence: proteins with the same key get the same
+            weights, and so are resampled together.
+        seed: Of the bootstrap.
+        num_replicates: Number of replicates.
+    """
+    weights = np.empty((len(keys), num_replicates))
+    for place, key in enumerate(keys):
+        digest = xxhash.xxh3_128_digest(key, seed=seed)
+        generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+        weights[place] = generator.poisson(1.0, num_replicates)
+    return weights
+
+
+class MetricSums:
+    """The sums of one model over a split, and those of every replicate.
+
+    Attributes:
+        total: float64 (NUM_SUMS,).
+        replicates: float64 (replicates, NUM_SUMS).
+        num_proteins: Proteins that were added.
+    """
+
+    def __init__(self, num_replicates: int = NUM_REPLICATES) -> None:
+        self.total = np.zeros(NUM_SUMS)
+        self.replicates = np.zeros((num_replicates, NUM_SUMS))
+        self.num_proteins = 0
+
+    def add(self, sums: np.ndarray, weights: np.ndarray) -> None:
+        """Adds proteins: their sums, (proteins, NUM_SUMS), and their weights, (proteins, replicates)."""
+        self.total += sums.sum(axis=0)
+        self.replicates += weights.T @ sums
+        self.num_proteins += len(sums)
+
+    @property
+    def num_targets(self) -> int:
+        """Scored residues."""
+        return round(float(self.total[_NUM_TARGETS]))
+
+    def values(self) -> dict[str, float]:
+        """Returns every metric of `METRICS`."""
+        return {name: float(column[0]) for name, column in metric_values(self.total[None]).items()}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Returns every metric with its standard error and interval."""
+        replicates = metric_values(self.replicates)
+        return {name: estimate(value, replicates[name]) for name, value in self.values().items()}
+
+
+def metric_values(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns every metric of each row of sums, (rows, NUM_SUMS); NaN for a row without targets."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        num_targets = sums[:, _NUM_TARGETS]
+        nll = sums[:, _NLL] / num_targets
+        _, confidence, correct = np.split(sums[:, _BINS:], 3, axis=1)
+        return {
+            "accuracy": sums[:, _NUM_CORRECT] / num_targets,
+            "top5_accuracy": sums[:, _NUM_TOP] / num_targets,
+            "perplexity": np.exp(nll),
+            "bits_per_residue": nll / math.log(2),
+            "calibration_error": np.abs(confidence - correct).sum(axis=1) / num_targets,
+        }
+
+
+def confidence_bins(sums: np.ndarray) -> list[dict[str, float]]:
+    """Returns the calibration curve of some sums, (NUM_SUMS,): one row for each bin of confidence that has targets."""
+    in_bin, confidence, correct = np.split(sums[_BINS:], 3)
+    return [
+        {
+            "low": place / NUM_CONFIDENCE_BINS,
+            "num_targets": int(in_bin[place]),
+            "confidence": float(confidence[place] / in_bin[place]),
+            "accuracy": float(correct[place] / in_bin[place]),
+        }
+        for place in np.flatnonzero(in_bin).tolist()
+    ]
+
+
+def estimate(value: float, replicates: np.ndarray) -> Estimate:
+    """Returns a value with the spread of its replicates, of which those without targets are left out."""
+    replicates = replicates[~np.isnan(replicates)]
+    if len(replicates) < 2 or not np.ptp(replicates):
+        return Estimate(value=value, stderr=None, low=None, high=None)
+    low, high = np.percentile(replicates, [2.5, 97.5])
+    return Estimate(value=value, stderr=float(replicates.std(ddof=1)), low=float(low), high=float(high))

@@ -1,0 +1,160 @@
+"""Where a model is good and where not: the scores of a split by residue, length, position and label.
+
+Each breakdown is a few sums a group, gathered from the stream of scores. Memory is bounded: a split with more labels
+than `MOST_LABELS` keeps the first ones and counts all others together.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from protlm.data.storage.dataset import Split
+from protlm.inference.residue_scores import ResidueScores
+from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES
+
+LENGTH_STARTS = (1, 50, 100, 200, 400, 800, 1600, 3200, 6400)
+"""Where the bins of length begin, in residues; the last one has no end."""
+DISTANCE_STARTS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200)
+"""Where the bins of distance from an end of the protein begin, in residues."""
+MOST_LABELS = 10_000
+LISTED_LABELS = 100
+"""Labels in a report, those with the most scored residues."""
+OTHER_LABELS = "(others)"
+
+_RESIDUE_COLUMNS = slice(FIRST_RESIDUE, FIRST_RESIDUE + NUM_RESIDUES)
+
+
+class _Groups:
+    """Scored residues, negative log likelihood and correct predictions, summed by group."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.sums = np.zeros((num_groups, 3))
+
+    def add(self, groups: np.ndarray, nll: np.ndarray, correct: np.ndarray) -> None:
+        size = len(self.sums)
+        for column, weights in enumerate((np.ones(len(nll)), nll, correct)):
+            self.sums[:, column] += np.bincount(groups, weights=weights, minlength=size)[:size]
+
+    def rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Returns a row for each group that has residues."""
+        return [_row(name, sums) for name, sums in zip(names, self.sums.tolist(), strict=True) if sums[0]]
+
+
+def _row(name: str, sums: Sequence[float]) -> dict[str, Any]:
+    num_targets, nll, correct = sums
+    mean = nll / num_targets
+    return {
+        "name": name,
+        "num_targets": round(num_targets),
+        "accuracy": correct / num_targets,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+    }
+
+
+class _Labels:
+    """The same sums by label, with the proteins that bear it; a protein with several labels counts for each."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+
+    def add(self, label: str, num_targets: float, nll: float, correct: float) -> None:
+        if label not in self._sums and len(self._sums) >= MOST_LABELS:
+            label = OTHER_LABELS
+        sums = self._sums.setdefault(label, np.zeros(4))
+        sums += (num_targets, nll, correct, 1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the labels with the most scored residues, in that order."""
+        ordered = sorted(self._sums.items(), key=lambda item: (-item[1][0], item[0]))
+        return [
+            {**_row(label, sums[:3].tolist()), "num_proteins": round(float(sums[3]))}
+            for label, sums in ordered[:LISTED_LABELS]
+        ]
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+
+class Breakdowns:
+    """All breakdowns of one model on one split."""
+
+    def __init__(self, split: Split) -> None:
+        """Starts with nothing.
+
+        Args:
+            split: The split that is scored, for the lengths and labels of its records.
+        """
+        self._split = split
+        self._residues = _Groups(NUM_RESIDUES)
+        self._lengths = _Groups(len(LENGTH_STARTS))
+        self._from_start, self._from_end = _Groups(len(DISTANCE_STARTS)), _Groups(len(DISTANCE_STARTS))
+        self._labels = {kind: _Labels() for kind in ("family", "cluster", "taxon")}
+        # Of each true residue: the sum of the predicted probabilities of all residues, and the predicted residues.
+        self._probabilities = np.zeros((NUM_RESIDUES, NUM_RESIDUES))
+        self._predictions = np.zeros((NUM_RESIDUES, NUM_RESIDUES), dtype=np.int64)
+
+    def add(self, scores: ResidueScores) -> None:
+        """Adds the targets of a row."""
+        if not len(scores):
+            return
+        nll, correct = -scores.true_log_probabilities(), scores.ranks() == 0
+        lengths = self._split.lengths[scores.records]
+        residues = scores.residues
+        self._residues.add(residues, nll, correct)
+        self._lengths.add(_bins(lengths, LENGTH_STARTS), nll, correct)
+        self._from_start.add(_bins(scores.positions, DISTANCE_STARTS), nll, correct)
+        self._from_end.add(_bins(lengths - 1 - scores.positions, DISTANCE_STARTS), nll, correct)
+        predicted = scores.log_probabilities[:, _RESIDUE_COLUMNS]
+        np.add.at(self._probabilities, residues, np.exp(predicted, dtype=np.float64))
+        np.add.at(self._predictions, (residues, predicted.argmax(axis=1)), 1)
+        self._add_labels(scores.records, nll, correct)
+
+    def _add_labels(self, records: np.ndarray, nll: np.ndarray, correct: np.ndarray) -> None:
+        members, places = np.unique(records, return_inverse=True)
+        sums = [np.bincount(places, weights=weights) for weights in (np.ones(len(nll)), nll, correct)]
+        for record, *terms in zip(members.tolist(), *(column.tolist() for column in sums), strict=True):
+            labels = self._split.labels(record)
+            for kind, names in (("family", labels.families), ("cluster", labels.clusters), ("taxon", labels.taxa)):
+                for name in names:
+                    self._labels[kind].add(name, *terms)
+
+    def report(self) -> dict[str, Any]:
+        """Returns every breakdown that has something to show, for report.json."""
+        return {
+            "residues": self._residues.rows(RESIDUES),
+            "lengths": self._lengths.rows(_bin_names(LENGTH_STARTS)),
+            "from_n_terminus": self._from_start.rows(_bin_names(DISTANCE_STARTS)),
+            "from_c_terminus": self._from_end.rows(_bin_names(DISTANCE_STARTS)),
+            **{
+                kind: {"num_labels": len(labels), "rows": labels.rows()}
+                for kind, labels in self._labels.items()
+                if len(labels)
+            },
+            "confusion": {
+                "residues": RESIDUES,
+                "mean_probabilities": _rounded(self._probabilities / np.maximum(self._targets(), 1)[:, None]),
+                "predictions": self._predictions.tolist(),
+            },
+        }
+
+    def _targets(self) -> np.ndarray:
+        return self._residues.sums[:, 0]
+
+
+def _rounded(matrix: np.ndarray) -> list[list[float]]:
+    # A report for people and plots; seven digits are those of the predictions.
+    return [[float(f"{value:.7g}") for value in row] for row in matrix.tolist()]
+
+
+def _bins(values: np.ndarray, starts: Sequence[int]) -> np.ndarray:
+    return np.searchsorted(np.asarray(starts), values, side="right") - 1
+
+
+def _bin_names(starts: Sequence[int]) -> list[str]:
+    ends = [*starts[1:], None]
+    names = []
+    for start, end in zip(starts, ends, strict=True):
+        names.append(f"{start}+" if end is None else str(start) if end == start + 1 else f"{start}-{end - 1}")
+    return names

@@ -1,0 +1,77 @@
+"""The request of `protlm eval`: what is measured on which proteins, checked before anything is computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from protlm.choices import SplitName
+from protlm.data.storage.dataset import Dataset
+from protlm.errors import ProtlmError
+from protlm.inference.scoring import EVALUATION_SEED
+from protlm.workflows.evaluate.residue_table import check_pyarrow
+
+REPORT_NAME = "report.json"
+RESIDUES_NAME = "residues.parquet"
+
+
+class EvalUsageError(ValueError):
+    """Options that contradict each other or the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest:
+    """What `protlm eval` is asked for.
+
+    Attributes:
+        model: A model directory or a run.
+        dataset: A dataset of `protlm prep`.
+        splits: Which splits are scored, in the order of the report; empty: all that have records.
+        out: Folder of the report.
+        seed: Of the masks and of the bootstrap.
+        num_masks: How many times the split is scored, each time with other masks.
+        mask_rate: Probability that a residue is hidden; None: as the model was trained.
+        as_trained: Score BERT's mixture, or whatever the model was trained with, beside hidden residues.
+        random_weights: Score the same architecture with random weights too.
+        pseudo_perplexity: Number of proteins whose residues are hidden one at a time; 0 for none.
+        residues: Write `residues.parquet` with the prediction at every scored residue.
+        tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
+        force: Replace an existing report.
+    """
+
+    model: Path
+    dataset: Path
+    splits: tuple[SplitName, ...]
+    out: Path
+    seed: int = EVALUATION_SEED
+    num_masks: int = 1
+    mask_rate: float | None = None
+    as_trained: bool = False
+    random_weights: bool = False
+    pseudo_perplexity: int = 0
+    residues: bool = False
+    tokens_per_batch: int = 8192
+    force: bool = False
+
+
+def check_out(request: EvalRequest) -> None:
+    """Raises ProtlmError if the report cannot be written: something else is in its place, or one is there already."""
+    if request.residues:
+        check_pyarrow()
+    path = request.out / REPORT_NAME
+    if (request.out.exists() and not request.out.is_dir()) or path.is_dir():
+        raise ProtlmError(
+            f"{request.out}: expected a folder for {REPORT_NAME}, got something else; choose another --out"
+        )
+    if path.exists() and not request.force:
+        raise ProtlmError(f"{path}: exists already; replace it with --force or choose another --out")
+
+
+def resolve_splits(request: EvalRequest, dataset: Dataset) -> list[SplitName]:
+    """Returns the splits to score, each once.
+
+    Raises:
+        ShardError: A split that is empty or not there; the message names those that are.
+    """
+    filled: list[SplitName] = [name for name, summary in dataset.manifest.splits.items() if summary.num_records]
+    for name in request.splits or filled or ("test",):
+        dataset.split(name)
+    return list(dict.fromkeys(request.splits)) or filled
