@@ -1,20 +1,31 @@
 """`protlm eval`: options in, a measurement, its tables out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from protlm.choices import SplitName
 from protlm.cli import output
-from protlm.cli.options import DatasetArgument, ForceOption, JsonOption, ModelArgument, seed_option, some_of
+from protlm.cli.options import ForceOption, JsonOption, seed_option, some_of
 from protlm.cli.progress import Bars
 
 if TYPE_CHECKING:
+    from protlm.workflows.evaluate.compare import Comparison
     from protlm.workflows.evaluate.report import EvalReport, ScoreRow
 
 AnySplit = Literal["valid", "test", "ood", "train", "all"]
 
+ItemsArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="MODEL DATASET",
+        help="A model directory or run, and a dataset of protlm prep; with --compare reports, or models and DATASET.",
+    ),
+]
+CompareOption = Annotated[
+    bool, typer.Option("--compare", help="Compare two or more models or reports: --compare A B C.")
+]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the report.")]
 SplitsOption = Annotated[
     list[str],
@@ -59,9 +70,9 @@ ResiduesOption = Annotated[
 
 
 def eval_command(
-    model: ModelArgument,
-    dataset: DatasetArgument,
+    items: ItemsArgument,
     out: OutOption,
+    compare: CompareOption = False,
     split: SplitsOption = [],  # noqa: B006  Typer copies it
     masks: MasksOption = 1,
     mask_rate: MaskRateOption = None,
@@ -87,16 +98,22 @@ def eval_command(
       protlm eval run dataset --split test --out report
       protlm eval run dataset --split test --split ood --out report-both
       protlm eval run/model dataset --split valid --out report-valid --as-trained --json
+      protlm eval --compare run run-softmax dataset --out comparison
+      protlm eval --compare report report-softmax --out comparison
     """  # noqa: D301  \b must reach Typer as a backspace
     if mask_rate == 0:
         raise typer.BadParameter("expected a rate above 0: nothing would be scored", param_hint="--mask-rate")
+    if not compare and len(items) != 2:
+        raise typer.BadParameter(f"expected MODEL and DATASET, got {len(items)} paths", param_hint="MODEL DATASET")
+    from protlm.workflows.evaluate.compare import compare as compare_models
     from protlm.workflows.evaluate.evaluate import evaluate
+    from protlm.workflows.evaluate.report import EvalReport
     from protlm.workflows.evaluate.request import EvalRequest, EvalUsageError
 
     splits: tuple[SplitName, ...] = tuple(name for name in get_args(SplitName) if name in split)
     request = EvalRequest(
-        model=model,
-        dataset=dataset,
+        model=items[0],
+        dataset=items[1] if len(items) > 1 else items[0],
         splits=() if "all" in split else tuple(name for name in split if name in splits) or ("test",),
         out=out,
         seed=seed,
@@ -108,15 +125,21 @@ def eval_command(
         residues=residues,
         force=force,
     )
+    report: EvalReport | Comparison
     try:
         with Bars({"eval": "residue"}) as bars:
-            report = evaluate(request, start_progress=bars.start)
+            if compare:
+                report = compare_models(items, request, start_progress=bars.start)
+            else:
+                report = evaluate(request, start_progress=bars.start)
     except EvalUsageError as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:
         output.print_json(report.to_json())
-        return
-    _print(report, out)
+    elif isinstance(report, EvalReport):
+        _print(report, out)
+    else:
+        _print_comparison(report, out)
 
 
 def _print(report: "EvalReport", out: Path) -> None:
@@ -137,6 +160,28 @@ def _print(report: "EvalReport", out: Path) -> None:
     ]
     what = "hidden" if report.targets == "hidden" else "predicted from those before"
     output.print_pairs([("scored", f"{'; '.join(scored)}; all {what}"), ("report", out / "report.json")])
+
+
+def _print_comparison(comparison: "Comparison", out: Path) -> None:
+    from protlm.workflows.evaluate.compare import COMPARISON_NAME
+    from protlm.workflows.evaluate.report import ROW_NAMES
+
+    for split, scores in comparison.scores.items():
+        rows = [(ROW_NAMES.get(name, name), *_cells(row)) for name, row in scores.items()]
+        output.print_table((f"{split} split", "accuracy", "± 95 %", "perplexity", "95 % interval"), rows)
+        print()
+    differences = [
+        (f"{row['first']} − {row['second']} ({row['split']})", row["metric"], *_difference_cells(row))
+        for row in comparison.differences
+        if row["metric"] in ("accuracy", "bits_per_residue")
+    ]
+    output.print_table(("paired difference", "of", "", "95 % interval"), differences)
+    output.print_pairs([("comparison", out / COMPARISON_NAME)])
+
+
+def _difference_cells(row: dict[str, Any]) -> tuple[str, str]:
+    low, high = row["low"], row["high"]
+    return f"{row['difference']:+.4f}", "" if low is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def _cells(row: "ScoreRow") -> tuple[str, str, str, str]:

@@ -59,11 +59,12 @@ class _Labels:
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
 
-    def add(self, label: str, num_targets: float, nll: float, correct: float) -> None:
+    def add(self, label: str, *terms: float) -> None:
+        """Adds scored residues, negative log likelihood, correct predictions and proteins."""
         if label not in self._sums and len(self._sums) >= MOST_LABELS:
             label = OTHER_LABELS
         sums = self._sums.setdefault(label, np.zeros(4))
-        sums += (num_targets, nll, correct, 1)
+        sums += terms
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the labels with the most scored residues, in that order."""
@@ -94,6 +95,8 @@ class Breakdowns:
         # Of each true residue: the sum of the predicted probabilities of all residues, and the predicted residues.
         self._probabilities = np.zeros((NUM_RESIDUES, NUM_RESIDUES))
         self._predictions = np.zeros((NUM_RESIDUES, NUM_RESIDUES), dtype=np.int64)
+        # A protein comes again with other masks, or in the next row of windows.
+        self._is_scored = np.zeros(split.num_records, dtype=bool)
 
     def add(self, scores: ResidueScores) -> None:
         """Adds the targets of a row."""
@@ -113,7 +116,9 @@ class Breakdowns:
 
     def _add_labels(self, records: np.ndarray, nll: np.ndarray, correct: np.ndarray) -> None:
         members, places = np.unique(records, return_inverse=True)
-        sums = [np.bincount(places, weights=weights) for weights in (np.ones(len(nll)), nll, correct)]
+        is_new = ~self._is_scored[members]
+        self._is_scored[members] = True
+        sums = [np.bincount(places, weights=weights) for weights in (np.ones(len(nll)), nll, correct)] + [is_new]
         for record, *terms in zip(members.tolist(), *(column.tolist() for column in sums), strict=True):
             labels = self._split.labels(record)
             for kind, names in (("family", labels.families), ("cluster", labels.clusters), ("taxon", labels.taxa)):

@@ -27,7 +27,7 @@ from protlm.workflows.evaluate.baselines import (
     markov_predictions,
 )
 from protlm.workflows.evaluate.breakdowns import Breakdowns
-from protlm.workflows.evaluate.measure import Masks, Watcher, measure_split
+from protlm.workflows.evaluate.measure import Masks, Watcher, measure_split, resampling_key
 from protlm.workflows.evaluate.report import (
     EvalReport,
     MarkovSummary,
@@ -79,6 +79,9 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
             name: evaluation.report(split, table, advance) for name, split in splits.items()
         }
     report = evaluation.summary(reports)
+    if not request.residues:
+        # That of an earlier report, which this one replaces.
+        (request.out / RESIDUES_NAME).unlink(missing_ok=True)
     with files.written_whole(request.out / REPORT_NAME) as partial:
         partial.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     return report
@@ -90,9 +93,10 @@ class _Evaluation:
     def __init__(self, request: EvalRequest, dataset: Dataset, model: Performer, description: ModelDescription) -> None:
         trained = description.objective
         self._request, self._dataset, self._model, self._description = request, dataset, model, description
-        if trained.causal and (request.mask_rate is not None or request.as_trained or request.pseudo_perplexity):
+        of_masks = request.num_masks > 1 or request.mask_rate is not None
+        if trained.causal and (of_masks or request.as_trained or request.pseudo_perplexity):
             raise EvalUsageError(
-                "this model predicts the next token and hides nothing: --mask-rate, --as-trained and "
+                "this model predicts the next token and hides nothing: --masks, --mask-rate, --as-trained and "
                 "--pseudo-perplexity are for masked models"
             )
         if description.window_tokens is not None and request.pseudo_perplexity:
@@ -167,17 +171,15 @@ class _Evaluation:
             self._model, single_residue_rows(split, records, self._request.tokens_per_batch), advance=advance
         ):
             members, terms = sums_by_protein(scores)
-            keys = [np.asarray(split.tokens(record)).tobytes() for record in members.tolist()]
+            keys = [resampling_key(split, record) for record in members.tolist()]
             sums.add(terms, replicate_weights(keys, self._request.seed))
         return {"num_proteins": len(records), "num_targets": sums.num_targets, **score_row(sums)}
 
     def _sample(self, split: Split) -> list[int]:
-        """Returns the proteins of which every residue is hidden alone; those beyond the model's reach are left out."""
+        """Returns the proteins of which every residue is hidden alone, all within the model's reach."""
         if not self._request.pseudo_perplexity:
             return []
-        limit = self._masks.max_residues
-        chosen = sample_of(split, self._request.pseudo_perplexity, self._request.seed)
-        return [record for record in chosen if limit is None or split.lengths[record] <= limit]
+        return sample_of(split, self._request.pseudo_perplexity, self._request.seed, self._masks.max_residues)
 
     def _reached(self, split: Split) -> np.ndarray:
         limit = self._masks.max_residues
@@ -187,6 +189,7 @@ class _Evaluation:
         """Returns the whole report."""
         description, request, markov = self._description, self._request, self._markov
         name, first = next(iter(reports.items()))
+        folder = find_model(request.model).resolve()
         return EvalReport(
             split=name,
             seed=request.seed,
@@ -205,9 +208,7 @@ class _Evaluation:
             markov=None
             if markov is None
             else MarkovSummary(order=markov.model.order, num_residues=markov.num_residues, chosen_on=markov.chosen_on),
-            model_name=find_model(request.model).parent.name
-            if find_model(request.model).name == "model"
-            else find_model(request.model).name,
+            model_name=folder.parent.name if folder.name == "model" else folder.name,
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
             attention=str(description.model.attention),
             weights_hash=description.weights_hash,

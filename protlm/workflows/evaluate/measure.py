@@ -78,7 +78,7 @@ def measure_split(
             if not len(scores):
                 continue
             records, terms = sums_by_protein(scores)
-            weights = replicate_weights([_resampling_key(split, record) for record in records.tolist()], masks.seed)
+            weights = replicate_weights([resampling_key(split, record) for record in records.tolist()], masks.seed)
             sums["model"].add(terms, weights)
             for name, predict in baselines.items():
                 predicted = replace(scores, log_probabilities=predict(row))
@@ -88,7 +88,7 @@ def measure_split(
     return sums
 
 
-def _resampling_key(split: Split, record: int) -> bytes:
+def resampling_key(split: Split, record: int) -> bytes:
     """Returns the key by which a protein is resampled: relatives of one cluster go together."""
     clusters = split.labels(record).clusters
     return clusters[0].encode() if clusters else np.asarray(split.tokens(record)).tobytes()

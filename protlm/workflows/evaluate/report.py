@@ -121,8 +121,9 @@ class EvalReport:
     projection: str
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the report as plain values."""
-        return asdict(self)
+        """Returns the report as plain values; None for a number that JSON lacks, such as an infinite perplexity."""
+        values: dict[str, Any] = _in_json(asdict(self))
+        return values
 
 
 def score_row(sums: MetricSums) -> ScoreRow:
@@ -160,7 +161,8 @@ def difference(first: Mapping[str, list[float]], second: Mapping[str, list[float
         metric: One of `REPLICATED`.
         value: The difference itself.
     """
-    estimate = estimate_of(value, np.array(first[metric]) - np.array(second[metric]))
+    replicates = [np.array(of[metric], dtype=np.float64) for of in (first, second)]
+    estimate = estimate_of(value, replicates[0] - replicates[1])
     return {
         "metric": metric,
         "difference": value,
@@ -205,6 +207,14 @@ def verdict_of(split: str, sums: Mapping[str, MetricSums], order: int | None) ->
     if spread.low is not None and spread.low > 0:
         return f"On {split} the model beats {names[key]}, the best of the baselines: {figures}."
     return f"On {split} the model is not better than {names[key]} beyond the uncertainty: {figures}."
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_in_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> float:

@@ -56,13 +56,13 @@ def check_out(request: EvalRequest) -> None:
     """Raises ProtlmError if the report cannot be written: something else is in its place, or one is there already."""
     if request.residues:
         check_pyarrow()
-    path = request.out / REPORT_NAME
-    if (request.out.exists() and not request.out.is_dir()) or path.is_dir():
-        raise ProtlmError(
-            f"{request.out}: expected a folder for {REPORT_NAME}, got something else; choose another --out"
-        )
-    if path.exists() and not request.force:
-        raise ProtlmError(f"{path}: exists already; replace it with --force or choose another --out")
+    for path in (request.out / REPORT_NAME, request.out / RESIDUES_NAME):
+        if (request.out.exists() and not request.out.is_dir()) or path.is_dir():
+            raise ProtlmError(
+                f"{request.out}: expected a folder for {path.name}, got something else; choose another --out"
+            )
+        if path.exists() and not request.force:
+            raise ProtlmError(f"{path}: exists already; replace it with --force or choose another --out")
 
 
 def resolve_splits(request: EvalRequest, dataset: Dataset) -> list[SplitName]:

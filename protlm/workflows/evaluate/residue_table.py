@@ -13,6 +13,8 @@ from protlm.errors import ProtlmError
 from protlm.inference.residue_scores import ResidueScores
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES
 
+_ROWS_PER_GROUP = 1 << 16
+
 
 def check_pyarrow() -> None:
     """Raises ProtlmError if pyarrow is not installed."""
@@ -27,6 +29,8 @@ class ResidueTable:
 
     def __init__(self, writer: Any, schema: Any) -> None:
         self._writer, self._schema = writer, schema
+        self._held: list[Any] = []
+        self._num_held = 0
 
     def add(self, split: Split, mask: int, scores: ResidueScores) -> None:
         """Adds the targets of a row.
@@ -57,7 +61,18 @@ class ResidueTable:
             ),
         }
         columns["split"] = columns["split"].cast(pa.string())
-        self._writer.write_table(pa.table(columns, schema=self._schema))
+        self._held.append(pa.table(columns, schema=self._schema))
+        self._num_held += len(scores)
+        if self._num_held >= _ROWS_PER_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows that are held, as one group: a group for each row of proteins would double the file."""
+        import pyarrow as pa
+
+        if self._held:
+            self._writer.write_table(pa.concat_tables(self._held))
+            self._held, self._num_held = [], 0
 
 
 @contextmanager
@@ -80,4 +95,6 @@ def open_residue_table(path: Path) -> Iterator[ResidueTable]:
         metadata={"probabilities": f"of the residues {RESIDUES}, in this order"},
     )
     with files.written_whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        yield ResidueTable(writer, schema)
+        table = ResidueTable(writer, schema)
+        yield table
+        table.flush()
