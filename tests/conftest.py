@@ -49,10 +49,25 @@ def _poisoned_memory(request, monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
+TEST_DATA = Path(__file__).parent / "data"
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+"""Real data beside the checkout, which a clean clone does not have."""
+
+
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data beside the checkout, which a clean clone does not have."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there: this test needs the project's shared data")
-    return folder
+    """The folder of the shared data."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not there: this test needs the project's shared data")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def protein_file(request):
+    """A function from a name in tests/data, or else in the shared data, to the path of the file."""
+
+    def path_of(name):
+        path = TEST_DATA / name
+        return path if path.exists() else request.getfixturevalue("shared_data") / name
+
+    return path_of

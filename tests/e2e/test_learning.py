@@ -1,4 +1,4 @@
-"""What a user sees who trains for minutes on real proteins; slow, and only where the shared data lies."""
+"""What a user sees who trains for minutes on real proteins."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from protlm import open_embeddings
+from tests.conftest import TEST_DATA
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +18,8 @@ def protlm(*words):
 
 
 @pytest.fixture(scope="module")
-def families_run(tmp_path_factory, shared_data):
-    folder, families = tmp_path_factory.mktemp("families"), shared_data / "families"
+def families_run(tmp_path_factory):
+    folder, families = tmp_path_factory.mktemp("families"), TEST_DATA / "families"
     protlm("prep", families / "train.fasta.gz", "--test-input", families / "iid.fasta.gz", "--ood-input",
            families / "held.fasta.gz", "--out", folder / "dataset")  # fmt: skip
     protlm("train", folder / "dataset", "--out", folder / "run", "--config", "tiny")

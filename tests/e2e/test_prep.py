@@ -17,8 +17,6 @@ from protlm.workflows.prep.options import PrepRequest, PrepUsageError
 from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, run_json, sequences
 
-UNIREF = Path(__file__).parents[3] / "shared" / "data" / "uniref" / "uniref100_sample14k.fasta.gz"
-
 
 @pytest.fixture
 def write(tmp_path):
@@ -63,9 +61,9 @@ def test_the_sample_is_prepared_and_told_as_a_table(out, capsys):
     assert open_dataset(out).split("train").id(0).startswith("tr|")
 
 
-@pytest.mark.skipif(not UNIREF.exists(), reason="the shared real data is not on this machine")
-def test_uniref_headers_give_cluster_sizes_and_taxa(out):
-    assert main(["prep", str(UNIREF), "--out", out, "--max-length", "5000"]) == 0
+@pytest.mark.parametrize("name", ["made_up_uniref.fasta", "uniref/uniref100_sample14k.fasta.gz"])
+def test_uniref_headers_give_cluster_sizes_and_taxa(protein_file, name, out):
+    assert main(["prep", str(protein_file(name)), "--out", out, "--max-length", "5000"]) == 0
     shard = open_dataset(out).split("train").shard(0)
     assert (shard.cluster_size > 0).all()
     assert (shard.taxon_id > 0).mean() > 0.9

@@ -42,6 +42,11 @@ def test_compression_is_told_by_content_and_changes_no_record(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "file_format", "num_records"),
     [
+        ("swissprot_sample.fasta.gz", "fasta", 63),
+        ("made_up_uniref.fasta", "fasta", 6),
+        ("made_up_uniref50.xml", "uniref-xml", 2),
+        ("made_up_uniprot.xml", "uniprot-xml", 2),
+        ("made_up.dat", "flatfile", 6),
         ("uniprot/ecoli_UP000000625_83333.fasta.gz", "fasta", 4402),
         ("uniref/uniref100_sample14k.fasta.gz", "fasta", 14205),
         ("uniref/uniref90_jackhmmer_hits.fasta.gz", "fasta", 3675),
@@ -51,8 +56,8 @@ def test_compression_is_told_by_content_and_changes_no_record(tmp_path, kind):
         ("long/proteins_gt8000aa.fasta.gz", "fasta", 27),
     ],
 )
-def test_real_files_of_each_kind_are_read_whole(shared_data, tmp_path, name, file_format, num_records):
-    report = prepare(PrepRequest(inputs=[shared_data / name], out=tmp_path / "out", **ALL_TRAIN))
+def test_files_of_each_kind_are_read_whole(protein_file, tmp_path, name, file_format, num_records):
+    report = prepare(PrepRequest(inputs=[protein_file(name)], out=tmp_path / "out", **ALL_TRAIN))
     (source,) = report.manifest.sources
     assert (source.format, source.num_records) == (file_format, num_records)
     kept = report.manifest.splits["train"].num_records

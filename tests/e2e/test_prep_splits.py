@@ -97,12 +97,19 @@ def test_the_split_of_a_cluster_depends_on_its_name_and_the_seed_alone(clustered
     assert not other.items() <= whole.items()
 
 
-def test_uniref_xml_brings_its_clusters(shared_data, tmp_path):
-    path = shared_data / "uniref" / "50_Q9EPS7_Q95604.xml.gz"
-    prepare(PrepRequest(inputs=[path], out=tmp_path / "out", valid_fraction=0, test_fraction=0))
+@pytest.mark.parametrize(
+    ("name", "clusters"),
+    [
+        ("made_up_uniref50.xml", {"UniRef50_X9ZZA1": 4, "UniRef50_UPI00000000B1": 2}),
+        ("uniref/50_Q9EPS7_Q95604.xml.gz", {"UniRef50_Q9EPS7": 64, "UniRef50_Q95604": 5423}),
+    ],
+)
+def test_uniref_xml_brings_its_clusters(protein_file, name, clusters, tmp_path):
+    request = PrepRequest(inputs=[protein_file(name)], out=tmp_path / "out", valid_fraction=0, test_fraction=0)
+    prepare(request)
     shard = open_dataset(tmp_path / "out").split("train").shard(0)
-    assert shard.ids.to_list() == shard.cluster_id.to_list() == ["UniRef50_Q9EPS7", "UniRef50_Q95604"]
-    assert shard.cluster_size[0] == 64
+    assert shard.ids.to_list() == shard.cluster_id.to_list() == list(clusters)
+    assert shard.cluster_size.tolist() == list(clusters.values())
 
 
 def test_the_entries_of_uniref_are_clusters_by_their_ids(tmp_path):
@@ -116,21 +123,27 @@ def test_the_entries_of_uniref_are_clusters_by_their_ids(tmp_path):
     assert split_of_ids(tmp_path / "one") == split_of_ids(tmp_path / "two")
 
 
-def test_members_are_found_in_the_clusters_of_uniref_xml(shared_data, tmp_path):
-    names = ["UniRef90_Q9EPS7", "tr|F6MB06|F6MB06_MOUSE", "elsewhere"]
-    fasta = write_fasta(tmp_path / "a.fasta", names, random_sequences(3))
-    clusters = shared_data / "uniref" / "50_Q9EPS7_Q95604.xml.gz"
+@pytest.mark.parametrize(
+    ("name", "members", "cluster", "size"),
+    [
+        ("made_up_uniref50.xml", ["UniRef90_X9ZZA1", "tr|X9ZZI9|X9ZZI9_RAT"], "UniRef50_X9ZZA1", 4),
+        ("uniref/50_Q9EPS7_Q95604.xml.gz", ["UniRef90_Q9EPS7", "tr|F6MB06|F6MB06_MOUSE"], "UniRef50_Q9EPS7", 64),
+    ],
+)
+def test_members_are_found_in_the_clusters_of_uniref_xml(protein_file, name, members, cluster, size, tmp_path):
+    fasta = write_fasta(tmp_path / "a.fasta", [*members, "elsewhere"], random_sequences(3))
+    clusters = protein_file(name)
     prepare(PrepRequest(inputs=[fasta], out=tmp_path / "out", clusters=clusters, valid_fraction=0, test_fraction=0))
     shard = open_dataset(tmp_path / "out").split("train").shard(0)
-    assert shard.cluster_id.to_list() == ["UniRef50_Q9EPS7", "UniRef50_Q9EPS7", ""]
-    assert shard.cluster_size.tolist() == [64, 64, -1]
+    assert shard.cluster_id.to_list() == [cluster, cluster, ""]
+    assert shard.cluster_size.tolist() == [size, size, -1]
 
 
-def test_held_out_families_are_the_ood_split(shared_data, tmp_path, capsys):
-    source = shared_data / "flatfile" / "uniprot_sample.dat.gz"
-    arguments = ("prep", source, "--out", tmp_path / "out", "--split", "family", "--ood-family", "PF00069.25",
-                 "--on-bad-record", "skip", "--valid-fraction", "0.1", "--test-fraction", "0")  # fmt: skip
-    report = run_json(capsys, *arguments)
+@pytest.mark.parametrize("name", ["made_up.dat", "flatfile/uniprot_sample.dat.gz"])
+def test_held_out_families_are_the_ood_split(protein_file, name, tmp_path, capsys):
+    options = ("--split", "family", "--ood-family", "PF00069.25", "--on-bad-record", "skip")
+    fractions = ("--valid-fraction", "0.1", "--test-fraction", "0")
+    report = run_json(capsys, "prep", protein_file(name), "--out", tmp_path / "out", *options, *fractions)
     out = open_dataset(tmp_path / "out")
     assert report["options"]["ood_families"] == ["PF00069"]
     assert report["splits"]["ood"]["num_records"] > 0

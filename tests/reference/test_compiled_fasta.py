@@ -136,14 +136,17 @@ def test_every_byte_in_a_sequence_is_treated_as_by_the_twin(byte):
 @pytest.mark.parametrize(
     "name",
     [
+        "swissprot_sample.fasta.gz",
+        "pfam_sample.fasta.gz",
+        "families/train.fasta.gz",
         "swissprot/test_random_5k.fasta.gz",
         "swissprot/ood_pfam24.fasta.gz",
         "uniref/uniref100_sample14k.fasta.gz",
         "uniref/uniref90_jackhmmer_hits.fasta.gz",
     ],
 )
-def test_real_files_give_what_the_twin_gives(shared_data, name):
-    text = gzip.decompress((shared_data / name).read_bytes())
+def test_real_files_give_what_the_twin_gives(protein_file, name):
+    text = gzip.decompress(protein_file(name).read_bytes())
     assert_as_twin(text)
     assert len(parse_fasta(text)[0]) == text.count(b"\n>") + 1
 

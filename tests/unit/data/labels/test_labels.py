@@ -266,16 +266,36 @@ def test_a_row_takes_few_bytes_once_read_and_while_it_is_read(write):
     assert peak < 100 * 300_000
 
 
-def test_real_uniref_clusters_are_found_by_accession_and_by_the_header_of_uniprot(shared_data):
-    clusters = read_clusters(shared_data / "uniref/50_Q9EPS7_Q95604.xml.gz")
-    assert sizes(clusters) == {"UniRef50_Q9EPS7": 64, "UniRef50_Q95604": 5423}
-    ids = (
-        "Q95604",
-        "1C17_HUMAN",
-        "sp|Q95604|1C17_HUMAN",
-        "tr|C9E8W1|other",
-        "UniRef90_Q9EPS7",
-        "UPI00000244B2",
-        "P99999",
-    )
-    assert labels_of(clusters, *ids) == ["UniRef50_Q95604"] * 4 + ["UniRef50_Q9EPS7"] * 2 + [""]
+@pytest.mark.parametrize(
+    ("name", "num_members", "ids"),
+    [
+        (
+            "made_up_uniref50.xml",
+            {"UniRef50_X9ZZA1": 4, "UniRef50_UPI00000000B1": 2},
+            {
+                "UniRef50_X9ZZA1": (
+                    "X9ZZB2",
+                    "MADE1_HUMAN",
+                    "sp|X9ZZA1|MADE1_HUMAN",
+                    "tr|X9ZZH8|other",
+                    "UPI00000000A3",
+                ),
+                "UniRef50_UPI00000000B1": ("UniRef90_UPI00000000B1", "UniRef100_X9ZZD4", "X9ZZD4_ECOLI"),
+            },
+        ),
+        (
+            "uniref/50_Q9EPS7_Q95604.xml.gz",
+            {"UniRef50_Q9EPS7": 64, "UniRef50_Q95604": 5423},
+            {
+                "UniRef50_Q95604": ("Q95604", "1C17_HUMAN", "sp|Q95604|1C17_HUMAN", "tr|C9E8W1|other"),
+                "UniRef50_Q9EPS7": ("UniRef90_Q9EPS7", "UPI00000244B2"),
+            },
+        ),
+    ],
+)
+def test_uniref_clusters_are_found_by_accession_and_by_the_header_of_uniprot(protein_file, name, num_members, ids):
+    clusters = read_clusters(protein_file(name))
+    assert sizes(clusters) == num_members
+    for cluster, members in ids.items():
+        assert labels_of(clusters, *members) == [cluster] * len(members)
+    assert labels_of(clusters, "P99999") == [""]

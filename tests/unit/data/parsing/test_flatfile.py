@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from Bio import SeqIO
 
 from protlm.data.parsing import flatfile
@@ -20,14 +21,17 @@ def test_a_flat_file_entry_gives_a_record_with_the_families_of_its_cross_referen
     assert not repairs
 
 
-def test_real_flat_files_are_read_as_biopython_does(shared_data):
-    text = read(shared_data / "flatfile/uniprot_sample.dat.gz")
+@pytest.mark.parametrize(
+    ("name", "num_records", "num_with_pfam"), [("made_up.dat", 6, 4), ("flatfile/uniprot_sample.dat.gz", 98, 82)]
+)
+def test_flat_files_are_read_as_biopython_does(protein_file, name, num_records, num_with_pfam):
+    text = read(protein_file(name))
     expected = list(SeqIO.parse(io.StringIO(text.decode()), "swiss"))
     records = [flatfile.parse_entry("a", entry + b"//\n", 1)[0] for entry in text.split(b"//\n")[:-1]]
-    assert len(records) == 98
+    assert len(records) == num_records
     for record, other in zip(records, expected, strict=True):
         families = {key.split(":", 1)[1] for key in other.dbxrefs if key.startswith(("Pfam:", "InterPro:"))}
         assert (record.id, record.sequence, set(record.families)) == (other.id, str(other.seq), families)
         assert str(record.taxon_id) == other.annotations["ncbi_taxid"][0]
         assert record.description.startswith(other.name + " ")
-    assert sum(any(family.startswith("PF") for family in record.families) for record in records) == 82
+    assert sum(any(family.startswith("PF") for family in record.families) for record in records) == num_with_pfam

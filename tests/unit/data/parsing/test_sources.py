@@ -374,6 +374,11 @@ def test_xml_of_another_kind_is_an_error_that_names_its_root():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("swissprot_sample.fasta.gz", "fasta"),
+        ("made_up_uniref.fasta", "fasta"),
+        ("made_up.dat", "flatfile"),
+        ("made_up_uniprot.xml", "uniprot-xml"),
+        ("made_up_uniref50.xml", "uniref-xml"),
         ("swissprot/valid_cluster_5k.fasta.gz", "fasta"),
         ("uniref/uniref100_sample14k.fasta.gz", "fasta"),
         ("flatfile/uniprot_sample.dat.gz", "flatfile"),
@@ -382,8 +387,8 @@ def test_xml_of_another_kind_is_an_error_that_names_its_root():
         ("uniref/UniRef90_P99999.xml", "uniref-xml"),
     ],
 )
-def test_real_files_are_recognised_and_unpacked_as_zlib_does(shared_data, name, expected):
-    path = shared_data / name
+def test_files_of_each_format_are_recognised_and_unpacked_as_zlib_does(protein_file, name, expected):
+    path = protein_file(name)
     data = path.read_bytes()
     text = unpacked(path)
     assert text == (gzip.decompress(data) if name.endswith("gz") else data)

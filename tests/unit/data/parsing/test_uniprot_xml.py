@@ -26,9 +26,11 @@ def test_deeply_nested_xml_is_read_like_any_other():
     assert parse("uniprot", UNIPROT.replace("<reference>", deep + "<reference>"))[0].sequence == "MVLSPA"
 
 
-@pytest.mark.parametrize("name", ["P84001.xml", "Q13639.xml", "multi_ex.xml"])
-def test_real_uniprot_xml_is_read_as_biopython_does(shared_data, name):
-    text = read(shared_data / "flatfile" / name)
+@pytest.mark.parametrize(
+    "name", ["made_up_uniprot.xml", "flatfile/P84001.xml", "flatfile/Q13639.xml", "flatfile/multi_ex.xml"]
+)
+def test_uniprot_xml_is_read_as_biopython_does(protein_file, name):
+    text = read(protein_file(name))
     expected = list(SeqIO.parse(io.BytesIO(text), "uniprot-xml"))
     for entry, other in zip(entries_of(text), expected, strict=True):
         record, _ = uniprot_xml.parse_entry("a", entry, 1)

@@ -86,10 +86,14 @@ def test_a_text_without_tags_does_not_fill_the_memory(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("UniRef90_P99999.xml", [27]), ("50_Q9EPS7_Q95604.xml.gz", [64, 5423])],
+    [
+        ("made_up_uniref50.xml", [4, 2]),
+        ("uniref/UniRef90_P99999.xml", [27]),
+        ("uniref/50_Q9EPS7_Q95604.xml.gz", [64, 5423]),
+    ],
 )
-def test_real_uniref_files_are_read_as_an_xml_library_does(shared_data, name, sizes):
-    text = read(shared_data / "uniref" / name)
+def test_uniref_files_are_read_as_an_xml_library_does(protein_file, name, sizes):
+    text = read(protein_file(name))
     space = "{http://uniprot.org/uniref}"
     expected = ET.fromstring(text).findall(f"{space}entry")
     records = [uniref_xml.parse_entry("a", entry, 1)[0] for entry in entries_of(text)]

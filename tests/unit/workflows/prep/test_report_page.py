@@ -252,13 +252,19 @@ def test_warnings_name_dna_empty_splits_and_clusters_on_both_sides():
     ]
 
 
+def counts_of_file(path):
+    return counts_of("".join(record.sequence for record in read_records(path)))
+
+
+def test_no_file_of_proteins_looks_like_dna(protein_file):
+    for name in ("swissprot_sample.fasta.gz", "pfam_sample.fasta.gz", "families/held.fasta.gz"):
+        assert not looks_like_dna(counts_of_file(protein_file(name))), name
+
+
 def test_no_real_protein_file_looks_like_dna_and_swiss_prot_has_its_published_composition(shared_data):
     swiss_prot = counts_of("")
     for path in sorted(shared_data.glob("*/*.fasta.gz")):
-        counts = counts_of("")
-        for record in read_records(path):
-            for letter in set(record.sequence):
-                counts[letter] += record.sequence.count(letter)
+        counts = counts_of_file(path)
         assert not looks_like_dna(counts), path
         if path.parent.name == "swissprot":
             swiss_prot = {letter: swiss_prot[letter] + counts[letter] for letter in counts}
