@@ -18,6 +18,10 @@ from protlm.inference.residue_scores import ResidueScores
 NUM_REPLICATES = 1000
 TOP_RANKS = 5
 NUM_CONFIDENCE_BINS = 20
+_BOOTSTRAP_COUNTER = np.array([0, 0, 0, 3], dtype=np.uint64)
+"""Keeps the weights apart from the masks, whose generator has the same key; `data.batching.draws` lists the others."""
+
+_ROUNDING = 1e-12
 
 _NUM_TARGETS, _NLL, _NUM_CORRECT, _NUM_TOP = range(4)
 _BINS = 4
@@ -34,7 +38,8 @@ class Estimate:
 
     Attributes:
         value: On the proteins of the split.
-        stderr: Standard deviation over the replicates; None where there is one protein or cluster only.
+        stderr: Standard deviation over the replicates; None where they do not differ, as of a single protein or
+            cluster, or where some are infinite.
         low: 2.5th percentile of the replicates.
         high: 97.5th percentile.
     """
@@ -51,7 +56,8 @@ def sums_by_protein(scores: ResidueScores) -> tuple[np.ndarray, np.ndarray]:
     ranks = scores.ranks()
     correct = ranks == 0
     confidence = np.exp(scores.log_probabilities.max(axis=1).astype(np.float64))
-    bins = np.clip((confidence * NUM_CONFIDENCE_BINS).astype(np.int64), 0, NUM_CONFIDENCE_BINS - 1)
+    # The NaN of a model that overflows stays in the sums, and counts in the first bin.
+    bins = np.minimum((np.nan_to_num(confidence) * NUM_CONFIDENCE_BINS).astype(np.int64), NUM_CONFIDENCE_BINS - 1)
     size = len(records)
     columns = [
         np.bincount(places, weights=weights, minlength=size)
@@ -81,7 +87,8 @@ def replicate_weights(keys: Sequence[bytes], seed: int, num_replicates: int = NU
     weights = np.empty((len(keys), num_replicates))
     for place, key in enumerate(keys):
         digest = xxhash.xxh3_128_digest(key, seed=seed)
-        generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+        philox = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64), counter=_BOOTSTRAP_COUNTER)
+        generator = np.random.Generator(philox)
         weights[place] = generator.poisson(1.0, num_replicates)
     return weights
 
@@ -151,9 +158,11 @@ def confidence_bins(sums: np.ndarray) -> list[dict[str, float]]:
 
 
 def estimate(value: float, replicates: np.ndarray) -> Estimate:
-    """Returns a value with the spread of its replicates, of which those without targets are left out."""
+    """Returns a value with the spread of its replicates, of which those without targets, NaN, are left out."""
     replicates = replicates[~np.isnan(replicates)]
-    if len(replicates) < 2 or not np.ptp(replicates):
+    has_spread = len(replicates) > 1 and bool(np.isfinite(replicates).all())
+    # The replicates of a single protein or cluster differ by rounding only.
+    if not has_spread or np.ptp(replicates) <= _ROUNDING * np.abs(replicates).max():
         return Estimate(value=value, stderr=None, low=None, high=None)
     low, high = np.percentile(replicates, [2.5, 97.5])
     return Estimate(value=value, stderr=float(replicates.std(ddof=1)), low=float(low), high=float(high))
