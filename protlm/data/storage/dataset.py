@@ -313,6 +313,8 @@ class Split:
 
     def labels(self, index: int | np.integer) -> RecordLabels:
         """Returns the families, the cluster and the taxon of a record, as far as the dataset has them."""
+        if not 0 <= index < self.num_records:
+            raise IndexError(f"index: expected 0 to {self.num_records - 1}, got {index}")
         number = bisect_right(self._starts, index) - 1
         shard, place = self.shard(number), int(index) - self._starts[number]
         families = "" if shard.family is None else shard.family[place]
