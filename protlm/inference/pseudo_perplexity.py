@@ -15,13 +15,20 @@ from protlm.data.batching.batches import Batch, EvaluationRow, Proteins, pack_ro
 from protlm.vocabulary import MASK
 
 
-def sample_of(proteins: Proteins, num_proteins: int, seed: int) -> list[int]:
-    """Returns the numbers of some proteins, rising: those with the smallest hash of seed and sequence."""
-    hashes = [
-        xxhash.xxh3_64_intdigest(proteins.tokens(record).tobytes(), seed=seed)
-        for record in range(len(proteins.lengths))
-    ]
-    return sorted(np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")[:num_proteins].tolist())
+def sample_of(proteins: Proteins, num_proteins: int, seed: int, max_residues: int | None = None) -> list[int]:
+    """Returns the numbers of some proteins, rising: those with the smallest hash of seed and sequence.
+
+    Args:
+        proteins: The split.
+        num_proteins: How many to take, of those that are short enough.
+        seed: Of the sample.
+        max_residues: Length of the longest protein to take; None: any.
+    """
+    is_short = np.full(len(proteins.lengths), True) if max_residues is None else proteins.lengths <= max_residues
+    records = np.flatnonzero(is_short)
+    hashes = [xxhash.xxh3_64_intdigest(proteins.tokens(record).tobytes(), seed=seed) for record in records.tolist()]
+    chosen = np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")[:num_proteins]
+    return sorted(records[chosen].tolist())
 
 
 def single_residue_rows(proteins: Proteins, records: Sequence[int], tokens_per_batch: int) -> Iterator[EvaluationRow]:
