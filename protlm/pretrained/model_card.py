@@ -1,6 +1,7 @@
 """The model card: the README.md of a model directory, written from its description."""
 
-from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_description import ModelDescription, ValidScore
+from protlm.vocabulary import NUM_RESIDUES
 
 _DATA_MODES = {
     "packed": "It saw whole proteins, each by itself; of one too long for a row a random stretch.",
@@ -28,21 +29,41 @@ def model_card(description: ModelDescription) -> str:
         f"- Weights (xxh3-128): `{description.weights_hash}`",
         "",
     ]
-    if description.valid is None:
-        lines.append("No valid split was measured.")
-    else:
-        valid = description.valid
-        lines += [
-            f"On {valid.num_targets:,} {'' if shape.causal else 'masked '}residues of its valid split:",
-            "",
-            "| | accuracy | perplexity |",
-            "|---|---|---|",
-            f"| this model | {valid.accuracy:.4f} | {valid.perplexity:.3f} |",
-            f"| empirical baseline (residue frequencies of the training set) | {valid.empirical_accuracy:.4f} | "
-            f"{valid.empirical_perplexity:.3f} |",
-        ]
+    lines += ["No valid split was measured."] if description.valid is None else _scores(description, description.valid)
     lines += ["", "Use it with `protlm eval`, `protlm embed` or `protlm.load_model`.", ""]
     return "\n".join(lines)
+
+
+def _scores(description: ModelDescription, valid: ValidScore) -> list[str]:
+    """Returns the lines of the table, of how it was measured, and of what it can be compared with."""
+    hidden, replaced = description.mask_share, description.random_share
+    visible = max(0.0, 1 - hidden - replaced)
+    how = {
+        "hidden": "hidden residues of its valid split "
+        f"({description.mask_rate:.0%} of all; each is replaced by `<mask>`)",
+        "mixture": "residues of its valid split, masked as in training "
+        f"({hidden:.0%} of them hidden, {replaced:.0%} replaced by a random one, {visible:.0%} visible)",
+        "next-token": "residues of its valid split, each predicted from those before it",
+    }
+    comparable = {
+        "hidden": "measured on hidden residues of the same split",
+        "mixture": "measured with the same mixture on the same split, and with none of hidden residues alone, which "
+        "are harder: `protlm eval` measures those",
+        "next-token": "of models that predict the next residue, measured on the same split",
+    }
+    return [
+        f"On {valid.num_targets:,} {how[valid.targets]}:",
+        "",
+        "| | accuracy | perplexity |",
+        "|---|---|---|",
+        f"| this model | {valid.accuracy:.4f} | {valid.perplexity:.3f} |",
+        f"| empirical baseline (residue frequencies of the training set) | {valid.empirical_accuracy:.4f} | "
+        f"{valid.empirical_perplexity:.3f} |",
+        "",
+        f"Compare these numbers only with numbers {comparable[valid.targets]}: a perplexity depends on how close a "
+        f"split is to the training set. A blind guess among the {NUM_RESIDUES} residue letters has perplexity "
+        f"{NUM_RESIDUES}; `protlm eval` adds further baselines.",
+    ]
 
 
 def _task(description: ModelDescription) -> str:

@@ -1,6 +1,7 @@
 """The description of a saved model: all that is known of it besides its weights, stored as config.json."""
 
-from typing import Annotated, Literal, Self
+import json
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -11,19 +12,35 @@ from protlm.data.batching.masking import MaskRates
 from protlm.vocabulary import RESIDUES, TOKENS
 
 MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
-MODEL_FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing."""
+MODEL_FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
+Before version 3 the valid split was masked as in training, and `valid.targets` was missing."""
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+Targets = Literal["hidden", "mixture", "next-token"]
+"""The residues that a measurement scores: `hidden` by `<mask>`; `mixture`: some of them hidden, some replaced at random
+and the rest visible, as in training; `next-token`: predicted from the residues before them."""
+
+
+def targets_of(objective: Objective) -> Targets:
+    """Returns the kind of residues that an objective scores."""
+    if objective.causal:
+        return "next-token"
+    return "hidden" if objective.rates.mask_share == 1 else "mixture"
+
 
 class ValidScore(BaseModel):
-    """The scores of the model and of the empirical baseline on the valid split, measured when the model was saved."""
+    """The scores of the model and of the empirical baseline on the valid split, measured when the model was saved.
+
+    Only scores of the same `targets` can be compared.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
+    targets: Targets
     num_targets: Count
     accuracy: float
     perplexity: float
@@ -98,3 +115,16 @@ class ModelDescription(BaseModel):
         if self.model.positions != "learned":
             return None
         return self.model.max_positions - SPECIAL_TOKENS_PER_SEGMENT
+
+
+def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of the config.json of an earlier version with the keys of this one.
+
+    Raises:
+        ValidationError: The content does not describe a model.
+    """
+    content = {**content, "format_version": MODEL_FORMAT_VERSION}
+    if isinstance(content.get("valid"), dict):
+        without_valid = ModelDescription.model_validate_json(json.dumps({**content, "valid": None}))
+        content["valid"] = {**content["valid"], "targets": targets_of(without_valid.objective)}
+    return content

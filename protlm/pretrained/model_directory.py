@@ -17,7 +17,13 @@ from protlm.config import ModelConfig
 from protlm.errors import CheckpointError, validation_fault
 from protlm.model.performer import Performer
 from protlm.pretrained.model_card import model_card
-from protlm.pretrained.model_description import MODEL_FORMAT, READABLE_VERSIONS, ModelDescription
+from protlm.pretrained.model_description import (
+    MODEL_FORMAT,
+    MODEL_FORMAT_VERSION,
+    READABLE_VERSIONS,
+    ModelDescription,
+    upgrade,
+)
 from protlm.vocabulary import TOKENS
 
 
@@ -175,13 +181,17 @@ def read_description(folder: Path) -> ModelDescription:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("format") != MODEL_FORMAT:
         raise CheckpointError(f"{path}: expected a protlm model, got another JSON file")
-    if content.get("format_version") not in READABLE_VERSIONS:
+    version = content.get("format_version")
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{path}: expected format version {' or '.join(map(str, READABLE_VERSIONS))}, "
-            f"got {content.get('format_version')!r}; use the protlm that wrote it"
+            f"{path}: expected format version {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}, got {version!r}; "
+            "use the protlm that wrote it"
         )
     try:
-        description = ModelDescription.model_validate_json(text)
+        # Text, not the content: a strict model takes JSON's lists for tuples only where it reads JSON itself.
+        description = ModelDescription.model_validate_json(
+            text if version == MODEL_FORMAT_VERSION else json.dumps(upgrade(content))
+        )
     except ValidationError as error:
         raise CheckpointError(f"{path}: {validation_fault(error)}") from None
     if description.vocabulary != list(TOKENS):

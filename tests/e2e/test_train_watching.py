@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import signal
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from protlm.cli.app import main
+from protlm.inference.scoring import Score, Scores
+from protlm.pretrained.model_directory import read_model
+from protlm.workflows.train import callbacks
 from protlm.workflows.train.run_log import RunLog
 from protlm.workflows.train.start import TrainRequest, prepare_start
 from tests.e2e.conftest import SMALL
@@ -72,6 +76,39 @@ def test_a_run_without_progress_ends_early_and_keeps_its_best_checkpoint(dataset
     kept = sorted(path.name for path in (out / "checkpoints").glob("step-*.ckpt"))
     assert kept == [f"step-{step:08d}.ckpt" for step in range(2, len(valid) + 1, 2)]
     assert torch.load(out / "checkpoints" / kept[0], weights_only=True)["global_step"] == 2
+
+
+def scores_of(perplexities):
+    """A stand-in for `score_split` whose measurements have these perplexities, one after the other."""
+    remaining = iter(perplexities)
+
+    def score_split(*_, **__):
+        score = Score(accuracy=0.1, perplexity=next(remaining))
+        return Scores(num_targets=7, model=score, empirical=Score(accuracy=0.1, perplexity=18.0))
+
+    return score_split
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "best_step"),
+    [([9.0, math.nan, math.inf], 1), ([math.nan, 9.0, math.nan], 2), ([math.nan, math.inf, math.nan], 2)],
+)
+def test_a_measurement_that_is_not_a_number_never_replaces_one_that_is(
+    perplexities, best_step, dataset, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    monkeypatch.setattr(callbacks, "score_split", scores_of(perplexities))
+    assert train(dataset, out, "--max-steps", 3, "--set", "train.valid_every_steps=1") == 0
+    _, description = read_model(out)
+    assert (description.step, description.valid.perplexity) == (best_step, perplexities[best_step - 1])
+    assert torch.load(out / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == best_step
+
+
+def test_measurements_that_are_not_numbers_use_up_the_patience(dataset, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(callbacks, "score_split", scores_of([math.nan] * 50))
+    assert train(dataset, out, "--set", "train.valid_every_steps=1", "--set", "train.patience=2") == 0
+    assert len(rows(out)) == 3
 
 
 def test_time_ends_a_run_with_a_checkpoint_and_status_0(dataset, tmp_path, capsys):

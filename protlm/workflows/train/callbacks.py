@@ -1,5 +1,6 @@
 """The work between updates: measurements, the exported model, checkpoints, and stopping early."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,17 @@ from protlm.config import Config
 from protlm.data.batching.batches import Proteins
 from protlm.inference.scoring import Scores, score_split
 from protlm.model.health import attention_health
-from protlm.pretrained.model_description import ModelDescription, ValidScore
+from protlm.pretrained.model_description import ModelDescription, Targets, ValidScore, targets_of
 from protlm.pretrained.model_directory import save_model
 from protlm.workflows.train import run_checkpoints
 from protlm.workflows.train.run_log import RunLog
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, Update
+
+_OTHER_MEASUREMENT = (
+    "up to step {step} the valid split was masked as in training, and from now on it is measured on hidden residues, "
+    "which are harder: the search for the best model begins anew"
+)
 
 
 class Watch(pl.Callback):
@@ -61,7 +67,7 @@ class Watch(pl.Callback):
         self.last_step = trainer.global_step
         if trainer.is_global_zero:
             self._log = RunLog(self._run_dir, self._config, self.last_step, trainer.loggers)
-            self.notes = self._log.notes
+            self.notes += self._log.notes
         self._update_began = self._batch_asked_for = time.perf_counter()
 
     def on_train_batch_start(
@@ -127,9 +133,8 @@ class Watch(pl.Callback):
         scores = score_split(
             task.model, description, self._valid, rank=trainer.global_rank, world_size=trainer.world_size
         )
-        valid = _valid_score(scores)
-        # Comparisons with NaN are false, and so any measurement counts as an improvement on NaN.
-        has_improved = self.best is None or not self.best.perplexity <= valid.perplexity
+        valid = _valid_score(scores, targets_of(description.objective.hiding_all()))
+        has_improved = self.best is None or _is_lower(valid.perplexity, self.best.perplexity)
         self._num_without_improvement = 0 if has_improved else self._num_without_improvement + 1
         if has_improved:
             self.best = valid
@@ -165,9 +170,18 @@ class Watch(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best measurement and the number of measurements since."""
+        """Restores the best measurement and the number of measurements since, unless they were of another kind."""
+        self.best, self._num_without_improvement = None, 0
         saved = state_dict["best"]
-        self.best = None if saved is None else ValidScore.model_validate(saved)
+        if saved is None:
+            return
+        description = self._describe(self.last_step)
+        # Before protlm wrote how it had measured, the valid split was masked as in training.
+        measured = saved.get("targets", targets_of(description.objective))
+        if measured != targets_of(description.objective.hiding_all()):
+            self.notes += (_OTHER_MEASUREMENT.format(step=self.last_step),)
+            return
+        self.best = ValidScore.model_validate({**saved, "targets": measured})
         self._num_without_improvement = state_dict["num_without_improvement"]
 
     def close(self) -> None:
@@ -186,8 +200,14 @@ def _reason_to_stop(update: Update, lost_patience: int | None) -> str | None:
     return None
 
 
-def _valid_score(scores: Scores) -> ValidScore:
+def _is_lower(perplexity: float, best: float) -> bool:
+    """Returns whether a perplexity is lower than the best one; any number is lower than NaN, and NaN than none."""
+    return not math.isnan(perplexity) and (math.isnan(best) or perplexity < best)
+
+
+def _valid_score(scores: Scores, targets: Targets) -> ValidScore:
     return ValidScore(
+        targets=targets,
         num_targets=scores.num_targets,
         accuracy=scores.model.accuracy,
         perplexity=scores.model.perplexity,

@@ -17,8 +17,9 @@ from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_
 from protlm.vocabulary import RESIDUES, TOKENS
 
 VALID = ValidScore(
-    num_targets=1234, accuracy=0.4321, perplexity=5.6789, empirical_accuracy=0.0987, empirical_perplexity=17.8123
-)
+    targets="hidden", num_targets=1234, accuracy=0.4321, perplexity=5.6789, empirical_accuracy=0.0987,
+    empirical_perplexity=17.8123,
+)  # fmt: skip
 TOKENS_OF_A_ROW = torch.tensor([0, 5, 6, 7, 2, 0, 9, 2])
 BOUNDS = torch.tensor([0, 5, 8], dtype=torch.int32)
 
@@ -187,7 +188,10 @@ def test_weights_of_another_model_are_refused(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "expected format version 1 or 2, got 3"),
+        ({"format_version": 4}, "expected format version 1 to 3, got 4"),
+        ({"valid": {**VALID.model_dump(), "targets": "all"}}, "valid.targets"),
+        ({"valid": {"num_targets": 3}}, "valid.targets"),
+        ({"format_version": 2, "valid": {"num_targets": 3}}, "valid.accuracy"),
         ({"mask_share": 1.5}, "mask_share"),
         ({"data_mode": "concatenated"}, "window_tokens"),
         ({"window_tokens": 100}, "window_tokens"),
@@ -263,13 +267,32 @@ def test_a_model_of_version_1_reads_as_packed_with_berts_masking(folder):
     content = json.loads(path.read_text())
     for key in ("mask_share", "random_share", "data_mode", "window_tokens"):
         del content[key]
+    del content["valid"]["targets"]
     for key in ("ffn", "layer_norm", "positions", "max_positions", "causal"):
         del content["model"][key]
     path.write_text(json.dumps({**content, "format_version": 1}))
     read, description = read_model(folder)
     assert description.objective == Objective(causal=False, rates=MaskRates(0.15, 0.8, 0.1))
     assert (description.data_mode, description.window_tokens, description.max_residues) == ("packed", None, None)
+    assert description.valid.targets == "mixture"
     assert read.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "causal", "targets"),
+    [({}, False, "mixture"), ({"mask_share": 1.0, "random_share": 0.0}, False, "hidden"), ({}, True, "next-token")],
+)
+def test_a_model_of_version_2_was_measured_as_it_was_trained(changes, causal, targets, model, tmp_path):
+    shape = model.config.model_copy(update={"causal": causal})
+    save_model(tmp_path, model, describe(model, model=shape, **changes))
+    old = {key: value for key, value in VALID.model_dump().items() if key != "targets"}
+    edit(tmp_path, format_version=2, valid=old)
+    read, description = read_model(tmp_path)
+    assert description.valid == VALID.model_copy(update={"targets": targets})
+    save_model(tmp_path / "again", read, description)
+    assert read_model(tmp_path / "again")[1] == description
+    edit(tmp_path, valid=None)
+    assert read_model(tmp_path)[1].valid is None
 
 
 def test_the_objective_is_that_of_training(model, tmp_path):
@@ -290,12 +313,33 @@ def test_the_model_card_says_what_is_predicted_and_of_what_rows(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "masked residues: 15% of them, of which 80% were hidden and 10% replaced" in card
     causal = model.config.model_copy(update={"causal": True})
-    save_model(tmp_path, model, describe(model, model=causal, data_mode="concatenated", window_tokens=8192))
+    valid = VALID.model_copy(update={"targets": "next-token"})
+    save_model(
+        tmp_path, model, describe(model, model=causal, data_mode="concatenated", window_tokens=8192, valid=valid)
+    )
     card = (tmp_path / "README.md").read_text()
     assert "causal Performer" in card
     assert "next token" in card
     assert "8,192 tokens" in card
     assert "masked" not in card
+
+
+def test_the_model_card_says_how_its_figures_were_measured_and_what_they_compare_with(model, tmp_path):
+    def card(**changes):
+        save_model(tmp_path, model, describe(model, **changes))
+        return (tmp_path / "README.md").read_text()
+
+    hidden = card()
+    assert "On 1,234 hidden residues of its valid split (15% of all; each is replaced by `<mask>`):" in hidden
+    assert "Compare these numbers only with numbers measured on hidden residues of the same split" in hidden
+    assert "perplexity 25" in hidden
+    mixture = card(valid=VALID.model_copy(update={"targets": "mixture"}))
+    assert "masked as in training (80% of them hidden, 10% replaced by a random one, 10% visible):" in mixture
+    assert "with the same mixture on the same split" in mixture
+    shape = model.config.model_copy(update={"causal": True})
+    causal = card(model=shape, valid=VALID.model_copy(update={"targets": "next-token"}))
+    assert "On 1,234 residues of its valid split, each predicted from those before it:" in causal
+    assert "of models that predict the next residue" in causal
 
 
 def test_one_dataset_stands_for_itself_and_several_for_their_order():

@@ -1,0 +1,50 @@
+"""Runs that an earlier protlm began: they go on, and what was measured otherwise is not compared."""
+
+import pytest
+import torch
+
+from protlm.cli.app import main
+from protlm.pretrained.model_directory import read_model
+from tests.e2e.train_tools import train
+
+
+def without_the_kind_of_measurement(run_dir):
+    """Makes last.ckpt one of a protlm that did not write how it had measured; its best value cannot be reached."""
+    path = run_dir / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (watch,) = (state for state in checkpoint["callbacks"].values() if "best" in state)
+    del watch["best"]["targets"]
+    watch["best"]["perplexity"] = 1.5
+    torch.save(checkpoint, path)
+
+
+def resume(dataset, out, steps):
+    return main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", str(steps)])
+
+
+def test_a_best_model_that_was_measured_otherwise_is_none(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    without_the_kind_of_measurement(out)
+    capsys.readouterr()
+    assert resume(dataset, out, 3) == 0
+    assert "up to step 2 the valid split was masked as in training" in capsys.readouterr().err
+    _, description = read_model(out)
+    assert (description.step, description.valid.targets) == (3, "hidden")
+    assert description.valid.perplexity > 1.5
+    assert resume(dataset, out, 4) == 0
+    assert "masked as in training" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings", [["model.causal=true"], ["train.mask_share=1.0", "train.random_share=0.0"]], ids=["causal", "hidden"]
+)
+def test_a_best_model_that_was_measured_in_the_same_way_stays(settings, dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert train(dataset, out, "--max-steps", 2, *words) == 0
+    without_the_kind_of_measurement(out)
+    capsys.readouterr()
+    assert resume(dataset, out, 3) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert read_model(out)[1].step == 2
