@@ -147,8 +147,8 @@ def _comparison(reports: Sequence[tuple[Path, Mapping[str, Any]]]) -> Comparison
         for key in _SAME:
             if first[key] != other[key]:
                 raise ProtlmError(
-                    f"{path}: {key} is {other[key]!r}, and {first[key]!r} in {first_path}: other residues were scored, so "
-                    "they cannot be compared; evaluate the models on the same dataset with the same options"
+                    f"{path}: {key} is {other[key]!r}, and {first[key]!r} in {first_path}: other residues were scored; "
+                    "evaluate the models on the same dataset with the same options"
                 )
     splits = [name for name in first["splits"] if all(name in report["splits"] for _, report in reports)]
     if not splits:
