@@ -5,6 +5,7 @@ change of the C++ code with the code before. The text is in memory; all take tur
 reported unless every build and every twin first gives the digests of the installed one.
 """
 
+import argparse
 import ctypes
 import sys
 from collections import Counter
@@ -37,6 +38,8 @@ DIGESTED_BYTES = 256 * MEBIBYTE
 
 def load(path: Path) -> ctypes.CDLL:
     """Returns a build, its functions declared as those of the installed one."""
+    if not path.is_file():
+        sys.exit(f"error: --builds: no file {path}; nothing is timed")
     build = ctypes.CDLL(str(path))
     for name in ("protlm_measure_fasta", "protlm_parse_fasta"):
         declared = getattr(compiled.library(), name)
@@ -116,20 +119,25 @@ def figures(measured: Mapping[str, Any]) -> Iterator[Figure]:
 def named_build(word: str) -> tuple[str, Path]:
     """Returns the name and the path of `NAME=FILE`."""
     name, _, path = word.partition("=")
-    if not name or name in (INSTALLED, TWIN, PACKAGE) or not Path(path).is_file():
+    if not (name and path) or name in (INSTALLED, TWIN, PACKAGE):
         raise ValueError(word)
     return name, Path(path).resolve()
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Measures and reports."""
-    words = sys.argv[1:] if words is None else words
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Returns the options."""
     parser = harness.new_parser(__doc__)
     parser.add_argument("--fasta", type=Path, default=SAMPLE, metavar="FASTA", help="the file to parse")
     parser.add_argument(
         "--builds", type=named_build, nargs="+", default=[], metavar="NAME=FILE", help="other builds of the library"
     )
-    arguments = harness.parse(parser, words, repeats=7, has_threads=False)
+    return harness.parse(parser, words, repeats=7, has_threads=False)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measures and reports."""
+    words = sys.argv[1:] if words is None else words
+    arguments = parse(words)
     if reason := compiled.why_not():
         sys.exit(f"error: the compiled FASTA parser: {reason}; nothing is timed")
     text = b"".join(SourceBlocks(str(arguments.fasta)))

@@ -4,6 +4,7 @@ Everything is a command of its own, start included; the commands take turns with
 unless prep keeps exactly the sequences that the Biopython pipeline keeps.
 """
 
+import argparse
 import gzip
 import os
 import shutil
@@ -182,13 +183,18 @@ def figures(measured: Mapping[str, Any]) -> Iterable[Figure]:
     yield ratio(f"{READER} / {SLICES}", "random reads", rates[READER], rates[SLICES], note=note)
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Measures and reports."""
-    words = sys.argv[1:] if words is None else words
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Returns the options."""
     parser = harness.new_parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=300, help="size of the FASTA file")
     parser.add_argument("--folder", type=Path, help="folder of the files; by default the system's place")
-    arguments = harness.parse(parser, words, has_threads=False)
+    return harness.parse(parser, words, has_threads=False)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measures and reports."""
+    words = sys.argv[1:] if words is None else words
+    arguments = parse(words)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         measured = measure(Path(folder), arguments.megabytes * 1_000_000, arguments.repeats)
     harness.Report(

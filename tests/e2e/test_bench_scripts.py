@@ -1,6 +1,7 @@
 """The frame that all benchmarks share, and the small benchmarks of prep and of the FASTA parser."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from scripts.bench.harness import Report, median, ratio
 from scripts.measuring import take_turns
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "scripts" / "bench" / "RESULTS.md"
 SCRIPTS = ("attention", "embed", "fasta", "prep", "train_step")
 
 
@@ -51,6 +53,18 @@ def test_the_benchmarks_of_make_bench_are_the_scripts_each_once():
     makefile = (ROOT / "Makefile").read_text()
     words = [word for word in makefile.split() if word.startswith("scripts/bench/")]
     assert sorted(words) == [f"scripts/bench/{script}.py" for script in SCRIPTS]
+
+
+def test_the_commands_of_the_results_are_understood():
+    commands = re.findall(r"`[^`]*python scripts/bench/(\w+)\.py([^`]*)`", RESULTS.read_text())
+    assert {script for script, _ in commands} == set(SCRIPTS)
+    for script, words in dict.fromkeys(commands):
+        import_module(f"scripts.bench.{script}").parse(shlex.split(words))
+
+
+def test_no_row_of_the_results_is_there_twice():
+    rows = [line for line in RESULTS.read_text().splitlines() if line.startswith("| 20")]
+    assert len(set(rows)) == len(rows)
 
 
 def test_calls_take_turns_and_the_first_round_only_warms_up():
@@ -105,7 +119,7 @@ def test_a_report_prints_each_measurement_once_and_rows_that_fit_the_table(repor
                           "`python scripts/bench/x.py --one 'two words'`", "a / b, B1; 5 repeats"]  # fmt: skip
     assert first[5] == "short: 2.00× (1.50–3.00); long: 2.67× (2.00–4.00)"
     assert second[2:] == ["as above", "as above", "peak, B1", "all: 2 MiB", "in a new process"]
-    header = next(line for line in (ROOT / "scripts/bench/RESULTS.md").read_text().splitlines() if "| date" in line)
+    header = next(line for line in RESULTS.read_text().splitlines() if "| date" in line)
     assert len(header.strip("| ").split(" | ")) == len(first) == len(second)
 
 
