@@ -1,5 +1,6 @@
 """A small real dataset and a run of three steps, made once by the real commands."""
 
+import gzip
 import itertools
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 
 from protlm import read_records
 from protlm.cli.app import main
+from protlm.data.parsing import sources
+from protlm.workflows.prep import reading as prep_reading
+from tests.e2e.prep_tools import SAMPLE, digests, prepare_sample
 
-SAMPLE = Path(__file__).parents[2] / "data" / "trembl_sample.fasta.gz"
 SMALL = ["--set", "data.tokens_per_batch=1024", "--set", "model.model_dim=32", "--set", "model.ffn_dim=64",
          "--set", "model.num_heads=2", "--set", "model.num_features=16", "--set", "train.checkpoint_every_steps=2",
          "--set", "train.valid_every_steps=4", "--set", "data.max_length=500"]  # fmt: skip
@@ -30,6 +33,39 @@ def proteins() -> list[tuple[str, str]]:
 @pytest.fixture(scope="session")
 def fasta(tmp_path_factory, proteins) -> Path:
     return write_fasta(tmp_path_factory.mktemp("fasta") / "proteins.fasta", proteins)
+
+
+def write_sample(folder: Path) -> list[Path]:
+    """Writes the sample into three files, one of them compressed, with bad, repeated and short records among them."""
+    records = gzip.decompress(SAMPLE.read_bytes()).removeprefix(b">").rstrip(b"\n").split(b"\n>")[:900]
+    texts = [b"".join(b">" + record + b"\n" for record in records[start::3]) for start in range(3)]
+    texts[1] += b">bad\nMK1\n>" + records[0] + b"\n>short\nM\n"
+    texts[2] = gzip.compress(texts[2], mtime=0)
+    paths = [folder / f"{number}.fasta" for number in range(3)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text)
+    return paths
+
+
+@pytest.fixture
+def sample_files(tmp_path) -> list[Path]:
+    """What `write_sample` writes, in the folder of the test."""
+    return write_sample(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def sample_digests(tmp_path_factory) -> dict[str, str]:
+    """The digest of each file of the dataset of `sample_files`, prepared in one go."""
+    folder = tmp_path_factory.mktemp("sample")
+    prepare_sample(write_sample(folder), folder / "dataset")
+    return digests(folder / "dataset")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch) -> None:
+    """Some ten pieces for each of the plain files."""
+    monkeypatch.setattr(prep_reading, "PIECE_BYTES", 15_000)
+    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 5_000)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,20 @@ from pathlib import Path
 from protlm import vocabulary
 from protlm.cli.app import main
 from protlm.data.storage.dataset import open_dataset
+from protlm.workflows.prep.options import PrepRequest
+from protlm.workflows.prep.prepare import prepare
 
 SAMPLE = Path(__file__).parents[2] / "data" / "trembl_sample.fasta.gz"
+SAMPLE_OPTIONS = {
+    "shard_residues": 200_000, "valid_fraction": 0.1, "test_fraction": 0.1, "on_bad_record": "skip", "min_length": 2,
+}  # fmt: skip
+"""Of the dataset that the fixtures `sample_files` and `sample_digests` are about."""
+SAMPLE_WORDS = ("--shard-residues", "200000", "--valid-fraction", "0.1", "--test-fraction", "0.1")
+
+
+def prepare_sample(inputs, out, **options):
+    """Prepares the files of the fixture `sample_files`, and returns the report."""
+    return prepare(PrepRequest(inputs=inputs, out=out, **SAMPLE_OPTIONS, **options))
 
 
 def sequences(out, name):
