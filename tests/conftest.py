@@ -1,5 +1,6 @@
 """What tests share: the table of tolerances, one measure of error, poisoned memory and the path of the shared data."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from protlm.gpu_check.tolerances import TOLERANCE
 
 __all__ = ["TOLERANCE", "relative_error"]
+
+SLOW_TIMEOUT_SECONDS = 1800
 
 # The machine may be doing something else; and threads split sums, which would make results depend on the machine.
 torch.set_num_threads(1)
@@ -47,6 +50,21 @@ def _poisoned_memory(request, monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def pytest_collection_modifyitems(items):
+    """Gives the tests of `make test-slow` another time-out than pyproject.toml has for all."""
+    for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    """Ends the processes of a test that failed before it did so: pytest would wait for them at its end."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 TEST_DATA = Path(__file__).parent / "data"

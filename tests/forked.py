@@ -5,6 +5,7 @@ A new interpreter takes four seconds to import torch and Lightning, which is mor
 
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -36,8 +37,8 @@ class Forked:
             variables: Of the environment, besides those of this process.
             prepare: Called in the process before the command; a function that can be pickled.
         """
-        self._folder = tempfile.TemporaryDirectory()
-        self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        self._folder = Path(tempfile.mkdtemp())
+        self._streams = [self._folder / name for name in ("stdout", "stderr")]
         for path in self._streams:
             path.touch()
         words = [str(argument) for argument in arguments]
@@ -63,7 +64,7 @@ class Forked:
             self._process.join()
             raise TimeoutError(f"not finished after {TIMEOUT_SECONDS} s:\n{self._streams[1].read_text()}")
         texts = tuple(path.read_text() for path in self._streams)
-        self._folder.cleanup()
+        shutil.rmtree(self._folder)
         return texts
 
 
