@@ -124,7 +124,7 @@ def test_an_empty_split_that_was_asked_for_is_warned_of(write, out, capsys):
     told = capsys.readouterr()
     assert told.err == "warning: split 'valid' is empty\n"
     assert told.out.splitlines()[2].split() == ["valid", "0", "0", "-", "-"]
-    assert sorted(os.listdir(out)) == ["manifest.json", "report.html", "train-00000.h5"]
+    assert sorted(os.listdir(out)) == ["manifest.json", "protlm_prep_mqc.json", "report.html", "train-00000.h5"]
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path):

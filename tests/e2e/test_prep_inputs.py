@@ -259,4 +259,4 @@ def test_every_output_file_is_made_again_to_the_byte(tmp_path):
     for name in ("one", "two"):
         prepare(PrepRequest(inputs=[SAMPLE], out=tmp_path / name, min_length=100))
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    assert {"manifest.json", "report.html", "rejects.tsv"} < digests(tmp_path / "one").keys()
+    assert {"manifest.json", "report.html", "protlm_prep_mqc.json", "rejects.tsv"} < digests(tmp_path / "one").keys()

@@ -22,6 +22,7 @@ from protlm.errors import ProtlmError
 from protlm.runtime.progress import StartProgress
 from protlm.runtime.workers import Workers
 from protlm.workflows.prep.folder import FinishedSource, PrepFolder
+from protlm.workflows.prep.multiqc_row import render_multiqc
 from protlm.workflows.prep.reading import raise_first_fault
 from protlm.workflows.prep.report_page import render_report
 
@@ -114,8 +115,9 @@ def build_dataset(
         rejects=dict(sorted(rejects.items())),
         repairs=dict(sorted(repairs.items())),
     )
-    with files.written_whole(folder.dataset_path / dataset.REPORT_NAME) as path:
-        path.write_text(render_report(manifest), encoding="utf-8")
+    for name, render in ((dataset.REPORT_NAME, render_report), (dataset.MULTIQC_NAME, render_multiqc)):
+        with files.written_whole(folder.dataset_path / name) as path:
+            path.write_text(render(manifest), encoding="utf-8")
     dataset.write_manifest(folder.dataset_path, manifest)
     return chosen.num_unclustered
 

@@ -239,7 +239,7 @@ def check_replaceable(out: Path, *, force: bool) -> None:
     entries = sorted(os.listdir(out))
     if entries and not dataset.is_dataset(out):
         raise ProtlmError(f"{out}: not a protlm dataset, so --force does not replace it; choose another --out")
-    own = (dataset.MANIFEST_NAME, dataset.REPORT_NAME, dataset.REJECTS_NAME)
+    own = (dataset.MANIFEST_NAME, dataset.REPORT_NAME, dataset.MULTIQC_NAME, dataset.REJECTS_NAME)
     for entry in entries:
         if entry not in own and not re.search(dataset.SHARD_NAME_PATTERN, entry):
             raise ProtlmError(f"{out}: holds {entry!r}, which is no part of a dataset, so --force does not replace it")

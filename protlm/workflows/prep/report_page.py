@@ -1,13 +1,21 @@
-"""The report.html of a dataset: one page made from the manifest alone, without scripts or other files."""
+"""The report.html of a dataset, made from its manifest alone: hides which numbers and figures it shows."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from protlm import vocabulary
 from protlm.choices import SplitName
 from protlm.data.building.containment import MIN_LENGTH
 from protlm.data.storage.dataset import LENGTH_BIN_STARTS, Manifest, SplitSummary
+from protlm.workflows.pages.figures import draw
+from protlm.workflows.pages.page import Block, Figure, KeyValues, Page, Section, Table, Text, Warnings, render
+from protlm.workflows.pages.palette import ALL_MARK, BASELINE_MARKS, SPLIT_MARKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 SWISS_PROT_RELEASE = "2026_03"
 SWISS_PROT_PERCENT = {
@@ -20,33 +28,7 @@ _NUCLEOTIDES = "ACGTUN"
 _DNA_SHARE = 0.95
 _DNA_RESIDUES = 1_000
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 790.0, 34.0, 270.0
 _TICKS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
-
-_STYLE = """
-:root { --page: #fff; --ink: #1c2430; --soft: #5b6675; --rule: #d8dee6; --warn: #fff4d6; --reference: #aeb8c4;
-  --train: #2f5fb3; --valid: #c2571a; --test: #23805a; --ood: #8b45a6; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --page: #14181f; --ink: #e4e9f0; --soft: #9aa6b5; --rule: #333c48; --warn: #3d3213; --reference: #5c6877;
-    --train: #7fa8f0; --valid: #f0a06a; --test: #66c79d; --ood: #cf95e8; } }
-body { background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; max-width: 52rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; overflow-wrap: anywhere; } h2 { margin: 2.2rem 0 .5rem; }
-p { margin: .5rem 0; } .soft, caption { color: var(--soft); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; }
-th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.code { font: .85em monospace; overflow-wrap: anywhere; min-width: 16rem; }
-.name { overflow-wrap: break-word; max-width: 24rem; }
-.warnings { background: var(--warn); padding: .6rem 1rem .6rem 2.2rem; border-radius: .3rem; }
-svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
-svg .soft { fill: var(--soft); } .grid { stroke: var(--rule); } .line { fill: none; stroke-width: 2; }
-.own { fill: var(--train); } .reference { fill: var(--reference); }
-.train { stroke: var(--train); } .valid { stroke: var(--valid); stroke-dasharray: 8 3; }
-.test { stroke: var(--test); stroke-dasharray: 3 3; } .ood { stroke: var(--ood); stroke-dasharray: 10 3 2 3; }
-@media print { body { margin: 0; max-width: none; } section { break-inside: avoid; }
-  svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
-"""
 
 
 def looks_like_dna(residue_counts: Mapping[str, int]) -> bool:
@@ -85,40 +67,22 @@ def warnings_of(manifest: Manifest) -> list[str]:
 
 def render_report(manifest: Manifest) -> str:
     """Returns the HTML page of a dataset; it names no folder, so that equal datasets have equal pages."""
+    splits = manifest.splits
+    totals = [
+        ("records", f"{sum(split.num_records for split in splits.values()):,}"),
+        ("residues", f"{sum(split.num_residues for split in splits.values()):,}"),
+    ]
     sections = [
-        ("Splits", _splits(manifest)),
-        ("Lengths", _lengths(manifest.splits)),
-        ("Residues", _composition(manifest.splits.values())),
-        ("Leakage between splits", _leakage(manifest)),
-        ("Left out and repaired", _left_out(manifest)),
-        ("Sources", _sources(manifest)),
-        ("Options", _options(manifest)),
+        Section("splits", "Splits", [_splits(manifest)]),
+        Section("lengths", "Lengths", [_lengths(splits)]),
+        Section("residues", "Residues", _composition(splits.values())),
+        Section("leakage", "Leakage between splits", _leakage(manifest)),
+        Section("left-out", "Left out and repaired", [_left_out(manifest)]),
+        Section("sources", "Sources", [_sources(manifest)]),
+        Section("options", "Options", [_options(manifest)]),
     ]
-    warnings = "".join(f"<li>{escape(warning)}</li>" for warning in warnings_of(manifest))
-    return "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>Protein dataset</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Protein dataset</h1>",
-            '<p class="soft">Made by <code>protlm prep</code>.</p>',
-            f'<ul class="warnings">{warnings}</ul>' if warnings else "",
-            *(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in sections),
-            "</body>\n</html>\n",
-        ]
-    )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1, last: str = "number") -> str:
-    """Returns an HTML table: `texts` columns of text, then numbers; `last` is the class of the last column."""
-    classes = ["name"] * texts + ["number"] * (len(header) - texts)
-    classes[-1] = last
-    lines = ["".join(f'<th class="{kind}">{escape(cell)}</th>' for kind, cell in zip(classes, header, strict=True))]
-    lines += [
-        "".join(f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(classes, row, strict=True))
-        for row in rows
-    ]
-    return '<div class="wide"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
+    summary = (Warnings(warnings_of(manifest)), KeyValues(totals))
+    return render(Page("Protein dataset", "Made by `protlm prep`.", summary, sections))
 
 
 def _percent(count: int, total: int) -> str:
@@ -127,7 +91,7 @@ def _percent(count: int, total: int) -> str:
     return "< 0.01 %" if 0 < count < total / 10_000 else f"{100 * count / total:.2f} %"
 
 
-def _splits(manifest: Manifest) -> str:
+def _splits(manifest: Manifest) -> Table:
     total = sum(split.num_records for split in manifest.splits.values())
     rows = [
         (
@@ -140,110 +104,141 @@ def _splits(manifest: Manifest) -> str:
         )
         for name, split in manifest.splits.items()
     ]
-    header = ("split", "records", "share", "residues", "median length", "p99 length", "longest", "shards")
-    return _table(header, rows)
+    return Table(("split", "records", "share", "residues", "median length", "p99 length", "longest", "shards"), rows)
 
 
-def _lengths(splits: Mapping[SplitName, SplitSummary]) -> str:
-    """Returns the histogram of lengths on a logarithmic axis; each split as shares of its own records."""
+@dataclass(frozen=True, slots=True)
+class LengthHistogram:
+    """The histogram of lengths on a logarithmic axis, from the first to the last bin that is not empty.
+
+    Attributes:
+        edges: The bounds of the bins, one more than there are bins.
+        counts: The records of each split in each bin.
+        heights: The same in percent of the records of the split for a quarter of a doubling in length. Lengths are
+            whole numbers, so bins differ in width on the axis; at this scale all splits enclose the same area.
+    """
+
+    edges: Sequence[int]
+    counts: Mapping[SplitName, Sequence[int]]
+    heights: Mapping[SplitName, Sequence[float]]
+
+
+def length_histogram(splits: Mapping[SplitName, SplitSummary]) -> LengthHistogram | None:
+    """Returns the histogram of lengths of the splits that have records, or None where there are none."""
     filled = {name: split for name, split in splits.items() if split.num_records}
-    ends = (*LENGTH_BIN_STARTS[1:], round(LENGTH_BIN_STARTS[-1] * 2**0.25))
-    used = [place for place in range(len(ends)) if any(split.length_histogram[place] for split in filled.values())]
+    bounds = (*LENGTH_BIN_STARTS, round(LENGTH_BIN_STARTS[-1] * 2**0.25))
+    used = [
+        place for place in range(len(bounds) - 1) if any(split.length_histogram[place] for split in filled.values())
+    ]
     if not used:
-        return "<p>There are no records.</p>"
-    first, last = used[0], used[-1]
-    low, high = math.log2(LENGTH_BIN_STARTS[first]), math.log2(ends[last])
-
-    def across(length: float) -> float:
-        return _LEFT + (math.log2(length) - low) / (high - low) * (_RIGHT - _LEFT)
-
-    # Lengths are whole numbers, so bins differ in width on the axis; heights are scaled to a quarter of a doubling.
+        return None
+    first, end = used[0], used[-1] + 1
+    edges = bounds[first : end + 1]
+    counts = {name: split.length_histogram[first:end] for name, split in filled.items()}
     heights = {
         name: [
-            split.length_histogram[place] / split.num_records / (4 * math.log2(ends[place] / LENGTH_BIN_STARTS[place]))
-            for place in range(first, last + 1)
+            100 * count / filled[name].num_records / (4 * math.log2(edges[place + 1] / edges[place]))
+            for place, count in enumerate(bins)
         ]
-        for name, split in filled.items()
+        for name, bins in counts.items()
     }
-    peak = max(max(values) for values in heights.values())
-    ticks = [tick for tick in _TICKS if LENGTH_BIN_STARTS[first] <= tick <= ends[last]]
-    elements = _length_axes(ticks, across, peak)
-    for number, (name, values) in enumerate(heights.items()):
-        path = f"M{_LEFT:.1f} {_BOTTOM:.1f}"
-        for place, value in enumerate(values, start=first):
-            path += f" V{_BOTTOM - value / peak * (_BOTTOM - _TOP):.1f} H{across(ends[place]):.1f}"
-        key = _LEFT + 110 * number
-        elements.append(f'<path class="line {name}" d="{path} V{_BOTTOM:.1f}"><title>{name}</title></path>')
-        elements.append(
-            f'<path class="line {name}" d="M{key:.1f} 12 h30"/><text x="{key + 36:.1f}" y="16">{name}</text>'
-        )
-    return (
-        "<p>How long the proteins are. All curves enclose the same area, whatever the size of their split.</p>\n"
-        f'<svg viewBox="0 0 800 310" role="img" aria-label="Histogram of lengths by split">{"".join(elements)}</svg>'
+    return LengthHistogram(edges, counts, heights)
+
+
+def _lengths(splits: Mapping[SplitName, SplitSummary]) -> Block:
+    histogram = length_histogram(splits)
+    if histogram is None:
+        return Text("There are no records.")
+    edges = histogram.edges
+
+    def plot(figure: "Drawing") -> None:
+        axes = figure.subplots()
+        for name, heights in histogram.heights.items():
+            axes.stairs(heights, edges, label=name, linewidth=1.6, **SPLIT_MARKS[name].line)
+        axes.set_xscale("log", base=2)
+        ticks = [tick for tick in _TICKS if edges[0] <= tick <= edges[-1]]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(0, None)
+        axes.yaxis.set_major_formatter("{x:g} %")
+        axes.set_xlabel("length, residues (logarithmic)")
+        axes.set_ylabel("share of the split's records\nper quarter of a doubling")
+        axes.legend()
+
+    name, split = max(
+        ((name, split) for name, split in splits.items() if split.num_records), key=lambda pair: pair[1].num_records
     )
-
-
-def _length_axes(ticks: Sequence[int], across: Callable[[float], float], peak: float) -> list[str]:
-    """Returns the lines and labels of the axes: lengths at the bottom, shares on the left."""
-    elements = []
-    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if peak <= 6 * step)
-    for number in range(math.floor(peak / step + 1e-9) + 1):
-        height = _BOTTOM - number * step / peak * (_BOTTOM - _TOP)
-        elements.append(f'<path class="grid" d="M{_LEFT:.1f} {height:.1f} H{_RIGHT:.1f}"/>')
-        label = f"{100 * number * step:g} %"
-        elements.append(f'<text class="soft" x="{_LEFT - 6:.1f}" y="{height + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick in ticks:
-        place = across(tick)
-        elements.append(f'<path class="grid" d="M{place:.1f} {_BOTTOM:.1f} v5"/>')
-        elements.append(
-            f'<text class="soft" x="{place:.1f}" y="{_BOTTOM + 18:.1f}" text-anchor="middle">{tick:,}</text>'
-        )
-    middle = (_LEFT + _RIGHT) / 2
-    elements.append(
-        f'<text class="soft" x="{middle:.1f}" y="{_BOTTOM + 36:.1f}" text-anchor="middle">'
-        "residues; height: share of the records of the split, for a quarter of a doubling in length</text>"
+    quantiles = split.length_quantiles
+    reading = (
+        f"Half of the {name} records have at most {quantiles['median']:,} residues, and one in a hundred has "
+        f"{quantiles['p99']:,} or more; all curves enclose the same area, whatever the size of their split."
     )
-    return elements
+    rows = [
+        (_bin_name(first, end), *(f"{bins[place]:,}" for bins in histogram.counts.values()))
+        for place, (first, end) in enumerate(pairwise(edges))
+    ]
+    data = Table(("length, residues", *(f"{name}, records" for name in histogram.counts)), rows)
+    return Figure(draw(plot, "Histogram of lengths by split"), reading, data)
 
 
-def _composition(splits: Iterable[SplitSummary]) -> str:
-    """Returns the shares of the 20 standard residues beside those in Swiss-Prot, as bars and numbers."""
+def _bin_name(first: int, end: int) -> str:
+    if first == LENGTH_BIN_STARTS[-1]:
+        return f"{first:,} or more"
+    return f"{first:,}" if end == first + 1 else f"{first:,} to {end - 1:,}"
+
+
+def _composition(splits: Iterable[SplitSummary]) -> list[Block]:
+    """Returns the shares of the 20 standard residues beside those in Swiss-Prot, drawn and as numbers."""
     filled = [split.residue_counts for split in splits if split.num_residues]
     counts = {letter: sum(split_counts[letter] for split_counts in filled) for letter in vocabulary.RESIDUES}
     total = sum(counts.values())
     if not total:
-        return "<p>There are no residues.</p>"
-    shares = {letter: 100 * counts[letter] / total for letter in SWISS_PROT_PERCENT}
-    widest = max(*shares.values(), *SWISS_PROT_PERCENT.values())
-    scale, row = 560 / widest, 26
-    elements = [
-        '<rect class="own" x="24" y="4" width="12" height="10"/><text x="42" y="13">this dataset, %</text>'
-        '<rect class="reference" x="164" y="4" width="12" height="10"/>'
-        f'<text x="182" y="13">Swiss-Prot {SWISS_PROT_RELEASE}, %; right: difference</text>'
-    ]
-    for number, letter in enumerate(sorted(SWISS_PROT_PERCENT, key=lambda letter: -SWISS_PROT_PERCENT[letter])):
-        own, reference, y = shares[letter], SWISS_PROT_PERCENT[letter], 26 + row * number
-        # No sign on a difference that rounds to zero.
-        difference = f"{round(own - reference, 2) or 0.0:+.2f}"
-        elements.append(
-            f'<text x="4" y="{y + 15}">{letter}</text>'
-            f'<rect class="own" x="24" y="{y}" width="{own * scale:.1f}" height="10"/>'
-            f'<rect class="reference" x="24" y="{y + 11}" width="{reference * scale:.1f}" height="10"/>'
-            f'<text x="{30 + max(own, reference) * scale:.1f}" y="{y + 15}">{own:.2f}'
-            f'<tspan class="soft"> / {reference:.2f}</tspan></text>'
-            f'<text class="soft" x="790" y="{y + 15}" text-anchor="end">{difference}</text>'
-        )
-    others = ", ".join(f"{counts[letter]:,} {letter}" for letter in counts if letter not in SWISS_PROT_PERCENT)
-    return (
-        "<p>All splits together, beside UniProtKB/Swiss-Prot as its release statistics give it "
-        f"(release {SWISS_PROT_RELEASE}). Other letters: {others}.</p>\n"
-        f'<svg viewBox="0 0 800 {26 + row * len(shares)}" role="img" aria-label="Residue composition">'
-        f"{''.join(elements)}</svg>"
+        return [Text("There are no residues.")]
+    letters = sorted(SWISS_PROT_PERCENT, key=lambda letter: -SWISS_PROT_PERCENT[letter])
+    own = [100 * counts[letter] / total for letter in letters]
+    reference = [SWISS_PROT_PERCENT[letter] for letter in letters]
+
+    def plot(figure: "Drawing") -> None:
+        axes = figure.subplots()
+        places = range(len(letters))
+        axes.bar([place - 0.2 for place in places], own, 0.38, label="this dataset", **ALL_MARK.bars)
+        label = f"Swiss-Prot {SWISS_PROT_RELEASE}"
+        axes.bar([place + 0.2 for place in places], reference, 0.38, label=label, **BASELINE_MARKS[0].bars)
+        axes.set_xticks(places, letters)
+        axes.tick_params(axis="x", length=0)
+        axes.yaxis.set_major_formatter("{x:g} %")
+        axes.set_xlabel("residue, by frequency in Swiss-Prot")
+        axes.set_ylabel("share of all residues")
+        axes.legend()
+
+    # No sign on a difference that rounds to zero.
+    differences = [round(a - b, 2) or 0.0 for a, b in zip(own, reference, strict=True)]
+    largest = max(range(len(letters)), key=lambda place: abs(differences[place]))
+    reading = (
+        f"The largest difference from Swiss-Prot is that of {letters[largest]}: {own[largest]:.2f} % here, "
+        f"{reference[largest]:.2f} % there."
     )
+    rows = [
+        (letter, f"{a:.2f}", f"{b:.2f}", f"{difference:+.2f}")
+        for letter, a, b, difference in zip(letters, own, reference, differences, strict=True)
+    ]
+    others = ", ".join(f"{counts[letter]:,} {letter}" for letter in counts if letter not in SWISS_PROT_PERCENT)
+    return [
+        Text(
+            "All splits together, beside UniProtKB/Swiss-Prot as in its release statistics "
+            f"(release {SWISS_PROT_RELEASE}). Other letters: {others}."
+        ),
+        Figure(
+            draw(plot, "Residue composition beside Swiss-Prot"),
+            reading,
+            Table(("residue", "this dataset, %", f"Swiss-Prot {SWISS_PROT_RELEASE}, %", "difference, points"), rows),
+        ),
+    ]
 
 
-def _leakage(manifest: Manifest) -> str:
-    """Returns the overlaps between splits, and what they mean for scores."""
+def _leakage(manifest: Manifest) -> list[Block]:
+    """Returns the overlaps between splits, and their meaning for scores."""
     leakage, sizes = manifest.leakage, {name: split.num_records for name, split in manifest.splits.items()}
     rows = [
         (f"{pair.inner} sequences inside longer ones of {pair.outer}", f"{pair.num_records:,}",
@@ -254,34 +249,42 @@ def _leakage(manifest: Manifest) -> str:
         rows += [
             (f"{label} in both {pair.first} and {pair.second}", f"{pair.num_labels:,}", "") for pair in pairs or ()
         ]
-    paragraphs = [
-        "<p>A score on a held-out split means what it says only if training tells nothing of that split. "
-        f"Records left out because an earlier split has the same sequence: {leakage.exact_duplicates_removed:,}; "
-        "no sequence stands in two splits.</p>"
+    blocks: list[Block] = [
+        Text(
+            "A score on a held-out split is only as good as its separation from training. Records left out because an "
+            f"earlier split has the same sequence: {leakage.exact_duplicates_removed:,}; no sequence is in two splits."
+        )
     ]
     if leakage.substrings is None:
-        paragraphs.append("<p>Sequences that are part of longer ones were not looked for.</p>")
+        blocks.append(Text("Sequences that are part of longer ones were not looked for."))
     else:
-        paragraphs.append(
-            "<p>A sequence inside a longer one, such as a fragment, can be recalled instead of predicted. Sequences of "
-            f"fewer than {MIN_LENGTH} residues were not looked for.</p>"
+        blocks.append(
+            Text(
+                "A sequence inside a longer one, such as a fragment, can be recalled instead of predicted. Sequences "
+                f"of fewer than {MIN_LENGTH} residues were not looked for."
+            )
         )
     if leakage.clusters is not None:
-        paragraphs.append(
-            "<p>A cluster on both sides means close relatives of the same protein on both sides: scores there tell how "
-            "well a model knows families that it was trained on.</p>"
+        blocks.append(
+            Text(
+                "A cluster in two splits puts close relatives of the same protein into both: scores there show how "
+                "well a model knows families that it was trained on."
+            )
         )
     if leakage.families is not None:
-        paragraphs.append(
-            "<p>Families on both sides are to be expected unless they were held out, and also then for proteins with "
-            "domains of several families.</p>"
+        blocks.append(
+            Text(
+                "Families in two splits are to be expected unless they were held out, and even then for proteins with "
+                "domains of several families."
+            )
         )
-    paragraphs.append(_table(("found", "count", "share"), rows) if rows else "")
-    paragraphs.append('<p class="soft">Other likeness between sequences is not looked for.</p>')
-    return "\n".join(paragraphs)
+    if rows:
+        blocks.append(Table(("overlap", "count", "share"), rows))
+    blocks.append(Text("Other likeness between sequences is not looked for.", soft=True))
+    return blocks
 
 
-def _left_out(manifest: Manifest) -> str:
+def _left_out(manifest: Manifest) -> Table:
     removed = manifest.duplicates_removed
     rows = [
         ("records", "sequence already in the same split", removed.within_split),
@@ -289,18 +292,20 @@ def _left_out(manifest: Manifest) -> str:
         *(("records", reason.replace("_", " "), count) for reason, count in manifest.rejects.items()),
         *(("letters repaired", rule.replace("_", " "), count) for rule, count in manifest.repairs.items()),
     ]
-    return _table(("what", "why", "count"), [(what, why, f"{count:,}") for what, why, count in rows], texts=2)
+    cells = [(what, reason, f"{count:,}") for what, reason, count in rows]
+    return Table(("what", "why", "count"), cells, ("text", "text", "number"))
 
 
-def _sources(manifest: Manifest) -> str:
+def _sources(manifest: Manifest) -> Table:
     rows = [
         (source.name, source.role, source.format, f"{source.num_records:,}", source.sha256)
         for source in manifest.sources
     ]
-    return _table(("file", "part", "format", "records read", "sha256"), rows, texts=3, last="code")
+    header = ("file", "part", "format", "records read", "sha256")
+    return Table(header, rows, ("text", "text", "text", "number", "code"))
 
 
-def _options(manifest: Manifest) -> str:
+def _options(manifest: Manifest) -> Table:
     rows = []
     for option, value in manifest.options.model_dump().items():
         if isinstance(value, dict):
@@ -310,4 +315,4 @@ def _options(manifest: Manifest) -> str:
         elif isinstance(value, bool):
             value = "yes" if value else "no"
         rows.append((option.replace("_", " "), "–" if value in (None, "") else str(value)))
-    return _table(("option", "value"), rows, last="name")
+    return Table(("option", "value"), rows, ("text", "text"))

@@ -1,5 +1,5 @@
+import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -19,7 +19,15 @@ from protlm.data.storage.dataset import (
     SourceSummary,
     SplitSummary,
 )
-from protlm.workflows.prep.report_page import SWISS_PROT_PERCENT, looks_like_dna, render_report, warnings_of
+from protlm.workflows.prep.multiqc_row import render_multiqc
+from protlm.workflows.prep.report_page import (
+    SWISS_PROT_PERCENT,
+    length_histogram,
+    looks_like_dna,
+    render_report,
+    warnings_of,
+)
+from tests.unit.workflows.pages.html_page import ReadPage, assert_distinct_ids, assert_self_contained, rows_of
 
 
 def split_of(*sequences):
@@ -71,36 +79,15 @@ def manifest():
     return manifest_of({"train": train, "valid": split_of("MKVW"), "test": split_of()})
 
 
-class Page(HTMLParser):
-    """The text and the tags of a page, all of which must be closed in order."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.words, self.tags, self.open = [], [], []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        self.words.append(text.strip())
-
-
-def rows_of(page):
-    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page) if "<td" in row]
+def test_the_sections_have_their_order(manifest):
+    titles = re.findall("<h2>(.*?)</h2>", render_report(manifest))
+    assert titles == ["Splits", "Lengths", "Residues", "Leakage between splits", "Left out and repaired", "Sources",
+                      "Options"]  # fmt: skip
 
 
 def test_the_page_shows_all_counts(manifest):
     page = render_report(manifest)
+    assert "<dt>residues</dt><dd>5,365</dd>" in page
     rows = rows_of(page)
     assert ["train", "4", "80.00 %", "5,361", "60", "5,000", "5,000", "1"] in rows
     assert ["valid", "1", "20.00 %", "4", "4", "4", "4", "1"] in rows
@@ -112,16 +99,13 @@ def test_the_page_shows_all_counts(manifest):
     assert ["a.fasta", "input", "fasta", "9", "ab" * 32] in rows
     assert ["on bad record", "skip"] in rows
     assert ["max length", "–"] in rows
-    assert "split &#x27;test&#x27; is empty" in page
+    assert "split &#39;test&#39; is empty" in page
 
 
 def test_the_page_needs_no_other_file_and_no_script(manifest):
     page = render_report(manifest)
-    tags = {tag for tag, _ in Page(page).tags}
-    assert not tags & {"script", "link", "img", "iframe", "object", "image", "use", "base"}
-    assert not re.search(r"https?:|url\(|@import|\son\w+=", page)
-    assert "prefers-color-scheme: dark" in page
-    assert "@media print" in page
+    assert_self_contained(page)
+    assert_distinct_ids(page)
 
 
 def test_names_from_users_are_shown_as_text(manifest):
@@ -131,7 +115,7 @@ def test_names_from_users_are_shown_as_text(manifest):
     changes = {"sources": (source,), "options": options, "rejects": {evil: 1}}
     page = render_report(manifest.model_copy(update=changes))
     assert "<script" not in page
-    read = Page(page)
+    read = ReadPage(page)
     assert read.words.count(evil) == 3  # source, option and reason
     assert "script" not in {tag for tag, _ in read.tags}
 
@@ -141,46 +125,60 @@ def test_the_same_manifest_gives_the_same_page(manifest):
     assert render_report(manifest) == render_report(again)
 
 
-def path_of(page, split):
-    match = re.search(rf'<path class="line {split}" d="M([0-9.]+) ([0-9.]+)((?: [VH][0-9.]+)+)"><title>', page)
-    assert match is not None
-    x, bottom, area, top = float(match[1]), float(match[2]), 0.0, None
-    for step, value in re.findall(r"([VH])([0-9.]+)", match[3]):
-        if step == "H":
-            area += (float(value) - x) * (bottom - top)
-            x = float(value)
-        else:
-            top = float(value)
-            assert top <= bottom
-    return x, area
+def test_the_curves_of_all_splits_have_the_same_area(manifest):
+    histogram = length_histogram(manifest.splits)
+    assert histogram.heights.keys() == {"train", "valid"}
+    for heights in histogram.heights.values():
+        assert np.dot(heights, 4 * np.diff(np.log2(histogram.edges))) == pytest.approx(100)
+    assert {name: sum(counts) for name, counts in histogram.counts.items()} == {"train": 4, "valid": 1}
+    assert histogram.edges[0] == 1
+    assert histogram.edges[-2] <= 5_000 < histogram.edges[-1]
 
 
-def test_every_split_has_a_curve_of_the_same_area_within_the_picture(manifest):
+def test_every_split_with_records_is_drawn_and_named(manifest):
     page = render_report(manifest)
-    assert 'class="line test"' not in page
-    (train_end, train), (valid_end, valid) = path_of(page, "train"), path_of(page, "valid")
-    assert train_end == valid_end == 790.0
-    assert train == pytest.approx(valid, rel=0.02)
-    assert train > 100
+    figure = page[page.index("<figure>") : page.index("</figure>")]
+    labels = re.findall("<text[^>]*>(.*?)</text>", figure)
+    assert {"train", "valid", "1", "10", "100", "1,000", "length, residues (logarithmic)"} <= set(labels)
+    assert "test" not in labels
+    assert "stroke: var(--valid)" in figure
+    assert "Half of the train records have at most 60 residues, and one in a hundred has 5,000 or more" in figure
+    assert ["4", "0", "1"] in rows_of(figure)
+    assert ["54 to 63", "1", "0"] in rows_of(figure)
 
 
-@pytest.mark.parametrize("sequences", [("M",), ("M", "W" * 200_000)])
-def test_lengths_at_both_ends_of_the_scale_are_drawn(sequences):
+@pytest.mark.parametrize(("sequences", "row"), [(("M",), ["1", "1"]), (("M", "W" * 200_000), ["110,218 or more", "1"])])
+def test_lengths_at_both_ends_of_the_scale_are_drawn(sequences, row):
     page = render_report(manifest_of({"train": split_of(*sequences)}))
-    assert path_of(page, "train")[1] > 0
-    assert all(-1 <= float(x) <= 800 for x in re.findall(r' x="([^"]*)"', page))
+    assert row in rows_of(page)
+    view = page[page.index("<svg") : page.index("</svg>")]
+    path = re.search(r'<path d="([^"]*)" [^>]*stroke: var\(--train\)', view)[1]
+    width, height = map(float, re.search('viewBox="0 0 (.*?) (.*?)"', view).groups())
+    points = [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-0-9.]+) ([-0-9.]+)", path)]
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    assert max(y for _, y in points) - min(y for _, y in points) > height / 2
 
 
-def test_composition_is_drawn_to_scale_beside_swiss_prot(manifest):
+def test_composition_stands_beside_that_of_swiss_prot():
     page = render_report(manifest_of({"train": split_of("L" * 30 + "W" * 10 + "X" * 10)}))
-    bars = re.findall(r'<text x="4" y="\d+">(\w)</text><rect class="own" x="24" y="\d+" width="([0-9.]+)"', page)
-    widths = {letter: float(width) for letter, width in bars}
-    assert len(widths) == 20
-    assert widths["L"] == pytest.approx(3 * widths["W"], rel=0.01)
-    assert widths["A"] == 0
-    assert '60.00<tspan class="soft"> / 9.64</tspan>' in page
-    assert "+50.36</text>" in page
+    rows = [row for row in rows_of(page) if len(row[0]) == 1 and row[0].isalpha()]
+    assert len(rows) == 20
+    assert rows[0] == ["L", "60.00", "9.64", "+50.36"]
+    assert rows[1] == ["A", "0.00", "8.25", "-8.25"]
+    assert "The largest difference from Swiss-Prot is that of L: 60.00 % here, 9.64 % there." in page
     assert "Other letters: 10 X, 0 B, 0 U, 0 Z, 0 O." in page
+
+
+def test_bars_of_the_composition_are_to_scale():
+    page = render_report(manifest_of({"train": split_of("L" * 30 + "W" * 10)}))
+    bars = re.findall(
+        r'<path d="M ([0-9.]+) ([0-9.]+) L [^ ]+ [^ ]+ L [^ ]+ ([0-9.]+) [^"]*" [^>]*fill: var\(--all\)', page
+    )
+    heights = [float(bottom) - float(top) for _, bottom, top in bars[:20]]
+    assert len(heights) == 20
+    assert heights[0] == pytest.approx(3 * heights[19], rel=0.01)
+    assert heights[0] > 50
+    assert heights[1:19] == [0.0] * 18
 
 
 def test_a_dataset_without_any_record_still_has_a_page():
@@ -220,6 +218,37 @@ def test_a_share_that_rounds_to_zero_is_not_shown_as_zero():
     )  # fmt: skip
     page = render_report(manifest_of({"train": train, "valid": split_of("MKVA")}, leakage=leakage))
     assert ["train sequences inside longer ones of valid", "1", "&lt; 0.01 % of train"] in rows_of(page)
+
+
+def test_multiqc_gets_a_row_of_counts_named_after_the_first_source(manifest):
+    content = json.loads(render_multiqc(manifest))
+    assert content["plot_type"] == "generalstats"
+    assert content["data"] == {
+        "a": {
+            "protlm_records": 5, "protlm_residues": 5_365, "protlm_median_length": 60, "protlm_train": 4,
+            "protlm_valid": 1, "protlm_test": 0, "protlm_duplicates": 40, "protlm_rejects": 31,
+        }
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "sample"),
+    [
+        (["uniref50.fasta.gz"], "uniref50"), (["a.b.xml.zst", "c"], "a.b and 1 more"), (["-"], "-"),
+        (["x.fa.bz2", "y", "z"], "x and 2 more"), (["plain"], "plain"), (["sp.2024.dat"], "sp.2024"),
+    ],
+)  # fmt: skip
+def test_the_name_for_multiqc_is_that_of_the_source_without_its_endings(manifest, names, sample):
+    sources = tuple(
+        SourceSummary(part="input", name=name, format="fasta", num_records=1, sha256="0" * 64) for name in names
+    )
+    content = json.loads(render_multiqc(manifest.model_copy(update={"sources": sources})))
+    assert list(content["data"]) == [sample]
+
+
+def test_a_dataset_without_records_has_a_row_without_a_median():
+    content = json.loads(render_multiqc(manifest_of({"train": split_of()})))
+    assert "protlm_median_length" not in content["data"]["a"]
 
 
 def counts_of(text):
