@@ -1,17 +1,14 @@
 """One rank of a group of gloo processes: compares what the group computes with what one process does.
 
-`python -m tests.reference.context_parallel_worker RANK WORLD_SIZE FOLDER CHECKS` meets the other ranks in FOLDER and
-writes there what failed. CHECKS is `cuda`, for the kernels that the interpreter runs, or `others`. A rank goes on after
-a failure: the others would wait for it.
+`main` runs in each process and writes what failed into a folder. A rank goes on after a failure: the others would wait
+for it.
 """
 
 import contextlib
 import inspect
 import json
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -380,13 +377,10 @@ def told_by(call):
 
 
 def main(rank, world_size, folder, checks):
+    """Runs the checks of the kernels for CUDA, which are interpreted, if `checks` is "cuda", else the others."""
     process_groups.join(rank, world_size, folder)
     for name, check in globals().copy().items():
         if name.startswith("check_") and name.startswith("check_cuda_") == (checks == "cuda"):
             check()
     (folder / f"{rank}.json").write_text(json.dumps(FAILURES))
     process_groups.leave()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

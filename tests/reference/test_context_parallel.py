@@ -1,20 +1,14 @@
 """Attention over a length that is split over processes gives each of them its part of what one process computes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from protlm.ops import favor_triton, local_bounds
-from tests import process_groups
+from tests import forked
 from tests.reference import context_parallel_worker
 from tests.reference.cases import bounds
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -30,21 +24,7 @@ def test_ranks_agree_with_one_process_and_with_each_other(world_size, checks, tm
     """All checks are in one run of the processes: to start them costs more than what they compute."""
     if checks == "cuda" and favor_triton.why_not():
         pytest.skip(favor_triton.why_not())
-    command = [sys.executable, "-m", context_parallel_worker.__name__]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    logs = [tmp_path / f"{rank}.log" for rank in range(world_size)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as stream:
-            words = [*command, str(rank), str(world_size), str(tmp_path), checks]
-            processes.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stream, stderr=stream))
-    try:
-        statuses = [process.wait(4 * process_groups.SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert statuses == [0] * world_size, "\n".join(log.read_text() for log in logs)
+    forked.spawn(context_parallel_worker.main, (world_size, tmp_path, checks), nprocs=world_size)
     failures = [told for rank in range(world_size) for told in json.loads((tmp_path / f"{rank}.json").read_text())]
     assert not failures, "\n".join(failures)
 
