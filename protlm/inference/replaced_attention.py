@@ -1,0 +1,206 @@
+"""Exact attention, or other draws, in the place of a model's FAVOR, and what the scores with them mean."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from protlm.inference.scoring import Score
+from protlm.model.attention import SelfAttention
+from protlm.ops.feature_maps import definition_of
+
+NEAR_SHARE = 0.05
+"""A replacement that loses less than this share of what the model gains over the empirical baseline, in nats per
+residue, changes little; another seed of training changes as much."""
+
+LITTLE_GAIN_NATS = 0.05
+"""A model that gains less over the empirical baseline has learned too little for a replacement to mean something."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean and standard deviation over draws."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacementScores:
+    """A model's scores with its own attention and with others in its place, on the same targets.
+
+    Attributes:
+        saved: With the saved projections.
+        empirical: The empirical baseline.
+        exact: With exact attention; None for `relu`, which is no estimate of it.
+        redrawn: With each of some other draws; empty without projections.
+        redrawn_accuracy: Over these draws; None without projections.
+        redrawn_perplexity: Likewise.
+    """
+
+    saved: Score
+    empirical: Score
+    exact: Score | None
+    redrawn: list[Score]
+    redrawn_accuracy: Spread | None
+    redrawn_perplexity: Spread | None
+
+
+def score_replacements(
+    model: nn.Module, score: Callable[[], Score], empirical: Score, *, num_draws: int = 10, seed: int = 0
+) -> ReplacementScores:
+    """Returns the scores of a FAVOR model with its own attention, with exact attention, and with other draws.
+
+    Args:
+        model: A `Performer`, or a module that wraps one.
+        score: Scores the model as it is at the time of the call, always on the same targets.
+        empirical: The empirical baseline on these targets.
+        num_draws: Number of other draws, at least 2.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: The model's attention is exact, or too few draws.
+    """
+    check_has_features(model)
+    if num_draws < 2:
+        raise ValueError(f"num_draws: expected at least 2, got {num_draws}")
+    saved, exact, redrawn = score(), None, []
+    if estimates_softmax(model):
+        with exact_attention(model):
+            exact = score()
+    if has_draws(model):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(num_draws):
+            with other_draw(model, generator):
+                redrawn.append(score())
+    return ReplacementScores(
+        saved=saved,
+        empirical=empirical,
+        exact=exact,
+        redrawn=redrawn,
+        redrawn_accuracy=_spread([score.accuracy for score in redrawn]),
+        redrawn_perplexity=_spread([score.perplexity for score in redrawn]),
+    )
+
+
+@contextmanager
+def exact_attention(model: nn.Module) -> Iterator[None]:
+    """Computes exact softmax attention in the place of FAVOR, in every layer, until the end of the block.
+
+    Raises:
+        ValueError: The model's attention is exact already, or no estimate of softmax attention.
+    """
+    check_has_features(model)
+    if not estimates_softmax(model):
+        raise ValueError("model: expected an estimate of softmax attention, got features with a kernel of their own")
+    attentions = _attentions(model)
+    kinds = [attention.kind for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.kind = "softmax"
+        yield
+    finally:
+        for attention, kind in zip(attentions, kinds, strict=True):
+            attention.kind = kind
+
+
+@contextmanager
+def other_draw(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Replaces the projections of every layer and head by fresh draws until the end of the block.
+
+    Raises:
+        ValueError: The model's attention is exact, or has no projections.
+    """
+    check_has_features(model)
+    if not has_draws(model):
+        raise ValueError("model: expected random projections, got none; nothing to draw")
+    with kept_projections(model):
+        for attention in _attentions(model):
+            attention.redraw(generator)
+        yield
+
+
+@contextmanager
+def kept_projections(model: nn.Module) -> Iterator[None]:
+    """Restores the projections of the model, to the bit, at the end of the block."""
+    projections = [attention.projection for attention in _attentions(model) if attention.projection is not None]
+    copies = [projection.clone() for projection in projections]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for projection, copy in zip(projections, copies, strict=True):
+                projection.copy_(copy)
+
+
+def check_has_features(model: nn.Module) -> None:
+    """Raises ValueError for a model with exact attention."""
+    if any(attention.kind == "softmax" for attention in _attentions(model)):
+        raise ValueError("model: expected FAVOR attention, got exact softmax attention; nothing to approximate")
+
+
+def estimates_softmax(model: nn.Module) -> bool:
+    """Returns whether the features estimate softmax attention, or a bound of it.
+
+    The identity behind such estimates, exp(x·y) = E[h(x)f(ω·x) h(y)f(ω·y)], needs the factor h, which depends on the
+    norm; features without it, as those of `relu`, have a kernel of their own.
+    """
+    return all(definition_of(attention.kind).norm_exponent != 0 for attention in _attentions(model))
+
+
+def has_draws(model: nn.Module) -> bool:
+    """Returns whether the model has random projections."""
+    return any(attention.projection is not None for attention in _attentions(model))
+
+
+def sentence_of(scores: ReplacementScores, *, redraw_every_steps: int) -> str:
+    """Returns one sentence that says what the scores mean for this model.
+
+    Args:
+        scores: The scores with replacements.
+        redraw_every_steps: Updates between two draws in training; 0: none.
+    """
+    if not scores.redrawn_accuracy or not scores.redrawn_perplexity:
+        return "The attention of this model has a kernel of its own, without random features: it approximates nothing."
+    training = "Trained on one draw"
+    if redraw_every_steps:
+        training = f"Trained with a new draw every {redraw_every_steps} updates"
+    saved, accuracy, perplexity = scores.saved, scores.redrawn_accuracy.mean, scores.redrawn_perplexity.mean
+    changes = (
+        f"with another draw accuracy goes from {saved.accuracy:.3f} to {accuracy:.3f} and perplexity from "
+        f"{saved.perplexity:.2f} to {perplexity:.2f} (mean of {len(scores.redrawn)} draws)"
+    )
+    if scores.exact is not None:
+        changes += f", with exact attention to {scores.exact.accuracy:.3f} and {scores.exact.perplexity:.2f}"
+    return f"{training}, this model {_verdict(scores)}: {changes}."
+
+
+def _verdict(scores: ReplacementScores) -> str:
+    gain = scores.empirical.loss - scores.saved.loss
+    if gain < LITTLE_GAIN_NATS:
+        return "has learned hardly more than the frequencies of the residues, so its attention matters little"
+    lost_to_draw = float(np.mean([score.loss for score in scores.redrawn]) - scores.saved.loss) / gain
+    needs_draw = lost_to_draw >= NEAR_SHARE
+    loss = f"and loses {min(lost_to_draw, 1):.0%} of its gain over the empirical baseline with another one"
+    if scores.exact is None:
+        dependence = f"is tied to its draw, {loss}" if needs_draw else "does not depend on its draw"
+        return f"has a kernel of its own, which estimates no softmax attention and {dependence}"
+    needs_features = (scores.exact.loss - scores.saved.loss) / gain >= NEAR_SHARE
+    if needs_draw and needs_features:
+        return f"has a kernel that is no estimate of softmax attention but tied to its draw, {loss}"
+    if needs_draw:
+        return f"works with exact attention, but as an estimate of it is tied to its draw, {loss}"
+    if needs_features:
+        return "does not depend on its draw, but on the kernel or the noise of its features, unlike softmax attention"
+    return "computes an estimate of softmax attention that is near enough to it"
+
+
+def _attentions(model: nn.Module) -> list[SelfAttention]:
+    return [module for module in model.modules() if isinstance(module, SelfAttention)]
+
+
+def _spread(values: list[float]) -> Spread | None:
+    return Spread(mean=float(np.mean(values)), std=float(np.std(values, ddof=1))) if values else None
