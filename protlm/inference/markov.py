@@ -86,8 +86,9 @@ class MarkovModel:
         codes = np.zeros((self.order + 1, len(positions)), dtype=np.int64)
         is_open = np.ones(len(positions), dtype=bool)
         for k in range(1, self.order + 1):
-            before = positions - k
-            is_open &= (before >= 0) & is_residue[before]
+            is_open &= positions >= k
+            before = np.where(is_open, positions - k, 0)
+            is_open &= is_residue[before]
             lengths[is_open] = k
             codes[k] = codes[k - 1] + np.where(is_open, residues[before], 0) * NUM_RESIDUES ** (k - 1)
         residue_columns = slice(FIRST_RESIDUE, FIRST_RESIDUE + NUM_RESIDUES)
