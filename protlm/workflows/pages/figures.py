@@ -25,10 +25,7 @@ Svg = NewType("Svg", str)
 """An SVG element of `draw`, the only markup that a page takes as it is."""
 
 WIDTH_INCHES = 5.2
-"""The width of a figure that is shown whole, with letters that can be read, on a screen of 360 pixels."""
-
-_REM_AN_INCH = 7.4
-"""The size at which letters of a figure are a little smaller than those of the text."""
+"""The width of a figure that is shown whole on a screen of 360 pixels, and whose letters are then 7 pixels high."""
 
 # Text is measured in the font that comes with matplotlib, so that the layout is the same on every machine; the page
 # shows it in a font of the reader's system, most of which are narrower.
@@ -116,7 +113,7 @@ def matrix(
     # A cell's own colour around it closes the seams that browsers leave between cells.
     mesh = axes.pcolormesh(
         values, cmap=heat_map(diverging=diverging), vmin=None if high is None else -high, vmax=high,
-        edgecolors="face", linewidth=0.3,
+        edgecolors="face", linewidth=0.8,
     )  # fmt: skip
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
@@ -182,9 +179,7 @@ def _page_svg(svg: str, label: str) -> Svg:
         element.text = (element.text or "").strip() or None
         element.tail = None
     root.attrib.clear()
-    root.attrib.update(
-        {"viewBox": view_box, "style": f"max-width: {width * _REM_AN_INCH:.1f}rem", "role": "img", "aria-label": label}
-    )
+    root.attrib.update({"viewBox": view_box, "style": f"--inches: {width:g}", "role": "img", "aria-label": label})
     return Svg(ElementTree.tostring(root, encoding="unicode"))
 
 
