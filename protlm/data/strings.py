@@ -8,9 +8,6 @@ import numpy as np
 
 from protlm.errors import ShardError
 
-_SLICE_STRINGS = 1 << 16
-"""Number of strings that are decoded at a time."""
-
 
 @dataclass(frozen=True, slots=True)
 class Strings:
@@ -46,10 +43,10 @@ class Strings:
         content: bytes = self.text[self.offsets[index] : self.offsets[index + 1]].tobytes()
         return content
 
-    def encoded(self) -> Iterator[bytes]:
+    def encoded(self, num_at_once: int = 1 << 16) -> Iterator[bytes]:
         """Yields the UTF-8 bytes of each string, in order, reading many strings at a time."""
-        for start in range(0, len(self), _SLICE_STRINGS):
-            bounds = self.offsets[start : start + _SLICE_STRINGS + 1]
+        for start in range(0, len(self), num_at_once):
+            bounds = self.offsets[start : start + num_at_once + 1]
             text, first = self.text[bounds[0] : bounds[-1]].tobytes(), int(bounds[0])
             for begin, end in itertools.pairwise(bounds.tolist()):
                 yield text[begin - first : end - first]

@@ -8,7 +8,7 @@ import pytest
 
 from protlm import read_records
 from protlm.cli.app import main
-from protlm.data.parsing import sources
+from protlm.data.parsing.sources import SourceBlocks
 from protlm.workflows.prep import reading as prep_reading
 from tests.e2e.prep_tools import SAMPLE, digests, prepare_sample
 
@@ -65,7 +65,7 @@ def sample_digests(tmp_path_factory) -> dict[str, str]:
 def small_pieces(monkeypatch) -> None:
     """Some ten pieces for each of the plain files."""
     monkeypatch.setattr(prep_reading, "PIECE_BYTES", 15_000)
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 5_000)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", 5_000)
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,11 @@ def test_a_run_killed_at_any_stage_goes_on_to_the_same_bytes(sample_files, sampl
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from protlm.data.parsing import sources\n"
+        "from protlm.data.parsing.sources import SourceBlocks\n"
         "from protlm.workflows.prep import reading\n"
         "from protlm.workflows.prep.options import PrepRequest\n"
         "from protlm.workflows.prep.prepare import prepare\n"
-        "reading.PIECE_BYTES, sources._RAW_BLOCK_BYTES = 15_000, 5_000\n"
+        "reading.PIECE_BYTES, SourceBlocks.block_bytes = 15_000, 5_000\n"
         "replace = os.replace\n"
         "def die_after(source, target):\n"
         "    replace(source, target)\n"

@@ -13,7 +13,8 @@ import pytest
 
 from protlm.cli.app import main
 from protlm.data.building import selection
-from protlm.data.parsing import fasta, sources, text_pieces
+from protlm.data.parsing import fasta, text_pieces
+from protlm.data.parsing.sources import SourceBlocks
 from protlm.workflows.prep import reading as prep_reading
 from protlm.workflows.prep.options import PrepRequest, PrepUsageError
 from protlm.workflows.prep.prepare import prepare
@@ -42,7 +43,7 @@ def test_the_size_of_pieces_and_of_the_ranges_compared_changes_no_byte(
     monkeypatch.setattr(selection, "_COMPARED_AT_ONCE", 100)
     for piece_bytes in (1, 20_000):
         monkeypatch.setattr(prep_reading, "PIECE_BYTES", piece_bytes)
-        monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 3_000)
+        monkeypatch.setattr(SourceBlocks, "block_bytes", 3_000)
         prepare_sample(sample_files, tmp_path / "out", force=True)
         assert digests(tmp_path / "out") == sample_digests
 
@@ -130,7 +131,7 @@ def test_a_record_beyond_the_bound_is_an_error_in_bounded_memory_and_can_be_skip
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 3000)
     monkeypatch.setattr("protlm.data.parsing.compiled_fasta.MAX_RECORD_BYTES", 3000)
     monkeypatch.setattr(prep_reading, "PIECE_BYTES", 100)
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 512)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", 512)
     monkeypatch.setattr("protlm.data.parsing.text_pieces._HEAD_BYTES", 1024)
     path = tmp_path / "a.fasta"
     path.write_bytes(b">a\nMKV\n>huge one\n" + b"M" * 20_000 + b"\nMK\n>b\nMKW\n>c\nM1\n")

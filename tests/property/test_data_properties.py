@@ -3,6 +3,7 @@ import itertools
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from hypothesis import assume, given, settings
@@ -14,10 +15,9 @@ from protlm.data.batching.batches import Objective, epoch_size, training_batch, 
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import MaskRates
 from protlm.data.embeddings.layouts import LAYOUTS, Contents
-from protlm.data.parsing import sources
 from protlm.data.parsing.fasta import ANNOTATION_IDS
+from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.records import Record
-from protlm.data.storage import protein_store
 from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.protein_store import write_proteins
 from protlm.data.strings import Strings
@@ -54,15 +54,10 @@ def test_fasta_however_written_gives_back_its_records(entries, line_end, is_gzip
         expected.append((record_id, description, sequence, len(lines) + 1))
         lines += [f">{record_id} {description}", *split_at(sequence, cuts)]
     content = (line_end.join(lines) + line_end).encode()
-    before = sources._RAW_BLOCK_BYTES
-    sources._RAW_BLOCK_BYTES = block_bytes
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "x"
-            path.write_bytes(gzip.compress(content, mtime=0) if is_gzip else content)
-            read = [(r.id, r.description, r.sequence, r.line) for r in read_records(path)]
-    finally:
-        sources._RAW_BLOCK_BYTES = before
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(SourceBlocks, "block_bytes", block_bytes):
+        path = Path(folder) / "x"
+        path.write_bytes(gzip.compress(content, mtime=0) if is_gzip else content)
+        read = [(r.id, r.description, r.sequence, r.line) for r in read_records(path)]
     assert read == expected
 
 
@@ -89,14 +84,10 @@ repeated_ids = st.lists(st.sampled_from(["a", "a#2", "a#3", "b", "a#2#2", "b#02"
 @settings(deadline=None, max_examples=60)
 @given(repeated_ids, st.sampled_from([3, 1 << 18]))
 def test_unique_ids_are_unique_and_keep_first_uses(names, compared_at_once):
-    before = protein_store._COMPARED_AT_ONCE
-    protein_store._COMPARED_AT_ONCE = compared_at_once
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            proteins = write_proteins(Path(folder) / "store", ((name, vocabulary.encode(b"M")) for name in names))
-            ids = proteins.ids.to_list()
-    finally:
-        protein_store._COMPARED_AT_ONCE = before
+    pairs = ((name, vocabulary.encode(b"M")) for name in names)
+    with tempfile.TemporaryDirectory() as folder:
+        proteins = write_proteins(Path(folder) / "store", pairs, compared_at_once=compared_at_once)
+        ids = proteins.ids.to_list()
     assert len(set(ids)) == len(names)
     for number, (result, name) in enumerate(zip(ids, names, strict=True)):
         assert (result == name) == (name not in names[:number])

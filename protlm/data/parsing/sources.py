@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, ClassVar, Literal, Protocol
 
 from isal import igzip_lib
 
@@ -32,10 +32,7 @@ STDIN = "-"
 
 TextFormat = Literal["fasta", "flatfile", "uniprot-xml", "uniref-xml"]
 
-_RAW_BLOCK_BYTES = 1 << 20
 _BLOCK_BYTES = 4 << 20
-# Fed to a decompressor at once. It copies the bytes after a member, so files of many small members need this small.
-_FEED_BYTES = 1 << 18
 # Enough for every mark below; that of a tar archive comes last.
 _MAGIC_BYTES = 512
 _HEAD_BYTES = 1 << 16
@@ -114,11 +111,17 @@ class SourceBlocks:
     Memory is bounded, however far the file expands.
 
     Attributes:
+        block_bytes: Read from disk at once, by all instances.
+        feed_bytes: Fed to a decompressor at once, by all instances. It copies the bytes after a member, so files of
+            many small members need this small.
         name: Base name of the file; bytes that are not UTF-8 are written as escapes.
         sha256: Hash of the bytes on disk, in hex; empty before the end is reached.
         is_plain: Whether the file is neither compressed nor a pipe, so that any stretch of it can be read by itself;
             set once the first block was read.
     """
+
+    block_bytes: ClassVar[int] = 1 << 20
+    feed_bytes: ClassVar[int] = 1 << 18
 
     def __init__(self, path: str | Path, *, advance: Advance = no_advance) -> None:
         """Prepares to read; the file is opened when iteration begins.
@@ -154,7 +157,7 @@ class SourceBlocks:
                 yield first
             yield from raw_blocks
             return
-        blocks = _decompressed(self._path, compression, first, raw_blocks)
+        blocks = _decompressed(self._path, compression, _small_blocks(first, raw_blocks, self.feed_bytes))
         first = _beginning(blocks)
         if message := _unreadable_kind(first):
             raise ProtlmError(f"{self._path}: {compression.name} data that hold {message}")
@@ -165,7 +168,7 @@ class SourceBlocks:
         yield from blocks
 
     def _raw_blocks(self, file: BinaryIO, update_digest: Callable[[bytes], object]) -> Iterator[bytes]:
-        while block := file.read(_RAW_BLOCK_BYTES):
+        while block := file.read(self.block_bytes):
             update_digest(block)
             self._advance(len(block))
             yield block
@@ -324,10 +327,7 @@ def _beginning(blocks: Iterator[bytes]) -> bytes:
     return first
 
 
-def _decompressed(
-    path: str | Path, compression: _Compression, first: bytes, raw_blocks: Iterator[bytes]
-) -> Iterator[bytes]:
-    feed = _small_blocks(first, raw_blocks)
+def _decompressed(path: str | Path, compression: _Compression, feed: Iterator[bytes]) -> Iterator[bytes]:
     member: _Decompressor = compression.new()
     data = next(feed, b"")
     while True:
@@ -350,11 +350,11 @@ def _decompressed(
             raise ProtlmError(f"{path}: the {compression.name} data end too early; copy or download the file again")
 
 
-def _small_blocks(first: bytes, raw_blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _small_blocks(first: bytes, raw_blocks: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
     block = first
     while block:
-        for start in range(0, len(block), _FEED_BYTES):
-            yield block[start : start + _FEED_BYTES]
+        for start in range(0, len(block), num_bytes):
+            yield block[start : start + num_bytes]
         block = next(raw_blocks, b"")
 
 

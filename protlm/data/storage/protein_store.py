@@ -36,7 +36,6 @@ _GIVEN_IDS, _GIVEN_ID_OFFSETS, _ID_DIGESTS = "given_ids.bin", "given_id_offsets.
 
 _OFFSET = np.dtype("<i8")
 _COPY_BYTES = 1 << 20
-_COMPARED_AT_ONCE = 1 << 18
 # Every range is a pass over all digests.
 _MOST_RANGES = 64
 _HASHES = 2**64
@@ -104,7 +103,9 @@ def open_proteins(path: Path) -> ProteinStore:
     return ProteinStore(path)
 
 
-def write_proteins(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> ProteinStore:
+def write_proteins(
+    path: Path, proteins: Iterable[tuple[str, np.ndarray]], *, compared_at_once: int = 1 << 18
+) -> ProteinStore:
     """Writes proteins into a new store, in order, and gives each an id of its own.
 
     The n-th repeat of an id gets `#n`, n ≥ 2, or the next number that gives an unused id. A given id keeps its name
@@ -116,6 +117,7 @@ def write_proteins(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> Pr
     Args:
         path: The folder to make; it is removed again if anything fails.
         proteins: Id and residue tokens (uint8) of each protein.
+        compared_at_once: About how many proteins to look for repeats among at a time.
 
     Raises:
         ShardError: A protein without residues, or with a token that does not stand for one.
@@ -126,8 +128,8 @@ def write_proteins(path: Path, proteins: Iterable[tuple[str, np.ndarray]]) -> Pr
     try:
         content_hash, with_number_sign = _write_columns(path, proteins)
         num_records = (path / _OFFSETS).stat().st_size // _OFFSET.itemsize - 1
-        _write_first(path, num_records)
-        num_renamed = _write_ids(path, num_records, with_number_sign)
+        _write_first(path, num_records, compared_at_once)
+        num_renamed = _write_ids(path, num_records, with_number_sign, compared_at_once)
         for name in (_GIVEN_IDS, _GIVEN_ID_OFFSETS, _ID_DIGESTS):
             (path / name).unlink()
         about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "num_records": num_records,
@@ -188,18 +190,19 @@ def _letters(record_id: str, tokens: np.ndarray) -> bytes:
         ) from None
 
 
-def _write_first(path: Path, num_records: int) -> None:
+def _write_first(path: Path, num_records: int, compared_at_once: int) -> None:
     first = np.arange(num_records, dtype=_OFFSET)
-    for digests in _digest_ranges(path / _DIGESTS, num_records):
+    for digests in _digest_ranges(path / _DIGESTS, num_records, compared_at_once):
         repeated, of = firsts(digests)
         first[repeated] = of
     with _written(path / _FIRST) as file:
         file.write(first.data)
 
 
-def _write_ids(path: Path, num_records: int, with_number_sign: "array[int]") -> int:
+def _write_ids(path: Path, num_records: int, with_number_sign: "array[int]", compared_at_once: int) -> int:
     """Writes the final ids, the given ones with a number behind each repeat. Returns the number of repeats."""
-    numbered = [np.stack(repeats(digests)) for digests in _digest_ranges(path / _ID_DIGESTS, num_records)]
+    ranges = _digest_ranges(path / _ID_DIGESTS, num_records, compared_at_once)
+    numbered = [np.stack(repeats(digests)) for digests in ranges]
     repeated, numbers = np.concatenate(numbered, axis=1)
     order = np.argsort(repeated)
     repeated, numbers = repeated[order], numbers[order]
@@ -247,11 +250,11 @@ def _holds(ascending: np.ndarray, value: int) -> bool:
     return place < len(ascending) and int(ascending[place]) == value
 
 
-def _digest_ranges(path: Path, num_records: int) -> Iterator[Digests]:
+def _digest_ranges(path: Path, num_records: int, compared_at_once: int) -> Iterator[Digests]:
     """Yields digests by ranges of their high halves, few enough to compare at once; equal ones share a range."""
     digests = _column(path, ">u8", (num_records, 2))
     high = digests[:, 0].astype(np.uint64)
-    num_ranges = min(num_records // _COMPARED_AT_ONCE + 1, _MOST_RANGES)
+    num_ranges = min(num_records // compared_at_once + 1, _MOST_RANGES)
     bounds = [_HASHES * number // num_ranges for number in range(num_ranges + 1)]
     for start, end in itertools.pairwise(bounds):
         index = np.flatnonzero((high >= np.uint64(start)) & (high <= np.uint64(end - 1)))

@@ -16,7 +16,6 @@ from protlm.data.numbered_ids import NumberedIds, number_suffix, numbered_id
 from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ProtlmError
 
-_SLICE = 1 << 16
 _LINE_BREAKERS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 Folding = Callable[[str], str]
@@ -33,13 +32,13 @@ def collected(names: Iterable[str]) -> Strings:
     return Strings(np.frombuffer(text, dtype=np.uint8), bounds_of(np.frombuffer(lengths, dtype=np.int64)))
 
 
-def is_repeat(names: Strings, folded: Folding = str) -> np.ndarray:
-    """Returns for each name whether an earlier one is equal, bool (names)."""
+def is_repeat(names: Strings, folded: Folding = str, num_at_once: int = 1 << 16) -> np.ndarray:
+    """Returns for each name whether an earlier one is equal, bool (names); looks at many names at a time."""
     digests = np.empty((len(names), 2), dtype=np.uint64)
     every = iter(names)
-    for start in range(0, len(names), _SLICE):
-        some = itertools.islice(every, _SLICE)
-        digests[start : start + _SLICE] = digests_of(folded(name).encode() for name in some)
+    for start in range(0, len(names), num_at_once):
+        some = itertools.islice(every, num_at_once)
+        digests[start : start + num_at_once] = digests_of(folded(name).encode() for name in some)
     numbers, _ = repeats(Digests(digests[:, 0], digests[:, 1], np.arange(len(names))))
     repeated = np.zeros(len(names), dtype=bool)
     repeated[numbers] = True

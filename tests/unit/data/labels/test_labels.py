@@ -14,6 +14,7 @@ from protlm.data.labels import rows as label_rows
 from protlm.data.labels.labels import UNLABELLED, Labels, read_clusters, read_families, read_splits
 from protlm.data.parsing import record_table as table
 from protlm.data.parsing import sources
+from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError, RecordError
 
@@ -58,7 +59,7 @@ def write(tmp_path):
 
 @pytest.fixture(params=[1, 5, 64, 1 << 20])
 def block_bytes(request, monkeypatch):
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", request.param)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", request.param)
     # Plain text is not put together to look at it as a whole.
     monkeypatch.setattr(sources, "_MAGIC_BYTES", 1)
     monkeypatch.setattr(label_rows, "_HEAD_BYTES", 64)

@@ -5,8 +5,8 @@ import inspect
 import pytest
 
 from protlm import read_records
-from protlm.data.parsing import sources
 from protlm.data.parsing.reader import RecordReader
+from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.records import Record
 from protlm.errors import ProtlmError, RecordError
 
@@ -48,21 +48,21 @@ def test_reads_several_files_one_after_the_other(write):
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 1 << 20])
 def test_every_line_end_and_block_bound_gives_the_same_records(write, monkeypatch, line_end, block_bytes):
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", block_bytes)
     path = write("\n>a x\nMK\nVL\n>b\nAC\n\n".replace("\n", line_end))
     assert list(read_records(path)) == [Record("a", "x", "MKVL", line=2), Record("b", "", "AC", line=5)]
 
 
 @pytest.mark.parametrize("block_bytes", [2, 7, 1 << 20])
 def test_gzip_is_told_by_content_not_by_name(write, monkeypatch, block_bytes):
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", block_bytes)
     assert pairs(write(gzip.compress(b">a\nMKV\n", mtime=0))) == [("a", "MKV")]
     assert pairs(write(b">a\nMKV\n", "plain.gz")) == [("a", "MKV")]
 
 
 @pytest.mark.parametrize("block_bytes", [2, 1 << 20])
 def test_gzip_members_are_joined_and_zero_padding_is_ignored(write, monkeypatch, block_bytes):
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", block_bytes)
     assert pairs(write(gzip.compress(b">a\nMK", mtime=0) + gzip.compress(b"V\n>b\nA\n", mtime=0) + b"\0" * 9)) == [
         ("a", "MKV"),
         ("b", "A"),
@@ -120,7 +120,7 @@ def test_sources_are_hashed_as_they_lie_on_disk_once_read_to_the_end(write):
 
 
 def test_progress_adds_up_to_the_bytes_on_disk(write, monkeypatch):
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", 7)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", 7)
     path = write(">a\nMKVLA\n>b\nMKVLA\n")
     seen = []
     list(RecordReader([path], advance=seen.append))
@@ -158,7 +158,7 @@ def test_an_illegal_character_is_placed_by_line_column_and_record(write, line_en
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_a_bad_record_is_an_error_at_its_line(write, monkeypatch, content, line, reason, block_bytes):
     # The mark of an encoding is seen whole.
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", max(block_bytes, 3 if reason == "byte_order_mark" else 1))
+    monkeypatch.setattr(SourceBlocks, "block_bytes", max(block_bytes, 3 if reason == "byte_order_mark" else 1))
     error = fault(write(content))
     assert (error.line, error.reason) == (line, reason)
     assert "\n" not in str(error)
@@ -173,7 +173,7 @@ def test_a_file_without_records_is_an_error(write, content, on_bad_record):
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_skipping_leaves_out_bad_records_and_counts_them_by_reason(write, monkeypatch, block_bytes):
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", block_bytes)
     reader = RecordReader([write("rubbish\nmore\n>a\nM\n>b\nM1\n>c\n>d\nK\n>\nM\n>e\nM2")], on_bad_record="skip")
     assert [(record.id, record.line) for record in reader] == [("a", 3), ("d", 8)]
     assert reader.rejects == {

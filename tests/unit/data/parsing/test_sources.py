@@ -14,7 +14,6 @@ import zlib
 
 import pytest
 
-from protlm.data.parsing import sources
 from protlm.data.parsing.sources import STDIN, SourceBlocks, expand_inputs, is_protein_file, sniff_format
 from protlm.errors import ProtlmError
 
@@ -40,8 +39,8 @@ def write(tmp_path):
 
 @pytest.fixture(params=[1, 2, 7, 1 << 20])
 def block_bytes(request, monkeypatch):
-    monkeypatch.setattr(sources, "_RAW_BLOCK_BYTES", request.param)
-    monkeypatch.setattr(sources, "_FEED_BYTES", request.param)
+    monkeypatch.setattr(SourceBlocks, "block_bytes", request.param)
+    monkeypatch.setattr(SourceBlocks, "feed_bytes", request.param)
 
 
 def unpacked(path):

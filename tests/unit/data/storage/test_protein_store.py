@@ -12,7 +12,6 @@ import pytest
 
 from protlm import vocabulary
 from protlm.data.digests import sequence_digest
-from protlm.data.storage import protein_store
 from protlm.data.storage.protein_store import open_proteins, write_proteins
 from protlm.errors import ShardError
 
@@ -24,7 +23,7 @@ def proteins_of(*pairs):
 @pytest.fixture
 def write(tmp_path):
     numbers = itertools.count()
-    return lambda *pairs: write_proteins(tmp_path / f"store-{next(numbers)}", proteins_of(*pairs))
+    return lambda *pairs, **options: write_proteins(tmp_path / f"store-{next(numbers)}", proteins_of(*pairs), **options)
 
 
 def final_ids(write, *ids):
@@ -48,11 +47,11 @@ def test_every_protein_comes_back_by_its_number_in_any_order(write):
 
 
 @pytest.mark.parametrize("compared_at_once", [1, 7, 1 << 20])
-def test_each_protein_knows_the_first_with_its_sequence(write, monkeypatch, compared_at_once):
-    monkeypatch.setattr(protein_store, "_COMPARED_AT_ONCE", compared_at_once)
+def test_each_protein_knows_the_first_with_its_sequence(write, compared_at_once):
     draw = random.Random(0)
     sequences = ["".join(draw.choices("ACDEF", k=draw.randint(1, 4))) for _ in range(300)]
-    store = write(*((f"p{number}", sequence) for number, sequence in enumerate(sequences)))
+    pairs = [(f"p{number}", sequence) for number, sequence in enumerate(sequences)]
+    store = write(*pairs, compared_at_once=compared_at_once)
     assert store.first.tolist() == [sequences.index(sequence) for sequence in sequences]
     assert store.num_renamed == 0
 
@@ -77,9 +76,9 @@ def test_an_id_as_it_was_given_goes_before_one_made_here(write, given, expected)
     assert final_ids(write, *given) == expected
 
 
-def test_ids_of_any_length_survive_renaming(write, monkeypatch):
-    monkeypatch.setattr(protein_store, "_COPY_BYTES", 5)
-    long = "é" * 5_000
+def test_ids_of_any_length_survive_renaming(write):
+    # Longer than what is copied at once.
+    long = "é" * 600_000
     assert final_ids(write, "x", long, "y", long, "z") == ["x", long, "y", f"{long}#2", "z"]
 
 

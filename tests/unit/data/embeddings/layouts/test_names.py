@@ -1,6 +1,5 @@
 import numpy as np
 
-from protlm.data import strings
 from protlm.data.embeddings.layouts import names
 from protlm.data.strings import Strings
 
@@ -21,16 +20,13 @@ def test_what_is_the_same_may_be_more_than_equal():
     assert all_different("a", "A", "A#2", "b", folded=str.casefold) == ["a", "A#3", "A#2", "b"]
 
 
-def test_names_of_many_slices_come_back_in_order(monkeypatch):
+def test_names_of_many_slices_come_back_in_order():
     given = [f"é{number % 7}" for number in range(40)]
     expected = all_different(*given)
-    monkeypatch.setattr(names, "_SLICE", 3)
-    monkeypatch.setattr(strings, "_SLICE_STRINGS", 3)
-    assert all_different(*given) == expected
     column = Strings.of(expected)
-    assert list(column) == expected
+    assert [name.decode() for name in column.encoded(3)] == list(column) == expected
     assert [column.bytes_of(index).decode() for index in range(40)] == expected
-    assert names.is_repeat(Strings.of(given)).tolist() == [False] * 7 + [True] * 33
+    assert names.is_repeat(Strings.of(given), num_at_once=3).tolist() == [False] * 7 + [True] * 33
     assert names.collected(iter(expected)).to_list() == expected
 
 
