@@ -63,6 +63,18 @@ PseudoPerplexityOption = Annotated[
         help="Also hide the residues of N proteins one at a time: a forward pass for each residue.",
     ),
 ]
+AttentionOption = Annotated[
+    list[str],
+    typer.Option(
+        "--attention",
+        metavar="ID",
+        help="Show the attention maps of this protein; repeatable. [default: BPT1_BOVIN, if a split has it]",
+    ),
+]
+ApproximationOption = Annotated[
+    bool,
+    typer.Option("--approximation", help="For FAVOR models: measure how near the attention is to exact attention."),
+]
 ResiduesOption = Annotated[
     bool,
     typer.Option("--residues", help="Write residues.parquet: the prediction at each scored residue (protlm[parquet])."),
@@ -79,6 +91,8 @@ def eval_command(
     as_trained: AsTrainedOption = False,
     random_weights: RandomWeightsOption = False,
     pseudo_perplexity: PseudoPerplexityOption = 0,
+    attention: AttentionOption = [],  # noqa: B006  Typer copies it
+    approximation: ApproximationOption = False,
     residues: ResiduesOption = False,
     seed: Annotated[int, seed_option("Seed of the masks and of the bootstrap.", max=2**63 - 1)] = 0,
     force: ForceOption = False,
@@ -122,12 +136,14 @@ def eval_command(
         as_trained=as_trained,
         random_weights=random_weights,
         pseudo_perplexity=pseudo_perplexity,
+        attention=tuple(attention),
+        approximation=approximation,
         residues=residues,
         force=force,
     )
     report: EvalReport | Comparison
     try:
-        with Bars({"eval": "residue"}) as bars:
+        with Bars({"eval": "residue", "approximation": "residue"}) as bars:
             if compare:
                 report = compare_models(items, request, start_progress=bars.start)
             else:

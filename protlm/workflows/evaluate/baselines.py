@@ -100,14 +100,14 @@ def fit_markov(dataset: Dataset, objective: Objective, seed: int) -> Markov | No
     counts.add(_first_residues(dataset.split("train")))
     if "valid" not in splits:
         return Markov(model=MarkovModel(counts, 2), num_residues=counts.num_residues, chosen_on=None)
-    valid = _Beginning(dataset.split("valid"), _MOST_VALID_RECORDS)
+    valid = Beginning(dataset.split("valid"), _MOST_VALID_RECORDS)
     rows = list(evaluation_rows(valid, _TOKENS_PER_ROW, seed, objective))
     models = [MarkovModel(counts, order) for order in range(MAX_ORDER + 1)]
     losses = [_loss(markov_predictions(model, objective), rows) for model in models]
     return Markov(model=models[int(np.argmin(losses))], num_residues=counts.num_residues, chosen_on="valid")
 
 
-class _Beginning:
+class Beginning:
     """The first records of a split."""
 
     def __init__(self, split: Split, num_records: int) -> None:
@@ -115,6 +115,7 @@ class _Beginning:
         self.lengths = split.lengths[:num_records]
 
     def tokens(self, record: int) -> np.ndarray:
+        """Returns the residue tokens of a record."""
         return self._split.tokens(record)
 
 

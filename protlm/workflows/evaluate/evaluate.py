@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,12 @@ from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import find_model, read_model
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import Advance, StartProgress, no_progress
+from protlm.workflows.evaluate.attention import (
+    approximation_of,
+    approximation_residues,
+    attention_of,
+    find_proteins,
+)
 from protlm.workflows.evaluate.baselines import (
     UNIFORM,
     Markov,
@@ -28,6 +35,8 @@ from protlm.workflows.evaluate.baselines import (
 )
 from protlm.workflows.evaluate.breakdowns import Breakdowns
 from protlm.workflows.evaluate.measure import Masks, Watcher, measure_split, resampling_key
+from protlm.workflows.evaluate.multiqc_row import multiqc_rows
+from protlm.workflows.evaluate.page import render_page
 from protlm.workflows.evaluate.report import (
     EvalReport,
     MarkovSummary,
@@ -40,6 +49,8 @@ from protlm.workflows.evaluate.report import (
     verdict_of,
 )
 from protlm.workflows.evaluate.request import (
+    MULTIQC_NAME,
+    PAGE_NAME,
     REPORT_NAME,
     RESIDUES_NAME,
     EvalRequest,
@@ -69,6 +80,7 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
         split.open_shards()
     model, description = read_model(request.model)
     evaluation = _Evaluation(request, dataset, model.to(best_device()), description)
+    shown = find_proteins(splits, request.attention)
     advance = start_progress("eval", sum(map(evaluation.num_scored_residues, splits.values())))
     request.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -79,11 +91,22 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
             name: evaluation.report(split, table, advance) for name, split in splits.items()
         }
     report = evaluation.summary(reports)
+    report = replace(
+        report,
+        attention_maps=attention_of(model, shown, description.max_residues),
+        approximation=evaluation.approximation(next(iter(splits.values())), start_progress),
+    )
     if not request.residues:
         # That of an earlier report, which this one replaces.
         (request.out / RESIDUES_NAME).unlink(missing_ok=True)
-    with files.written_whole(request.out / REPORT_NAME) as partial:
-        partial.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    # The report last: who sees it finds the others.
+    for name, content in (
+        (PAGE_NAME, render_page(report)),
+        (MULTIQC_NAME, multiqc_rows(report)),
+        (REPORT_NAME, json.dumps(report.to_json(), indent=1) + "\n"),
+    ):
+        with files.written_whole(request.out / name) as partial:
+            partial.write_text(content, encoding="utf-8")
     return report
 
 
@@ -99,6 +122,8 @@ class _Evaluation:
                 "this model predicts the next token and hides nothing: --masks, --mask-rate, --as-trained and "
                 "--pseudo-perplexity are for masked models"
             )
+        if request.approximation and not description.model.has_projection:
+            raise EvalUsageError("--approximation is for FAVOR models; the attention of this model is exact")
         if description.window_tokens is not None and request.pseudo_perplexity:
             raise EvalUsageError(
                 "--pseudo-perplexity takes proteins one by one, and this model reads windows of several"
@@ -146,6 +171,19 @@ class _Evaluation:
             calibration=calibration_of(sums["model"]),
             breakdowns=breakdowns.report(),
             replicates=replicates_of(sums["model"]),
+        )
+
+    def approximation(self, split: Split, start_progress: StartProgress) -> dict[str, Any] | None:
+        """Measures how near the attention is to exact attention, if asked for."""
+        if not self._request.approximation:
+            return None
+        return approximation_of(
+            self._model,
+            split,
+            self._masks,
+            self._description.residue_counts,
+            redraw_every_steps=self._description.redraw_every_steps,
+            advance=start_progress("approximation", approximation_residues(split)),
         )
 
     def _further_rows(self, split: Split, advance: Advance) -> dict[str, dict[str, float | None]]:

@@ -88,6 +88,10 @@ class EvalReport:
         verdict: What the scores on the first split amount to.
         splits: Everything that was measured, by split.
         differences: The model between two splits: `first`, `second`, `metric` and the difference first − second.
+        attention_maps: The attention maps of some proteins, and the similarity of residues from attention; None where
+            none were asked for and no split has the paper's protein.
+        approximation: How near the attention is to exact attention, and the scores with others in its place; None if
+            not asked for.
         markov: How the Markov baseline was made; None if the dataset has no training split.
         model_name: Name of the model's folder, for a reader.
         num_parameters: Trained numbers of the model.
@@ -112,6 +116,8 @@ class EvalReport:
     verdict: str
     splits: dict[str, SplitReport]
     differences: list[dict[str, Any]] = field(default_factory=list)
+    attention_maps: dict[str, Any] | None = None
+    approximation: dict[str, Any] | None = None
     markov: MarkovSummary | None
     model_name: str
     num_parameters: int

@@ -10,6 +10,8 @@ from protlm.inference.scoring import EVALUATION_SEED
 from protlm.workflows.evaluate.residue_table import check_pyarrow
 
 REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
+MULTIQC_NAME = "protlm_eval_mqc.json"
 RESIDUES_NAME = "residues.parquet"
 
 
@@ -32,6 +34,8 @@ class EvalRequest:
         as_trained: Score BERT's mixture, or whatever the model was trained with, beside hidden residues.
         random_weights: Score the same architecture with random weights too.
         pseudo_perplexity: Number of proteins whose residues are hidden one at a time; 0 for none.
+        attention: Ids of proteins whose attention maps are shown; empty: the paper's protein, if a scored split has it.
+        approximation: Measure how near the attention of a FAVOR model is to exact attention.
         residues: Write `residues.parquet` with the prediction at every scored residue.
         tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
         force: Replace an existing report.
@@ -47,6 +51,8 @@ class EvalRequest:
     as_trained: bool = False
     random_weights: bool = False
     pseudo_perplexity: int = 0
+    attention: tuple[str, ...] = ()
+    approximation: bool = False
     residues: bool = False
     tokens_per_batch: int = 8192
     force: bool = False

@@ -1,0 +1,134 @@
+"""How a model attends, for a report: the maps of named proteins, similarity of residues, and the cost of estimating."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from protlm.choices import SplitName
+from protlm.data.storage.dataset import Split
+from protlm.errors import ProtlmError
+from protlm.inference.approximation import measure_approximation
+from protlm.inference.attention_maps import read_attention_maps
+from protlm.inference.replaced_attention import score_replacements, sentence_of
+from protlm.inference.residue_similarity import attention_similarity
+from protlm.inference.scoring import Scores, score_model
+from protlm.model.performer import Performer
+from protlm.runtime.progress import Advance
+from protlm.workflows.evaluate.baselines import Beginning
+from protlm.workflows.evaluate.measure import Masks
+
+PAPER_PROTEIN = "BPT1_BOVIN"
+"""The protein of the paper's figure, shown wherever a scored split has it."""
+
+_MOST_BLOCKS = 64
+_SIMILARITY_PROTEINS = 50
+_MEASURED_PROTEINS = 50
+_SCORED_PROTEINS = 200
+_NUM_DRAWS = 10
+
+
+def find_proteins(splits: Mapping[SplitName, Split], ids: Sequence[str]) -> list[tuple[Split, int]]:
+    """Returns the split and the number of each protein, by its id, its accession or its entry name.
+
+    Without ids it is the protein of the paper, where a split has it.
+
+    Raises:
+        ProtlmError: An id that no scored split has.
+    """
+    wanted = list(ids) or [PAPER_PROTEIN]
+    places: dict[str, tuple[Split, int]] = {}
+    for split in splits.values():
+        for record in range(split.num_records):
+            record_id = split.id(record)
+            for name in (record_id, *record_id.split("|")):
+                if name in wanted and name not in places:
+                    places[name] = (split, record)
+    for name in ids:
+        if name not in places:
+            raise ProtlmError(
+                f"--attention {name}: no such protein in {', '.join(splits)}; give an id of a scored split"
+            )
+    return [places[name] for name in wanted if name in places]
+
+
+def attention_of(
+    model: Performer, proteins: Sequence[tuple[Split, int]], max_residues: int | None
+) -> dict[str, Any] | None:
+    """Returns the attention maps of proteins, and the similarity of residues from the attention on their split.
+
+    Args:
+        model: On the device to use.
+        proteins: Split and number of each; none gives None.
+        max_residues: Residues that the model's positions reach; a longer protein is cut to them.
+    """
+    if not proteins:
+        return None
+    maps = []
+    for split, record in proteins:
+        tokens = np.asarray(split.tokens(record))[:max_residues]
+        content = asdict(read_attention_maps(model, tokens, max_blocks=_MOST_BLOCKS))
+        for head in content["heads"]:
+            head["picture"] = [[float(f"{value:.3g}") for value in row] for row in head["picture"]]
+        maps.append({"id": split.id(record), "split": split.name, "num_residues": len(tokens), **content})
+    split = proteins[0][0]
+    sample = (np.asarray(split.tokens(record))[:max_residues] for record in range(split.num_records))
+    similarity = attention_similarity(model, islice(sample, _SIMILARITY_PROTEINS))
+    return {"proteins": maps, "similarity": asdict(similarity)}
+
+
+def approximation_of(
+    model: Performer,
+    split: Split,
+    masks: Masks,
+    training_counts: Mapping[str, int],
+    *,
+    redraw_every_steps: int,
+    advance: Advance,
+) -> dict[str, Any]:
+    """Returns the error of a FAVOR model's attention against exact attention, and what it means for its scores.
+
+    Args:
+        model: On the device to use; its attention has random features.
+        split: The proteins; the first ones are taken.
+        masks: How targets are drawn.
+        training_counts: Residues of the training set by letter.
+        redraw_every_steps: Updates between two draws in training; 0: none.
+        advance: Called with residues that were done.
+    """
+    beginning = Beginning(split, _SCORED_PROTEINS)
+
+    def measured() -> Scores:
+        return score_model(
+            model,
+            beginning,
+            training_counts,
+            masks.objective,
+            seed=masks.seed,
+            tokens_per_batch=masks.tokens_per_batch,
+            window_tokens=masks.window_tokens,
+            max_residues=masks.max_residues,
+            advance=advance,
+        )
+
+    empirical = measured().empirical
+    sample = (np.asarray(split.tokens(record))[: masks.max_residues] for record in range(split.num_records))
+    errors = measure_approximation(
+        model, sample, max_proteins=_MEASURED_PROTEINS, num_draws=_NUM_DRAWS, seed=masks.seed, advance=advance
+    )
+    replaced = score_replacements(model, lambda: measured().model, empirical, num_draws=_NUM_DRAWS, seed=masks.seed)
+    return {
+        "split": split.name,
+        "num_scored_proteins": len(beginning.lengths),
+        "sentence": sentence_of(replaced, redraw_every_steps=redraw_every_steps),
+        "errors": asdict(errors),
+        "scores": asdict(replaced),
+    }
+
+
+def approximation_residues(split: Split) -> int:
+    """Returns the residues that `approximation_of` reports to its progress, at most."""
+    lengths = split.lengths
+    return int(lengths[:_SCORED_PROTEINS].sum()) * (_NUM_DRAWS + 3) + int(lengths[:_MEASURED_PROTEINS].sum())
