@@ -1,6 +1,6 @@
 """How a model attends, for a report: the maps of named proteins, similarity of residues, and the cost of estimating."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -25,6 +25,8 @@ PAPER_PROTEIN = "BPT1_BOVIN"
 
 _MOST_BLOCKS = 64
 _SIMILARITY_PROTEINS = 50
+_SAMPLED_RESIDUES = 2_000
+"""Residues of a protein that a sample takes, since exact attention and maps cost the square of the length."""
 _MEASURED_PROTEINS = 50
 _SCORED_PROTEINS = 200
 _NUM_DRAWS = 10
@@ -74,8 +76,7 @@ def attention_of(
             head["picture"] = [[float(f"{value:.3g}") for value in row] for row in head["picture"]]
         maps.append({"id": split.id(record), "split": split.name, "num_residues": len(tokens), **content})
     split = proteins[0][0]
-    sample = (np.asarray(split.tokens(record))[:max_residues] for record in range(split.num_records))
-    similarity = attention_similarity(model, islice(sample, _SIMILARITY_PROTEINS))
+    similarity = attention_similarity(model, islice(_sampled(split, max_residues), _SIMILARITY_PROTEINS))
     return {"proteins": maps, "similarity": asdict(similarity)}
 
 
@@ -114,7 +115,7 @@ def approximation_of(
         )
 
     empirical = measured().empirical
-    sample = (np.asarray(split.tokens(record))[: masks.max_residues] for record in range(split.num_records))
+    sample = _sampled(split, masks.max_residues)
     errors = measure_approximation(
         model, sample, max_proteins=_MEASURED_PROTEINS, num_draws=_NUM_DRAWS, seed=masks.seed, advance=advance
     )
@@ -132,3 +133,9 @@ def approximation_residues(split: Split) -> int:
     """Returns the residues that `approximation_of` reports to its progress, at most."""
     lengths = split.lengths
     return int(lengths[:_SCORED_PROTEINS].sum()) * (_NUM_DRAWS + 3) + int(lengths[:_MEASURED_PROTEINS].sum())
+
+
+def _sampled(split: Split, max_residues: int | None) -> Iterator[np.ndarray]:
+    """Yields the residue tokens of a split's proteins, each cut to what is sampled and what the model reaches."""
+    limit = _SAMPLED_RESIDUES if max_residues is None else min(max_residues, _SAMPLED_RESIDUES)
+    return (np.asarray(split.tokens(record))[:limit] for record in range(split.num_records))

@@ -122,7 +122,7 @@ class _Evaluation:
                 "this model predicts the next token and hides nothing: --masks, --mask-rate, --as-trained and "
                 "--pseudo-perplexity are for masked models"
             )
-        if request.approximation and not description.model.has_projection:
+        if request.approximation and description.model.attention == "softmax":
             raise EvalUsageError("--approximation is for FAVOR models; the attention of this model is exact")
         if description.window_tokens is not None and request.pseudo_perplexity:
             raise EvalUsageError(
