@@ -113,7 +113,7 @@ def _confusion_figure(name: str, probabilities: "np.ndarray[Any, Any]") -> Block
 def substitution_log_odds(split: SplitReport) -> "np.ndarray[Any, Any] | None":
     """Returns log₂ of how much more often residue b is predicted where a stands than anywhere, symmetrised; (20, 20).
 
-    In the order of `STANDARD_RESIDUES`; None if a standard residue was not scored.
+    In the order of `STANDARD_RESIDUES`; None if a standard residue was not scored, or a pair has no probability.
     """
     confusion, counts = (
         split.breakdowns["confusion"],
@@ -123,10 +123,11 @@ def substitution_log_odds(split: SplitReport) -> "np.ndarray[Any, Any] | None":
         return None
     places = [RESIDUES.index(letter) for letter in STANDARD_RESIDUES]
     given = np.array(confusion["mean_probabilities"])[np.ix_(places, places)]
+    if not (given > 0).all():
+        return None
     weights = np.array([counts[letter] for letter in STANDARD_RESIDUES], dtype=np.float64)
     anywhere = weights @ given / weights.sum()
-    with np.errstate(divide="ignore"):
-        odds = np.log2(given / anywhere)
+    odds = np.log2(given / anywhere)
     symmetric: np.ndarray[Any, Any] = (odds + odds.T) / 2
     return symmetric
 
