@@ -201,3 +201,30 @@ def test_only_a_folder_that_says_so_is_a_dataset(path):
     assert dataset.is_dataset(path)
     edit(path, lambda manifest: manifest.update(format="other"))
     assert not dataset.is_dataset(path)
+
+
+def test_labels_are_those_of_the_record_in_every_shard(tmp_path):
+    ids = [f"UniRef100_{name}" for name in "ABCDEF"]
+    headers = [f">{name} Protein n=1 Tax=Bacteria TaxID={562 + number}" for number, name in enumerate(ids[:4])]
+    lines = zip([*headers, *(f">{name}" for name in ids[4:])], SEQUENCES, strict=True)
+    (tmp_path / "a.fasta").write_text("".join(f"{header}\n{sequence}\n" for header, sequence in lines))
+    clusters, families = {0: "c1", 1: "c2", 3: "c1"}, [(0, "PF1"), (3, "PF2"), (3, "PF1"), (5, "PF3")]
+    (tmp_path / "c.tsv").write_text("".join(f"{name}\t{ids[record]}\n" for record, name in clusters.items()))
+    (tmp_path / "f.tsv").write_text("".join(f"{ids[record]}\t{name}\n" for record, name in families))
+    labels = {"clusters": tmp_path / "c.tsv", "families": tmp_path / "f.tsv"}
+    fractions = {"valid_fraction": 0, "test_fraction": 0, "shard_residues": 20}
+    prepare(PrepRequest(inputs=[tmp_path / "a.fasta"], out=tmp_path / "ds", **labels, **fractions))
+    split = open_dataset(tmp_path / "ds").split("train")
+    assert len(split.summary.shards) == 3
+    for record in range(6):
+        got = split.labels(np.int64(record))
+        assert got.clusters == ((clusters[record],) if record in clusters else ())
+        assert sorted(got.families) == sorted(name for of, name in families if of == record)
+        assert got.taxa == ((str(562 + record),) if record < 4 else ())
+    for record in (-1, 6):
+        with pytest.raises(IndexError, match=f"index: expected 0 to 5, got {record}"):
+            split.labels(record)
+
+
+def test_a_dataset_without_labels_has_none(path):
+    assert [tuple(open_dataset(path).split("train").labels(record)) for record in range(6)] == [((), (), ())] * 6

@@ -51,11 +51,12 @@ def random_sequences(num_proteins, seed=0, letters=RESIDUES[:20], shortest=5, lo
 
 def random_scores(records, positions, targets, seed=0):
     """Returns scores with random predictions, float32 as those of a model."""
+    targets = np.asarray(targets, dtype=np.int64)
     logits = torch.randn(len(targets), VOCABULARY_SIZE, generator=torch.Generator().manual_seed(seed))
     # The true residue is often the best, so that some are correct.
-    logits[torch.arange(len(targets)), torch.as_tensor(targets)] += 2
+    logits[torch.arange(len(targets)), torch.from_numpy(targets)] += 2
     log_probabilities = torch.log_softmax(logits, -1).numpy()
-    return ResidueScores(np.asarray(records), np.asarray(positions), np.asarray(targets), log_probabilities)
+    return ResidueScores(np.asarray(records), np.asarray(positions), targets, log_probabilities)
 
 
 def prepare(folder: Path, splits: dict, clusters=None, families=None) -> Path:
