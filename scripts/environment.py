@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-CPU_INFO = Path("/proc/cpuinfo")
+from protlm.runtime.devices import processor_name
 
 
 def environment() -> dict[str, Any]:
@@ -22,20 +22,10 @@ def environment() -> dict[str, Any]:
     )
     return {
         "machine": platform.machine(),
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
     }
-
-
-def processor() -> str:
-    """Returns the name of the processor's model, as far as the system knows it."""
-    if CPU_INFO.exists():
-        for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or "unknown"

@@ -1,14 +1,17 @@
 """The devices of a run, the rank of this process in it, and the device that is used by default."""
 
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed
 
 from protlm.choices import StrategyName
 
+_CPU_INFO = Path("/proc/cpuinfo")
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 """Messages of gloo when another process is gone; NCCL raises an error class of its own."""
 
@@ -69,3 +72,18 @@ def default_tokens_per_batch() -> int:
 def best_device() -> torch.device:
     """Returns the first CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """Returns the model of the default device: of the first GPU, or of the processor as far as the system knows it."""
+    return torch.cuda.get_device_name(0) if best_device().type == "cuda" else processor_name()
+
+
+def processor_name() -> str:
+    """Returns the model of the processor as far as the system knows it, else its kind."""
+    if _CPU_INFO.exists():
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"

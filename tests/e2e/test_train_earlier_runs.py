@@ -5,7 +5,8 @@ import torch
 
 from protlm.cli.app import main
 from protlm.pretrained.model_directory import read_model
-from tests.e2e.train_tools import train
+from protlm.workflows.train.run_tables import ADDED_METRICS
+from tests.e2e.train_tools import losses, rows, train
 
 
 def without_the_kind_of_measurement(run_dir):
@@ -20,6 +21,35 @@ def without_the_kind_of_measurement(run_dir):
 
 def resume(dataset, out, steps):
     return main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", str(steps)])
+
+
+def test_a_run_without_the_columns_of_today_goes_on_and_counts_what_it_can(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    table = out / "metrics.csv"
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    kept = [place for place, column in enumerate(lines[0]) if column not in ADDED_METRICS]
+    table.write_text("".join(",".join(line[place] for place in kept) + "\n" for line in lines))
+    path = out / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["protlm"]["num_tokens"]
+    torch.save(checkpoint, path)
+    assert resume(dataset, out, 3) == 0
+    assert [row["tokens"] for row in rows(out)] == [""] * 3
+    assert [bool(row["muon_lr"]) for row in rows(out)] == [False, False, True]
+    whole = tmp_path / "whole"
+    assert train(dataset, whole, "--max-steps", 3, "--set", "train.schedule_steps=2") == 0
+    assert losses(out) == losses(whole)
+
+
+def test_events_go_on_where_they_were(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 2) == 0
+    for path in (out / "tensorboard" / "run").iterdir():
+        path.rename(out / "tensorboard" / path.name)
+    (out / "tensorboard" / "run").rmdir()
+    assert resume(dataset, out, 3) == 0
+    assert [path for path in (out / "tensorboard").rglob("*") if path.is_dir()] == []
 
 
 def test_a_best_model_that_was_measured_otherwise_is_none(dataset, tmp_path, capsys):

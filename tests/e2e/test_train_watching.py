@@ -1,6 +1,7 @@
 """What a run tells of itself while it goes on, when it ends, and before it starts."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -9,8 +10,14 @@ import signal
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from protlm.cli.app import main
+from protlm.config import load_config
+from protlm.data.batching.batches import training_rows
+from protlm.data.batching.draws import Draws
+from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.mixture import Mixture
 from protlm.inference.scoring import Score, Scores
 from protlm.pretrained.model_directory import read_model
 from protlm.workflows.train import callbacks
@@ -27,10 +34,46 @@ def test_a_run_explains_itself(run_dir, dataset):
     assert description["datasets"][0]["name"] == dataset.name
     assert session["versions"]["torch"] == torch.__version__
     assert str(run_dir) not in (run_dir / "run.json").read_text()
+    end = session["end"]
+    assert (end["outcome"], end["last_step"]) == ("finished", 9)
+    assert end["seconds"] > sum(float(row["seconds"]) for row in rows(run_dir, "speed.csv"))
+    assert end["valid"] == json.loads((run_dir / "model" / "config.json").read_text())["valid"]
     speed = rows(run_dir, "speed.csv")
     assert [row["step"] for row in speed] == [row["step"] for row in rows(run_dir)]
     assert all(float(row["seconds"]) > 0 and float(row["residues_per_second"]) > 0 for row in speed)
     assert all(0 <= float(row["data_wait_fraction"]) < 1 for row in speed)
+
+
+def ends(run_dir):
+    """Returns outcome and last step of each session of a run, None for one that has no end."""
+    sessions = json.loads((run_dir / "run.json").read_text())["sessions"]
+    return [end and (end["outcome"], end["last_step"]) for end in (session["end"] for session in sessions)]
+
+
+def test_a_run_that_fails_has_an_end_and_one_that_is_killed_has_none(dataset, tmp_path, failure, monkeypatch):
+    out = tmp_path / "run"
+    settings = ["--set", "train.lr=1e30", "--set", "train.optimizer=adamw", "--set", "train.warmup_steps=0"]
+    assert "the loss is" in failure("train", dataset, "--out", out, "--config", "tiny", *SMALL, *settings)
+    ((outcome, last_step),) = ends(out)
+    assert (outcome, last_step) == ("failed", len(rows(out)))
+    process = Forked("train", dataset, "--out", out, "--force", "--config", "tiny", *SMALL, "--max-steps", 100_000)
+    wait_for_rows(out, last_step + 3)
+    process.kill()
+    process.communicate()
+    assert ends(out) == [None]
+
+
+def test_an_end_that_cannot_be_written_is_a_warning(dataset, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    update = RunLog.update
+
+    def damaging(log, step, *arguments):
+        update(log, step, *arguments)
+        (out / "run.json").write_text("{")
+
+    monkeypatch.setattr(RunLog, "update", damaging)
+    assert train(dataset, out, "--max-steps", 1) == 0
+    assert "the end of this session is not in run.json" in capsys.readouterr().err
 
 
 def test_the_health_of_every_layer_is_measured(dataset, tmp_path):
@@ -50,16 +93,43 @@ def test_health_and_loggers_change_no_loss(dataset, run_dir, tmp_path):
 
 
 def test_tensorboard_reads_what_the_run_wrote(dataset, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out = tmp_path / "run"
-    assert train(dataset, out, "--max-steps", 4) == 0
+    out = tmp_path / "my run"
+    assert train(dataset, out, "--max-steps", 4, "--set", "train.health_every_steps=2") == 0
+    # A run that is renamed goes on in the same place.
+    out = out.rename(tmp_path / "renamed")
     assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", "6"]) == 0
-    events = EventAccumulator(str(out / "tensorboard"))
+    assert [path.name for path in (out / "tensorboard").iterdir()] == ["my run"]
+    events = EventAccumulator(str(out / "tensorboard" / "my run"))
     events.Reload()
-    found = events.Scalars("train/loss")
-    assert [event.step for event in found] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in found] == pytest.approx(losses(out), rel=1e-6)
+    loss = events.Scalars("loss/train")
+    assert [event.step for event in loss] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in loss] == pytest.approx(losses(out), rel=1e-6)
+    table = rows(out)
+    for tag, column in (("optimizer/adamw_lr", "lr"), ("optimizer/muon_lr", "muon_lr"), ("progress/tokens", "tokens")):
+        expected = [float(row[column]) for row in table]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(expected, rel=1e-6), tag
+    assert [event.step for event in events.Scalars("loss/valid")] == [4, 6]
+    tags = events.Tags()["scalars"]
+    assert min(tags).startswith("loss/")
+    assert {tag.partition("/")[0] for tag in tags} == {
+        "loss", "optimizer", "progress", "scores", "self_attention", "speed",
+    }  # fmt: skip
+
+
+def test_the_tokens_and_both_learning_rates_of_every_update_are_counted(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--max-steps", 3, "--set", "train.accumulate=2") == 0
+    config = load_config(out / "config.toml")
+    split = Mixture([open_dataset(dataset).split("train")])
+    planned = training_rows(Draws.of(split, config.data, config.train.seed), split.lengths, config.data)
+    sizes = [int(split.lengths[row.records].sum()) + 2 * len(row.records) for row in itertools.islice(planned, 6)]
+    assert [int(row["tokens"]) for row in rows(out)] == [sum(sizes[:count]) for count in (2, 4, 6)]
+    for row in rows(out):
+        assert float(row["muon_lr"]) == pytest.approx(float(row["lr"]) * config.train.muon_lr / config.train.lr)
+    adamw = tmp_path / "adamw"
+    assert train(dataset, adamw, "--max-steps", 1, "--set", "train.optimizer=adamw") == 0
+    assert rows(adamw)[0]["muon_lr"] == ""
+    assert "optimizer/muon_lr" not in EventAccumulator(str(adamw / "tensorboard" / "adamw")).Reload().Tags()["scalars"]
 
 
 def test_a_run_without_progress_ends_early_and_keeps_its_best_checkpoint(dataset, tmp_path, capsys):
@@ -69,7 +139,8 @@ def test_a_run_without_progress_ends_early_and_keeps_its_best_checkpoint(dataset
     words = [word for setting in settings for word in ("--set", setting)]
     assert train(dataset, out, "--max-steps", 50, *words) == 0
     assert len(rows(out)) < 50
-    assert "no lower perplexity" in capsys.readouterr().err
+    assert "no lower perplexity on valid in 2 measurements" in capsys.readouterr().err
+    assert ends(out) == [("out of patience", len(rows(out)))]
     valid = [float(row["valid/perplexity"]) for row in rows(out)]
     best = torch.load(out / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 1 + valid.index(min(valid)) == len(valid) - 2
@@ -117,6 +188,7 @@ def test_time_ends_a_run_with_a_checkpoint_and_status_0(dataset, tmp_path, capsy
     assert "its time is over" in capsys.readouterr().err
     steps = len(rows(out))
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
+    assert ends(out) == [("out of time", steps)]
     for text in ("2h", "²:00:00", "00:60:00"):
         assert train(dataset, out, "--max-time", text) == 2
 
@@ -145,6 +217,7 @@ def test_a_signal_ends_a_run_between_two_updates_and_it_resumes(name, dataset, t
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
     monkeypatch.undo()
     assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", str(steps + 1)]) == 0
+    assert ends(out) == [("interrupted", steps), ("finished", steps + 1)]
 
 
 def test_a_signal_to_a_whole_job_reaches_the_workers_that_prepare_rows_too(dataset, tmp_path):

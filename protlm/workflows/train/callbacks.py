@@ -15,6 +15,7 @@ from protlm.model.health import attention_health
 from protlm.pretrained.model_description import ModelDescription, Targets, ValidScore, targets_of
 from protlm.pretrained.model_directory import save_model
 from protlm.workflows.train import run_checkpoints
+from protlm.workflows.train.run_description import Outcome
 from protlm.workflows.train.run_log import RunLog
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, Update
@@ -33,7 +34,7 @@ class Watch(pl.Callback):
     Attributes:
         last_step: Number of the latest update.
         best: The measurement of the exported model; None without a valid split.
-        ended_early: Why the run ended before max_steps, in words; None if it did not.
+        outcome: How the run ended; None while it goes on.
         notes: Warnings about the files of the run that is resumed.
     """
 
@@ -57,8 +58,18 @@ class Watch(pl.Callback):
         self._seconds_waited = 0.0
         self.last_step = first_step
         self.best: ValidScore | None = None
-        self.ended_early: str | None = None
+        self.outcome: Outcome | None = None
         self.notes: tuple[str, ...] = ()
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why the run ended before max_steps, in words; None if it did not."""
+        words = {
+            "interrupted": "interrupted",
+            "out of time": "its time is over",
+            "out of patience": f"no lower perplexity on valid in {self._config.train.patience} measurements",
+        }
+        return None if self.outcome is None else words.get(self.outcome)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the files at the step that the run starts from."""
@@ -97,8 +108,7 @@ class Watch(pl.Callback):
         if is_last or step % settings.valid_every_steps == 0:
             valid, has_improved = self._measure(trainer, task)
             is_patience_over = 0 < settings.patience <= self._num_without_improvement
-        if not is_last:
-            self.ended_early = _reason_to_stop(update, settings.patience if is_patience_over else None)
+        outcome = "finished" if is_last else _reason_to_stop(update, is_patience_over=is_patience_over)
         if self._log is not None:
             self._log.update(step, update, valid, seconds, self._seconds_waited)
         if settings.health_every_steps and step % settings.health_every_steps == 0:
@@ -106,11 +116,13 @@ class Watch(pl.Callback):
             layers = attention_health(task.model, task.first_batch.tokens, task.first_batch.cu_seqlens)
             if self._log is not None:
                 self._log.health(step, layers)
-        ends = is_last or self.ended_early is not None
+        ends = outcome is not None
         if ends or has_improved or self._is_due(step):
             self._save_checkpoints(trainer, has_improved=has_improved)
             if self._log is not None:
-                self._log.draw_curves(is_last=ends)
+                self._log.draw_curves(self.best, is_last=ends)
+        # Only now: what fails above ends the run otherwise.
+        self.outcome = outcome
         if ends:
             trainer.should_stop = True
 
@@ -190,14 +202,12 @@ class Watch(pl.Callback):
             self._log.close()
 
 
-def _reason_to_stop(update: Update, lost_patience: int | None) -> str | None:
+def _reason_to_stop(update: Update, *, is_patience_over: bool) -> Outcome | None:
     if update.interrupted:
         return "interrupted"
     if update.time_is_over:
-        return "its time is over"
-    if lost_patience is not None:
-        return f"no lower perplexity on valid in {lost_patience} measurements"
-    return None
+        return "out of time"
+    return "out of patience" if is_patience_over else None
 
 
 def _is_lower(perplexity: float, best: float) -> bool:

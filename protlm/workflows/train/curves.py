@@ -1,12 +1,18 @@
 """curves.png of a run: how its tables become a picture, fast enough to draw it again while the run goes on."""
 
 import logging
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protlm import files
+from protlm.config import Config, ModelConfig
 from protlm.errors import CheckpointError
+from protlm.ops.feature_maps import definition_of
+from protlm.vocabulary import NUM_RESIDUES
+from protlm.workflows.pages.log_axis import set_log_scale
+from protlm.workflows.pages.palette import BASELINE_MARKS, SPLIT_MARKS
 from protlm.workflows.train.run_tables import HEALTH, METRICS, read_thinned
 
 if TYPE_CHECKING:
@@ -15,20 +21,27 @@ if TYPE_CHECKING:
 _MOST_POINTS = 1500
 """Points of a curve; more than the picture has columns of pixels would show nothing."""
 
+_MOST_MARKERS = 30
 _MOST_HEALTH_STEPS = 200
 _MOST_NAMED_LAYERS = 8
 """Layers that a legend lists one by one; more get a colour bar."""
 
+_LONGEST_AVERAGE = 20.0
+"""Points that the average of a long curve is over, in effect."""
 
-def plot_curves(run_dir: Path, *, causal: bool = False) -> None:
+_LARGEST_EXPONENT = 700.0
+
+
+def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | None = None) -> None:
     """Draws run_dir/curves.png from metrics.csv and, where features were measured, health.csv.
 
-    The upper panel has the perplexity of training, smoothed, and of the valid split; the lower one the effective number
-    of features of each layer.
+    The upper panel has the perplexity of training, averaged, and of the valid split, with the baselines; the lower one
+    the effective features of each layer.
 
     Args:
         run_dir: The run directory, with its metrics.csv.
-        causal: Whether the model predicts the next residue, rather than masked ones.
+        config: Settings of the run.
+        empirical_perplexity: Perplexity of the empirical baseline on the valid split; None before it is measured.
 
     Raises:
         CheckpointError: A table that protlm train did not write.
@@ -39,34 +52,61 @@ def plot_curves(run_dir: Path, *, causal: bool = False) -> None:
     from matplotlib.figure import Figure
 
     lines = _features_by_layer(run_dir / "health.csv")
-    figure = Figure(figsize=(7, 7 if lines else 4), layout="constrained")
+    figure = Figure(figsize=(7, 7.5 if lines else 4.5), layout="constrained")
     panels = figure.subplots(2 if lines else 1, squeeze=False, sharex=True)[:, 0]
-    _draw_perplexity(panels[0], run_dir / "metrics.csv", "the next residue" if causal else "hidden residues")
+    _draw_perplexity(panels[0], run_dir / "metrics.csv", config, empirical_perplexity)
     if lines:
-        _draw_features(panels[1], lines)
-    panels[-1].set_xlabel("step")
+        _draw_features(panels[1], lines, _total_features(config.model))
+    panels[-1].set_xlabel("training step")
+    panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     for axes in panels:
         axes.grid(alpha=0.3)
     with files.written_whole(run_dir / "curves.png") as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _draw_perplexity(axes: "Axes", path: Path, predicted: str) -> None:
+def _draw_perplexity(axes: "Axes", path: Path, config: Config, empirical_perplexity: float | None) -> None:
     rows = read_thinned(path, METRICS, _MOST_POINTS)
-    train = _points(path, "train/perplexity", rows)
+    train = _points(path, "train/loss", rows)
     valid = _points(path, "valid/perplexity", [row for row in rows if row["valid/perplexity"]])
-    steps, values = [step for step, _ in train], [value for _, value in train]
-    axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smoothed(values), color="tab:blue", label="train (smoothed)")
-    if valid:
-        axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=3, label="valid")
+    steps, losses = [step for step, _ in train], [loss for _, loss in train]
+    color = SPLIT_MARKS["train"].color
+    axes.plot(steps, [_perplexity(loss) for loss in losses], color=color, alpha=0.2, linewidth=0.7)
+    averages = [_perplexity(loss) for loss in _averages(losses)]
+    axes.plot(steps, averages, color=color, label=f"training, average: {_training_targets(config)}")
+    measured = [(step, value) for step, value in valid if math.isfinite(value)]
+    if measured:
+        mark = SPLIT_MARKS["valid"]
+        scored = "next residues" if config.model.causal else "hidden residues only"
+        size = 4 if len(measured) <= _MOST_MARKERS else 0
+        axes.plot(
+            *zip(*measured, strict=True), **mark.line, marker=mark.marker, markersize=size, label=f"valid: {scored}"
+        )
+    baselines = {f"uniform: a guess among {NUM_RESIDUES} letters": float(NUM_RESIDUES)}
+    if empirical_perplexity is not None:
+        baselines["empirical baseline on valid: residue frequencies"] = empirical_perplexity
+    for mark, (name, perplexity) in zip(BASELINE_MARKS, baselines.items(), strict=False):
+        axes.axhline(perplexity, **mark.line, label=f"{name} ({perplexity:.3g})")
     axes.set(
-        ylabel=f"perplexity of {predicted}", title="How many residues the model hesitates between: lower is better"
+        title=f"Perplexity of {'the next residue' if config.model.causal else 'hidden residues'}",
+        ylabel="perplexity, log scale (lower is better)",
     )
-    axes.legend()
+    set_log_scale(axes, "y")
+    axes.legend(fontsize="small")
 
 
-def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]]) -> None:
+def _training_targets(config: Config) -> str:
+    """Returns the residues that the loss of training is the mean over, which need not be those of the valid split."""
+    settings = config.train
+    if config.model.causal:
+        return "next tokens"
+    if settings.mask_share == 1:
+        return "hidden residues only"
+    visible = max(0.0, 1 - settings.mask_share - settings.random_share)
+    return f"{settings.mask_share:.0%} hidden, {settings.random_share:.0%} replaced, {visible:.0%} visible"
+
+
+def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]], total: int) -> None:
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -75,17 +115,25 @@ def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]]) -> N
     colors = mpl.colormaps["viridis"].resampled(256)
     scale = Normalize(min(lines), max(lines) + 0.15 * (max(lines) - min(lines)))
     for layer, points in sorted(lines.items()):
-        axes.plot(*zip(*points, strict=True), color=colors(scale(layer)), linewidth=1.2, label=f"layer {layer}")
+        shares = [(step, features / total) for step, features in points]
+        axes.plot(*zip(*shares, strict=True), color=colors(scale(layer)), linewidth=1.2, label=f"layer {layer}")
     axes.set(
-        ylabel="effective number of features",
-        title="Random features that share a layer's attention: near 1 is bad",
-        ylim=(0, None),
+        title=f"Share of the {total} features that carry a layer's attention",
+        ylabel="effective features / all (higher is better)",
+        ylim=(0, 1),
     )
     if len(lines) <= _MOST_NAMED_LAYERS:
         axes.legend(fontsize="small", ncols=2)
         return
     bar = axes.figure.colorbar(ScalarMappable(scale, colors), ax=axes, label="layer (1 is next to the input)")
     bar.ax.set_ylim(min(lines), max(lines))
+
+
+def _total_features(model: ModelConfig) -> int:
+    """Returns the number of features of a head; the attention is not exact."""
+    assert model.attention != "softmax"
+    rows = model.num_features if model.has_projection else model.head_dim
+    return rows * definition_of(model.attention).features_per_row
 
 
 def _features_by_layer(path: Path) -> dict[int, list[tuple[int, float]]]:
@@ -104,9 +152,16 @@ def _points(path: Path, column: str, rows: list[dict[str, str]]) -> list[tuple[i
         raise CheckpointError(f"{path}: {column}: {error}; move the file away") from None
 
 
-def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
+def _averages(losses: list[float]) -> list[float]:
+    """Returns the exponential average of the losses up to each one, with the bias towards 0 of its start corrected."""
+    # Over a twentieth of the curve: an average over more would lag behind a short run.
+    weight = 1 - 1 / min(_LONGEST_AVERAGE, max(1.0, len(losses) / 20))
     average, result = 0.0, []
-    for number, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
+    for number, loss in enumerate(losses, start=1):
+        average = weight * average + (1 - weight) * loss
         result.append(average / (1 - weight**number))
     return result
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, _LARGEST_EXPONENT))

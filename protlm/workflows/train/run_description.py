@@ -1,4 +1,4 @@
-"""run.json: the datasets of a run, and the programs, machines and commands of each of its starts.
+"""run.json: the datasets of a run; the programs, devices, command and outcome of each of its starts.
 
 It is for people who must repeat or explain a run. It holds no path, no host name and no environment variable.
 """
@@ -11,24 +11,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import protlm
 from protlm import files
 from protlm.errors import CheckpointError, validation_fault
+from protlm.pretrained.model_description import ValidScore
+from protlm.runtime.devices import device_name
 
 RUN_NAME = "run.json"
 RUN_FORMAT: Literal["protlm-run"] = "protlm-run"
-RUN_FORMAT_VERSION: Literal[1] = 1
+RUN_FORMAT_VERSION: Literal[2] = 2
 
 _LIBRARIES = ("torch", "pytorch-lightning", "numpy")
 _GIT_SECONDS = 10
 
 Count = Annotated[int, Field(ge=0)]
 
+Outcome = Literal["finished", "interrupted", "out of time", "out of patience", "failed"]
+"""How a session ended: `finished` at train.max_steps, or before it for one of the other reasons."""
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class TrainingSet(_Strict):
@@ -38,6 +44,24 @@ class TrainingSet(_Strict):
     hash: str
     num_records: Count
     num_residues: Count
+
+
+class SessionEnd(_Strict):
+    """The end of a session.
+
+    Attributes:
+        time: UTC time, ISO 8601, to the second.
+        seconds: Duration of the session.
+        outcome: How it ended.
+        last_step: Updates of the run by then.
+        valid: Scores of the exported model on the valid split; None if there is no model or no valid split.
+    """
+
+    time: str
+    seconds: float
+    outcome: Outcome
+    last_step: Count
+    valid: ValidScore | None
 
 
 class Session(_Strict):
@@ -51,10 +75,13 @@ class Session(_Strict):
         commit: Of the checkout that protlm runs from, with `+changes` if its files differ; None for an installed
             protlm.
         command: Words of the command line; absolute paths by their base name.
+        device: Model of the first process's GPU, or of its processor; None if an earlier protlm wrote it.
+        threads: Threads of each process for the work on a CPU; None if an earlier protlm wrote it.
         devices: Devices per node.
         num_nodes: Nodes.
         strategy: How devices share the work.
         first_step: Updates before this start.
+        end: Its end; None while it goes on, and for good if it was killed.
     """
 
     started: str
@@ -63,17 +90,23 @@ class Session(_Strict):
     platform: str
     commit: str | None
     command: list[str]
+    device: str | None = None
+    threads: Count | None = None
     devices: Count
     num_nodes: Count
     strategy: str
     first_step: Count
+    end: SessionEnd | None = None
 
 
 class RunDescription(_Strict):
-    """The content of run.json; `init_hash` is the hash of the weights given with --init, None if they were drawn."""
+    """The content of run.json; `init_hash` is the hash of the weights given with --init, None if they were drawn.
+
+    In version 1 a session had no `device`, `threads` and `end`.
+    """
 
     format: Literal["protlm-run"] = RUN_FORMAT
-    format_version: Literal[1] = RUN_FORMAT_VERSION
+    format_version: Literal[1, 2] = RUN_FORMAT_VERSION
     datasets: list[TrainingSet]
     init_hash: str | None = None
     sessions: list[Session]
@@ -92,12 +125,14 @@ def describe_session(
         first_step: Updates before this start.
     """
     return Session(
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        started=_now(),
         versions={"protlm": protlm.__version__, **{name: metadata.version(name) for name in _LIBRARIES}},
         python=platform.python_version(),
         platform=platform.platform(),
         commit=checkout_commit(Path(protlm.__file__).parent),
         command=[_without_folders(word) for word in command],
+        device=device_name(),
+        threads=torch.get_num_threads(),
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
@@ -114,9 +149,37 @@ def write_run_description(
         CheckpointError: The file exists and is not a run.json.
     """
     earlier = read_run_description(path).sessions if path.exists() else []
-    description = RunDescription(datasets=list(datasets), init_hash=init_hash, sessions=[*earlier, session])
+    _write(path, RunDescription(datasets=list(datasets), init_hash=init_hash, sessions=[*earlier, session]))
+
+
+def write_session_end(
+    path: Path, *, seconds: float, outcome: Outcome, last_step: int, valid: ValidScore | None
+) -> None:
+    """Writes run.json, whole or not at all, with the end, which is now, of its last session.
+
+    Args:
+        path: The file, with the session.
+        seconds: Duration of the session.
+        outcome: How it ended.
+        last_step: Updates of the run by now.
+        valid: Scores of the exported model; None if there are none.
+
+    Raises:
+        CheckpointError: The file is gone or is not a run.json.
+    """
+    description = read_run_description(path)
+    end = SessionEnd(time=_now(), seconds=round(seconds, 3), outcome=outcome, last_step=last_step, valid=valid)
+    ended = description.sessions[-1].model_copy(update={"end": end})
+    _write(path, description.model_copy(update={"sessions": [*description.sessions[:-1], ended]}))
+
+
+def _write(path: Path, description: RunDescription) -> None:
     with files.written_whole(path) as partial:
         partial.write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_run_description(path: Path) -> RunDescription:

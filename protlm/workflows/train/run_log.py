@@ -15,9 +15,22 @@ from tqdm import tqdm
 
 from protlm.config import Config
 from protlm.model.health import LayerHealth
+from protlm.pretrained.model_description import ValidScore
 from protlm.workflows.train.curves import plot_curves
-from protlm.workflows.train.run_tables import HEALTH, METRICS, SPEED, CsvLog
+from protlm.workflows.train.run_tables import ADDED_METRICS, HEALTH, METRICS, SPEED, CsvLog
 from protlm.workflows.train.task import Update
+
+# TensorBoard sorts groups by their names, and so the loss comes first.
+_TAGS = {
+    "train/loss": "loss/train", "valid/loss": "loss/valid",
+    "lr": "optimizer/adamw_lr", "muon_lr": "optimizer/muon_lr", "grad_norm": "optimizer/grad_norm",
+    "epoch": "progress/epoch", "tokens": "progress/tokens",
+    "train/accuracy": "scores/accuracy_train", "valid/accuracy": "scores/accuracy_valid",
+    "train/perplexity": "scores/perplexity_train", "valid/perplexity": "scores/perplexity_valid",
+    **{name: f"speed/{name}" for name in SPEED[1:]},
+}  # fmt: skip
+"""Names in TensorBoard of the columns of metrics.csv and speed.csv."""
+_HEALTH_TAG = "self_attention/{column}/layer_{layer}"
 
 _LARGEST_EXPONENT = 700.0
 _SECONDS_BETWEEN_CURVES = 60.0
@@ -32,9 +45,9 @@ class RunLog:
 
     def __init__(self, run_dir: Path, config: Config, first_step: int, loggers: Sequence[Logger]) -> None:
         self._run_dir = run_dir
-        self._causal = config.model.causal
+        self._config = config
         self._loggers = loggers
-        self._metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step=first_step)
+        self._metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step=first_step, added=ADDED_METRICS)
         self._speed = CsvLog(run_dir / "speed.csv", SPEED, last_step=first_step)
         self._health = CsvLog(run_dir / "health.csv", HEALTH, last_step=first_step)
         self.notes: tuple[str, ...] = ()
@@ -59,13 +72,16 @@ class RunLog:
             seconds: Its duration, without the measurements and checkpoints after it.
             seconds_waited: How long the training loop waited for data in it.
         """
-        row: dict[str, float] = {
+        perplexity = math.exp(min(update.loss, _LARGEST_EXPONENT))
+        row: dict[str, float | None] = {
             "step": step,
             "epoch": update.epoch,
+            "tokens": update.num_tokens,
             "train/loss": update.loss,
             "train/accuracy": update.accuracy,
-            "train/perplexity": math.exp(min(update.loss, _LARGEST_EXPONENT)),
+            "train/perplexity": perplexity,
             "lr": update.lr,
+            "muon_lr": update.muon_lr,
             "grad_norm": update.grad_norm,
             **valid,
         }
@@ -78,24 +94,29 @@ class RunLog:
         }
         self._metrics.append(row)
         self._speed.append(speed)
-        self._log_metrics(step, row | speed)
-        self._show(row, speed)
+        self._log_metrics(step, {tag: (row | speed).get(column) for column, tag in _TAGS.items()})
+        self._show(update, perplexity, valid, speed)
 
     def health(self, step: int, layers: Sequence[LayerHealth]) -> None:
         """Adds the health of every layer's attention at a step."""
-        numbers: dict[str, float] = {}
+        numbers: dict[str, float | None] = {}
         for layer in layers:
-            columns = {name: value for name, value in asdict(layer).items() if value is not None}
+            columns = asdict(layer)
             self._health.append({"step": step, **columns})
             del columns["layer"]
-            numbers |= {f"health/{name}/layer_{layer.layer}": value for name, value in columns.items()}
+            numbers |= {_HEALTH_TAG.format(column=name, layer=layer.layer): value for name, value in columns.items()}
         self._log_metrics(step, numbers)
 
-    def draw_curves(self, *, is_last: bool = False) -> None:
-        """Draws curves.png again, unless it was drawn less than a minute ago and more updates follow."""
+    def draw_curves(self, valid: ValidScore | None, *, is_last: bool = False) -> None:
+        """Draws curves.png again, unless it was drawn less than a minute ago and more updates follow.
+
+        Args:
+            valid: A measurement, for its baseline; None before the first.
+            is_last: Whether this is the last picture of the run.
+        """
         now = time.monotonic()
         if is_last or now - self._curves_drawn_at >= _SECONDS_BETWEEN_CURVES:
-            plot_curves(self._run_dir, causal=self._causal)
+            plot_curves(self._run_dir, self._config, None if valid is None else valid.empirical_perplexity)
             self._curves_drawn_at = now
 
     def close(self) -> None:
@@ -104,19 +125,19 @@ class RunLog:
             log.close()
         self._progress.close()
 
-    def _log_metrics(self, step: int, numbers: Mapping[str, float]) -> None:
-        metrics = {name: value for name, value in numbers.items() if name != "step"}
+    def _log_metrics(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        metrics = {name: value for name, value in numbers.items() if value is not None}
         for logger in self._loggers:
             logger.log_metrics(metrics, step=step)
 
-    def _show(self, row: Mapping[str, float], speed: Mapping[str, float]) -> None:
-        if "valid/perplexity" in row:
-            self._valid_perplexity = f"{row['valid/perplexity']:.2f}"
+    def _show(self, update: Update, perplexity: float, valid: Mapping[str, float], speed: Mapping[str, float]) -> None:
+        if "valid/perplexity" in valid:
+            self._valid_perplexity = f"{valid['valid/perplexity']:.2f}"
         self._progress.set_postfix(
             {
-                "loss": f"{row['train/loss']:.3f}",
-                "perplexity": f"{row['train/perplexity']:.2f}",
-                "accuracy": f"{row['train/accuracy']:.3f}",
+                "loss": f"{update.loss:.3f}",
+                "perplexity": f"{perplexity:.2f}",
+                "accuracy": f"{update.accuracy:.3f}",
                 "valid": self._valid_perplexity,
                 "residues/s": f"{speed['residues_per_second']:,.0f}",
             },

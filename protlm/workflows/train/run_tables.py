@@ -1,6 +1,6 @@
 """The CSV tables that a run writes: their columns, how a resumed run continues them, how long ones are read quickly."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,10 +10,13 @@ from protlm import files
 from protlm.errors import CheckpointError
 
 METRICS = (
-    "step", "epoch", "train/loss", "train/accuracy", "train/perplexity", "lr", "grad_norm",
+    "step", "epoch", "tokens", "train/loss", "train/accuracy", "train/perplexity", "lr", "muon_lr", "grad_norm",
     "valid/loss", "valid/accuracy", "valid/perplexity",
 )  # fmt: skip
 """Columns of metrics.csv, a row per update: only numbers that two equal runs share."""
+
+ADDED_METRICS = frozenset({"tokens", "muon_lr"})
+"""Columns that the metrics.csv of earlier versions lacks."""
 
 SPEED = ("step", "seconds", "residues_per_second", "data_wait_fraction", "peak_memory_bytes")
 """Columns of speed.csv, a row per update: numbers that depend on the machine and its load."""
@@ -33,13 +36,16 @@ class CsvLog:
         last_step: The last step that was kept from before; 0 for none.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], *, last_step: int = 0, added: Set[str] = frozenset()
+    ) -> None:
         """Opens the file, keeping the rows up to last_step and dropping those past it.
 
         Args:
             path: The file; made if there is none.
             columns: Names of the columns; the first is `step`.
             last_step: The step that the run resumes from.
+            added: Columns that a file of an earlier version lacks; they are empty in its rows.
 
         Raises:
             CheckpointError: The file is not a table with these columns.
@@ -47,8 +53,8 @@ class CsvLog:
         self._columns = tuple(columns)
         self.last_step = 0
         with files.written_whole(path) as partial, partial.open("wb") as kept:
-            kept.write(_header(columns))
-            for line in _lines(path, columns) if path.exists() else ():
+            kept.write(_line(columns))
+            for line in _lines_with_added(path, columns, added) if path.exists() else ():
                 step = int(line.partition(b",")[0])
                 if step <= last_step:
                     kept.write(line)
@@ -64,8 +70,7 @@ class CsvLog:
         unknown = sorted(row.keys() - set(self._columns))
         if unknown:
             raise ValueError(f"row: expected the columns {', '.join(self._columns)}, got also {', '.join(unknown)}")
-        fields = (row.get(column) for column in self._columns)
-        self._file.write(",".join(map(_text, fields)).encode() + b"\r\n")
+        self._file.write(_line(_text(row.get(column)) for column in self._columns))
         self._file.flush()
 
     def close(self) -> None:
@@ -147,16 +152,28 @@ def _spread(numbers: np.ndarray, most: int) -> np.ndarray:
     return numbers[np.linspace(0, len(numbers) - 1, most).round().astype(np.int64)]
 
 
-def _header(columns: Sequence[str]) -> bytes:
-    return ",".join(columns).encode() + b"\r\n"
+def _line(fields: Iterable[str]) -> bytes:
+    return ",".join(fields).encode() + b"\r\n"
 
 
 def _check_header(path: Path, line: bytes, columns: Sequence[str]) -> None:
-    if line.rstrip(b"\r\n") != _header(columns).rstrip(b"\r\n"):
+    if line.rstrip(b"\r\n") != _line(columns).rstrip(b"\r\n"):
         raise CheckpointError(
             f"{path}: line 1: expected the columns {', '.join(columns)}, got {line[:80].decode(errors='replace')!r}; "
             "move the file away"
         )
+
+
+def _lines_with_added(path: Path, columns: Sequence[str], added: Set[str]) -> Iterator[bytes]:
+    """Yields the lines of the complete rows, with empty fields for added columns that the table lacks."""
+    earlier = [column for column in columns if column not in added]
+    with path.open("rb") as file:
+        is_earlier = file.readline().rstrip(b"\r\n") == _line(earlier).rstrip(b"\r\n")
+    if not (added and is_earlier):
+        yield from _lines(path, columns)
+        return
+    for row in read_rows(path, earlier):
+        yield _line(row.get(column, "") for column in columns)
 
 
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[bytes]:

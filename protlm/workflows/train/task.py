@@ -41,7 +41,10 @@ class Update:
         accuracy: Fraction of the targets that the model ranked first.
         grad_norm: Norm of the whole gradient before clipping.
         lr: Learning rate of AdamW.
+        muon_lr: Learning rate of Muon; None without it.
         epoch: Passes over the data before its first row.
+        num_tokens: Tokens of all rows so far, special tokens included; None if an earlier protlm, which did not count
+            them, began the run.
         num_residues: Residues in its rows.
         interrupted: Whether a signal asks one of the processes to stop.
         time_is_over: Whether one of the processes has reached its time limit.
@@ -51,7 +54,9 @@ class Update:
     accuracy: float
     grad_norm: float
     lr: float
+    muon_lr: float | None
     epoch: int
+    num_tokens: int | None
     num_residues: int
     interrupted: bool
     time_is_over: bool
@@ -74,8 +79,9 @@ class LanguageModelling(pl.LightningModule):
         self.first_batch: Batch | None = None
         self._stop_request = stop_request
         self._redraw_generator = torch.Generator().manual_seed(config.train.seed + 1)
+        self._num_tokens: int | None = 0
         self._num_rows = 0
-        self._sums = [0.0, 0.0, 0.0, 0.0]
+        self._sums = [0.0] * 5
 
     def configure_model(self) -> None:
         """Shards the model over the devices under FSDP2."""
@@ -107,7 +113,8 @@ class LanguageModelling(pl.LightningModule):
         logits = self.model(batch.tokens, batch.cu_seqlens, batch.target_positions).float()
         nll = F.cross_entropy(logits, batch.targets, reduction="sum")
         num_correct = (logits.detach().argmax(-1) == batch.targets).sum()
-        for place, value in enumerate((nll.item(), num_correct.item(), len(batch.targets), batch.num_residues)):
+        numbers = (nll.item(), num_correct.item(), len(batch.targets), batch.num_residues, len(batch.tokens))
+        for place, value in enumerate(numbers):
             self._sums[place] += value
         self._num_rows += 1
         # Undoes Lightning's divisions: by the rows of this device, and by its strategies by the number of devices. The
@@ -123,7 +130,7 @@ class LanguageModelling(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns gradients of the sum into those of the mean, clips them and sets the learning rate."""
         settings = self.config.train
-        nll, num_correct, num_targets, num_residues, interrupted, time_is_over = self._totals()
+        nll, num_correct, num_targets, num_residues, num_tokens, interrupted, time_is_over = self._totals()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         torch._foreach_div_(gradients, max(1.0, num_targets))
         norm = gradient_norm(self.model.parameters())
@@ -141,18 +148,22 @@ class LanguageModelling(pl.LightningModule):
         factor = learning_rate_factor(self.global_step + 1, settings)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        if self._num_tokens is not None:
+            self._num_tokens += int(num_tokens)
         assert self.first_batch is not None
         self.last_update = Update(
             loss=loss,
             accuracy=num_correct / max(1.0, num_targets),
             grad_norm=grad_norm,
             lr=settings.lr * factor,
+            muon_lr=settings.muon_lr * factor if settings.optimizer == "muon" else None,
             epoch=self.first_batch.epoch,
+            num_tokens=self._num_tokens,
             num_residues=int(num_residues),
             interrupted=bool(interrupted),
             time_is_over=bool(time_is_over),
         )
-        self._num_rows, self._sums = 0, [0.0, 0.0, 0.0, 0.0]
+        self._num_rows, self._sums = 0, [0.0] * 5
 
     def _totals(self) -> list[float]:
         """Returns, over all processes, the sums of this update, the number interrupted and the number out of time."""
@@ -179,16 +190,18 @@ class LanguageModelling(pl.LightningModule):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the state of the projections' generator, and the settings and dataset that a resumed run must share."""
+        """Adds the projections' generator, the tokens so far, and the settings and dataset of every resumed run."""
         checkpoint["protlm"] = {
             "dataset_hash": self.dataset_hash,
             "config": self.config.model_dump(mode="json"),
             "redraw_generator": self._redraw_generator.get_state(),
+            "num_tokens": self._num_tokens,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the generator of the projections."""
+        """Restores the generator of the projections and the tokens so far, which earlier versions did not save."""
         self._redraw_generator.set_state(checkpoint["protlm"]["redraw_generator"])
+        self._num_tokens = checkpoint["protlm"].get("num_tokens")
 
 
 class TrainingData(pl.LightningDataModule):

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
+from protlm.errors import CheckpointError
 from protlm.pretrained.model_description import ModelDescription, ValidScore
 from protlm.pretrained.model_directory import read_description
 from protlm.runtime.devices import OtherProcessError, is_lost_peer, process_rank
 from protlm.workflows.train.callbacks import Watch
 from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint
-from protlm.workflows.train.run_description import RUN_NAME, describe_session, write_run_description
+from protlm.workflows.train.run_description import (
+    RUN_NAME,
+    describe_session,
+    write_run_description,
+    write_session_end,
+)
 from protlm.workflows.train.run_folder import prepare_run_dir
 from protlm.workflows.train.start import Start, TrainRequest, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
@@ -89,11 +95,16 @@ def train(
                     _fit(trainer, task, start.data, checkpoint)
                 except OtherProcessError:
                     return None
+                except KeyboardInterrupt:
+                    watch.outcome = "interrupted"
+                    raise
                 finally:
                     watch.close()
+                    if is_first:
+                        _write_end(run_dir, watch, time.perf_counter() - started)
     if not is_first:
         return None
-    has_model = (run_dir / "model" / "config.json").is_file()
+    has_model = _has_model(run_dir)
     return TrainReport(
         run_dir=run_dir,
         step=watch.last_step,
@@ -105,6 +116,25 @@ def train(
         model=run_dir / "model" if has_model else None,
         valid=read_description(run_dir / "model").valid if has_model else None,
     )
+
+
+def _has_model(run_dir: Path) -> bool:
+    return (run_dir / "model" / "config.json").is_file()
+
+
+def _write_end(run_dir: Path, watch: Watch, seconds: float) -> None:
+    """Writes the end of this session to run.json; where that fails, it adds a note, and the run's outcome stays."""
+    try:
+        valid = read_description(run_dir / "model").valid if _has_model(run_dir) else None
+        write_session_end(
+            run_dir / RUN_NAME,
+            seconds=seconds,
+            outcome=watch.outcome or "failed",
+            last_step=watch.last_step,
+            valid=valid,
+        )
+    except (CheckpointError, OSError) as error:
+        watch.notes += (f"the end of this session is not in run.json: {error}",)
 
 
 def _describer(start: Start) -> Callable[[int], ModelDescription]:
@@ -133,10 +163,18 @@ def _loggers(run_dir: Path, first_step: int, wandb_project: str | None) -> list[
     """Returns the loggers besides our own files; TensorBoard drops the steps past the checkpoint."""
     from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
-    loggers: list[Logger] = [TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1)]
+    folder = _tensorboard_folder(run_dir)
+    loggers: list[Logger] = [TensorBoardLogger(folder.parent, name="", version=folder.name, purge_step=first_step + 1)]
     if wandb_project is not None:
         loggers.append(WandbLogger(project=wandb_project, save_dir=run_dir, name=run_dir.name))
     return loggers
+
+
+def _tensorboard_folder(run_dir: Path) -> Path:
+    """Returns the folder of the events, whose name TensorBoard shows: the run's, or that of its earlier events."""
+    folder = run_dir / "tensorboard"
+    earlier = sorted(path.parent for path in folder.rglob("events.out.tfevents.*"))
+    return earlier[-1] if earlier else folder / run_dir.name
 
 
 def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, checkpoint: Path | None) -> None:

@@ -3,17 +3,21 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
+from protlm.config import load_config
 from protlm.errors import CheckpointError
 from protlm.workflows.train.curves import plot_curves
 from protlm.workflows.train.run_tables import HEALTH, METRICS, CsvLog
 
+CONFIG = load_config("tiny")
+TRAINING = "training, average: 80% hidden, 10% replaced, 10% visible"
+UNIFORM = "uniform: a guess among 25 letters (25)"
 
-def write_metrics(run_dir, num_steps, valid_steps=()):
+
+def write_metrics(run_dir, num_steps, valid=()):
+    """Writes a table with a falling loss and perplexities on valid by step."""
     log = CsvLog(run_dir / "metrics.csv", METRICS)
     for step in range(1, num_steps + 1):
-        loss = 3 / step
-        row = {"step": step, "epoch": 0, "train/loss": loss, "train/perplexity": math.exp(loss)}
-        log.append({**row, **({"valid/perplexity": 5.0 + step} if step in valid_steps else {})})
+        log.append({"step": step, "epoch": 0, "train/loss": 3 / step, "valid/perplexity": dict(valid).get(step)})
     log.close()
 
 
@@ -37,9 +41,9 @@ def drawn(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", remember)
 
-    def draw(**options):
+    def draw(config=CONFIG, **options):
         before = {path.name for path in tmp_path.iterdir()}
-        plot_curves(tmp_path, **options)
+        plot_curves(tmp_path, config, **options)
         assert {path.name for path in tmp_path.iterdir()} == before | {"curves.png"}
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
         return [axes for axes in figures[-1].axes if axes.get_label() != "<colorbar>"]
@@ -51,39 +55,87 @@ def labels(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_training_is_drawn_smoothed_and_the_valid_split_where_it_was_measured(tmp_path, drawn):
+def test_training_is_drawn_averaged_and_the_valid_split_where_it_was_measured(tmp_path, drawn):
     write_metrics(tmp_path, 10)
     (axes,) = drawn()
-    assert labels(axes) == ["train (smoothed)"]
-    write_metrics(tmp_path, 10, valid_steps=(4, 8))
+    assert labels(axes) == [TRAINING, UNIFORM]
+    write_metrics(tmp_path, 10, {4: 9.0, 8: 13.0})
     (axes,) = drawn()
-    assert labels(axes) == ["train (smoothed)", "valid"]
-    valid = axes.get_lines()[-1]
+    assert labels(axes) == [TRAINING, "valid: hidden residues only", UNIFORM]
+    (valid,) = [line for line in axes.get_lines() if line.get_label().startswith("valid")]
     assert list(zip(*valid.get_data(), strict=True)) == [(4, 9.0), (8, 13.0)]
 
 
-def test_smoothing_keeps_a_constant_and_dampens_a_jump(tmp_path, drawn):
+@pytest.mark.parametrize(("num_steps", "share"), [(100, 1 / 5), (400, 1 / 20), (800, 1 / 20), (10, 1)])
+def test_the_average_is_one_of_losses_without_the_bias_of_its_start(num_steps, share, tmp_path, drawn):
     log = CsvLog(tmp_path / "metrics.csv", METRICS)
-    for step in range(1, 101):
-        log.append({"step": step, "train/perplexity": 20.0 if step == 100 else 10.0})
+    for step in range(1, num_steps + 1):
+        log.append({"step": step, "train/loss": 5.0 if step == num_steps else 2.0})
     log.close()
-    smooth = drawn()[0].get_lines()[1].get_ydata()
-    assert smooth[:99] == pytest.approx([10.0] * 99)
-    assert 10.1 < smooth[99] < 11.0
+    averages = drawn()[0].get_lines()[1].get_ydata()
+    assert averages[:-1] == pytest.approx([math.exp(2.0)] * (num_steps - 1))
+    assert math.log(averages[-1]) == pytest.approx(2.0 + share * 3.0, rel=1e-3)
 
 
-def test_the_axis_names_the_prediction(tmp_path, drawn):
-    write_metrics(tmp_path, 2)
-    assert drawn()[0].get_ylabel() == "perplexity of hidden residues"
-    assert drawn(causal=True)[0].get_ylabel() == "perplexity of the next residue"
+def test_baselines_are_lines_with_their_names_and_values(tmp_path, drawn):
+    write_metrics(tmp_path, 3)
+    (axes,) = drawn(empirical_perplexity=17.93)
+    assert labels(axes)[1:] == [UNIFORM, "empirical baseline on valid: residue frequencies (17.9)"]
+    heights = [line.get_ydata() for line in axes.get_lines()[2:]]
+    assert [list(height) for height in heights] == [[25.0, 25.0], [17.93, 17.93]]
+    assert len({line.get_color() for line in axes.get_lines()[1:]}) == 2
 
 
-def test_features_have_a_panel_with_a_line_a_layer(tmp_path, drawn):
+def test_the_panel_names_the_prediction_and_what_training_scores(tmp_path, drawn):
+    def titled(*settings):
+        (axes,) = drawn(config=load_config("tiny", settings))
+        return axes.get_title(), labels(axes)[0], labels(axes)[1]
+
+    write_metrics(tmp_path, 2, {2: 9.0})
+    hidden, of_next = "Perplexity of hidden residues", "Perplexity of the next residue"
+    assert titled() == (hidden, TRAINING, "valid: hidden residues only")
+    only_hidden = titled("train.mask_share=1.0", "train.random_share=0.0")
+    assert only_hidden == (hidden, "training, average: hidden residues only", "valid: hidden residues only")
+    assert titled("model.causal=true") == (of_next, "training, average: next tokens", "valid: next residues")
+
+
+def test_perplexities_have_a_logarithmic_axis_with_several_ticks(tmp_path, drawn):
+    write_metrics(tmp_path, 40, {20: 16.0, 40: 15.0})
+    (axes,) = drawn()
+    assert axes.get_yscale() == "log"
+    assert len([label for label in axes.get_yticklabels() if label.get_text()]) >= 4
+
+
+def test_measurements_that_are_not_finite_are_left_out(tmp_path, drawn):
+    write_metrics(tmp_path, 4, {1: math.inf, 2: math.nan, 3: 7.0})
+    (axes,) = drawn()
+    assert list(axes.get_lines()[2].get_xdata()) == [3]
+    write_metrics(tmp_path, 4, {1: math.inf})
+    assert labels(drawn()[0]) == [TRAINING, UNIFORM]
+
+
+def test_features_have_a_panel_with_a_line_a_layer_as_a_share_of_all(tmp_path, drawn):
     write_metrics(tmp_path, 2)
     write_health(tmp_path, (1, 2, 3))
     _, axes = drawn()
     assert labels(axes) == ["layer 1", "layer 2", "layer 3"]
-    assert all(list(line.get_ydata()) == [3.0, 3.0] for line in axes.get_lines())
+    assert all(list(line.get_ydata()) == [3.0 / 128, 3.0 / 128] for line in axes.get_lines())
+    assert axes.get_ylim() == (0, 1)
+    assert "128 features" in axes.get_title()
+
+
+@pytest.mark.parametrize(
+    ("settings", "total"),
+    [
+        (["model.attention=hyperbolic"], 256),
+        (["model.attention=relu"], 128),
+        (["model.attention=relu", "model.projection=none"], 32),
+    ],
+)
+def test_all_features_are_those_of_the_map_and_its_projection(settings, total, tmp_path, drawn):
+    write_metrics(tmp_path, 2)
+    write_health(tmp_path, (1,))
+    assert f"the {total} features" in drawn(config=load_config("tiny", settings))[1].get_title()
 
 
 def test_many_layers_get_colours_and_no_long_legend(tmp_path, drawn):
@@ -115,4 +167,4 @@ def test_a_text_instead_of_a_number_is_one_line_that_names_the_file(tmp_path, na
     lines[1] = "1" + ",x" * lines[0].count(",")
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(CheckpointError, match=name):
-        plot_curves(tmp_path)
+        plot_curves(tmp_path, CONFIG)

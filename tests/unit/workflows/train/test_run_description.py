@@ -1,4 +1,5 @@
 import json
+import math
 import platform
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import torch
 
 import protlm
 from protlm.errors import CheckpointError
+from protlm.pretrained.model_description import ValidScore
+from protlm.runtime.devices import device_name
 from protlm.workflows.train import run_description
 from protlm.workflows.train.run_description import (
     TrainingSet,
@@ -17,8 +20,12 @@ from protlm.workflows.train.run_description import (
     describe_session,
     read_run_description,
     write_run_description,
+    write_session_end,
 )
 
+VALID = ValidScore(
+    targets="hidden", num_targets=9, accuracy=0.3, perplexity=9.5, empirical_accuracy=0.1, empirical_perplexity=17.9
+)
 DATASETS = [TrainingSet(name="uniref", hash="ab" * 16, num_records=10, num_residues=3000)]
 
 
@@ -39,6 +46,8 @@ def test_a_session_has_its_time_versions_and_devices():
     assert set(start.versions) == {"protlm", "torch", "pytorch-lightning", "numpy"}
     assert start.python == platform.python_version()
     assert (start.devices, start.num_nodes, start.strategy, start.first_step) == (2, 3, "fsdp", 7)
+    assert (start.device, start.threads) == (device_name(), torch.get_num_threads())
+    assert start.end is None
 
 
 def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
@@ -48,8 +57,40 @@ def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
     assert [start.first_step for start in description.sessions] == [0, 200]
     assert description.datasets == DATASETS
     content = json.loads(path.read_text())
-    assert (content["format"], content["format_version"]) == ("protlm-run", 1)
+    assert (content["format"], content["format_version"]) == ("protlm-run", 2)
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("valid", [None, VALID, VALID.model_copy(update={"perplexity": math.inf})])
+def test_the_end_is_that_of_the_last_session(path, valid):
+    write_run_description(path, DATASETS, session())
+    write_run_description(path, DATASETS, session(first_step=200))
+    before = read_run_description(path)
+    write_session_end(path, seconds=12.34567, outcome="out of time", last_step=345, valid=valid)
+    killed, ended = read_run_description(path).sessions
+    assert killed == before.sessions[0]
+    assert ended.model_copy(update={"end": None}) == before.sessions[1]
+    assert datetime.now(UTC) - datetime.fromisoformat(ended.end.time) < timedelta(minutes=1)
+    end = ended.end
+    assert (end.seconds, end.outcome, end.last_step, end.valid) == (12.346, "out of time", 345, valid)
+    assert json.loads(path.read_text())["sessions"][0]["end"] is None
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+    # The next start keeps it.
+    write_run_description(path, DATASETS, session(first_step=345))
+    assert read_run_description(path).sessions[1] == ended
+
+
+def test_a_file_of_version_1_is_read_and_goes_on_as_one_of_this_version(path):
+    write_run_description(path, DATASETS, session())
+    content = json.loads(path.read_text())
+    for key in ("device", "threads", "end"):
+        del content["sessions"][0][key]
+    path.write_text(json.dumps({**content, "format_version": 1}))
+    (earlier,) = read_run_description(path).sessions
+    assert (earlier.device, earlier.threads, earlier.end) == (None, None, None)
+    write_run_description(path, DATASETS, session(first_step=5))
+    assert json.loads(path.read_text())["format_version"] == 2
+    assert [start.first_step for start in read_run_description(path).sessions] == [0, 5]
 
 
 def test_no_folder_host_or_environment_is_written(path, monkeypatch):
@@ -66,7 +107,7 @@ def test_no_folder_host_or_environment_is_written(path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff", b"[]", b'{"format": "protlm-model", "datasets": [], "sessions": []}',
-                b'{"format": "protlm-run", "format_version": 2, "datasets": [], "sessions": []}']
+                b'{"format": "protlm-run", "format_version": 3, "datasets": [], "sessions": []}']
 )  # fmt: skip
 def test_another_file_is_refused_in_one_line_and_stays(path, content):
     path.write_bytes(content)

@@ -4,7 +4,15 @@ import pytest
 
 from protlm.errors import CheckpointError
 from protlm.workflows.train import run_tables
-from protlm.workflows.train.run_tables import HEALTH, METRICS, SPEED, CsvLog, read_rows, read_thinned
+from protlm.workflows.train.run_tables import (
+    ADDED_METRICS,
+    HEALTH,
+    METRICS,
+    SPEED,
+    CsvLog,
+    read_rows,
+    read_thinned,
+)
 
 CONTRACT = [
     "step", "epoch", "train/loss", "train/perplexity", "lr", "valid/loss", "valid/accuracy", "valid/perplexity",
@@ -146,6 +154,28 @@ def test_another_table_is_refused_with_a_remedy_and_stays_as_it_is(path, content
         with pytest.raises(CheckpointError, match=r"metrics\.csv: line 1: expected the columns step, .*move the file"):
             use()
     assert path.read_bytes() == content
+
+
+def test_a_resumed_run_fills_the_columns_that_the_table_of_an_earlier_version_lacks(path):
+    earlier = [column for column in METRICS if column not in ADDED_METRICS]
+    log = CsvLog(path, earlier)
+    for step in (1, 2, 3):
+        log.append(row(step, **(VALID if step == 2 else {})))
+    log.close()
+    before = list(read_rows(path, earlier))
+    with pytest.raises(CheckpointError, match=r"metrics\.csv: line 1"):
+        CsvLog(path, METRICS, last_step=2)
+    log = CsvLog(path, METRICS, last_step=2, added=ADDED_METRICS)
+    log.append(row(3, tokens=12, muon_lr=0.5))
+    log.close()
+    rows = list(read_rows(path, METRICS))
+    assert [(values["step"], values["tokens"], values["muon_lr"]) for values in rows] == [
+        ("1", "", ""), ("2", "", ""), ("3", "12", "0.5"),
+    ]  # fmt: skip
+    assert [{column: values[column] for column in earlier} for values in rows[:2]] == before[:2]
+    again = CsvLog(path, METRICS, last_step=3, added=ADDED_METRICS)
+    again.close()
+    assert list(read_rows(path, METRICS)) == rows
 
 
 def thinned_steps(path, most):
