@@ -61,11 +61,11 @@ bench: setup
 	$(BIN)/python scripts/bench/train_step.py
 	$(BIN)/python scripts/bench/embed.py
 
-# The four commands on real proteins: make demo FASTA=my.fasta runs them on yours.
-FASTA ?= data/trembl_sample.fasta.gz
+# The four commands on families of real proteins: make demo FASTA=my.fasta runs them on yours.
+FASTA ?=
 DEMO ?= demo
 demo: setup
-	$(BIN)/python scripts/demo.py --fasta "$(FASTA)" --out "$(DEMO)"
+	$(BIN)/python scripts/demo.py $(if $(FASTA),--fasta "$(FASTA)") --out "$(DEMO)"
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
