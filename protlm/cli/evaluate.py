@@ -207,6 +207,7 @@ def _cells(row: "ScoreRow") -> tuple[str, str, str, str]:
     return (
         f"{accuracy:.4f}",
         "" if low is None or high is None else f"{(high - low) / 2:.4f}",
-        f"{perplexity:.3f}",
+        # A report has null for what no number can hold.
+        "inf" if perplexity is None else f"{perplexity:.3f}",
         "" if least is None or most is None else f"{least:.3f} to {most:.3f}",
     )

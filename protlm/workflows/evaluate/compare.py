@@ -116,6 +116,9 @@ def read_report(path: Path) -> dict[str, Any]:
     missing = [key for key in (*_SAME, "weights_hash", "model_name", "num_parameters") if key not in report]
     if missing or not all(_has_replicates(split) for split in report["splits"].values()):
         raise ProtlmError(f"{path}: damaged: {missing[0] if missing else 'replicates'} missing; evaluate again")
+    for name, split in report["splits"].items():
+        if any(split["scores"]["model"].get(metric) is None for metric in REPLICATED):
+            raise ProtlmError(f"{path}: the scores on {name} are no numbers, as of a model that has diverged")
     return report
 
 
