@@ -79,6 +79,7 @@ def test_threads_are_compared_and_their_number_is_restored():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_measure_memory(), reason="this system cannot reset the peak of a process")
 def test_a_peak_is_measured_in_a_new_process():
     length = 8192

@@ -174,6 +174,7 @@ def test_attention_is_removed_for_the_loss_alone_and_what_comes_before_it_keeps_
     assert gradients[PROTLM].count_nonzero() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_measure_memory(), reason="this system cannot reset the peak of a process")
 def test_a_peak_is_measured_in_a_new_process():
     sizes, length = Sizes(num_layers=2, model_dim=256, num_heads=4, ffn_dim=1024, num_features=16), 2048
