@@ -18,9 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # As in protlm itself: waiting threads sleep, so that a busy machine costs no more than its share.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+
 from scripts.environment import environment
 from scripts.report import attention_sections, cost_section, kernel_sections, page
 from scripts.report.page import Section
+from scripts.report.plots import backend_of
 from scripts.report.settings import Settings, quick_settings
 
 SECTIONS: tuple[Callable[[Settings, Path], Section], ...] = (
@@ -49,7 +52,12 @@ def write_report(settings: Settings, out: Path, command: str) -> list[Section]:
             elapsed = time.perf_counter() - began
             section.numbers["wall_seconds"] = round(elapsed, 1)
             print(f"{section.verdict:8}  {number}. {section.title} ({elapsed:.0f} s)", flush=True)
-        facts = {**environment(), "seed": settings.seed, "wall": f"{time.perf_counter() - started:.0f} s"}
+        facts = {
+            **environment(),
+            "backend for float32": backend_of(torch.float32),
+            "seed": settings.seed,
+            "wall": f"{time.perf_counter() - started:.0f} s",
+        }
         page.write(folder, sections, facts, command)
         out.mkdir(exist_ok=True)
         for path in folder.iterdir():

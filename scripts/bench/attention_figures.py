@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scripts.attention_calls import BOTH, FEATURES, FORWARD, HEAD_DIM, HEADS
 from scripts.bench.attention_implementations import COMPILED, GEMM, GEMM_SIZE, OURS, RELU_PEER, SOFTMAX_PEER
 from scripts.bench.attention_measurements import LONG_ROWS, PACKED, UNPACKED
 from scripts.bench.harness import Figure, ratio
 from scripts.measuring import MEBIBYTE, PAGE_BYTES, Times
 from scripts.report.approximation import log_log_slope
-from scripts.report.page import Line, plot
+from scripts.report.plots import Line, conditions, plot
 
 SETUP = f"B1 H{HEADS} d{HEAD_DIM} M{FEATURES} float32"
 MULTIPLIES = {FORWARD: 4, BOTH: 12}
@@ -19,10 +21,13 @@ MULTIPLIES = {FORWARD: 4, BOTH: 12}
 PEER_OF = {RELU_PEER: "favor relu"}
 """Which of ours a peer is compared with, where it is not `favor`."""
 LINES = {
-    "favor": (0, 0), "favor relu": (0, 1), "favor causal": (0, 2), "exact (SDPA)": (1, 0), SOFTMAX_PEER: (2, 0),
-    RELU_PEER: (2, 1), "plain formula": (3, 0), COMPILED: (3, 1), "chunked torch": (4, 0),
+    "favor": ("positive", "bidirectional"), "favor causal": ("positive", "causal"),
+    "chunked torch": ("positive", "torch"), "plain formula": ("positive", "formula"),
+    COMPILED: ("positive", "compiled formula"), "favor relu": ("relu", "bidirectional"),
+    "exact (SDPA)": ("exact", "bidirectional"), SOFTMAX_PEER: ("peer", "bidirectional"),
+    RELU_PEER: ("relu peer", "bidirectional"),
 }  # fmt: skip
-"""Colour and dash of each line of the plot."""
+"""Subject and kind of each line of the plot."""
 
 
 def figures(measured: Mapping[str, Any]) -> list[Figure]:
@@ -50,13 +55,13 @@ def figures(measured: Mapping[str, Any]) -> list[Figure]:
 def draw(path: Path, speed: Mapping[int, Times]) -> None:
     """Writes a plot of time against length, one line per implementation."""
     lines = []
-    for name, (group, style) in LINES.items():
+    for name, (subject, kind) in LINES.items():
         medians = {length: statistics.median(times[name][BOTH]) for length, times in speed.items() if name in times}
         if medians:
-            lines.append(Line(name, list(medians), [seconds * 1e3 for seconds in medians.values()], group, style))
+            lines.append(Line(name, list(medians), [seconds * 1e3 for seconds in medians.values()], subject, kind))
     plot(
         path, lines, x_label="length (tokens)", y_label="time (ms)", title=f"Time of {BOTH} ({SETUP})",
-        x_ticks={length: f"{length:,}" for length in speed},
+        foot=conditions(torch.float32), x_ticks={length: f"{length:,}" for length in speed},
     )  # fmt: skip
 
 

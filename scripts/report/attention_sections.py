@@ -19,7 +19,8 @@ from scripts.report.approximation import (
     uniform_errors,
 )
 from scripts.report.estimates import KINDS, SOFTMAX_MAPS, generator_of, mean_of
-from scripts.report.page import Line, Section, plot, table
+from scripts.report.page import Section, table
+from scripts.report.plots import Line, conditions, plot
 from scripts.report.settings import Settings
 
 HEAD_DIM = 16
@@ -36,6 +37,9 @@ VARIANTS = (
     ("oprf", "orthogonal", 256), ("trig", "orthogonal", 256),
 )  # fmt: skip
 
+LINE_WIDTHS = {64: 0.8, 256: 1.6, 1024: 2.8}
+"""More features, a thicker line."""
+
 EPSILONS = (1e-4, 1e-6)
 EPSILON_SIZES = {"head_dim": 64, "num_features": 256}
 EPSILON_CASES = ((1.0, 128), (4.0, 128), (1.0, 1024), (4.0, 1024))
@@ -48,7 +52,7 @@ def uniform(settings: Settings, folder: Path) -> Section:
     features, length = settings.uniform_features, settings.uniform_length
     sizes = {"head_dim": HEAD_DIM, "square": UNIFORM_SQUARE, "draws": settings.draws, "seed": settings.seed}
     lines, rows, by_length, numbers, passed = [], [], [], {}, True
-    for number, (feature_map, (lowest, highest)) in enumerate(SLOPES.items()):
+    for feature_map, (lowest, highest) in SLOPES.items():
         errors = [
             mean_of(uniform_errors(feature_map, "orthogonal", length=length, num_features=count, **sizes))
             for count in features
@@ -66,15 +70,17 @@ def uniform(settings: Settings, folder: Path) -> Section:
             "slope": slope, "lengths": settings.uniform_lengths, "mean_max_error_by_length": [e.value for e in lengths],
         }  # fmt: skip
         spread = [error.standard_error for error in errors]
-        lines.append(Line(f"{feature_map}, slope {slope:.2f}", features, means, number, 0, spread))
+        label = f"{feature_map}, slope {slope:.2f}".replace("-", "−")
+        lines.append(Line(label, features, means, feature_map, "orthogonal", spread))
         rows.append((feature_map, *(f"{value:.3f}" for value in means), f"{slope:.2f}"))
         by_length.append((feature_map, *(f"{e.value:.3f} ± {e.standard_error:.3f}" for e in lengths)))
     guide = [means[0] * math.sqrt(features[0] / count) for count in features]
-    lines.append(Line("slope −½", features, guide, 4, 2))
+    lines.append(Line("slope −½, for comparison", features, guide, "reference", "reference"))
     name = "uniform.png"
     plot(
         folder / name, lines, x_label="features", y_label="max |A − Â| over all pairs", x_ticks=_ticks(features),
-        title=f"Largest error of the un-normalised weights, L = {length}",
+        title=f"Largest error of the un-normalised weights, L = {length}, orthogonal rows",
+        foot=conditions(torch.float64),
     )  # fmt: skip
     return Section(
         "The largest error over all pairs falls like one over the root of the number of features",
@@ -156,14 +162,14 @@ def _figure_4(
     for name, errors, inputs in panels:
         lines = [
             Line(f"{feature_map}, {kind}", features,
-                 [errors[feature_map, kind, count].median().item() for count in features], group, style)
-            for group, feature_map in enumerate(("positive", "trig", "oprf"))
-            for style, kind in enumerate(("orthogonal", "iid"))
+                 [errors[feature_map, kind, count].median().item() for count in features], feature_map, kind)
+            for feature_map in ("positive", "trig", "oprf")
+            for kind in ("orthogonal", "iid")
         ]  # fmt: skip
         title = f"Error of the output, L = {settings.output_length:,}, d = {HEAD_DIM}, {inputs}"
         plot(
             folder / name, lines, x_label="features", y_label="mean squared error (median of draws)", title=title,
-            x_ticks=_ticks(features),
+            foot=conditions(torch.float64), x_ticks=_ticks(features),
         )  # fmt: skip
         plots.append((name, title))
     return plots
@@ -214,14 +220,13 @@ def _by_norm(settings: Settings, folder: Path) -> tuple[str, dict[str, list[floa
             curves[f"{name}, {kind}"].append((errors / power).sqrt().median().item())
         average.append(relative_error(v.mean(2, keepdim=True).expand_as(v), expected))
     curves["average of all values"] = average
-    shown = ("positive, orthogonal", "trig, orthogonal", "oprf, orthogonal", "oprf, simplex", "average of all values")
-    lines = [
-        Line(name, settings.norms, curves[name], group, 2 if group == 4 else 0) for group, name in enumerate(shown)
-    ]
+    shown = (("positive", "orthogonal"), ("trig", "orthogonal"), ("oprf", "orthogonal"), ("oprf", "simplex"))
+    lines = [Line(f"{name}, {kind}", settings.norms, curves[f"{name}, {kind}"], name, kind) for name, kind in shown]
+    lines.append(Line("average of all values, without attention", settings.norms, average, "reference", "reference"))
     plot(
         folder / "norms.png", lines, x_label="‖x‖² = ‖y‖²", y_label="relative error of the output (median of draws)",
-        title=f"L = {length:,}, d = {NORM_HEAD_DIM}, {NORM_FEATURES} features",
-        x_ticks={square: f"{square:g}" for square in settings.norms},
+        title=f"Error of the output by norms, L = {length:,}, d = {NORM_HEAD_DIM}, {NORM_FEATURES} features",
+        foot=conditions(torch.float64), x_ticks={square: f"{square:g}" for square in settings.norms},
     )  # fmt: skip
     useful = [
         square for square, ours, nothing in zip(settings.norms, curves["positive, orthogonal"], average, strict=True)
@@ -244,17 +249,20 @@ def layers(settings: Settings, folder: Path) -> Section:
     )  # fmt: skip
     depths = list(range(1, settings.layers + 1))
     lines, rows, numbers, means = [], [], [], {}
-    for group, (variant, samples) in enumerate(errors.items()):
+    for variant, samples in errors.items():
         values = torch.tensor(samples, dtype=torch.float64)
         name = f"{variant[0]}, {variant[2]} features"
         means[variant] = values.mean(0)
         spread = (values.std(0) / math.sqrt(len(values))).tolist()
-        lines.append(Line(name, depths, means[variant].tolist(), group, 0, spread))
+        lines.append(
+            Line(name, depths, means[variant].tolist(), variant[0], variant[1], spread, width=LINE_WIDTHS[variant[2]])
+        )
         rows.append((name, *(f"{value:.3f}" for value in means[variant].tolist())))
         numbers.append({"map": variant[0], "kind": variant[1], "features": variant[2], "relative_errors": samples})
     plot(
         folder / "layers.png", lines, x_label="layers", y_label="relative error of the residual stream", x_log=False,
-        title=f"FAVOR against exact attention in a stack, L = {settings.layer_length}",
+        title=f"FAVOR against exact attention in a stack, L = {settings.layer_length}, orthogonal rows",
+        foot=conditions(torch.float64),
         x_ticks=_ticks(depths),
     )  # fmt: skip
     fewer = all(bool((means[more] < means[less]).all()) for less, more in pairwise(VARIANTS[:3]))
@@ -326,4 +334,4 @@ def _share(value: float) -> str:
 
 
 def _ticks(values: list[int] | tuple[int, ...]) -> dict[float, str]:
-    return {value: str(value) for value in values}
+    return {value: f"{value:,}" for value in values}

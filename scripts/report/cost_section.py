@@ -4,11 +4,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scripts.attention_calls import FEATURES, HEAD_DIM, HEADS
 from scripts.measuring import MEBIBYTE, PAGE_BYTES, can_measure_memory
 from scripts.report.approximation import log_log_slope
 from scripts.report.cost import CASES, Case, peak_bytes, seconds
-from scripts.report.page import Line, Section, plot, table
+from scripts.report.page import Section, table
+from scripts.report.plots import Line, conditions, plot
 from scripts.report.settings import Settings
 
 TIME_SLOPE, MEMORY_SLOPE = 1.05, 0.3
@@ -46,10 +49,10 @@ def cost(settings: Settings, folder: Path) -> Section:
             "keeps one state of M × (d + 1) numbers a head and a stretch of features; the causal backward keeps M "
             "numbers a head for every stretch. `exact (SDPA)` is torch's fused attention, which forms no matrix of "
             "pairs; `matrix formed` is the formula as it is written. (The paper's Figure 3.)",
-            f"B 1, H {HEADS}, d {HEAD_DIM}, M {FEATURES}, `positive`, float32; medians of {settings.repeats} calls, "
-            "taken in turns. A peak is that of the process's resident memory during one call in a process apart, "
-            "less what was resident before and less the outputs. Slopes are those of a line through all points in "
-            "logarithms: 1 is linear, 2 quadratic.",
+            f"B 1, H {HEADS}, d {HEAD_DIM}, M {FEATURES}, `positive`. {conditions(torch.float32)}. Medians of "
+            f"{settings.repeats} calls, taken in turns. A peak is that of the process's resident memory during one "
+            "call in a process apart, less what was resident before and less the outputs. Slopes are those of a line "
+            "through all points in logarithms: 1 is linear, 2 quadratic.",
         ],
         tables=[table(columns, rows)],
         plots=_plots(folder, times, peaks),
@@ -94,13 +97,13 @@ def _met(slope: float, target: float) -> str:
 def _plots(
     folder: Path, times: dict[Case, dict[int, list[float]]], peaks: dict[Case, dict[int, int]]
 ) -> list[tuple[str, str]]:
-    made = []
-    groups = {"favor": 0, "exact": 1, "formed": 4}
+    made, foot = [], conditions(torch.float32)
+    subjects = {"favor": "positive", "exact": "exact", "formed": "formed"}
     for backward in (False, True):
         cases = [case for case in CASES if case.backward == backward]
         work = cases[0].work
         ticks = {length: f"{length:,}" for length in times[cases[0]]}
-        setup = f"H {HEADS}, d {HEAD_DIM}, M {FEATURES}"
+        setup = f"{HEADS} heads of {HEAD_DIM}, {FEATURES} features"
         for quantity, label, unit in (("time", "time (ms)", 1e3), ("memory", "peak memory (MiB)", 1 / MEBIBYTE)):
             lines = []
             for case in cases:
@@ -111,11 +114,12 @@ def _plots(
                 )
                 if values:
                     y = [value * unit for value in values.values()]
-                    lines.append(Line(case.name, list(values), y, groups[case.implementation], int(case.causal)))
+                    kind = "causal" if case.causal else "bidirectional"
+                    lines.append(Line(case.name, list(values), y, subjects[case.implementation], kind))
             if not lines:
                 continue
             name = f"{quantity}_{'training' if backward else 'forward'}.png"
             title = f"{'Peak memory above inputs and outputs' if quantity == 'memory' else 'Time'}, {work} ({setup})"
-            plot(folder / name, lines, x_label="length (tokens)", y_label=label, title=title, x_ticks=ticks)
+            plot(folder / name, lines, x_label="length (tokens)", y_label=label, title=title, foot=foot, x_ticks=ticks)
             made.append((name, f"{title} against length"))
     return made

@@ -23,7 +23,8 @@ from scripts.report.estimates import (
     mean_of,
     ratio_of,
 )
-from scripts.report.page import Line, Section, plot, table
+from scripts.report.page import Section, table
+from scripts.report.plots import Line, plot
 from scripts.report.settings import Settings
 
 HEAD_DIM = 16
@@ -171,16 +172,19 @@ def kinds(settings: Settings, folder: Path) -> Section:
     squares = [0.25 * step for step in range(1, 21)]
     base = [mean_square_error("positive", "iid", pair_of_sum(s, 0.0), PAPER_HEAD_DIM, 64) for s in squares]
     lines = []
-    for number, (name, (feature_map, kind, rows, _)) in enumerate(PAPER_COLUMNS.items()):
+    for feature_map, kind, rows, _ in PAPER_COLUMNS.values():
         ratios = [
             mean_square_error(feature_map, kind, pair, PAPER_HEAD_DIM, rows, best_a(pair, PAPER_HEAD_DIM)) / divisor
             for pair, divisor in zip([pair_of_sum(s, 0.0) for s in squares], base, strict=True)
         ]
-        lines.append(Line(name, squares, ratios, number, 0))
+        label = f"{feature_map}, {kind}" + (f", {rows} rows" if rows != PAPER_HEAD_DIM else "")
+        lines.append(Line(label, squares, ratios, feature_map, kind))
+    lines.append(Line("positive, iid", squares, [1.0] * len(squares), "positive", "iid"))
     name = "kinds.png"
     plot(
-        folder / name, lines, x_label="‖x + y‖²", y_label="MSE / MSE of iid positive", x_log=False, y_log=False,
-        title="64 features, head_dim 64: closed forms",
+        folder / name, lines, x_label="‖x + y‖²", y_label="MSE / MSE of iid rows and positive", x_log=False,
+        y_log=False, title="Error of a weight by projection and feature map, 64 features, head_dim 64",
+        foot="closed forms, no measurement",
     )  # fmt: skip
     return Section(
         "Orthogonal rows lower the variance, simplex rows and OPRF lower it further",

@@ -1,37 +1,10 @@
-"""The report as a folder: how tables, plots and the page are written."""
+"""The report as a folder: how tables and the page are written."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
-
-COLOURS = ("#1f5fa8", "#d9730d", "#2e8b57", "#7a4fa3", "#777777")
-MARKERS = ("o", "s", "^", "D", "v")
-DASHES = ("-", "--", ":")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve of a plot.
-
-    Attributes:
-        label: In the legend.
-        x: Along the axis.
-        y: Values.
-        group: Curves of one group have one colour.
-        style: Curves of one style have one kind of line.
-        spread: Half the height of a bar at each point.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    group: int = 0
-    style: int = 0
-    spread: Sequence[float] | None = None
 
 
 @dataclass
@@ -70,40 +43,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str
     lines = [columns, rules, *([str(cell) for cell in row] for row in rows)]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{caption}\n\n{drawn}" if caption else drawn
-
-
-def plot(
-    path: Path, lines: Sequence[Line], *, x_label: str, y_label: str, title: str, x_log: bool = True,
-    y_log: bool = True, x_ticks: Mapping[float, str] | None = None,
-) -> None:  # fmt: skip
-    """Writes a PNG of curves."""
-    # The figure class is used directly: pyplot would look for a display and keep global state.
-    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for line in lines:
-        options = {
-            "color": COLOURS[line.group], "marker": MARKERS[line.group], "linestyle": DASHES[line.style],
-            "label": line.label, "markersize": 5, "linewidth": 1.6,
-            "markerfacecolor": COLOURS[line.group] if line.style == 0 else "white",
-        }  # fmt: skip
-        if line.spread is None:
-            axes.plot(line.x, line.y, **options)
-        else:
-            axes.errorbar(line.x, line.y, yerr=line.spread, capsize=3, **options)
-    if x_log:
-        axes.set_xscale("log", base=2)
-    if y_log:
-        axes.set_yscale("log")
-    if x_ticks is not None:
-        axes.set_xticks(list(x_ticks), list(x_ticks.values()))
-        axes.minorticks_off()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, fontsize=11)
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=8.5, framealpha=0.9)
-    figure.savefig(path)
 
 
 def write(folder: Path, sections: Sequence[Section], environment: Mapping[str, Any], command: str) -> None:

@@ -5,9 +5,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from scripts import attention_report
+from scripts.report.plots import SUBJECTS, conditions
 from scripts.report.settings import quick_settings
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def quicker_settings(seed):
@@ -18,9 +24,39 @@ def quicker_settings(seed):
     )  # fmt: skip
 
 
+def check_figures(figures):
+    """Every figure can be read by itself, and beside the others: a colour has one meaning in all of them."""
+    colors = {}
+    for name, figure in figures.items():
+        (axes,) = figure.axes
+        (foot,) = (text.get_text() for text in figure.texts)
+        measured_as = "float32" if name.startswith(("time", "memory")) else "float64"
+        assert foot == ("closed forms, no measurement" if name == "kinds.png" else conditions(DTYPES[measured_as]))
+        assert len([label for label in axes.get_yticklabels() if label.get_text()]) >= 4, name
+        handles, labels = axes.get_legend_handles_labels()
+        looks = set()
+        for handle, label in zip(handles, labels, strict=True):
+            # Lines with error bars are containers of several artists.
+            line = handle if isinstance(handle, Line2D) else handle.lines[0]
+            looks.add((line.get_color(), line.get_linestyle(), str(line._dash_pattern), line.get_linewidth()))
+            subject = "reference" if line.get_color() == SUBJECTS["reference"][0] else label.partition(",")[0]
+            colors.setdefault(subject, set()).add(line.get_color())
+        assert len(looks) == len(labels), name
+    assert all(len(of_subject) == 1 for of_subject in colors.values())
+    assert colors.pop("FAVOR") == colors["positive"]
+    assert len(set.union(*colors.values())) == len(colors)
+
+
 @pytest.mark.parametrize("settings", [quicker_settings, pytest.param(quick_settings, marks=pytest.mark.slow)])
 def test_a_report_has_every_section_with_its_verdict_and_plots(settings, tmp_path, monkeypatch):
-    out = tmp_path / "report"
+    out, figures = tmp_path / "report", {}
+    save = Figure.savefig
+
+    def remember(figure, path, **options):
+        figures[path.name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
     monkeypatch.setattr(attention_report, "quick_settings", settings)
     monkeypatch.setattr(sys, "argv", ["attention_report.py", "--out", str(out), "--quick"])
     attention_report.main()
@@ -33,6 +69,9 @@ def test_a_report_has_every_section_with_its_verdict_and_plots(settings, tmp_pat
     plots = sorted(path.name for path in out.glob("*.png"))
     assert plots
     assert all(f"({name})" in page for name in plots)
+    assert sorted(figures) == plots
+    check_figures(figures)
+    assert content["environment"]["backend for float32"] in page
     # Nothing is replaced unasked. A message as the code is printed, and the status is 1.
     with pytest.raises(SystemExit) as ended:
         attention_report.main()
