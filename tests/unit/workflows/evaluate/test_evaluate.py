@@ -137,6 +137,17 @@ def test_the_pseudo_perplexity_of_a_report_is_that_of_a_loop_over_its_proteins(r
     assert measured["perplexity_stderr"] > 0
 
 
+def test_relatives_are_resampled_together_also_where_residues_are_hidden_alone(report, tmp_path):
+    proteins = [(f"p{number}", sequence) for number, sequence in enumerate(random_sequences(6))]
+    of_two = {name: f"c{number % 2}" for number, (name, _) in enumerate(proteins)}
+    for clusters, has_interval in ((of_two, True), (dict.fromkeys(of_two, "c"), False)):
+        folder = tmp_path / str(has_interval)
+        folder.mkdir()
+        scored, _ = report(on=prepare(folder, {"test": proteins}, clusters=clusters), pseudo_perplexity=6)
+        for row in (scored.model, scored.splits["test"].pseudo_perplexity):
+            assert (row["perplexity_stderr"] is not None) is has_interval
+
+
 def test_the_rows_on_request_are_there_only_on_request(report, labelled):
     plain = {"model", "empirical", "uniform"}
     assert set(report(on=labelled)[0].splits["test"].scores) == plain
@@ -146,6 +157,7 @@ def test_the_rows_on_request_are_there_only_on_request(report, labelled):
     # A new model has the weights of its seed, and so have random weights with the same one.
     assert scores["random_weights"] == scores["model"]
     assert scores["copies"]["accuracy"] > 1.5 * scores["empirical"]["accuracy"]
+    assert scores["model_as_trained"]["perplexity"] != scores["model"]["perplexity"]
 
 
 def test_random_weights_are_another_draw_of_the_same_architecture(report, labelled, tmp_path):
