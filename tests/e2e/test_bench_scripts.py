@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from protlm.data import compiled
+from scripts.bench import evaluate as evaluate_bench
 from scripts.bench import fasta as fasta_bench
 from scripts.bench import harness, prep
 from scripts.bench.harness import Report, median, ratio
 from scripts.measuring import take_turns
+from tests.e2e.conftest import write_fasta
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "RESULTS.md"
-SCRIPTS = ("attention", "embed", "fasta", "prep", "train_step")
+SCRIPTS = ("attention", "embed", "evaluate", "fasta", "prep", "train_step")
 
 
 @pytest.mark.parametrize(
@@ -203,3 +205,13 @@ def test_other_digests_end_the_run_of_fasta_without_a_figure(wrong, fasta, monke
     with pytest.raises(SystemExit, match="other digests than those of the installed build"):
         fasta_bench.main(["--fasta", str(fasta), "--repeats", "1"])
     assert capsys.readouterr().out == ""
+
+
+def test_a_tiny_run_of_evaluate_compares_evaluation_with_forward_passes(proteins, tmp_path, capsys):
+    write_fasta(tmp_path / "small.fasta", sorted(proteins, key=lambda protein: len(protein[1]))[:60])
+    evaluate_bench.main(
+        ["--fasta", str(tmp_path / "small.fasta"), "--repeats", "1", "--test-fraction", "0.3", "--json"]
+    )
+    content = json.loads(capsys.readouterr().out)
+    assert content["measured"]["proteins"] > 5
+    assert content["figures"][0]["value"] > 0
