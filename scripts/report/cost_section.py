@@ -97,13 +97,13 @@ def _met(slope: float, target: float) -> str:
 def _plots(
     folder: Path, times: dict[Case, dict[int, list[float]]], peaks: dict[Case, dict[int, int]]
 ) -> list[tuple[str, str]]:
-    made, foot = [], conditions(torch.float32)
+    made = []
+    foot = f"{HEADS} heads of {HEAD_DIM}, {FEATURES} features; {conditions(torch.float32)}"
     subjects = {"favor": "positive", "exact": "exact", "formed": "formed"}
     for backward in (False, True):
         cases = [case for case in CASES if case.backward == backward]
         work = cases[0].work
         ticks = {length: f"{length:,}" for length in times[cases[0]]}
-        setup = f"{HEADS} heads of {HEAD_DIM}, {FEATURES} features"
         for quantity, label, unit in (("time", "time (ms)", 1e3), ("memory", "peak memory (MiB)", 1 / MEBIBYTE)):
             lines = []
             for case in cases:
@@ -119,7 +119,7 @@ def _plots(
             if not lines:
                 continue
             name = f"{quantity}_{'training' if backward else 'forward'}.png"
-            title = f"{'Peak memory above inputs and outputs' if quantity == 'memory' else 'Time'}, {work} ({setup})"
+            title = f"{'Peak memory above inputs and outputs' if quantity == 'memory' else 'Time'}, {work}"
             plot(folder / name, lines, x_label="length (tokens)", y_label=label, title=title, foot=foot, x_ticks=ticks)
             made.append((name, f"{title} against length"))
     return made

@@ -13,8 +13,6 @@ from scripts import attention_report
 from scripts.report.plots import SUBJECTS, conditions
 from scripts.report.settings import quick_settings
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
 
 def quicker_settings(seed):
     """As quick settings, where fewer draws show the claims with this seed, too."""
@@ -30,8 +28,11 @@ def check_figures(figures):
     for name, figure in figures.items():
         (axes,) = figure.axes
         (foot,) = (text.get_text() for text in figure.texts)
-        measured_as = "float32" if name.startswith(("time", "memory")) else "float64"
-        assert foot == ("closed forms, no measurement" if name == "kinds.png" else conditions(DTYPES[measured_as]))
+        measured_as = torch.float32 if name.startswith(("time", "memory")) else torch.float64
+        assert foot.endswith("closed forms, no measurement" if name == "kinds.png" else conditions(measured_as))
+        for text in (axes.title, *figure.texts):
+            box = text.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width, (name, text.get_text())
         assert len([label for label in axes.get_yticklabels() if label.get_text()]) >= 4, name
         handles, labels = axes.get_legend_handles_labels()
         looks = set()
