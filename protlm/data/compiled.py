@@ -20,7 +20,7 @@ def is_available() -> bool:
 
 def why_not() -> str | None:
     """Returns the reason why the library cannot be used, None if it can."""
-    loaded = _load()
+    loaded = load()
     return loaded if isinstance(loaded, str) else None
 
 
@@ -30,23 +30,28 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: It is not available.
     """
-    loaded = _load()
+    loaded = load()
     if isinstance(loaded, str):
         raise RuntimeError(f"the compiled FASTA parser is not available: {loaded}")
     return loaded
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | str:
-    """Returns the library, or the reason why there is none."""
-    spec = importlib.util.find_spec(_EXTENSION)
+def load(extension: str = _EXTENSION, version: int = _VERSION) -> ctypes.CDLL | str:
+    """Returns the library, or the reason why there is none.
+
+    Args:
+        extension: Where it is, as a module.
+        version: The version that it must be of.
+    """
+    spec = importlib.util.find_spec(extension)
     if spec is None or spec.origin is None:
         return "it was not built; install a C++17 compiler such as g++, then install protlm again"
     try:
         loaded = ctypes.CDLL(spec.origin)
-        version = _declare(loaded, "protlm_fasta_version", Integer)()
-        if version != _VERSION:
-            return f"{spec.origin} is of version {version}, not {_VERSION}; install protlm again"
+        found = _declare(loaded, "protlm_fasta_version", Integer)()
+        if found != version:
+            return f"{spec.origin} is of version {found}, not {version}; install protlm again"
         _declare(loaded, "protlm_measure_fasta", None, ctypes.c_char_p, Integer, Pointer)
         _declare(loaded, "protlm_parse_fasta", None, ctypes.c_char_p, Integer, Integer, Pointer)
         _declare(loaded, "protlm_count_residues", None, Pointer, Integer, Pointer)

@@ -91,7 +91,7 @@ def test_a_shard_that_cannot_be_written_leaves_the_finished_ones(sample_files, s
 
 def test_a_changed_file_is_read_again_on_resume(small_pieces, sample_files, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
+    monkeypatch.setattr(prep_folder.PrepFolder, "worth_keeping_bytes", 1)
     monkeypatch.setattr(
         "protlm.workflows.prep.prepare.build_dataset", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt)
     )
@@ -201,7 +201,7 @@ def _is_alive(process):
 
 def test_other_options_may_follow_but_not_other_inputs(sample_files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
+    monkeypatch.setattr(prep_folder.PrepFolder, "worth_keeping_bytes", 1)
     message = error_line(capsys, "prep", *sample_files, "--out", out, *SAMPLE_WORDS)
     assert "1.fasta" in message
     assert "what is finished is kept in" in message
@@ -256,7 +256,7 @@ def test_an_interrupt_ends_workers_at_once_and_leaves_nothing_of_small_work(tmp_
 
 
 def test_an_interrupt_of_much_work_says_how_to_go_on(sample_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prep_folder, "_WORTH_KEEPING_BYTES", 1)
+    monkeypatch.setattr(prep_folder.PrepFolder, "worth_keeping_bytes", 1)
     monkeypatch.setattr(
         "protlm.workflows.prep.prepare.build_dataset", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )

@@ -176,7 +176,7 @@ def test_a_bad_record_is_pointed_at_without_the_line_end_before_the_next_one():
 
 @needs_compiled_parser
 def test_a_digest_is_that_of_xxhash_at_every_length_and_alignment():
-    digest = compiled._load().protlm_digest
+    digest = compiled.library().protlm_digest
     digest.restype, digest.argtypes = None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     content = np.random.default_rng(0).integers(0, 256, size=(1 << 20) + 64, dtype=np.uint8)
     halves = np.zeros(2, dtype=np.uint64)

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from protlm import files
 from protlm.data.building.pieces import PieceFile, open_piece_file
@@ -22,8 +22,6 @@ from protlm.runtime.work_folder import partial_folder, read_json, write_json
 
 FORMAT = "protlm-prep"
 FORMAT_VERSION = 1
-
-_WORTH_KEEPING_BYTES = 64 << 20
 
 Start = Literal["new", "resume", "part", "merge"]
 
@@ -66,7 +64,10 @@ class PrepFolder:
     Attributes:
         path: The folder.
         inputs: The files to read, in order.
+        worth_keeping_bytes: What has to be finished, in all new runs, for the folder to be kept after a failure.
     """
+
+    worth_keeping_bytes: ClassVar[int] = 64 << 20
 
     def __init__(self, path: Path, inputs: Sequence[InputFile]) -> None:
         self.path = path
@@ -258,7 +259,7 @@ def kept_or_removed(folder: PrepFolder, start: Start) -> Iterator[None]:
         yield
     except BaseException as error:
         is_system = isinstance(error, OSError)
-        worth_keeping = _WORTH_KEEPING_BYTES if start == "new" and not is_system else 1
+        worth_keeping = folder.worth_keeping_bytes if start == "new" and not is_system else 1
         if start == "part":
             hint = "run the same command again to go on"
         elif start == "merge" or folder.finished_bytes >= worth_keeping:

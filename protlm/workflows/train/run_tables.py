@@ -26,8 +26,6 @@ HEALTH = (
 )  # fmt: skip
 """Columns of health.csv, a row per layer at every measured step."""
 
-_BLOCK_BYTES = 2**24
-
 
 class CsvLog:
     """A table that grows during a run; `append` hands each row to the operating system before it returns.
@@ -88,7 +86,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
         yield _fields(line, columns)
 
 
-def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[dict[str, str]]:
+def read_thinned(
+    path: Path, columns: Sequence[str], most_steps: int, *, block_bytes: int = 2**24
+) -> list[dict[str, str]]:
     """Returns rows spread evenly over a table of any length, in order, the last one included.
 
     As many of the rows whose last column is filled are added, so that rare measurements are not missed. One pass over
@@ -98,13 +98,14 @@ def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[di
         path: A table of `CsvLog`.
         columns: Its columns.
         most_steps: The most steps to take evenly; of each, all rows.
+        block_bytes: How much of the file to hold at a time.
 
     Raises:
         CheckpointError: The file is not a table with these columns.
     """
     with path.open("rb") as file:
         _check_header(path, file.readline(), columns)
-        starts, has_last = _find_lines(file)
+        starts, has_last = _find_lines(file, block_bytes)
         num_rows = len(has_last)
         rows_per_step = _rows_of_first_step(file, int(starts[0]), columns)
         steps = _spread(np.arange(0, num_rows, rows_per_step), most_steps)
@@ -120,11 +121,11 @@ def read_thinned(path: Path, columns: Sequence[str], most_steps: int) -> list[di
     return rows
 
 
-def _find_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+def _find_lines(file: BinaryIO, block_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the starts of the lines after the header and the end of the last one, and which have a last field."""
     ends, has_last = [np.array([file.tell()])], []
     place, before = file.tell(), np.frombuffer(b"\n\n", np.uint8)
-    while block := file.read(_BLOCK_BYTES):
+    while block := file.read(block_bytes):
         # With two bytes of the previous block: the field before a line's end may lie there.
         seen = np.concatenate((before, np.frombuffer(block, np.uint8)))
         newlines = (seen[2:] == ord("\n")).nonzero()[0]

@@ -10,7 +10,7 @@ from protlm.data.residue_counts import count_residues
 def counting(request, monkeypatch):
     """Counts once in C++ and once without the library."""
     if request.param == "NumPy":
-        monkeypatch.setattr(compiled, "_load", lambda: "hidden by this test")
+        monkeypatch.setattr(compiled, "load", lambda: "hidden by this test")
     elif not compiled.is_available():
         pytest.skip(f"the compiled FASTA parser: {compiled.why_not()}")
 

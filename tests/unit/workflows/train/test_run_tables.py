@@ -3,7 +3,6 @@ import math
 import pytest
 
 from protlm.errors import CheckpointError
-from protlm.workflows.train import run_tables
 from protlm.workflows.train.run_tables import (
     ADDED_METRICS,
     HEALTH,
@@ -178,8 +177,8 @@ def test_a_resumed_run_fills_the_columns_that_the_table_of_an_earlier_version_la
     assert list(read_rows(path, METRICS)) == rows
 
 
-def thinned_steps(path, most):
-    return [int(values["step"]) for values in read_thinned(path, METRICS, most)]
+def thinned_steps(path, most, **options):
+    return [int(values["step"]) for values in read_thinned(path, METRICS, most, **options)]
 
 
 def test_a_short_table_is_read_whole(path):
@@ -195,13 +194,12 @@ def test_a_long_table_is_thinned_evenly_from_its_first_row_to_its_last(path):
 
 
 @pytest.mark.parametrize("block", [1, 7, 2**24])
-def test_thinning_misses_no_measurement_and_does_not_depend_on_how_the_file_is_read(path, monkeypatch, block):
-    monkeypatch.setattr(run_tables, "_BLOCK_BYTES", block)
+def test_thinning_misses_no_measurement_and_does_not_depend_on_how_the_file_is_read(path, block):
     log = CsvLog(path, METRICS)
     for step in range(1, 102):
         log.append(row(step, **(VALID if step in (13, 50, 97) else {})))
     log.close()
-    assert thinned_steps(path, 3) == [1, 13, 50, 51, 97, 101]
+    assert thinned_steps(path, 3, block_bytes=block) == [1, 13, 50, 51, 97, 101]
 
 
 def test_thinning_keeps_all_layers_of_a_step(path):
