@@ -49,9 +49,9 @@ def load(extension: str = _EXTENSION, version: int = _VERSION) -> ctypes.CDLL | 
         return "it was not built; install a C++17 compiler such as g++, then install protlm again"
     try:
         loaded = ctypes.CDLL(spec.origin)
-        found = _declare(loaded, "protlm_fasta_version", Integer)()
-        if found != version:
-            return f"{spec.origin} is of version {found}, not {version}; install protlm again"
+        library_version = _declare(loaded, "protlm_fasta_version", Integer)()
+        if library_version != version:
+            return f"{spec.origin} is of version {library_version}, not {version}; install protlm again"
         _declare(loaded, "protlm_measure_fasta", None, ctypes.c_char_p, Integer, Pointer)
         _declare(loaded, "protlm_parse_fasta", None, ctypes.c_char_p, Integer, Integer, Pointer)
         _declare(loaded, "protlm_count_residues", None, Pointer, Integer, Pointer)
