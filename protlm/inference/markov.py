@@ -18,6 +18,8 @@ from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, VOCABULARY_SIZE
 
 MAX_ORDER = 4
 """The table of the longest contexts then has 25⁵ counts, 78 MB."""
+MOST_CONTEXTS = 4
+"""Contexts for each counted residue; of more, nearly all would never have been seen."""
 _BLOCK_RESIDUES = 1 << 22
 
 
@@ -48,6 +50,11 @@ class MarkovCounts:
                 table += np.bincount(cells, minlength=table.size).reshape(table.shape)
 
 
+def largest_order(num_residues: int) -> int:
+    """Returns the largest order worth trying: it has at most `MOST_CONTEXTS` contexts for each counted residue."""
+    return max(k for k in range(MAX_ORDER + 1) if k == 0 or NUM_RESIDUES**k <= MOST_CONTEXTS * num_residues)
+
+
 class MarkovModel:
     """The smoothed probabilities of one order.
 
@@ -70,6 +77,14 @@ class MarkovModel:
                 mixed = (table + num_kinds * backed_off) / (num_seen + num_kinds)
             shorter = np.where(num_seen > 0, mixed, backed_off)
             self._log_probabilities.append(np.log(shorter).astype(np.float32))
+
+    def shortened(self, order: int) -> "MarkovModel":
+        """Returns the model of a lower order, which shares the tables of this one."""
+        if not 0 <= order <= self.order:
+            raise ValueError(f"order: expected 0 to {self.order}, got {order}")
+        model = object.__new__(MarkovModel)
+        model.order, model._log_probabilities = order, self._log_probabilities[: order + 1]
+        return model
 
     def log_probabilities(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Returns the log-probabilities of all tokens at some positions of a row, float32 (positions, 33).

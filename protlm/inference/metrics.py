@@ -99,19 +99,16 @@ class MetricSums:
     Attributes:
         total: float64 (NUM_SUMS,).
         replicates: float64 (replicates, NUM_SUMS).
-        num_proteins: Proteins that were added.
     """
 
     def __init__(self, num_replicates: int = NUM_REPLICATES) -> None:
         self.total = np.zeros(NUM_SUMS)
         self.replicates = np.zeros((num_replicates, NUM_SUMS))
-        self.num_proteins = 0
 
     def add(self, sums: np.ndarray, weights: np.ndarray) -> None:
         """Adds proteins: their sums, (proteins, NUM_SUMS), and their weights, (proteins, replicates)."""
         self.total += sums.sum(axis=0)
         self.replicates += weights.T @ sums
-        self.num_proteins += len(sums)
 
     @property
     def num_targets(self) -> int:

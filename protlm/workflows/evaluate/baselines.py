@@ -7,13 +7,14 @@ import numpy as np
 
 from protlm.data.batching.batches import EvaluationRow, Objective, evaluation_rows
 from protlm.data.storage.dataset import Dataset, Split
-from protlm.inference.markov import MAX_ORDER, MarkovCounts, MarkovModel
+from protlm.inference.markov import MarkovCounts, MarkovModel, largest_order
 from protlm.inference.scoring import empirical_log_probabilities
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES, VOCABULARY_SIZE
 
 _MOST_COUNTED_RESIDUES = 1 << 28
 """More residues of the training set than this change no figure that a reader could see."""
 _MOST_VALID_RECORDS = 2000
+_DEFAULT_ORDER = 2
 _TOKENS_PER_ROW = 1 << 14
 
 Predict = Callable[[EvaluationRow], np.ndarray]
@@ -99,10 +100,11 @@ def fit_markov(dataset: Dataset, objective: Objective, seed: int) -> Markov | No
     counts = MarkovCounts()
     counts.add(_first_residues(dataset.split("train")))
     if "valid" not in splits:
-        return Markov(model=MarkovModel(counts, 2), num_residues=counts.num_residues, chosen_on=None)
+        return Markov(model=MarkovModel(counts, _DEFAULT_ORDER), num_residues=counts.num_residues, chosen_on=None)
     valid = Beginning(dataset.split("valid"), _MOST_VALID_RECORDS)
     rows = list(evaluation_rows(valid, _TOKENS_PER_ROW, seed, objective))
-    models = [MarkovModel(counts, order) for order in range(MAX_ORDER + 1)]
+    longest = MarkovModel(counts, largest_order(counts.num_residues))
+    models = [longest.shortened(order) for order in range(longest.order + 1)]
     losses = [_loss(markov_predictions(model, objective), rows) for model in models]
     return Markov(model=models[int(np.argmin(losses))], num_residues=counts.num_residues, chosen_on="valid")
 

@@ -206,6 +206,8 @@ def verdict_of(split: str, sums: Mapping[str, MetricSums], order: int | None) ->
     replicates = [metric_values(sums[name].replicates)["bits_per_residue"] for name in (key, "model")]
     spread = estimate_of(lead, replicates[0] - replicates[1])
     figures = f"perplexity {own['perplexity']:.2f} against {other['perplexity']:.2f}"
+    if split == "train":
+        figures += "; both have seen these proteins"
     if not lead > 0:
         return (
             f"On {split} the model does not beat {names[key]}: {figures}. It knows nothing of use about these proteins."

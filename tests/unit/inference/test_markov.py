@@ -7,7 +7,7 @@ import pytest
 from protlm.data.batching.batches import Objective, evaluation_rows
 from protlm.data.batching.masking import MaskRates
 from protlm.inference import markov
-from protlm.inference.markov import MarkovCounts, MarkovModel
+from protlm.inference.markov import MarkovCounts, MarkovModel, largest_order
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE, MASK, NUM_RESIDUES, RESIDUES, TOKENS, encode
 from tests.unit.workflows.evaluate.eval_cases import InMemory, random_sequences
 
@@ -155,3 +155,20 @@ def test_without_counts_every_residue_is_as_likely_and_no_special_token_is_predi
 def test_an_order_that_was_not_counted_is_refused(order):
     with pytest.raises(ValueError, match=f"order: expected 0 to 3, got {order}"):
         MarkovModel(MarkovCounts(), order)
+
+
+def test_a_shortened_model_is_that_of_the_lower_order():
+    counts = MarkovCounts()
+    counts.add([encode(b"MKTAYIAKQRQISFVKSHFSRQ"), encode(b"MKTAYI")])
+    row = encode(b"AYIAKQMK")
+    positions = np.arange(len(row))
+    longest = MarkovModel(counts, 3)
+    for order in range(4):
+        expected = MarkovModel(counts, order).log_probabilities(row, positions)
+        np.testing.assert_array_equal(longest.shortened(order).log_probabilities(row, positions), expected)
+    with pytest.raises(ValueError, match="expected 0 to 2, got 3"):
+        longest.shortened(2).shortened(3)
+
+
+def test_few_residues_are_no_reason_to_try_long_contexts():
+    assert [largest_order(size) for size in (0, 7, 156, 157, 3_906, 3_907, 10**9)] == [0, 1, 1, 2, 2, 3, 3]

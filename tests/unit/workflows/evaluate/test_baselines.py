@@ -95,7 +95,6 @@ def check_the_empirical_baseline(training_file, test_file, folder):
 def short_contexts(monkeypatch):
     # Tables of contexts of four residues take a second for every dataset.
     monkeypatch.setattr(markov, "MAX_ORDER", 2)
-    monkeypatch.setattr(baselines, "MAX_ORDER", 2)
 
 
 def test_a_model_of_the_training_frequencies_is_the_empirical_baseline_which_is_that_of_the_letters(
