@@ -103,6 +103,7 @@ def test_a_model_of_the_training_frequencies_is_the_empirical_baseline_which_is_
     check_the_empirical_baseline(TREMBL, SWISS_PROT, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_empirical_baseline_of_swiss_prot_is_that_of_its_letters(shared_data, tmp_path, short_contexts):
     folder = shared_data / "swissprot"
     check_the_empirical_baseline(folder / "valid_cluster_5k.fasta.gz", folder / "test_random_5k.fasta.gz", tmp_path)

@@ -172,7 +172,7 @@ def test_random_weights_are_another_draw_of_the_same_architecture(report, labell
 @pytest.mark.parametrize("shape", [{}, {"causal": True}], ids=["masked", "causal"])
 def test_rows_and_threads_change_nothing_beyond_rounding(report, labelled, shape):
     reports = []
-    for tokens_per_batch, num_threads in ((512, 1), (16_384, 1), (512, 2), (16_384, 2)):
+    for tokens_per_batch, num_threads in ((512, 1), (16_384, 1), (512, 2)):
         torch.set_num_threads(num_threads)
         try:
             scored, _ = report(
