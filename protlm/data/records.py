@@ -6,8 +6,11 @@ from typing import Literal
 OnBadRecord = Literal["error", "skip"]
 """Treatment of a bad record: it ends the command, or is left out and counted."""
 
-Format = Literal["fasta", "a3m", "flatfile", "uniprot-xml", "uniref-xml"]
-"""The formats that are read."""
+TextFormat = Literal["fasta", "flatfile", "uniprot-xml", "uniref-xml"]
+"""The formats by their syntax."""
+
+Format = Literal[TextFormat, "a3m"]
+"""The formats that are read; A3M is FASTA of aligned sequences."""
 
 UNKNOWN = -1
 """The value that marks a missing number in a column."""

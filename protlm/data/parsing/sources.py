@@ -13,12 +13,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 from isal import igzip_lib
 
 from protlm.data.parsing.uniref_xml import UNIREF_ROOTS
 from protlm.data.parsing.xml_text import root_name
+from protlm.data.records import TextFormat
 from protlm.errors import ProtlmError
 from protlm.runtime.progress import Advance, no_advance
 
@@ -29,8 +30,6 @@ else:
 
 STDIN = "-"
 """The input that stands for the standard input."""
-
-TextFormat = Literal["fasta", "flatfile", "uniprot-xml", "uniref-xml"]
 
 _BLOCK_BYTES = 4 << 20
 # Enough for every mark below; that of a tar archive comes last.
