@@ -55,8 +55,16 @@ class ShardError(ProtlmError):
     """A dataset, shard or embeddings file that is missing, damaged or of another version."""
 
 
+class ModelError(ProtlmError):
+    """A model directory that is missing, damaged, of another version or of another model than expected."""
+
+
+class RunError(ProtlmError):
+    """A run folder, its run.json or one of its tables that is missing, damaged or of another run than expected."""
+
+
 class CheckpointError(ProtlmError):
-    """A run or a model directory that is missing, damaged or of another version."""
+    """A checkpoint that `protlm train --resume` cannot continue from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from protlm import vocabulary
-from protlm.errors import CheckpointError
+from protlm.errors import ModelError
 from protlm.inference.protein_model import ProteinModel, load_model
 
 try:
@@ -93,7 +93,7 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         sequences = _column(X)
         model = self._read_model()
         if model.description.weights_hash != self.model_hash_:
-            raise CheckpointError(f"{self.model}: another model than in fit; fit again")
+            raise ModelError(f"{self.model}: another model than in fit; fit again")
         vectors = np.empty((len(sequences), self.n_features_out_), dtype=np.float32)
         embeddings = model.embed(sequences, (self.kind,), layer=self.layer, tokens_per_batch=self.tokens_per_batch)
         for vector, by_kind in zip(vectors, embeddings, strict=True):

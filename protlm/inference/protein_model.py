@@ -93,7 +93,7 @@ def load_model(path: str | Path) -> ProteinModel:
         path: A model directory, or a run of `protlm train`.
 
     Raises:
-        CheckpointError: Files that are missing, altered or of another version.
+        ModelError: Files that are missing, altered or of another version.
     """
     model, description = read_model(Path(path))
     return ProteinModel(model.to(best_device()), description)

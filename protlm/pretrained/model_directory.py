@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protlm import files
 from protlm.config import ModelConfig
-from protlm.errors import CheckpointError, validation_fault
+from protlm.errors import ModelError, validation_fault
 from protlm.model.performer import Performer
 from protlm.pretrained.model_card import model_card
 from protlm.pretrained.model_description import (
@@ -60,22 +60,22 @@ def find_model(path: Path) -> Path:
     """Returns the model directory at a path: the path itself, or `model/` inside a run.
 
     Raises:
-        CheckpointError: Neither is a model directory.
+        ModelError: Neither is a model directory.
     """
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
     if (path / "checkpoints").is_dir():
-        raise CheckpointError(f"{path}: this run has no model yet; let protlm train reach its first measurement")
+        raise ModelError(f"{path}: this run has no model yet; let protlm train reach its first measurement")
     reason = "no config.json in it or in its model/" if path.is_dir() else "no such directory"
-    raise CheckpointError(f"{path}: expected a model directory or a run of protlm train, got {reason}")
+    raise ModelError(f"{path}: expected a model directory or a run of protlm train, got {reason}")
 
 
 def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     """Returns the network, in evaluation mode on the CPU, and its description.
 
     Raises:
-        CheckpointError: Files that are missing, altered, of another version, or not of a protlm model.
+        ModelError: Files that are missing, altered, of another version, or not of a protlm model.
     """
     folder = find_model(path)
     description = read_description(folder)
@@ -83,9 +83,9 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     try:
         weights = weights_path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{weights_path}: {error.strerror}") from None
+        raise ModelError(f"{weights_path}: {error.strerror}") from None
     if xxhash.xxh3_128_hexdigest(weights) != description.weights_hash:
-        raise CheckpointError(
+        raise ModelError(
             f"{weights_path}: not the weights that config.json names (hash differs); copy the model directory anew"
         )
     try:
@@ -93,7 +93,7 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
             model = Performer(description.model)
         tensors = load(weights)
     except (SafetensorError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(
+        raise ModelError(
             f"{weights_path}: does not hold this model: {str(error)[:200] or 'not enough memory'}"
         ) from None
     _check_tensors(weights_path, tensors, model.state_dict())
@@ -115,27 +115,27 @@ def load_initial_weights(model: Performer, path: Path) -> list[str]:
         The names of the tensors that the network kept.
 
     Raises:
-        CheckpointError: A model that cannot be read, or that differs in anything else.
+        ModelError: A model that cannot be read, or that differs in anything else.
     """
     saved, description = read_model(path)
     where = f"{path}: cannot start this model"
     source, target = saved.state_dict(), model.state_dict()
     if description.model.num_heads != model.config.num_heads:
-        raise CheckpointError(
+        raise ModelError(
             f"{where}: model.num_heads: expected {description.model.num_heads} as in the saved one, "
             f"got {model.config.num_heads}"
         )
     for name in sorted(source.keys() ^ target.keys()):
         if not _is_of_attention(name):
             state = "is missing in the saved one" if name in target else "of the saved one has no place in it"
-            raise CheckpointError(f"{where}: tensor {name!r} {state}; the model sections must agree")
+            raise ModelError(f"{where}: tensor {name!r} {state}; the model sections must agree")
     kept = []
     for name, tensor in target.items():
         fits = name in source and source[name].shape == tensor.shape
         if _is_of_attention(name) and not (fits and _is_drawn_alike(name, description.model, model.config)):
             kept.append(name)
         elif not fits:
-            raise CheckpointError(
+            raise ModelError(
                 f"{where}: tensor {name!r}: expected {tuple(source[name].shape)} as in the saved one, "
                 f"got {tuple(tensor.shape)}; the model sections must agree"
             )
@@ -152,38 +152,38 @@ def _is_drawn_alike(name: str, saved: ModelConfig, wanted: ModelConfig) -> bool:
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
-    """Raises CheckpointError at the first tensor that is missing, unknown, of another shape or dtype, or not finite."""
+    """Raises ModelError at the first tensor that is missing, unknown, of another shape or dtype, or not finite."""
     for name in sorted(tensors.keys() ^ expected.keys()):
         state = "is missing" if name in expected else "is not part of this model"
-        raise CheckpointError(f"{path}: does not hold this model: tensor {name!r} {state}")
+        raise ModelError(f"{path}: does not hold this model: tensor {name!r} {state}")
     for name, tensor in tensors.items():
         wanted = expected[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-            raise CheckpointError(
+            raise ModelError(
                 f"{path}: does not hold this model: tensor {name!r}: expected {wanted.dtype} {tuple(wanted.shape)}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: tensor {name!r} holds numbers that are not finite; the model is of no use")
+            raise ModelError(f"{path}: tensor {name!r} holds numbers that are not finite; the model is of no use")
 
 
 def read_description(folder: Path) -> ModelDescription:
     """Returns the description in a model directory.
 
     Raises:
-        CheckpointError: A file that cannot be read, is of another version, or does not describe a protlm model.
+        ModelError: A file that cannot be read, is of another version, or does not describe a protlm model.
     """
     path = folder / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        raise ModelError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("format") != MODEL_FORMAT:
-        raise CheckpointError(f"{path}: expected a protlm model, got another JSON file")
+        raise ModelError(f"{path}: expected a protlm model, got another JSON file")
     version = content.get("format_version")
     if version not in READABLE_VERSIONS:
-        raise CheckpointError(
+        raise ModelError(
             f"{path}: expected format version {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}, got {version!r}; "
             "use the protlm that wrote it"
         )
@@ -193,7 +193,7 @@ def read_description(folder: Path) -> ModelDescription:
             text if version == MODEL_FORMAT_VERSION else json.dumps(upgrade(content))
         )
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {validation_fault(error)}") from None
+        raise ModelError(f"{path}: {validation_fault(error)}") from None
     if description.vocabulary != list(TOKENS):
-        raise CheckpointError(f"{path}: the model has another vocabulary than this protlm")
+        raise ModelError(f"{path}: the model has another vocabulary than this protlm")
     return description

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from protlm.config import ModelConfig
-from protlm.errors import CheckpointError
+from protlm.errors import ModelError
 from protlm.inference.protein_model import load_model
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
@@ -113,7 +113,7 @@ def test_settings_that_do_not_exist_are_refused_in_fit(folder, settings, message
 
 def test_a_missing_model_is_told_in_fit_and_not_before(tmp_path):
     embedder = ProteinEmbedder(tmp_path / "none")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelError):
         embedder.fit(SEQUENCES)
     with pytest.raises(NotFittedError):
         embedder.transform(SEQUENCES)
@@ -143,10 +143,10 @@ def test_another_model_than_that_of_fit_is_refused(folder, tmp_path):
     embedder = ProteinEmbedder(folder).fit(SEQUENCES)
     content = pickle.dumps(embedder)
     save(folder, seed=1)
-    with pytest.raises(CheckpointError, match="another model than in fit"):
+    with pytest.raises(ModelError, match="another model than in fit"):
         pickle.loads(content).transform(SEQUENCES)
     embedder.set_params(model=save(tmp_path / "other", seed=2))
-    with pytest.raises(CheckpointError, match="another model than in fit"):
+    with pytest.raises(ModelError, match="another model than in fit"):
         embedder.transform(SEQUENCES)
     assert embedder.fit(SEQUENCES).transform(SEQUENCES).shape == (6, 16)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from protlm import files
 from protlm.config import Config, ModelConfig
-from protlm.errors import CheckpointError
+from protlm.errors import RunError
 from protlm.ops.feature_maps import definition_of
 from protlm.vocabulary import NUM_RESIDUES
 from protlm.workflows.pages.log_axis import set_log_scale
@@ -44,7 +44,7 @@ def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | Non
         empirical_perplexity: Perplexity of the empirical baseline on the valid split; None before it is measured.
 
     Raises:
-        CheckpointError: A table that protlm train did not write.
+        RunError: A table that protlm train did not write.
     """
     # The Figure class directly: pyplot would look for a display and keep global state.
     # matplotlib warns on stderr when it has no folder for its font cache, which matters to nobody here.
@@ -149,7 +149,7 @@ def _points(path: Path, column: str, rows: list[dict[str, str]]) -> list[tuple[i
     try:
         return [(int(row["step"]), float(row[column])) for row in rows]
     except ValueError as error:
-        raise CheckpointError(f"{path}: {column}: {error}; move the file away") from None
+        raise RunError(f"{path}: {column}: {error}; move the file away") from None
 
 
 def _averages(losses: list[float]) -> list[float]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import protlm
 from protlm import files
-from protlm.errors import CheckpointError, validation_fault
+from protlm.errors import RunError, validation_fault
 from protlm.pretrained.model_description import ValidScore
 from protlm.runtime.devices import device_name
 
@@ -146,7 +146,7 @@ def write_run_description(
     """Writes run.json, whole or not at all, with this session after the earlier ones.
 
     Raises:
-        CheckpointError: The file exists and is not a run.json.
+        RunError: The file exists and is not a run.json.
     """
     earlier = read_run_description(path).sessions if path.exists() else []
     _write(path, RunDescription(datasets=list(datasets), init_hash=init_hash, sessions=[*earlier, session]))
@@ -165,7 +165,7 @@ def write_session_end(
         valid: Scores of the exported model; None if there are none.
 
     Raises:
-        CheckpointError: The file is gone or is not a run.json.
+        RunError: The file is gone or is not a run.json.
     """
     description = read_run_description(path)
     end = SessionEnd(time=_now(), seconds=round(seconds, 3), outcome=outcome, last_step=last_step, valid=valid)
@@ -186,14 +186,14 @@ def read_run_description(path: Path) -> RunDescription:
     """Returns the content of a run.json.
 
     Raises:
-        CheckpointError: The file cannot be read, or is of another kind or version.
+        RunError: The file cannot be read, or is of another kind or version.
     """
     try:
         return RunDescription.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise RunError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        raise CheckpointError(
+        raise RunError(
             f"{path}: not the description of a run by this protlm ({validation_fault(error)}); move the file away"
         ) from None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from protlm import files
 from protlm.config import Config, dump_config, load_config, parse_config
-from protlm.errors import CheckpointError, ConfigError, ProtlmError
+from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.workflows.train import run_checkpoints
 
 CONFIG_NAME = "config.toml"
@@ -66,7 +66,7 @@ def check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
         foreign = [name for name in names if name not in RUN_FILES]
     if foreign or not (run_dir / CONFIG_NAME).is_file():
         holds = f"holds {foreign[0]!r}" if foreign else f"has no {CONFIG_NAME}"
-        raise CheckpointError(f"{run_dir}: is no run of protlm train ({holds}); choose another --out")
+        raise RunError(f"{run_dir}: is no run of protlm train ({holds}); choose another --out")
     load_config(run_dir / CONFIG_NAME)
 
 

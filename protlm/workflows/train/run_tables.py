@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 
 from protlm import files
-from protlm.errors import CheckpointError
+from protlm.errors import RunError
 
 METRICS = (
     "step", "epoch", "tokens", "train/loss", "train/accuracy", "train/perplexity", "lr", "muon_lr", "grad_norm",
@@ -46,7 +46,7 @@ class CsvLog:
             added: Columns that a file of an earlier version lacks; they are empty in its rows.
 
         Raises:
-            CheckpointError: The file is not a table with these columns.
+            RunError: The file is not a table with these columns.
         """
         self._columns = tuple(columns)
         self.last_step = 0
@@ -80,7 +80,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """Yields the complete rows of a table as strings by column; a row cut off by a kill is left out.
 
     Raises:
-        CheckpointError: The file is not a table with these columns.
+        RunError: The file is not a table with these columns.
     """
     for line in _lines(path, columns):
         yield _fields(line, columns)
@@ -101,7 +101,7 @@ def read_thinned(
         block_bytes: How much of the file to hold at a time.
 
     Raises:
-        CheckpointError: The file is not a table with these columns.
+        RunError: The file is not a table with these columns.
     """
     with path.open("rb") as file:
         _check_header(path, file.readline(), columns)
@@ -159,7 +159,7 @@ def _line(fields: Iterable[str]) -> bytes:
 
 def _check_header(path: Path, line: bytes, columns: Sequence[str]) -> None:
     if line.rstrip(b"\r\n") != _line(columns).rstrip(b"\r\n"):
-        raise CheckpointError(
+        raise RunError(
             f"{path}: line 1: expected the columns {', '.join(columns)}, got {line[:80].decode(errors='replace')!r}; "
             "move the file away"
         )

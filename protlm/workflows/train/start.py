@@ -15,7 +15,7 @@ import torch
 from protlm.config import Config
 from protlm.data.storage.dataset import Dataset, open_dataset
 from protlm.data.storage.mixture import Mixture
-from protlm.errors import CheckpointError, ConfigError, ProtlmError
+from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.model.performer import Performer
 from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_description
 from protlm.runtime.devices import Devices, best_device, process_rank
@@ -197,7 +197,7 @@ def _resolve_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
     """Returns the hash of the weights of --init that the run begins with; a resumed run must keep those of its start.
 
     Raises:
-        CheckpointError: The run began with other weights.
+        RunError: The run began with other weights.
     """
     given = None if request.init is None else read_description(find_model(request.init)).weights_hash
     path = request.run_dir / RUN_NAME
@@ -207,7 +207,7 @@ def _resolve_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
     if given is None and (has_checkpoint or began_with is None):
         return began_with
     if given != began_with:
-        raise CheckpointError(
+        raise RunError(
             f"{request.run_dir}: the run began with {_name_of(began_with)} and goes on with {_name_of(given)}; "
             "give the same --init as at its start"
         )

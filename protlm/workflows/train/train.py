@@ -8,7 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
-from protlm.errors import CheckpointError
+from protlm.errors import ModelError, RunError
 from protlm.pretrained.model_description import ModelDescription, ValidScore
 from protlm.pretrained.model_directory import read_description
 from protlm.runtime.devices import OtherProcessError, is_lost_peer, process_rank
@@ -133,7 +133,7 @@ def _write_end(run_dir: Path, watch: Watch, seconds: float) -> None:
             last_step=watch.last_step,
             valid=valid,
         )
-    except (CheckpointError, OSError) as error:
+    except (ModelError, RunError, OSError) as error:
         watch.notes += (f"the end of this session is not in run.json: {error}",)
 
 

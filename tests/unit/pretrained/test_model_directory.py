@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from protlm.config import ModelConfig
 from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
-from protlm.errors import CheckpointError
+from protlm.errors import ModelError
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription, ValidScore
 from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_model, save_model
@@ -63,7 +63,7 @@ def replace_weights(folder, content):
 
 
 def assert_refused(folder, *words):
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_model(folder)
     message = str(caught.value)
     assert "\n" not in message
@@ -223,7 +223,7 @@ def test_a_model_whose_perplexity_is_not_finite_reads_back(model, tmp_path):
 
 def test_a_description_nested_without_end_is_refused(folder):
     (folder / "config.json").write_text("[" * 200_000)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelError):
         read_model(folder)
 
 
@@ -232,14 +232,14 @@ def test_weights_of_another_shape_are_named(folder):
     tensors["embedding.weight"] = torch.zeros(3, 3)
     save_file(tensors, folder / "model.safetensors")
     edit(folder, weights_hash=xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes()))
-    with pytest.raises(CheckpointError, match=r"embedding\.weight"):
+    with pytest.raises(ModelError, match=r"embedding\.weight"):
         read_model(folder)
 
 
 @pytest.mark.parametrize("changes", [{"mask_rate": 5.0}, {"mask_rate": float("nan")}, {"residue_counts": {"L": 1}}])
 def test_a_description_out_of_range_is_refused(folder, changes):
     edit(folder, **changes)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelError):
         read_model(folder)
 
 
@@ -252,7 +252,7 @@ def test_weights_of_another_kind_are_refused_in_one_short_line(folder, change, m
     tensors["head.dense.weight"] = change(tensors["head.dense.weight"])
     save_file(tensors, folder / "model.safetensors")
     edit(folder, weights_hash=xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes()))
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         read_model(folder)
     assert len(str(caught.value)) < 400
 
@@ -403,6 +403,6 @@ def test_weights_start_another_kind_of_attention_that_keeps_its_own_draw(tmp_pat
 def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, message):
     saved(tmp_path, **before)
     target, fresh = network(**after), network(**after)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ModelError, match=message):
         load_initial_weights(target, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), fresh.parameters(), strict=True))

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from protlm.config import load_config
-from protlm.errors import CheckpointError
+from protlm.errors import RunError
 from protlm.workflows.train.curves import plot_curves
 from protlm.workflows.train.run_tables import HEALTH, METRICS, CsvLog
 
@@ -166,5 +166,5 @@ def test_a_text_instead_of_a_number_is_one_line_that_names_the_file(tmp_path, na
     lines = path.read_text().splitlines()
     lines[1] = "1" + ",x" * lines[0].count(",")
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(RunError, match=name):
         plot_curves(tmp_path, CONFIG)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import protlm
-from protlm.errors import CheckpointError
+from protlm.errors import RunError
 from protlm.pretrained.model_description import ValidScore
 from protlm.runtime.devices import device_name
 from protlm.workflows.train import run_description
@@ -111,7 +111,7 @@ def test_no_folder_host_or_environment_is_written(path, monkeypatch):
 )  # fmt: skip
 def test_another_file_is_refused_in_one_line_and_stays(path, content):
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"run\.json: .*move the file away") as caught:
+    with pytest.raises(RunError, match=r"run\.json: .*move the file away") as caught:
         write_run_description(path, DATASETS, session())
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == content

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from protlm.errors import CheckpointError
+from protlm.errors import RunError
 from protlm.workflows.train.run_tables import (
     ADDED_METRICS,
     HEALTH,
@@ -150,7 +150,7 @@ def test_an_unknown_column_is_an_error(path):
 def test_another_table_is_refused_with_a_remedy_and_stays_as_it_is(path, content):
     path.write_bytes(content)
     for use in (lambda: CsvLog(path, METRICS), lambda: list(read_rows(path, METRICS)), lambda: thinned_steps(path, 5)):
-        with pytest.raises(CheckpointError, match=r"metrics\.csv: line 1: expected the columns step, .*move the file"):
+        with pytest.raises(RunError, match=r"metrics\.csv: line 1: expected the columns step, .*move the file"):
             use()
     assert path.read_bytes() == content
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_fills_the_columns_that_the_table_of_an_earlier_version_la
         log.append(row(step, **(VALID if step == 2 else {})))
     log.close()
     before = list(read_rows(path, earlier))
-    with pytest.raises(CheckpointError, match=r"metrics\.csv: line 1"):
+    with pytest.raises(RunError, match=r"metrics\.csv: line 1"):
         CsvLog(path, METRICS, last_step=2)
     log = CsvLog(path, METRICS, last_step=2, added=ADDED_METRICS)
     log.append(row(3, tokens=12, muon_lr=0.5))
