@@ -9,6 +9,9 @@ from typing import Literal
 SplitName = Literal["train", "valid", "test", "ood"]
 """The splits of a dataset, in the order in which they claim a sequence: the first to have it keeps it."""
 
+SplitOrAll = Literal[SplitName, "all"]
+"""A split, or every split that a dataset has."""
+
 SplitMethod = Literal["random", "cluster", "family", "file"]
 """How prep decides which split a record belongs to."""
 

@@ -1,11 +1,13 @@
 """`protlm eval`: options in, a measurement, its tables out."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from protlm.choices import SplitName
+from protlm.choices import SplitName, SplitOrAll
 from protlm.cli import output
 from protlm.cli.options import ForceOption, JsonOption, seed_option, some_of
 from protlm.cli.progress import Bars
@@ -14,8 +16,7 @@ if TYPE_CHECKING:
     from protlm.workflows.evaluate.compare import Comparison
     from protlm.workflows.evaluate.report import EvalReport, ScoreRow
 
-AnySplit = Literal["valid", "test", "ood", "train", "all"]
-
+SeedOption = Annotated[int, seed_option("Seed of the masks and of the bootstrap.", max=2**63 - 1)]
 ItemsArgument = Annotated[
     list[Path],
     typer.Argument(
@@ -28,8 +29,8 @@ CompareOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the report.")]
 SplitsOption = Annotated[
-    list[str],
-    some_of("--split", AnySplit, "The proteins to score; repeatable, `all` for every split there is. [default: test]"),
+    list[str] | None,
+    some_of("--split", SplitOrAll, "The proteins to score; repeatable, `all` for every split there is; default: test."),
 ]
 MasksOption = Annotated[
     int, typer.Option("--masks", metavar="K", min=1, help="Score every protein K times, each time with other masks.")
@@ -64,11 +65,11 @@ PseudoPerplexityOption = Annotated[
     ),
 ]
 AttentionOption = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--attention",
         metavar="ID",
-        help="Show the attention maps of this protein; repeatable. [default: BPT1_BOVIN, if a split has it]",
+        help="Show the attention maps of this protein; repeatable; default: BPT1_BOVIN, if a split has it.",
     ),
 ]
 ApproximationOption = Annotated[
@@ -85,16 +86,16 @@ def eval_command(
     items: ItemsArgument,
     out: OutOption,
     compare: CompareOption = False,
-    split: SplitsOption = [],  # noqa: B006  Typer copies it
+    split: SplitsOption = None,
     masks: MasksOption = 1,
     mask_rate: MaskRateOption = None,
     as_trained: AsTrainedOption = False,
     random_weights: RandomWeightsOption = False,
     pseudo_perplexity: PseudoPerplexityOption = 0,
-    attention: AttentionOption = [],  # noqa: B006  Typer copies it
+    attention: AttentionOption = None,
     approximation: ApproximationOption = False,
     residues: ResiduesOption = False,
-    seed: Annotated[int, seed_option("Seed of the masks and of the bootstrap.", max=2**63 - 1)] = 0,
+    seed: SeedOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -119,43 +120,42 @@ def eval_command(
         raise typer.BadParameter("expected a rate above 0: nothing would be scored", param_hint="--mask-rate")
     if not compare and len(items) != 2:
         raise typer.BadParameter(f"expected MODEL and DATASET, got {len(items)} paths", param_hint="MODEL DATASET")
-    from protlm.workflows.evaluate.compare import compare as compare_models
+    from protlm.workflows.evaluate.compare import compare as compare_reports
     from protlm.workflows.evaluate.evaluate import evaluate
-    from protlm.workflows.evaluate.report import EvalReport
     from protlm.workflows.evaluate.request import EvalRequest, EvalUsageError
 
-    splits: tuple[SplitName, ...] = tuple(name for name in get_args(SplitName) if name in split)
-    request = EvalRequest(
-        model=items[0],
-        dataset=items[1] if len(items) > 1 else items[0],
-        splits=() if "all" in split else tuple(name for name in split if name in splits) or ("test",),
-        out=out,
-        seed=seed,
-        num_masks=masks,
-        mask_rate=mask_rate,
-        as_trained=as_trained,
-        random_weights=random_weights,
-        pseudo_perplexity=pseudo_perplexity,
-        attention=tuple(attention),
-        approximation=approximation,
-        residues=residues,
-        force=force,
-    )
-    report: EvalReport | Comparison
+    request_for = partial(
+        EvalRequest, splits=_splits(split or ()), seed=seed, num_masks=masks, mask_rate=mask_rate,
+        as_trained=as_trained, random_weights=random_weights, pseudo_perplexity=pseudo_perplexity,
+        attention=tuple(attention or ()), approximation=approximation, residues=residues, force=force,
+    )  # fmt: skip
+
+    def evaluate_model(model: Path, dataset: Path, folder: Path) -> "EvalReport":
+        return evaluate(request_for(model=model, dataset=dataset, out=folder), start_progress=bars.start)
+
     try:
         with Bars({"eval": "residue", "approximation": "residue"}) as bars:
             if compare:
-                report = compare_models(items, request, start_progress=bars.start)
+                comparison = compare_reports(items, out, evaluate_model, force=force)
             else:
-                report = evaluate(request, start_progress=bars.start)
+                report = evaluate_model(items[0], items[1], out)
     except EvalUsageError as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:
-        output.print_json(report.to_json())
-    elif isinstance(report, EvalReport):
-        _print(report, out)
+        output.print_json(comparison.to_json() if compare else report.to_json())
+    elif compare:
+        _print_comparison(comparison, out)
     else:
-        _print_comparison(report, out)
+        _print(report, out)
+
+
+def _splits(names: Sequence[str]) -> tuple[SplitName, ...]:
+    """Returns the splits that are asked for, each once; none stands for all that there are."""
+    if "all" in names:
+        return ()
+    order = {name: place for place, name in enumerate(names)}
+    known: tuple[SplitName, ...] = get_args(SplitName)
+    return tuple(sorted((name for name in known if name in order), key=order.__getitem__)) or ("test",)
 
 
 def _print(report: "EvalReport", out: Path) -> None:

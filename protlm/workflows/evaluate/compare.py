@@ -6,7 +6,7 @@ interval of a difference is that of their differences.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,8 @@ from typing import Any
 from protlm import files
 from protlm.data.storage.dataset import is_dataset
 from protlm.errors import ProtlmError
-from protlm.runtime.progress import StartProgress, no_progress
-from protlm.workflows.evaluate.evaluate import evaluate
 from protlm.workflows.evaluate.report import FORMAT_VERSION, REPLICATED, difference
-from protlm.workflows.evaluate.request import REPORT_NAME, EvalRequest, EvalUsageError
+from protlm.workflows.evaluate.request import REPORT_NAME, EvalUsageError
 
 COMPARISON_NAME = "comparison.json"
 _SAME = ("dataset_hash", "seed", "num_masks", "mask_rate", "objective", "targets")
@@ -59,37 +57,43 @@ class Comparison:
         }
 
 
-def compare(items: Sequence[Path], request: EvalRequest, *, start_progress: StartProgress = no_progress) -> Comparison:
+Evaluate = Callable[[Path, Path, Path], object]
+"""Evaluates a model on a dataset and writes its report into a folder: called with the three paths."""
+
+
+def compare(items: Sequence[Path], out: Path, evaluate: Evaluate, *, force: bool = False) -> Comparison:
     """Compares reports, or models that are evaluated first, and writes out/comparison.json.
 
     Args:
         items: `report.json` files, folders with one, and models; with models also the dataset to evaluate them on.
-        request: The options for models, and the folder of the result; its `model` and `dataset` are not used.
-        start_progress: Starts the stage `eval` (residues) for each model.
+        out: Folder of the comparison, and of the reports of models.
+        evaluate: Evaluates a model.
+        force: Replace an existing comparison.
 
     Raises:
         EvalUsageError: Fewer than two reports or models; models without a dataset, or with several.
         ProtlmError: A report or model that cannot be read, reports that do not belong together, an existing comparison.
     """
-    path = request.out / COMPARISON_NAME
-    if path.exists() and not request.force:
+    path = out / COMPARISON_NAME
+    if path.exists() and not force:
         raise ProtlmError(f"{path}: exists already; replace it with --force or choose another --out")
     datasets = [item for item in items if is_dataset(item)]
-    models = [item for item in items if item not in datasets and _report_path(item) is None]
-    if len(items) - len(datasets) < 2:
+    others = [item for item in items if item not in datasets]
+    models = [item for item in others if _report_path(item) is None]
+    if len(others) < 2:
         raise EvalUsageError("--compare takes at least two reports or models")
     if models and len(datasets) != 1:
         raise EvalUsageError(f"--compare: {models[0]} is no report, so one DATASET is needed to evaluate it on")
     reports = []
-    for number, item in enumerate(item for item in items if item not in datasets):
+    for number, item in enumerate(others, start=1):
         report_path = _report_path(item)
         if report_path is None:
-            out = request.out / f"model-{number + 1}"
-            evaluate(_request_for(request, item, datasets[0], out), start_progress=start_progress)
-            report_path = out / REPORT_NAME
+            folder = out / f"model-{number}"
+            evaluate(item, datasets[0], folder)
+            report_path = folder / REPORT_NAME
         reports.append((report_path, read_report(report_path)))
     comparison = _comparison(reports)
-    request.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with files.written_whole(path) as partial:
         partial.write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
     return comparison
@@ -137,11 +141,6 @@ def _report_path(item: Path) -> Path | None:
     if item.is_file():
         return item
     return item / REPORT_NAME if (item / REPORT_NAME).is_file() else None
-
-
-def _request_for(request: EvalRequest, model: Path, dataset: Path, out: Path) -> EvalRequest:
-    content = {name: getattr(request, name) for name in EvalRequest.__dataclass_fields__}
-    return EvalRequest(**{**content, "model": model, "dataset": dataset, "out": out})
 
 
 def _comparison(reports: Sequence[tuple[Path, Mapping[str, Any]]]) -> Comparison:

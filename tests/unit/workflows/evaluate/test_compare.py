@@ -19,6 +19,11 @@ from tests.unit.workflows.evaluate.eval_cases import (
 LETTERS = "ACDEFGHIKL"
 
 
+def evaluate_on(*splits, **options):
+    """Returns how a comparison evaluates models."""
+    return lambda model, dataset, out: evaluate(request(model, dataset, out, splits or ("test",), **options))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A dataset, two models, and their reports on its test split."""
@@ -38,7 +43,7 @@ def folder(tmp_path_factory):
 
 def test_paired_differences_are_those_of_the_scores_with_an_interval_that_pairing_makes_narrow(folder, tmp_path):
     items = [folder / "report-good", folder / "report-poor" / "report.json"]
-    compared = compare(items, request(folder, folder, tmp_path / "out"))
+    compared = compare(items, tmp_path / "out", evaluate_on())
     (bits,) = [row for row in compared.differences if (row["split"], row["metric"]) == ("test", "bits_per_residue")]
     # log2(10) − log2(12) at every residue: no resampling of proteins changes it.
     assert bits["difference"] == pytest.approx(np.log2(10 / 12), abs=1e-5)
@@ -51,16 +56,15 @@ def test_paired_differences_are_those_of_the_scores_with_an_interval_that_pairin
 
 
 def test_models_are_evaluated_first_and_give_what_their_reports_give(folder, tmp_path):
-    asked = request(folder, folder, tmp_path / "out", ("test",))
-    compared = compare([folder / "good", folder / "poor", folder / "dataset"], asked)
+    compared = compare([folder / "good", folder / "poor", folder / "dataset"], tmp_path / "out", evaluate_on())
     reports = [folder / "report-good", folder / "report-poor"]
-    from_reports = compare(reports, request(folder, folder, tmp_path / "other"))
+    from_reports = compare(reports, tmp_path / "other", evaluate_on())
     assert compared.differences == [row for row in from_reports.differences if row["split"] == "test"]
     assert (tmp_path / "out" / "model-1" / "report.html").exists()
 
 
 def test_the_same_model_twice_does_not_differ(folder, tmp_path):
-    compared = compare([folder / "report-good"] * 2, request(folder, folder, tmp_path / "out"))
+    compared = compare([folder / "report-good"] * 2, tmp_path / "out", evaluate_on())
     assert compared.names == ["good", "good (2)"]
     assert {row["difference"] for row in compared.differences} == {0.0}
 
@@ -72,7 +76,7 @@ def test_the_same_model_twice_does_not_differ(folder, tmp_path):
 def test_reports_of_other_masks_are_refused(folder, tmp_path, options, message):
     evaluate(request(folder / "poor", folder / "dataset", tmp_path / "other", **options))
     with pytest.raises(ProtlmError, match=message):
-        compare([folder / "report-good", tmp_path / "other"], request(folder, folder, tmp_path / "out"))
+        compare([folder / "report-good", tmp_path / "other"], tmp_path / "out", evaluate_on())
     assert not (tmp_path / "out").exists()
 
 
@@ -81,7 +85,7 @@ def test_reports_of_other_datasets_are_refused(folder, tmp_path):
     dataset = prepare(tmp_path, splits)
     evaluate(request(folder / "poor", dataset, tmp_path / "other"))
     with pytest.raises(ProtlmError, match="dataset_hash"):
-        compare([folder / "report-good", tmp_path / "other"], request(folder, folder, tmp_path / "out"))
+        compare([folder / "report-good", tmp_path / "other"], tmp_path / "out", evaluate_on())
 
 
 @pytest.mark.parametrize(
@@ -112,11 +116,10 @@ def test_a_report_with_damaged_replicates_is_refused(folder, tmp_path):
 
 
 def test_too_few_and_datasets_that_are_missing_are_wrong_usage(folder, tmp_path):
-    asked = request(folder, folder, tmp_path / "out")
     with pytest.raises(EvalUsageError, match="at least two"):
-        compare([folder / "report-good"], asked)
+        compare([folder / "report-good"], tmp_path / "out", evaluate_on())
     with pytest.raises(EvalUsageError, match="one DATASET"):
-        compare([folder / "report-good", folder / "poor"], asked)
+        compare([folder / "report-good", folder / "poor"], tmp_path / "out", evaluate_on())
 
 
 def test_the_command_prints_the_models_and_their_differences(folder, tmp_path, capsys):
