@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DEMO_STEPS = 500
+DEMO_STEPS = 800
 """Enough to see the model learn in a few minutes; the tiny configuration itself trains longer."""
 FAMILIES = Path(__file__).parents[1] / "data" / "families"
 

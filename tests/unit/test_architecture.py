@@ -1,6 +1,7 @@
 """The pages on structure and file formats against the code: no file, column or key is missing on either side."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def test_the_tree_names_every_file_once():
     assert sorted(described) == sorted(set(described))
     assert sorted(set(described) - files) == []
     assert sorted(files - set(described)) == []
+
+
+def test_the_floors_are_those_of_the_contract():
+    rules = re.search(r"^## Imports go one way$.*?^```text\n(.*?)^```$", ARCHITECTURE, re.MULTILINE | re.DOTALL)[1]
+    # Beyond its name, a floor's line says how it is divided.
+    floors = [re.split(r" {2,}", line.strip().removeprefix("> "))[0] for line in rules.splitlines()]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    assert floors == contract["layers"]
 
 
 def test_the_import_rules_name_every_room():
