@@ -143,12 +143,8 @@ def check_has_features(model: nn.Module) -> None:
 
 
 def estimates_softmax(model: nn.Module) -> bool:
-    """Returns whether the features estimate softmax attention, or a bound of it.
-
-    The identity behind such estimates, exp(x·y) = E[h(x)f(ω·x) h(y)f(ω·y)], needs the factor h, which depends on the
-    norm; features without it, as those of `relu`, have a kernel of their own.
-    """
-    return all(definition_of(attention.kind).norm_exponent != 0 for attention in _attentions(model))
+    """Returns whether the features estimate softmax attention, or a bound of it, in every layer."""
+    return all(definition_of(attention.kind).estimates is not None for attention in _attentions(model))
 
 
 def has_draws(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ wherever its definition does not list it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class MapDefinition:
             for each feature.
         is_signed: Whether features can be negative: the renormaliser is then a sum of terms that nearly cancel.
         norm_exponent: h(y) = exp(norm_exponent · ‖y‖²/2).
-        is_softmax_estimate: Whether φ(q)·φ(k) is an unbiased estimate of exp(q·k/√d).
+        estimates: The expectation of φ(q)·φ(k): `softmax` is exp(q·k/√d), `bound` a smoother kernel below it that comes
+            near it as head_dim grows; None for a kernel of its own.
         backends: The backends of `favor_attention` that compute the map.
         formula: Takes scores ω·y (…, rows) to (…, features): to log f for exponential maps, to f for others. Without
             it, `kernel_features`, the float64 twin and the health of a model refuse the map.
@@ -45,9 +47,14 @@ class MapDefinition:
     is_exponential: bool
     is_signed: bool = False
     norm_exponent: int
-    is_softmax_estimate: bool
+    estimates: Literal["softmax", "bound"] | None
     backends: frozenset[str]
     formula: Callable[[Tensor], Tensor] | None
+
+    @property
+    def is_softmax_estimate(self) -> bool:
+        """Whether φ(q)·φ(k) is an unbiased estimate of exp(q·k/√d)."""
+        return self.estimates == "softmax"
 
     def rescaled(self, projection: Tensor) -> Tensor:
         """Returns the rows (…, rows, head_dim) with the length that the map gives them."""
@@ -114,7 +121,7 @@ DEFINITIONS = {
             features_per_row=1,
             is_exponential=True,
             norm_exponent=-1,
-            is_softmax_estimate=True,
+            estimates="softmax",
             backends=_ALL_BACKENDS,
             formula=_unchanged,
         ),
@@ -124,7 +131,7 @@ DEFINITIONS = {
             mirrors_rows=True,
             is_exponential=True,
             norm_exponent=-1,
-            is_softmax_estimate=True,
+            estimates="softmax",
             backends=_ALL_BACKENDS,
             formula=_both_signs,
         ),
@@ -134,7 +141,7 @@ DEFINITIONS = {
             is_exponential=False,
             is_signed=True,
             norm_exponent=1,
-            is_softmax_estimate=True,
+            estimates="softmax",
             backends=frozenset(("torch",)),
             formula=_sines_and_cosines,
         ),
@@ -144,7 +151,7 @@ DEFINITIONS = {
             rescales_rows=True,
             is_exponential=True,
             norm_exponent=-1,
-            is_softmax_estimate=False,
+            estimates="bound",
             backends=_ALL_BACKENDS,
             formula=_unchanged,
         ),
@@ -154,7 +161,7 @@ DEFINITIONS = {
             takes_oprf_a=True,
             is_exponential=True,
             norm_exponent=-1,
-            is_softmax_estimate=True,
+            estimates="softmax",
             backends=_ALL_BACKENDS,
             formula=_unchanged,
         ),
@@ -164,7 +171,7 @@ DEFINITIONS = {
             needs_projection=False,
             is_exponential=False,
             norm_exponent=0,
-            is_softmax_estimate=False,
+            estimates=None,
             backends=_ALL_BACKENDS,
             formula=_offset_relu,
         ),

@@ -10,12 +10,14 @@ from dataclasses import replace
 from itertools import product
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
 from protlm.choices import FeatureMap
 from protlm.config import ModelConfig
+from protlm.inference import approximation, attention_weights, replaced_attention
 from protlm.model import health
 from protlm.model.performer import Performer
 from protlm.ops import draw_projection, favor, favor_cpp, favor_torch, favor_triton, random_features, reference
@@ -29,14 +31,15 @@ EXPONENTIAL = MapDefinition(
     features_per_row=1,
     is_exponential=True,
     norm_exponent=-1,
-    is_softmax_estimate=True,
+    estimates="softmax",
     backends=frozenset(),
     formula=None,
 )
-LINEAR = replace(EXPONENTIAL, needs_projection=False, is_exponential=False, norm_exponent=0, is_softmax_estimate=False)
+LINEAR = replace(EXPONENTIAL, needs_projection=False, is_exponential=False, norm_exponent=0, estimates=None)
 
 Q = torch.ones(1, 2, 8, 4)
 PROJECTION = torch.ones(2, 6, 4)
+PROTEIN = [5, 6, 7]
 
 
 def made_up_inputs():
@@ -53,11 +56,27 @@ def make_cuda_call():
     Call(made_up_inputs())
 
 
-def measure_health():
+def model_with(kind):
     model = Performer(ModelConfig(num_layers=1, model_dim=8, num_heads=2, ffn_dim=8, num_features=6))
     model.reset(0)
-    model.layers[0].attention.kind = MADE_UP
-    health.attention_health(model, torch.tensor([5, 6, 7]), torch.tensor([0, 3], dtype=torch.int32))
+    model.layers[0].attention.kind = kind
+    return model
+
+
+def measure_health():
+    health.attention_health(model_with(MADE_UP), torch.tensor(PROTEIN), torch.tensor([0, 3], dtype=torch.int32))
+
+
+def weigh_keys():
+    def weigh(call):
+        call.attention.kind = MADE_UP
+        next(attention_weights.weight_tiles(call, 0))
+
+    attention_weights.visit_protein(model_with("positive"), np.array(PROTEIN, dtype=np.uint8), weigh)
+
+
+def measure_error():
+    approximation.measure_approximation(model_with(MADE_UP), [np.array(PROTEIN, dtype=np.uint8)])
 
 
 NEEDS_CPP = pytest.mark.skipif(favor_cpp.why_not() is not None, reason="the compiled kernel was not built")
@@ -75,6 +94,8 @@ PLACES = {
     "the twin of the op": lambda: reference.favor_attention(Q, Q, Q, PROJECTION, feature_map=MADE_UP),
     "the logarithms of features": lambda: health.log_features(Q, PROJECTION[0], MADE_UP),
     "the health of a model": measure_health,
+    "the weights of attention": weigh_keys,
+    "the error of attention": measure_error,
 }
 
 
@@ -95,6 +116,14 @@ def test_a_map_is_refused_by_name_where_it_is_not_known(place, definition, monke
         monkeypatch.setitem(DEFINITIONS, MADE_UP, definition)
     with pytest.raises(ValueError, match=r"^feature_map: expected .*got 'made-up'$"):
         place()
+
+
+def test_exact_attention_replaces_maps_whose_definition_says_that_they_estimate_it(monkeypatch):
+    with pytest.raises(ValueError, match=r"^feature_map: expected .*got 'made-up'$"):
+        replaced_attention.estimates_softmax(model_with(MADE_UP))
+    for estimates in ("softmax", "bound", None):
+        monkeypatch.setitem(DEFINITIONS, MADE_UP, replace(LINEAR, estimates=estimates))
+        assert replaced_attention.estimates_softmax(model_with(MADE_UP)) == (estimates is not None)
 
 
 @pytest.mark.parametrize("definition", [EXPONENTIAL, LINEAR], ids=["exponential", "linear"])
