@@ -50,7 +50,10 @@ class _Strict(BaseModel):
 class SourceSummary(_Strict):
     """The entry of an input file in the manifest; `num_records` counts its good records, before any are left out."""
 
-    role: InputRole = Field(alias="part")
+    model_config = ConfigDict(populate_by_name=True)
+
+    # Two aliases, since type checkers take `alias` for the name of the argument.
+    role: InputRole = Field(validation_alias="part", serialization_alias="part")
     name: str
     format: Format
     num_records: Count

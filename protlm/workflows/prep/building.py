@@ -136,7 +136,7 @@ def _finished_sources(folder: PrepFolder) -> list[FinishedSource]:
 def _source_summaries(folder: PrepFolder, sources: Sequence[FinishedSource]) -> tuple[dataset.SourceSummary, ...]:
     return tuple(
         dataset.SourceSummary(
-            part=input_file.role,
+            role=input_file.role,
             name=source.name,
             format=source.format,
             num_records=source.num_records,

@@ -301,7 +301,7 @@ def _sources(manifest: Manifest) -> Table:
         (source.name, source.role, source.format, f"{source.num_records:,}", source.sha256)
         for source in manifest.sources
     ]
-    header = ("file", "part", "format", "records read", "sha256")
+    header = ("file", "role", "format", "records read", "sha256")
     return Table(header, rows, ("text", "text", "text", "number", "code"))
 
 

@@ -59,7 +59,7 @@ def manifest_of(splits, **changes):
         "format": "protlm-dataset",
         "format_version": 2,
         "vocabulary": vocabulary.TOKENS,
-        "sources": (SourceSummary(part="input", name="a.fasta", format="fasta", num_records=9, sha256="ab" * 32),),
+        "sources": (SourceSummary(role="input", name="a.fasta", format="fasta", num_records=9, sha256="ab" * 32),),
         "options": PrepOptions(
             split="random", seed=1, valid_fraction=0.01, test_fraction=0.01, min_length=1, max_length=None,
             dedupe=True, on_bad_record="skip", shard_residues=100,
@@ -110,7 +110,7 @@ def test_the_page_needs_no_other_file_and_no_script(manifest):
 
 def test_names_from_users_are_shown_as_text(manifest):
     evil = "<script>alert('x')</script>&\"'"
-    source = SourceSummary(part="input", name=evil, format="fasta", num_records=1, sha256="0" * 64)
+    source = SourceSummary(role="input", name=evil, format="fasta", num_records=1, sha256="0" * 64)
     options = manifest.options.model_copy(update={"ood_families": (evil,)})
     changes = {"sources": (source,), "options": options, "rejects": {evil: 1}}
     page = render_report(manifest.model_copy(update=changes))
@@ -240,7 +240,7 @@ def test_multiqc_gets_a_row_of_counts_named_after_the_first_source(manifest):
 )  # fmt: skip
 def test_the_name_for_multiqc_is_that_of_the_source_without_its_endings(manifest, names, sample):
     sources = tuple(
-        SourceSummary(part="input", name=name, format="fasta", num_records=1, sha256="0" * 64) for name in names
+        SourceSummary(role="input", name=name, format="fasta", num_records=1, sha256="0" * 64) for name in names
     )
     content = json.loads(render_multiqc(manifest.model_copy(update={"sources": sources})))
     assert list(content["data"]) == [sample]
