@@ -46,11 +46,15 @@ SplitOption = Annotated[
 ]
 ValidFractionOption = Annotated[
     float | None,
-    typer.Option("--valid-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for valid; default: 0.01."),
+    typer.Option(
+        "--valid-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Fraction drawn for valid; default: 0.01."
+    ),
 ]
 TestFractionOption = Annotated[
     float | None,
-    typer.Option("--test-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Part drawn for test; default: 0.01."),
+    typer.Option(
+        "--test-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Fraction drawn for test; default: 0.01."
+    ),
 ]
 ClustersOption = Annotated[
     Path | None,
