@@ -8,11 +8,11 @@ import numpy as np
 from protlm import vocabulary
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.embeddings.kinds import KINDS, Kind
-from protlm.inference.row_embeddings import RowEmbedder, absolute_layer, merge_windows
+from protlm.inference.row_embeddings import RowEmbedder, absolute_layer, default_tokens_per_batch, merge_windows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import read_model
-from protlm.runtime.devices import best_device, default_tokens_per_batch
+from protlm.runtime.devices import best_device
 
 
 class ProteinModel:

@@ -10,11 +10,20 @@ from protlm.data.batching.batches import pack_row
 from protlm.data.embeddings.kinds import RESIDUE_KINDS, Kind
 from protlm.data.embeddings.layouts import Column, columns_of
 from protlm.model.performer import Performer
+from protlm.runtime.devices import best_device
 
 Sums = dict[Column, np.ndarray]
 """The results of one window: float32 (num_residues, dim) or (dim,); for a mean the sum over its residues, float64."""
 
 _NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+def default_tokens_per_batch() -> int:
+    """Returns the default budget of a forward pass without gradients, in tokens, for the device.
+
+    A CPU is fastest while a row and its activations fit into the cache; a GPU needs more work at a time.
+    """
+    return 8192 if best_device().type == "cuda" else 2048
 
 
 class RowEmbedder:

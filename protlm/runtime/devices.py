@@ -61,14 +61,6 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_PEER)
 
 
-def default_tokens_per_batch() -> int:
-    """Returns the default budget of a forward pass without gradients, in tokens, for the device.
-
-    A CPU is fastest while a row and its activations fit into the cache; a GPU needs more work at a time.
-    """
-    return 8192 if best_device().type == "cuda" else 2048
-
-
 def best_device() -> torch.device:
     """Returns the first CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

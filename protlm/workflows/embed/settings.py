@@ -11,9 +11,9 @@ from protlm.data.embeddings.layouts import LAYOUTS, Column, Layout, columns_of
 from protlm.data.records import OnBadRecord
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Cut
-from protlm.inference.row_embeddings import absolute_layer
+from protlm.inference.row_embeddings import absolute_layer, default_tokens_per_batch
 from protlm.pretrained.model_description import ModelDescription
-from protlm.runtime.devices import Devices, default_tokens_per_batch
+from protlm.runtime.devices import Devices
 from protlm.vocabulary import VOCABULARY_SIZE
 
 ONE_DEVICE = Devices()
