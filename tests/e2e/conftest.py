@@ -18,6 +18,13 @@ SMALL = ["--set", "data.tokens_per_batch=1024", "--set", "model.model_dim=32", "
 """Settings of a model that trains in a blink."""
 
 
+@pytest.fixture(autouse=True)
+def _quick_pictures(request) -> None:
+    """Fixtures of a session save their figures as they are, and so do the tests of pages in a browser."""
+    if "browser" not in request.path.name:
+        request.getfixturevalue("quick_pictures")
+
+
 def write_fasta(path: Path, proteins: list[tuple[str, str]]) -> Path:
     path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in proteins))
     return path

@@ -15,6 +15,8 @@ from protlm.workflows.evaluate.evaluate import evaluate
 from protlm.workflows.evaluate.request import EvalUsageError
 from tests.unit.workflows.evaluate.eval_cases import prepare, random_sequences, request, save_new_model
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ" * times for times in (1, 2, 3)] + ["ACDEFGHIKL"]
 
 
