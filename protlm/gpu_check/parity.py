@@ -195,5 +195,6 @@ def _rounded(projection: Tensor | None, case: Case) -> Tensor | None:
     if projection is None:
         return None
     if definition_of(case.feature_map).rescales_rows:
+        # Written out: `MapDefinition.rescaled` is part of what is checked.
         projection = projection * (case.head_dim**0.5 / projection.norm(dim=-1, keepdim=True))
     return projection.to(case.dtype)
