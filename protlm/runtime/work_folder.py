@@ -64,10 +64,10 @@ def read_own(path: Path, expected_format: str, command: str) -> Mapping[str, Any
     Raises:
         ProtlmError: This command did not make the folder.
     """
-    found = read_json(path / ABOUT_NAME)
-    if not isinstance(found, dict) or found.get("format") != expected_format:
+    note = read_json(path / ABOUT_NAME)
+    if not isinstance(note, dict) or note.get("format") != expected_format:
         raise ProtlmError(f"{path}: in the way, and nothing that {command} made; remove it, or choose another --out")
-    return found
+    return note
 
 
 @contextlib.contextmanager
