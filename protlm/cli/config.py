@@ -9,6 +9,7 @@ from protlm.cli.options import JsonOption
 
 
 def config_command(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped configuration or a TOML file.")] = "tiny",
     is_list: Annotated[bool, typer.Option("--list", help="List the shipped configurations instead.")] = False,
     as_json: JsonOption = False,
@@ -23,6 +24,9 @@ def config_command(
       protlm config small
       protlm config run/config.toml --json
     """  # noqa: D301  \b must reach Typer as a backspace
+    source = context.get_parameter_source("name")
+    if is_list and source is not None and source.name != "DEFAULT":
+        raise typer.BadParameter(f"lists all configurations, so it takes no name; got {name!r}", param_hint="--list")
     from protlm.config import explain_config, load_config, shipped_summaries
 
     summaries = shipped_summaries()

@@ -56,6 +56,13 @@ def test_the_list_has_a_line_for_each_shipped_configuration(capsys):
     assert list(json.loads(printed(capsys, "--list", "--json"))) == shipped_configs()
 
 
+def test_a_name_beside_the_list_is_wrong_usage(capsys):
+    assert main(["config", "small", "--list"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "--list: lists all configurations, so it takes no name; got 'small'" in captured.err
+
+
 def test_json_has_the_settings_by_section(capsys):
     config = json.loads(printed(capsys, "base", "--json"))
     assert list(config) == ["data", "model", "train"]
