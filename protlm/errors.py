@@ -1,4 +1,4 @@
-"""The errors a user can cause: each is shown as one line `error: …` and ends the command with status 1."""
+"""The errors a user can cause: each ends the command with one line, and with status 1 or, for wrong usage, 2."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,10 @@ _SHOWN_VALUE_LETTERS = 100
 
 class ProtlmError(Exception):
     """A fault in the user's data, files or settings; its text names the fault, the place and what to do."""
+
+
+class UsageError(ProtlmError):
+    """Options that contradict each other or lie out of range: the only error that ends a command with status 2."""
 
 
 class ConfigError(ProtlmError):

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -17,9 +17,20 @@ from protlm.cli.inspect import inspect_command
 from protlm.cli.prep import prep_command
 from protlm.cli.train import train_command
 from protlm.cli.versions import print_versions
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, UsageError
 
 EXIT_SUCCESS, EXIT_FAILURE, EXIT_INTERRUPTED = 0, 1, 130
+
+
+class _Command(Command):
+    """A command that shows a `UsageError` as Typer shows its own, with status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise typer.BadParameter(str(error), ctx=ctx) from error
+
 
 app = typer.Typer(
     name="protlm",
@@ -28,12 +39,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-app.command("prep", cls=Command)(prep_command)
-app.command("inspect", cls=Command)(inspect_command)
-app.command("config", cls=Command)(config_command)
-app.command("train", cls=Command)(train_command)
-app.command("eval", cls=Command)(eval_command)
-app.command("embed", cls=Command)(embed_command)
+app.command("prep", cls=_Command)(prep_command)
+app.command("inspect", cls=_Command)(inspect_command)
+app.command("config", cls=_Command)(config_command)
+app.command("train", cls=_Command)(train_command)
+app.command("eval", cls=_Command)(eval_command)
+app.command("embed", cls=_Command)(embed_command)
 
 
 @app.callback(invoke_without_command=True)

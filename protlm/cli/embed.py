@@ -118,7 +118,7 @@ def embed_command(
     from protlm.runtime.work_folder import partial_folder
     from protlm.workflows.embed.embed import embed
     from protlm.workflows.embed.estimate import EmbedEstimate, estimate
-    from protlm.workflows.embed.settings import EmbedRequest, EmbedUsageError
+    from protlm.workflows.embed.settings import EmbedRequest
 
     request = EmbedRequest(
         model=model, inputs=inputs, out=out, split=split, include=cast("list[Kind]", include), layers=layer_numbers,
@@ -128,8 +128,6 @@ def embed_command(
     try:
         with Bars(_UNITS) as bars:
             report = estimate(request, bars.start) if dry_run else embed(request, bars.start)
-    except EmbedUsageError as error:
-        raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
         if not dry_run:
             output.warn_if_kept(partial_folder(out))

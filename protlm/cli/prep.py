@@ -168,7 +168,7 @@ def prep_command(
     """  # noqa: D301  \b must reach Typer as a backspace
     from protlm.runtime.work_folder import partial_folder
     from protlm.workflows.prep.mmseqs import clusters_of
-    from protlm.workflows.prep.options import PrepRequest, PrepUsageError, parse_part
+    from protlm.workflows.prep.options import PrepRequest, parse_part
     from protlm.workflows.prep.prepare import prepare
 
     try:
@@ -182,8 +182,6 @@ def prep_command(
                 part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run, force=force,
             )  # fmt: skip
             report = prepare(request, start_progress=bars.start)
-    except PrepUsageError as error:
-        raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
         output.warn_if_kept(partial_folder(out))
         raise

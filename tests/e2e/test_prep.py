@@ -11,9 +11,9 @@ import pytest
 from protlm.cli import prep as cli_prep
 from protlm.cli.app import main
 from protlm.data.storage.dataset import open_dataset
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, UsageError
 from protlm.workflows.prep import prepare as prep_workflow
-from protlm.workflows.prep.options import PrepRequest, PrepUsageError
+from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, run_json, sequences
 
@@ -334,7 +334,7 @@ def test_fractions_with_ready_made_splits_are_wrong_usage(write, out, capsys):
         assert main(arguments) == 2
         assert "only without ready-made splits" in capsys.readouterr().err
     assert main(["prep", "--out", out]) == 2
-    with pytest.raises(PrepUsageError, match="inputs: expected at least one file"):
+    with pytest.raises(UsageError, match="inputs: expected at least one file"):
         prepare(PrepRequest(inputs=[], out=out))
 
 

@@ -15,8 +15,9 @@ from protlm.cli.app import main
 from protlm.data.building import selection
 from protlm.data.parsing import fasta, text_pieces
 from protlm.data.parsing.sources import SourceBlocks
+from protlm.errors import UsageError
 from protlm.workflows.prep import reading as prep_reading
-from protlm.workflows.prep.options import PrepRequest, PrepUsageError
+from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import (
     SAMPLE,
@@ -171,7 +172,7 @@ def test_a_dry_run_makes_nothing_and_comes_close(tmp_path, capsys):
     ],
 )
 def test_options_of_scale_that_contradict_each_other_are_wrong_usage(tmp_path, options, message):
-    with pytest.raises(PrepUsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         prepare(PrepRequest(inputs=[SAMPLE], out=tmp_path / "out", **options))
     assert not Path(f"{tmp_path}/out.partial").exists()
 

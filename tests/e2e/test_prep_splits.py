@@ -13,7 +13,8 @@ from protlm import vocabulary
 from protlm.cli.app import main
 from protlm.data.splits import PFAM_20
 from protlm.data.storage.dataset import open_dataset
-from protlm.workflows.prep.options import PrepRequest, PrepUsageError
+from protlm.errors import UsageError
+from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import error_line, ids, run_json
 
@@ -279,7 +280,7 @@ def test_a_program_that_is_not_installed_is_one_line(clustered, tmp_path, capsys
 def test_ways_to_split_that_contradict_each_other_are_wrong_usage(clustered, tmp_path, options, message):
     given = {name: [text.format(fasta=clustered[0]) for text in value] if name == "valid_inputs" else value
              for name, value in options.items()}  # fmt: skip
-    with pytest.raises(PrepUsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         prepare(PrepRequest(inputs=[clustered[0]], out=tmp_path / "out", **given))
 
 

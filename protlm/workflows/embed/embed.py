@@ -93,7 +93,7 @@ def embed(request: EmbedRequest, start_progress: StartProgress = no_progress) ->
         The report; None in all processes but the first of a run on several devices.
 
     Raises:
-        EmbedUsageError: Options that contradict each other.
+        UsageError: Options that contradict each other.
         ProtlmError: A model or an input that cannot be read, an output that is in the way, a protein that is too long
             for the model, or an unfinished run with other inputs, options or model.
     """

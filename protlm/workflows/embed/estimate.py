@@ -69,7 +69,7 @@ def estimate(request: EmbedRequest, start_progress: StartProgress = no_progress)
     """Reads the inputs, times a sample of their proteins and returns what embedding them all would take.
 
     Raises:
-        EmbedUsageError, ProtlmError: As `embed` raises before it computes anything.
+        ProtlmError: As `embed` raises before it computes anything.
     """
     model, description = read_model(request.model)
     settings = settings_of(request, description)

@@ -9,7 +9,7 @@ from protlm.choices import SplitName
 from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Layout, columns_of
 from protlm.data.records import OnBadRecord
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, UsageError
 from protlm.inference.long_proteins import Cut
 from protlm.inference.row_embeddings import absolute_layer, default_tokens_per_batch
 from protlm.pretrained.model_description import ModelDescription
@@ -17,10 +17,6 @@ from protlm.runtime.devices import Devices
 from protlm.vocabulary import VOCABULARY_SIZE
 
 ONE_DEVICE = Devices()
-
-
-class EmbedUsageError(ValueError):
-    """Options that contradict each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +116,12 @@ def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSe
     """Returns the settings that a request leads to with a given model.
 
     Raises:
-        EmbedUsageError: Options that contradict each other.
+        UsageError: Options that contradict each other.
         ProtlmError: A layer that the model does not have, or windows longer than its learned positions.
     """
     layout = LAYOUTS[request.layout]
     if request.window is not None and request.truncate is not None:
-        raise EmbedUsageError("--window embeds long proteins whole and --truncate cuts them: give one of them")
+        raise UsageError("--window embeds long proteins whole and --truncate cuts them: give one of them")
     last = description.model.num_layers
     kinds = tuple(dict.fromkeys(request.include))
     try:
@@ -136,7 +132,7 @@ def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSe
     try:
         layout.check(kinds, layers, dtype)
     except ValueError as error:
-        raise EmbedUsageError(str(error)) from None
+        raise UsageError(str(error)) from None
     cut, limit = Cut(window=request.window, truncate=request.truncate), description.max_residues
     for name, size in (("--window", cut.window), ("--truncate", cut.truncate)):
         if size is not None and limit is not None and size > limit:

@@ -13,7 +13,8 @@ from protlm.data.parsing import reader
 from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.parsing.text_pieces import cut_into_pieces
 from protlm.data.records import OnBadRecord
-from protlm.workflows.prep.options import Inputs, PrepUsageError
+from protlm.errors import UsageError
+from protlm.workflows.prep.options import Inputs
 
 _SAMPLE_BYTES = 8 << 20
 _SAMPLED_FILES = 8
@@ -71,11 +72,11 @@ def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, worker
         workers: Processes that would read and write.
 
     Raises:
-        PrepUsageError: An input is a pipe, which has no size.
+        UsageError: An input is a pipe, which has no size.
         ProtlmError: A bad file.
     """
     if any(input_file.state is None for input_file in inputs.files):
-        raise PrepUsageError("dry run: a pipe has no size to tell from; write it to a file")
+        raise UsageError("dry run: a pipe has no size to tell from; write it to a file")
     sizes = [input_file.num_bytes for input_file in inputs.files]
     step = max(1, len(inputs.files) // _SAMPLED_FILES)
     sample, rejects = _Sample(), Counter[str]()

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from protlm.data.parsing.sources import STDIN, expand_inputs
-from protlm.errors import ProtlmError
-from protlm.workflows.prep.options import PrepUsageError
+from protlm.errors import ProtlmError, UsageError
 
 DEFAULT_IDENTITY = 0.3
 _COVERAGE = "0.8"
@@ -30,19 +29,19 @@ def clusters_of(
         clusters: A file of clusters, or None.
 
     Raises:
-        PrepUsageError: Both a program and a file; an identity without a program; the standard input.
+        UsageError: Both a program and a file; an identity without a program; the standard input.
         ProtlmError: The program is not installed, or fails.
     """
     if program is None:
         if identity is not None:
-            raise PrepUsageError("cluster_identity: only with cluster_with")
+            raise UsageError("cluster_identity: only with cluster_with")
         yield clusters
         return
     if clusters is not None:
-        raise PrepUsageError("clusters and cluster_with: only one of them")
+        raise UsageError("clusters and cluster_with: only one of them")
     paths = expand_inputs(inputs).paths
     if STDIN in paths:
-        raise PrepUsageError("cluster_with: the standard input, -, can be read only once; write it to a file")
+        raise UsageError("cluster_with: the standard input, -, can be read only once; write it to a file")
     command = shutil.which(program)
     if command is None:
         raise ProtlmError(f"{program}: not installed; install MMseqs2, or give its clusters with --clusters")

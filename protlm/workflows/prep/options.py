@@ -16,17 +16,13 @@ from protlm.data.records import OnBadRecord
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import InputRole
 from protlm.data.storage.shards import DEFAULT_SHARD_RESIDUES
-from protlm.errors import ProtlmError, validation_fault
+from protlm.errors import ProtlmError, UsageError, validation_fault
 from protlm.workflows.prep.folder import InputFile, Start
 from protlm.workflows.prep.reading import LabelFiles
 
 DEFAULT_FRACTION = 0.01
 
 _PART = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
-
-
-class PrepUsageError(ValueError):
-    """Options of prep that contradict each other or lie out of range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +128,7 @@ def find_inputs(request: PrepRequest) -> Inputs:
         if path != STDIN and (source.is_relative_to(target) or target.is_relative_to(source)):
             raise ProtlmError(f"{out}: the output and the input {path} lie inside each other; choose another --out")
     if sum(input_file.path == STDIN for input_file in input_files) > 1:
-        raise PrepUsageError("inputs: the standard input, -, can be read only once")
+        raise UsageError("inputs: the standard input, -, can be read only once")
     return Inputs(tuple(input_files), tuple(left_out))
 
 
@@ -140,15 +136,15 @@ def resolve_start(inputs: Inputs, request: PrepRequest) -> Start:
     """Returns how the work begins.
 
     Raises:
-        PrepUsageError: More than one of resume, part and merge; a part out of range; a part or merge of a pipe.
+        UsageError: More than one of resume, part and merge; a part out of range; a part or merge of a pipe.
     """
     resume, part, merge = request.resume, request.part, request.merge
     if resume + (part is not None) + merge > 1:
-        raise PrepUsageError("resume, part and merge: only one of them")
+        raise UsageError("resume, part and merge: only one of them")
     if part is not None and not 1 <= part[0] <= part[1]:
-        raise PrepUsageError(f"part: expected i/n with i from 1 to n, got {part[0]}/{part[1]}")
+        raise UsageError(f"part: expected i/n with i from 1 to n, got {part[0]}/{part[1]}")
     if (part is not None or merge) and any(input_file.state is None for input_file in inputs.files):
-        raise PrepUsageError("inputs: a pipe cannot be shared among parts; write it to a file")
+        raise UsageError("inputs: a pipe cannot be shared among parts; write it to a file")
     return "part" if part is not None else "merge" if merge else "resume" if resume else "new"
 
 
@@ -156,11 +152,11 @@ def parse_part(text: str) -> tuple[int, int]:
     """Returns (i, n) of `i/n`.
 
     Raises:
-        PrepUsageError: Another form.
+        UsageError: Another form.
     """
     match = _PART.fullmatch(text)
     if match is None:
-        raise PrepUsageError(f"part: expected i/n, such as 3/10, got {text!r}")
+        raise UsageError(f"part: expected i/n, such as 3/10, got {text!r}")
     return int(match[1]), int(match[2])
 
 
@@ -181,21 +177,21 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
     """Returns the options that shape the content, checked; those that do not apply to the kind of split are None.
 
     Raises:
-        PrepUsageError: Options that contradict each other or lie out of range.
+        UsageError: Options that contradict each other or lie out of range.
     """
     if not inputs.has("input"):
-        raise PrepUsageError("inputs: expected at least one file, got none")
+        raise UsageError("inputs: expected at least one file, got none")
     split, valid_fraction, test_fraction = request.split, request.valid_fraction, request.test_fraction
     is_ready_made = any(input_file.role != "input" for input_file in inputs.files)
     is_drawn = not is_ready_made and split != "file"
     if is_ready_made and split != "random":
-        raise PrepUsageError(f"split: {split!r} only without ready-made splits")
+        raise UsageError(f"split: {split!r} only without ready-made splits")
     if not is_drawn and (valid_fraction is not None or test_fraction is not None):
-        raise PrepUsageError("valid_fraction and test_fraction: only without ready-made splits and a split file")
+        raise UsageError("valid_fraction and test_fraction: only without ready-made splits and a split file")
     if (labels.splits is not None) != (split == "file"):
-        raise PrepUsageError("split_file: wanted with split 'file', and only with it")
+        raise UsageError("split_file: wanted with split 'file', and only with it")
     if bool(request.ood_families) != (split == "family"):
-        raise PrepUsageError("ood_families: wanted with split 'family', and only with it")
+        raise UsageError("ood_families: wanted with split 'family', and only with it")
     try:
         return dataset.PrepOptions(
             split="ready-made" if is_ready_made else split,
@@ -213,7 +209,7 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
             split_file=_label_file(labels.splits),
         )
     except ValidationError as error:
-        raise PrepUsageError(validation_fault(error)) from error
+        raise UsageError(validation_fault(error)) from error
 
 
 def _label_file(labels: Labels | None) -> dataset.LabelFile | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from protlm.data.records import OnBadRecord
 from protlm.data.storage import dataset
+from protlm.errors import UsageError
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.runtime.workers import Workers
 from protlm.workflows.inspect import DatasetSummary, summarise
@@ -27,7 +28,6 @@ from protlm.workflows.prep.folder import (
 )
 from protlm.workflows.prep.options import (
     PrepRequest,
-    PrepUsageError,
     find_inputs,
     read_labels,
     requested_splits,
@@ -94,12 +94,12 @@ def prepare(request: PrepRequest, *, start_progress: StartProgress = no_progress
         The dataset that was made; with `part` the files that were read; with `dry_run` the estimate.
 
     Raises:
-        PrepUsageError: The options contradict each other or lie out of range.
+        UsageError: The options contradict each other or lie out of range.
         ProtlmError: A bad record or file, no record left, or an output that is in the way.
     """
     most = max(_MOST_WORKERS, 4 * (os.cpu_count() or 1))
     if not 1 <= request.workers <= most:
-        raise PrepUsageError(f"workers: expected 1 to {most} on this machine, got {request.workers}")
+        raise UsageError(f"workers: expected 1 to {most} on this machine, got {request.workers}")
     inputs = find_inputs(request)
     start = resolve_start(inputs, request)
     # Through a link the folder it leads to is made or replaced, not the link.
