@@ -147,4 +147,4 @@ UNIFORM = {
     "bits_per_residue": float(np.log2(len(RESIDUES))),
     "calibration_error": 0.0,
 }
-"""What a blind guess among the 25 residue letters expects."""
+"""The expected scores of a blind guess among the 25 residue letters."""
