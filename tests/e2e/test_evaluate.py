@@ -166,7 +166,7 @@ def test_a_causal_model_predicts_what_follows_and_refuses_masks(evaluate, datase
     model = save_new_model(tmp_path / "causal", causal=True)
     report = evaluate("--split", "all", model=model)
     manifest = json.loads((dataset / "manifest.json").read_text())
-    assert (report["objective"], report["targets"]) == ("next-token", "next")
+    assert (report["objective"], report["targets"]) == ("next-token", "next-token")
     for name, measured in report["splits"].items():
         assert measured["num_targets"] == manifest["splits"][name]["num_residues"]
         assert measured["scores"]["markov"]["perplexity"] < measured["scores"]["empirical"]["perplexity"]

@@ -232,7 +232,7 @@ class _Evaluation:
             split=name,
             seed=request.seed,
             objective="next-token" if description.objective.causal else "masked",
-            targets="next" if description.objective.causal else "hidden",
+            targets="next-token" if description.objective.causal else "hidden",
             mask_rate=self._masks.objective.rates.rate,
             num_masks=request.num_masks,
             num_records=first.num_records,

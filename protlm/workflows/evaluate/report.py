@@ -77,7 +77,7 @@ class EvalReport:
         split: The first split that was scored.
         seed: Of the masks and of the bootstrap.
         objective: `masked`, or `next-token` for a causal model, which is scored at every residue.
-        targets: `hidden`: every scored residue was hidden from the model; `next`: those of a causal model.
+        targets: `hidden`: every scored residue was hidden from the model; `next-token`: those of a causal model.
         mask_rate: Probability that a residue was hidden; unused by `next-token`.
         num_masks: How often each protein was scored, each time with other masks.
         num_records: Proteins in the split.
@@ -105,7 +105,7 @@ class EvalReport:
     split: str
     seed: int
     objective: Literal["masked", "next-token"]
-    targets: Literal["hidden", "next"]
+    targets: Literal["hidden", "next-token"]
     mask_rate: float
     num_masks: int
     num_records: int

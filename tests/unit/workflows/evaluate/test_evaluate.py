@@ -61,7 +61,7 @@ def test_a_masked_model_is_scored_at_some_residues_all_hidden(report, dataset):
 
 def test_a_causal_model_is_scored_at_every_residue(report, dataset):
     scored, written = report(shape={"causal": True})
-    assert (scored.objective, scored.targets) == (written["objective"], written["targets"]) == ("next-token", "next")
+    assert (scored.objective, scored.targets) == (written["objective"], written["targets"]) == ("next-token", "next-token")
     assert scored.num_targets == open_dataset(dataset).split("test").lengths.sum()
 
 
