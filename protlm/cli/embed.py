@@ -127,7 +127,8 @@ def embed_command(
     )  # fmt: skip
     try:
         with Bars(_UNITS) as bars:
-            report = estimate(request, bars.start) if dry_run else embed(request, bars.start)
+            work = estimate if dry_run else embed
+            report = work(request, start_progress=bars.start)
     except KeyboardInterrupt:
         if not dry_run:
             output.warn_if_kept(partial_folder(out))

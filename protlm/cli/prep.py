@@ -11,7 +11,7 @@ from protlm.cli.options import ForceOption, JsonOption, OnBadRecordOption, Resum
 from protlm.cli.progress import Bars
 
 if TYPE_CHECKING:
-    from protlm.workflows.prep.estimate import Estimate
+    from protlm.workflows.prep.estimate import PrepEstimate
     from protlm.workflows.prep.prepare import PartReport, PrepReport
 
 # The defaults below are those of `workflows.prep.options.PrepRequest`, too heavy to import here; a test compares them.
@@ -188,11 +188,11 @@ def prep_command(
     _print(report, as_json)
 
 
-def _print(report: "PrepReport | PartReport | Estimate", as_json: bool) -> None:
-    from protlm.workflows.prep.estimate import Estimate
+def _print(report: "PrepReport | PartReport | PrepEstimate", as_json: bool) -> None:
+    from protlm.workflows.prep.estimate import PrepEstimate
     from protlm.workflows.prep.prepare import PartReport
 
-    if isinstance(report, Estimate):
+    if isinstance(report, PrepEstimate):
         _print_estimate(report, as_json)
     elif isinstance(report, PartReport):
         _print_part(report, as_json)
@@ -227,7 +227,7 @@ def _print_part(report: "PartReport", as_json: bool) -> None:
     output.print_pairs([("records", f"{report.num_records:,}"), ("parts", report.folder)])
 
 
-def _print_estimate(estimate: "Estimate", as_json: bool) -> None:
+def _print_estimate(estimate: "PrepEstimate", as_json: bool) -> None:
     for path in estimate.left_out:
         output.warn(f"{path}: no protein file; would be left out")
     pairs = [

@@ -82,7 +82,7 @@ class EmbedReport:
     left_out: tuple[str, ...]
 
 
-def embed(request: EmbedRequest, start_progress: StartProgress = no_progress) -> EmbedReport | None:
+def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress) -> EmbedReport | None:
     """Embeds every protein of the inputs, in their order; a result does not depend on the other proteins.
 
     Args:

@@ -65,7 +65,7 @@ class EmbedEstimate:
     left_out: tuple[str, ...]
 
 
-def estimate(request: EmbedRequest, start_progress: StartProgress = no_progress) -> EmbedEstimate:
+def estimate(request: EmbedRequest, *, start_progress: StartProgress = no_progress) -> EmbedEstimate:
     """Reads the inputs, times a sample of their proteins and returns what embedding them all would take.
 
     Raises:

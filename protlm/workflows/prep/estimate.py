@@ -24,7 +24,7 @@ _WORKER_EFFICIENCY = 0.85
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class PrepEstimate:
     """The expected numbers for all inputs, from samples, before duplicates and length bounds.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Sample:
     piece_bytes: int = 0
 
 
-def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, workers: int) -> Estimate:
+def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, workers: int) -> PrepEstimate:
     """Returns an estimate for all files, from reading the beginning of some of them.
 
     Args:
@@ -88,7 +88,7 @@ def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, worker
     scale = sum(sizes) / max(1.0, sample.disk_bytes)
     speed_up = workers * _WORKER_EFFICIENCY if workers > 1 else 1.0
     dataset_bytes = round(sample.piece_bytes * scale)
-    return Estimate(
+    return PrepEstimate(
         files=len(sizes),
         input_bytes=sum(sizes),
         sampled_bytes=round(sample.disk_bytes),

@@ -17,7 +17,7 @@ from protlm.runtime.progress import StartProgress, no_progress
 from protlm.runtime.workers import Workers
 from protlm.workflows.inspect import DatasetSummary, summarise
 from protlm.workflows.prep.building import build_dataset
-from protlm.workflows.prep.estimate import Estimate, estimate
+from protlm.workflows.prep.estimate import PrepEstimate, estimate
 from protlm.workflows.prep.folder import (
     PrepFolder,
     check_replaceable,
@@ -78,7 +78,9 @@ class PartReport:
     num_records: int
 
 
-def prepare(request: PrepRequest, *, start_progress: StartProgress = no_progress) -> PrepReport | PartReport | Estimate:
+def prepare(
+    request: PrepRequest, *, start_progress: StartProgress = no_progress
+) -> PrepReport | PartReport | PrepEstimate:
     """Turns protein files into a dataset folder.
 
     Without ready-made splits each sequence is drawn for train, valid or test. With any, `inputs` are the training set.
