@@ -128,13 +128,21 @@ def matrix(
 
 
 @contextlib.contextmanager
-def _matplotlib_style() -> Iterator[None]:
-    """Sets the style, and nothing that a user's matplotlibrc says; matplotlib prints nothing on its font cache."""
-    # When there is no folder for the cache, matplotlib warns, which matters to nobody here.
+def quiet_matplotlib() -> Iterator[None]:
+    """Silences the warning of matplotlib that it has no folder for its font cache, which matters to nobody here."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _matplotlib_style() -> Iterator[None]:
+    """Sets the style, and nothing that a user's matplotlibrc says."""
+    with quiet_matplotlib():
         _import_matplotlib()
         import matplotlib as mpl
 
@@ -144,8 +152,6 @@ def _matplotlib_style() -> Iterator[None]:
             settings: Any = defaults | _STYLE
             mpl.rcParams.update(settings)
             yield
-    finally:
-        logger.setLevel(level)
 
 
 @cache

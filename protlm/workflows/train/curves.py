@@ -1,6 +1,5 @@
 """curves.png of a run: how its tables become a picture, fast enough to draw it again while the run goes on."""
 
-import logging
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from protlm.config import Config, ModelConfig
 from protlm.errors import RunError
 from protlm.ops.feature_maps import definition_of
 from protlm.vocabulary import NUM_RESIDUES
+from protlm.workflows.pages.figures import quiet_matplotlib
 from protlm.workflows.pages.log_axis import set_log_scale
 from protlm.workflows.pages.palette import BASELINE_MARKS, SPLIT_MARKS
 from protlm.workflows.train.run_tables import HEALTH, METRICS, read_thinned
@@ -32,6 +32,7 @@ _LONGEST_AVERAGE = 20.0
 _LARGEST_EXPONENT = 700.0
 
 
+@quiet_matplotlib()
 def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | None = None) -> None:
     """Draws run_dir/curves.png from metrics.csv and, where features were measured, health.csv.
 
@@ -47,8 +48,6 @@ def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | Non
         RunError: A table that protlm train did not write.
     """
     # The Figure class directly: pyplot would look for a display and keep global state.
-    # matplotlib warns on stderr when it has no folder for its font cache, which matters to nobody here.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
     lines = _features_by_layer(run_dir / "health.csv")
