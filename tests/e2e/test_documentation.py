@@ -65,10 +65,10 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
 
 
 def test_the_readme_shows_each_command_and_the_python_names():
-    found = blocks(ROOT / "README.md")
-    shown = {words[0] for language, text in found if language == "console" for words in commands(text)}
+    all_blocks = blocks(ROOT / "README.md")
+    shown = {words[0] for language, text in all_blocks if language == "console" for words in commands(text)}
     assert shown == set(public_commands())
-    code = "".join(text for language, text in found if language == "python")
+    code = "".join(text for language, text in all_blocks if language == "python")
     for name in ("load_model", "open_embeddings", "read_records", "favor_attention"):
         assert f"{name}(" in code
 

@@ -58,9 +58,9 @@ def test_a_protein_does_not_depend_on_its_company(model, request, proteins, tmp_
     for kind in kinds[1::2]:
         alone = protlm.open_embeddings(tmp_path / "alone.h5", kind)
         for company in ("together", "shuffled"):
-            found = protlm.open_embeddings(tmp_path / f"{company}.h5", kind)
+            embeddings = protlm.open_embeddings(tmp_path / f"{company}.h5", kind)
             for name, _ in some:
-                assert np.abs(found[name] - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
+                assert np.abs(embeddings[name] - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
 
 
 def test_the_library_gives_what_the_command_writes(run_dir, fasta, proteins, tmp_path):
@@ -68,9 +68,9 @@ def test_the_library_gives_what_the_command_writes(run_dir, fasta, proteins, tmp
     model = protlm.load_model(run_dir)
     first, last = (protlm.open_embeddings(tmp_path / "e.h5", layer=layer) for layer in (0, 3))
     computed = model.embed((sequence for _, sequence in proteins), include=("mean", "per-residue"))
-    for (name, sequence), found in zip(proteins, computed, strict=True):
-        np.testing.assert_allclose(found["mean"], last[name], rtol=1e-5, atol=1e-6)
-        assert found["per-residue"].shape == (len(sequence), 32)
+    for (name, sequence), by_kind in zip(proteins, computed, strict=True):
+        np.testing.assert_allclose(by_kind["mean"], last[name], rtol=1e-5, atol=1e-6)
+        assert by_kind["per-residue"].shape == (len(sequence), 32)
     np.testing.assert_allclose(next(model.embed([proteins[0][1]], layer=0))["mean"], first[proteins[0][0]], rtol=1e-5)
     logits = next(model.logits([proteins[0][1]]))
     assert logits.shape == (len(proteins[0][1]), 33)
@@ -93,18 +93,18 @@ def test_repeated_ids_are_all_kept(run_dir, tmp_path, capsys):
     path = write_fasta(tmp_path / "twice.fasta", [("a", "MKT"), ("a", "MKTV"), ("a#2", "MK"), ("b/../c", "M")])
     assert embed(run_dir, path, "--out", tmp_path / "e.h5", "--include", "per-residue", "--json") == 0
     assert json.loads(capsys.readouterr().out)["num_renamed"] == 1
-    found = protlm.open_embeddings(tmp_path / "e.h5")
-    assert {name: len(found[name]) for name in found} == {"a": 3, "a#3": 4, "a#2": 2, "b/../c": 1}
+    embeddings = protlm.open_embeddings(tmp_path / "e.h5")
+    assert {name: len(embeddings[name]) for name in embeddings} == {"a": 3, "a#3": 4, "a#2": 2, "b/../c": 1}
 
 
 def test_a_very_long_protein_goes_in_one_pass(run_dir, tmp_path, proteins):
     titin_sized = "".join(sequence for _, sequence in proteins)[:20_000]
     path = write_fasta(tmp_path / "long.fasta", [("short", "MKT"), ("long", titin_sized), ("last", "MKTV")])
     assert embed(run_dir, path, "--out", tmp_path / "e.h5", "--include", "per-residue", "--dtype", "float16") == 0
-    found = protlm.open_embeddings(tmp_path / "e.h5")
-    assert found["long"].shape == (len(titin_sized), 32)
-    assert found["long"].dtype == np.float16
-    assert np.isfinite(found["long"]).all()
+    embeddings = protlm.open_embeddings(tmp_path / "e.h5")
+    assert embeddings["long"].shape == (len(titin_sized), 32)
+    assert embeddings["long"].dtype == np.float16
+    assert np.isfinite(embeddings["long"]).all()
 
 
 def test_bad_input_gives_one_line_and_no_file(run_dir, fasta, tmp_path, failure):
@@ -139,8 +139,8 @@ def test_wrong_usage_exits_with_2(run_dir, fasta, tmp_path):
 def test_a_kept_vector_does_not_keep_its_row_in_memory(run_dir, proteins):
     model = protlm.load_model(run_dir)
     sequences = [sequence for _, sequence in proteins[:5]]
-    for found in model.embed(sequences, include=("mean", "cls", "per-residue")):
-        assert all(array.base is None for array in found.values())
+    for by_kind in model.embed(sequences, include=("mean", "cls", "per-residue")):
+        assert all(array.base is None for array in by_kind.values())
     assert all(logits.base is None for logits in model.logits(sequences))
 
 
@@ -172,10 +172,10 @@ def test_a_pipe_and_the_standard_input_are_read_like_files(run_dir, fasta, prote
     assert embed(run_dir, fasta, "--out", tmp_path / "file.h5") == 0
     expected = protlm.open_embeddings(tmp_path / "file.h5")
     for name in ("pipe", "stdin"):
-        found = protlm.open_embeddings(tmp_path / f"{name}.h5")
-        assert list(found) == [record_id for record_id, _ in proteins]
-        for record_id in found:
-            np.testing.assert_allclose(found[record_id], expected[record_id], rtol=1e-5, atol=1e-6)
+        embeddings = protlm.open_embeddings(tmp_path / f"{name}.h5")
+        assert list(embeddings) == [record_id for record_id, _ in proteins]
+        for record_id in embeddings:
+            np.testing.assert_allclose(embeddings[record_id], expected[record_id], rtol=1e-5, atol=1e-6)
 
 
 def test_a_split_of_a_dataset_is_embedded_with_its_ids(run_dir, dataset, fasta, proteins, tmp_path, failure):
@@ -185,13 +185,14 @@ def test_a_split_of_a_dataset_is_embedded_with_its_ids(run_dir, dataset, fasta, 
     assert "by itself" in failure("embed", run_dir, dataset, fasta, "--out", out, "--split", "test")
     assert "--split" in failure("embed", run_dir, fasta, "--out", out, "--split", "test")
     assert embed(run_dir, dataset, "--split", "test", "--out", out, "--include", "per-residue") == 0
-    found = protlm.open_embeddings(out)
+    embeddings = protlm.open_embeddings(out)
     split = open_dataset(dataset).split("test")
-    assert list(found) == [split.id(number) for number in range(len(split))]
+    assert list(embeddings) == [split.id(number) for number in range(len(split))]
     sequences = dict(proteins)
     model = protlm.load_model(run_dir)
-    for name, expected in zip(found, model.embed([sequences[name] for name in found], ("per-residue",)), strict=True):
-        np.testing.assert_allclose(found[name], expected["per-residue"], rtol=1e-4, atol=1e-5)
+    computed = model.embed([sequences[name] for name in embeddings], ("per-residue",))
+    for name, expected in zip(embeddings, computed, strict=True):
+        np.testing.assert_allclose(embeddings[name], expected["per-residue"], rtol=1e-4, atol=1e-5)
 
 
 def test_equal_sequences_are_computed_once(run_dir, proteins, tmp_path, capsys, monkeypatch):
@@ -206,20 +207,20 @@ def test_equal_sequences_are_computed_once(run_dir, proteins, tmp_path, capsys, 
     assert len(computed) == 10
     report = json.loads(capsys.readouterr().out)
     assert (report["num_records"], report["num_equal"]) == (30, 20)
-    found = protlm.open_embeddings(tmp_path / "e.h5")
-    assert list(found) == names
+    embeddings = protlm.open_embeddings(tmp_path / "e.h5")
+    assert list(embeddings) == names
     for name in names:
-        np.testing.assert_array_equal(found[name], found[f"{name[0]}-0"])
+        np.testing.assert_array_equal(embeddings[name], embeddings[f"{name[0]}-0"])
 
 
 def test_logits_are_what_the_model_expects_at_each_residue(run_dir, fasta, proteins, tmp_path):
     assert embed(run_dir, fasta, "--out", tmp_path / "e.h5", "--include", "logits", "--include", "mean") == 0
-    found = protlm.open_embeddings(tmp_path / "e.h5", kind="logits")
+    embeddings = protlm.open_embeddings(tmp_path / "e.h5", kind="logits")
     assert protlm.open_embeddings(tmp_path / "e.h5").kind == "mean"
     expected = protlm.load_model(run_dir).logits(sequence for _, sequence in proteins)
     for (name, sequence), logits in zip(proteins, expected, strict=True):
-        assert found[name].shape == (len(sequence), 33)
-        np.testing.assert_allclose(found[name], logits, rtol=1e-4, atol=1e-4)
+        assert embeddings[name].shape == (len(sequence), 33)
+        np.testing.assert_allclose(embeddings[name], logits, rtol=1e-4, atol=1e-4)
 
 
 def test_windows_and_truncation_are_for_longer_proteins_only(run_dir, fasta, proteins, tmp_path, capsys):
@@ -292,25 +293,25 @@ def test_a_protein_that_does_not_fit_is_listed_and_the_others_are_there(
     assert "--window" in captured.err
     monkeypatch.undo()
     assert embed(run_dir, fasta, "--out", tmp_path / "all.h5") == 0
-    found, expected = (protlm.open_embeddings(tmp_path / f"{name}.h5") for name in ("e", "all"))
-    assert list(found) == [name for name, _ in proteins if name not in too_long]
-    for name in found:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    embeddings, expected = (protlm.open_embeddings(tmp_path / f"{name}.h5") for name in ("e", "all"))
+    assert list(embeddings) == [name for name, _ in proteins if name not in too_long]
+    for name in embeddings:
+        np.testing.assert_allclose(embeddings[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_dry_run_tells_and_makes_nothing(run_dir, fasta, proteins, tmp_path, capsys, failure, monkeypatch):
     out = tmp_path / "e.h5"
     options = ["--include", "per-residue", "--dtype", "float16"]
     assert embed(run_dir, fasta, "--out", out, "--dry-run", "--json", *options) == 0
-    found = json.loads(capsys.readouterr().out)
+    estimate = json.loads(capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
-    assert (found["num_records"], found["num_residues"]) == (120, sum(len(sequence) for _, sequence in proteins))
-    assert found["longest"] == max(len(sequence) for _, sequence in proteins)
-    assert 0 < found["seconds"] < 60
+    assert (estimate["num_records"], estimate["num_residues"]) == (120, sum(len(sequence) for _, sequence in proteins))
+    assert estimate["longest"] == max(len(sequence) for _, sequence in proteins)
+    assert 0 < estimate["seconds"] < 60
     start = time.perf_counter()
     assert embed(run_dir, fasta, "--out", out, *options) == 0
-    assert found["seconds"] < 20 * (time.perf_counter() - start)
-    assert found["out_bytes"] == pytest.approx(out.stat().st_size, rel=0.05)
+    assert estimate["seconds"] < 20 * (time.perf_counter() - start)
+    assert estimate["out_bytes"] == pytest.approx(out.stat().st_size, rel=0.05)
     for layout in ("uniprot", "esm", "npz", "parquet", "npy"):
         other = tmp_path / layout
         capsys.readouterr()
@@ -319,7 +320,7 @@ def test_a_dry_run_tells_and_makes_nothing(run_dir, fasta, proteins, tmp_path, c
         assert embed(run_dir, fasta, "--out", other, "--layout", layout) == 0
         size = sum(path.stat().st_blocks * 512 for path in [other, *other.glob("*")])
         assert 0.5 * size < told < 2 * size, layout
-    assert found["peak_bytes"] > found["out_bytes"]
+    assert estimate["peak_bytes"] > estimate["out_bytes"]
     out.unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
     capsys.readouterr()
@@ -335,9 +336,9 @@ def test_float16_that_cannot_hold_a_number_is_an_error(run_dir, fasta, tmp_path,
     original = RowEmbedder.__call__
 
     def huge(self, row, cores=None):
-        found = original(self, row, cores)
-        found[3]["mean", 3] = np.full_like(found[3]["mean", 3], 1e8)
-        return found
+        results = original(self, row, cores)
+        results[3]["mean", 3] = np.full_like(results[3]["mean", 3], 1e8)
+        return results
 
     monkeypatch.setattr(RowEmbedder, "__call__", huge)
     message = failure("embed", run_dir, fasta, "--out", tmp_path / "e.h5", "--dtype", "float16")

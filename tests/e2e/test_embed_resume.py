@@ -59,12 +59,12 @@ def content(folder):
 @pytest.fixture(scope="module")
 def expected(run_dir, inputs, tmp_path_factory):
     """What uninterrupted runs give, by layout."""
-    found = {}
+    contents = {}
     for layout in LAYOUTS:
         folder = tmp_path_factory.mktemp(layout)
         assert embed(run_dir, inputs, folder / "out", layout) == 0
-        found[layout] = content(folder)
-    return found
+        contents[layout] = content(folder)
+    return contents
 
 
 def kill_at(monkeypatch, owner, name, call):
@@ -227,7 +227,7 @@ def test_a_run_that_replaces_an_output_goes_on_and_replaces_it(run_dir, inputs, 
             kill_at(patch, embed_portions.PortionRow, "compute", 25)
             with pytest.raises(Killed):
                 embed(run_dir, inputs, folder / "out", layout, "--force")
-        assert {name: found for name, found in content(folder).items() if ".partial" not in name} == before
+        assert {name: digest for name, digest in content(folder).items() if ".partial" not in name} == before
         assert embed(run_dir, inputs, folder / "out", layout, "--force", "--resume") == 0
         assert content(folder) == expected[layout]
 

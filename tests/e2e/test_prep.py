@@ -138,14 +138,14 @@ def test_the_split_depends_on_the_seed_and_the_sequence_alone(write, tmp_path):
     with gzip.open(SAMPLE) as file:
         records = file.read().removeprefix(b">").rstrip(b"\n").split(b"\n>")
     reordered = write("r", content=b"".join(b">" + record + b"\n" for record in records[::-1] if len(record) < 900))
-    found = {}
+    prepared = {}
     for name, path, seed in (("whole", str(SAMPLE), "0"), ("part", reordered, "0"), ("other", str(SAMPLE), "1")):
         out = str(tmp_path / name)
         assert main(["prep", path, "--out", out, "--valid-fraction", "0.2", "--seed", seed]) == 0
-        found[name] = {split: set(sequences(out, split)) for split in ("train", "valid", "test")}
+        prepared[name] = {split: set(sequences(out, split)) for split in ("train", "valid", "test")}
     for split in ("train", "valid", "test"):
-        assert found["part"][split] <= found["whole"][split]
-    assert not found["other"]["valid"] <= found["whole"]["valid"]
+        assert prepared["part"][split] <= prepared["whole"][split]
+    assert not prepared["other"]["valid"] <= prepared["whole"]["valid"]
 
 
 def test_a_sequence_stays_in_the_earliest_split_only(write, out, capsys):

@@ -147,14 +147,14 @@ def test_a_record_beyond_the_bound_is_an_error_in_bounded_memory_and_can_be_skip
 
 
 def test_a_dry_run_makes_nothing_and_comes_close(tmp_path, capsys):
-    found = run_json(capsys, "prep", SAMPLE, "--out", tmp_path / "out", "--dry-run")
+    estimate = run_json(capsys, "prep", SAMPLE, "--out", tmp_path / "out", "--dry-run")
     assert os.listdir(tmp_path) == []
-    assert abs(found["num_records"] - 2500) < 25
+    assert abs(estimate["num_records"] - 2500) < 25
     prepare(PrepRequest(inputs=[SAMPLE], out=tmp_path / "out"))
-    assert found["num_residues"] == pytest.approx(1_160_000, rel=0.2)
+    assert estimate["num_residues"] == pytest.approx(1_160_000, rel=0.2)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.h5"))
-    assert found["dataset_bytes"] == pytest.approx(size, rel=0.3)
-    assert found["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    assert estimate["dataset_bytes"] == pytest.approx(size, rel=0.3)
+    assert estimate["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     assert main(["prep", str(SAMPLE), "--out", str(tmp_path / "new"), "--dry-run"]) == 0
     assert "seconds, about" in capsys.readouterr().out
 

@@ -51,11 +51,11 @@ def split_of_ids(out):
 def test_whole_clusters_go_to_one_split_each(clustered, tmp_path):
     fasta, table = clustered
     report = prepare(PrepRequest(inputs=[fasta], out=tmp_path / "out", split="cluster", clusters=table, **FRACTIONS))
-    found = split_of_ids(tmp_path / "out")
-    assert len(found) == 300
+    splits = split_of_ids(tmp_path / "out")
+    assert len(splits) == 300
     for number in range(100):
-        assert len({found[f"p{number + step}"] for step in (0, 100, 200)}) == 1
-    sizes = Counter(found.values())
+        assert len({splits[f"p{number + step}"] for step in (0, 100, 200)}) == 1
+    sizes = Counter(splits.values())
     for split in ("valid", "test"):
         assert abs(sizes[split] / 3 - 20) < 5 * math.sqrt(100 * 0.2 * 0.8)
     assert [pair.num_labels for pair in report.manifest.leakage.clusters] == [0, 0, 0]
@@ -254,9 +254,9 @@ def mmseqs(tmp_path, monkeypatch):
 def test_mmseqs_is_asked_for_the_clusters_where_it_is_installed(mmseqs, clustered, tmp_path, capsys, monkeypatch):
     arguments = ("prep", clustered[0], "--out", tmp_path / "out", "--split", "cluster", "--cluster-with", "mmseqs")
     run_json(capsys, *arguments, "--valid-fraction", "0.3")
-    found = split_of_ids(tmp_path / "out")
-    assert all(found[f"p{number}"] == found[f"p{number + 1}"] for number in range(0, 300, 2))
-    assert set(found.values()) == {"train", "valid", "test"}
+    splits = split_of_ids(tmp_path / "out")
+    assert all(splits[f"p{number}"] == splits[f"p{number + 1}"] for number in range(0, 300, 2))
+    assert set(splits.values()) == {"train", "valid", "test"}
     monkeypatch.setenv("MMSEQS_FAILS", "1")
     assert "mmseqs: ended with status 3: no such thing" in error_line(capsys, *arguments, "--force")
 

@@ -82,7 +82,7 @@ def test_several_datasets_are_mixed_and_a_run_knows_them_all(dataset, proteins, 
     mixed = ["train", dataset, other, "--out", out, "--set", "data.weights=[1, 3]", "--max-steps", 2]
     assert main([str(word) for word in mixed]) == 0
     description = json.loads((out / "run.json").read_text())
-    assert [found["name"] for found in description["datasets"]] == ["dataset", "other"]
+    assert [dataset["name"] for dataset in description["datasets"]] == ["dataset", "other"]
     # The order is part of the data.
     assert "another dataset" in failure("train", other, dataset, "--out", out, "--resume", "--max-steps", 3)
     assert "data.weights" in failure("train", dataset, "--out", tmp_path / "a", "--set", "data.weights=[1, 3]")

@@ -38,7 +38,7 @@ ONLY_FOR = {"positive-128": (80, 90, 100), "oprf-32": (90,)}
 
 def cases(capability):
     """Returns the cases for a GPU by name."""
-    found = {}
+    by_name = {}
     for variant, options in VARIANTS.items():
         if capability not in ONLY_FOR.get(variant, (capability,)):
             continue
@@ -48,8 +48,8 @@ def cases(capability):
             rows = tile.get("TILE_FEATURES", tile["PADDED"])
             multiplied = PRODUCTS[name] * rows * tile.get("TILE_TOKENS", 0) * tile["DIM"]
             narrow = name in NARROW and tile["DIM"] < 64
-            found[f"{name}-{variant}"] = Case(launch, multiplied, PRODUCTS[name] > 0, has_narrow_products=narrow)
-    return found
+            by_name[f"{name}-{variant}"] = Case(launch, multiplied, PRODUCTS[name] > 0, has_narrow_products=narrow)
+    return by_name
 
 
 def launches(capability, feature_map, head_dim, features, is_packed, length=8192, batch=8, heads=8):

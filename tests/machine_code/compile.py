@@ -46,13 +46,13 @@ def compiled_here(capability: int, module: str, names: Sequence[str]) -> dict[st
     cases = importlib.import_module(module).cases(capability)
     if unknown := set(names) - set(cases):
         sys.exit(f"error: {sorted(unknown)}: expected some of {sorted(cases)}")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in names or cases:
         try:
-            found[name] = compile_launch(cases[name].launch, capability).to_json()
+            results[name] = compile_launch(cases[name].launch, capability).to_json()
         except Exception as error:  # the compiler raises whatever it likes, and the other cases shall be seen
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
-    return found
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+    return results
 
 
 def write_budgets() -> None:

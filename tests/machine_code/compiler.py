@@ -156,7 +156,7 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
     seconds = time.perf_counter() - started
     instructions = sass.parse(_disassembly(compiled.asm["cubin"]))
     multiplied = pipes.products(instructions, launch.num_warps)
-    resources = [tuple(map(int, found)) for found in STACK_AND_SPILLS.findall(log)]
+    resources = [tuple(map(int, sizes)) for sizes in STACK_AND_SPILLS.findall(log)]
     stack, stores, loads = (sum(column) for column in zip(*resources, strict=True))
     counts = Counter(instruction.base for instruction in instructions)
     return MachineCode(

@@ -46,29 +46,29 @@ def problems(code: MachineCode, case: Case, counted: dict[str, int] | None) -> l
         case: What is expected.
         counted: The `counts` of before; None to let them be.
     """
-    found = _resources(code)
+    faults = _resources(code)
     if code.atomics:
-        found.append(f"{code.atomics} atomic instructions: expected none, results would depend on the order of blocks")
-    found += _tensor_work(code, case)
+        faults.append(f"{code.atomics} atomic instructions: expected none, results would depend on the order of blocks")
+    faults += _tensor_work(code, case)
     if case.has_pipelined_loads and not code.asynchronous_copies:
-        found.append("nothing is copied asynchronously: expected loads that are under way while it multiplies")
-    return found + (_changed(counts(code), counted) if counted else [])
+        faults.append("nothing is copied asynchronously: expected loads that are under way while it multiplies")
+    return faults + (_changed(counts(code), counted) if counted else [])
 
 
 def _resources(code: MachineCode) -> list[str]:
-    gpu, found = GPUS[code.capability], []
+    gpu, faults = GPUS[code.capability], []
     spilled = (code.spill_store_bytes, code.spill_load_bytes, code.stack_bytes, code.local_memory_instructions)
     if any(spilled):
         stores, loads, stack, instructions = spilled
-        found.append(
+        faults.append(
             f"spills {stores} bytes out and {loads} in, {stack} bytes of stack, {instructions} instructions on local "
             "memory: expected none"
         )
     if code.shared_bytes > gpu.least_shared_bytes:
-        found.append(f"{code.shared_bytes} bytes of shared memory: expected at most {gpu.least_shared_bytes}")
+        faults.append(f"{code.shared_bytes} bytes of shared memory: expected at most {gpu.least_shared_bytes}")
     if code.blocks_per_sm < 1:
-        found.append(f"no block fits on an SM: {code.registers} registers in {code.num_warps} warps")
-    return found
+        faults.append(f"no block fits on an SM: {code.registers} registers in {code.num_warps} warps")
+    return faults
 
 
 def _tensor_work(code: MachineCode, case: Case) -> list[str]:
@@ -83,14 +83,14 @@ def _tensor_work(code: MachineCode, case: Case) -> list[str]:
     return []
 
 
-def _changed(found: dict[str, int], counted: dict[str, int]) -> list[str]:
+def _changed(measured: dict[str, int], counted: dict[str, int]) -> list[str]:
     wrong = [
-        f"{found[name]} in {name}: expected at most {counted[name]} and 5 %"
+        f"{measured[name]} in {name}: expected at most {counted[name]} and 5 %"
         for name in ("hot_loop", "instructions")
-        if found[name] > ROOM * counted[name]
+        if measured[name] > ROOM * counted[name]
     ]
-    if found["tensor_instructions"] != counted["tensor_instructions"]:
+    if measured["tensor_instructions"] != counted["tensor_instructions"]:
         wrong.append(
-            f"{found['tensor_instructions']} tensor-core instructions: expected {counted['tensor_instructions']}"
+            f"{measured['tensor_instructions']} tensor-core instructions: expected {counted['tensor_instructions']}"
         )
     return wrong

@@ -71,7 +71,7 @@ class Product:
 
 def products(instructions: Sequence[Instruction], num_warps: int) -> dict[int, Product]:
     """Returns what the tensor-core instructions of a whole kernel multiply, by position."""
-    found = {}
+    by_position = {}
     # Blackwell's shape is a constant in a uniform register, set shortly before its use.
     constants: dict[str, int] = {}
     for position, instruction in enumerate(instructions):
@@ -79,8 +79,8 @@ def products(instructions: Sequence[Instruction], num_warps: int) -> dict[int, P
             register, value = (word.strip() for word in instruction.operands.split(",")[:2])
             constants[register] = int(value, 16) if value.startswith("0x") else constants.get(value, 0)
         elif instruction.base in TENSOR_OPCODES:
-            found[position] = _product(instruction, num_warps, constants)
-    return found
+            by_position[position] = _product(instruction, num_warps, constants)
+    return by_position
 
 
 def _product(instruction: Instruction, num_warps: int, constants: dict[str, int]) -> Product:
@@ -127,8 +127,8 @@ def busy_clocks(
 
 def _words(instruction: Instruction) -> int:
     """Returns how many words of 32 bits each lane moves."""
-    found = WIDTH.search(instruction.opcode)
-    return WORDS_OF_WIDTH.get(found[1].rpartition(".")[2], 1) if found else 1
+    width = WIDTH.search(instruction.opcode)
+    return WORDS_OF_WIDTH.get(width[1].rpartition(".")[2], 1) if width else 1
 
 
 def count(instructions: Iterable[Instruction], bases: Sequence[str]) -> int:

@@ -41,8 +41,8 @@ def parse(disassembly: str) -> list[Instruction]:
     for line in disassembly.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(lines)
-        elif found := INSTRUCTION.match(line):
-            lines.append((found[1], found[2], found[3]))
+        elif instruction := INSTRUCTION.match(line):
+            lines.append((instruction[1], instruction[2], instruction[3]))
     if not lines:
         raise ValueError(f"disassembly: expected instructions, got {disassembly[:200]!r}")
     return [_instruction(predicate, opcode, operands, labels) for predicate, opcode, operands in lines]
@@ -50,11 +50,11 @@ def parse(disassembly: str) -> list[Instruction]:
 
 def _instruction(predicate: str | None, opcode: str, operands: str, labels: dict[str, int]) -> Instruction:
     base = opcode.partition(".")[0]
-    found = TARGET.search(operands) if base in JUMPS else None
+    target = TARGET.search(operands) if base in JUMPS else None
     # Some branches have their condition among the operands: BRA.U !UP0, `(.L_x_4)
-    is_certain = predicate is None and (found is None or operands == found[0])
-    jumps_away = base in ENDS or found is not None
-    return Instruction(opcode, operands, labels[found[1]] if found else None, not (is_certain and jumps_away))
+    is_certain = predicate is None and (target is None or operands == target[0])
+    jumps_away = base in ENDS or target is not None
+    return Instruction(opcode, operands, labels[target[1]] if target else None, not (is_certain and jumps_away))
 
 
 def loops(instructions: Sequence[Instruction]) -> list[list[int]]:
@@ -108,9 +108,9 @@ def _dominators(successors: Sequence[Sequence[int]]) -> list[set[int]]:
     while changed:
         changed = False
         for block in order[1:]:
-            found = set.intersection(*(dominators[before] for before in predecessors[block])) | {block}
-            if found != dominators[block]:
-                dominators[block], changed = found, True
+            dominating = set.intersection(*(dominators[before] for before in predecessors[block])) | {block}
+            if dominating != dominators[block]:
+                dominators[block], changed = dominating, True
     return dominators
 
 
@@ -130,10 +130,10 @@ def _reachable(successors: Sequence[Sequence[int]]) -> tuple[list[int], dict[int
 def _reaching(block: int, header: int, successors: Sequence[Sequence[int]]) -> set[int]:
     """Returns the blocks from which this one is reached without passing the header."""
     _, predecessors = _reachable(successors)
-    found, waiting = {header}, [block]
+    body, waiting = {header}, [block]
     while waiting:
         current = waiting.pop()
-        if current not in found:
-            found.add(current)
+        if current not in body:
+            body.add(current)
             waiting.extend(predecessors[current])
-    return found
+    return body

@@ -58,9 +58,9 @@ def test_every_kernel_is_as_it_should_be(capability):
 @pytest.mark.cuda
 @pytest.mark.parametrize("capability", [80])
 def test_each_fault_is_told_by_its_name(capability):
-    found = compiled_elsewhere(capability, "tests.machine_code.faulty_cases")
+    compiled = compiled_elsewhere(capability, "tests.machine_code.faulty_cases")
     expected = faulty_cases.cases(capability)
-    told = {name: problems(MachineCode.from_json(content), expected[name], None) for name, content in found.items()}
+    told = {name: problems(MachineCode.from_json(content), expected[name], None) for name, content in compiled.items()}
     words = {
         "spills": "of stack",
         "too much shared memory": "bytes of shared memory",

@@ -117,9 +117,9 @@ def test_a_segment_does_not_depend_on_what_it_is_packed_with(seed, sizes, featur
     packed = favor_attention(
         *shuffled, projection, **of(feature_map, causal), cu_seqlens=bounds(*(sizes[index] for index in order))
     )
-    for index, found in zip(order, packed.split([sizes[index] for index in order], dim=2), strict=True):
+    for index, segment in zip(order, packed.split([sizes[index] for index in order], dim=2), strict=True):
         alone = favor_attention(*parts[index], projection, **of(feature_map, causal))
-        assert relative_error(found, alone) < FLOAT64
+        assert relative_error(segment, alone) < FLOAT64
 
 
 @laws

@@ -86,28 +86,28 @@ def test_the_error_of_iid_rows_is_that_of_lemma_2(feature_map, pair):
     expected = closed_forms.mean_square_error(feature_map, "iid", pair, HEAD_DIM, rows, a)
     if feature_map != "oprf":
         assert expected == pytest.approx(closed_forms.lemma_2(feature_map, pair, rows), rel=1e-12)
-    found = estimates.mean_of(errors(feature_map, "iid", pair, rows=rows, draws=40_000, directions=1).square_errors)
-    assert abs(found.z_value(expected)) < MAX_Z
-    assert found.standard_error < 0.05 * expected, "or the test would pass for any formula"
+    mean = estimates.mean_of(errors(feature_map, "iid", pair, rows=rows, draws=40_000, directions=1).square_errors)
+    assert abs(mean.z_value(expected)) < MAX_Z
+    assert mean.standard_error < 0.05 * expected, "or the test would pass for any formula"
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "simplex"])
 @pytest.mark.parametrize("feature_map", [*SOFTMAX_MAPS, "regularised"])
 def test_rows_of_a_block_have_the_negative_covariance_of_the_closed_form(feature_map, kind):
     pair = pair_of_sum(1.0, 0.0)
-    found = estimates.mean_of(errors(feature_map, kind, pair).covariances)
+    covariance = estimates.mean_of(errors(feature_map, kind, pair).covariances)
     expected = closed_forms.row_covariance(feature_map, kind, pair, HEAD_DIM)
-    assert found.z_value(0.0) < -MAX_Z
-    assert abs(found.z_value(expected)) < MAX_Z
-    assert found.standard_error < 0.1 * abs(expected)
+    assert covariance.z_value(0.0) < -MAX_Z
+    assert abs(covariance.z_value(expected)) < MAX_Z
+    assert covariance.standard_error < 0.1 * abs(expected)
 
 
 @pytest.mark.parametrize("feature_map", [*SOFTMAX_MAPS, "regularised", "relu"])
 def test_orthogonal_rows_have_a_smaller_error_than_iid_rows(feature_map):
     pair = pair_of_sum(1.0, 0.0)
-    found = {kind: estimates.mean_of(errors(feature_map, kind, pair).square_errors) for kind in ("iid", "orthogonal")}
-    gain = found["iid"].value - found["orthogonal"].value
-    assert gain > MAX_Z * math.hypot(*(mean.standard_error for mean in found.values()))
+    means = {kind: estimates.mean_of(errors(feature_map, kind, pair).square_errors) for kind in ("iid", "orthogonal")}
+    gain = means["iid"].value - means["orthogonal"].value
+    assert gain > MAX_Z * math.hypot(*(mean.standard_error for mean in means.values()))
 
 
 @pytest.mark.parametrize("sum_square", [0.5, 1.0, 3.0])
@@ -172,20 +172,20 @@ def test_the_output_approaches_exact_attention_and_orthogonal_rows_get_closer():
         (name, kind, count) for name in ("positive", "oprf", "trig") for kind in ("iid", "orthogonal")
         for count in features
     ]  # fmt: skip
-    found = approximation.output_errors(q, k, v, combinations, 0)
+    errors_of = approximation.output_errors(q, k, v, combinations, 0)
     for name in ("positive", "oprf", "trig"):
         for kind in ("iid", "orthogonal"):
-            medians = [found[name, kind, count].median() for count in features]
+            medians = [errors_of[name, kind, count].median() for count in features]
             assert approximation.log_log_slope(features, medians) == pytest.approx(-1.0, abs=0.35)
-        wins = sum((found[name, "orthogonal", count] < found[name, "iid", count]).sum() for count in features)
+        wins = sum((errors_of[name, "orthogonal", count] < errors_of[name, "iid", count]).sum() for count in features)
         # Of 90 fair coins fewer than 1 in 1,000 series show 60.
         assert wins >= 60
 
 
 def test_positive_features_beat_trig_by_far_where_norms_are_large():
     q, k, v = torch.randn(3, 1, 12, 256, HEAD_DIM, generator=estimates.generator_of(3), dtype=torch.float64)
-    found = approximation.output_errors(q, k, v, [(name, "orthogonal", 64) for name in ("positive", "trig")], 0)
-    assert found["positive", "orthogonal", 64].median() < 0.1 * found["trig", "orthogonal", 64].median()
+    errors_of = approximation.output_errors(q, k, v, [(name, "orthogonal", 64) for name in ("positive", "trig")], 0)
+    assert errors_of["positive", "orthogonal", 64].median() < 0.1 * errors_of["trig", "orthogonal", 64].median()
 
 
 def test_two_times_one_layer_is_a_stack_of_two():

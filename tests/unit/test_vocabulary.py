@@ -37,8 +37,8 @@ def test_the_tokens_are_esms_in_esms_order():
     ],
 )
 def test_repairs_are_made_and_counted(text, residues, repairs):
-    found, counts = clean(text)
-    assert found == residues
+    cleaned, counts = clean(text)
+    assert cleaned == residues
     assert dict(counts) == repairs
     assert set(counts) <= set(vocabulary.REPAIRS)
 

@@ -36,10 +36,10 @@ def test_a_constructed_attention_gives_its_similarity(monkeypatch):
     steps = steps + steps[(-np.arange(20)) % 20]
     similarity = steps[(np.arange(20)[:, None] - np.arange(20)) % 20]
     protein = np.random.default_rng(1).permutation(np.repeat(np.arange(20), 8) + FIRST_RESIDUE).astype(np.uint8)
-    found = np.array(attention_similarity(model_of_similarity(monkeypatch, protein, similarity), [protein]).log_odds)
-    difference = (found - similarity)[OFF_DIAGONAL]
+    log_odds = np.array(attention_similarity(model_of_similarity(monkeypatch, protein, similarity), [protein]).log_odds)
+    difference = (log_odds - similarity)[OFF_DIAGONAL]
     np.testing.assert_allclose(difference, difference[0], atol=1e-5)
-    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_array_equal(log_odds, log_odds.T)
 
 
 def test_attention_by_blosum62_agrees_with_it(monkeypatch):
