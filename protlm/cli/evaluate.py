@@ -122,7 +122,7 @@ def eval_command(
         raise typer.BadParameter(f"expected MODEL and DATASET, got {len(items)} paths", param_hint="MODEL DATASET")
     from protlm.workflows.evaluate.compare import compare as compare_reports
     from protlm.workflows.evaluate.evaluate import evaluate
-    from protlm.workflows.evaluate.request import EvalRequest, EvalUsageError
+    from protlm.workflows.evaluate.request import EvalRequest
 
     request_for = partial(
         EvalRequest, splits=_splits(split or ()), seed=seed, num_masks=masks, mask_rate=mask_rate,
@@ -133,14 +133,11 @@ def eval_command(
     def evaluate_model(model: Path, dataset: Path, folder: Path) -> "EvalReport":
         return evaluate(request_for(model=model, dataset=dataset, out=folder), start_progress=bars.start)
 
-    try:
-        with Bars({"eval": "residue", "approximation": "residue"}) as bars:
-            if compare:
-                comparison = compare_reports(items, out, evaluate_model, force=force)
-            else:
-                report = evaluate_model(items[0], items[1], out)
-    except EvalUsageError as error:
-        raise typer.BadParameter(str(error)) from error
+    with Bars({"eval": "residue", "approximation": "residue"}) as bars:
+        if compare:
+            comparison = compare_reports(items, out, evaluate_model, force=force)
+        else:
+            report = evaluate_model(items[0], items[1], out)
     if as_json:
         output.print_json(comparison.to_json() if compare else report.to_json())
     elif compare:

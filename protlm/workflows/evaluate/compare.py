@@ -13,9 +13,9 @@ from typing import Any
 
 from protlm import files
 from protlm.data.storage.dataset import is_dataset
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, UsageError
 from protlm.workflows.evaluate.report import FORMAT_VERSION, REPLICATED, difference
-from protlm.workflows.evaluate.request import REPORT_NAME, EvalUsageError
+from protlm.workflows.evaluate.request import REPORT_NAME
 
 COMPARISON_NAME = "comparison.json"
 _SAME = ("dataset_hash", "seed", "num_masks", "mask_rate", "objective", "targets")
@@ -71,7 +71,7 @@ def compare(items: Sequence[Path], out: Path, evaluate: Evaluate, *, force: bool
         force: Replace an existing comparison.
 
     Raises:
-        EvalUsageError: Fewer than two reports or models; models without a dataset, or with several.
+        UsageError: Fewer than two reports or models; models without a dataset, or with several.
         ProtlmError: A report or model that cannot be read, reports that do not belong together, an existing comparison.
     """
     path = out / COMPARISON_NAME
@@ -81,9 +81,9 @@ def compare(items: Sequence[Path], out: Path, evaluate: Evaluate, *, force: bool
     others = [item for item in items if item not in datasets]
     models = [item for item in others if _report_path(item) is None]
     if len(others) < 2:
-        raise EvalUsageError("--compare takes at least two reports or models")
+        raise UsageError("--compare takes at least two reports or models")
     if models and len(datasets) != 1:
-        raise EvalUsageError(f"--compare: {models[0]} is no report, so one DATASET is needed to evaluate it on")
+        raise UsageError(f"--compare: {models[0]} is no report, so one DATASET is needed to evaluate it on")
     reports = []
     for number, item in enumerate(others, start=1):
         report_path = _report_path(item)

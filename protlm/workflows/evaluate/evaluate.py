@@ -10,6 +10,7 @@ import numpy as np
 from protlm import files
 from protlm.data.batching.batches import Objective
 from protlm.data.storage.dataset import Dataset, Split, open_dataset
+from protlm.errors import UsageError
 from protlm.inference.metrics import MetricSums, replicate_weights, sums_by_protein
 from protlm.inference.pseudo_perplexity import sample_of, single_residue_rows
 from protlm.inference.scoring import max_scored_residues, score_rows
@@ -54,7 +55,6 @@ from protlm.workflows.evaluate.request import (
     REPORT_NAME,
     RESIDUES_NAME,
     EvalRequest,
-    EvalUsageError,
     check_out,
     resolve_splits,
 )
@@ -69,7 +69,7 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
         start_progress: Starts the stage `eval` (residues).
 
     Raises:
-        EvalUsageError: Options that do not fit the model.
+        UsageError: Options that do not fit the model.
         ProtlmError: A model or dataset that cannot be read, an empty split or an existing report.
     """
     check_out(request)
@@ -118,16 +118,14 @@ class _Evaluation:
         self._request, self._dataset, self._model, self._description = request, dataset, model, description
         of_masks = request.num_masks > 1 or request.mask_rate is not None
         if trained.causal and (of_masks or request.as_trained or request.pseudo_perplexity):
-            raise EvalUsageError(
+            raise UsageError(
                 "this model predicts the next token and hides nothing: --masks, --mask-rate, --as-trained and "
                 "--pseudo-perplexity are for masked models"
             )
         if request.approximation and description.model.attention == "softmax":
-            raise EvalUsageError("--approximation is for FAVOR models; the attention of this model is exact")
+            raise UsageError("--approximation is for FAVOR models; the attention of this model is exact")
         if description.window_tokens is not None and request.pseudo_perplexity:
-            raise EvalUsageError(
-                "--pseudo-perplexity takes proteins one by one, and this model reads windows of several"
-            )
+            raise UsageError("--pseudo-perplexity takes proteins one by one, and this model reads windows of several")
         rates = trained.rates if request.mask_rate is None else replace(trained.rates, rate=request.mask_rate)
         self._masks = Masks(
             objective=Objective(trained.causal, rates).hiding_all(),

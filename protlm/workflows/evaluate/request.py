@@ -5,7 +5,7 @@ from pathlib import Path
 
 from protlm.choices import SplitName
 from protlm.data.storage.dataset import Dataset
-from protlm.errors import ProtlmError, UsageError
+from protlm.errors import ProtlmError
 from protlm.inference.scoring import EVALUATION_SEED
 from protlm.workflows.evaluate.residue_table import check_pyarrow
 
@@ -13,10 +13,6 @@ REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 MULTIQC_NAME = "protlm_eval_mqc.json"
 RESIDUES_NAME = "residues.parquet"
-
-
-class EvalUsageError(UsageError):
-    """Options that contradict each other or the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from protlm.cli.app import main
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, UsageError
 from protlm.workflows.evaluate.compare import compare, read_report
 from protlm.workflows.evaluate.evaluate import evaluate
-from protlm.workflows.evaluate.request import EvalUsageError
 from tests.unit.workflows.evaluate.eval_cases import (
     predict_always,
     prepare,
@@ -116,9 +115,9 @@ def test_a_report_with_damaged_replicates_is_refused(folder, tmp_path):
 
 
 def test_too_few_and_datasets_that_are_missing_are_wrong_usage(folder, tmp_path):
-    with pytest.raises(EvalUsageError, match="at least two"):
+    with pytest.raises(UsageError, match="at least two"):
         compare([folder / "report-good"], tmp_path / "out", evaluate_on())
-    with pytest.raises(EvalUsageError, match="one DATASET"):
+    with pytest.raises(UsageError, match="one DATASET"):
         compare([folder / "report-good", folder / "poor"], tmp_path / "out", evaluate_on())
 
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from protlm.data.storage.dataset import open_dataset
-from protlm.errors import ProtlmError, ShardError
+from protlm.errors import ProtlmError, ShardError, UsageError
 from protlm.model.performer import Performer
 from protlm.pretrained.model_directory import read_model
 from protlm.vocabulary import CLS, EOS, MASK
 from protlm.workflows.evaluate.evaluate import evaluate
-from protlm.workflows.evaluate.request import EvalUsageError
 from tests.unit.workflows.evaluate.eval_cases import prepare, random_sequences, request, save_new_model
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -61,7 +60,8 @@ def test_a_masked_model_is_scored_at_some_residues_all_hidden(report, dataset):
 
 def test_a_causal_model_is_scored_at_every_residue(report, dataset):
     scored, written = report(shape={"causal": True})
-    assert (scored.objective, scored.targets) == (written["objective"], written["targets"]) == ("next-token", "next-token")
+    for name in ("objective", "targets"):
+        assert getattr(scored, name) == written[name] == "next-token"
     assert scored.num_targets == open_dataset(dataset).split("test").lengths.sum()
 
 
@@ -69,7 +69,7 @@ def test_a_causal_model_is_scored_at_every_residue(report, dataset):
     "options", [{"num_masks": 2}, {"mask_rate": 0.5}, {"as_trained": True}, {"pseudo_perplexity": 1}], ids=str
 )
 def test_a_causal_model_refuses_what_is_about_masks(report, options):
-    with pytest.raises(EvalUsageError, match="predicts the next token and hides nothing"):
+    with pytest.raises(UsageError, match="predicts the next token and hides nothing"):
         report(shape={"causal": True}, **options)
 
 
@@ -99,7 +99,7 @@ def test_a_model_of_joined_proteins_is_scored_on_windows(report, dataset):
 
 
 def test_a_model_of_joined_proteins_has_no_pseudo_perplexity(report):
-    with pytest.raises(EvalUsageError, match="takes proteins one by one"):
+    with pytest.raises(UsageError, match="takes proteins one by one"):
         report(WINDOWS, {"positions": "learned", "max_positions": 20}, pseudo_perplexity=1)
 
 
