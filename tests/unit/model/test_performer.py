@@ -26,19 +26,6 @@ def test_a_protein_has_the_same_logits_alone_and_in_any_row(kind, conv_width):
         assert relative_error(actual, model(tokens, bounds(len(tokens)))) < FLOAT32
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_protein_sends_no_gradient_into_its_neighbours(kind):
-    model = build(attention=kind)
-    sizes = (4, 3, 30)
-    captured = {}
-    model.embedding.register_forward_hook(lambda module, inputs, output: captured.update(x=output))
-    logits = model(torch.cat(proteins(*sizes)), bounds(*sizes))
-    (gradient,) = torch.autograd.grad(logits[4:7].square().sum(), captured["x"])
-    assert gradient[4:7].abs().sum(-1).all()
-    assert not gradient[:4].any()
-    assert not gradient[7:].any()
-
-
 @torch.no_grad()
 def test_every_residue_changes_every_logit_of_its_protein():
     model = build(conv_width=0)

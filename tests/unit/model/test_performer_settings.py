@@ -49,7 +49,7 @@ def test_trig_attention_keeps_proteins_apart_too():
         assert relative_error(actual, model(tokens, bounds(len(tokens)))) < 10 * FLOAT32
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("options", [*SETTINGS, *({"attention": kind} for kind in KINDS)], ids=str)
 def test_a_protein_sends_no_gradient_into_its_neighbours(options):
     model = build(**options)
     sizes = (4, 3, 30)

@@ -10,6 +10,7 @@ from protlm.data.digests import sequence_digest
 from protlm.data.embeddings.layouts import LAYOUTS, Contents
 from protlm.data.strings import Strings
 from protlm.errors import ShardError
+from tests.hdf5_edits import edit, replace
 
 IDS = ["a", "b#2", "é/c"]
 LENGTHS = [3, 1, 5]
@@ -51,19 +52,6 @@ def path(tmp_path):
     with create(path) as writer:
         fill(writer)
     return path
-
-
-def edit(path, change):
-    with h5py.File(path, "r+") as file:
-        change(file)
-
-
-def replace(name, **options):
-    def change(file):
-        del file[name]
-        file.create_dataset(name, **options)
-
-    return change
 
 
 @pytest.mark.parametrize("kind", ["mean", "per-residue", "cls"])

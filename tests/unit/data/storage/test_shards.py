@@ -10,6 +10,7 @@ from protlm.data.records import Record
 from protlm.data.storage import columns
 from protlm.data.storage.shards import ShardReader, write_shard
 from protlm.errors import ShardError
+from tests.hdf5_edits import edit, replace
 from tests.unit.data.storage.shard_columns import columns_of
 
 RECORDS = [
@@ -27,19 +28,6 @@ def write(directory, records=RECORDS):
 def path(tmp_path):
     write(tmp_path)
     return tmp_path / "train-00000.h5"
-
-
-def edit(path, change):
-    with h5py.File(path, "r+") as file:
-        change(file)
-
-
-def replace(name, **options):
-    def change(file):
-        del file[name]
-        file.create_dataset(name, **options)
-
-    return change
 
 
 def set_attribute(name, value):
