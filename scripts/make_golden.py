@@ -41,7 +41,7 @@ TOLERANCE_OF_OTHER_MACHINES = 1e-4
 
 
 def machine_class() -> dict[str, str]:
-    """Returns what decides the order in which sums are computed, and with it the last bits of a result."""
+    """Returns the versions that decide the order in which sums are computed, and with it the last bits of a result."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__.partition("+")[0],

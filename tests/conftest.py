@@ -1,4 +1,4 @@
-"""What tests share: the table of tolerances, one measure of error, poisoned memory and the path of the shared data."""
+"""The shared tools of the tests: tolerances, one measure of error, poisoned memory and the path of the shared data."""
 
 import multiprocessing
 import os

@@ -1,1 +1,1 @@
-"""What protlm does: plain arguments in, a report dataclass out, no printing."""
+"""The work of protlm, command by command: plain arguments in, a report dataclass out, no printing."""

@@ -56,7 +56,7 @@ def write_sample(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def sample_files(tmp_path) -> list[Path]:
-    """What `write_sample` writes, in the folder of the test."""
+    """The files of `write_sample`, in the folder of the test."""
     return write_sample(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of prep share: running it, and looking at what it made."""
+"""The tools of the tests of prep: running it, and reading the dataset that it made."""
 
 import hashlib
 import json

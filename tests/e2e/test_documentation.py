@@ -1,4 +1,4 @@
-"""What the documents tell a reader to type works: every command and every Python line of them is run."""
+"""The commands and Python lines of the documents work: every one of them is run."""
 
 import re
 import shlex

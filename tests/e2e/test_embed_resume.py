@@ -58,7 +58,7 @@ def content(folder):
 
 @pytest.fixture(scope="module")
 def expected(run_dir, inputs, tmp_path_factory):
-    """What uninterrupted runs give, by layout."""
+    """The content of the output of uninterrupted runs, by layout."""
     contents = {}
     for layout in LAYOUTS:
         folder = tmp_path_factory.mktemp(layout)

@@ -1,4 +1,4 @@
-"""What a user sees who trains for minutes on real proteins."""
+"""The results of minutes of training on real proteins."""
 
 import json
 import subprocess

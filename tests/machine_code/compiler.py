@@ -57,7 +57,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the compiler made of a kernel.
+    """The machine code of a kernel and the resources that it takes.
 
     Attributes:
         kernel: Its name.

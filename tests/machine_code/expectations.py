@@ -1,4 +1,4 @@
-"""What is wanted of a kernel's machine code, and in which words it is said that it is not so."""
+"""The expectations on a kernel's machine code, and the words for each that it fails."""
 
 from dataclasses import dataclass
 

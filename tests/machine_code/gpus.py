@@ -1,4 +1,4 @@
-"""What the GPUs can hold and do: the only place that knows their data sheets."""
+"""The capacities and rates of the GPUs: the only place that knows their data sheets."""
 
 from dataclasses import dataclass
 

@@ -39,7 +39,7 @@ def test_every_kernel_has_a_case_and_every_case_a_budget(capability):
 
 
 def test_one_kernel_is_as_it_should_be():
-    """What is always run of the next test, which takes over a minute."""
+    """The share of the next test, which takes over a minute, that is always run."""
     compiled = compiled_elsewhere(90, names=["read_state-relu-64"])
     assert list(compiled) == ["read_state-relu-64"]
     wrong = wrong_with(90, compiled)

@@ -1,4 +1,4 @@
-"""What the paper promises of the estimates, by the measurements of scripts/attention_report.py on fewer draws.
+"""The paper's promises on the estimates, by the measurements of scripts/attention_report.py on fewer draws.
 
 Every claim is tested with its standard error and a fixed seed; planted faults show that the tests can fail.
 """

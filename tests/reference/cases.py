@@ -1,4 +1,4 @@
-"""What a comparison of the attention op with its float64 twin is made of: a case, its draw, both sides, their error."""
+"""The parts of a comparison of the attention op with its float64 twin: a case, its draw, both sides, their error."""
 
 import math
 from dataclasses import dataclass

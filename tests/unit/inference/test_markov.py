@@ -32,7 +32,7 @@ def counts(monkeypatch):
 
 
 def slow_counts(sequences):
-    """What followed each context, by its letters."""
+    """The counts of the residues that followed each context, by its letters."""
     followers = defaultdict(Counter)
     for sequence in sequences:
         for place, letter in enumerate(sequence):

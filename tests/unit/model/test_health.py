@@ -1,4 +1,4 @@
-"""What attention_health says of models whose state is known."""
+"""The health that `attention_health` measures on models whose state is known."""
 
 import math
 

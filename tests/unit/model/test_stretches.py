@@ -1,4 +1,4 @@
-"""What treats every token by itself may get a stretch of a row at a time, and nothing else of the model changes."""
+"""Layers that treat every token by itself take a stretch of a row at a time, and nothing else of the model changes."""
 
 import pytest
 import torch

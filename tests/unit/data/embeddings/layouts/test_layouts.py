@@ -1,4 +1,4 @@
-"""What every layout keeps to, whatever it writes."""
+"""The rules that every layout keeps."""
 
 import errno
 import os
