@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on, when it ends, and before it starts."""
+"""The reports of a run on itself: before it starts, while it goes on, and when it ends."""
 
 import errno
 import itertools
@@ -350,9 +350,9 @@ def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(datase
     monkeypatch.setattr(train_dry_run, "best_device", lambda: torch.device("cuda"))
     settings = ["data.tokens_per_batch=256", "model.num_layers=1", "model.model_dim=32"]
     request = TrainRequest(dataset_paths=[dataset], run_dir=tmp_path / "run", config="tiny", overrides=settings)
-    found = train_dry_run._largest_budget(prepare_start(request))
+    budget = train_dry_run._largest_budget(prepare_start(request))
     # The search leaves some room, and rows are not filled to the last token.
-    assert 0.7 * largest < found <= 1.3 * largest
+    assert 0.7 * largest < budget <= 1.3 * largest
     assert max(tried) > largest
 
 
