@@ -348,6 +348,8 @@ def test_the_search_finds_the_largest_row_that_does_not_run_out_of_memory(datase
 
     monkeypatch.setattr(Performer, "forward", with_little_memory)
     monkeypatch.setattr(train_dry_run, "best_device", lambda: torch.device("cuda"))
+    # Whose time is that of all the objects of the tests, for each size that is tried.
+    monkeypatch.setattr("pytorch_lightning.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)
     settings = ["data.tokens_per_batch=256", "model.num_layers=1", "model.model_dim=32"]
     request = TrainRequest(dataset_paths=[dataset], run_dir=tmp_path / "run", config="tiny", overrides=settings)
     budget = train_dry_run._largest_budget(prepare_start(request))
