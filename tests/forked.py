@@ -15,7 +15,9 @@ import torch
 
 from protlm.cli.app import main
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+# On macOS, system libraries that were loaded before a fork may crash after it.
+_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+_CONTEXT = multiprocessing.get_context(_METHOD)
 _CONTEXT.set_forkserver_preload(["protlm.cli.app", "protlm.workflows.train.train", "protlm.workflows.embed.embed"])
 
 TIMEOUT_SECONDS = 150
@@ -82,7 +84,7 @@ def fork_ranks(number, *arguments, prepare=None):
 
 def spawn(function, args, nprocs):
     """Does what `torch.multiprocessing.spawn` does, with processes that are forked."""
-    torch.multiprocessing.start_processes(function, args, nprocs, start_method="forkserver")
+    torch.multiprocessing.start_processes(function, args, nprocs, start_method=_METHOD)
 
 
 def _run(words, environment, folder, streams, prepare):
