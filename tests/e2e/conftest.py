@@ -20,8 +20,8 @@ SMALL = ["--set", "data.tokens_per_batch=1024", "--set", "model.model_dim=32", "
 
 @pytest.fixture(autouse=True)
 def _quick_pictures(request) -> None:
-    """Fixtures of a session save their figures as they are, and so do the tests of pages in a browser."""
-    if "browser" not in request.path.name:
+    """Fixtures of a session save whole figures; so do tests that look at figures or compare files with theirs."""
+    if "browser" not in request.path.name and "sample_digests" not in request.fixturenames:
         request.getfixturevalue("quick_pictures")
 
 
