@@ -62,7 +62,12 @@ def run_road(fasta: Path | None, out: Path, max_steps: int) -> dict[str, Any]:
 
 def print_summary(report: dict[str, Any], out: Path) -> None:
     """Prints the table and where everything is."""
-    names = {"model": "model", "empirical": "empirical baseline", "markov": "Markov baseline"}
+    names = {
+        "model": "model",
+        "empirical": "empirical baseline",
+        "markov": "Markov, before",
+        "two_sided": "Markov, both sides",
+    }
     for split, measured in report["splits"].items():
         print(f"\n{split:20}  accuracy  perplexity   ({measured['num_targets']:,} hidden residues)")
         for key, name in names.items():
@@ -82,7 +87,7 @@ def unbeaten_baselines(report: dict[str, Any]) -> list[str]:
     model = scores["model"]["perplexity"]
     return [
         name
-        for name in ("empirical", "markov")
+        for name in ("empirical", "markov", "two_sided")
         if name in scores and not (math.isfinite(model) and model < scores[name]["perplexity"])
     ]
 

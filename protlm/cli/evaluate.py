@@ -103,10 +103,10 @@ def eval_command(
 
     All scored residues are hidden, whatever the model was trained with. Accuracy is the fraction to which the model
     gives the highest probability. Perplexity is the effective number of residues that it is choosing between. Both
-    stand beside baselines on the same residues: the residue frequencies of the model's training set (empirical), and a
-    table of the residues that followed each short stretch in the dataset's training split (Markov). A model is worth
-    using only if it beats both. Intervals are 95 % of a bootstrap over proteins, or clusters where they are known. A
-    causal model is scored at every residue, given those before it.
+    stand beside baselines on the same residues: the residue frequencies of the model's training set (empirical), and
+    tables of the residues beside each short stretch in the dataset's training split (Markov). A model that does not
+    beat them knows less than counting does. Intervals are 95 % of a bootstrap over proteins, or clusters where they are
+    known. A causal model is scored at every residue, given those before it.
 
     \b
     Examples:
@@ -180,7 +180,8 @@ def _print_comparison(comparison: "Comparison", out: Path) -> None:
     from protlm.workflows.evaluate.report import ROW_NAMES
 
     for split, scores in comparison.scores.items():
-        rows = [(ROW_NAMES.get(name, name), *_cells(row)) for name, row in scores.items()]
+        rows = [(name, *_cells(row)) for name, row in scores.items()]
+        rows += [(ROW_NAMES[key], *_cells(row)) for key, row in comparison.baselines[split].items()]
         output.print_table((f"{split} split", "accuracy", "± 95 %", "perplexity", "95 % interval"), rows)
         print()
     differences = [

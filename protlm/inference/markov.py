@@ -113,6 +113,35 @@ class MarkovModel:
         return predicted
 
 
+class TwoSidedMarkovModel:
+    """A residue from those on both sides of it, as a masked model sees them.
+
+    The product of two count tables, one of the proteins as they are and one of the proteins reversed, each given the
+    residues on its side, and divided by the frequencies that both contain: P(x | l, r) ∝ P(x | l) P(x | r) / P(x). This
+    is exact if the two sides are independent given x.
+
+    Attributes:
+        order: Residues of the longest context on either side.
+    """
+
+    def __init__(self, before: MarkovModel, after: MarkovModel) -> None:
+        """Joins two tables of one order; `after` is of the reversed proteins."""
+        if before.order != after.order:
+            raise ValueError(f"after: expected order {before.order} as of the other side, got {after.order}")
+        self.order = before.order
+        self._before, self._after, self._frequencies = before, after, before.shortened(0)
+
+    def log_probabilities(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Returns the log-probabilities of all tokens at some positions of a row, float32 (positions, 33)."""
+        joined = self._before.log_probabilities(tokens, positions).astype(np.float64)
+        columns = slice(FIRST_RESIDUE, FIRST_RESIDUE + NUM_RESIDUES)
+        joined[:, columns] += self._after.log_probabilities(tokens[::-1], len(tokens) - 1 - positions)[:, columns]
+        joined[:, columns] -= self._frequencies.log_probabilities(tokens, positions)[:, columns]
+        norms = np.log(np.exp(joined[:, columns]).sum(axis=1, keepdims=True))
+        joined[:, columns] -= norms
+        return joined.astype(np.float32)
+
+
 def _blocks(proteins: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields proteins back to back, some millions of residues at a time, with each residue's place in its protein."""
     held: list[np.ndarray] = []

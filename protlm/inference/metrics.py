@@ -16,6 +16,8 @@ import xxhash
 from protlm.inference.residue_scores import ResidueScores
 
 NUM_REPLICATES = 1000
+FEWEST_UNITS = 10
+"""Proteins or clusters that an interval needs at least."""
 TOP_RANKS = 5
 NUM_CONFIDENCE_BINS = 20
 _BOOTSTRAP_COUNTER = np.array([0, 0, 0, 3], dtype=np.uint64)
@@ -104,11 +106,28 @@ class MetricSums:
     def __init__(self, num_replicates: int = NUM_REPLICATES) -> None:
         self.total = np.zeros(NUM_SUMS)
         self.replicates = np.zeros((num_replicates, NUM_SUMS))
+        self._units: set[bytes] = set()
 
-    def add(self, sums: np.ndarray, weights: np.ndarray) -> None:
-        """Adds proteins: their sums, (proteins, NUM_SUMS), and their weights, (proteins, replicates)."""
+    def add(self, sums: np.ndarray, weights: np.ndarray, keys: Sequence[bytes] = ()) -> None:
+        """Adds proteins.
+
+        Args:
+            sums: Of each protein, (proteins, NUM_SUMS).
+            weights: Of each protein, (proteins, replicates).
+            keys: The keys of the weights; only the first different ones are kept, to see whether there are enough.
+        """
+        if keys and len(self._units) < FEWEST_UNITS:
+            self._units.update(keys)
         self.total += sums.sum(axis=0)
         self.replicates += weights.T @ sums
+
+    def resampled(self) -> np.ndarray:
+        """Returns the replicates, (replicates, NUM_SUMS); NaN if fewer than `FEWEST_UNITS` proteins were resampled.
+
+        From a few proteins a bootstrap gives intervals that are far too narrow.
+        """
+        is_enough = not self._units or len(self._units) >= FEWEST_UNITS
+        return self.replicates if is_enough else np.full_like(self.replicates, np.nan)
 
     @property
     def num_targets(self) -> int:
@@ -121,7 +140,7 @@ class MetricSums:
 
     def estimates(self) -> dict[str, Estimate]:
         """Returns every metric with its standard error and interval."""
-        replicates = metric_values(self.replicates)
+        replicates = metric_values(self.resampled())
         return {name: estimate(value, replicates[name]) for name, value in self.values().items()}
 
 

@@ -40,11 +40,11 @@ def test_the_demo_runs_the_four_commands_and_says_where_their_results_are(tmp_pa
     shown = [line.split()[2] for line in told.out.splitlines() if line.startswith("$ protlm ")]
     assert shown == ["prep", "train", "eval", "embed"], told.err
     scores = json.loads((tmp_path / "demo/report/report.json").read_text())["splits"]["test"]["scores"]
-    for name, key in (("model", "model"), ("empirical baseline", "empirical"), ("Markov baseline", "markov")):
+    for name, key in (("model", "model"), ("empirical baseline", "empirical"), ("Markov, both sides", "two_sided")):
         row = [name, f"{scores[key]['accuracy']:.4f}", f"{scores[key]['perplexity']:.3f}"]
         assert " ".join(row) in [" ".join(line.split()) for line in told.out.splitlines()]
     for place in ("demo/run/curves.png", "demo/embeddings.h5", "demo/run/model", "demo/report/report.html"):
-        assert place in told.out.split("Markov baseline")[-1]
+        assert place in told.out.split("Markov, both sides")[-1]
         assert (tmp_path / place).exists()
     assert len(open_embeddings(tmp_path / "demo/embeddings.h5")) == NUM_PROTEINS
     # Two updates teach nothing: by this the demo shows that it can fail.

@@ -45,8 +45,8 @@ def usage_error(capsys):
 def test_eval_reports_the_model_beside_the_baselines(run_dir, dataset, tmp_path, capsys):
     assert main(["eval", str(run_dir), str(dataset), "--split", "test", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    names = ["model", "empirical baseline", "Markov baseline", "uniform"]
-    assert [line.split("  ")[0] for line in told.splitlines()[1:5]] == names
+    names = ["model", "empirical baseline", "Markov, residues before", "Markov, both sides", "uniform"]
+    assert [line.split("  ")[0] for line in told.splitlines()[1:6]] == names
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["split"] == "test"
     assert report["seed"] == 0
@@ -99,7 +99,7 @@ def test_splits_are_scored_side_by_side(evaluate, capsys):
     told = capsys.readouterr().out
     assert told.index("valid split") < told.index("test split")
     every = evaluate("--split", "all")
-    assert list(every["splits"]) == ["train", "valid", "test"]
+    assert list(every["splits"]) == ["test", "valid", "train"]
     assert every["splits"]["test"] == two["splits"]["test"]
     # On the training split the table meets its own counts.
     markov = {name: split["scores"]["markov"]["perplexity"] for name, split in every["splits"].items()}
@@ -110,7 +110,8 @@ def test_what_is_copied_from_the_mixture_is_named_beside_it(evaluate, run_dir, d
     report = evaluate("--as-trained", "--random-weights", "--masks", 2, "--mask-rate", 0.3, "--pseudo-perplexity", 1)
     assert (report["num_masks"], report["mask_rate"]) == (2, 0.3)
     scores = report["splits"]["test"]["scores"]
-    assert list(scores) == ["model", "empirical", "markov", "uniform", "random_weights", "model_as_trained", "copies"]
+    requested = ["random_weights", "model_as_trained", "copies"]
+    assert list(scores) == ["model", "empirical", "markov", "two_sided", "uniform", *requested]
     assert report["splits"]["test"]["pseudo_perplexity"]["num_proteins"] == 1
     # Without a context: a visible target, of which half were left as they are, and else the training frequencies.
     counts = json.loads((run_dir / "model" / "config.json").read_text())["residue_counts"]

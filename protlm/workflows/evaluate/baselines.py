@@ -1,13 +1,14 @@
 """The baselines of a report: what is predicted without a network, on the same targets and by the same measures."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from protlm.data.batching.batches import EvaluationRow, Objective, evaluation_rows
 from protlm.data.storage.dataset import Dataset, Split
-from protlm.inference.markov import MarkovCounts, MarkovModel, largest_order
+from protlm.inference.markov import MarkovCounts, MarkovModel, TwoSidedMarkovModel, largest_order
 from protlm.inference.scoring import empirical_log_probabilities
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES, VOCABULARY_SIZE
 
@@ -26,13 +27,15 @@ class Markov:
     """The Markov baseline of a dataset.
 
     Attributes:
-        model: The count table of the chosen order.
+        model: The count table of the chosen order, which sees the residues before a target.
+        two_sided: The product of the tables of both sides, for masked models, which see both; None for causal ones.
         num_residues: Residues of the training set that were counted.
         chosen_on: The split by whose perplexity the order was chosen; None: the dataset has no valid split, and the
             order is the default.
     """
 
     model: MarkovModel
+    two_sided: TwoSidedMarkovModel | None
     num_residues: int
     chosen_on: str | None
 
@@ -75,8 +78,8 @@ def copies_of_the_visible(training_counts: Mapping[str, int], objective: Objecti
     return predict
 
 
-def markov_predictions(model: MarkovModel, objective: Objective) -> Predict:
-    """Returns the Markov baseline: a residue from those before it, as far as they are not hidden."""
+def markov_predictions(model: MarkovModel | TwoSidedMarkovModel, objective: Objective) -> Predict:
+    """Returns a Markov baseline: a residue from those before it, or on both sides, as far as they are not hidden."""
     # The prediction of a causal model stands one token before its target.
     offset = 1 if objective.causal else 0
 
@@ -87,7 +90,7 @@ def markov_predictions(model: MarkovModel, objective: Objective) -> Predict:
 
 
 def fit_markov(dataset: Dataset, objective: Objective, seed: int) -> Markov | None:
-    """Counts the training split and chooses the order by perplexity on the valid split; None without a training split.
+    """Counts the training split and chooses the orders by perplexity on the valid split; None without a training split.
 
     Args:
         dataset: The dataset that is evaluated.
@@ -97,16 +100,48 @@ def fit_markov(dataset: Dataset, objective: Objective, seed: int) -> Markov | No
     splits = {name for name, summary in dataset.manifest.splits.items() if summary.num_records}
     if "train" not in splits:
         return None
+    before = _table(dataset.split("train"))
+    rows = None
+    if "valid" in splits:
+        valid = Beginning(dataset.split("valid"), _MOST_VALID_RECORDS)
+        rows = list(evaluation_rows(valid, _TOKENS_PER_ROW, seed, objective))
+    one_sided = [before.model.shortened(order) for order in range(before.model.order + 1)]
+    both_sides: list[MarkovModel | TwoSidedMarkovModel] = []
+    if not objective.causal:
+        after = _table(dataset.split("train"), is_reversed=True)
+        both_sides = [TwoSidedMarkovModel(model, after.model.shortened(model.order)) for model in one_sided]
+    chosen = _best(one_sided, objective, rows)
+    assert isinstance(chosen, MarkovModel)
+    two_sided = _best(both_sides, objective, rows) if both_sides else None
+    assert not isinstance(two_sided, MarkovModel)
+    return Markov(
+        model=chosen,
+        two_sided=two_sided,
+        num_residues=before.num_residues,
+        chosen_on=None if rows is None else "valid",
+    )
+
+
+class _Table(NamedTuple):
+    model: MarkovModel
+    num_residues: int
+
+
+def _table(split: Split, *, is_reversed: bool = False) -> _Table:
+    """Returns the table of the largest order worth trying."""
     counts = MarkovCounts()
-    counts.add(_first_residues(dataset.split("train")))
-    if "valid" not in splits:
-        return Markov(model=MarkovModel(counts, _DEFAULT_ORDER), num_residues=counts.num_residues, chosen_on=None)
-    valid = Beginning(dataset.split("valid"), _MOST_VALID_RECORDS)
-    rows = list(evaluation_rows(valid, _TOKENS_PER_ROW, seed, objective))
-    longest = MarkovModel(counts, largest_order(counts.num_residues))
-    models = [longest.shortened(order) for order in range(longest.order + 1)]
-    losses = [_loss(markov_predictions(model, objective), rows) for model in models]
-    return Markov(model=models[int(np.argmin(losses))], num_residues=counts.num_residues, chosen_on="valid")
+    step = -1 if is_reversed else 1
+    counts.add(tokens[::step] for tokens in _first_residues(split))
+    return _Table(MarkovModel(counts, max(_DEFAULT_ORDER, largest_order(counts.num_residues))), counts.num_residues)
+
+
+def _best(
+    models: Sequence[MarkovModel | TwoSidedMarkovModel], objective: Objective, rows: list[EvaluationRow] | None
+) -> MarkovModel | TwoSidedMarkovModel:
+    """Returns the model with the lowest loss on some rows; without rows the one of the default order."""
+    if rows is None:
+        return models[_DEFAULT_ORDER]
+    return models[int(np.argmin([_loss(markov_predictions(model, objective), rows) for model in models]))]
 
 
 class Beginning:

@@ -9,12 +9,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from protlm import files
 from protlm.data.storage.dataset import is_dataset
-from protlm.errors import ProtlmError, UsageError
-from protlm.workflows.evaluate.report import FORMAT_VERSION, REPLICATED, difference
+from protlm.errors import ProtlmError, UsageError, validation_fault
+from protlm.inference.metrics import METRICS, NUM_REPLICATES
+from protlm.workflows.evaluate.report import BASELINE_NAMES, FORMAT_VERSION, REPLICATED, difference
 from protlm.workflows.evaluate.request import REPORT_NAME
 
 COMPARISON_NAME = "comparison.json"
@@ -31,6 +34,7 @@ class Comparison:
         names: The models, in the order given; all different.
         splits: The splits that every report has.
         scores: For each split and model its score row.
+        baselines: For each split the score rows of the baselines, by their keys in a report.
         differences: The first model against each other one: `split`, `first`, `second`, `metric`, `difference`
             (first − second), `stderr`, `low`, `high`.
         reports: The reports themselves.
@@ -40,6 +44,7 @@ class Comparison:
     names: list[str]
     splits: list[str]
     scores: dict[str, dict[str, dict[str, float | None]]]
+    baselines: dict[str, dict[str, dict[str, float | None]]]
     differences: list[dict[str, Any]]
     reports: list[dict[str, Any]]
 
@@ -53,6 +58,7 @@ class Comparison:
             ],
             "splits": self.splits,
             "scores": self.scores,
+            "baselines": self.baselines,
             "differences": self.differences,
         }
 
@@ -117,24 +123,49 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ProtlmError(
             f"{path}: format_version: expected {FORMAT_VERSION}, got {report.get('format_version')!r}; evaluate again"
         )
-    missing = [key for key in (*_SAME, "weights_hash", "model_name", "num_parameters") if key not in report]
-    if missing or not all(_has_replicates(split) for split in report["splits"].values()):
-        raise ProtlmError(f"{path}: damaged: {missing[0] if missing else 'replicates'} missing; evaluate again")
+    try:
+        _Report.model_validate(report)
+    except ValidationError as error:
+        raise ProtlmError(f"{path}: damaged: {validation_fault(error)}; evaluate again") from None
     for name, split in report["splits"].items():
         if any(split["scores"]["model"].get(metric) is None for metric in REPLICATED):
             raise ProtlmError(f"{path}: the scores on {name} are no numbers, as of a model that has diverged")
     return report
 
 
-def _has_replicates(split: Any) -> bool:
-    replicates = split.get("replicates") if isinstance(split, dict) else None
-    if not isinstance(replicates, dict) or not isinstance(split.get("scores"), dict):
-        return False
-    lists = [replicates.get(metric) for metric in REPLICATED]
-    numbers = all(
-        isinstance(values, list) and all(v is None or isinstance(v, int | float) for v in values) for values in lists
-    )
-    return numbers and len({len(values) for values in lists if values is not None}) == 1 and "model" in split["scores"]
+_Row = dict[str, float | None]
+
+
+class _Split(BaseModel):
+    """The part of a split's report that a comparison reads."""
+
+    num_targets: Annotated[int, Field(gt=0)]
+    scores: dict[str, _Row]
+    replicates: dict[str, Annotated[list[float | None], Field(min_length=NUM_REPLICATES, max_length=NUM_REPLICATES)]]
+
+    @model_validator(mode="after")
+    def _validate_metrics(self) -> Self:
+        keys = {f"{metric}{suffix}" for metric in METRICS for suffix in ("", "_stderr", "_low", "_high")}
+        if "model" not in self.scores or any(not keys <= row.keys() for row in self.scores.values()):
+            raise ValueError("scores: expected a row for the model, and every metric in each row")
+        if not set(REPLICATED) <= self.replicates.keys():
+            raise ValueError(f"replicates: expected those of {', '.join(REPLICATED)}")
+        return self
+
+
+class _Report(BaseModel):
+    """The part of a report that a comparison reads."""
+
+    dataset_hash: str
+    seed: int
+    num_masks: int
+    mask_rate: float
+    objective: str
+    targets: str
+    weights_hash: str
+    model_name: str
+    num_parameters: int
+    splits: dict[str, _Split]
 
 
 def _report_path(item: Path) -> Path | None:
@@ -173,11 +204,19 @@ def _comparison(reports: Sequence[tuple[Path, Mapping[str, Any]]]) -> Comparison
         }
         for split in splits
     }
-    for split in splits:
-        baselines = first["splits"][split]["scores"]
-        scores[split] |= {key: row for key, row in baselines.items() if key in ("empirical", "markov", "uniform")}
+    baselines = {
+        split: {
+            key: row for key, row in first["splits"][split]["scores"].items() if key in (*BASELINE_NAMES, "uniform")
+        }
+        for split in splits
+    }
     return Comparison(
-        names=names, splits=splits, scores=scores, differences=rows, reports=[dict(report) for _, report in reports]
+        names=names,
+        splits=splits,
+        scores=scores,
+        baselines=baselines,
+        differences=rows,
+        reports=[dict(report) for _, report in reports],
     )
 
 

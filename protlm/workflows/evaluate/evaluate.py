@@ -154,17 +154,18 @@ class _Evaluation:
         baselines: dict[str, Predict] = {"empirical": empirical(self._description.residue_counts)}
         if self._markov is not None:
             baselines["markov"] = markov_predictions(self._markov.model, self._masks.objective)
+            if self._markov.two_sided is not None:
+                baselines["two_sided"] = markov_predictions(self._markov.two_sided, self._masks.objective)
         sums = measure_split(self._model, split, self._masks, baselines, watchers=tuple(watchers), advance=advance)
         rows = {name: score_row(measured) for name, measured in sums.items()} | {"uniform": exact_row(UNIFORM)}
         rows |= self._further_rows(split, advance)
-        order = None if self._markov is None else self._markov.model.order
         limit = self._masks.max_residues
         return SplitReport(
             num_records=split.num_records,
             num_cut=0 if limit is None else int((split.lengths > limit).sum()),
             num_targets=sums["model"].num_targets,
             scores=rows,
-            verdict=verdict_of(split.name, sums, order),
+            verdict=verdict_of(split.name, sums),
             pseudo_perplexity=self._pseudo_perplexity(split, advance),
             calibration=calibration_of(sums["model"]),
             breakdowns=breakdowns.report(),
@@ -208,7 +209,7 @@ class _Evaluation:
         ):
             members, terms = sums_by_protein(scores)
             keys = [resampling_key(split, record) for record in members.tolist()]
-            sums.add(terms, replicate_weights(keys, self._request.seed))
+            sums.add(terms, replicate_weights(keys, self._request.seed), keys)
         return {"num_proteins": len(records), "num_targets": sums.num_targets, **score_row(sums)}
 
     def _sample(self, split: Split) -> list[int]:
@@ -241,9 +242,7 @@ class _Evaluation:
             verdict=first.verdict,
             splits=reports,
             differences=differences_between_splits(reports),
-            markov=None
-            if markov is None
-            else MarkovSummary(order=markov.model.order, num_residues=markov.num_residues, chosen_on=markov.chosen_on),
+            markov=None if markov is None else _summary_of(markov),
             model_name=folder.parent.name if folder.name == "model" else folder.name,
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
             attention=str(description.model.attention),
@@ -251,6 +250,15 @@ class _Evaluation:
             dataset_hash=self._dataset.hash,
             projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
         )
+
+
+def _summary_of(markov: Markov) -> MarkovSummary:
+    return MarkovSummary(
+        order=markov.model.order,
+        two_sided_order=None if markov.two_sided is None else markov.two_sided.order,
+        num_residues=markov.num_residues,
+        chosen_on=markov.chosen_on,
+    )
 
 
 def _projection_kind(has_projection: bool, redraw_every_steps: int) -> str:

@@ -78,11 +78,12 @@ def measure_split(
             if not len(scores):
                 continue
             records, terms = sums_by_protein(scores)
-            weights = replicate_weights([resampling_key(split, record) for record in records.tolist()], masks.seed)
-            sums["model"].add(terms, weights)
+            keys = [resampling_key(split, record) for record in records.tolist()]
+            weights = replicate_weights(keys, masks.seed)
+            sums["model"].add(terms, weights, keys)
             for name, predict in baselines.items():
                 predicted = replace(scores, log_probabilities=predict(row))
-                sums[name].add(sums_by_protein(predicted)[1], weights)
+                sums[name].add(sums_by_protein(predicted)[1], weights, keys)
             for watch in watchers:
                 watch(mask, row, scores)
     return sums

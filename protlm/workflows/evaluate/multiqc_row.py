@@ -26,7 +26,7 @@ _COLUMNS = (
     Column(
         key="protlm_markov_perplexity",
         title="Markov",
-        description="Perplexity of the Markov baseline on the same residues",
+        description="Perplexity of the better Markov baseline on the same residues",
         format="{:,.2f}",
         scale="Greys-rev",
         low=1.0,
@@ -62,8 +62,9 @@ def multiqc_rows(report: EvalReport) -> str:
             "protlm_empirical_perplexity": split.scores["empirical"]["perplexity"],
             "protlm_scored_residues": float(split.num_targets),
         }
-        if "markov" in split.scores:
-            values["protlm_markov_perplexity"] = split.scores["markov"]["perplexity"]
+        tables = [split.scores[key]["perplexity"] for key in ("markov", "two_sided") if key in split.scores]
+        if known := [perplexity for perplexity in tables if perplexity is not None]:
+            values["protlm_markov_perplexity"] = min(known)
         rows[f"{report.model_name} ({name})"] = {key: value for key, value in values.items() if value is not None}
     return general_statistics(
         "protlm_eval", "protlm eval", "Models evaluated by protlm, on hidden residues, beside baselines", _COLUMNS, rows

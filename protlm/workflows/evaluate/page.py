@@ -19,7 +19,7 @@ from protlm.workflows.pages.palette import BASELINE_MARKS, SPLIT_MARKS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-_DRAWN_ROWS = ("model", "empirical", "markov", "random_weights")
+_DRAWN_ROWS = ("model", "empirical", "markov", "two_sided", "random_weights")
 _METRIC_NAMES = {
     "accuracy": "accuracy",
     "top5_accuracy": "top-5 accuracy",
@@ -181,7 +181,7 @@ def _method_section(report: EvalReport) -> Section:
         ("probability that a residue is scored", f"{report.mask_rate:.3g}" if report.targets == "hidden" else "1"),
         ("masks per protein", f"{report.num_masks:,}"),
         ("seed", f"{report.seed}"),
-        ("Markov baseline", "none: the dataset has no training split" if markov is None else _markov_words(report)),
+        ("Markov baselines", "none: the dataset has no training split" if markov is None else _markov_words(report)),
         ("proteins cut to the reach of the model", f"{sum(split.num_cut for split in report.splits.values()):,}"),
         ("parameters", f"{report.num_parameters:,}"),
         ("attention", report.attention),
@@ -191,8 +191,9 @@ def _method_section(report: EvalReport) -> Section:
     ]
     text = Text(
         "The empirical baseline always answers with the residue frequencies of the model's training set. The Markov "
-        "baseline is a table of the residues that followed each short stretch in the dataset's training split, "
-        "smoothed by the rule of Witten and Bell; it shows how much local statistics reach without any model. "
+        "baselines are tables of the residues that followed each short stretch in the dataset's training split, "
+        "smoothed by the rule of Witten and Bell, read from one side or from both; they show how much local statistics "
+        "reach without any model. "
         "Published perplexities depend on their split and masks: compare values only on the same residues of the same "
         "proteins."
     )
@@ -202,7 +203,9 @@ def _method_section(report: EvalReport) -> Section:
 def _markov_words(report: EvalReport) -> str:
     assert report.markov is not None
     chosen = f"chosen on {report.markov.chosen_on}" if report.markov.chosen_on else "not chosen: no valid split"
-    return f"order {report.markov.order} ({chosen}), {report.markov.num_residues:,} residues counted"
+    two_sided = report.markov.two_sided_order
+    orders = f"{report.markov.order}" if two_sided is None else f"{report.markov.order}, both sides {two_sided}"
+    return f"order {orders} ({chosen}), {report.markov.num_residues:,} residues counted"
 
 
 def _kinds(num_numbers: int) -> tuple[ColumnKind, ...]:

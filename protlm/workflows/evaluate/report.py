@@ -22,7 +22,8 @@ interval; these are null where there is nothing to resample."""
 ROW_NAMES = {
     "model": "model",
     "empirical": "empirical baseline",
-    "markov": "Markov baseline",
+    "markov": "Markov, residues before",
+    "two_sided": "Markov, both sides",
     "uniform": "uniform",
     "random_weights": "random weights",
     "model_as_trained": "model, as trained",
@@ -33,9 +34,10 @@ ROW_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class MarkovSummary:
-    """How the Markov baseline was made: its order, the residues that were counted, and what chose the order."""
+    """How the Markov baselines were made: their orders, the residues that were counted, and what chose the orders."""
 
     order: int
+    two_sided_order: int | None
     num_residues: int
     chosen_on: str | None
 
@@ -149,7 +151,7 @@ def exact_row(values: Mapping[str, float]) -> ScoreRow:
 
 def replicates_of(sums: MetricSums) -> dict[str, list[float]]:
     """Returns the replicates that a report keeps, to seven digits."""
-    values = metric_values(sums.replicates)
+    values = metric_values(sums.resampled())
     return {name: [float(f"{value:.7g}") for value in values[name].tolist()] for name in REPLICATED}
 
 
@@ -191,30 +193,51 @@ def differences_between_splits(splits: Mapping[str, SplitReport]) -> list[dict[s
     return rows
 
 
-def verdict_of(split: str, sums: Mapping[str, MetricSums], order: int | None) -> str:
+BASELINE_NAMES = {
+    "empirical": "the empirical baseline",
+    "markov": "the Markov baseline on the residues before",
+    "two_sided": "the Markov baseline on both sides",
+}
+"""The baselines that a model has to beat, in words."""
+
+
+def verdict_of(split: str, sums: Mapping[str, MetricSums]) -> str:
     """Returns one plain sentence: whether the model knows more than the best of the baselines, beyond the uncertainty.
+
+    On the training split only the empirical baseline counts: a table has counted the very residues that it predicts.
 
     Args:
         split: The name of the split.
-        sums: Of the model, the empirical baseline and, where there is one, the Markov baseline.
-        order: Order of the Markov baseline; None if there is none.
+        sums: Of the model and of the baselines.
     """
-    names = {"empirical": "the empirical baseline", "markov": f"the Markov baseline (order {order})"}
-    key = min((key for key in names if key in sums), key=lambda key: sums[key].values()["bits_per_residue"])
-    own, other = (sums[name].values() for name in ("model", key))
+    own = sums["model"].values()
+    if not math.isfinite(own["bits_per_residue"]):
+        return f"On {split} the model makes no usable predictions: its perplexity is no number, so it has diverged."
+    names = [name for name in BASELINE_NAMES if name in sums and (split != "train" or name == "empirical")]
+    best = min(names, key=lambda name: sums[name].values()["bits_per_residue"])
+    other = sums[best].values()
     lead = other["bits_per_residue"] - own["bits_per_residue"]
-    replicates = [metric_values(sums[name].replicates)["bits_per_residue"] for name in (key, "model")]
-    spread = estimate_of(lead, replicates[0] - replicates[1])
+    spread = estimate_of(lead, _bits(sums[best]) - _bits(sums["model"]))
     figures = f"perplexity {own['perplexity']:.2f} against {other['perplexity']:.2f}"
-    if split == "train":
-        figures += "; both have seen these proteins"
-    if not lead > 0:
+    if spread.low is None or spread.high is None:
         return (
-            f"On {split} the model does not beat {names[key]}: {figures}. It knows nothing of use about these proteins."
+            f"On {split} too few proteins were scored for an interval, so this decides nothing: {figures} of "
+            f"{BASELINE_NAMES[best]}."
         )
-    if spread.low is not None and spread.low > 0:
-        return f"On {split} the model beats {names[key]}, the best of the baselines: {figures}."
-    return f"On {split} the model is not better than {names[key]} beyond the uncertainty: {figures}."
+    if spread.low > 0:
+        of_all = ", the best of the baselines" if len(names) > 1 else ""
+        return f"On {split} the model beats {BASELINE_NAMES[best]}{of_all}: {figures}."
+    if spread.high >= 0:
+        return f"On {split} the model cannot be told from {BASELINE_NAMES[best]}: {figures}."
+    if best != "empirical" and own["bits_per_residue"] < sums["empirical"].values()["bits_per_residue"]:
+        knows = "It knows more than the residue frequencies, and less than a table of counts."
+    else:
+        knows = "It knows nothing of use about these proteins."
+    return f"On {split} the model does not beat {BASELINE_NAMES[best]}: {figures}. {knows}"
+
+
+def _bits(sums: MetricSums) -> np.ndarray:
+    return metric_values(sums.resampled())["bits_per_residue"]
 
 
 def _in_json(value: Any) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protlm.choices import SplitName
-from protlm.data.storage.dataset import Dataset
+from protlm.data.storage.dataset import MANIFEST_NAME, Dataset
 from protlm.errors import ProtlmError
 from protlm.inference.scoring import EVALUATION_SEED
 from protlm.workflows.evaluate.residue_table import check_pyarrow
@@ -58,7 +58,10 @@ def check_out(request: EvalRequest) -> None:
     """Raises ProtlmError if the report cannot be written: something else is in its place, or one is there already."""
     if request.residues:
         check_pyarrow()
-    for path in (request.out / REPORT_NAME, request.out / RESIDUES_NAME):
+    for name in (MANIFEST_NAME, "config.toml", "config.json"):
+        if (request.out / name).exists():
+            raise ProtlmError(f"{request.out}: holds {name}, so it is no folder for a report; choose another --out")
+    for path in (request.out / name for name in (REPORT_NAME, PAGE_NAME, MULTIQC_NAME, RESIDUES_NAME)):
         if (request.out.exists() and not request.out.is_dir()) or path.is_dir():
             raise ProtlmError(
                 f"{request.out}: expected a folder for {path.name}, got something else; choose another --out"
@@ -73,7 +76,9 @@ def resolve_splits(request: EvalRequest, dataset: Dataset) -> list[SplitName]:
     Raises:
         ShardError: A split that is empty or not there; the message names those that are.
     """
-    filled: list[SplitName] = [name for name, summary in dataset.manifest.splits.items() if summary.num_records]
+    # What a reader asks for first: proteins that the model has not been trained on or chosen by.
+    order: tuple[SplitName, ...] = ("test", "ood", "valid", "train")
+    filled = [name for name in order if name in dataset.manifest.splits and dataset.manifest.splits[name].num_records]
     for name in request.splits or filled or ("test",):
         dataset.split(name)
     return list(dict.fromkeys(request.splits)) or filled

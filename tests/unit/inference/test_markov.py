@@ -7,7 +7,7 @@ import pytest
 from protlm.data.batching.batches import Objective, evaluation_rows
 from protlm.data.batching.masking import MaskRates
 from protlm.inference import markov
-from protlm.inference.markov import MarkovCounts, MarkovModel, largest_order
+from protlm.inference.markov import MarkovCounts, MarkovModel, TwoSidedMarkovModel, largest_order
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE, MASK, NUM_RESIDUES, RESIDUES, TOKENS, encode
 from tests.unit.workflows.evaluate.eval_cases import InMemory, random_sequences
 
@@ -172,3 +172,24 @@ def test_a_shortened_model_is_that_of_the_lower_order():
 
 def test_few_residues_are_no_reason_to_try_long_contexts():
     assert [largest_order(size) for size in (0, 7, 156, 157, 3_906, 3_907, 10**9)] == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_both_sides_are_the_product_of_two_tables_over_the_frequencies():
+    before, after = MarkovCounts(), MarkovCounts()
+    proteins = [encode(sequence.encode()) for sequence in TRAINING]
+    before.add(proteins)
+    after.add([tokens[::-1] for tokens in proteins])
+    row = encode(b"LAGXBLAG").copy()
+    row[3] = MASK
+    model = TwoSidedMarkovModel(MarkovModel(before, 2), MarkovModel(after, 2))
+    actual = np.exp(model.log_probabilities(row, np.array([3, 5])).astype(np.float64))
+    for place, position in enumerate((3, 5)):
+        left = MarkovModel(before, 2).log_probabilities(row, np.array([position]))[0].astype(np.float64)
+        right = MarkovModel(after, 2).log_probabilities(row[::-1], np.array([len(row) - 1 - position]))[0]
+        alone = MarkovModel(before, 0).log_probabilities(row, np.array([position]))[0]
+        is_residue = np.isfinite(left)
+        product = np.zeros(len(left))
+        product[is_residue] = np.exp(left[is_residue] + right[is_residue] - alone[is_residue])
+        np.testing.assert_allclose(actual[place], product / product.sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match="order 2"):
+        TwoSidedMarkovModel(MarkovModel(before, 2), MarkovModel(after, 1))

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from protlm.inference.metrics import METRICS, MetricSums, replicate_weights
+from protlm.inference.metrics import METRICS, NUM_SUMS, MetricSums, replicate_weights
 from protlm.workflows.evaluate.baselines import UNIFORM
 from protlm.workflows.evaluate.report import (
     REPLICATED,
@@ -67,11 +67,12 @@ def test_the_replicates_of_a_report_are_those_of_the_sums_to_seven_digits():
 @pytest.mark.parametrize(
     ("model", "empirical", "markov", "sentence"),
     [
-        (9, 18, 17, "the model beats the Markov baseline (order 3), the best of the baselines: perplexity 9.00"),
+        (9, 18, 17, "beats the Markov baseline on the residues before, the best of the baselines: perplexity 9.00"),
         (9, 17, 18, "the model beats the empirical baseline, the best of the baselines: perplexity 9.00 against 17.00"),
-        (17.5, 18, 17, "the model does not beat the Markov baseline (order 3): perplexity 17.50 against 17.00"),
-        (17.5, 17, 18, "the model does not beat the empirical baseline: perplexity 17.50 against 17.00"),
-        (16.9, 18, 17, "the model is not better than the Markov baseline (order 3) beyond the uncertainty"),
+        (17.5, 18.5, 16, "the Markov baseline on the residues before: perplexity 17.50 against 16.00. It knows more"),
+        (18.5, 17, 18, "does not beat the empirical baseline: perplexity 18.50 against 17.00. It knows nothing of use"),
+        (16.9, 18, 17, "the model cannot be told from the Markov baseline on the residues before"),
+        (17.1, 18, 17, "the model cannot be told from the Markov baseline on the residues before"),
     ],
 )  # fmt: skip
 def test_the_verdict_compares_with_the_better_of_the_baselines(model, empirical, markov, sentence):
@@ -85,7 +86,7 @@ def test_the_verdict_compares_with_the_better_of_the_baselines(model, empirical,
         shift = math.log(perplexity) - math.log(sums[of_name].values()["perplexity"])
         for terms in (sums[of_name].total[None], sums[of_name].replicates):
             terms[:, 1] += shift * terms[:, 0]
-    verdict = verdict_of("ood", sums, 3)
+    verdict = verdict_of("ood", sums)
     assert verdict.startswith("On ood ")
     assert sentence in verdict
     assert "\n" not in verdict
@@ -94,14 +95,14 @@ def test_the_verdict_compares_with_the_better_of_the_baselines(model, empirical,
 def test_the_verdict_pairs_model_and_baseline_protein_by_protein():
     # A lead of about 1 % on each protein, far below the spread between proteins.
     sums = {"model": sums_with(9.9, spread=1), "empirical": sums_with(10, spread=1.001)}
-    assert "the model beats the empirical baseline" in verdict_of("test", sums, None)
+    assert "the model beats the empirical baseline" in verdict_of("test", sums)
     sums["model"] = sums_with(9.9, spread=1, weights_seed=1)
-    assert "not better than the empirical baseline beyond the uncertainty" in verdict_of("test", sums, None)
+    assert "cannot be told from the empirical baseline" in verdict_of("test", sums)
 
 
 def test_on_one_protein_a_lead_is_not_beyond_the_uncertainty():
     sums = {"model": sums_with(9, num_proteins=1), "empirical": sums_with(17, num_proteins=1)}
-    assert "beyond the uncertainty" in verdict_of("test", sums, None)
+    assert "too few proteins" in verdict_of("test", sums)
 
 
 def test_the_difference_of_splits_has_the_uncertainty_of_both():
@@ -141,3 +142,23 @@ def report_of(splits):
         num_cut=0, num_targets=40, model={}, empirical={}, verdict="", splits=splits, markov=None, model_name="",
         num_parameters=0, attention="favor", weights_hash="", dataset_hash="", projection="fixed",
     )  # fmt: skip
+
+
+def test_the_verdict_of_a_diverged_model_and_of_training_proteins():
+    sums = {"model": sums_with(9), "empirical": sums_with(17, 1), "markov": sums_with(3, 2)}
+    assert "does not beat the Markov baseline" in verdict_of("test", sums)
+    assert "beats the empirical baseline: " in verdict_of("train", sums)
+    sums["model"].total[1] = math.nan
+    assert "has diverged" in verdict_of("test", sums)
+
+
+def test_from_few_proteins_there_is_no_interval_and_no_verdict():
+    sums = {"model": sums_with(9), "empirical": sums_with(17, 1)}
+    for of_name in sums.values():
+        of_name.add(np.zeros((1, NUM_SUMS)), np.ones((1, 1000)), [b"one protein"])
+    assert "too few proteins" in verdict_of("test", sums)
+    assert score_row(sums["model"])["perplexity_low"] is None
+    for of_name in sums.values():
+        of_name.add(np.zeros((9, NUM_SUMS)), np.ones((9, 1000)), [bytes([number]) for number in range(9)])
+    assert "beats the empirical baseline" in verdict_of("test", sums)
+    assert score_row(sums["model"])["perplexity_low"] is not None
