@@ -172,7 +172,11 @@ def _print(report: "EvalReport", out: Path) -> None:
         for name, split in report.splits.items()
     ]
     what = "hidden" if report.targets == "hidden" else "predicted from those before"
-    output.print_pairs([("scored", f"{'; '.join(scored)}; all {what}"), ("report", out / "report.json")])
+    pairs: list[tuple[str, object]] = [("scored", f"{'; '.join(scored)}; all {what}")]
+    cut = [f"{split.num_cut:,} proteins ({name})" for name, split in report.splits.items() if split.num_cut]
+    if cut:
+        pairs.append(("cut", f"{'; '.join(cut)}: longer than the model reaches; the rest of each was left out"))
+    output.print_pairs([*pairs, ("report", out / "report.json")])
 
 
 def _print_comparison(comparison: "Comparison", out: Path) -> None:

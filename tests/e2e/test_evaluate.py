@@ -92,6 +92,14 @@ def test_the_seed_moves_the_masks_and_the_same_command_gives_the_same_bytes(run_
     assert reports[0]["report.json"] != reports[2]["report.json"]
 
 
+def test_proteins_that_were_cut_are_told(tmp_path, dataset, capsys):
+    model = save_new_model(tmp_path / "model", positions="learned", max_positions=32)
+    assert main(["eval", str(model), str(dataset), "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["num_cut"] > 0
+    assert f"cut         {report['num_cut']} proteins (test): longer than" in capsys.readouterr().out
+
+
 def test_splits_are_scored_side_by_side(evaluate, capsys):
     two = evaluate("--split", "valid", "--split", "test")
     assert list(two["splits"]) == ["valid", "test"]

@@ -1,6 +1,7 @@
 """`protlm eval`: a model on splits of a dataset, beside the baselines, with the uncertainty of every figure."""
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,7 @@ from protlm.workflows.evaluate.baselines import (
     markov_predictions,
 )
 from protlm.workflows.evaluate.breakdowns import Breakdowns
-from protlm.workflows.evaluate.measure import Masks, Watcher, measure_split, resampling_key
+from protlm.workflows.evaluate.measure import Masks, Watcher, has_clusters, measure_split, resampling_key
 from protlm.workflows.evaluate.multiqc_row import multiqc_rows
 from protlm.workflows.evaluate.page import render_page
 from protlm.workflows.evaluate.report import (
@@ -91,11 +92,14 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
             name: evaluation.report(split, table, advance) for name, split in splits.items()
         }
     report = evaluation.summary(reports)
-    report = replace(
-        report,
-        attention_maps=attention_of(model, shown, description.max_residues),
-        approximation=evaluation.approximation(next(iter(splits.values())), start_progress),
-    )
+    bits = report.model["bits_per_residue"]
+    # The attention of a diverged model has no weights to show.
+    if bits is not None and math.isfinite(bits):
+        report = replace(
+            report,
+            attention_maps=attention_of(model, shown, description.max_residues),
+            approximation=evaluation.approximation(next(iter(splits.values())), start_progress),
+        )
     if not request.residues:
         # That of an earlier report, which this one replaces.
         (request.out / RESIDUES_NAME).unlink(missing_ok=True)
@@ -164,6 +168,7 @@ class _Evaluation:
             num_records=split.num_records,
             num_cut=0 if limit is None else int((split.lengths > limit).sum()),
             num_targets=sums["model"].num_targets,
+            resampled="clusters" if has_clusters(split) else "proteins",
             scores=rows,
             verdict=verdict_of(split.name, sums),
             pseudo_perplexity=self._pseudo_perplexity(split, advance),

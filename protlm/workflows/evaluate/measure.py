@@ -89,6 +89,11 @@ def measure_split(
     return sums
 
 
+def has_clusters(split: Split) -> bool:
+    """Returns whether any protein of a split has a cluster, by which it is resampled."""
+    return any(split.labels(record).clusters for record in range(split.num_records))
+
+
 def resampling_key(split: Split, record: int) -> bytes:
     """Returns the key by which a protein is resampled: relatives of one cluster go together."""
     clusters = split.labels(record).clusters

@@ -135,13 +135,26 @@ def _split(name: str) -> SplitName:
     return name  # type: ignore[return-value]  # a report's splits are those of a dataset
 
 
+def _resampled_sentence(report: EvalReport) -> str:
+    units = {split.resampled for split in report.splits.values()}
+    if units == {"clusters"}:
+        return "Intervals are 95 % of a bootstrap over the clusters of the dataset: relatives are drawn together."
+    if units == {"proteins"}:
+        return (
+            "Intervals are 95 % of a bootstrap over proteins, since the dataset names no clusters: if many of them are "
+            "relatives, the intervals are too narrow."
+        )
+    of_split = "; ".join(f"{name}: {split.resampled}" for name, split in report.splits.items())
+    return f"Intervals are 95 % of a bootstrap over proteins, or over clusters where a split has them ({of_split})."
+
+
 def _scores_section(report: EvalReport) -> Section:
     blocks: list[Block] = [
         Text(
             "Accuracy is the fraction of scored residues to which the model gives the highest probability, top-5 "
             "accuracy the fraction among its first five. Perplexity is 2 to the power of bits per residue. The "
             "calibration error (ECE) is the mean difference between the highest probability and how often it is "
-            "right. Intervals are 95 % of a bootstrap over proteins, or over clusters where the dataset knows them."
+            "right. " + _resampled_sentence(report)
         ),
         _score_table(report, ("accuracy", "top5_accuracy", "perplexity"), tuple(ROW_NAMES)),
         _score_table(report, ("bits_per_residue", "calibration_error"), tuple(ROW_NAMES)),

@@ -50,6 +50,7 @@ class SplitReport:
         num_records: Proteins in the split.
         num_cut: Proteins longer than the model's learned positions reach, of which the rest was left out.
         num_targets: Scored residues, over all masks.
+        resampled: What the bootstrap drew, and so what the intervals are over: clusters where the dataset has any.
         scores: A row for the model and each baseline, by the keys of `ROW_NAMES`.
         verdict: What the scores amount to, in one sentence.
         pseudo_perplexity: Scores with one residue hidden at a time, on a sample of `num_proteins`; None if not asked
@@ -62,6 +63,7 @@ class SplitReport:
     num_records: int
     num_cut: int
     num_targets: int
+    resampled: Literal["proteins", "clusters"]
     scores: dict[str, ScoreRow]
     verdict: str
     pseudo_perplexity: dict[str, Any] | None
@@ -91,9 +93,9 @@ class EvalReport:
         splits: Everything that was measured, by split.
         differences: The model between two splits: `first`, `second`, `metric` and the difference first − second.
         attention_maps: The attention maps of some proteins, and the similarity of residues from attention; None where
-            none were asked for and no split has the paper's protein.
+            none were asked for and no split has the paper's protein, and of a model that has diverged.
         approximation: How near the attention is to exact attention, and the scores with others in its place; None if
-            not asked for.
+            not asked for, and of a model that has diverged.
         markov: How the Markov baseline was made; None if the dataset has no training split.
         model_name: Name of the model's folder, for a reader.
         num_parameters: Trained numbers of the model.

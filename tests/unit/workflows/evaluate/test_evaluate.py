@@ -13,6 +13,7 @@ from protlm.model.performer import Performer
 from protlm.pretrained.model_directory import read_model
 from protlm.vocabulary import CLS, EOS, MASK
 from protlm.workflows.evaluate.evaluate import evaluate
+from protlm.workflows.evaluate.page import render_page
 from tests.unit.workflows.evaluate.eval_cases import prepare, random_sequences, request, save_new_model
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -282,6 +283,25 @@ def test_a_diverged_model_gives_a_report_that_every_parser_reads(report, labelle
     assert written["model"]["perplexity"] is None
     assert written["model"]["bits_per_residue"] == pytest.approx(1e6 / math.log(2), rel=1e-3)
     assert "does not beat" in written["verdict"]
+
+
+def test_the_attention_of_a_diverged_model_is_left_out_and_the_verdict_says_why(labelled, tmp_path):
+    model = save_new_model(tmp_path / "far", weights=lambda model: model.embedding.weight.data.fill_(1e38))
+    scored = evaluate(request(model, labelled, tmp_path / "out", attention=("p0",), approximation=True))
+    assert "has diverged" in scored.verdict
+    assert scored.attention_maps is None
+    assert scored.approximation is None
+    assert "has diverged" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_report_says_over_what_its_intervals_are(report, labelled, tmp_path):
+    scored, _ = report(on=labelled)
+    assert scored.splits["test"].resampled == "clusters"
+    assert "over the clusters of the dataset" in render_page(scored)
+    plain = prepare(tmp_path, {"test": [(f"p{number}", text) for number, text in enumerate(random_sequences(3))]})
+    scored, _ = report(on=plain)
+    assert scored.splits["test"].resampled == "proteins"
+    assert "since the dataset names no clusters" in render_page(scored)
 
 
 def test_the_name_of_the_model_is_that_of_its_folder(labelled, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def sums_with(perplexity, seed=0, spread=0.1, num_proteins=NUM_PROTEINS, weights
 def split_report(sums, **content):
     known = {
         "num_records": NUM_PROTEINS, "num_cut": 0, "num_targets": sums.num_targets, "verdict": "", "calibration": [],
-        "pseudo_perplexity": None, "breakdowns": {}, "scores": {"model": score_row(sums)},
+        "pseudo_perplexity": None, "breakdowns": {}, "resampled": "proteins", "scores": {"model": score_row(sums)},
         "replicates": replicates_of(sums),
     }  # fmt: skip
     return SplitReport(**{**known, **content})
