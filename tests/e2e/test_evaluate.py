@@ -100,6 +100,17 @@ def test_proteins_that_were_cut_are_told(tmp_path, dataset, capsys):
     assert f"cut         {report['num_cut']} proteins (test): longer than" in capsys.readouterr().out
 
 
+def test_a_model_of_another_dataset_is_told(run_dir, tmp_path, dataset, capsys):
+    warning = "trained on  another dataset, or several"
+    for model, is_told in ((run_dir, False), (save_new_model(tmp_path / "model"), True)):
+        out = tmp_path / str(is_told)
+        assert main(["eval", str(model), str(dataset), "--out", str(out)]) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert (report["training_dataset_hash"] != report["dataset_hash"]) is is_told
+        assert (warning in capsys.readouterr().out) is is_told
+        assert ("proteins scored here may be among them" in (out / "report.html").read_text()) is is_told
+
+
 def test_splits_are_scored_side_by_side(evaluate, capsys):
     two = evaluate("--split", "valid", "--split", "test")
     assert list(two["splits"]) == ["valid", "test"]

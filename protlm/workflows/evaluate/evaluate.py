@@ -253,6 +253,7 @@ class _Evaluation:
             attention=str(description.model.attention),
             weights_hash=description.weights_hash,
             dataset_hash=self._dataset.hash,
+            training_dataset_hash=description.dataset_hash,
             projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
         )
 

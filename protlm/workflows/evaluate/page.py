@@ -201,6 +201,7 @@ def _method_section(report: EvalReport) -> Section:
         ("random projections", report.projection),
         ("weights", report.weights_hash),
         ("dataset", report.dataset_hash),
+        ("trained on", "this dataset" if report.is_of_training_dataset else _OTHER_DATASET),
     ]
     text = Text(
         "The empirical baseline always answers with the residue frequencies of the model's training set. The Markov "
@@ -211,6 +212,9 @@ def _method_section(report: EvalReport) -> Section:
         "proteins."
     )
     return Section("method", "How this was measured", [text, Table(("", ""), rows, ("text", "code"))])
+
+
+_OTHER_DATASET = "another dataset, or several: proteins scored here may be among them, or relatives of them"
 
 
 def _markov_words(report: EvalReport) -> str:

@@ -102,6 +102,7 @@ class EvalReport:
         attention: The kind of attention.
         weights_hash: Of the model.
         dataset_hash: Of the dataset.
+        training_dataset_hash: Of the dataset that the model was trained on, or the joint hash of several.
         projection: `fixed`, `redrawn` or `none`: how the model was trained, and so what its projections mean to it.
     """
 
@@ -128,7 +129,13 @@ class EvalReport:
     attention: str
     weights_hash: str
     dataset_hash: str
+    training_dataset_hash: str
     projection: str
+
+    @property
+    def is_of_training_dataset(self) -> bool:
+        """Whether the model was trained on this very dataset, whose splits hold it apart from what is scored."""
+        return self.dataset_hash == self.training_dataset_hash
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as plain values; None for a number that JSON lacks, such as an infinite perplexity."""

@@ -140,7 +140,8 @@ def report_of(splits):
     return EvalReport(
         split="test", seed=0, objective="masked", targets="hidden", mask_rate=0.15, num_masks=1, num_records=2,
         num_cut=0, num_targets=40, model={}, empirical={}, verdict="", splits=splits, markov=None, model_name="",
-        num_parameters=0, attention="favor", weights_hash="", dataset_hash="", projection="fixed",
+        num_parameters=0, attention="favor", weights_hash="", dataset_hash="", training_dataset_hash="",
+        projection="fixed",
     )  # fmt: skip
 
 
