@@ -1,5 +1,6 @@
 """The shared tools of the tests: tolerances, one measure of error, poisoned memory and the path of the shared data."""
 
+import contextlib
 import multiprocessing
 import os
 from pathlib import Path
@@ -67,8 +68,8 @@ def _no_process_is_left():
         process.kill()
 
 
-@pytest.fixture
-def quick_pictures(monkeypatch):
+@contextlib.contextmanager
+def empty_figures():
     """Saves every figure of matplotlib without what was plotted on it, for tests that look at none.
 
     To lay a figure out and to draw it takes a third of a second, more than all else that most of these tests do.
@@ -76,7 +77,15 @@ def quick_pictures(monkeypatch):
     from matplotlib.figure import Figure
 
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda _, *arguments, **options: save(Figure(), *arguments, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, *arguments, **options: save(Figure(), *arguments, **options))
+        yield
+
+
+@pytest.fixture
+def quick_pictures():
+    with empty_figures():
+        yield
 
 
 TEST_DATA = Path(__file__).parent / "data"

@@ -10,6 +10,7 @@ from protlm import read_records
 from protlm.cli.app import main
 from protlm.data.parsing.sources import SourceBlocks
 from protlm.workflows.prep import reading as prep_reading
+from tests.conftest import empty_figures
 from tests.e2e.prep_tools import SAMPLE, digests, prepare_sample
 
 SMALL = ["--set", "data.tokens_per_batch=1024", "--set", "model.model_dim=32", "--set", "model.ffn_dim=64",
@@ -20,8 +21,8 @@ SMALL = ["--set", "data.tokens_per_batch=1024", "--set", "model.model_dim=32", "
 
 @pytest.fixture(autouse=True)
 def _quick_pictures(request) -> None:
-    """Fixtures of a session save whole figures; so do tests that look at figures or compare files with theirs."""
-    if "browser" not in request.path.name and "sample_digests" not in request.fixturenames:
+    """Only the fixtures of a session save whole figures, and the tests of pages in a browser."""
+    if "browser" not in request.path.name:
         request.getfixturevalue("quick_pictures")
 
 
@@ -64,7 +65,8 @@ def sample_files(tmp_path) -> list[Path]:
 def sample_digests(tmp_path_factory) -> dict[str, str]:
     """The digest of each file of the dataset of `sample_files`, prepared in one go."""
     folder = tmp_path_factory.mktemp("sample")
-    prepare_sample(write_sample(folder), folder / "dataset")
+    with empty_figures():  # as in the tests, whose files are compared with these
+        prepare_sample(write_sample(folder), folder / "dataset")
     return digests(folder / "dataset")
 
 

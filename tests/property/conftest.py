@@ -1,8 +1,9 @@
-"""The laws of attention hold on every backend."""
+"""The laws of attention are tested on every backend, and no figure is drawn."""
 
 import pytest
 
 from protlm.ops import favor_cpp
+from tests.conftest import empty_figures
 
 ATTENTION = ("test_causality.py", "test_favor_laws.py")
 
@@ -21,4 +22,11 @@ def _backend(request):
             patch.setattr(favor_cpp, "why_not", lambda: "a test takes torch")
         elif backend == "cpp" and favor_cpp.why_not():
             pytest.skip(favor_cpp.why_not())
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_figures():
+    """Datasets are prepared by the hundred, each with a report."""
+    with empty_figures():
         yield
