@@ -15,6 +15,7 @@ from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES, VOCABULARY_SIZE, encode
 from protlm.workflows.evaluate.request import EvalRequest
+from tests.conftest import empty_figures
 
 NO_LABELS = RecordLabels((), (), ())
 
@@ -74,7 +75,8 @@ def prepare(folder: Path, splits: dict, clusters=None, families=None) -> Path:
     fasta.write_text("".join(f">{name}\n{sequence}\n" for proteins in splits.values() for name, sequence in proteins))
     out = folder / "dataset"
     arguments = ["prep", str(fasta), "--out", str(out), "--split-file", str(folder / "split.tsv"), *options]
-    assert main([*arguments, "--no-check-leaks"]) == 0
+    with empty_figures():
+        assert main([*arguments, "--no-check-leaks"]) == 0
     return out
 
 

@@ -15,6 +15,8 @@ from tests.unit.workflows.evaluate.eval_cases import (
     save_new_model,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 LETTERS = "ACDEFGHIKL"
 
 
