@@ -1,4 +1,4 @@
-"""How `--help` shows what a command takes: in words that a person would write, which Typer does for options only."""
+"""The arguments of a command in its `--help`: each by its metavar, where Typer would add braces and a type."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The error of FAVOR as an estimate of exact attention, head by head, on what a model computes for real proteins.
+"""The error of FAVOR as an estimate of exact attention, for each head, on a model's q, k and v of real proteins.
 
 The estimate of a head is random through its projection alone. So with q, k and v of a protein fixed, fresh draws give
 its bias and variance, and the proteins, each with draws of its own, give the uncertainty of both.

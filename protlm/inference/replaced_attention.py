@@ -1,4 +1,4 @@
-"""Exact attention, or other draws, in the place of a model's FAVOR, and what the scores with them mean."""
+"""A model's scores with exact attention or other random projections in place of its own, and a sentence on them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from protlm.model.attention import SelfAttention
 from protlm.ops.feature_maps import definition_of
 
 NEAR_SHARE = 0.05
-"""A replacement that loses less than this share of what the model gains over the empirical baseline, in nats per
-residue, changes little; another seed of training changes as much."""
+"""Exact attention or another projection changes little if the model loses less than this share of its gain over the
+empirical baseline, both in nats per residue; a choice of ours."""
 
 LITTLE_GAIN_NATS = 0.05
-"""A model that gains less over the empirical baseline has learned too little for a replacement to mean something."""
+"""With a smaller gain over the empirical baseline there is too little to lose for the share to mean anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def has_draws(model: nn.Module) -> bool:
 
 
 def sentence_of(scores: ReplacementScores, *, redraw_every_steps: int) -> str:
-    """Returns one sentence that says what the scores mean for this model.
+    """Returns the sentence of the report on how far the model depends on its projection and on its feature map.
 
     Args:
         scores: The scores with replacements.

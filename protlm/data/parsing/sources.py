@@ -269,7 +269,9 @@ def is_protein_file(path: str | Path) -> bool:
 
 
 def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
-    """Returns the format of a text; text of no known format counts as FASTA, whose parser reports what is wrong.
+    """Returns the format of a sequence file by its first bytes.
+
+    A file of no known format is taken for FASTA, and the FASTA parser then reports the line at fault.
 
     Args:
         head: The first 64 KiB of the text.

@@ -12,7 +12,7 @@ from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE, MASK, NUM_RESIDUES, RESID
 from tests.unit.workflows.evaluate.eval_cases import InMemory, random_sequences
 
 # Few letters, so that contexts come again; and those that stand for several or unusual residues.
-TRAINING = [*random_sequences(40, seed=1, letters="LAGXBZUO"), "L", "AG", "XXXXXXX", "ACDEFGHIKLMNPQRSTVWY"]
+TRAINING = [*random_sequences(40, seed=1, letters="LAGXBZUO"), "L", "AG", "X" * 7, "ACDEFGHIKLMNPQRSTVWY"]
 SCORED = [*random_sequences(15, seed=2, letters="LAGXBZUOW"), "M", "LL", "AGX"]
 ORDERS = range(4)
 

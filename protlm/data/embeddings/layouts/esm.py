@@ -163,7 +163,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _create(path: Path, contents: Contents, names: Strings) -> None:
-    """Creates the folder with its index, replacing what is at its path."""
+    """Creates the output folder with `index.tsv` and no `.pt` file yet; it takes the place of an earlier output."""
     folder = files.partial_path(path)
     folder.mkdir()
     try:

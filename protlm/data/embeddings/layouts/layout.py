@@ -1,4 +1,4 @@
-"""The interface of layouts: check what a layout can hold, name its paths, and write proteins one after the other."""
+"""The interface of the layouts: the kinds that each can hold, the files that it makes, and how proteins are written."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -49,8 +49,8 @@ class NpzLayout(Layout):
                     return False
             with zipfile.ZipFile(out) as archive:
                 return archive.comment == _MARK
-        except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
-            # zipfile raises any of these for a damaged or unusual archive.
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+            # ValueError: a name that is no UTF-8; NotImplementedError: a later version of the format.
             return False
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpzWriter":
