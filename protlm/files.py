@@ -1,14 +1,28 @@
-"""Files and folders that appear complete or not at all: hides the temporary names under which they are written."""
+"""Files and folders that appear complete or not at all: hides the temporary names under which they are written.
+
+A name is replaced by one operation of the system, so that at no moment it leads to nothing or to a half: a file by a
+rename, a folder by an exchange of two names. Where the file system cannot exchange, the old folder waits under a second
+name, from which `restore` brings it back or removes it.
+"""
 
 import contextlib
+import ctypes
+import errno
+import functools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of the name of an incomplete file or folder; only a killed process leaves one behind."""
+
+_AT_FDCWD, _EXCHANGE = -100, 2
+# Answers of a file system or kernel that has no exchange.
+_UNKNOWN = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})
 
 
 @contextlib.contextmanager
@@ -25,7 +39,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 def left_overs(path: Path) -> list[Path]:
     """Returns the incomplete files and folders that killed processes left beside a path, named by `partial_path`."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}")
-    return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
+    try:
+        return sorted(entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
+    except FileNotFoundError:
+        return []
 
 
 def partial_path(path: Path) -> Path:
@@ -34,33 +51,96 @@ def partial_path(path: Path) -> Path:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Renames a finished file or folder to its target; an old folder there is removed once the new one has its name."""
-    if not target.is_dir():
+    """Gives a finished file or folder the name of its target; what had that name before is removed.
+
+    After a kill the target leads to the old or the new, once `restore` was called; a folder that was replaced may still
+    lie at `source`, where the exchange put it.
+    """
+    if target.is_dir():
+        remove(replace_folder(source, target))
+    else:
         os.replace(source, target)
-        return
-    # Left by a process that was killed inside this function.
-    for left_over in left_overs(target):
-        remove(left_over)
-    old = partial_path(target)
-    target.rename(old)
+
+
+def replace_folder(source: Path, target: Path) -> Path:
+    """Gives a finished folder the name of an existing one, and returns the path at which that one lies now."""
+    restore(target)
+    if exchange(source, target):
+        return source
+    replaced = replaced_path(target)
+    target.rename(replaced)
     try:
         source.rename(target)
     except BaseException:
-        old.rename(target)
+        replaced.rename(target)
         raise
-    remove(old)
+    return replaced
+
+
+def restore(target: Path) -> None:
+    """Undoes or completes a replacement of a folder that was killed on a file system without exchange."""
+    replaced = replaced_path(target)
+    if not os.path.lexists(replaced):
+        return
+    if os.path.lexists(target):
+        remove(replaced)
+    else:
+        replaced.rename(target)
+
+
+def replaced_path(target: Path) -> Path:
+    """Returns the path at which a folder waits while another one takes its name, where there is no exchange."""
+    return target.with_name(f".{target.name}.replaced{PARTIAL_SUFFIX}")
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchanges the names of two files or folders in one step; returns False where the system cannot.
+
+    Raises:
+        OSError: One of them does not exist, or may not be renamed.
+    """
+    rename = _exchanging_rename()
+    if rename is None:
+        return False
+    if rename(os.fsencode(first), os.fsencode(second)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNKNOWN:
+        return False
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
+
+
+@functools.cache
+def _exchanging_rename() -> Callable[[bytes, bytes], int] | None:
+    """Returns the system's function for an exchange; None if it has none."""
+    library = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    if sys.platform == "linux":
+        # Linux 3.15 and glibc 2.28; see rename(2).
+        if (function := getattr(library, "renameat2", None)) is not None:
+            function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+            return lambda first, second: int(function(_AT_FDCWD, first, _AT_FDCWD, second, _EXCHANGE))
+    elif (function := getattr(library, "renamex_np", None)) is not None:
+        # macOS 10.12; RENAME_SWAP has the same number.
+        function.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint)
+        return lambda first, second: int(function(first, second, _EXCHANGE))
+    return None
 
 
 def remove_at_once(folder: Path) -> None:
     """Removes a folder under another name, so that an interruption leaves no half of it under its own."""
     doomed = partial_path(folder)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with its content; does nothing if there is none."""
+    """Removes a file, a link or a folder with its content; what is not there, or goes meanwhile, is no error."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=_raise_unless_missing)
     else:
         path.unlink(missing_ok=True)
+
+
+def _raise_unless_missing(_function: object, _path: str, failure: tuple[Any, BaseException, Any]) -> None:
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]

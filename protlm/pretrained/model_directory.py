@@ -1,6 +1,7 @@
 """The model directory: a saved model as config.json, model.safetensors and README.md, read without any pickle."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from protlm.pretrained.model_description import (
 )
 from protlm.vocabulary import TOKENS
 
+MODEL_FILES = ("config.json", "model.safetensors", "README.md")
+"""The files of a model directory."""
+
 
 def dataset_hash_of(hashes: Sequence[str]) -> str:
     """Returns the hash of a dataset, or for several the xxh3-128 of their concatenated hashes."""
@@ -33,27 +37,58 @@ def dataset_hash_of(hashes: Sequence[str]) -> str:
 
 
 def save_model(folder: Path, weights: Performer | Mapping[str, Tensor], description: ModelDescription) -> None:
-    """Writes config.json, model.safetensors and README.md; each is replaced in one step.
+    """Writes config.json, model.safetensors and README.md as one: a model that was there is replaced in one step.
 
-    A reader between two of these steps sees from the hash that weights and description do not belong together.
+    Other files in the folder stay in it.
 
     Args:
         folder: The model directory; made if it does not exist.
         weights: The network, or for a sharded network its gathered tensors by name.
         description: The description; the hash of the weights is filled in.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    # Through a link the folder it leads to is replaced, not the link.
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_left_overs_of_model(folder)
     state = weights.state_dict() if isinstance(weights, Performer) else weights
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     content = save(tensors)
     description = description.model_copy(update={"weights_hash": xxhash.xxh3_128_hexdigest(content)})
-    for name, data in (
-        ("model.safetensors", content),
-        ("config.json", (description.model_dump_json(indent=2) + "\n").encode()),
-        ("README.md", model_card(description).encode()),
-    ):
-        with files.written_whole(folder / name) as partial:
-            partial.write_bytes(data)
+    partial = files.partial_path(folder)
+    partial.mkdir()
+    try:
+        for name, data in (
+            ("model.safetensors", content),
+            ("config.json", (description.model_dump_json(indent=2) + "\n").encode()),
+            ("README.md", model_card(description).encode()),
+        ):
+            (partial / name).write_bytes(data)
+        if not folder.is_dir():
+            partial.rename(folder)
+            return
+        replaced = files.replace_folder(partial, folder)
+    except BaseException:
+        files.remove(partial)
+        raise
+    _keep_others(replaced, folder)
+    files.remove(replaced)
+
+
+def remove_left_overs_of_model(folder: Path) -> None:
+    """Removes what a killed `save_model` left beside a model directory; other files in it return to the directory."""
+    replaced = files.replaced_path(folder)
+    for left_over in (*files.left_overs(folder), *([replaced] if folder.is_dir() and replaced.is_dir() else [])):
+        if folder.is_dir() and left_over.is_dir():
+            _keep_others(left_over, folder)
+        files.remove(left_over)
+    files.restore(folder)
+
+
+def _keep_others(replaced: Path, folder: Path) -> None:
+    """Moves what is no part of a model from the folder that was replaced to the one that took its place."""
+    for entry in replaced.iterdir():
+        if entry.name not in MODEL_FILES and not os.path.lexists(folder / entry.name):
+            entry.rename(folder / entry.name)
 
 
 def find_model(path: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from protlm import files
 from protlm.cli.app import main
 from protlm.data.building import assembly
 from protlm.data.storage.dataset import open_dataset
@@ -130,7 +131,7 @@ def test_a_run_killed_after_its_dataset_was_put_in_place_is_finished_by_resume(
 ):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prep_folder.PrepFolder, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files, "remove_at_once", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare_sample(sample_files, out)
     assert (tmp_path / "out.partial").exists()

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -29,8 +30,19 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def kind(request, monkeypatch):
+    """Both ways in which a folder takes the place of another, on whatever file system the tests run."""
+    if request.param == "exchange":
+        if files._exchanging_rename() is None:
+            pytest.skip("this system has no exchange of names")
+    else:
+        monkeypatch.setattr(files, "_exchanging_rename", lambda: None)
+    return request.param
+
+
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_folder_is_published_whole(tmp_path, is_there):
+def test_a_folder_is_published_whole(tmp_path, is_there, kind):
     target = tmp_path / "out"
     if is_there:
         write_folder(target, old="1", shared="1")
@@ -48,7 +60,7 @@ def test_a_file_is_published_in_place_of_another(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_publishing_that_fails_leaves_the_old_folder(tmp_path):
+def test_publishing_that_fails_leaves_the_old_folder(tmp_path, kind):
     target = write_folder(tmp_path / "out", old="1")
     with pytest.raises(FileNotFoundError):
         files.publish(tmp_path / "missing", target)
@@ -56,13 +68,42 @@ def test_publishing_that_fails_leaves_the_old_folder(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_publishing_removes_what_a_kill_left_of_the_same_folder_and_nothing_else(tmp_path):
-    target = write_folder(tmp_path / "out", old="1")
+def test_an_exchange_swaps_two_names_and_needs_both(tmp_path):
+    first, second = write_folder(tmp_path / "first", a="1"), tmp_path / "second"
+    with pytest.raises(FileNotFoundError, match="second"):
+        files.exchange(first, second)
+    second.write_text("2")
+    assert files.exchange(first, second)
+    assert (first.read_text(), names(second)) == ("2", ["a"])
+
+
+def test_a_file_system_without_exchange_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchanging_rename", lambda: lambda *_: -1)
+    monkeypatch.setattr(files.ctypes, "get_errno", lambda: errno.EINVAL)
+    assert not files.exchange(tmp_path, tmp_path)
+    monkeypatch.setattr(files.ctypes, "get_errno", lambda: errno.EACCES)
+    with pytest.raises(PermissionError):
+        files.exchange(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("is_new_there", [False, True])
+def test_a_replacement_that_was_killed_is_undone_or_completed(tmp_path, is_new_there):
+    target = tmp_path / "out"
+    write_folder(files.replaced_path(target), old="1")
+    if is_new_there:
+        write_folder(target, new="2")
+    files.restore(target)
+    assert names(target) == ["new" if is_new_there else "old"]
+    files.restore(target)
+    assert names(tmp_path) == ["out"]
+
+
+def test_left_overs_are_those_of_the_same_path(tmp_path):
+    target = tmp_path / "out"
     left_over = write_folder(files.partial_path(target), older="0")
-    other = write_folder(files.partial_path(tmp_path / "other"), older="0")
+    write_folder(files.partial_path(tmp_path / "other"), older="0")
     assert files.left_overs(target) == [left_over]
-    files.publish(write_folder(tmp_path / "new", fresh="2"), target)
-    assert names(tmp_path) == sorted(["out", other.name])
+    assert files.left_overs(tmp_path / "no such folder" / "out") == []
 
 
 def test_removing_takes_files_links_and_folders_but_follows_no_link(tmp_path):

@@ -21,6 +21,7 @@ from protlm.inference.row_embeddings import RowEmbedder
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import read_model
+from protlm.runtime import work_folder
 from protlm.runtime.devices import OtherProcessError, best_device, process_rank
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
@@ -104,8 +105,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
         return None
     # If OUT is a link, its target is made or replaced, not the link.
     out = Path(os.path.realpath(request.out))
-    if request.resume and EmbedFolder(out).has_lost_output():
-        EmbedFolder(out).forget_output()
+    EmbedFolder(out).complete_killed_run(resume=request.resume)
     check_replaceable(EmbedFolder(out), settings.layout, out, force=request.force)
     inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
     folder = open_embed_folder(out, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
@@ -120,9 +120,10 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
                 folder.forget_output()
             _compute(folder, proteins, plan, model, settings, request, start_progress)
             assemble(folder, proteins, plan, settings, start_progress)
+            check_replaceable(folder, settings.layout, out, force=request.force)
+            folder.put_in_place(settings.layout)
         report = _report(request, settings, proteins, inputs, is_kept(folder, proteins))
-        folder.put_in_place(settings.layout)
-    folder.remove()
+        work_folder.remove_finished(folder.path)
     return report
 
 

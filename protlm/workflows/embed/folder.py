@@ -12,13 +12,13 @@ from protlm.data.embeddings.layouts import Column, Layout
 from protlm.data.embeddings.reader import open_embeddings
 from protlm.data.storage.protein_store import ProteinStore, open_proteins
 from protlm.errors import ProtlmError, ShardError
-from protlm.runtime import work_folder
+from protlm.runtime import locks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
 
 FORMAT = "protlm-embed"
 FORMAT_VERSION = 1
 
-_ASSEMBLED, _FINISHED = "assembled.json", "finished.json"
+_ASSEMBLED = "assembled.json"
 _SKIPPED_SUFFIX = ".skipped.json"
 # Portions were called parts when the format of this folder was made; on disk they keep that name, so that --resume
 # works across versions.
@@ -48,11 +48,11 @@ class EmbedFolder:
 
     def portion_path(self, portion: int) -> Path:
         """Returns the file of a portion: embeddings in the layout `protlm`."""
-        return self.path / _PORTIONS / f"{portion:06d}.h5"
+        return self._portions_path / f"{portion:06d}.h5"
 
     def unfinished_portions(self, num_portions: int) -> list[int]:
         """Returns the portions that are not computed yet."""
-        names = {path.name for path in (self.path / _PORTIONS).iterdir()}
+        names = {path.name for path in self._portions_path.iterdir()}
         portions = range(self.num_assembled, num_portions)
         return [portion for portion in portions if self.portion_path(portion).name not in names]
 
@@ -81,7 +81,9 @@ class EmbedFolder:
 
     def skipped(self) -> list[int]:
         """Returns the records of all portions that did not fit into memory, in ascending order."""
-        notes = map(read_json, sorted((self.path / _PORTIONS).glob(f"*{_SKIPPED_SUFFIX}")))
+        finished = work_folder.finished_note(self.path)
+        # Once the output is complete, the portions may be gone.
+        notes = [finished] if finished else map(read_json, sorted(self._portions_path.glob(f"*{_SKIPPED_SUFFIX}")))
         return [record for note in notes if isinstance(note, dict) for record in note.get("records", ())]
 
     def keep_proteins(self, new: ProteinStore) -> ProteinStore:
@@ -123,32 +125,39 @@ class EmbedFolder:
 
     def forget_output(self) -> None:
         """Discards the output assembled so far, so that it is assembled anew."""
-        for name in (_FINISHED, _ASSEMBLED):
+        for name in (work_folder.FINISHED_NAME, _ASSEMBLED):
             (self.path / name).unlink(missing_ok=True)
 
-    def targets(self, layout: Layout) -> list[Path]:
-        """Returns the files of the output that are not in place yet: all of them, unless the run is finished."""
-        made, wanted = layout.paths(self.output_path), layout.paths(self._out)
-        waiting = [target for source, target in zip(made, wanted, strict=True) if os.path.lexists(source)]
-        return waiting if self.is_finished else list(wanted)
+    def complete_killed_run(self, *, resume: bool) -> None:
+        """Completes what a killed run had begun to do with its finished output; unless resumed, the folder then goes.
 
-    def has_lost_output(self) -> bool:
-        """Returns whether a finished output is neither in this folder nor in its place."""
-        return self.is_finished and not os.path.lexists(self.output_path) and not os.path.lexists(self._out)
+        Raises:
+            ProtlmError: Another run is at work, or something else has come to the place of the output.
+        """
+        for made in (self.path, self._out):
+            work_folder.remove_left_overs(made)
+        if not self.is_finished:
+            return
+        work_folder.read_own(self.path, FORMAT, "embed")
+        with locks.locked(self.path):
+            work_folder.finish_moves(self.path)
+            if not work_folder.is_in_place(self.path):
+                # Moved away since: it is made again, from the portions that are left.
+                self.forget_output()
+            elif not resume:
+                work_folder.remove_finished(self.path)
 
     def put_in_place(self, layout: Layout) -> None:
-        """Renames the finished output and its companion files into place, replacing earlier ones."""
-        write_json(self.path / _FINISHED, {})
+        """Moves the complete output and its companion files into place, where they replace earlier ones."""
         made, wanted = layout.paths(self.output_path), layout.paths(self._out)
         # The companions first: once OUT is there, all is.
-        for source, target in list(zip(made, wanted, strict=True))[::-1]:
-            if source.exists():
-                files.publish(source, target)
+        moves = list(zip(made, wanted, strict=True))[::-1]
+        work_folder.put_in_place(self.path, moves, {"records": self.skipped()})
 
     @property
     def is_finished(self) -> bool:
         """Whether the output is complete; it may be in its place already."""
-        return (self.path / _FINISHED).exists()
+        return work_folder.finished_note(self.path) is not None
 
     def remove(self) -> None:
         """Removes the folder and its content."""
@@ -161,7 +170,7 @@ class EmbedFolder:
         Raises:
             ProtlmError: Another run holds the lock.
         """
-        with work_folder.locked(self.path):
+        with locks.locked(self.path):
             for left_over in self.path.glob(f"*/.*{files.PARTIAL_SUFFIX}"):
                 files.remove(left_over)
             shutil.rmtree(self.new_proteins_path, ignore_errors=True)
@@ -191,10 +200,14 @@ class EmbedFolder:
             raise
 
     def _skipped_path(self, portion: int) -> Path:
-        return self.path / _PORTIONS / f"{portion:06d}{_SKIPPED_SUFFIX}"
+        return self._portions_path / f"{portion:06d}{_SKIPPED_SUFFIX}"
+
+    @property
+    def _portions_path(self) -> Path:
+        return self.path / _PORTIONS
 
     def _portions(self) -> Iterator[Path]:
-        return (path for path in (self.path / _PORTIONS).glob("*.h5") if path.stem.isdecimal())
+        return (path for path in self._portions_path.glob("*.h5") if path.stem.isdecimal())
 
 
 def open_embed_folder(out: Path, model_hash: str, options: dict[str, Any], *, resume: bool, force: bool) -> EmbedFolder:
@@ -212,11 +225,9 @@ def open_embed_folder(out: Path, model_hash: str, options: dict[str, Any], *, re
     """
     folder = EmbedFolder(out)
     path = folder.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work_folder.finish_removing(path)
     check_start(folder, model_hash, options, resume=resume, force=force)
     if path.exists() and not resume:
-        with work_folder.locked(path):
+        with locks.locked(path):
             files.remove_at_once(path)
     if not path.exists():
         work_folder.make_folder(path, _about(model_hash, options), ())
@@ -272,7 +283,7 @@ def check_replaceable(folder: EmbedFolder, layout: Layout, out: Path, *, force: 
     Raises:
         ProtlmError: A file is in the way.
     """
-    existing = [path for path in folder.targets(layout) if os.path.lexists(path)]
+    existing = [] if folder.is_finished else [path for path in layout.paths(out) if os.path.lexists(path)]
     if not existing:
         return
     first = existing[0]

@@ -17,7 +17,7 @@ from protlm.data.records import Format
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import InputRole
 from protlm.errors import ProtlmError
-from protlm.runtime import work_folder
+from protlm.runtime import locks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
 
 FORMAT = "protlm-prep"
@@ -91,7 +91,7 @@ class PrepFolder:
         Raises:
             ProtlmError: Another run is at work.
         """
-        with work_folder.locked(self.path, shared=start == "part"):
+        with locks.locked(self.path, shared=start == "part"):
             self._remove_left_overs(start)
             yield
 
@@ -150,13 +150,14 @@ class PrepFolder:
             write_json(plan_path, plan)
         self.dataset_path.mkdir(exist_ok=True)
 
-    def note_finished(self, digest: str) -> None:
-        """Records the hash of the complete dataset before it is moved out of this folder."""
-        write_json(self.path / "finished.json", {"hash": digest})
+    def put_in_place(self, out: Path, *, force: bool) -> None:
+        """Moves the complete dataset to its place; an old one is removed only after that.
 
-    def is_finished(self, digest: str) -> bool:
-        """Returns whether the dataset with this hash was moved out of this folder."""
-        return not self.dataset_path.exists() and read_json(self.path / "finished.json") == {"hash": digest}
+        Raises:
+            ProtlmError: Something that may not be replaced has come to its place meanwhile.
+        """
+        check_replaceable(out, force=force)
+        work_folder.put_in_place(self.path, [(self.dataset_path, out)], {})
 
     def remove(self) -> None:
         """Removes the folder and its content."""
@@ -188,9 +189,6 @@ def open_prep_folder(
         "inputs": [[input_file.role, input_file.path] for input_file in inputs],
         "labels": dict(labels),
     }
-    if start != "part":
-        # Beside a part, others may be about to make this folder.
-        work_folder.finish_removing(path)
     if path.exists() and start == "new":
         _about(path)
         if not force:
@@ -214,15 +212,28 @@ def _about(path: Path) -> Mapping[str, Any]:
 
 
 def complete_killed_run(out: Path) -> dataset.Dataset | None:
-    """Removes the folder of a run that was killed when its dataset was in place already, and returns that dataset."""
-    folder = PrepFolder(partial_folder(out), [])
-    if not (folder.path.is_dir() and dataset.is_dataset(out)):
+    """Completes what a killed run had begun to do with its finished dataset, and removes what killed runs left behind.
+
+    Returns:
+        The dataset, if it was in its folder, or that folder had not been removed.
+
+    Raises:
+        ProtlmError: Another run is at work, or something else has come to the place of the dataset.
+    """
+    path = partial_folder(out)
+    for made in (path, out):
+        work_folder.remove_left_overs(made)
+    if not path.is_dir() or work_folder.finished_note(path) is None:
         return None
-    finished = dataset.open_dataset(out)
-    if not folder.is_finished(finished.hash):
-        return None
-    folder.remove()
-    return finished
+    _about(path)
+    with locks.locked(path):
+        work_folder.finish_moves(path)
+        if not work_folder.is_in_place(path):
+            # Moved away since: it is made again from the pieces.
+            (path / work_folder.FINISHED_NAME).unlink()
+            return None
+        work_folder.remove_finished(path)
+    return dataset.open_dataset(out)
 
 
 def check_replaceable(out: Path, *, force: bool) -> None:
@@ -244,12 +255,6 @@ def check_replaceable(out: Path, *, force: bool) -> None:
     for entry in entries:
         if entry not in own and not re.search(dataset.SHARD_NAME_PATTERN, entry):
             raise ProtlmError(f"{out}: holds {entry!r}, which is no part of a dataset, so --force does not replace it")
-
-
-def put_in_place(folder: Path, out: Path, *, force: bool) -> None:
-    """Moves a finished dataset to its place; an old one is removed only after that."""
-    check_replaceable(out, force=force)
-    files.publish(folder, out)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from protlm.data.records import OnBadRecord
 from protlm.data.storage import dataset
 from protlm.errors import UsageError
+from protlm.runtime import work_folder
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.runtime.workers import Workers
 from protlm.workflows.inspect import DatasetSummary, summarise
@@ -24,7 +25,6 @@ from protlm.workflows.prep.folder import (
     complete_killed_run,
     kept_or_removed,
     open_prep_folder,
-    put_in_place,
 )
 from protlm.workflows.prep.options import (
     PrepRequest,
@@ -106,7 +106,8 @@ def prepare(
     start = resolve_start(inputs, request)
     # Through a link the folder it leads to is made or replaced, not the link.
     target = Path(os.path.realpath(request.out))
-    if start == "resume" and (finished := complete_killed_run(target)) is not None:
+    finished = None if request.dry_run else complete_killed_run(target)
+    if start == "resume" and finished is not None:
         return _report(request, finished, 0, inputs.left_out)
     check_replaceable(target, force=request.force or start == "part")
     labels = read_labels(request)
@@ -125,9 +126,8 @@ def prepare(
             check_leaks=request.check_leaks, start_progress=start_progress,
         )  # fmt: skip
         finished = dataset.open_dataset(folder.dataset_path)
-        folder.note_finished(finished.hash)
-        put_in_place(folder.dataset_path, target, force=request.force)
-    folder.remove()
+        folder.put_in_place(target, force=request.force)
+        work_folder.remove_finished(folder.path)
     return _report(request, finished, num_unclustered, inputs.left_out)
 
 

@@ -1,21 +1,27 @@
-"""The run directory: the files it may hold, the settings of its run, and when an old one may be replaced."""
+"""The run directory: the files it may hold, the settings of its run, and when an old one may be replaced.
 
+It appears with its settings in one step, in place of an old one if there is any, and is locked while its run goes on.
+"""
+
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from protlm import files
 from protlm.config import Config, dump_config, load_config, parse_config
 from protlm.errors import ConfigError, ProtlmError, RunError
+from protlm.pretrained.model_directory import remove_left_overs_of_model
+from protlm.runtime import locks, work_folder
 from protlm.workflows.train import run_checkpoints
 
-CONFIG_NAME = "config.toml"
+CONFIG_NAME, MODEL_NAME = "config.toml", "model"
 RUN_FILES = frozenset(
     {
         CONFIG_NAME, "run.json", "metrics.csv", "speed.csv", "health.csv", "curves.png",
-        run_checkpoints.FOLDER_NAME, "model", "tensorboard", "wandb",
+        run_checkpoints.FOLDER_NAME, MODEL_NAME, "tensorboard", "wandb", locks.LOCK_NAME,
     }
 )  # fmt: skip
-"""The entries that a run directory may have; a folder with any other is never replaced."""
+"""The entries of a run directory; one with any other, such as the log of a job, is resumed but never replaced."""
 
 
 def resolve_settings(run_dir: Path, config: str | Path | None, overrides: Sequence[str], *, resume: bool) -> Config:
@@ -50,36 +56,95 @@ def _with_train(settings: Config, **changes: int | None) -> Config:
     return parse_config(content, "settings")
 
 
+def lock_existing(run_dir: Path, locked: contextlib.ExitStack) -> bool:
+    """Removes what killed processes left beside a run directory and, if it holds a run, locks it.
+
+    Args:
+        run_dir: The run directory, which need not exist.
+        locked: Holds the lock.
+
+    Returns:
+        Whether it holds a run, and so is locked.
+
+    Raises:
+        ProtlmError: Another process is at work there.
+    """
+    work_folder.remove_left_overs(run_dir)
+    is_run = (run_dir / CONFIG_NAME).is_file()
+    if is_run:
+        locked.enter_context(locks.locked(run_dir))
+    return is_run
+
+
 def check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
     """Refuses to write a run to anything but a new or empty folder, or an old run that is resumed or replaced.
 
     Raises:
         ProtlmError: The folder holds something else, or a run that was to be neither resumed nor replaced.
     """
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    if not run_dir.exists() or (run_dir.is_dir() and not _entries(run_dir)):
         return
     if not (resume or force):
         raise ProtlmError(f"{run_dir}: exists already; continue it with --resume or replace it with --force")
-    foreign = [] if run_dir.is_dir() else [run_dir.name]
-    if not foreign:
-        names = sorted(path.name for path in run_dir.iterdir() if path.suffix != files.PARTIAL_SUFFIX)
-        foreign = [name for name in names if name not in RUN_FILES]
-    if foreign or not (run_dir / CONFIG_NAME).is_file():
+    foreign = [run_dir.name] if not run_dir.is_dir() else sorted(_entries(run_dir) - RUN_FILES)
+    if not (run_dir / CONFIG_NAME).is_file() or (foreign and force):
         holds = f"holds {foreign[0]!r}" if foreign else f"has no {CONFIG_NAME}"
         raise RunError(f"{run_dir}: is no run of protlm train ({holds}); choose another --out")
     load_config(run_dir / CONFIG_NAME)
 
 
-def prepare_run_dir(run_dir: Path, settings: Config, *, resume: bool) -> None:
-    """Makes the folder, empty unless the run is resumed, writes the settings, and removes partial files of a kill."""
-    if run_dir.exists() and not resume:
-        # A kill in the middle leaves a folder that nobody takes for a run.
-        files.remove_at_once(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    # First, since it is what makes a folder a run.
-    with files.written_whole(run_dir / CONFIG_NAME) as partial:
-        partial.write_text(dump_config(settings), encoding="utf-8")
-    for folder in (run_dir, run_dir / run_checkpoints.FOLDER_NAME, run_dir / "model"):
-        for leftover in folder.glob(f".*{files.PARTIAL_SUFFIX}"):
-            leftover.unlink()
+def _entries(folder: Path) -> set[str]:
+    """Returns the names of what a folder holds, without incomplete files of a kill."""
+    return {path.name for path in folder.iterdir() if path.suffix != files.PARTIAL_SUFFIX}
+
+
+def prepare_run_dir(
+    run_dir: Path, settings: Config, *, resume: bool, is_run: bool, locked: contextlib.ExitStack
+) -> None:
+    """Makes the folder with its settings, or in a run that is resumed writes these and removes what a kill left.
+
+    Args:
+        run_dir: The run directory.
+        settings: The settings of the run.
+        resume: Keep what the folder holds.
+        is_run: Whether it held a run when it was locked; only then it may be resumed or replaced.
+        locked: Holds the lock of the folder from here on.
+
+    Raises:
+        ProtlmError: Another process began a run there at the same time.
+        OSError: The disk is full or failed.
+    """
+    if not (resume and is_run):
+        _make(run_dir, settings, locked, is_replaced=is_run)
+        return
+    _write_settings(run_dir, settings)
+    for folder in (run_dir, run_dir / run_checkpoints.FOLDER_NAME):
+        for left_over in folder.glob(f".*{files.PARTIAL_SUFFIX}"):
+            if left_over.is_file():
+                left_over.unlink()
+    remove_left_overs_of_model(run_dir / MODEL_NAME)
     (run_dir / run_checkpoints.FOLDER_NAME).mkdir(exist_ok=True)
+
+
+def _make(run_dir: Path, settings: Config, locked: contextlib.ExitStack, *, is_replaced: bool) -> None:
+    """Makes a run directory with nothing but its settings, in place of an old one."""
+    folder = locked.enter_context(work_folder.new_folder(run_dir))
+    _write_settings(folder, settings)
+    (folder / run_checkpoints.FOLDER_NAME).mkdir()
+    if is_replaced:
+        files.publish(folder, run_dir)
+        return
+    for left_over in run_dir.glob(f".*{files.PARTIAL_SUFFIX}"):
+        files.remove(left_over)
+    try:
+        # Takes the place of an empty folder, but of no other.
+        folder.rename(run_dir)
+    except OSError:
+        if not run_dir.exists():
+            raise
+        raise RunError(f"{run_dir}: another run began here at the same time; choose another --out") from None
+
+
+def _write_settings(folder: Path, settings: Config) -> None:
+    with files.written_whole(folder / CONFIG_NAME) as partial:
+        partial.write_text(dump_config(settings), encoding="utf-8")

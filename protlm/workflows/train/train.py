@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from protlm.workflows.train.run_description import (
     write_run_description,
     write_session_end,
 )
-from protlm.workflows.train.run_folder import prepare_run_dir
+from protlm.workflows.train.run_folder import lock_existing, prepare_run_dir
 from protlm.workflows.train.start import Start, TrainRequest, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
@@ -67,13 +68,23 @@ def train(
     Raises:
         ProtlmError: Bad settings or data, an existing run, or a loss that is not finite.
     """
+    with ExitStack() as locked:
+        return _train(request, max_seconds, command, locked)
+
+
+def _train(
+    request: TrainRequest, max_seconds: float | None, command: Sequence[str], locked: ExitStack
+) -> TrainReport | None:
+    """Trains, with the run directory locked by the first process."""
     started = time.perf_counter()
     run_dir, is_first = request.run_dir, process_rank() == 0
+    # Before anything in it is read: another process may be about to change it.
+    is_run = is_first and lock_existing(run_dir, locked)
     start = prepare_start(request)
     settings = start.settings
     has_work = start.first_step < settings.train.max_steps
     if is_first and has_work:
-        prepare_run_dir(run_dir, settings, resume=request.resume)
+        prepare_run_dir(run_dir, settings, resume=request.resume, is_run=is_run, locked=locked)
         devices = request.devices
         session = describe_session(
             command,

@@ -7,13 +7,21 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from protlm import files
 from protlm.config import ModelConfig
 from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription, ValidScore
-from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_model, save_model
+from protlm.pretrained.model_directory import (
+    dataset_hash_of,
+    find_model,
+    load_initial_weights,
+    read_model,
+    remove_left_overs_of_model,
+    save_model,
+)
 from protlm.vocabulary import RESIDUES, TOKENS
 
 VALID = ValidScore(
@@ -105,6 +113,49 @@ def test_saving_replaces_what_was_there(folder, model):
     save_model(folder, model, describe(model, step=500))
     assert read_model(folder)[1].step == 500
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("has_exchange", [True, False])
+@pytest.mark.parametrize("name", ["replace_folder", "remove", "written_whole"])
+def test_a_model_that_was_killed_while_it_was_replaced_is_the_old_or_the_new(
+    folder, model, monkeypatch, name, has_exchange
+):
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    if not has_exchange:
+        monkeypatch.setattr(files, "_exchanging_rename", lambda: None)
+    (folder / "notes.txt").write_text("precious")
+    with monkeypatch.context() as patch:
+        # After a kill nothing is cleaned up, so the first call is the last.
+        patch.setattr(files, name, die)
+        try:
+            save_model(folder, model, describe(model, step=500))
+        except Killed:
+            assert name != "written_whole"
+    assert read_model(folder)[1].step in (250, 500)
+    save_model(folder, model, describe(model, step=750))
+    assert read_model(folder)[1].step == 750
+    assert (folder / "notes.txt").read_text() == "precious"
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_a_replacement_that_was_killed_between_two_renames_is_undone(folder, model):
+    folder.rename(files.replaced_path(folder))
+    remove_left_overs_of_model(folder)
+    assert read_model(folder)[1].step == 250
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_a_link_to_a_model_stays_a_link(folder, model, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    save_model(link, model, describe(model, step=500))
+    assert link.is_symlink()
+    assert read_model(folder)[1].step == 500
 
 
 def test_the_model_card_has_the_hashes_and_the_measured_figures(folder):
