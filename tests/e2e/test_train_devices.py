@@ -9,7 +9,8 @@ import torch
 
 from protlm.cli.app import main
 from tests.e2e.conftest import SMALL
-from tests.e2e.train_tools import LAUNCHERS, finish, losses, rows, run_on_two, start, train, wait_for_rows
+from tests.e2e.train_tools import LAUNCHERS, ended, finish, losses, rows, run_on_two, start, train, wait_for_rows
+from tests.forked import fork_ranks
 
 # Ranks add in another order.
 CLOSE = {"rel": 2e-5}
@@ -51,6 +52,32 @@ def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_anywh
         assert torch.allclose(weights["state_dict"][name], tensor, atol=2e-4), name
     description = json.loads((out / "run.json").read_text())
     assert [session["devices"] for session in description["sessions"]] == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_rows"),
+    [
+        pytest.param(rank, number, marks=[] if (rank, number) == (1, 3) else pytest.mark.slow)
+        for rank in (0, 1)
+        for number in (0, 1, 3, 5)
+    ],
+)
+def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on_from_its_checkpoint(
+    rank, num_rows, dataset, one_process, tmp_path
+):
+    out = tmp_path / "run"
+    words = ["--config", "tiny", *SMALL, *SHARED, "--set", "model.dropout=0.1"]
+    ranks = fork_ranks(2, "train", dataset, "--out", out, *words, "--devices", 2)
+    wait_for_rows(out, num_rows)
+    ranks[rank].kill()
+    for process in ranks:
+        _, errors = process.communicate()
+        assert process is ranks[rank] or process.returncode in (0, 1), errors
+        assert "Traceback" not in errors
+    status, _, errors = ended(fork_ranks(2, "train", dataset, "--out", out, *words, "--devices", 2, "--resume"))
+    assert status == 0, errors
+    assert losses(out) == pytest.approx(losses(one_process), **CLOSE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_a_signal_to_one_process_stops_both_in_the_same_update(dataset, tmp_path):

@@ -195,6 +195,11 @@ def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, check
         # Lightning exits on the second Ctrl-C; the command line expects a KeyboardInterrupt.
         raise KeyboardInterrupt from None
     except RuntimeError as error:
-        if process_rank() and is_lost_peer(error):
+        if not is_lost_peer(error):
+            raise
+        if process_rank():
             raise OtherProcessError from None
-        raise
+        raise RunError(
+            "another process of this run ended early, and its own message says why; go on from the last checkpoint "
+            "with the same command and --resume"
+        ) from None
