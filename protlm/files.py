@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,27 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_each_whole(folder: Path, contents: Mapping[str, str]) -> None:
+    """Writes texts into files of a folder, by their names and in their order; each appears complete or not at all."""
+    for name, content in contents.items():
+        with written_whole(folder / name) as partial:
+            partial.write_text(content, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Makes a folder with its parents; if the block fails, those that were made here and are empty are removed."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def left_overs(path: Path) -> list[Path]:

@@ -41,6 +41,37 @@ def kind(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_failure_leaves_no_folder_that_was_made_for_it_and_is_empty(tmp_path, error):
+    inner = tmp_path / "old" / "new" / "inner"
+
+    @files.made_folder(inner)
+    def fail(*file_names):
+        for name in file_names:
+            (inner / name).write_text("")
+        raise error
+
+    (tmp_path / "old").mkdir()
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path / "old") == []
+    with pytest.raises(error):
+        fail("result")
+    assert names(inner) == ["result"]
+    (inner / "result").unlink()
+    with pytest.raises(error):
+        fail()
+    # It was there before.
+    assert names(tmp_path / "old" / "new") == ["inner"]
+
+
+def test_a_folder_that_is_made_stays(tmp_path):
+    for _ in range(2):
+        with files.made_folder(tmp_path / "new" / "inner"):
+            pass
+    assert names(tmp_path / "new") == ["inner"]
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_folder_is_published_whole(tmp_path, is_there, kind):
     target = tmp_path / "out"

@@ -83,34 +83,33 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
     evaluation = _Evaluation(request, dataset, model.to(best_device()), description)
     shown = find_proteins(splits, request.attention)
     advance = start_progress("eval", sum(map(evaluation.num_scored_residues, splits.values())))
-    request.out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        table = None
-        if request.residues:
-            table = stack.enter_context(open_residue_table(request.out / RESIDUES_NAME))
-        reports: dict[str, SplitReport] = {
-            name: evaluation.report(split, table, advance) for name, split in splits.items()
-        }
-    report = evaluation.summary(reports)
-    bits = report.model["bits_per_residue"]
-    # The attention of a diverged model has no weights to show.
-    if bits is not None and math.isfinite(bits):
-        report = replace(
-            report,
-            attention_maps=attention_of(model, shown, description.max_residues),
-            approximation=evaluation.approximation(next(iter(splits.values())), start_progress),
-        )
-    if not request.residues:
-        # That of an earlier report, which this one replaces.
-        (request.out / RESIDUES_NAME).unlink(missing_ok=True)
-    # The report last: who sees it finds the others.
-    for name, content in (
-        (PAGE_NAME, render_page(report)),
-        (MULTIQC_NAME, multiqc_rows(report)),
-        (REPORT_NAME, json.dumps(report.to_json(), indent=1) + "\n"),
-    ):
-        with files.written_whole(request.out / name) as partial:
-            partial.write_text(content, encoding="utf-8")
+    with files.made_folder(request.out):
+        with ExitStack() as stack:
+            table = None
+            if request.residues:
+                table = stack.enter_context(open_residue_table(request.out / RESIDUES_NAME))
+            reports: dict[str, SplitReport] = {
+                name: evaluation.report(split, table, advance) for name, split in splits.items()
+            }
+            report = evaluation.summary(reports)
+            bits = report.model["bits_per_residue"]
+            # The attention of a diverged model has no weights to show.
+            if bits is not None and math.isfinite(bits):
+                report = replace(
+                    report,
+                    attention_maps=attention_of(model, shown, description.max_residues),
+                    approximation=evaluation.approximation(next(iter(splits.values())), start_progress),
+                )
+            # The report last: who sees it finds the others.
+            contents = {
+                PAGE_NAME: render_page(report),
+                MULTIQC_NAME: multiqc_rows(report),
+                REPORT_NAME: json.dumps(report.to_json(), indent=1) + "\n",
+            }
+        if not request.residues:
+            # That of an earlier report, which this one replaces.
+            (request.out / RESIDUES_NAME).unlink(missing_ok=True)
+        files.write_each_whole(request.out, contents)
     return report
 
 

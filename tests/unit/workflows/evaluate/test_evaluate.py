@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from protlm.cli.app import main
 from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError, ShardError, UsageError
 from protlm.inference import metrics
@@ -354,3 +355,19 @@ def test_the_progress_is_that_of_every_pass(labelled, tmp_path):
     evaluate(request(model, labelled, tmp_path / "out", **options), start_progress=start)
     total, *steps = stages["eval"]
     assert sum(steps) == total
+
+
+@pytest.mark.parametrize("stage", ["measure_split", "attention_of", "render_page"])
+def test_an_interruption_leaves_nothing_that_was_not_there_before(dataset, tmp_path, monkeypatch, capsys, stage):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    model = save_new_model(tmp_path / "model")
+    monkeypatch.setattr(f"protlm.workflows.evaluate.evaluate.{stage}", interrupt)
+    command = ["eval", str(model), str(dataset), "--residues", "--out"]
+    assert main([*command, str(tmp_path / "new" / "report")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    assert main([*command, str(tmp_path / "mine")]) == 130
+    assert list((tmp_path / "mine").iterdir()) == []
