@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NewType
@@ -65,9 +66,11 @@ def draw(plot: Callable[["Figure"], None], label: str, *, height: float = 2.8, w
         height: Height in inches; a line of text is an eighth of an inch.
         width: Width in inches, at most 7.2; a wider one than `WIDTH_INCHES` is scrolled on a small screen.
     """
-    with _matplotlib_style():
+    with _matplotlib_style(), warnings.catch_warnings():
         from matplotlib.figure import Figure
 
+        # The page shows the letter in a font of the reader's system.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure = Figure(figsize=(width, height), layout="constrained")
         plot(figure)
         buffer = io.StringIO()

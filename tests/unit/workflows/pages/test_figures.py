@@ -45,6 +45,11 @@ def test_text_stays_text_in_the_font_of_the_page(svg):
     assert "font:" not in svg
 
 
+def test_a_letter_that_the_font_of_matplotlib_lacks_is_the_readers_affair():
+    # Warnings are errors here.
+    assert "蛋白质" in draw(lambda figure: figure.text(0, 0, "蛋白质"), "x")
+
+
 def test_colours_are_those_of_the_readers_mode(svg):
     assert not re.search('[ "]#[0-9a-f]{6}', re.sub('href="#', "", svg))
     for role in ("ink", "soft", "rule", "valid", "model-1", "heat-0", "heat-16"):
