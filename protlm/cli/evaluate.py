@@ -13,7 +13,7 @@ from protlm.cli.options import ForceOption, JsonOption, seed_option, some_of
 from protlm.cli.progress import Bars
 
 if TYPE_CHECKING:
-    from protlm.workflows.evaluate.compare import Comparison
+    from protlm.workflows.evaluate.comparison import Comparison
     from protlm.workflows.evaluate.report import EvalReport, ScoreRow
 
 SeedOption = Annotated[int, seed_option("Seed of the masks and of the bootstrap.", max=2**63 - 1)]
@@ -182,7 +182,7 @@ def _print(report: "EvalReport", out: Path) -> None:
 
 
 def _print_comparison(comparison: "Comparison", out: Path) -> None:
-    from protlm.workflows.evaluate.compare import COMPARISON_NAME
+    from protlm.workflows.evaluate.compare import COMPARISON_NAME, COMPARISON_PAGE_NAME
     from protlm.workflows.evaluate.report import ROW_NAMES
 
     for split, scores in comparison.scores.items():
@@ -196,7 +196,10 @@ def _print_comparison(comparison: "Comparison", out: Path) -> None:
         if row["metric"] in ("accuracy", "bits_per_residue")
     ]
     output.print_table(("paired difference", "of", "", "95 % interval"), differences)
-    output.print_pairs([("comparison", out / COMPARISON_NAME)])
+    print()
+    for verdict in comparison.verdicts.values():
+        print(verdict)
+    output.print_pairs([("comparison", out / COMPARISON_NAME), ("page", out / COMPARISON_PAGE_NAME)])
 
 
 def _difference_cells(row: dict[str, Any]) -> tuple[str, str]:

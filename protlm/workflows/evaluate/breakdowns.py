@@ -26,6 +26,18 @@ OTHER_LABELS = "(others)"
 _RESIDUE_COLUMNS = slice(FIRST_RESIDUE, FIRST_RESIDUE + NUM_RESIDUES)
 
 
+def _bin_names(starts: Sequence[int]) -> list[str]:
+    ends = [*starts[1:], None]
+    names = []
+    for start, end in zip(starts, ends, strict=True):
+        names.append(f"{start}+" if end is None else str(start) if end == start + 1 else f"{start}-{end - 1}")
+    return names
+
+
+LENGTH_BIN_NAMES = _bin_names(LENGTH_STARTS)
+"""The bins of length in a report, from short to long."""
+
+
 class _Groups:
     """Scored residues, negative log likelihood and correct predictions, summed by group."""
 
@@ -129,7 +141,7 @@ class Breakdowns:
         """Returns every breakdown that has something to show, for report.json."""
         return {
             "residues": self._residues.rows(RESIDUES),
-            "lengths": self._lengths.rows(_bin_names(LENGTH_STARTS)),
+            "lengths": self._lengths.rows(LENGTH_BIN_NAMES),
             "from_n_terminus": self._from_start.rows(_bin_names(DISTANCE_STARTS)),
             "from_c_terminus": self._from_end.rows(_bin_names(DISTANCE_STARTS)),
             **{
@@ -155,11 +167,3 @@ def _rounded(matrix: np.ndarray) -> list[list[float]]:
 
 def _bins(values: np.ndarray, starts: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.asarray(starts), values, side="right") - 1
-
-
-def _bin_names(starts: Sequence[int]) -> list[str]:
-    ends = [*starts[1:], None]
-    names = []
-    for start, end in zip(starts, ends, strict=True):
-        names.append(f"{start}+" if end is None else str(start) if end == start + 1 else f"{start}-{end - 1}")
-    return names

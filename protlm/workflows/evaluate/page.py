@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 _DRAWN_ROWS = ("model", "empirical", "markov", "two_sided", "random_weights")
-_METRIC_NAMES = {
+METRIC_NAMES = {
     "accuracy": "accuracy",
     "top5_accuracy": "top-5 accuracy",
     "perplexity": "perplexity",
@@ -76,7 +76,7 @@ def _score_table(report: EvalReport, metrics: Sequence[str], keys: Sequence[str]
         if key in split.scores
     ]
     strong = [number for number, row in enumerate(rows) if row[1] == ROW_NAMES["model"]]
-    header = ("split", "", *(_METRIC_NAMES[metric] for metric in metrics))
+    header = ("split", "", *(METRIC_NAMES[metric] for metric in metrics))
     skipped = 0 if len(report.splits) > 1 else 1
     kinds = _kinds(len(metrics))
     return Table(
@@ -163,7 +163,7 @@ def _scores_section(report: EvalReport) -> Section:
         rows = [
             (
                 f"{row['first']} − {row['second']}",
-                _METRIC_NAMES[row["metric"]],
+                METRIC_NAMES[row["metric"]],
                 f"{row['difference']:+.3f}",
                 _interval(row),
             )

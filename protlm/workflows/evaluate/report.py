@@ -1,7 +1,7 @@
 """The content of report.json: how measurements become rows with their uncertainty, and what they amount to in words."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,9 @@ REPLICATED = ("accuracy", "top5_accuracy", "bits_per_residue", "calibration_erro
 ScoreRow = dict[str, float | None]
 """A metric's value under its name, and under `NAME_stderr`, `NAME_low` and `NAME_high` its standard error and 95 %
 interval; these are null where there is nothing to resample."""
+
+Replicates = Mapping[str, Sequence[float | None]]
+"""The replicates of each metric; None in place of one that is no number, as in a file."""
 
 ROW_NAMES = {
     "model": "model",
@@ -169,7 +172,7 @@ def calibration_of(sums: MetricSums) -> list[dict[str, float]]:
     return confidence_bins(sums.total)
 
 
-def difference(first: Mapping[str, list[float]], second: Mapping[str, list[float]], metric: str, value: float) -> Any:
+def difference(first: Replicates, second: Replicates, metric: str, value: float) -> dict[str, Any]:
     """Returns the difference of two models or splits in a metric, with its interval from their replicates.
 
     Args:

@@ -1,5 +1,6 @@
 """The request of `protlm eval`: what is measured on which proteins, checked before anything is computed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +55,32 @@ class EvalRequest:
     force: bool = False
 
 
+REPORT_FILES = (REPORT_NAME, PAGE_NAME, MULTIQC_NAME, RESIDUES_NAME)
+"""All that may be in the folder of a report."""
+
+
 def check_out(request: EvalRequest) -> None:
     """Raises ProtlmError if the report cannot be written: something else is in its place, or one is there already."""
     if request.residues:
         check_pyarrow()
+    check_folder(request.out, REPORT_FILES, force=request.force)
+
+
+def check_folder(folder: Path, names: Sequence[str], *, force: bool) -> None:
+    """Raises ProtlmError if files cannot be written into a folder, or must not.
+
+    Args:
+        folder: The folder, which need not exist.
+        names: The files.
+        force: Whether files that exist are replaced.
+    """
     for name in (MANIFEST_NAME, "config.toml", "config.json"):
-        if (request.out / name).exists():
-            raise ProtlmError(f"{request.out}: holds {name}, so it is no folder for a report; choose another --out")
-    for path in (request.out / name for name in (REPORT_NAME, PAGE_NAME, MULTIQC_NAME, RESIDUES_NAME)):
-        if (request.out.exists() and not request.out.is_dir()) or path.is_dir():
-            raise ProtlmError(
-                f"{request.out}: expected a folder for {path.name}, got something else; choose another --out"
-            )
-        if path.exists() and not request.force:
+        if (folder / name).exists():
+            raise ProtlmError(f"{folder}: holds {name}, so it is no folder for a report; choose another --out")
+    for path in (folder / name for name in names):
+        if (folder.exists() and not folder.is_dir()) or path.is_dir():
+            raise ProtlmError(f"{folder}: expected a folder for {path.name}, got something else; choose another --out")
+        if path.exists() and not force:
             raise ProtlmError(f"{path}: exists already; replace it with --force or choose another --out")
 
 
