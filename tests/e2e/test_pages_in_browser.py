@@ -9,9 +9,11 @@ import subprocess
 import numpy as np
 import pytest
 
+from protlm.cli.app import main
 from protlm.workflows.pages.figures import draw, matrix
 from protlm.workflows.pages.page import Figure, KeyValues, Page, Section, Table, Text, Warnings, render
 from protlm.workflows.pages.palette import DARK, LIGHT, MODEL_MARKS, SPLIT_MARKS
+from tests.unit.workflows.evaluate.eval_cases import save_new_model
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +100,16 @@ def dataset_page(dataset):
     return (dataset / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def comparison_page(dataset, run_dir, tmp_path_factory):
+    """The comparison of a run with a softmax model that never learned, on two splits."""
+    folder = tmp_path_factory.mktemp("comparison")
+    untrained = save_new_model(folder / ("<long> " + "x" * 200), attention="softmax")
+    command = ["eval", "--compare", run_dir, untrained, dataset, "--split", "test", "--split", "valid", "--out", folder]
+    assert main([str(word) for word in command]) == 0
+    return (folder / "comparison.html").read_text(encoding="utf-8")
+
+
 def opened(page, folder, *, width, dark):
     """Opens a page, and returns its measurements by the probe; fails on anything that is printed on the console."""
     (folder / "page.html").write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
@@ -117,7 +129,7 @@ def rgb(color):
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1400])
-@pytest.mark.parametrize("name", ["full_page", "dataset_page"])
+@pytest.mark.parametrize("name", ["full_page", "dataset_page", "comparison_page"])
 def test_a_page_is_whole_in_a_browser(request, tmp_path, name, width, dark):
     page = request.getfixturevalue(name)
     probe = opened(page, tmp_path, width=width, dark=dark)
