@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -97,6 +98,13 @@ def test_a_folder_of_something_else_is_refused(folder, tmp_path):
 
 
 def test_the_json_comes_last(folder, tmp_path, monkeypatch):
+    names, replace = [], os.replace
+    monkeypatch.setattr("protlm.files.os.replace", lambda old, new: (names.append(new.name), replace(old, new)))
+    compare([folder / "report-good", folder / "report-poor"], tmp_path / "out", evaluate_on())
+    assert names == ["comparison.html", "comparison.json"]
+
+
+def test_a_comparison_that_fails_leaves_no_folder(folder, tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
