@@ -24,30 +24,46 @@ _BLOCK_RESIDUES = 1 << 22
 
 
 class MarkovCounts:
-    """How often each residue followed each context of at most `MAX_ORDER` residues.
+    """How often each residue followed each context of at most `order` residues.
 
     Attributes:
+        order: Residues of the longest context.
         num_residues: Residues that were counted.
         tables: One table for each length k of a context, from 0: int64 (25**k, 25).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: int) -> None:
+        if not 0 <= order <= MAX_ORDER:
+            raise ValueError(f"order: expected 0 to {MAX_ORDER}, got {order}")
+        self.order = order
         self.num_residues = 0
-        self.tables = [np.zeros((NUM_RESIDUES**k, NUM_RESIDUES), dtype=np.int64) for k in range(MAX_ORDER + 1)]
+        self.tables = [np.zeros((NUM_RESIDUES**k, NUM_RESIDUES), dtype=np.int64) for k in range(order + 1)]
 
     def add(self, proteins: Iterable[np.ndarray]) -> None:
         """Counts the residues of proteins, each given as its residue tokens, uint8 (num_residues,)."""
         for tokens, places in _blocks(proteins):
             residues = tokens.astype(np.int64) - FIRST_RESIDUE
             self.num_residues += len(residues)
-            codes = np.zeros(len(residues), dtype=np.int64)
-            for k, table in enumerate(self.tables):
-                if k:
-                    # The residue k places before, in front of the context so far.
-                    codes[k:] += residues[:-k] * NUM_RESIDUES ** (k - 1)
-                is_whole = places >= k
-                cells = codes[is_whole] * NUM_RESIDUES + residues[is_whole]
-                table += np.bincount(cells, minlength=table.size).reshape(table.shape)
+            # The cell of a residue after as many of those before it as there are, up to the longest context.
+            cells = residues.copy()
+            for k in range(1, self.order + 1):
+                cells[k:] += np.where(places[k:] >= k, residues[:-k], 0) * NUM_RESIDUES**k
+            table = self.tables[self.order]
+            counted = np.bincount(cells[places >= self.order], minlength=table.size).reshape(table.shape)
+            table += counted
+            for k in range(self.order - 1, -1, -1):
+                # A context of k residues is a longer one without its first residue, or stands at a protein's start.
+                counted = counted.reshape(NUM_RESIDUES, -1, NUM_RESIDUES).sum(axis=0)
+                np.add.at(counted.reshape(-1), cells[places == k], 1)
+                self.tables[k] += counted
+
+    def reversed(self) -> "MarkovCounts":
+        """Returns the counts of the same proteins read backwards: a stretch of k + 1 residues is one cell in both."""
+        counts = MarkovCounts(self.order)
+        counts.num_residues = self.num_residues
+        for k, table in enumerate(self.tables):
+            counts.tables[k] = table.reshape([NUM_RESIDUES] * (k + 1)).transpose().reshape(table.shape)
+        return counts
 
 
 def largest_order(num_residues: int) -> int:
@@ -63,20 +79,23 @@ class MarkovModel:
     """
 
     def __init__(self, counts: MarkovCounts, order: int) -> None:
-        if not 0 <= order <= MAX_ORDER:
-            raise ValueError(f"order: expected 0 to {MAX_ORDER}, got {order}")
+        if not 0 <= order <= counts.order:
+            raise ValueError(f"order: expected 0 to {counts.order}, got {order}")
         self.order = order
         self._log_probabilities: list[np.ndarray] = []
         shorter = np.full((1, NUM_RESIDUES), 1 / NUM_RESIDUES)
         for k in range(order + 1):
-            table = counts.tables[k]
-            num_seen, num_kinds = table.sum(axis=1, keepdims=True), (table > 0).sum(axis=1, keepdims=True)
-            # Contexts that end alike follow each other at a distance of 25**(k-1) rows.
-            backed_off = np.tile(shorter, (len(table) // len(shorter), 1))
-            with np.errstate(invalid="ignore"):
-                mixed = (table + num_kinds * backed_off) / (num_seen + num_kinds)
-            shorter = np.where(num_seen > 0, mixed, backed_off)
-            self._log_probabilities.append(np.log(shorter).astype(np.float32))
+            # Contexts that differ in their first residue only back off to the same row; a part for each, or for none.
+            parts = counts.tables[k].reshape(-1, *shorter.shape)
+            probabilities, logs = np.empty(parts.shape), np.empty(parts.shape, dtype=np.float32)
+            for part, smoothed, log in zip(parts, probabilities, logs, strict=True):
+                num_seen, num_kinds = part.sum(axis=1, keepdims=True), (part > 0).sum(axis=1, keepdims=True)
+                with np.errstate(invalid="ignore"):
+                    mixed = (part + num_kinds * shorter) / (num_seen + num_kinds)
+                smoothed[:] = np.where(num_seen > 0, mixed, shorter)
+                log[:] = np.log(smoothed)
+            shorter = probabilities.reshape(-1, NUM_RESIDUES)
+            self._log_probabilities.append(logs.reshape(-1, NUM_RESIDUES))
 
     def shortened(self, order: int) -> "MarkovModel":
         """Returns the model of a lower order, which shares the tables of this one."""

@@ -26,9 +26,9 @@ from protlm.config import load_config
 from protlm.data.batching.batches import Objective, evaluation_rows
 from protlm.data.batching.masking import MaskRates
 from protlm.data.storage.dataset import Dataset, open_dataset
+from protlm.inference.baselines import empirical, fit_markov, markov_predictions
 from protlm.inference.metrics import MetricSums
 from protlm.model.performer import Performer
-from protlm.workflows.evaluate.baselines import empirical, fit_markov, markov_predictions
 from protlm.workflows.evaluate.breakdowns import Breakdowns
 from protlm.workflows.evaluate.measure import Masks, measure_split
 from protlm.workflows.prep.options import PrepRequest
@@ -69,7 +69,7 @@ def forward(model: Performer, dataset: Dataset) -> float:
 def evaluate(model: Performer, dataset: Dataset, residue_counts: Mapping[str, int]) -> MetricSums:
     """Returns the sums of the model as protlm eval measures them: with baselines, replicates and breakdowns."""
     split = dataset.split("test")
-    markov = fit_markov(dataset, MASKS.objective, MASKS.seed)
+    markov = fit_markov(dataset.split("train"), None, MASKS.objective, MASKS.seed)
     baselines = {"empirical": empirical(residue_counts)}
     if markov is not None:
         baselines["markov"] = markov_predictions(markov.model, MASKS.objective)

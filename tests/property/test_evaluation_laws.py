@@ -49,7 +49,7 @@ def test_each_target_is_the_residue_at_its_place_and_unseen_whatever_the_rows(le
 @settings(deadline=None)
 @given(sequences, st.text("LAXBM", min_size=3, max_size=20))
 def test_a_count_table_predicts_residues_with_probabilities_that_sum_to_one(training, scored):
-    counts = MarkovCounts()
+    counts = MarkovCounts(2)
     counts.add(encode(sequence.encode()) for sequence in training)
     row = encode(scored.encode()).astype(np.int64)
     for order in range(3):

@@ -12,12 +12,12 @@ from protlm.data.storage.dataset import Split
 from protlm.errors import ProtlmError
 from protlm.inference.approximation import measure_approximation
 from protlm.inference.attention_maps import read_attention_maps
+from protlm.inference.baselines import Beginning
 from protlm.inference.replaced_attention import score_replacements, sentence_of
 from protlm.inference.residue_similarity import attention_similarity
 from protlm.inference.scoring import Scores, score_model
 from protlm.model.performer import Performer
 from protlm.runtime.progress import Advance
-from protlm.workflows.evaluate.baselines import Beginning
 from protlm.workflows.evaluate.measure import Masks
 
 PAPER_PROTEIN = "BPT1_BOVIN"

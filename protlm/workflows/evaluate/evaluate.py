@@ -12,6 +12,15 @@ from protlm import files
 from protlm.data.batching.batches import Objective
 from protlm.data.storage.dataset import Dataset, Split, open_dataset
 from protlm.errors import UsageError
+from protlm.inference.baselines import (
+    UNIFORM,
+    Markov,
+    Predict,
+    copies_of_the_visible,
+    empirical,
+    fit_markov,
+    markov_predictions,
+)
 from protlm.inference.metrics import MetricSums, replicate_weights, sums_by_protein
 from protlm.inference.pseudo_perplexity import sample_of, single_residue_rows
 from protlm.inference.scoring import max_scored_residues, score_rows
@@ -25,15 +34,6 @@ from protlm.workflows.evaluate.attention import (
     approximation_residues,
     attention_of,
     find_proteins,
-)
-from protlm.workflows.evaluate.baselines import (
-    UNIFORM,
-    Markov,
-    Predict,
-    copies_of_the_visible,
-    empirical,
-    fit_markov,
-    markov_predictions,
 )
 from protlm.workflows.evaluate.breakdowns import Breakdowns
 from protlm.workflows.evaluate.measure import Masks, Watcher, has_clusters, measure_split, resampling_key
@@ -139,7 +139,7 @@ class _Evaluation:
             max_residues=max_scored_residues(description),
         )
         self._as_trained = replace(self._masks, objective=Objective(trained.causal, rates))
-        self._markov: Markov | None = fit_markov(dataset, self._masks.objective, request.seed)
+        self._markov = _markov_of(dataset, self._masks)
 
     def num_scored_residues(self, split: Split) -> int:
         """Returns the residues of all forward passes over a split."""
@@ -255,6 +255,15 @@ class _Evaluation:
             training_dataset_hash=description.dataset_hash,
             projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
         )
+
+
+def _markov_of(dataset: Dataset, masks: Masks) -> Markov | None:
+    """Returns the Markov baseline of a dataset; None without a training split."""
+    filled = {name for name, summary in dataset.manifest.splits.items() if summary.num_records}
+    if "train" not in filled:
+        return None
+    valid = dataset.split("valid") if "valid" in filled else None
+    return fit_markov(dataset.split("train"), valid, masks.objective, masks.seed)
 
 
 def _summary_of(markov: Markov) -> MarkovSummary:

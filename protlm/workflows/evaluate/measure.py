@@ -8,12 +8,12 @@ import xxhash
 
 from protlm.data.batching.batches import EvaluationRow, Objective, evaluation_rows
 from protlm.data.storage.dataset import Split
+from protlm.inference.baselines import Predict
 from protlm.inference.metrics import MetricSums, replicate_weights, sums_by_protein
 from protlm.inference.residue_scores import ResidueScores
 from protlm.inference.scoring import score_rows
 from protlm.model.performer import Performer
 from protlm.runtime.progress import Advance, no_advance
-from protlm.workflows.evaluate.baselines import Predict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,16 +17,10 @@ SCORED = [*random_sequences(15, seed=2, letters="LAGXBZUOW"), "M", "LL", "AGX"]
 ORDERS = range(4)
 
 
-@pytest.fixture(autouse=True)
-def _short_contexts(monkeypatch):
-    # A table of 25⁵ counts for each block would take seconds.
-    monkeypatch.setattr(markov, "MAX_ORDER", max(ORDERS))
-
-
 @pytest.fixture
 def counts(monkeypatch):
     monkeypatch.setattr(markov, "_BLOCK_RESIDUES", 50)
-    counts = MarkovCounts()
+    counts = MarkovCounts(max(ORDERS))
     counts.add(encode(sequence.encode()) for sequence in TRAINING)
     return counts
 
@@ -77,7 +71,7 @@ def test_proteins_are_counted_alike_in_blocks_of_any_size_and_in_several_calls(c
     proteins = [encode(sequence.encode()) for sequence in TRAINING]
     for block in (1, 33, 1 << 20):
         monkeypatch.setattr(markov, "_BLOCK_RESIDUES", block)
-        other = MarkovCounts()
+        other = MarkovCounts(max(ORDERS))
         other.add(proteins[:10])
         other.add([])
         other.add(proteins[10:])
@@ -144,7 +138,7 @@ def test_without_context_it_is_the_frequencies_smoothed_by_the_number_of_kinds(c
 
 
 def test_without_counts_every_residue_is_as_likely_and_no_special_token_is_predicted():
-    predicted = MarkovModel(MarkovCounts(), 2).log_probabilities(np.array([4, 5, 6]), np.array([0, 2]))
+    predicted = MarkovModel(MarkovCounts(max(ORDERS)), 2).log_probabilities(np.array([4, 5, 6]), np.array([0, 2]))
     assert np.exp(predicted).sum(axis=1) == pytest.approx([1, 1])
     assert predicted[:, FIRST_RESIDUE : FIRST_RESIDUE + NUM_RESIDUES] == pytest.approx(math.log(1 / 25))
     assert np.isneginf(predicted[:, :FIRST_RESIDUE]).all()
@@ -154,11 +148,11 @@ def test_without_counts_every_residue_is_as_likely_and_no_special_token_is_predi
 @pytest.mark.parametrize("order", [-1, max(ORDERS) + 1])
 def test_an_order_that_was_not_counted_is_refused(order):
     with pytest.raises(ValueError, match=f"order: expected 0 to 3, got {order}"):
-        MarkovModel(MarkovCounts(), order)
+        MarkovModel(MarkovCounts(max(ORDERS)), order)
 
 
 def test_a_shortened_model_is_that_of_the_lower_order():
-    counts = MarkovCounts()
+    counts = MarkovCounts(max(ORDERS))
     counts.add([encode(b"MKTAYIAKQRQISFVKSHFSRQ"), encode(b"MKTAYI")])
     row = encode(b"AYIAKQMK")
     positions = np.arange(len(row))
@@ -170,12 +164,37 @@ def test_a_shortened_model_is_that_of_the_lower_order():
         longest.shortened(2).shortened(3)
 
 
+@pytest.mark.parametrize("order", [-1, markov.MAX_ORDER + 1])
+def test_contexts_that_would_need_huge_tables_are_not_counted(order):
+    with pytest.raises(ValueError, match=f"order: expected 0 to 4, got {order}"):
+        MarkovCounts(order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_counts_of_a_low_order_are_those_of_a_higher_one(counts, order):
+    lower = MarkovCounts(order)
+    lower.add(encode(sequence.encode()) for sequence in TRAINING)
+    assert lower.num_residues == counts.num_residues
+    assert len(lower.tables) == order + 1
+    for table, expected in zip(lower.tables, counts.tables, strict=False):
+        np.testing.assert_array_equal(table, expected)
+
+
+def test_reversed_counts_are_those_of_the_reversed_proteins(counts):
+    backwards = MarkovCounts(max(ORDERS))
+    backwards.add(encode(sequence[::-1].encode()) for sequence in TRAINING)
+    assert counts.reversed().num_residues == counts.num_residues
+    for table, expected in zip(counts.reversed().tables, backwards.tables, strict=True):
+        np.testing.assert_array_equal(table, expected)
+
+
 def test_few_residues_are_no_reason_to_try_long_contexts():
-    assert [largest_order(size) for size in (0, 7, 156, 157, 3_906, 3_907, 10**9)] == [0, 1, 1, 2, 2, 3, 3]
+    sizes = (0, 7, 156, 157, 3_906, 3_907, 97_656, 97_657, 10**9)
+    assert [largest_order(size) for size in sizes] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_both_sides_are_the_product_of_two_tables_over_the_frequencies():
-    before, after = MarkovCounts(), MarkovCounts()
+    before, after = MarkovCounts(2), MarkovCounts(2)
     proteins = [encode(sequence.encode()) for sequence in TRAINING]
     before.add(proteins)
     after.add([tokens[::-1] for tokens in proteins])

@@ -8,8 +8,8 @@ from protlm.config import ModelConfig
 from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
 from protlm.data.storage.dataset import RecordLabels
+from protlm.inference.baselines import empirical
 from protlm.model.performer import Performer
-from protlm.workflows.evaluate.baselines import empirical
 from protlm.workflows.evaluate.measure import Masks, measure_split, resampling_key
 from tests.unit.workflows.evaluate.eval_cases import InMemory, random_sequences
 

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
+from protlm.inference.baselines import UNIFORM
 from protlm.inference.metrics import METRICS, NUM_SUMS, MetricSums, replicate_weights
-from protlm.workflows.evaluate.baselines import UNIFORM
 from protlm.workflows.evaluate.report import (
     REPLICATED,
     EvalReport,

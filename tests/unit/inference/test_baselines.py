@@ -11,18 +11,18 @@ from protlm.cli.app import main
 from protlm.data.batching.batches import Objective, evaluation_rows
 from protlm.data.batching.masking import MaskRates
 from protlm.data.storage.dataset import open_dataset
-from protlm.inference import markov
-from protlm.inference.metrics import METRICS, MetricSums, sums_by_protein
-from protlm.inference.residue_scores import ResidueScores
-from protlm.vocabulary import MASK, RESIDUES, decode
-from protlm.workflows.evaluate import baselines
-from protlm.workflows.evaluate.baselines import (
+from protlm.inference import baselines, markov
+from protlm.inference.baselines import (
     UNIFORM,
     copies_of_the_visible,
     empirical,
     fit_markov,
     markov_predictions,
+    mean_losses,
 )
+from protlm.inference.metrics import METRICS, MetricSums, sums_by_protein
+from protlm.inference.residue_scores import ResidueScores
+from protlm.vocabulary import MASK, RESIDUES, decode
 from protlm.workflows.evaluate.evaluate import evaluate
 from tests.unit.workflows.evaluate.eval_cases import (
     InMemory,
@@ -34,8 +34,8 @@ from tests.unit.workflows.evaluate.eval_cases import (
     smoothed_frequencies,
 )
 
-TREMBL = Path(__file__).parents[4] / "data" / "trembl_sample.fasta.gz"
-SWISS_PROT = Path(__file__).parents[3] / "data" / "swissprot_sample.fasta.gz"
+TREMBL = Path(__file__).parents[3] / "data" / "trembl_sample.fasta.gz"
+SWISS_PROT = Path(__file__).parents[2] / "data" / "swissprot_sample.fasta.gz"
 HIDDEN = Objective(causal=False, rates=MaskRates(0.15)).hiding_all()
 COUNTS = dict(zip(RESIDUES, range(1000, 1025), strict=True))
 
@@ -157,11 +157,11 @@ def test_the_order_is_that_of_the_lowest_perplexity_on_valid(tmp_path):
         sequences.append("".join("LAGVSERTID"[place] for place in letters))
     splits = {"train": sequences[:50], "valid": sequences[50:], "test": ["LAGVS"]}
     named = {name: [(f"{name}{n}", seq) for n, seq in enumerate(of)] for name, of in splits.items()}
-    fitted = fit_markov(open_dataset(prepare(tmp_path, named)), HIDDEN, 0)
+    dataset = open_dataset(prepare(tmp_path, named))
+    fitted = fit_markov(dataset.split("train"), dataset.split("valid"), HIDDEN, 0)
     assert (fitted.chosen_on, fitted.num_residues) == ("valid", 5000)
-    dataset = open_dataset(tmp_path / "dataset")
     rows = list(evaluation_rows(dataset.split("valid"), 1000, 0, HIDDEN))
-    counts = markov.MarkovCounts()
+    counts = markov.MarkovCounts(4)
     counts.add(map(dataset.split("train").tokens, range(50)))
     perplexities = [
         measured(markov_predictions(markov.MarkovModel(counts, order), HIDDEN), rows)["perplexity"]
@@ -172,27 +172,56 @@ def test_the_order_is_that_of_the_lowest_perplexity_on_valid(tmp_path):
     assert measured(markov_predictions(fitted.model, HIDDEN), rows)["perplexity"] == perplexities[2]
 
 
-def test_without_a_valid_split_the_order_is_the_default_and_without_training_there_is_no_baseline(
-    tmp_path, short_contexts
-):
+def test_without_a_valid_split_the_order_is_the_default():
+    fitted = fit_markov(InMemory(random_sequences(6)), None, HIDDEN, 0)
+    assert (fitted.model.order, fitted.two_sided.order, fitted.chosen_on) == (2, 2, None)
+
+
+def test_without_training_there_is_no_markov_baseline(tmp_path):
     proteins = [(f"p{n}", sequence) for n, sequence in enumerate(random_sequences(6))]
-    (tmp_path / "a").mkdir()
-    fitted = fit_markov(open_dataset(prepare(tmp_path / "a", {"train": proteins[:4], "test": proteins[4:]})), HIDDEN, 0)
-    assert (fitted.model.order, fitted.chosen_on) == (2, None)
-    (tmp_path / "b").mkdir()
-    assert fit_markov(open_dataset(prepare(tmp_path / "b", {"test": proteins})), HIDDEN, 0) is None
+    dataset = prepare(tmp_path, {"test": proteins})
+    model = save_new_model(tmp_path / "model")
+    report = evaluate(request(model, dataset, tmp_path / "report"))
+    assert report.markov is None
+    assert not {"markov", "two_sided"} & set(report.splits["test"].scores)
 
 
-def test_a_huge_training_set_is_counted_up_to_a_limit(tmp_path, monkeypatch, short_contexts):
-    proteins = [(f"p{n}", sequence) for n, sequence in enumerate(random_sequences(40, shortest=20, longest=21))]
-    monkeypatch.setattr(baselines, "_MOST_COUNTED_RESIDUES", 90)
-    monkeypatch.setattr(baselines, "_MOST_VALID_RECORDS", 3)
-    dataset = open_dataset(prepare(tmp_path, {"train": proteins[:20], "valid": proteins[20:]}))
-    assert fit_markov(dataset, HIDDEN, 0).num_residues == 100
+@pytest.mark.parametrize(("limit", "num_counted"), [(90, 100), (100, 100), (101, 120), (10_000, 400)])
+def test_a_huge_training_set_is_counted_up_to_a_limit(limit, num_counted, monkeypatch):
+    training = InMemory(random_sequences(20, shortest=20, longest=21))
+    monkeypatch.setattr(baselines, "_MOST_COUNTED_RESIDUES", limit)
+    assert fit_markov(training, None, HIDDEN, 0).num_residues == num_counted
+
+
+def test_the_order_is_chosen_on_the_beginning_of_a_huge_valid_split(monkeypatch):
+    training, valid = InMemory(["LA" * 20, "LAGVS"]), InMemory(["LA" * 20, *["GGGG"] * 50])
+    monkeypatch.setattr(baselines, "_MOST_VALID_RECORDS", 1)
+    alone = InMemory(["LA" * 20])
+    assert fit_markov(training, valid, HIDDEN, 0).model.order == fit_markov(training, alone, HIDDEN, 0).model.order == 2
+
+
+def test_the_table_of_both_sides_is_that_of_proteins_read_from_both_ends():
+    training, scored = InMemory(random_sequences(30, letters="LAG")), InMemory(random_sequences(9, letters="LAG"))
+    tables = []
+    for step in (1, -1):
+        counts = markov.MarkovCounts(2)
+        counts.add([tokens[::step] for tokens in training.proteins])
+        tables.append(markov.MarkovModel(counts, 2))
+    fitted = fit_markov(training, None, HIDDEN, 0)
+    for row in evaluation_rows(scored, 100, 0, HIDDEN):
+        expected = markov_predictions(markov.TwoSidedMarkovModel(*tables), HIDDEN)(row)
+        np.testing.assert_array_equal(markov_predictions(fitted.two_sided, HIDDEN)(row), expected)
+
+
+def test_losses_are_the_mean_over_all_targets():
+    rows = list(evaluation_rows(InMemory(random_sequences(20)), 100, 0, HIDDEN))
+    uniform, of_counts = mean_losses([empirical({}), empirical(COUNTS)], rows)
+    assert uniform == pytest.approx(math.log(25))
+    assert math.exp(of_counts) == pytest.approx(measured(empirical(COUNTS), rows)["perplexity"], rel=1e-12)
 
 
 def test_the_markov_baseline_of_a_causal_model_sees_all_residues_before_the_target():
-    counts = markov.MarkovCounts()
+    counts = markov.MarkovCounts(2)
     counts.add(InMemory(["LAGLAGLAGLAG"]).proteins)
     predict = markov_predictions(markov.MarkovModel(counts, 2), Objective(True, MaskRates(0.15)))
     (row,) = evaluation_rows(InMemory(["LAGLAG"]), 100, 0, Objective(True, MaskRates(0.15)))
