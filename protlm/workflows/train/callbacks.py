@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Watch(pl.Callback):
         config: Config,
         valid: Proteins | None,
         describe: Callable[[int], ModelDescription],
+        baselines: Callable[[], Mapping[str, float]],
         stop_request: StopRequest,
         first_step: int,
     ) -> None:
@@ -51,6 +52,7 @@ class Watch(pl.Callback):
         self._config = config
         self._valid = valid
         self._describe = describe
+        self._baselines = baselines
         self._stop_request = stop_request
         self._log: RunLog | None = None
         self._num_without_improvement = 0
@@ -120,7 +122,7 @@ class Watch(pl.Callback):
         if ends or has_improved or self._is_due(step):
             self._save_checkpoints(trainer, has_improved=has_improved)
             if self._log is not None:
-                self._log.draw_curves(self.best, is_last=ends)
+                self._log.draw_curves(self._baselines, is_last=ends)
         # Only now: what fails above ends the run otherwise.
         self.outcome = outcome
         if ends:

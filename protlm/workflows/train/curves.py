@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,17 @@ _LONGEST_AVERAGE = 20.0
 
 _LARGEST_EXPONENT = 700.0
 
+BASELINE_LABELS = {
+    "uniform": f"uniform: a guess among {NUM_RESIDUES} letters",
+    "empirical": "empirical on valid: residue frequencies",
+    "markov": "Markov on valid: residues before, best order",
+    "two_sided": "Markov on valid: both sides, best order",
+}
+"""The baselines in the legend, by their keys in the report of an evaluation."""
+
 
 @quiet_matplotlib()
-def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | None = None) -> None:
+def plot_curves(run_dir: Path, config: Config, baselines: Mapping[str, float] | None = None) -> None:
     """Draws run_dir/curves.png from metrics.csv and, where features were measured, health.csv.
 
     The upper panel has the perplexity of training, averaged, and of the valid split, with the baselines; the lower one
@@ -42,7 +51,7 @@ def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | Non
     Args:
         run_dir: The run directory, with its metrics.csv.
         config: Settings of the run.
-        empirical_perplexity: Perplexity of the empirical baseline on the valid split; None before it is measured.
+        baselines: Perplexities on the valid split, by the keys of `BASELINE_LABELS`; None without that split.
 
     Raises:
         RunError: A table that protlm train did not write.
@@ -53,7 +62,7 @@ def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | Non
     lines = _features_by_layer(run_dir / "health.csv")
     figure = Figure(figsize=(7, 7.5 if lines else 4.5), layout="constrained")
     panels = figure.subplots(2 if lines else 1, squeeze=False, sharex=True)[:, 0]
-    _draw_perplexity(panels[0], run_dir / "metrics.csv", config, empirical_perplexity)
+    _draw_perplexity(panels[0], run_dir / "metrics.csv", config, baselines or {})
     if lines:
         _draw_features(panels[1], lines, _total_features(config.model))
     panels[-1].set_xlabel("training step")
@@ -64,7 +73,7 @@ def plot_curves(run_dir: Path, config: Config, empirical_perplexity: float | Non
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _draw_perplexity(axes: "Axes", path: Path, config: Config, empirical_perplexity: float | None) -> None:
+def _draw_perplexity(axes: "Axes", path: Path, config: Config, baselines: Mapping[str, float]) -> None:
     rows = read_thinned(path, METRICS, _MOST_POINTS)
     train = _points(path, "train/loss", rows)
     valid = _points(path, "valid/perplexity", [row for row in rows if row["valid/perplexity"]])
@@ -81,17 +90,24 @@ def _draw_perplexity(axes: "Axes", path: Path, config: Config, empirical_perplex
         axes.plot(
             *zip(*measured, strict=True), **mark.line, marker=mark.marker, markersize=size, label=f"valid: {scored}"
         )
-    baselines = {f"uniform: a guess among {NUM_RESIDUES} letters": float(NUM_RESIDUES)}
-    if empirical_perplexity is not None:
-        baselines["empirical baseline on valid: residue frequencies"] = empirical_perplexity
-    for mark, (name, perplexity) in zip(BASELINE_MARKS, baselines.items(), strict=False):
-        axes.axhline(perplexity, **mark.line, label=f"{name} ({perplexity:.3g})")
+    known = {"uniform": float(NUM_RESIDUES), **baselines}
+    for mark, (key, label) in zip(BASELINE_MARKS, BASELINE_LABELS.items(), strict=True):
+        if key in known:
+            axes.axhline(known[key], **mark.line, label=f"{label} ({known[key]:.3g})")
     axes.set(
-        title=f"Perplexity of {'the next residue' if config.model.causal else 'hidden residues'}",
+        title=_title(config),
         ylabel="perplexity, log scale (lower is better)",
     )
     set_log_scale(axes, "y")
     axes.legend(fontsize="small")
+
+
+def _title(config: Config) -> str:
+    """Returns what the perplexities are of; training may score other residues than all the rest."""
+    if config.model.causal:
+        return "Perplexity of the next residue; the training line scores ends of proteins too"
+    hidden = "Perplexity of hidden residues"
+    return hidden if config.train.mask_share == 1 else f"{hidden}; the training line scores a mixture"
 
 
 def _training_targets(config: Config) -> str:

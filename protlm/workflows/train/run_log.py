@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from protlm.config import Config
 from protlm.model.health import LayerHealth
-from protlm.pretrained.model_description import ValidScore
 from protlm.workflows.train.curves import plot_curves
 from protlm.workflows.train.run_tables import ADDED_METRICS, HEALTH, METRICS, SPEED, CsvLog
 from protlm.workflows.train.task import Update
@@ -107,16 +106,16 @@ class RunLog:
             numbers |= {_HEALTH_TAG.format(column=name, layer=layer.layer): value for name, value in columns.items()}
         self._log_metrics(step, numbers)
 
-    def draw_curves(self, valid: ValidScore | None, *, is_last: bool = False) -> None:
+    def draw_curves(self, baselines: Callable[[], Mapping[str, float]], *, is_last: bool = False) -> None:
         """Draws curves.png again, unless it was drawn less than a minute ago and more updates follow.
 
         Args:
-            valid: A measurement, for its baseline; None before the first.
+            baselines: Returns the perplexities of the baselines on the valid split; asked only for a picture.
             is_last: Whether this is the last picture of the run.
         """
         now = time.monotonic()
         if is_last or now - self._curves_drawn_at >= _SECONDS_BETWEEN_CURVES:
-            plot_curves(self._run_dir, self._config, None if valid is None else valid.empirical_perplexity)
+            plot_curves(self._run_dir, self._config, baselines())
             self._curves_drawn_at = now
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -25,6 +26,7 @@ from protlm.workflows.train.run_folder import lock_existing, prepare_run_dir
 from protlm.workflows.train.start import Start, TrainRequest, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
+from protlm.workflows.train.valid_baselines import baseline_perplexities
 from protlm.workflows.trainers import quiet_lightning, training_trainer
 
 
@@ -95,7 +97,15 @@ def _train(
         )
         write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.init_hash)
     with StopRequest(max_seconds) as stop_request:
-        watch = Watch(run_dir, settings, start.sets.valid, _describer(start), stop_request, start.first_step)
+        watch = Watch(
+            run_dir,
+            settings,
+            start.sets.valid,
+            _describer(start),
+            _baselines_of(start),
+            stop_request,
+            start.first_step,
+        )
         if has_work:
             task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
             with quiet_lightning():
@@ -168,6 +178,19 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
         )
 
     return describe
+
+
+def _baselines_of(start: Start) -> Callable[[], dict[str, float]]:
+    """Returns what measures the baselines on the valid split, once, when it is first called; none without one."""
+    sets = start.sets
+
+    @cache
+    def baselines() -> dict[str, float]:
+        if sets.valid is None:
+            return {}
+        return baseline_perplexities(sets.train, sets.valid, _describer(start)(start.first_step))
+
+    return baselines
 
 
 def _loggers(run_dir: Path, first_step: int, wandb_project: str | None) -> list[Logger]:

@@ -79,11 +79,22 @@ def test_the_average_is_one_of_losses_without_the_bias_of_its_start(num_steps, s
 
 def test_baselines_are_lines_with_their_names_and_values(tmp_path, drawn):
     write_metrics(tmp_path, 3)
-    (axes,) = drawn(empirical_perplexity=17.93)
-    assert labels(axes)[1:] == [UNIFORM, "empirical baseline on valid: residue frequencies (17.9)"]
-    heights = [line.get_ydata() for line in axes.get_lines()[2:]]
-    assert [list(height) for height in heights] == [[25.0, 25.0], [17.93, 17.93]]
-    assert len({line.get_color() for line in axes.get_lines()[1:]}) == 2
+    (axes,) = drawn(baselines={"two_sided": 9.6, "empirical": 17.93, "markov": 11.84})
+    assert labels(axes)[1:] == [
+        UNIFORM,
+        "empirical on valid: residue frequencies (17.9)",
+        "Markov on valid: residues before, best order (11.8)",
+        "Markov on valid: both sides, best order (9.6)",
+    ]
+    lines = axes.get_lines()[2:]
+    assert [list(line.get_ydata()) for line in lines] == [[25.0] * 2, [17.93] * 2, [11.84] * 2, [9.6] * 2]
+    assert len({line.get_color() for line in lines}) == 1
+
+
+def test_a_causal_model_has_no_baseline_of_both_sides(tmp_path, drawn):
+    write_metrics(tmp_path, 3)
+    (axes,) = drawn(baselines={"empirical": 17.93, "markov": 11.84})
+    assert labels(axes)[-1] == "Markov on valid: residues before, best order (11.8)"
 
 
 def test_the_panel_names_the_prediction_and_what_training_scores(tmp_path, drawn):
@@ -92,11 +103,15 @@ def test_the_panel_names_the_prediction_and_what_training_scores(tmp_path, drawn
         return axes.get_title(), labels(axes)[0], labels(axes)[1]
 
     write_metrics(tmp_path, 2, {2: 9.0})
-    hidden, of_next = "Perplexity of hidden residues", "Perplexity of the next residue"
-    assert titled() == (hidden, TRAINING, "valid: hidden residues only")
+    hidden, of_next = "Perplexity of hidden residues", "Perplexity of the next residue; the training line scores ends"
+    assert titled() == (f"{hidden}; the training line scores a mixture", TRAINING, "valid: hidden residues only")
     only_hidden = titled("train.mask_share=1.0", "train.random_share=0.0")
     assert only_hidden == (hidden, "training, average: hidden residues only", "valid: hidden residues only")
-    assert titled("model.causal=true") == (of_next, "training, average: next tokens", "valid: next residues")
+    assert titled("model.causal=true") == (
+        f"{of_next} of proteins too",
+        "training, average: next tokens",
+        "valid: next residues",
+    )
 
 
 def test_perplexities_have_a_logarithmic_axis_with_several_ticks(tmp_path, drawn):
