@@ -9,6 +9,7 @@ differences between models are paired.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -93,6 +94,20 @@ def replicate_weights(keys: Sequence[bytes], seed: int, num_replicates: int = NU
         generator = np.random.Generator(philox)
         weights[place] = generator.poisson(1.0, num_replicates)
     return weights
+
+
+class Resampled(NamedTuple):
+    """The proteins of a row that have targets, and how often each replicate draws them.
+
+    Attributes:
+        records: Their numbers in the split, rising.
+        keys: The key of each, by which it is resampled.
+        weights: float64 (proteins, replicates), of `replicate_weights`.
+    """
+
+    records: np.ndarray
+    keys: Sequence[bytes]
+    weights: np.ndarray
 
 
 class MetricSums:

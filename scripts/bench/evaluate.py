@@ -74,7 +74,8 @@ def evaluate(model: Performer, dataset: Dataset, residue_counts: Mapping[str, in
     if markov is not None:
         baselines["markov"] = markov_predictions(markov.model, MASKS.objective)
     breakdowns = Breakdowns(split)
-    sums = measure_split(model, split, MASKS, baselines, watchers=(lambda _mask, _row, scores: breakdowns.add(scores),))
+    watch = lambda _mask, scores, resampled: breakdowns.add(scores, resampled)  # noqa: E731
+    sums = measure_split(model, split, MASKS, baselines, watchers=(watch,))
     breakdowns.report()
     for measured in sums.values():
         measured.estimates()

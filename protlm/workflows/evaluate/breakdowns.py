@@ -1,17 +1,21 @@
 """Where a model is good and where not: the scores of a split by residue, length, position and label.
 
-Each breakdown is a few sums a group, gathered from the stream of scores. Memory is bounded: a split with more labels
-than `MOST_LABELS` keeps the first ones and counts all others together.
+Each breakdown is a few sums a group, gathered from the stream of scores; those by residue, length and position also for
+every replicate of the bootstrap. Memory is bounded: of more labels than `MOST_LABELS` the first ones are kept, and all
+others counted together.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from protlm.data.storage.dataset import Split
+from protlm.inference.metrics import FEWEST_UNITS, NUM_REPLICATES, Resampled, estimate
 from protlm.inference.residue_scores import ResidueScores
+from protlm.inference.residue_similarity import STANDARD_RESIDUES, compare_with_blosum62
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES
 
 LENGTH_STARTS = (1, 50, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -39,19 +43,46 @@ LENGTH_BIN_NAMES = _bin_names(LENGTH_STARTS)
 
 
 class _Groups:
-    """Scored residues, negative log likelihood and correct predictions, summed by group."""
+    """Scored residues, negative log likelihood and correct predictions, summed by group, and so for every replicate."""
 
     def __init__(self, num_groups: int) -> None:
         self.sums = np.zeros((num_groups, 3))
+        self._replicates = np.zeros((NUM_REPLICATES, num_groups, 3))
+        self._units: list[set[bytes]] = [set() for _ in range(num_groups)]
 
-    def add(self, groups: np.ndarray, nll: np.ndarray, correct: np.ndarray) -> None:
-        size = len(self.sums)
-        for column, weights in enumerate((np.ones(len(nll)), nll, correct)):
-            self.sums[:, column] += np.bincount(groups, weights=weights, minlength=size)[:size]
+    def add(
+        self, groups: np.ndarray, nll: np.ndarray, correct: np.ndarray, places: np.ndarray, resampled: Resampled
+    ) -> None:
+        """Adds the targets of a row: the group of each, what it adds, and the place of its protein in `resampled`."""
+        shape = (len(resampled.records), len(self.sums))
+        cells = places * shape[1] + groups
+        columns = [
+            np.bincount(cells, weights=weights, minlength=shape[0] * shape[1]).reshape(shape)
+            for weights in (np.ones(len(nll)), nll, correct)
+        ]
+        terms = np.stack(columns, axis=2)
+        self.sums += terms.sum(axis=0)
+        self._replicates += (resampled.weights.T @ terms.reshape(shape[0], -1)).reshape(self._replicates.shape)
+        for group, units in enumerate(self._units):
+            if len(units) < FEWEST_UNITS:
+                units.update(resampled.keys[place] for place in np.flatnonzero(columns[0][:, group]).tolist())
 
     def rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Returns a row for each group that has residues."""
-        return [_row(name, sums) for name, sums in zip(names, self.sums.tolist(), strict=True) if sums[0]]
+        """Returns a row for each group that has residues, with the uncertainty of its scores."""
+        rows = []
+        for group, name in enumerate(names):
+            if not self.sums[group, 0]:
+                continue
+            row = _row(name, self.sums[group].tolist())
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+                num_targets, nll, correct = self._replicates[:, group].T
+                replicates = {"accuracy": correct / num_targets, "perplexity": np.exp(nll / num_targets)}
+            for metric, values in replicates.items():
+                is_enough = len(self._units[group]) >= FEWEST_UNITS
+                spread = estimate(row[metric], values if is_enough else np.full_like(values, np.nan))
+                row |= {f"{metric}_{part}": getattr(spread, part) for part in ("stderr", "low", "high")}
+            rows.append(row)
+        return rows
 
 
 def _row(name: str, sums: Sequence[float]) -> dict[str, Any]:
@@ -110,24 +141,25 @@ class Breakdowns:
         # A protein comes again with other masks, or in the next row of windows.
         self._is_scored = np.zeros(split.num_records, dtype=bool)
 
-    def add(self, scores: ResidueScores) -> None:
-        """Adds the targets of a row."""
-        if not len(scores):
-            return
+    def add(self, scores: ResidueScores, resampled: Resampled) -> None:
+        """Adds the targets of a row, at least one, and the proteins that they are in."""
+        places = np.searchsorted(resampled.records, scores.records)
         nll, correct = -scores.true_log_probabilities(), scores.ranks() == 0
         lengths = self._split.lengths[scores.records]
         residues = scores.residues
-        self._residues.add(residues, nll, correct)
-        self._lengths.add(_bins(lengths, LENGTH_STARTS), nll, correct)
-        self._from_start.add(_bins(scores.positions, DISTANCE_STARTS), nll, correct)
-        self._from_end.add(_bins(lengths - 1 - scores.positions, DISTANCE_STARTS), nll, correct)
+        for breakdown, groups in (
+            (self._residues, residues),
+            (self._lengths, _bins(lengths, LENGTH_STARTS)),
+            (self._from_start, _bins(scores.positions, DISTANCE_STARTS)),
+            (self._from_end, _bins(lengths - 1 - scores.positions, DISTANCE_STARTS)),
+        ):
+            breakdown.add(groups, nll, correct, places, resampled)
         predicted = scores.log_probabilities[:, _RESIDUE_COLUMNS]
         np.add.at(self._probabilities, residues, np.exp(predicted, dtype=np.float64))
         np.add.at(self._predictions, (residues, predicted.argmax(axis=1)), 1)
-        self._add_labels(scores.records, nll, correct)
+        self._add_labels(resampled.records, places, nll, correct)
 
-    def _add_labels(self, records: np.ndarray, nll: np.ndarray, correct: np.ndarray) -> None:
-        members, places = np.unique(records, return_inverse=True)
+    def _add_labels(self, members: np.ndarray, places: np.ndarray, nll: np.ndarray, correct: np.ndarray) -> None:
         is_new = ~self._is_scored[members]
         self._is_scored[members] = True
         sums = [np.bincount(places, weights=weights) for weights in (np.ones(len(nll)), nll, correct)] + [is_new]
@@ -154,10 +186,37 @@ class Breakdowns:
                 "mean_probabilities": _rounded(self._probabilities / np.maximum(self._targets(), 1)[:, None]),
                 "predictions": self._predictions.tolist(),
             },
+            "substitutions": self._substitutions(),
         }
+
+    def _substitutions(self) -> dict[str, Any] | None:
+        """Returns which residues are taken for each other, and how far that is what BLOSUM62 says."""
+        standard = slice(0, len(STANDARD_RESIDUES))
+        log_odds = substitution_log_odds(self._probabilities[standard, standard], self._targets()[standard])
+        if log_odds is None:
+            return None
+        agreement = asdict(compare_with_blosum62(log_odds))
+        return {"residues": STANDARD_RESIDUES, "log_odds": _rounded(log_odds), "blosum62": agreement}
 
     def _targets(self) -> np.ndarray:
         return self._residues.sums[:, 0]
+
+
+def substitution_log_odds(probabilities: np.ndarray, num_targets: np.ndarray) -> np.ndarray | None:
+    """Returns log₂ of how much more often a residue is predicted where another one stands than anywhere, symmetrised.
+
+    None if a residue was not scored, or a pair has no probability.
+
+    Args:
+        probabilities: Sums of the predicted probabilities, true residues by predicted ones.
+        num_targets: Scored residues of each kind.
+    """
+    if not (probabilities > 0).all() or not (num_targets > 0).all():
+        return None
+    anywhere = probabilities.sum(axis=0) / num_targets.sum()
+    odds = np.log2(probabilities / num_targets[:, None] / anywhere)
+    symmetric: np.ndarray = (odds + odds.T) / 2
+    return symmetric
 
 
 def _rounded(matrix: np.ndarray) -> list[list[float]]:

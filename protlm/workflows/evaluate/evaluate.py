@@ -151,9 +151,9 @@ class _Evaluation:
     def report(self, split: Split, table: ResidueTable | None, advance: Advance) -> SplitReport:
         """Measures everything on one split."""
         breakdowns = Breakdowns(split)
-        watchers: list[Watcher] = [lambda _mask, _row, scores: breakdowns.add(scores)]
+        watchers: list[Watcher] = [lambda _mask, scores, resampled: breakdowns.add(scores, resampled)]
         if table is not None:
-            watchers.append(lambda mask, _row, scores: table.add(split, mask, scores))
+            watchers.append(lambda mask, scores, _resampled: table.add(split, mask, scores))
         baselines: dict[str, Predict] = {"empirical": empirical(self._description.residue_counts)}
         if self._markov is not None:
             baselines["markov"] = markov_predictions(self._markov.model, self._masks.objective)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from protlm.data.batching.batches import EvaluationRow, Objective, evaluation_rows
+from protlm.data.batching.batches import Objective, evaluation_rows
 from protlm.data.storage.dataset import Split
 from protlm.inference.baselines import Predict
-from protlm.inference.metrics import MetricSums, replicate_weights, sums_by_protein
+from protlm.inference.metrics import MetricSums, Resampled, replicate_weights, sums_by_protein
 from protlm.inference.residue_scores import ResidueScores
 from protlm.inference.scoring import score_rows
 from protlm.model.performer import Performer
@@ -41,8 +41,8 @@ class Masks:
         return self.seed if mask == 0 else xxhash.xxh3_64_intdigest(f"{self.seed} {mask}".encode()) >> 1
 
 
-Watcher = Callable[[int, EvaluationRow, ResidueScores], None]
-"""Called with the number of the masks, a row, and the scores of the model at its targets."""
+Watcher = Callable[[int, ResidueScores, Resampled], None]
+"""Called with the number of the masks, the scores of the model at the targets of a row, and the proteins of these."""
 
 
 def measure_split(
@@ -80,12 +80,13 @@ def measure_split(
             records, terms = sums_by_protein(scores)
             keys = [resampling_key(split, record) for record in records.tolist()]
             weights = replicate_weights(keys, masks.seed)
+            resampled = Resampled(records, keys, weights)
             sums["model"].add(terms, weights, keys)
             for name, predict in baselines.items():
                 predicted = replace(scores, log_probabilities=predict(row))
                 sums[name].add(sums_by_protein(predicted)[1], weights, keys)
             for watch in watchers:
-                watch(mask, row, scores)
+                watch(mask, scores, resampled)
     return sums
 
 

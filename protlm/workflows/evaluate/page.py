@@ -11,7 +11,8 @@ from protlm.workflows.evaluate.page_details import (
     lengths_section,
     residues_section,
 )
-from protlm.workflows.evaluate.report import ROW_NAMES, EvalReport, ScoreRow
+from protlm.workflows.evaluate.page_numbers import span, with_interval
+from protlm.workflows.evaluate.report import ROW_NAMES, EvalReport
 from protlm.workflows.pages.figures import draw
 from protlm.workflows.pages.page import Block, ColumnKind, Figure, KeyValues, Page, Section, Table, Text, render
 from protlm.workflows.pages.palette import BASELINE_MARKS, SPLIT_MARKS
@@ -84,17 +85,6 @@ def _score_table(report: EvalReport, metrics: Sequence[str], keys: Sequence[str]
     )
 
 
-def with_interval(row: ScoreRow, metric: str) -> str:
-    """Returns a metric with its interval in parentheses, if it has one."""
-    value, low, high = (row[f"{metric}{suffix}"] for suffix in ("", "_low", "_high"))
-    if value is None:
-        return "–"
-    digits = 2 if metric == "perplexity" else 3
-    if low is None or high is None:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
-
-
 def _perplexity_figure(report: EvalReport) -> Block:
     names = [key for key in _DRAWN_ROWS if any(key in split.scores for split in report.splits.values())]
 
@@ -105,7 +95,7 @@ def _perplexity_figure(report: EvalReport) -> Block:
             shown = [(place, split.scores[key]) for place, key in enumerate(names) if key in split.scores]
             heights = [place + (number - (len(report.splits) - 1) / 2) * step for place, _ in shown]
             values = [row["perplexity"] or 0.0 for _, row in shown]
-            spans = [_span(row, "perplexity") for _, row in shown]
+            spans = [span(row, "perplexity") for _, row in shown]
             axes.errorbar(
                 values, heights, xerr=list(zip(*spans, strict=True)), label=name, **SPLIT_MARKS[_split(name)].points
             )
@@ -124,11 +114,6 @@ def _perplexity_figure(report: EvalReport) -> Block:
     )
     drawing = draw(plot, "Perplexity of the model and the baselines by split", height=0.6 + 0.55 * len(names))
     return Figure(drawing, reading, _score_table(report, ("perplexity",), _DRAWN_ROWS))
-
-
-def _span(row: ScoreRow, metric: str) -> tuple[float, float]:
-    value, low, high = (row[f"{metric}{suffix}"] for suffix in ("", "_low", "_high"))
-    return (0.0, 0.0) if value is None or low is None or high is None else (value - low, high - value)
 
 
 def _split(name: str) -> SplitName:
@@ -164,7 +149,7 @@ def _scores_section(report: EvalReport) -> Section:
             (
                 f"{row['first']} − {row['second']}",
                 METRIC_NAMES[row["metric"]],
-                f"{row['difference']:+.3f}",
+                _signed(row["difference"]),
                 _interval(row),
             )
             for row in report.differences
@@ -183,7 +168,11 @@ def _scores_section(report: EvalReport) -> Section:
 
 
 def _interval(row: dict[str, Any]) -> str:
-    return "–" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
+    return "–" if row["low"] is None else f"{_signed(row['low'])} to {_signed(row['high'])}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _method_section(report: EvalReport) -> Section:

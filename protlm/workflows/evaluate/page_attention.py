@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from protlm.workflows.evaluate.page_details import CHEMISTRY, agreement_words, by_chemistry
 from protlm.workflows.evaluate.report import EvalReport
 from protlm.workflows.pages.figures import draw, heat_map, matrix
 from protlm.workflows.pages.page import Block, Figure, Section, Table, Text
@@ -23,7 +24,8 @@ def attention_section(report: EvalReport) -> Section | None:
         return None
     blocks: list[Block] = [
         Text(
-            "Each map has the keys across and the queries down; darker is more attention, each map in its own scale. A "
+            "Each map has the keys across and the queries down, from `<cls>` at 0 to `<eos>`; stronger blue is more "
+            "attention, each map in its own scale. A "
             "**diagonal** head attends to neighbours, a **vertical** one to the same few residues from everywhere, and "
             "a **diffuse** one to everything. The weights are read out exactly from the random features."
         )
@@ -52,7 +54,7 @@ def _maps_figure(protein: dict[str, Any]) -> Block:
             axes.set_yticks([0, protein["num_tokens"]])
             axes.grid(visible=False)
         figure.supxlabel("key, position in the protein", fontsize=9)
-        figure.supylabel("query, position", fontsize=9)
+        figure.supylabel("query, position in the protein", fontsize=9)
 
     patterns = Counter(head["pattern"] for head in protein["heads"])
     counts = ", ".join(f"{count} {pattern}" for pattern, count in sorted(patterns.items()))
@@ -73,22 +75,18 @@ def _maps_figure(protein: dict[str, Any]) -> Block:
 
 
 def _similarity_figure(similarity: dict[str, Any]) -> Block:
-    letters = list(similarity["residues"])
-    values = np.array([[np.nan if value is None else value for value in row] for row in similarity["log_odds"]])
+    letters = list(CHEMISTRY)
+    log_odds = np.array([[np.nan if value is None else value for value in row] for row in similarity["log_odds"]])
+    values = by_chemistry(log_odds, similarity["residues"])
 
     def plot(figure: "Drawing") -> None:
         axes = figure.subplots()
         matrix(axes, values, letters, letters, label="log-odds of attention", diverging=True)
         axes.set(xlabel="residue", ylabel="residue")
 
-    agreement = similarity["blosum62"]
-    pearson, spearman = (
-        "unknown" if agreement[key] is None else f"{agreement[key]:+.2f}" for key in ("pearson", "spearman")
-    )
     reading = (
         "How much more residues attend to each other than frequencies alone would give, over "
-        f"{similarity['num_proteins']} proteins. Agreement with BLOSUM62: Pearson {pearson}, Spearman {spearman} "
-        "(1 is full agreement)."
+        f"{similarity['num_proteins']} proteins. {agreement_words(similarity['blosum62'])}"
     )
     rows = [
         (letter, *("" if np.isnan(value) else f"{value:+.2f}" for value in line))
@@ -106,21 +104,31 @@ def approximation_section(report: EvalReport) -> Section | None:
     blocks: list[Block] = [Text(f"**{content['sentence']}**"), _replacements_table(content)]
     if errors["is_softmax_estimate"]:
         blocks.append(_errors_figure(errors))
-    rows = [
-        (f"{head['layer']}.{head['head']}", *(_estimate(head[key]) for key in _ERRORS),
-         f"{head['q_norm']:.2f}", f"{head['k_norm']:.2f}", f"{head['effective_features']:.1f}")
-        for head in errors["heads"]
-    ]  # fmt: skip
-    header = (
-        "layer.head", "relative error", "with a fresh draw", "squared bias", "variance", "mean ‖q‖²", "mean ‖k‖²",
-        f"effective features of {errors['num_features']}",
-    )  # fmt: skip
+    blocks += _head_tables(errors)
+    return Section("approximation", "How near is its attention to softmax?", blocks)
+
+
+def _head_tables(errors: dict[str, Any]) -> list[Block]:
+    """Returns the errors of every head, and what decides them: one table of both would be wider than a screen."""
+    names = [f"{head['layer']}.{head['head']}" for head in errors["heads"]]
     caption = (
         f"The attention's output against exact attention on {errors['num_proteins']} proteins, {errors['num_draws']} "
-        "draws; norms are of q and k as the features see them."
+        "draws; 95 % intervals in parentheses."
     )
-    blocks.append(Table(header, rows, caption=caption))
-    return Section("approximation", "How near is its attention to softmax?", blocks)
+    measured = Table(
+        ("layer.head", "relative error", "with a fresh draw", "squared bias", "variance"),
+        [(name, *(_estimate(head[key]) for key in _ERRORS)) for name, head in zip(names, errors["heads"], strict=True)],
+        caption=caption,
+    )
+    reasons = Table(
+        ("layer.head", "mean ‖q‖²", "mean ‖k‖²", f"effective features of {errors['num_features']}"),
+        [
+            (name, f"{head['q_norm']:.2f}", f"{head['k_norm']:.2f}", f"{head['effective_features']:.1f}")
+            for name, head in zip(names, errors["heads"], strict=True)
+        ],
+        caption="What decides the error: norms of q and k as the features see them.",
+    )
+    return [measured, reasons]
 
 
 _ERRORS = ("relative_error", "redrawn_relative_error", "squared_bias", "variance")
@@ -134,6 +142,11 @@ def _estimate(estimate: dict[str, Any] | None) -> str:
         None if estimate[key] is None else round(estimate[key], 3) or 0.0 for key in ("value", "low", "high")
     )
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _span(estimate: dict[str, Any]) -> tuple[float, float]:
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    return (0.0, 0.0) if low is None or high is None else (max(0.0, value - low), max(0.0, high - value))
 
 
 def _replacements_table(content: dict[str, Any]) -> Table:
@@ -162,14 +175,18 @@ def _errors_figure(errors: dict[str, Any]) -> Block:
 
     def plot(figure: "Drawing") -> None:
         axes = figure.subplots()
-        saved = [head["relative_error"]["value"] for head in heads]
-        redrawn = [(head["redrawn_relative_error"] or {"value": np.nan})["value"] for head in heads]
         places = range(len(heads))
-        axes.plot(places, saved, label="the saved draw", **ALL_MARK.points)
-        axes.plot(places, redrawn, label="fresh draws", **BASELINE_MARKS[0].points)
+        for key, label, mark in (
+            ("relative_error", "the saved draw", ALL_MARK),
+            ("redrawn_relative_error", "fresh draws", BASELINE_MARKS[0]),
+        ):
+            drawn = [(place, head[key]) for place, head in zip(places, heads, strict=True) if head[key] is not None]
+            spans = np.array([_span(estimate) for _, estimate in drawn]).reshape(-1, 2)
+            axes.errorbar([place for place, _ in drawn], [estimate["value"] for _, estimate in drawn], yerr=spans.T,
+                          label=label, elinewidth=1, **mark.points)  # fmt: skip
         axes.set_xticks(places, names, rotation=60 if len(names) > 12 else 0)
         axes.set_ylim(bottom=0)
-        axes.set(xlabel="layer.head", ylabel="relative error of the output")
+        axes.set(xlabel="layer.head", ylabel="relative error, 95 % interval")
         figure.legend(loc="outside upper left", ncols=2)
 
     mean = float(np.mean([head["relative_error"]["value"] for head in heads]))

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protlm.choices import SplitName
-from protlm.inference.residue_similarity import STANDARD_RESIDUES, compare_with_blosum62
-from protlm.vocabulary import RESIDUES
-from protlm.workflows.evaluate.report import EvalReport, SplitReport
+from protlm.workflows.evaluate.page_numbers import span, with_interval
+from protlm.workflows.evaluate.report import EvalReport
 from protlm.workflows.pages.figures import draw, matrix
 from protlm.workflows.pages.page import Block, ColumnKind, Figure, Section, Table
-from protlm.workflows.pages.palette import BASELINE_MARKS, SPLIT_MARKS
+from protlm.workflows.pages.palette import BASELINE_MARKS, LIGHT, SPLIT_MARKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +21,8 @@ CHEMISTRY = "AVLIMFWYCGPSTNQHKRDE"
 _SHOWN_LABELS = 30
 _FEWEST_SHOWN = 20
 """Residues in a bin below which its fraction is noise."""
+_MOST_LEVEL_NAMES = 6
+"""Names of bins that stand beside each other; more are turned."""
 _KINDS: tuple[ColumnKind, ...] = ("text", "text", "number", "number", "number")
 
 
@@ -35,7 +36,8 @@ def calibration_section(report: EvalReport) -> Section:
             points = [
                 (row["confidence"], row["accuracy"]) for row in split.calibration if row["num_targets"] >= _FEWEST_SHOWN
             ]
-            axes.plot(*np.array(points).reshape(-1, 2).T, label=name, marker=_mark(name).marker, **_mark(name).line)
+            axes.plot(*np.array(points).reshape(-1, 2).T, label=name, marker=_mark(name).marker, clip_on=False,
+                      **_mark(name).line)  # fmt: skip
         axes.set(xlabel="probability of the most probable residue", ylabel="fraction correct", xlim=(0, 1), ylim=(0, 1))
         figure.legend(loc="outside upper left", ncols=2)
 
@@ -58,13 +60,30 @@ def residues_section(report: EvalReport) -> Section:
     """Returns the scores by residue, the confusion of residues, and what it has to do with BLOSUM62."""
     split = next(iter(report.splits.values()))
     confusion = split.breakdowns["confusion"]
-    order = [RESIDUES.index(letter) for letter in CHEMISTRY]
-    probabilities = np.array(confusion["mean_probabilities"])[np.ix_(order, order)]
+    probabilities = by_chemistry(np.array(confusion["mean_probabilities"]), confusion["residues"])
     blocks: list[Block] = [_residue_figure(report), _confusion_figure(report.split, probabilities)]
-    substitutions = substitution_log_odds(split)
-    if substitutions is not None:
-        blocks.append(_substitution_figure(report.split, substitutions))
+    if split.breakdowns["substitutions"] is not None:
+        blocks.append(_substitution_figure(report.split, split.breakdowns["substitutions"]))
     return Section("residues", "Which residues?", blocks)
+
+
+def by_chemistry(values: "np.ndarray[Any, Any]", residues: str) -> "np.ndarray[Any, Any]":
+    """Returns a matrix of residues by residues with those of `CHEMISTRY`, in that order."""
+    order = [residues.index(letter) for letter in CHEMISTRY]
+    ordered: np.ndarray[Any, Any] = values[np.ix_(order, order)]
+    return ordered
+
+
+def agreement_words(agreement: dict[str, Any]) -> str:
+    """Returns the agreement of a similarity of residues with BLOSUM62 as a sentence."""
+    pearson, spearman = (
+        "unknown" if agreement[key] is None else f"{agreement[key]:+.2f}".replace("-", "−")
+        for key in ("pearson", "spearman")
+    )
+    return (
+        f"Over the {agreement['num_pairs']} pairs of different residues it agrees with BLOSUM62 by Pearson {pearson} "
+        f"and Spearman {spearman} (1 is full agreement, 0 none)."
+    )
 
 
 def _residue_figure(report: EvalReport) -> Block:
@@ -72,15 +91,20 @@ def _residue_figure(report: EvalReport) -> Block:
         axes = figure.subplots()
         width = 0.8 / len(report.splits)
         for number, (name, split) in enumerate(report.splits.items()):
-            accuracy = {row["name"]: row["accuracy"] for row in split.breakdowns["residues"]}
-            places = np.arange(len(CHEMISTRY)) + (number - (len(report.splits) - 1) / 2) * width
-            axes.bar(places, [accuracy.get(letter, 0.0) for letter in CHEMISTRY], width, label=name, **_mark(name).bars)
+            of_letter = {row["name"]: row for row in split.breakdowns["residues"] if row["name"] in CHEMISTRY}
+            places = [CHEMISTRY.index(letter) + (number - (len(report.splits) - 1) / 2) * width for letter in of_letter]
+            heights = [row["accuracy"] for row in of_letter.values()]
+            spans = np.array([span(row, "accuracy") for row in of_letter.values()])
+            axes.bar(places, heights, width, label=name, **_mark(name).bars)
+            axes.errorbar(
+                places, heights, yerr=spans.T, linestyle="none", color=LIGHT["ink"], elinewidth=0.8, capsize=0
+            )
         axes.set_xticks(range(len(CHEMISTRY)), list(CHEMISTRY))
-        axes.set(xlabel="true residue, ordered by chemistry", ylabel="accuracy")
+        axes.set(xlabel="true residue, ordered by chemistry", ylabel="accuracy, 95 % interval")
         figure.legend(loc="outside upper left", ncols=4)
 
     rows = [
-        (name, row["name"], f"{row['num_targets']:,}", f"{row['accuracy']:.3f}", f"{row['perplexity']:.2f}")
+        (name, row["name"], f"{row['num_targets']:,}", with_interval(row, "accuracy"), with_interval(row, "perplexity"))
         for name, split in report.splits.items()
         for row in split.breakdowns["residues"]
     ]
@@ -110,31 +134,8 @@ def _confusion_figure(name: str, probabilities: "np.ndarray[Any, Any]") -> Block
     return Figure(draw(plot, "Mean predicted probability by true residue", height=4.6), reading, data)
 
 
-def substitution_log_odds(split: SplitReport) -> "np.ndarray[Any, Any] | None":
-    """Returns log₂ of how much more often residue b is predicted where a stands than anywhere, symmetrised; (20, 20).
-
-    In the order of `STANDARD_RESIDUES`; None if a standard residue was not scored, or a pair has no probability.
-    """
-    confusion, counts = (
-        split.breakdowns["confusion"],
-        {r["name"]: r["num_targets"] for r in split.breakdowns["residues"]},
-    )
-    if any(letter not in counts for letter in STANDARD_RESIDUES):
-        return None
-    places = [RESIDUES.index(letter) for letter in STANDARD_RESIDUES]
-    given = np.array(confusion["mean_probabilities"])[np.ix_(places, places)]
-    if not (given > 0).all():
-        return None
-    weights = np.array([counts[letter] for letter in STANDARD_RESIDUES], dtype=np.float64)
-    anywhere = weights @ given / weights.sum()
-    odds = np.log2(given / anywhere)
-    symmetric: np.ndarray[Any, Any] = (odds + odds.T) / 2
-    return symmetric
-
-
-def _substitution_figure(name: str, log_odds: "np.ndarray[Any, Any]") -> Block:
-    places = [STANDARD_RESIDUES.index(letter) for letter in CHEMISTRY]
-    shown = log_odds[np.ix_(places, places)].copy()
+def _substitution_figure(name: str, substitutions: dict[str, Any]) -> Block:
+    shown = by_chemistry(np.array(substitutions["log_odds"]), substitutions["residues"])
     np.fill_diagonal(shown, np.nan)
 
     def plot(figure: "Drawing") -> None:
@@ -142,13 +143,9 @@ def _substitution_figure(name: str, log_odds: "np.ndarray[Any, Any]") -> Block:
         matrix(axes, shown, list(CHEMISTRY), list(CHEMISTRY), label="log-odds, bits", diverging=True)
         axes.set(xlabel="residue", ylabel="residue")
 
-    agreement = compare_with_blosum62(log_odds)
-    pearson, spearman = (
-        "unknown" if value is None else f"{value:+.2f}" for value in (agreement.pearson, agreement.spearman)
-    )
     reading = (
-        f"Which residues the model takes for each other on {name}. Over pairs of different residues it agrees with "
-        f"BLOSUM62 by Pearson {pearson} and Spearman {spearman} (1 is full agreement)."
+        f"Which residues the model takes for each other on {name}: blue more often than by chance, orange less. "
+        f"{agreement_words(substitutions['blosum62'])}"
     )
     rows = [
         (letter, *("" if np.isnan(value) else f"{value:+.2f}" for value in line))
@@ -160,36 +157,42 @@ def _substitution_figure(name: str, log_odds: "np.ndarray[Any, Any]") -> Block:
 def lengths_section(report: EvalReport) -> Section:
     """Returns the scores by length of the protein and by distance from either end."""
     blocks = [
-        _binned_figure(report, "lengths", "length of the protein, residues", "Perplexity by length of the protein"),
-        _binned_figure(report, "from_n_terminus", "residues from the N-terminus", "Perplexity near the N-terminus"),
-        _binned_figure(report, "from_c_terminus", "residues from the C-terminus", "Perplexity near the C-terminus"),
+        _binned_figure(report, "lengths", "length of the protein, residues", "in proteins of {} residues"),
+        _binned_figure(report, "from_n_terminus", "residues from the N-terminus", "{} residues from the N-terminus"),
+        _binned_figure(report, "from_c_terminus", "residues from the C-terminus", "{} residues from the C-terminus"),
     ]
     return Section("lengths", "Which proteins, and where in them?", blocks)
 
 
-def _binned_figure(report: EvalReport, key: str, axis: str, label: str) -> Block:
+def _binned_figure(report: EvalReport, key: str, axis: str, place: str) -> Block:
     names = list(dict.fromkeys(row["name"] for split in report.splits.values() for row in split.breakdowns[key]))
     names.sort(key=lambda name: int(name.rstrip("+").partition("-")[0]))
 
     def plot(figure: "Drawing") -> None:
         axes = figure.subplots()
-        for name, split in report.splits.items():
-            points = [(names.index(row["name"]), row["perplexity"]) for row in split.breakdowns[key]]
-            axes.plot(*zip(*points, strict=True), label=name, marker=_mark(name).marker, **_mark(name).line)
-        axes.set_xticks(range(len(names)), names, rotation=30)
-        axes.set(xlabel=axis, ylabel="perplexity")
+        for number, (name, split) in enumerate(report.splits.items()):
+            rows = [row for row in split.breakdowns[key] if np.isfinite(row["perplexity"])]
+            # Beside each other, so that no interval hides another.
+            places = [names.index(row["name"]) + 0.12 * (number - (len(report.splits) - 1) / 2) for row in rows]
+            spans = np.array([span(row, "perplexity") for row in rows]).reshape(-1, 2)
+            axes.errorbar(places, [row["perplexity"] for row in rows], yerr=spans.T, label=name, elinewidth=1,
+                          marker=_mark(name).marker, **_mark(name).line)  # fmt: skip
+        axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > _MOST_LEVEL_NAMES else 0)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set(xlabel=axis, ylabel="perplexity, 95 % interval")
         figure.legend(loc="outside upper left", ncols=4)
 
     rows = [
-        (name, row["name"], f"{row['num_targets']:,}", f"{row['accuracy']:.3f}", f"{row['perplexity']:.2f}")
+        (name, row["name"], f"{row['num_targets']:,}", with_interval(row, "accuracy"), with_interval(row, "perplexity"))
         for name, split in report.splits.items()
         for row in split.breakdowns[key]
     ]
     own = next(iter(report.splits.values())).breakdowns[key]
     best = min(own, key=lambda row: row["perplexity"])
-    reading = f"On {report.split} perplexity is lowest at {best['name']} ({best['perplexity']:.2f})."
+    where = place.format(best["name"].replace("-", " to ").replace("+", " or more"))
+    reading = f"On {report.split} perplexity is lowest {where}: {with_interval(best, 'perplexity')}."
     data = Table(("split", axis, "scored", "accuracy", "perplexity"), rows, _KINDS)
-    return Figure(draw(plot, label), reading, data)
+    return Figure(draw(plot, f"Perplexity by {axis}"), reading, data)
 
 
 def labels_section(report: EvalReport) -> Section | None:

@@ -26,7 +26,7 @@ Svg = NewType("Svg", str)
 """An SVG element of `draw`, the only markup that a page takes as it is."""
 
 WIDTH_INCHES = 5.2
-"""The width of a figure that is shown whole on a screen of 360 pixels, and whose letters are then 7 pixels high."""
+"""The usual width of a figure. On a small screen a figure is scrolled in its own box: its letters keep 10 pixels."""
 
 # Text is measured in the font that comes with matplotlib, so that the layout is the same on every machine; the page
 # shows it in a font of the reader's system, most of which are narrower.
@@ -64,7 +64,7 @@ def draw(plot: Callable[["Figure"], None], label: str, *, height: float = 2.8, w
             shown as it is, so that a logarithmic axis needs a formatter of its own, such as "{x:,g}".
         label: What the figure shows, for readers who do not see it.
         height: Height in inches; a line of text is an eighth of an inch.
-        width: Width in inches, at most 7.2; a wider one than `WIDTH_INCHES` is scrolled on a small screen.
+        width: Width in inches, at most 7.2.
     """
     with _matplotlib_style(), warnings.catch_warnings():
         from matplotlib.figure import Figure

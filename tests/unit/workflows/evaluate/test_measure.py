@@ -29,7 +29,7 @@ def masks(rate=0.15, **options):
 def targets_of(model, split, settings):
     """Returns the targets of each mask: a set of (record, position) each."""
     targets = {}
-    watch = lambda mask, _row, scores: targets.setdefault(mask, []).extend(  # noqa: E731
+    watch = lambda mask, scores, _: targets.setdefault(mask, []).extend(  # noqa: E731
         zip(scores.records.tolist(), scores.positions.tolist(), strict=True)
     )
     sums = measure_split(model, split, settings, {}, watchers=(watch,))
@@ -88,7 +88,7 @@ def test_rows_without_targets_are_passed_over(model):
 def test_the_predictions_of_a_row_are_let_go_before_the_next_but_one(model):
     predictions, numbers = [], []
 
-    def watch(_mask, _row, scores):
+    def watch(_mask, scores, _resampled):
         predictions.append(weakref.ref(scores.log_probabilities))
         numbers.append(sum(array() is not None for array in predictions))
 

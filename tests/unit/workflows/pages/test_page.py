@@ -58,7 +58,7 @@ def test_a_table_has_columns_of_their_kinds_and_strong_rows():
     page = page_of(table)
     assert rows_of(page) == [["a", "1", "ff"], ["b", "2", "ee"]]
     assert '<tr class="strong"><td class="text">b</td><td class="number">2</td><td class="code">ee</td>' in page
-    assert "<caption>Scores</caption>" in page
+    assert '<p class="caption" aria-hidden="true">Scores</p>\n<div class="scroll"><table aria-label="Scores">' in page
     assert '<th scope="col" class="number">score</th>' in page
     assert page.count("strong") - page.count("tr.strong") == 1
 
