@@ -43,7 +43,7 @@ def cost(settings: Settings, folder: Path) -> Section:
     if not can_measure_memory():
         notes.append("Memory is not measured: this system has no /proc/self/clear_refs.")
     return Section(
-        "Time grows linearly with length, and memory hardly",
+        "Time grows linearly with length, and memory no faster",
         [
             "Section 3.1: O(L·M·d) time, where exact attention takes O(L²·d). Memory above inputs and outputs: FAVOR "
             "keeps one state of M × (d + 1) numbers a head and a stretch of features; the causal backward keeps M "
