@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from protlm import open_embeddings
+from protlm import open_embeddings, read_records
 from protlm.cli.app import main
 from scripts import demo
 from tests.e2e.conftest import write_fasta
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.py"
+FAMILIES = Path(__file__).parents[2] / "data" / "families"
 NUM_PROTEINS = 60
 
 
@@ -70,6 +71,8 @@ def test_without_a_file_the_demo_learns_the_families_and_scores_both_held_out_sp
         assert str(tmp_path) in path or Path(path).exists(), path
     assert train[-3:] == ["--max-steps", "7", "--force"]
     assert [evaluated[place + 1] for place, word in enumerate(evaluated) if word == "--split"] == ["test", "ood"]
+    shown = evaluated[evaluated.index("--attention") + 1]
+    assert any(record.id == shown for name in ("test", "ood") for record in read_records(FAMILIES / f"{name}.fasta.gz"))
     assert embed[2] == prep[1]
 
 
