@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from protlm.cli.app import main
+from protlm.data.storage.dataset import open_dataset
 from protlm.workflows.pages.figures import draw, matrix
 from protlm.workflows.pages.page import Figure, KeyValues, Page, Section, Table, Text, Warnings, render
 from protlm.workflows.pages.palette import DARK, LIGHT, MODEL_MARKS, SPLIT_MARKS
@@ -30,6 +31,11 @@ addEventListener("load", () => {
     const box = mark.getBoundingClientRect(), style = getComputedStyle(mark);
     return box.width + box.height > 1 && !(style.fill === "none" && style.stroke === "none");
   };
+  document.querySelectorAll("details").forEach(details => details.open = true);
+  const letter_height = text => {
+    const {a, b} = text.getScreenCTM();
+    return parseFloat(getComputedStyle(text).fontSize) * Math.hypot(a, b);
+  };
   const probe = {
     width: innerWidth,
     background: getComputedStyle(document.documentElement).backgroundColor,
@@ -44,6 +50,7 @@ addEventListener("load", () => {
       height: svg.getBoundingClientRect().height,
       marks: [...svg.querySelectorAll("path, use, image")].filter(is_drawn).length,
       ink: getComputedStyle(svg.querySelector("text")).fill,
+      letters: Math.min(...[...svg.querySelectorAll("text")].map(letter_height)),
     })),
   };
   parent.postMessage(JSON.stringify(probe), "*");
@@ -110,6 +117,19 @@ def comparison_page(dataset, run_dir, tmp_path_factory):
     return (folder / "comparison.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def evaluation_page(tmp_path_factory, run_dir, dataset):
+    """The page of an evaluation of two splits, with attention maps and the approximation."""
+    out = tmp_path_factory.mktemp("evaluation")
+    shown = open_dataset(dataset).split("test").id(0)
+    options = ["--split", "test", "--split", "valid", "--attention", shown, "--approximation"]
+    assert main(["eval", str(run_dir), str(dataset), *options, "--out", str(out / "report")]) == 0
+    page = (out / "report" / "report.html").read_text(encoding="utf-8")
+    for label in ("Attention maps of", "Error of the attention by head", "Perplexity by residues from the C-terminus"):
+        assert label in page
+    return page
+
+
 def opened(page, folder, *, width, dark):
     """Opens a page, and returns its measurements by the probe; fails on anything that is printed on the console."""
     (folder / "page.html").write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
@@ -129,7 +149,7 @@ def rgb(color):
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1400])
-@pytest.mark.parametrize("name", ["full_page", "dataset_page", "comparison_page"])
+@pytest.mark.parametrize("name", ["full_page", "dataset_page", "comparison_page", "evaluation_page"])
 def test_a_page_is_whole_in_a_browser(request, tmp_path, name, width, dark):
     page = request.getfixturevalue(name)
     probe = opened(page, tmp_path, width=width, dark=dark)
@@ -143,6 +163,7 @@ def test_a_page_is_whole_in_a_browser(request, tmp_path, name, width, dark):
         assert figure["marks"] > 10, figure
         assert figure["width"] >= 320, figure
         assert figure["height"] > 100, figure
+        assert figure["letters"] >= 9, figure
         assert figure["ink"] in (rgb(colors["ink"]), rgb(colors["soft"])), figure
 
 

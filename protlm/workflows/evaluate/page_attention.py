@@ -49,7 +49,7 @@ def _maps_figure(protein: dict[str, Any]) -> Block:
             top = float(np.quantile(picture, 0.99)) or float(picture.max()) or 1.0
             axes.imshow(picture, cmap=heat_map(), vmin=0, vmax=top, interpolation="nearest",
                         extent=(0, protein["num_tokens"], protein["num_tokens"], 0))  # fmt: skip
-            axes.set_title(f"{head['layer']}.{head['head']} {head['pattern']}", fontsize=8)
+            axes.set_title(f"{head['layer']}.{head['head']} {head['pattern']}", fontsize=8.5)
             axes.set_xticks([0, protein["num_tokens"]])
             axes.set_yticks([0, protein["num_tokens"]])
             axes.grid(visible=False)

@@ -158,8 +158,12 @@ def lengths_section(report: EvalReport) -> Section:
     """Returns the scores by length of the protein and by distance from either end."""
     blocks = [
         _binned_figure(report, "lengths", "length of the protein, residues", "in proteins of {} residues"),
-        _binned_figure(report, "from_n_terminus", "residues from the N-terminus", "{} residues from the N-terminus"),
-        _binned_figure(report, "from_c_terminus", "residues from the C-terminus", "{} residues from the C-terminus"),
+        _binned_figure(
+            report, "from_n_terminus", "residues from the N-terminus", "at a distance of {} from the N-terminus"
+        ),
+        _binned_figure(
+            report, "from_c_terminus", "residues from the C-terminus", "at a distance of {} from the C-terminus"
+        ),
     ]
     return Section("lengths", "Which proteins, and where in them?", blocks)
 
@@ -208,7 +212,8 @@ def labels_section(report: EvalReport) -> Section | None:
                  f"{row['perplexity']:.2f}")
                 for row in labels["rows"][:_SHOWN_LABELS]
             ]  # fmt: skip
-            caption = f"The largest of {labels['num_labels']:,} {plural} of {name}."
+            which = "The" if labels["num_labels"] == len(rows) else "The largest of"
+            caption = f"{which} {labels['num_labels']:,} {plural} of {name}."
             blocks.append(Table((kind, "proteins", "scored", "accuracy", "perplexity"), rows, caption=caption))
     return Section("labels", "Which families?", blocks) if blocks else None
 
