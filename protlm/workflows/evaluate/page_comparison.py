@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from protlm.choices import SplitName
 from protlm.workflows.evaluate.comparison import Comparison
-from protlm.workflows.evaluate.page import METRIC_NAMES, with_interval
+from protlm.workflows.evaluate.page import METRIC_NAMES
 from protlm.workflows.evaluate.page_comparison_details import (
     calibration_section,
     lengths_section,
     residues_section,
     short_names,
 )
+from protlm.workflows.evaluate.page_numbers import with_interval
 from protlm.workflows.evaluate.report import ROW_NAMES
 from protlm.workflows.evaluate.saved_report import SavedRow
 from protlm.workflows.pages.figures import draw
