@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 
 from protlm.inference.residue_scores import ResidueScores
@@ -134,7 +135,9 @@ class MetricSums:
         if keys and len(self._units) < FEWEST_UNITS:
             self._units.update(keys)
         self.total += sums.sum(axis=0)
-        self.replicates += weights.T @ sums
+        # By torch: NumPy's threads would spin after each product, on the cores of the next forward pass. Copied, since
+        # where an array begins in memory may change the last digit.
+        self.replicates += (torch.tensor(weights).T @ torch.tensor(sums)).numpy()
 
     def resampled(self) -> np.ndarray:
         """Returns the replicates, (replicates, NUM_SUMS); NaN if fewer than `FEWEST_UNITS` proteins were resampled.
