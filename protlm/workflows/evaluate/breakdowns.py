@@ -155,8 +155,11 @@ class Breakdowns:
         ):
             breakdown.add(groups, nll, correct, places, resampled)
         predicted = scores.log_probabilities[:, _RESIDUE_COLUMNS]
-        np.add.at(self._probabilities, residues, np.exp(predicted, dtype=np.float64))
-        np.add.at(self._predictions, (residues, predicted.argmax(axis=1)), 1)
+        cells = residues[:, None] * NUM_RESIDUES + np.arange(NUM_RESIDUES)
+        probabilities = np.exp(predicted, dtype=np.float64).ravel()
+        self._probabilities += np.bincount(cells.ravel(), probabilities, NUM_RESIDUES**2).reshape(-1, NUM_RESIDUES)
+        pairs = residues * NUM_RESIDUES + predicted.argmax(axis=1)
+        self._predictions += np.bincount(pairs, minlength=NUM_RESIDUES**2).reshape(-1, NUM_RESIDUES)
         self._add_labels(resampled.records, places, nll, correct)
 
     def _add_labels(self, members: np.ndarray, places: np.ndarray, nll: np.ndarray, correct: np.ndarray) -> None:
