@@ -97,6 +97,19 @@ def replicate_weights(keys: Sequence[bytes], seed: int, num_replicates: int = NU
     return weights
 
 
+def replicated(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Returns the sums of every replicate, float64 (replicates, columns).
+
+    Args:
+        weights: How often each replicate draws each protein, float64 (proteins, replicates).
+        sums: The sums of each protein, float64 (proteins, columns).
+    """
+    # By torch: NumPy's threads would spin after each product, on the cores of the next forward pass. Copied, since
+    # where an array begins in memory may change the last digit.
+    product: np.ndarray = (torch.tensor(weights).T @ torch.tensor(sums)).numpy()
+    return product
+
+
 class Resampled(NamedTuple):
     """The proteins of a row that have targets, and how often each replicate draws them.
 
@@ -135,9 +148,7 @@ class MetricSums:
         if keys and len(self._units) < FEWEST_UNITS:
             self._units.update(keys)
         self.total += sums.sum(axis=0)
-        # By torch: NumPy's threads would spin after each product, on the cores of the next forward pass. Copied, since
-        # where an array begins in memory may change the last digit.
-        self.replicates += (torch.tensor(weights).T @ torch.tensor(sums)).numpy()
+        self.replicates += replicated(weights, sums)
 
     def resampled(self) -> np.ndarray:
         """Returns the replicates, (replicates, NUM_SUMS); NaN if fewer than `FEWEST_UNITS` proteins were resampled.

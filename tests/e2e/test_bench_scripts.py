@@ -12,14 +12,15 @@ import pytest
 
 from protlm.data import compiled
 from scripts.bench import evaluate as evaluate_bench
+from scripts.bench import evaluate_measurements, harness, prep
 from scripts.bench import fasta as fasta_bench
-from scripts.bench import harness, prep
 from scripts.bench.harness import Report, median, ratio
 from scripts.measuring import take_turns
 from tests.e2e.conftest import write_fasta
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "RESULTS.md"
+BOTH_SIDES = (evaluate_measurements.EVAL, evaluate_measurements.FORWARD)
 SCRIPTS = ("attention", "embed", "evaluate", "fasta", "prep", "train_step")
 
 
@@ -207,11 +208,31 @@ def test_other_digests_end_the_run_of_fasta_without_a_figure(wrong, fasta, monke
     assert capsys.readouterr().out == ""
 
 
-def test_a_tiny_run_of_evaluate_compares_evaluation_with_forward_passes(proteins, tmp_path, capsys):
+@pytest.fixture
+def small_fasta(proteins, tmp_path):
     write_fasta(tmp_path / "small.fasta", sorted(proteins, key=lambda protein: len(protein[1]))[:60])
-    evaluate_bench.main(
-        ["--fasta", str(tmp_path / "small.fasta"), "--repeats", "1", "--test-fraction", "0.3", "--json"]
-    )
+    return str(tmp_path / "small.fasta")
+
+
+def test_a_tiny_run_of_evaluate_compares_evaluation_with_forward_passes(small_fasta, capsys):
+    evaluate_bench.main(["--fasta", small_fasta, "--repeats", "1", "--test-fraction", "0.3", "--json"])
     content = json.loads(capsys.readouterr().out)
     assert content["measured"]["proteins"] > 5
     assert content["figures"][0]["value"] > 0
+    assert len(content["figures"]) == 1
+
+
+def test_the_peaks_of_evaluate_are_those_of_a_tenth_and_of_all_proteins(small_fasta, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_measurements, "speed", lambda *_: {name: {"seconds": [1.0]} for name in BOTH_SIDES})
+    monkeypatch.setattr(evaluate_measurements, "in_a_process", lambda _, function, **given: function(**given))
+    evaluate_bench.main(["--fasta", small_fasta, "--memory", "--repeats", "1", "--test-fraction", "0.8", "--json"])
+    few, many = json.loads(capsys.readouterr().out)["figures"][1:]
+    assert 0 < int(few["where"].split()[0]) < int(many["where"].split()[0])
+    assert all(figure["value"] > 10 and figure["unit"] == " MiB" for figure in (few, many))
+
+
+def test_other_losses_end_the_run_of_evaluate_without_a_figure(small_fasta, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_measurements, "forward", lambda *_: 1.0)
+    with pytest.raises(SystemExit, match="nothing is reported"):
+        evaluate_bench.main(["--fasta", small_fasta, "--repeats", "1", "--test-fraction", "0.3"])
+    assert capsys.readouterr().out == ""

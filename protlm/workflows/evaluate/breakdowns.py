@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from protlm.data.storage.dataset import Split
-from protlm.inference.metrics import FEWEST_UNITS, NUM_REPLICATES, Resampled, estimate
+from protlm.inference.metrics import FEWEST_UNITS, NUM_REPLICATES, Resampled, estimate, replicated
 from protlm.inference.residue_scores import ResidueScores
 from protlm.inference.residue_similarity import STANDARD_RESIDUES, compare_with_blosum62
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES
@@ -62,7 +62,8 @@ class _Groups:
         ]
         terms = np.stack(columns, axis=2)
         self.sums += terms.sum(axis=0)
-        self._replicates += (resampled.weights.T @ terms.reshape(shape[0], -1)).reshape(self._replicates.shape)
+        replicates = replicated(resampled.weights, terms.reshape(shape[0], -1))
+        self._replicates += replicates.reshape(self._replicates.shape)
         for group, units in enumerate(self._units):
             if len(units) < FEWEST_UNITS:
                 units.update(resampled.keys[place] for place in np.flatnonzero(columns[0][:, group]).tolist())
