@@ -32,6 +32,7 @@ STDIN = "-"
 """The input that stands for the standard input."""
 
 _BLOCK_BYTES = 4 << 20
+_LEAST_BLOCK_BYTES = 1 << 16
 # Enough for every mark below; that of a tar archive comes last.
 _MAGIC_BYTES = 512
 _HEAD_BYTES = 1 << 16
@@ -107,7 +108,8 @@ class Expanded:
 class SourceBlocks:
     """Iterates once over the uncompressed bytes of a file, in blocks of a few MiB at most.
 
-    Memory is bounded, however far the file expands.
+    Memory is bounded, however far the file expands. A file that is written to in the meantime is an error at its end:
+    what was read may be neither its old content nor its new one.
 
     Attributes:
         block_bytes: Read from disk at once, by all instances.
@@ -139,7 +141,12 @@ class SourceBlocks:
         digest = hashlib.sha256()
         try:
             with _open(self._path) as file:
+                state = _state(file)
                 yield from self._unpacked(self._raw_blocks(file, digest.update), is_pipe=not file.seekable())
+                if _state(file) != state:
+                    raise ProtlmError(
+                        f"{self._path}: changed while it was read; wait until it is complete, and start again"
+                    )
         except OSError as error:
             raise _unreadable(self._path, error) from error
         self.sha256 = digest.hexdigest()
@@ -156,7 +163,7 @@ class SourceBlocks:
                 yield first
             yield from raw_blocks
             return
-        blocks = _decompressed(self._path, compression, _small_blocks(first, raw_blocks, self.feed_bytes))
+        blocks = _gathered(_decompressed(self._path, compression, _small_blocks(first, raw_blocks, self.feed_bytes)))
         first = _beginning(blocks)
         if message := _unreadable_kind(first):
             raise ProtlmError(f"{self._path}: {compression.name} data that hold {message}")
@@ -303,6 +310,15 @@ def _open(path: str | Path) -> Any:
     return open(path, "rb")
 
 
+def _state(file: BinaryIO) -> tuple[int, int] | None:
+    """Returns the size of an open file and the time of its last change, None for what is no file on disk."""
+    try:
+        status = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
 def _unreadable(path: str | Path, error: OSError) -> ProtlmError:
     reason = {
         FileNotFoundError: "no such file; check the spelling",
@@ -349,6 +365,20 @@ def _decompressed(path: str | Path, compression: _Compression, feed: Iterator[by
             member = compression.new()
         elif member.needs_input and not (data := next(feed, b"")):
             raise ProtlmError(f"{path}: the {compression.name} data end too early; copy or download the file again")
+
+
+def _gathered(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields the same bytes in blocks that are not small, because a file may consist of members of one byte."""
+    held: list[bytes] = []
+    num_bytes = 0
+    for block in blocks:
+        held.append(block)
+        num_bytes += len(block)
+        if num_bytes >= _LEAST_BLOCK_BYTES:
+            yield b"".join(held)
+            held, num_bytes = [], 0
+    if held:
+        yield b"".join(held)
 
 
 def _small_blocks(first: bytes, raw_blocks: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
