@@ -11,13 +11,18 @@ from protlm.data.parsing.entries import clean_entry, malformed
 from protlm.data.records import Record, shown
 from protlm.errors import RecordError
 
-# Nine tenths of an entry. Their content changes from release to release, and no record depends on it.
-_UNUSED_LINES = re.compile(rb"^(?:DT|GN|OG|OC|OH|R[NPCXGATL]|CC|KW|FT|\*\*|PE)(?: .*)?\n", re.MULTILINE)
+# Nine tenths of an entry. Their content changes from release to release, and no record depends on it. Of a line
+# Biopython looks at the first two letters alone, and some of these it joins in quadratic time.
+_UNUSED_LINES = re.compile(rb"^(?:DT|GN|OG|OC|OH|R[NPCXGATL]|CC|KW|FT|\*\*|PE)[^\n]*\n", re.MULTILINE)
 _ACCESSION = re.compile(rb"^AC   ([^;\s]+)", re.MULTILINE)
-_FULL_NAME = re.compile(r"(?:RecName|SubName): Full=(.*?)(?: \{[^{}]*\})?;")
-_FRAGMENT = re.compile(r"Flags: [^=]*?\b(Fragments?);")
+# An entry may have MAX_RECORD_BYTES: where these begin and end is sought once, one after the other, never together.
+_NAME_START = re.compile(r"(?:RecName|SubName): Full=")
+_NAME_END = re.compile(r"(?: \{[^{}]*+\})?;")
+_FLAGS = "Flags: "
+_FRAGMENT = re.compile(r"\b(Fragments?);")
 _TAXON_ID = re.compile(r"[0-9]{1,9}")
 # Biopython raises any of these for a line that it does not understand; its own errors are ValueErrors.
+_SHOWN_LETTERS = 200
 _BIOPYTHON_ERRORS = (ValueError, AssertionError, IndexError, KeyError)
 
 
@@ -46,7 +51,8 @@ def parse_entry(path: str | Path, text: bytes, line: int) -> tuple[Record, Count
     try:
         entry: Any = SwissProt.read(io.StringIO(used))  # type: ignore[no-untyped-call]
     except _BIOPYTHON_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # Some messages hold the whole line.
+        reason = " ".join(str(error)[:_SHOWN_LETTERS].split()) or type(error).__name__
         message = f"{name} cannot be read as a UniProtKB flat file ({reason})"
         raise malformed(path, line, message, record_id) from error
     if not record_id:
@@ -73,16 +79,25 @@ def parse_entry(path: str | Path, text: bytes, line: int) -> tuple[Record, Count
 
 
 def _description(entry: Any, taxon_id: int | None) -> str:
-    name = _FULL_NAME.search(entry.description)
     # Before 2008 the name was free text.
-    full_name = name[1] if name else entry.description.rstrip(".")
-    if name and (fragment := _FRAGMENT.search(entry.description)):
-        full_name += f" ({fragment[1]})"
+    full_name = entry.description.rstrip(".")
+    start = _NAME_START.search(entry.description)
+    if start and (end := _NAME_END.search(entry.description, start.end())):
+        full_name = entry.description[start.end() : end.start()] + _fragment(entry.description)
     organism = entry.organism.rstrip(".")
     words = (
         entry.entry_name, full_name, f"OS={organism}" if organism else "", f"OX={taxon_id}" if taxon_id else "",
     )  # fmt: skip
     return " ".join(filter(None, words))
+
+
+def _fragment(description: str) -> str:
+    """Returns the flag of a fragment in brackets, empty for a whole protein; flags stand behind all that has a `=`."""
+    for part in description.split("="):
+        _, _, flags = part.partition(_FLAGS)
+        if flags and (fragment := _FRAGMENT.search(flags)):
+            return f" ({fragment[1]})"
+    return ""
 
 
 def _families(references: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from protlm.errors import ProtlmError
 
 _PROLOG_NODE = re.compile(rb"\s+|<\?.*?\?>|<!--.*?-->", re.DOTALL)
 _ROOT = re.compile(rb"<(?:!DOCTYPE\s+)?([A-Za-z_:][^\s/>\[]*)")
-_ENCODING = re.compile(rb"""<\?xml\s[^>]*?\bencoding\s*=\s*["']([^"']*)["']""")
+_ENCODING = re.compile(rb"""<\?xml\s[^>]*?\bencoding\s*+=\s*+["']([^"']*)["']""")
 # The files of a UniRef release declare ISO-8859-1 and hold ASCII; a letter beyond that makes a bad entry.
 _ENCODINGS = ("utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1")
 _DEFINITIONS = (b"<!DOCTYPE", b"<!ENTITY")
@@ -37,7 +37,7 @@ def check_prolog(path: str | Path, head: bytes) -> None:
     end = _prolog_end(head)
     if head.startswith(_DEFINITIONS, end):
         raise definition_fault(path)
-    declared = _ENCODING.search(head, 0, end)
+    declared = _ENCODING.match(head.lstrip())
     if declared and declared[1].decode("ascii", "replace").lower() not in _ENCODINGS:
         encoding = declared[1].decode("ascii", "replace")
         raise ProtlmError(f"{path}: XML in the encoding {shown(encoding)}; convert the file to UTF-8")
