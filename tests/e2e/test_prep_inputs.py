@@ -11,9 +11,11 @@ import threading
 import pytest
 
 from protlm.cli.app import main
+from protlm.data import compiled
 from protlm.data.parsing.sources import zstd
 from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
+from protlm.workflows.prep import reading as prep_reading
 from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 from tests.e2e.prep_tools import SAMPLE, digests, error_line, ids, run_json, sequences
@@ -80,6 +82,48 @@ def test_comment_lines_above_the_first_record_are_no_fault(tmp_path):
     path.write_text("#A3M#\n# from somewhere\n>query\nMKV\n")
     prepare(PrepRequest(inputs=[path], out=tmp_path / "out", **ALL_TRAIN))
     assert sequences(tmp_path / "out", "train") == ["MKV"]
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_bad_record_may_have_an_id_of_any_length(tmp_path, capsys, monkeypatch, is_compiled):
+    # The line end after the header is missing, as if someone had joined the lines of titin.
+    monkeypatch.setattr(compiled, "is_available", lambda: is_compiled)
+    name = "titin" + "MTTQAPTFTQPLQSVVVLEGSTATFEAHISGFP" * 40_000
+    (tmp_path / "a.fasta").write_text(f">a\nMKV\n>{name}\n>b\nMKL\n>c\nM1\n")
+    arguments = ["prep", str(tmp_path / "a.fasta"), "--out", str(tmp_path / "out")]
+    line = error_line(capsys, *arguments)
+    assert "a.fasta:3: record 'titinMTTQAPTFTQPLQSVVVLEGSTATFEAHISGFPMTTQAPTFTQPLQSVVVLEGST…' has no sequence" in line
+    assert len(line) < 500
+    assert main([*arguments, "--on-bad-record", "skip", "--valid-fraction", "0", "--test-fraction", "0"]) == 0
+    assert ids(tmp_path / "out", "train") == ["a", "b"]
+    rows = (tmp_path / "out" / "rejects.tsv").read_text().splitlines()[1:]
+    assert rows == [f"a.fasta\t3\t{name}\tempty_sequence", "a.fasta\t7\tc\tillegal_character"]
+
+
+def test_rejects_are_listed_by_line_whatever_they_were_rejected_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(prep_reading, "PIECE_BYTES", 20)
+    texts = [
+        ">a\nMKV",
+        ">short1\nM",
+        ">bad1\n1",
+        ">long\nMKVVVV",
+        ">\nM",
+        ">short2\nM",
+        ">b\nMKL",
+        ">bad2",
+        ">short3\nM",
+    ]
+    (tmp_path / "a.fasta").write_text("\n".join(texts) + "\n")
+    report = prepare(PrepRequest(inputs=[tmp_path / "a.fasta"], out=tmp_path / "out", min_length=2, max_length=5,
+                                 on_bad_record="skip", **ALL_TRAIN))  # fmt: skip
+    rows = [row.split("\t")[1:] for row in (tmp_path / "out" / "rejects.tsv").read_text().splitlines()[1:]]
+    assert rows == [
+        ["3", "short1", "too_short"], ["6", "bad1", "illegal_character"], ["7", "long", "too_long"],
+        ["9", "", "empty_id"], ["11", "short2", "too_short"], ["15", "bad2", "empty_sequence"], ["16", "short3", "too_short"],
+    ]  # fmt: skip
+    assert report.manifest.rejects == {
+        "empty_id": 1, "empty_sequence": 1, "illegal_character": 1, "too_long": 1, "too_short": 3,
+    }  # fmt: skip
 
 
 def test_folders_and_patterns_stand_for_their_protein_files_in_order(tmp_path, capsys):

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import hashlib
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ FRAGMENTS = [
     b">", b"\n", b"\n", b"\n>", b"\n>", b"\n>id ", b" ", b"\t", b"\v", b"\f", b"*", b"**", b"-", b".", b"ACDEFGHIKL",
     b"MNPQ", b"lmx", b"J", b"j", b"BXZUO", b"7", b"n=12", b"n=", b" n=123456789 ", b" n=1234567890", b"TaxID=",
     b" TaxID=9606", b"OX=", b" OX=10", b" n=5x", b"=", "é\u00a0".encode(), b"\0", b"\x1c", b"_", b"@", b"[", b"`", b"{",
-    b"\n*", b"W" * 250,
+    b"\n*", b"W" * 250, b"\xe9", b"\xc3", b"\xa9", b"\xed\xa0\x80",
 ]  # fmt: skip
 
 HAND_CASES = [
@@ -104,6 +105,9 @@ def assert_as_twin(text):
         (explained,) = fasta.parse_fasta("file", text[bad.start : bad.end], Counter())
         moved = explained.moved(bad.line - 1)
         assert (str(moved), moved.reason, moved.record_id) == (str(error), error.reason, error.record_id)
+    expected = [(error.line, error.reason, error.record_id) for _, error in expected_bad]
+    reasons = [compiled_fasta.REASONS[code] for code in bad_records.reasons]
+    assert list(zip(bad_records.lines, reasons, bad_records.ids, strict=True)) == expected
 
 
 @needs_compiled_parser
@@ -130,6 +134,19 @@ def test_any_ascii_records_give_what_the_twin_gives(parts):
 def test_every_byte_in_a_sequence_is_treated_as_by_the_twin(byte):
     letter = bytes([byte])
     assert_as_twin(b">a\nMK" + letter + b"L\n>b\n" + letter + b"\n>c\nMK" + letter + b"\n")
+
+
+@needs_compiled_parser
+def test_a_header_is_utf8_where_python_says_so():
+    edges = [0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE,
+             0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF]  # fmt: skip
+    endings = [bytes(tail) for size in range(4) for tail in product(edges, repeat=size)]
+    assert_as_twin(
+        b"".join(b">a %c%s\nM\n" % (first, ending) for first in (0x61, *range(0xC0, 0x100)) for ending in endings[:700])
+    )
+    assert_as_twin(
+        b"".join(b">a" + bytes([first]) + ending + b"\nM\n" for first in (0xE0, 0xED, 0xF0, 0xF4) for ending in endings)
+    )
 
 
 @needs_compiled_parser

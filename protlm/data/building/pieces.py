@@ -22,9 +22,8 @@ from protlm.data.storage.shards import LABEL_COLUMNS
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 
-_MAGIC = b"protlm-piece 1\n"
+_MAGIC = b"protlm-piece 2\n"
 _HEADER_SIZE = struct.Struct("<q")
-_FAULT = ("line", "message", "reason", "record_id")
 # Enough for the header of any piece, since all its columns are known.
 _COLUMNS_START = 1 << 14
 
@@ -41,8 +40,8 @@ class PieceFile:
         num_records: Number of good records.
         num_lines: Number of line ends in the text.
         num_entries: Number of records, good or bad.
-        num_faults: Number of records and lines that could not be used.
-        first_fault: Line, message, reason and id of the first error to raise if nothing may be skipped.
+        fault_counts: Number of records and lines that could not be used, by reason.
+        first_fault: Number and message of the first fault to raise if nothing may be skipped.
         repairs: Letters repaired, by rule.
         has_numbered_ids: Whether an id holds a `#`.
     """
@@ -54,8 +53,8 @@ class PieceFile:
     num_records: int
     num_lines: int
     num_entries: int
-    num_faults: int
-    first_fault: tuple[int, str, str, str] | None
+    fault_counts: Mapping[str, int]
+    first_fault: tuple[int, str] | None
     repairs: Mapping[str, int] = field(default_factory=dict)
     has_numbered_ids: bool = False
 
@@ -106,8 +105,16 @@ class Piece:
 
     def faults(self) -> Iterator[tuple[int, str, str]]:
         """Yields the line in the piece, the id and the reason of each fault."""
-        ids, reasons = self.strings("faults/ids").to_list(), self.strings("faults/reasons").to_list()
-        return zip(self["faults/lines"].tolist(), ids, reasons, strict=True)
+        reasons = list(self.about["fault_counts"])
+        codes = self["faults/codes"].tobytes()
+        return zip(
+            self["faults/lines"].tolist(), self.strings("faults/ids"), map(reasons.__getitem__, codes), strict=True
+        )
+
+    def fault(self, number: int) -> tuple[int, str, str]:
+        """Returns the line in the piece, the id and the reason of one fault."""
+        reason = list(self.about["fault_counts"])[self["faults/codes"][number]]
+        return int(self["faults/lines"][number]), self.strings("faults/ids")[number], reason
 
 
 def write_piece(path: Path, parsed: ParsedPiece, *, text_hash: str, split: np.ndarray | None = None) -> None:
@@ -124,18 +131,21 @@ def write_piece(path: Path, parsed: ParsedPiece, *, text_hash: str, split: np.nd
     if split is not None:
         named_columns["split"] = split
     faults = parsed.faults
-    named_columns["faults/lines"] = (
-        np.frombuffer(faults.lines, dtype=np.int64) if faults else np.zeros(0, dtype=np.int64)
-    )
-    for name, strings in (("ids", Strings.of(faults.ids)), ("reasons", Strings.of(faults.reasons))):
-        named_columns |= {f"faults/{name}/bytes": strings.text, f"faults/{name}/offsets": strings.offsets}
+    ids = faults.ids
+    named_columns |= {
+        "faults/lines": np.array(faults.lines, dtype=np.int64),
+        "faults/codes": np.frombuffer(bytes(faults.codes), dtype=np.uint8),
+        "faults/ids/bytes": ids.text,
+        "faults/ids/offsets": ids.offsets,
+    }
     about = {
         "text_hash": text_hash,
         "num_records": len(table),
         "num_lines": parsed.num_lines,
         "num_entries": len(table) + parsed.faults.num_entries,
-        "num_faults": len(faults),
-        "first_fault": None if faults.first is None else [getattr(faults.first, name) for name in _FAULT],
+        "fault_counts": faults.counts,
+        # Its id stays in the columns: it may be as long as the file.
+        "first_fault": None if faults.first is None else [faults.first_place, faults.first.message],
         "repairs": dict(table.repairs),
         "has_numbered_ids": b"#" in table.ids.text.tobytes(),
     }

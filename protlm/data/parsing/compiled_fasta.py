@@ -14,6 +14,10 @@ from protlm.data.parsing.record_table import RecordTable
 from protlm.data.records import MAX_RECORD_BYTES
 from protlm.data.strings import Strings
 
+REASONS = ("empty_id", "header_not_utf8", "oversized", "illegal_character", "empty_sequence")
+"""The reasons why a record cannot be used, in the order of `Reason` in C++; those of `fasta.parse_fasta`."""
+_NOT_UTF8 = REASONS.index("header_not_utf8")
+
 
 class _Sizes(ctypes.Structure):
     """The C++ struct `FastaSizes`."""
@@ -28,6 +32,7 @@ class _Columns(ctypes.Structure):
         *((name, Pointer) for name in (
             "letters", "tokens", "offsets", "ids", "id_offsets", "descriptions", "description_offsets",
             "digests", "id_digests", "cluster_size", "taxon_id", "lines", "bad_records",
+            "bad_reasons", "bad_ids", "bad_id_offsets",
         )),
         ("repairs", Integer * len(vocabulary.REPAIRS)),
         ("num_records", Integer),
@@ -53,23 +58,36 @@ class BadRecord:
 
 
 class BadRecords(Sequence[BadRecord]):
-    """Bad records, made on access, because all records of a file may be bad."""
+    """Bad records, made on access, because all records of a file may be bad.
 
-    def __init__(self, rows: np.ndarray) -> None:
+    Attributes:
+        lines: Line of each fault in the text, from 1, int64.
+        reasons: Numbers of `REASONS`, uint8.
+        ids: Ids, empty where a record has none; what is not UTF-8 is replaced as Python does it.
+    """
+
+    def __init__(self, rows: np.ndarray, reasons: np.ndarray, ids: Strings) -> None:
+        self.lines = rows[:, 4]
+        self.reasons = reasons
+        self.ids = _in_utf8(ids) if (reasons == _NOT_UTF8).any() else ids
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return BadRecord(*self._rows[index].tolist())
+        return BadRecord(*self._rows[index, :4].tolist())
+
+
+def _in_utf8(ids: Strings) -> Strings:
+    return Strings.of(text.decode("utf-8", "replace") for text in ids.encoded())
 
 
 def parse_fasta(text: bytes) -> tuple[RecordTable, BadRecords]:
     r"""Returns the good records of a text as columns, and the places of the bad ones.
 
     Args:
-        text: Whole records, from a `>` on; `\n` line ends only, and headers in UTF-8.
+        text: Whole records, from a `>` on; `\n` line ends only.
 
     Raises:
         ValueError: The text does not start with `>`.
@@ -83,8 +101,7 @@ def parse_fasta(text: bytes) -> tuple[RecordTable, BadRecords]:
     arrays = _room_for(sizes, len(text))
     columns = _Columns(**{name: array.ctypes.data for name, array in arrays.items()})
     library.protlm_parse_fasta(text, len(text), MAX_RECORD_BYTES, ctypes.byref(columns))
-    bad_records = arrays["bad_records"][: columns.num_bad_records].copy()
-    return _table(arrays, columns), BadRecords(bad_records)
+    return _table(arrays, columns), _bad_records(arrays, columns.num_bad_records)
 
 
 def _room_for(sizes: _Sizes, num_bytes: int) -> dict[str, np.ndarray]:
@@ -103,8 +120,17 @@ def _room_for(sizes: _Sizes, num_bytes: int) -> dict[str, np.ndarray]:
         "cluster_size": np.empty(records, dtype=np.int32),
         "taxon_id": np.empty(records, dtype=np.int32),
         "lines": np.empty(records, dtype=np.int64),
-        "bad_records": np.empty((records, 4), dtype=np.int64),
+        "bad_records": np.empty((records, 5), dtype=np.int64),
+        "bad_reasons": np.empty(records, dtype=np.uint8),
+        "bad_ids": np.empty(header_bytes, dtype=np.uint8),
+        "bad_id_offsets": np.empty(records + 1, dtype=np.int64),
     }
+
+
+def _bad_records(arrays: dict[str, np.ndarray], number: int) -> BadRecords:
+    offsets = arrays["bad_id_offsets"][: number + 1].copy()
+    ids = Strings(arrays["bad_ids"][: offsets[-1]].copy(), offsets)
+    return BadRecords(arrays["bad_records"][:number].copy(), arrays["bad_reasons"][:number].copy(), ids)
 
 
 def _table(arrays: dict[str, np.ndarray], columns: _Columns) -> RecordTable:

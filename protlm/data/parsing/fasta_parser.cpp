@@ -2,7 +2,7 @@
 //
 // A plain C interface that compiled_fasta.py loads with ctypes: no Python header, no exception, no memory of its own.
 // The caller measures a text, allocates every array by these sizes, and has it parsed in one call. A record that cannot
-// be used is returned as a place in the text; fasta.py finds out what is wrong with it.
+// be used is returned as a place in the text, its id and the reason; fasta.py words the error.
 
 #include <cstddef>
 #include <cstdint>
@@ -128,6 +128,19 @@ std::int64_t clean(const Byte* place, const Byte* end, Byte* letters, std::int64
     return num_letters;
 }
 
+// Returns the number of line ends before the first letter for which `clean` refuses a body.
+std::int64_t line_ends_before_fault(const Byte* place, const Byte* end) {
+    const Byte* last = end;
+    while (last > place && tables.kind[last[-1]] >= kGap && tables.kind[last[-1]] <= kLineEnd) --last;
+    std::int64_t num_line_ends = 0;
+    for (; place < end; ++place) {
+        const Byte kind = tables.kind[*place];
+        if (kind == kIllegal || (kind == kStop && place + 1 != last)) break;
+        num_line_ends += kind == kLineEnd;
+    }
+    return num_line_ends;
+}
+
 constexpr std::int32_t kUnknown = -1;
 
 // Returns the number of one to nine digits that is the whole rest of a word, or kUnknown.
@@ -174,6 +187,27 @@ struct Header {
     }
 };
 
+// Returns whether bytes are UTF-8 as Python decodes it: no surrogates, no overlong forms, nothing above U+10FFFF.
+bool is_utf8(const Byte* place, const Byte* end) {
+    while (place < end) {
+        const Byte first = *place++;
+        if (first < 0x80) continue;
+        const int num_following = first >= 0xf0 ? 3 : first >= 0xe0 ? 2 : 1;
+        if (first < 0xc2 || first > 0xf4 || end - place < num_following) return false;
+        // The range of the second byte depends on the first; the others are 0x80 to 0xbf.
+        const Byte low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
+        const Byte high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
+        if (*place < low || *place > high) return false;
+        for (int i = 1; i < num_following; ++i)
+            if ((place[i] & 0xc0) != 0x80) return false;
+        place += num_following;
+    }
+    return true;
+}
+
+// In the order of compiled_fasta.REASONS.
+enum Reason : Byte { kNoId, kNotUtf8, kOversized, kIllegalCharacter, kNoSequence, kGood };
+
 // Writes the xxh3-128 of a text, high half first.
 inline void write_digest(const Byte* text, std::size_t size, std::uint64_t* digest) {
     const XXH128_hash_t hash = XXH3_128bits(text, size);
@@ -186,14 +220,14 @@ inline void write_digest(const Byte* text, std::size_t size, std::uint64_t* dige
 extern "C" {
 
 // Raised whenever a function or a structure below changes, so that a library built from an older source is not used.
-std::int64_t protlm_fasta_version() { return 1; }
+std::int64_t protlm_fasta_version() { return 2; }
 
 struct FastaSizes {
     std::int64_t num_records, header_bytes, longest_record;
 };
 
 // Room for every record of a text, which the caller has measured. Columns as in record_table.py; `bad_records` has
-// four numbers each: start, end, line, number of good records before it.
+// five numbers each: start, end, line, number of good records before it, line of the fault; reasons and ids have columns.
 struct FastaColumns {
     Byte* letters;
     Byte* tokens;
@@ -208,6 +242,9 @@ struct FastaColumns {
     std::int32_t* taxon_id;
     std::int64_t* lines;
     std::int64_t* bad_records;
+    Byte* bad_reasons;
+    Byte* bad_ids;
+    std::int64_t* bad_id_offsets;
     std::int64_t repairs[kNumRepairs];
     std::int64_t num_records, num_bad_records;
 };
@@ -229,7 +266,7 @@ void protlm_parse_fasta(const Byte* text, std::int64_t size, std::int64_t max_re
     const Byte* end = text + size;
     FastaColumns& c = *columns;
     std::int64_t line = 1, n = 0, num_bad = 0;
-    c.offsets[0] = c.id_offsets[0] = c.description_offsets[0] = 0;
+    c.offsets[0] = c.id_offsets[0] = c.description_offsets[0] = c.bad_id_offsets[0] = 0;
     for (const Byte* start = text; start < end;) {
         const Byte* header_end = find(start, end, '\n');
         const Byte* body_start = header_end == end ? end : header_end + 1;
@@ -248,11 +285,23 @@ void protlm_parse_fasta(const Byte* text, std::int64_t size, std::int64_t max_re
 
         // A record ends before the line end that comes before the next one.
         const Byte* record_end = body.next == end ? end : body.next - 1;
-        if (header.id == header.id_end || num_letters <= 0 || record_end - start - 1 > max_record_bytes) {
-            const std::int64_t bad[4] = {start - text, record_end - text, line, n};
-            std::memcpy(c.bad_records + 4 * num_bad++, bad, sizeof bad);
+        const std::size_t id_size = static_cast<std::size_t>(header.id_end - header.id);
+        const Reason reason = header.id == header.id_end                       ? kNoId
+                              : !is_utf8(header.id, header.description_end)    ? kNotUtf8
+                              : record_end - start - 1 > max_record_bytes      ? kOversized
+                              : num_letters < 0                                ? kIllegalCharacter
+                              : num_letters == 0                               ? kNoSequence
+                                                                               : kGood;
+        if (reason != kGood) {
+            const bool is_in_body = reason == kIllegalCharacter;
+            const std::int64_t fault = is_in_body ? line + 1 + line_ends_before_fault(body_start, body.next) : line;
+            const std::int64_t bad[5] = {start - text, record_end - text, line, n, fault};
+            std::memcpy(c.bad_records + 5 * num_bad, bad, sizeof bad);
+            c.bad_reasons[num_bad] = reason;
+            std::memcpy(c.bad_ids + c.bad_id_offsets[num_bad], header.id, id_size);
+            c.bad_id_offsets[num_bad + 1] = c.bad_id_offsets[num_bad] + static_cast<std::int64_t>(id_size);
+            ++num_bad;
         } else {
-            const std::size_t id_size = static_cast<std::size_t>(header.id_end - header.id);
             const std::size_t description_size = static_cast<std::size_t>(header.description_end - header.description);
             write_digest(letters, static_cast<std::size_t>(num_letters), c.digests + 2 * n);
             write_digest(header.id, id_size, c.id_digests + 2 * n);

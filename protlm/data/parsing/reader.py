@@ -130,7 +130,7 @@ def parse_piece(path: str | Path, piece: TextPiece) -> ParsedPiece:
     text = with_plain_line_ends(piece.text)
     if piece.format == "fasta" and not piece.oversized_lines and compiled.is_available():
         above, rest = fasta.split_head(text)
-        if rest and _is_utf8(rest):
+        if rest:
             return _parse_compiled(path, above, rest)
     repairs: Counter[str] = Counter()
     records: list[Record] = []
@@ -149,10 +149,14 @@ def _parse_compiled(path: str | Path, above: bytes, text: bytes) -> ParsedPiece:
     faults = Faults()
     if (fault := fasta.fault_above(path, above)) is not None:
         faults.add(fault)
-    for bad in bad_records:
-        (error,) = fasta.parse_fasta(path, text[bad.start : bad.end], Counter())
+    if bad_records:
+        # Only the first needs words: all of them may be bad, and each shall cost no more than a good one.
+        first = bad_records[0]
+        (error,) = fasta.parse_fasta(path, text[first.start : first.end], Counter())
         assert isinstance(error, RecordError)
-        faults.add(error.moved(num_above + bad.line - 1))
+        lines = bad_records.lines + num_above
+        reasons, names = bad_records.reasons, compiled_fasta.REASONS
+        faults.add_many(error.moved(num_above + first.line - 1), lines, bad_records.ids, reasons, names)
     # The lines up to the last record are counted already.
     last_line = max(table.lines[-1] if len(table) else 0, bad_records[-1].line if bad_records else 0)
     num_lines = num_above + int(last_line) - 1 + text.count(b"\n", text.rfind(b"\n>") + 1)
@@ -263,16 +267,6 @@ def count_lines(piece: TextPiece, text: bytes) -> int:
 def with_plain_line_ends(text: bytes) -> bytes:
     """Returns a text with CRLF and CR turned into LF."""
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
-
-
-def _is_utf8(text: bytes) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _moved_record(record: Record, num_lines: int) -> Record:

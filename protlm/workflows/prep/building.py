@@ -1,9 +1,11 @@
 """From finished pieces to a dataset, the second half of prep: selection, shards, leaks, rejects, the manifest."""
 
 import functools
+import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -199,18 +201,21 @@ def _write_rejects(
     Raises:
         RecordError: A bad record, unless bad records are skipped.
     """
-    rejects: Counter[str] = Counter()
+    rejects = Counter({reason: count for code, reason in selection.REASONS.items() if (count := chosen.counts[code])})
+    is_any_left_out = bool(rejects)
     number = 0
     path = folder.dataset_path / dataset.REJECTS_NAME
     with files.written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write("source\tline\tid\treason\n")
         for source, pieces in zip(sources, by_source, strict=True):
-            num_lines = 0
+            num_lines, name = 0, source.name.translate(_ESCAPES)
             for piece in pieces:
-                for line, record_id, reason in _rejects_of(piece, number, num_lines, chosen, options):
-                    row = (source.name, str(line), record_id, reason)
-                    file.write("\t".join(field.translate(_ESCAPES) for field in row) + "\n")
-                    rejects[reason] += 1
+                raise_first_fault(piece, num_lines, options.on_bad_record)
+                rows = _rejects_of(piece, chosen.codes_of(number) if is_any_left_out else None)
+                file.writelines(
+                    f"{name}\t{line + num_lines}\t{record_id}\t{reason}\n" for line, record_id, reason in rows
+                )
+                rejects.update(piece.fault_counts)
                 num_lines += piece.num_lines
                 number += 1
     if not rejects:
@@ -218,20 +223,26 @@ def _write_rejects(
     return rejects
 
 
-def _rejects_of(
-    piece: PieceFile, number: int, num_lines: int, chosen: Selection, options: dataset.PrepOptions
-) -> list[tuple[int, str, str]]:
-    raise_first_fault(piece, num_lines, options.on_bad_record)
-    may_be_left_out = piece.num_records and any(chosen.counts[code] for code in selection.REASONS)
-    if not (piece.num_faults or may_be_left_out):
-        return []
+def _rejects_of(piece: PieceFile, codes: np.ndarray | None) -> Iterable[tuple[int, str, str]]:
+    """Returns line in the piece, escaped id and reason of its rejected records, by line.
+
+    Args:
+        piece: The piece.
+        codes: The decisions on its good records; None if none of any piece is left out by a rule.
+    """
+    if not piece.fault_counts and (codes is None or not piece.num_records):
+        return ()
     columns = Piece(piece.path)
-    rejects = [(line + num_lines, record_id, reason) for line, record_id, reason in columns.faults()]
-    if may_be_left_out:
-        codes = chosen.codes_of(number)
-        ids = columns.strings("ids")
-        for code, reason in selection.REASONS.items():
-            for index in (codes == code).nonzero()[0].tolist():
-                name = ids.text[ids.offsets[index] : ids.offsets[index + 1]].tobytes().decode()
-                rejects.append((int(columns["lines"][index]) + num_lines, name, reason))
-    return sorted(rejects)
+    faults: Iterable[tuple[int, str, str]] = columns.faults()
+    # All records of a file may be bad: what most ids do not need costs them nothing.
+    if any(letter in columns["faults/ids/bytes"].tobytes() for letter in b"\\\t\n\r"):
+        faults = ((line, record_id.translate(_ESCAPES), reason) for line, record_id, reason in faults)
+    if codes is None or not piece.num_records:
+        return faults
+    ids, lines = columns.strings("ids"), columns["lines"]
+    left_out = [
+        (int(lines[index]), ids.bytes_of(index).decode().translate(_ESCAPES), reason)
+        for code, reason in selection.REASONS.items()
+        for index in (codes == code).nonzero()[0].tolist()
+    ]
+    return heapq.merge(faults, sorted(left_out), key=itemgetter(0))

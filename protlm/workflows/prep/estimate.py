@@ -124,7 +124,7 @@ def _add_sample(
     parsed = reader.parse_piece(path, piece)
     if on_bad_record == "error" and parsed.faults.first is not None:
         raise parsed.faults.first
-    rejects.update(parsed.faults.reasons)
+    rejects.update(parsed.faults.counts)
     if not len(parsed.table) and not parsed.faults:
         raise reader.no_records(path, parsed.num_lines)
     write_piece(piece_path, parsed, text_hash="")

@@ -21,7 +21,7 @@ from protlm.runtime import locks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
 
 FORMAT = "protlm-prep"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Start = Literal["new", "resume", "part", "merge"]
 

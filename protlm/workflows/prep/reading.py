@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from protlm.data.building.pieces import PieceFile, open_piece_file, write_piece
+from protlm.data.building.pieces import Piece, PieceFile, open_piece_file, write_piece
 from protlm.data.building.selection import NO_SPLIT
 from protlm.data.labels.labels import Labels
 from protlm.data.parsing import reader
@@ -95,7 +95,8 @@ def raise_first_fault(piece: PieceFile, num_lines: int, on_bad_record: OnBadReco
         on_bad_record: Whether to raise.
     """
     if on_bad_record == "error" and piece.first_fault is not None:
-        line, message, reason, record_id = piece.first_fault
+        number, message = piece.first_fault
+        line, record_id, reason = Piece(piece.path).fault(number)
         raise RecordError(piece.path_of_source, line + num_lines, message, reason=reason, record_id=record_id)
 
 

@@ -5,8 +5,11 @@ import inspect
 import pytest
 
 from protlm import read_records
-from protlm.data.parsing.reader import RecordReader
+from protlm.data import compiled
+from protlm.data.parsing import fasta
+from protlm.data.parsing.reader import RecordReader, parse_piece
 from protlm.data.parsing.sources import SourceBlocks
+from protlm.data.parsing.text_pieces import TextPiece
 from protlm.data.records import Record
 from protlm.errors import ProtlmError, RecordError
 
@@ -200,3 +203,23 @@ def test_an_unknown_policy_is_refused():
     # Past the type check that only tests have.
     with pytest.raises(ValueError, match="on_bad_record: expected"):
         inspect.unwrap(RecordReader.__init__)(object.__new__(RecordReader), [], on_bad_record="ignore")
+
+
+@pytest.mark.skipif(not compiled.is_available(), reason=f"the compiled FASTA parser: {compiled.why_not()}")
+def test_of_a_thousand_bad_records_only_the_first_takes_python(monkeypatch):
+    texts, parse_in_python = [], fasta.parse_fasta
+    monkeypatch.setattr(
+        fasta, "parse_fasta", lambda path, text, repairs: (texts.append(text), parse_in_python(path, text, repairs))[1]
+    )
+    bad = b"".join(b">\n>b%d\n>c\n1\n>d \xe9\nM\n" % number for number in range(1000))
+    parsed = parse_piece("file", TextPiece("fasta", b"above\n>a\nM\n" + bad, 0, True, True))
+    assert texts == [b">"]
+    assert parsed.faults.counts == {
+        "text_above_first_header": 1, "empty_id": 1000, "empty_sequence": 1000, "illegal_character": 1000,
+        "header_not_utf8": 1000,
+    }  # fmt: skip
+    assert list(parsed.faults.ids)[:7] == ["", "", "b0", "c", "d", "", "b1"]
+    assert list(parsed.faults.lines)[:7] == [1, 4, 5, 7, 8, 10, 11]
+    assert (str(parsed.faults.first), parsed.faults.first_place) == (
+        "file:1: expected FASTA, a line that starts with `>`, got 'above'", 0
+    )  # fmt: skip
