@@ -25,6 +25,16 @@ _AT_FDCWD, _EXCHANGE = -100, 2
 _UNKNOWN = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})
 
 
+def as_text(name: str) -> str:
+    """Returns a name as text that a file can hold: its bytes that are not UTF-8 are written as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def is_text(path: Path) -> bool:
+    """Returns whether a path is UTF-8 throughout, as some libraries need it."""
+    return as_text(str(path)) == str(path)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; the file written there is renamed to `path` on success, else removed."""

@@ -15,6 +15,7 @@ from protlm.cli.evaluate import eval_command
 from protlm.cli.help import Command
 from protlm.cli.inspect import inspect_command
 from protlm.cli.prep import prep_command
+from protlm.cli.terminal import filtered_output, on_one_line
 from protlm.cli.train import train_command
 from protlm.cli.versions import print_versions
 from protlm.errors import ProtlmError, UsageError
@@ -73,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 success, 1 the data or the run is at fault, 2 wrong usage, 130 interrupted.
     """
+    with filtered_output():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     # Read by OpenMP when torch is loaded. Threads that spin while they wait make a step ten times slower as soon as
     # anything else runs on the machine; threads that sleep cost a few percent on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=None if arguments is None else list(arguments), prog_name="protlm", standalone_mode=False
         )
     except TyperException as error:
+        _put_on_one_line(error)
         error.show()  # type: ignore[attr-defined]  # every error of this class has it; its type does not say so
         return error.exit_code
     except ProtlmError as error:
@@ -101,8 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else EXIT_SUCCESS
 
 
+def _put_on_one_line(error: Any) -> None:
+    """Keeps words of the command line from forging lines in the message of wrong usage; a help text has its lines."""
+    message = error.format_message()
+    if error.ctx is None or message != error.ctx.get_help():
+        error.format_message = lambda: on_one_line(message)
+
+
 def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    print(f"error: {on_one_line(message)}", file=sys.stderr)
     return EXIT_FAILURE
 
 

@@ -1,12 +1,12 @@
 """How a command speaks: results on stdout as pairs, as a table or as JSON, warnings on stderr."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from protlm.cli.terminal import json_text, on_one_line
 from protlm.errors import ProtlmError
 
 _MIN_NAME_WIDTH = 10
@@ -16,7 +16,7 @@ _MIN_NAME_WIDTH = 10
 def print_json(report: Any) -> None:
     """Prints a report, a dataclass or a dictionary, as one JSON object on stdout."""
     content = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report  # type: ignore[arg-type]
-    print(json.dumps(content, indent=2, ensure_ascii=False, default=_plain))
+    print(json_text(content, _plain))
 
 
 def _plain(value: Any) -> Any:
@@ -30,7 +30,7 @@ def _plain(value: Any) -> Any:
 
 def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
     """Prints lines `name  value` on stdout, the values aligned."""
-    pairs = list(pairs)
+    pairs = [(on_one_line(name), on_one_line(value)) for name, value in pairs]
     width = max([_MIN_NAME_WIDTH, *(len(name) for name, _ in pairs)])
     for name, value in pairs:
         print(f"{name.ljust(width)}  {value}")
@@ -38,7 +38,7 @@ def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints an aligned table on stdout: the first column to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[on_one_line(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for row in cells:
         first, *others = (
@@ -80,4 +80,4 @@ def warn_if_kept(work_folder: Path) -> None:
 
 def warn(message: str) -> None:
     """Prints one warning line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {on_one_line(message)}", file=sys.stderr)

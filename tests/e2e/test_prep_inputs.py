@@ -119,7 +119,8 @@ def test_rejects_are_listed_by_line_whatever_they_were_rejected_for(tmp_path, mo
     rows = [row.split("\t")[1:] for row in (tmp_path / "out" / "rejects.tsv").read_text().splitlines()[1:]]
     assert rows == [
         ["3", "short1", "too_short"], ["6", "bad1", "illegal_character"], ["7", "long", "too_long"],
-        ["9", "", "empty_id"], ["11", "short2", "too_short"], ["15", "bad2", "empty_sequence"], ["16", "short3", "too_short"],
+        ["9", "", "empty_id"], ["11", "short2", "too_short"], ["15", "bad2", "empty_sequence"],
+        ["16", "short3", "too_short"],
     ]  # fmt: skip
     assert report.manifest.rejects == {
         "empty_id": 1, "empty_sequence": 1, "illegal_character": 1, "too_long": 1, "too_short": 3,

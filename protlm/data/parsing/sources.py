@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol
 
 from isal import igzip_lib
 
+from protlm import files
 from protlm.data.parsing.uniref_xml import UNIREF_ROOTS
 from protlm.data.parsing.xml_text import root_name
 from protlm.data.records import TextFormat
@@ -131,7 +132,7 @@ class SourceBlocks:
             path: The file; `STDIN` is the standard input.
             advance: Called with the number of bytes of each block read from disk.
         """
-        self.name = STDIN if str(path) == STDIN else os.fsencode(Path(path).name).decode("utf-8", "backslashreplace")
+        self.name = STDIN if str(path) == STDIN else files.as_text(Path(path).name)
         self.sha256 = ""
         self.is_plain = False
         self._path = path

@@ -130,7 +130,7 @@ def describe_session(
         python=platform.python_version(),
         platform=platform.platform(),
         commit=checkout_commit(Path(protlm.__file__).parent),
-        command=[_without_folders(word) for word in command],
+        command=[files.as_text(_without_folders(word)) for word in command],
         device=device_name(),
         threads=torch.get_num_threads(),
         devices=devices,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from protlm import files
 from protlm.config import Config
 from protlm.data.storage.dataset import Dataset, open_dataset
 from protlm.data.storage.mixture import Mixture
@@ -92,7 +93,7 @@ class TrainingSets:
         """Returns the entries of the datasets in run.json."""
         return [
             TrainingSet(
-                name=dataset.path.resolve().name,
+                name=files.as_text(dataset.path.resolve().name),
                 hash=dataset.hash,
                 num_records=split.num_records,
                 num_residues=split.summary.num_residues,
@@ -131,6 +132,11 @@ def prepare_start(request: TrainRequest) -> Start:
         ProtlmError: The run cannot start.
     """
     run_dir = request.run_dir
+    if not files.is_text(run_dir):
+        raise RunError(
+            f"{run_dir}: a name that is no UTF-8 text, in which TensorBoard cannot write; rename it, or choose another "
+            "--out"
+        )
     for path in request.dataset_paths:
         if run_dir.is_relative_to(path.resolve()) or path.resolve().is_relative_to(run_dir):
             raise ProtlmError(f"{run_dir}: the run and the dataset {path} lie inside each other; choose another --out")

@@ -105,7 +105,7 @@ def test_the_counting_matcher_decides_as_re_does(name, text):
         assert getattr(Steps(pattern, 10**6), how)(content) == bool(getattr(pattern, how)(content)), how
 
 
-LINES = ("DE   RecName: Full=a", "DE   Flags: b", "DE   Full={ {", "OS   Homo", "DR   Pfam; PF00042; x; 1.", "RC\tTISSUE=a",
+LINES = ("DE   RecName: Full=a", "DE   Flags: b", "DE   Full={ {", "OS   Homo", "DR   Pfam; PF1; x; 1.", "RC\tTISSUE=a",
          "GN\tName=a", "OG\tPlasmid", "RT\ta", "OX   NCBI_TaxID=1")  # fmt: skip
 
 
