@@ -148,3 +148,39 @@ def test_removing_takes_files_links_and_folders_but_follows_no_link(tmp_path):
     assert names(folder) == []
     files.remove_at_once(folder)
     assert names(tmp_path) == []
+
+
+def test_a_regular_file_is_opened_through_links_up_to_its_bound(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("a")
+    for path in (tmp_path / "a", str(tmp_path / "link")):
+        with files.open_regular(path, max_bytes=5) as file:
+            assert file.read() == b"12345"
+    with files.open_regular(tmp_path / "a") as file:
+        assert not os.get_inheritable(file.fileno())
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    reasons = {
+        "pipe": "expected a regular file, got a pipe, socket or device",
+        "zeros": "expected a regular file, got a pipe, socket or device",
+        "loop": os.strerror(errno.ELOOP),
+        "missing": os.strerror(errno.ENOENT),
+        ".": os.strerror(errno.EISDIR),
+    }
+    num_open = len(os.listdir("/dev/fd"))
+    for name, reason in reasons.items():
+        with pytest.raises(OSError, match=f"{reason}: ") as raised:
+            files.open_regular(tmp_path / name)
+        assert raised.value.strerror == reason
+    assert len(os.listdir("/dev/fd")) == num_open
+
+
+def test_a_larger_file_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError, match="expected at most 1,024 bytes, got 1,099,511,627,776"):
+        files.open_regular(tmp_path / "sparse", max_bytes=1024)
