@@ -14,15 +14,33 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from protlm import files
 from protlm.choices import DataMode, FeatureMap, Precision, ProjectionKind
 from protlm.errors import ConfigError, first_fault
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+MOST_TOKENS = 2**24
+"""Most tokens of a row: bounds of segments are int32, and no device holds what a model makes of so many."""
+_MOST_STEPS = 10**12
+"""A thousand updates a second for thirty years."""
+_MOST_LAYERS = 1024
+"""The deepest Transformer known has 1,000 layers (DeepNet, arXiv 2203.00555)."""
+_MOST_FEATURES = 2**20
+"""Random features, and the width of the feed-forward layer, past which one matrix fills a device."""
+_WIDEST_MODEL = 2**16
+"""Several times the width of the largest language models known."""
+_LARGEST_FLOAT = 1e30
+"""Weights are float32, which ends at 3·10³⁸."""
+_MOST_FILE_BYTES = 1 << 16
+_LONGEST_LINE = 1000
+"""Letters of a line of TOML: a key of n dots costs n² time and memory."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Tokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
+Steps = Annotated[int, Field(gt=0, le=_MOST_STEPS)]
+StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
+PositiveFloat = Annotated[float, Field(gt=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
 
 _COMMENT_COLUMNS = 100
 
@@ -39,9 +57,9 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """How proteins become batches."""
 
-    tokens_per_batch: Positive = 4096
+    tokens_per_batch: Tokens = 4096
     """Budget of one row, special tokens included."""
-    max_length: Positive | None = None
+    max_length: Tokens | None = None
     """Longest window of one protein in a training row, in residues. Default: what fits into the row. Unused by
     `concatenated`."""
     mode: DataMode = "packed"
@@ -49,14 +67,14 @@ class DataConfig(_Section):
     random window that changes with every draw. `clipped`: the same, but always with the first max_length residues.
     `concatenated`: all proteins joined by `<eos>` and cut into windows of window_tokens; inside a window, attention
     crosses protein boundaries."""
-    window_tokens: Positive = 8192
+    window_tokens: Tokens = 8192
     """Tokens of a window, special tokens included; for `concatenated` only."""
     sample: Literal["records", "clusters"] = "records"
     """An epoch is `records`: every protein once, or `clusters`: one random member of every cluster."""
     weights: tuple[PositiveFloat, ...] = ()
     """How often each of several datasets is drawn from, relative to the others. Default: an epoch takes every protein
     of all datasets once."""
-    num_workers: NonNegative = 0
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that prepare batches beside the training process; 0: the training process prepares them."""
 
     @model_validator(mode="after")
@@ -94,13 +112,13 @@ class DataConfig(_Section):
 class ModelConfig(_Section):
     """The architecture: everything that the shapes and the meaning of the weights depend on."""
 
-    num_layers: Positive = 3
+    num_layers: Annotated[int, Field(gt=0, le=_MOST_LAYERS)] = 3
     """Encoder layers."""
-    model_dim: Positive = 128
+    model_dim: Annotated[int, Field(gt=0, le=_WIDEST_MODEL)] = 128
     """Width of the residual stream."""
-    num_heads: Positive = 4
+    num_heads: Annotated[int, Field(gt=0, le=_WIDEST_MODEL // 2)] = 4
     """Attention heads; model_dim / num_heads is head_dim, which must be even for rotary positions."""
-    ffn_dim: Positive = 512
+    ffn_dim: Annotated[int, Field(gt=0, le=_MOST_FEATURES)] = 512
     """Width of the feed-forward layer."""
     ffn: Literal["gelu", "swiglu"] = "gelu"
     """The feed-forward layer: `gelu`, or `swiglu`, which is SiLU(gate) · value with a third matrix."""
@@ -109,14 +127,14 @@ class ModelConfig(_Section):
     positions: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
     """`rotary` (q and k are rotated), `learned` or `sinusoidal` (added to the embedding), or `none`. Positions restart
     in every protein, and in every window of concatenated proteins."""
-    max_positions: Positive = 1024
+    max_positions: Tokens = 1024
     """Number of `learned` positions, special tokens included; unused by the other kinds."""
     causal: bool = False
     """Attend to earlier positions only, and learn to predict the next token instead of masked residues."""
     attention: Literal[FeatureMap, "softmax"] = "positive"
     """`positive`, `hyperbolic`, `oprf` or `trig` (FAVOR: estimates of softmax attention), `regularised` (FAVOR with a
     smoother kernel), `relu` (generalised FAVOR) or `softmax` (exact)."""
-    num_features: Positive = 128
+    num_features: Annotated[int, Field(gt=0, le=_MOST_FEATURES)] = 128
     """Random features per head: rows of its random matrix. Unused by `softmax` and without a projection."""
     projection: Literal[ProjectionKind, "none"] = "orthogonal"
     """How the random matrix is drawn: in `orthogonal` blocks, in `simplex` blocks or with `iid` rows. `none`, for
@@ -166,9 +184,9 @@ class TrainConfig(_Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the projections, the order of the proteins, the masks and dropout; below 2⁶³."""
-    max_steps: Positive = 900
+    max_steps: Steps = 900
     """Optimizer updates from step 0 on, those before a --resume included."""
-    schedule_steps: Positive | None = None
+    schedule_steps: Steps | None = None
     """Length of the learning-rate schedule in updates. Default: max_steps at the first start."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up, `cosine` decay to a tenth of the peak rate at schedule_steps, or `constant`."""
@@ -184,7 +202,7 @@ class TrainConfig(_Section):
     """Added by AdamW to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices; biases, norms and embeddings are not decayed."""
-    warmup_steps: NonNegative = 40
+    warmup_steps: StepsOrNone = 40
     """Updates over which the learning rate rises linearly to its peak."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest norm of the whole gradient; larger ones are scaled down. 0: no clipping."""
@@ -198,17 +216,17 @@ class TrainConfig(_Section):
     work."""
     compile: bool = False
     """Compile the layers with torch.compile."""
-    checkpoint_every_steps: Positive = 200
+    checkpoint_every_steps: Steps = 200
     """Updates between checkpoints for --resume; each replaces the one before."""
-    keep_every_steps: NonNegative = 0
+    keep_every_steps: StepsOrNone = 0
     """Updates between checkpoints that are kept for good. 0: none."""
-    valid_every_steps: Positive = 200
+    valid_every_steps: Steps = 200
     """Updates between measurements on the valid split; there is always one after the last update."""
-    patience: NonNegative = 0
+    patience: StepsOrNone = 0
     """Stop the run after this many measurements in a row without a lower perplexity. 0: never."""
-    health_every_steps: NonNegative = 50
+    health_every_steps: StepsOrNone = 50
     """Updates between measurements of the health of the attention. 0: none."""
-    redraw_every_steps: NonNegative = 0
+    redraw_every_steps: StepsOrNone = 0
     """Updates between new draws of the random projections. 0: the first draw stays, and is saved in the model."""
     mask_rate: Annotated[float, Field(gt=0, le=1)] = 0.15
     """Probability that a residue becomes a target. Unused by a causal model, which predicts every residue."""
@@ -334,7 +352,7 @@ def _read_settings(name_or_file: str | Path | None) -> tuple[dict[str, Any], str
     if "/" in text or text.endswith(".toml"):
         source = text
         try:
-            content = Path(text).read_bytes()
+            content = files.read_regular(text, max_bytes=_MOST_FILE_BYTES)
         except OSError as error:
             raise ConfigError(f"{source}: {error.strerror}") from None
     else:
@@ -345,19 +363,35 @@ def _read_settings(name_or_file: str | Path | None) -> tuple[dict[str, Any], str
             raise ConfigError(f"{text}: no such configuration; there are {known}, or give the path of a TOML file")
         content = file.read_bytes()
     try:
-        return tomllib.loads(content.decode("utf-8-sig")), source
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return _parse_toml(content.decode("utf-8-sig")), source
+    except ValueError as error:
         raise ConfigError(f"{source}: not a TOML file: {error}") from None
 
 
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Returns the values of a TOML text.
+
+    Raises:
+        ValueError: It is none, or it is nested too deep, or a line or a number is too long.
+    """
+    if (longest := max(map(len, text.split("\n")))) > _LONGEST_LINE:
+        raise ValueError(f"expected lines of at most {_LONGEST_LINE:,} letters, got one of {longest:,}")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def _apply_override(settings: dict[str, Any], override: str) -> None:
+    if len(override) > _LONGEST_LINE:
+        raise ConfigError(f"--set {override[:40]}…: expected at most {_LONGEST_LINE:,} letters, got {len(override):,}")
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and dot and section and key):
         raise ConfigError(f"--set {override}: expected SECTION.KEY=VALUE, such as train.max_steps=800")
     try:
-        values = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        values = _parse_toml(f"value = {text}")
+    except ValueError:
         values = {"value": text.strip()}
     if len(values) > 1:
         raise ConfigError(f"--set {section}.{key}: expected one value, got more lines than one")
@@ -367,10 +401,12 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    # TOML knows lists only, and a strict model takes no list for a tuple.
+    # TOML knows lists only, and a strict model takes no list for a tuple. Settings lie in sections, and no deeper.
     return {
-        key: _lists_to_tuples(value) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
-        for key, value in settings.items()
+        name: {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+        if isinstance(section, dict)
+        else section
+        for name, section in settings.items()
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-_SHOWN_VALUE_LETTERS = 100
+_SHOWN_VALUE_LETTERS, _SHOWN_PLACE_LETTERS = 100, 200
 
 
 class ProtlmError(Exception):
@@ -97,13 +97,23 @@ class Fault:
             return self.message
         if self.kind == "missing":
             return f"{self.place}: {self.message}"
-        return f"{self.place}: {self.message}, got {repr(self.value)[:_SHOWN_VALUE_LETTERS]}"
+        return f"{self.place}: {self.message}, got {_shown(self.value)}"
+
+
+def _shown(value: Any) -> str:
+    """Returns the beginning of a value as Python writes it; some are nested too deep or have too many digits for it."""
+    try:
+        return repr(value)[:_SHOWN_VALUE_LETTERS]
+    except (RecursionError, ValueError):
+        return "one too large to be shown"
 
 
 def first_fault(error: "ValidationError") -> Fault:
     """Returns the first fault of a validation by pydantic."""
     details = error.errors(include_url=False)[0]
     message, place = details["msg"].removeprefix("Value error, "), ".".join(map(str, details["loc"]))
+    # A key of a user's file may have any length.
+    place = place[:_SHOWN_PLACE_LETTERS]
     if details["type"] != "value_error":
         message = message[0].lower() + message[1:]
     return Fault(place=place, kind=details["type"], message=message, value=details["input"])

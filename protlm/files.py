@@ -205,3 +205,17 @@ def open_regular(path: str | Path, *, max_bytes: int | None = None) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_regular(path: str | Path, *, max_bytes: int) -> bytes:
+    """Returns the content of a file that `open_regular` opens.
+
+    Raises:
+        OSError: As `open_regular` raises.
+    """
+    with open_regular(path, max_bytes=max_bytes) as file:
+        content = file.read(max_bytes + 1)
+    # One that grows, or whose size the system does not tell, as in /proc.
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"expected at most {max_bytes:,} bytes, got more", str(path))
+    return content

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -6,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protlm.config import Config, DataConfig, ModelConfig, TrainConfig, dump_config, load_config, shipped_configs
+from protlm.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+    parse_config,
+    shipped_configs,
+)
 from protlm.errors import ConfigError
 
 
@@ -161,7 +171,7 @@ def test_the_window_is_what_fits_into_a_row_unless_it_is_set():
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.floats(min_value=1e-300, max_value=1e300),
+    st.floats(min_value=1e-300, max_value=1e30),
     st.integers(1, 10**12),
     st.none() | st.integers(1, 50),
     st.sampled_from(["adamw", "muon"]),
@@ -211,3 +221,77 @@ def test_the_longest_segment_is_a_protein_with_its_ends_or_a_window():
 def test_shares_that_add_up_to_one_as_people_write_them_are_taken():
     for mask_share, random_share in ((0.1, 0.9), (0.8, 0.2), (0.9, 0.1), (0.7, 0.3)):
         assert TrainConfig(mask_share=mask_share, random_share=random_share).random_share == random_share
+
+
+@pytest.mark.parametrize("section", [DataConfig, ModelConfig, TrainConfig])
+def test_every_number_has_an_upper_bound(section):
+    for key, schema in section.model_json_schema()["properties"].items():
+        for kind in schema.get("anyOf", [schema]):
+            numbers = kind.get("prefixItems", [kind]) if kind.get("type") == "array" else [kind]
+            if key == "weights":
+                numbers = [kind["items"]]
+            for number in numbers:
+                if number.get("type") in ("integer", "number"):
+                    assert {"maximum", "exclusiveMaximum"} & number.keys(), key
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_layers=10000000", "model.num_layers: input should be less than or equal to 1024, got 10000000"),
+        (f"model.num_layers=0x{'f' * 900}", "model.num_layers: input should be less than or equal to 1024, got "),
+        ("data.tokens_per_batch=16777217", "data.tokens_per_batch: input should be less than or equal to 16777216"),
+        ("train.lr=1e300", "train.lr: input should be less than or equal to 10{30}, got 1e\\+300"),
+        (f"train.lr={'9' * 900}", "train.lr: input should be a valid number, got|train.lr: input should be less"),
+        (f"train.lr={'[' * 900}", "train.lr: input should be a valid number, got"),
+        (f"train.lr={'{a=' * 300}", "train.lr: input should be a valid number, got"),
+        (f"model.{'a.' * 450}b=1", "model.a.a.a"),
+    ],
+)
+def test_an_absurd_override_is_one_short_line(override, message):
+    with pytest.raises(ConfigError, match=rf"^settings with --set: {message}") as caught:
+        load_config(None, [override])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_an_override_that_is_too_long_is_refused_before_it_is_read():
+    with pytest.raises(ConfigError, match=r"^--set train\.lr=1{31}…: expected at most 1,000 letters, got 5,009$"):
+        load_config(None, [f"train.lr={'1' * 5000}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nlr = " + "[\n" * 5000, "not a TOML file: nested too deep"),
+        ("[train]\nlr = " + "1" * 5000, "not a TOML file: expected lines of at most 1,000 letters, got one of 5,005"),
+        # Python's parser takes the square of the number of dots in time and memory.
+        ("a." * 30_000 + "a = 1", "not a TOML file: expected lines of at most 1,000 letters, got one of 60,005"),
+        ("# x\n" * 20_000, "expected at most 65,536 bytes, got 80,000"),
+        ("\n".join(f"a{number}.{'a.' * 400} = 1" for number in range(80)), "not a TOML file"),
+        ("\n".join(f"{'a.' * 400}a{number} = 1" for number in range(80)), "a: unknown key; known are"),
+    ],
+    ids=["brackets", "digits", "dots", "bytes", "bad keys", "nested tables"],
+)
+def test_a_file_that_would_take_for_ever_is_refused(write, text, message):
+    path = write(text)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {message}')}"):
+        load_config(path)
+
+
+def test_a_value_that_cannot_be_shown_is_not_shown():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value in (nested, 1 << 100_000):
+        with pytest.raises(ConfigError, match=r"^here: train\.lr: .*, got one too large to be shown$"):
+            parse_config({"train": {"lr": value}}, "here")
+
+
+def test_pipes_devices_and_loops_in_place_of_a_file_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zeros.toml").symlink_to("/dev/zero")
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    for name in ("pipe.toml", "zeros.toml", "loop.toml"):
+        with pytest.raises(ConfigError, match=r"expected a regular file|Too many levels"):
+            load_config(tmp_path / name)

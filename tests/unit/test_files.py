@@ -184,3 +184,15 @@ def test_a_larger_file_is_refused_before_it_is_read(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(OSError, match="expected at most 1,024 bytes, got 1,099,511,627,776"):
         files.open_regular(tmp_path / "sparse", max_bytes=1024)
+
+
+def test_no_more_is_read_than_the_bound_even_where_the_system_tells_no_size(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert files.read_regular(tmp_path / "a", max_bytes=5) == b"12345"
+    with pytest.raises(OSError, match="expected at most 4 bytes, got 5"):
+        files.read_regular(tmp_path / "a", max_bytes=4)
+    without_size = "/proc/self/status"
+    if not os.path.exists(without_size):
+        pytest.skip("only Linux has such files")
+    with pytest.raises(OSError, match="expected at most 4 bytes, got more"):
+        files.read_regular(without_size, max_bytes=4)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.tuner.tuning import Tuner
 
-from protlm.config import Config
+from protlm.config import MOST_TOKENS, Config
 from protlm.data.batching.batches import Batch, epoch_size, training_batch, training_rows
 from protlm.data.batching.draws import Draws
 from protlm.data.storage.mixture import Mixture
@@ -25,7 +25,7 @@ from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, objective_of
 from protlm.workflows.trainers import quiet_lightning, training_trainer
 
-_LARGEST_BUDGET = 2**24
+_LARGEST_BUDGET = MOST_TOKENS
 """Where the search for the largest row ends, in tokens."""
 
 
