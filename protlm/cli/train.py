@@ -1,5 +1,6 @@
 """`protlm train`: options in, a training run, its results out."""
 
+import os
 import re
 import shlex
 import sys
@@ -118,7 +119,7 @@ def train_command(
     from protlm.workflows.train.start import TrainRequest
 
     request = TrainRequest(
-        dataset_paths=datasets, run_dir=out.resolve(), config=config, overrides=settings, init=init,
+        dataset_paths=datasets, run_dir=Path(os.path.realpath(out)), config=config, overrides=settings, init=init,
         devices=Devices(devices, num_nodes, strategy), wandb_project=wandb, resume=resume, force=force,
     )  # fmt: skip
     if dry_run:

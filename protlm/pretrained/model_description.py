@@ -17,7 +17,7 @@ READABLE_VERSIONS = (1, 2, 3)
 """In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
 Before version 3 the valid split was masked as in training, and `valid.targets` was missing."""
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 Targets = Literal["hidden", "mixture", "next-token"]

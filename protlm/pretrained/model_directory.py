@@ -1,5 +1,6 @@
 """The model directory: a saved model as config.json, model.safetensors and README.md, read without any pickle."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,10 +26,14 @@ from protlm.pretrained.model_description import (
     ModelDescription,
     upgrade,
 )
+from protlm.runtime.devices import best_device, gigabytes, memory_bytes
 from protlm.vocabulary import TOKENS
 
 MODEL_FILES = ("config.json", "model.safetensors", "README.md")
 """The files of a model directory."""
+_MOST_DESCRIPTION_BYTES = 1 << 20
+_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 1 << 20, 1 << 10
+"""Most bytes of the header of model.safetensors, besides which it holds the numbers alone."""
 
 
 def dataset_hash_of(hashes: Sequence[str]) -> str:
@@ -114,26 +119,43 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     """
     folder = find_model(path)
     description = read_description(folder)
+    with torch.device("meta"):
+        model = Performer(description.model)
+    expected = model.state_dict()
+    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in expected.values())
+    _check_fits(folder, num_bytes)
     weights_path = folder / "model.safetensors"
     try:
-        weights = weights_path.read_bytes()
+        most_bytes = num_bytes + _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(expected)
+        weights = files.read_regular(weights_path, max_bytes=most_bytes)
     except OSError as error:
-        raise ModelError(f"{weights_path}: {error.strerror}") from None
+        reason = f"does not hold this model: {error.strerror}" if error.errno == errno.EFBIG else error.strerror
+        raise ModelError(f"{weights_path}: {reason}") from None
     if xxhash.xxh3_128_hexdigest(weights) != description.weights_hash:
         raise ModelError(
             f"{weights_path}: not the weights that config.json names (hash differs); copy the model directory anew"
         )
     try:
-        with torch.device("meta"):
-            model = Performer(description.model)
         tensors = load(weights)
     except (SafetensorError, RuntimeError, MemoryError) as error:
         raise ModelError(
             f"{weights_path}: does not hold this model: {str(error)[:200] or 'not enough memory'}"
         ) from None
-    _check_tensors(weights_path, tensors, model.state_dict())
+    _check_tensors(weights_path, tensors, expected)
     model.load_state_dict(tensors, assign=True)
     return model.eval(), description
+
+
+def _check_fits(folder: Path, num_bytes: int) -> None:
+    """Raises ModelError if the numbers of a model do not fit into memory: the machine's twice, a GPU's once."""
+    # The content of the file and the tensors made of it are in memory together.
+    for device, needed in ((torch.device("cpu"), 2 * num_bytes), (best_device(), num_bytes)):
+        if needed > (available := memory_bytes(device)):
+            where = "this machine" if device.type == "cpu" else "the GPU"
+            raise ModelError(
+                f"{folder}: to read this model needs {gigabytes(needed)} of memory, and {where} has "
+                f"{gigabytes(available)}"
+            )
 
 
 def load_initial_weights(model: Performer, path: Path) -> list[str]:
@@ -210,16 +232,18 @@ def read_description(folder: Path) -> ModelDescription:
     """
     path = folder / "config.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_regular(path, max_bytes=_MOST_DESCRIPTION_BYTES).decode()
         content = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("format") != MODEL_FORMAT:
         raise ModelError(f"{path}: expected a protlm model, got another JSON file")
     version = content.get("format_version")
     if version not in READABLE_VERSIONS:
         raise ModelError(
-            f"{path}: expected format version {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}, got {version!r}; "
+            f"{path}: expected format version {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}, got {version!r:.40}; "
             "use the protlm that wrote it"
         )
     try:

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch.distributed
 from protlm.choices import StrategyName
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 """Messages of gloo when another process is gone; NCCL raises an error class of its own."""
 
@@ -64,6 +65,37 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def best_device() -> torch.device:
     """Returns the first CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Returns the memory of a GPU, or for a CPU that which this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()])
+
+
+def _group_limits(own_groups: Path = _OWN_GROUPS, groups: Path = _GROUPS) -> Iterator[int]:
+    """Yields the limits of memory of the control groups that this process is in, as of a container or a job."""
+    for line in own_groups.read_text(encoding="utf-8").splitlines() if own_groups.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if not controllers:
+            root, file_name = groups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, file_name = groups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / name.strip("/")
+        # A container may see itself as the root, but its process by the name that it has outside.
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root) and (folder / file_name).is_file():
+                limit = (folder / file_name).read_text(encoding="utf-8").strip()
+                if limit.isdecimal():
+                    yield int(limit)
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Returns a size for a message."""
+    return f"{num_bytes / 1e9:,.1f} GB"
 
 
 def device_name() -> str:

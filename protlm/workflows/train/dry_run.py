@@ -16,8 +16,8 @@ from protlm.data.batching.draws import Draws
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
-from protlm.runtime.devices import Devices, best_device
-from protlm.workflows.train.memory import MemoryEstimate, memory_bytes
+from protlm.runtime.devices import Devices, best_device, memory_bytes
+from protlm.workflows.train.memory import MemoryEstimate
 from protlm.workflows.train.optimizer import build_optimizer
 from protlm.workflows.train.run_checkpoints import WholeCheckpointIO
 from protlm.workflows.train.start import Start, TrainRequest, prepare_start

@@ -1,6 +1,5 @@
 """The memory of a training step, estimated from the shapes in the settings before anything is allocated."""
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from protlm.config import Config, ModelConfig
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
+from protlm.runtime.devices import gigabytes
 from protlm.vocabulary import VOCABULARY_SIZE
 
 _FLOAT_BYTES = 4
@@ -48,28 +48,15 @@ class MemoryEstimate:
         return self.state_bytes + self.activations_bytes
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Returns the memory of a GPU, or that of the machine for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
     """Returns the memory of a training step: activations within about a third, the rest exactly.
 
     Args:
         config: Settings of the run; a device is taken to hold the whole model and one row of tokens_per_batch.
         in_place: Whether the device is a CPU, where some layers keep less.
-
-    Raises:
-        ConfigError: A model whose tensors have too many entries for torch.
     """
-    try:
-        with torch.device("meta"):
-            model = Performer(config.model)
-    except RuntimeError as error:
-        raise ConfigError(f"model: too large to be built ({str(error)[:80]}); make it smaller") from None
+    with torch.device("meta"):
+        model = Performer(config.model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     num_projections = sum(buffer.numel() for buffer in model.buffers())
@@ -86,6 +73,24 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
         optimizer_bytes=_FLOAT_BYTES * (2 * num_parameters - num_muons),
         activations_bytes=activations,
     )
+
+
+def check_can_be_built(memory: MemoryEstimate, available_bytes: int) -> None:
+    """Refuses a model whose weights alone do not fit into the memory in which each process builds it.
+
+    Args:
+        memory: The estimate of a step.
+        available_bytes: Memory of the machine, not of a GPU.
+
+    Raises:
+        ConfigError: The weights need more.
+    """
+    if memory.weights_bytes > available_bytes:
+        raise ConfigError(
+            f"model: its weights need {gigabytes(memory.weights_bytes)} of memory, expected at most the "
+            f"{gigabytes(available_bytes)} of this machine; lower model.num_layers, model.model_dim, model.ffn_dim or "
+            "model.num_features"
+        )
 
 
 def check_fits(memory: MemoryEstimate, available_bytes: int) -> None:
@@ -105,10 +110,10 @@ def check_fits(memory: MemoryEstimate, available_bytes: int) -> None:
     sizes = {
         "weights": memory.weights_bytes, "gradients": memory.gradients_bytes, "optimizer": memory.optimizer_bytes
     }  # fmt: skip
-    listed = ", ".join(f"{name} {_gigabytes(size)}" for name, size in sizes.items())
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items())
     raise ConfigError(
-        f"model: {memory.parameters:,} parameters need {_gigabytes(memory.state_bytes)} of memory ({listed}), expected "
-        f"at most the {_gigabytes(available_bytes)} of the device; lower model.num_layers, model.model_dim, "
+        f"model: {memory.parameters:,} parameters need {gigabytes(memory.state_bytes)} of memory ({listed}), expected "
+        f"at most the {gigabytes(available_bytes)} of the device; lower model.num_layers, model.model_dim, "
         "model.ffn_dim or model.num_features, or share the model out with --strategy fsdp on several devices"
     )
 
@@ -158,7 +163,3 @@ def _layer_bytes(model: ModelConfig, *, is_short: bool, in_place: bool) -> int:
     product_bytes = _SHORT_BYTES if is_short else _FLOAT_BYTES
     # A CPU keeps dropout masks as numbers, a GPU as bytes.
     return _FLOAT_BYTES * floats + product_bytes * products + (_FLOAT_BYTES if in_place else 1) * masks
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB"

@@ -27,7 +27,9 @@ RUN_FORMAT_VERSION: Literal[2] = 2
 _LIBRARIES = ("torch", "pytorch-lightning", "numpy")
 _GIT_SECONDS = 10
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+_MOST_FILE_BYTES = 64 << 20
+"""A session takes about a kilobyte."""
 
 Outcome = Literal["finished", "interrupted", "out of time", "out of patience", "failed"]
 """How a session ended: `finished` at train.max_steps, or before it for one of the other reasons."""
@@ -189,7 +191,7 @@ def read_run_description(path: Path) -> RunDescription:
         RunError: The file cannot be read, or is of another kind or version.
     """
     try:
-        return RunDescription.model_validate_json(path.read_bytes())
+        return RunDescription.model_validate_json(files.read_regular(path, max_bytes=_MOST_FILE_BYTES))
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from None
     except ValidationError as error:

@@ -4,6 +4,7 @@
 only the first one, which will write the run directory, checks that it may.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,8 +20,8 @@ from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.model.performer import Performer
 from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_description
-from protlm.runtime.devices import Devices, best_device, process_rank
-from protlm.workflows.train.memory import MemoryEstimate, check_fits, estimate_memory, memory_bytes
+from protlm.runtime.devices import Devices, best_device, memory_bytes, process_rank
+from protlm.workflows.train.memory import MemoryEstimate, check_can_be_built, check_fits, estimate_memory
 from protlm.workflows.train.run_checkpoints import last_checkpoint, read_resume_step
 from protlm.workflows.train.run_description import RUN_NAME, TrainingSet, read_run_description
 from protlm.workflows.train.run_folder import check_replaceable, resolve_settings
@@ -138,7 +139,9 @@ def prepare_start(request: TrainRequest) -> Start:
             "--out"
         )
     for path in request.dataset_paths:
-        if run_dir.is_relative_to(path.resolve()) or path.resolve().is_relative_to(run_dir):
+        # Not Path.resolve, which fails on a link to itself.
+        folder = Path(os.path.realpath(path))
+        if run_dir.is_relative_to(folder) or folder.is_relative_to(run_dir):
             raise ProtlmError(f"{run_dir}: the run and the dataset {path} lie inside each other; choose another --out")
     if request.wandb_project is not None and find_spec("wandb") is None:
         raise ProtlmError("--wandb: the package wandb is not installed; pip install 'protlm[wandb]'")
@@ -148,6 +151,7 @@ def prepare_start(request: TrainRequest) -> Start:
     if settings.train.patience and sets.valid is None:
         raise ConfigError("train.patience: expected 0 without a valid split, which it would measure")
     memory = estimate_memory(settings, in_place=best_device().type == "cpu")
+    check_can_be_built(memory, memory_bytes(torch.device("cpu")))
     if request.devices.strategy != "fsdp":
         check_fits(memory, memory_bytes(best_device()))
     first_step = read_resume_step(last_checkpoint(run_dir), sets.hash, settings) if request.resume else 0

@@ -13,6 +13,7 @@ from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
+from protlm.pretrained import model_directory
 from protlm.pretrained.model_description import ModelDescription, ValidScore
 from protlm.pretrained.model_directory import (
     dataset_hash_of,
@@ -253,6 +254,11 @@ def test_weights_of_another_model_are_refused(folder, change):
         ({"model": {"num_layers": 0}}, "model.num_layers"),
         ({"model": {"unknown": 1}}, "model.unknown"),
         ({"step": -1}, "step"),
+        ({"step": 2**63}, "step: input should be less than 9223372036854775808"),
+        ({"seed": 10**400}, "seed: input should be less than"),
+        ({"residue_counts": dict.fromkeys(RESIDUES, 10**400)}, "residue_counts.L: input should be less than"),
+        ({"format_version": "9" * 5000}, "expected format version 1 to 3, got '999"),
+        ({"model": {"num_layers": 10**7}}, "model.num_layers: input should be less than or equal to 1024"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(folder, changes, message):
@@ -457,3 +463,32 @@ def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, m
     with pytest.raises(ModelError, match=message):
         load_initial_weights(target, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), fresh.parameters(), strict=True))
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_its_weights_are_read(folder):
+    (folder / "model.safetensors").unlink()
+    edit(folder, model={"num_layers": 2, "model_dim": 2**16, "num_features": 2**20})
+    assert_refused(folder, f"{folder}: to read this model needs 1,409.9 GB of memory, and this machine has ")
+
+
+def test_a_model_that_does_not_fit_into_the_gpu_is_refused(folder, monkeypatch):
+    read_model(folder)
+    sizes = {"cpu": 2**40, "cuda": 1000}
+    monkeypatch.setattr(model_directory, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model_directory, "memory_bytes", lambda device: sizes[device.type])
+    assert_refused(folder, "to read this model needs 0.0 GB of memory, and the GPU has 0.0 GB")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "large", "loop"])
+def test_what_is_no_regular_file_or_too_large_is_refused_at_once(folder, name, target):
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    with (folder / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+    reason = {"large": "expected at most", "loop": "Too many levels"}.get(target, "expected a regular file")
+    if name == "config.json" and target != "large":
+        reason = "no config.json in it"
+    assert_refused(folder, str(folder), reason)

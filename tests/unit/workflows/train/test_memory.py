@@ -11,7 +11,7 @@ import torch
 from protlm.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
-from protlm.workflows.train.memory import check_fits, estimate_memory
+from protlm.workflows.train.memory import check_can_be_built, check_fits, estimate_memory
 from protlm.workflows.train.optimizer import build_optimizer
 
 ROOT = Path(__file__).parents[4]
@@ -172,3 +172,17 @@ def test_a_run_that_certainly_does_not_fit_is_an_error_with_the_numbers_and_the_
     assert "\n" not in message
     for words in (f"{estimate_memory(config).parameters:,}", f"{needed / 1e9:.1f} GB", "num_layers", "fsdp"):
         assert words in message
+
+
+def test_a_model_whose_weights_the_machine_cannot_hold_is_refused_whatever_the_devices():
+    memory = estimate_memory(load_config("small"))
+    check_can_be_built(memory, memory.weights_bytes)
+    with pytest.raises(ConfigError, match=r"weights need 0\.0 GB of memory, expected at most the 0\.0 GB"):
+        check_can_be_built(memory, memory.weights_bytes - 1)
+
+
+def test_the_largest_model_that_settings_can_ask_for_is_estimated_and_refused():
+    widest = {"model_dim": 2**16, "num_heads": 2**15, "ffn_dim": 2**20, "num_features": 2**20, "num_layers": 2}
+    memory = estimate_memory(Config(model=ModelConfig(**widest)))
+    with pytest.raises(ConfigError, match=r"weights need 1,788\.\d GB"):
+        check_can_be_built(memory, 2**40)
