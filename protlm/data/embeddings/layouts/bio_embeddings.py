@@ -33,7 +33,7 @@ class BioEmbeddingsLayout(KeyedLayout):
         """Returns whether the file is of this layout, and no other file has the name of the mapping file."""
         _, mapping = self.paths(out)
         try:
-            with mapping.open("rb") as file:
+            with files.open_regular(mapping) as file:
                 is_mapping = file.read(len(_FIRST_LINE)) == _FIRST_LINE
         except FileNotFoundError:
             is_mapping = True

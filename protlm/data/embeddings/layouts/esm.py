@@ -65,7 +65,7 @@ class EsmLayout(Layout):
     def is_own(self, out: Path) -> bool:
         """Returns whether this is a folder with an index of ours, and without files that we would not write."""
         try:
-            with (out / _INDEX).open("rb") as file:
+            with files.open_regular(out / _INDEX) as file:
                 if file.read(len(_HEADER)) != _HEADER.encode():
                     return False
             with os.scandir(out) as entries:

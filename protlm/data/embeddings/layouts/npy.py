@@ -6,6 +6,7 @@ The ids of `NAME.npy` are in `NAME.ids.txt`, one a line, in the order of the row
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -43,15 +44,16 @@ class NpyLayout(Layout):
     def is_own(self, out: Path) -> bool:
         """Returns whether the file is an array of floating-point rows with a file of as many lines beside it."""
         try:
-            with out.open("rb") as file:
+            with files.open_regular(out) as file:
                 if np.lib.format.read_magic(file) != (1, 0):
                     return False
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if len(shape) != 2 or dtype.kind != "f":
                 return False
-            with self.paths(out)[1].open("rb") as file:
+            with files.open_regular(self.paths(out)[1]) as file:
                 return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) == shape[0]
-        except (OSError, ValueError):
+        except (OSError, ValueError, TokenError):
+            # TokenError: a header that NumPy takes for one of Python 2.
             return False
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpyWriter":

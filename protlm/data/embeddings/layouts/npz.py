@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from protlm import files
 from protlm.data.embeddings.kinds import LAYER_PREFIX, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
@@ -44,7 +45,7 @@ class NpzLayout(Layout):
     def is_own(self, out: Path) -> bool:
         """Returns whether this is a zip with the comment of this layout, which NumPy ignores."""
         try:
-            with out.open("rb") as file:
+            with files.open_regular(out) as file:
                 if file.read(2) != b"PK":
                     return False
             with zipfile.ZipFile(out) as archive:

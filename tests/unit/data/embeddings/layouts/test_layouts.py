@@ -165,7 +165,16 @@ def test_each_layout_knows_only_its_own(tmp_path, name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"text\n", b"PK\x03\x04 cut", b"\x89HDF\r\n\x1a\n cut", b"PAR1 cut", b"\x93NUMPY\x01\x00 cut"],
+    [
+        None,
+        b"",
+        b"text\n",
+        b"PK\x03\x04 cut",
+        b"\x89HDF\r\n\x1a\n cut",
+        b"PAR1 cut",
+        b"\x93NUMPY\x01\x00 cut",
+        b"\x93NUMPY\x01\x00\x06\x00{'a':(",
+    ],
 )
 def test_odd_files_and_folders_are_nobodys_own(tmp_path, name, content):
     path = tmp_path / "out"
@@ -261,3 +270,14 @@ def test_hdf5_layouts_tell_the_model_and_what_they_hold(tmp_path):
 def test_contents_that_do_not_fit_together_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         contents_of(**changes)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_pipe_in_the_place_of_an_output_is_not_its_own_and_nobody_waits_for_it(name, tmp_path):
+    layout = LAYOUTS[name]
+    for path in layout.paths(tmp_path / "out"):
+        os.mkfifo(path)
+    assert not layout.is_own(tmp_path / "out")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "index.tsv")
+    assert not layout.is_own(tmp_path / "folder")
