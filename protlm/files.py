@@ -214,7 +214,8 @@ def read_regular(path: str | Path, *, max_bytes: int) -> bytes:
         OSError: As `open_regular` raises.
     """
     with open_regular(path, max_bytes=max_bytes) as file:
-        content = file.read(max_bytes + 1)
+        # None: nothing to read without waiting, as in some files of /proc.
+        content = file.read(max_bytes + 1) or b""
     # One that grows, or whose size the system does not tell, as in /proc.
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"expected at most {max_bytes:,} bytes, got more", str(path))

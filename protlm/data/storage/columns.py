@@ -11,17 +11,21 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
+from protlm import files
 from protlm.data.strings import Strings
 from protlm.errors import ShardError
 
 ALIGNMENT_BYTES = 64
 """Every column starts at a multiple of this in its file: a cache line, which suits any number type."""
+
+_MOST_ATTRIBUTE_BYTES = 500
+"""Several times the longest that protlm writes; messages may show it whole."""
 
 Scalar = TypeVar("Scalar", str, int)
 
@@ -94,11 +98,27 @@ def file_attribute(path: Path, name: str) -> str | None:
         return None
     try:
         with h5py.File(path, "r", locking=False) as file:
-            value = file.attrs.get(name)
+            value = _attribute(file, name)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError):
         # h5py raises any of these for a damaged file.
         return None
     return value if isinstance(value, str) else None
+
+
+def _attribute(file: h5py.File, name: str) -> Any:
+    """Returns an attribute that is a single short text or a number, None if there is no such attribute.
+
+    Memory for others, of the size that the file claims, is never asked for.
+    """
+    if name not in file.attrs:
+        return None
+    attribute = file.attrs.get_id(name)
+    is_single = attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR
+    if not is_single or attribute.dtype.itemsize > _MOST_ATTRIBUTE_BYTES:
+        return None
+    value = file.attrs[name]
+    # A text of variable length lies elsewhere in the file.
+    return None if isinstance(value, str) and len(value) > _MOST_ATTRIBUTE_BYTES else value
 
 
 class ColumnFile:
@@ -111,7 +131,7 @@ class ColumnFile:
 
     def attribute(self, name: str, kind: type[Scalar]) -> Scalar:
         """Returns an attribute of the file as `str` or `int`; raises ShardError if it is missing or of another type."""
-        value = self._file.attrs.get(name)
+        value = _attribute(self._file, name)
         if kind is int and isinstance(value, np.integer):
             return kind(value)
         if kind is str and isinstance(value, str):
@@ -121,8 +141,7 @@ class ColumnFile:
 
     def check_format(self, expected: str, version: int) -> None:
         """Raises ShardError for a file of another format or another version of it."""
-        name = self._file.attrs.get("format")
-        if not isinstance(name, str) or name != expected:
+        if _attribute(self._file, "format") != expected:
             raise ShardError(f"{self.path}: not a {expected} file")
         written_version = self.attribute("format_version", int)
         if written_version != version:
@@ -173,13 +192,15 @@ class ColumnFile:
         self.check_offsets(f"{name}/offsets", offsets, len(text))
         return Strings(text, offsets, f"{self.path}: {name}")
 
-    def check_offsets(self, name: str, offsets: np.ndarray, end: int) -> None:
-        """Raises ShardError unless offsets run from 0 to `end` without falling."""
+    def check_offsets(self, name: str, offsets: np.ndarray, end: int, *, rising: bool = False) -> None:
+        """Raises ShardError unless offsets run from 0 to `end` without falling, or with `rising`, without a pause."""
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != end:
             got = f"{offsets[0]} to {offsets[-1]}" if len(offsets) else "none"
             raise self._fault(name, f"offsets from 0 to {end}", got)
         if (offsets[1:] < offsets[:-1]).any():
             raise self._fault(name, "offsets that never fall", "some that do")
+        if rising and (offsets[1:] == offsets[:-1]).any():
+            raise self._fault(name, "records of at least one residue", "an empty one")
 
     def check_size(self, name: str, column: np.ndarray | Strings, size: int) -> None:
         """Raises ShardError for a column of another number of rows."""
@@ -226,11 +247,18 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
         ShardError: The file is missing, is no HDF5 file, or is damaged.
     """
     try:
-        # No lock: a shard never changes once it has its name, and some network file systems have no locks.
-        with h5py.File(path, "r", locking=False) as file:
-            yield ColumnFile(path, file, _map_file(path))
+        raw = files.open_regular(path)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ShardError(f"{path}: not a readable HDF5 file: {error.strerror}") from error
+    try:
+        # Mapped first: what has no bytes to map, as files of /proc, is not given to HDF5.
+        with raw:
+            content = _map_file(raw)
+        # No lock: a shard never changes once it has its name, and some network file systems have no locks.
+        with h5py.File(path, "r", locking=False) as file:
+            yield ColumnFile(path, file, content)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             raise
@@ -239,8 +267,7 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
         raise ShardError(f"{path}: not a readable HDF5 file: {reason}") from error
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        if sys.version_info >= (3, 13):
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _map_file(file: BinaryIO) -> mmap.mmap:
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

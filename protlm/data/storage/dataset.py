@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from protlm import vocabulary
+from protlm import files, vocabulary
 from protlm.choices import SplitMethod, SplitName
 from protlm.data.records import UNKNOWN, Format, OnBadRecord
 from protlm.data.storage.shards import FinishedShard, ShardReader
@@ -36,7 +36,10 @@ LENGTH_QUANTILES: dict[str, float] = {
 LENGTH_BIN_STARTS = tuple(sorted({round(2 ** (step / 4)) for step in range(4 * 17)}))
 """Lower bounds of the bins of the length histograms, four to a doubling; the last bin is open."""
 
-Count = Annotated[int, Field(ge=0)]
+_MOST_MANIFEST_BYTES = 64 << 20
+"""That of a dataset of more than 200,000 sources and shards."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 InputRole = Literal["input", "valid", "test", "ood"]
@@ -74,11 +77,11 @@ class PrepOptions(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None
     valid_fraction: Fraction | None
     test_fraction: Fraction | None
-    min_length: Annotated[int, Field(ge=1)]
-    max_length: Annotated[int, Field(ge=1)] | None
+    min_length: Annotated[int, Field(ge=1, lt=2**63)]
+    max_length: Annotated[int, Field(ge=1, lt=2**63)] | None
     dedupe: bool
     on_bad_record: OnBadRecord
-    shard_residues: Annotated[int, Field(ge=1)]
+    shard_residues: Annotated[int, Field(ge=1, lt=2**63)]
     ood_families: tuple[str, ...] = ()
     clusters: LabelFile | None = None
     families: LabelFile | None = None
@@ -97,8 +100,8 @@ class ShardSummary(_Strict):
     """The entry of a shard in the manifest."""
 
     name: Annotated[str, Field(pattern=SHARD_NAME_PATTERN)]
-    num_records: Annotated[int, Field(gt=0)]
-    num_residues: Annotated[int, Field(gt=0)]
+    num_records: Annotated[int, Field(gt=0, lt=2**63)]
+    num_residues: Annotated[int, Field(gt=0, lt=2**63)]
     checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -216,7 +219,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def is_dataset(directory: Path) -> bool:
     """Returns whether a folder has the manifest of a protlm dataset, of any version."""
     try:
-        content = json.loads((directory / MANIFEST_NAME).read_bytes())
+        content = json.loads(_read_manifest(directory))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
@@ -369,10 +372,14 @@ def open_dataset(path: str | Path) -> Dataset:
     if not directory.is_dir():
         raise ShardError(f"{directory}: expected a dataset folder, got {'a file' if directory.exists() else 'nothing'}")
     try:
-        content = (directory / MANIFEST_NAME).read_bytes()
+        content = _read_manifest(directory)
     except FileNotFoundError as error:
         raise ShardError(f"{directory}: not a protlm dataset: it has no {MANIFEST_NAME}") from error
     return Dataset(directory, _parse_manifest(directory / MANIFEST_NAME, content), xxhash.xxh3_128_hexdigest(content))
+
+
+def _read_manifest(directory: Path) -> bytes:
+    return files.read_regular(directory / MANIFEST_NAME, max_bytes=_MOST_MANIFEST_BYTES)
 
 
 def _parse_manifest(path: Path, content: bytes) -> Manifest:

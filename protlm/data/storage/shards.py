@@ -173,7 +173,7 @@ class ShardReader:
             self.offsets = file.column("offsets", np.int64)
             file.check_size("tokens", self.tokens, self.num_residues)
             file.check_size("offsets", self.offsets, self.num_records + 1)
-            file.check_offsets("offsets", self.offsets, self.num_residues)
+            file.check_offsets("offsets", self.offsets, self.num_residues, rising=True)
             self.ids = file.strings("ids")
             self.descriptions = file.strings("descriptions")
             file.check_size("ids", self.ids, self.num_records)

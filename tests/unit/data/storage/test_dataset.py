@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import xxhash
 
 from protlm import vocabulary
 from protlm.data.storage import dataset
-from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.dataset import is_dataset, open_dataset
 from protlm.errors import ShardError
 from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
@@ -51,7 +52,7 @@ def test_records_are_reached_by_their_number_over_all_shards(path):
 def test_opening_a_dataset_and_reading_from_it_imports_no_parser(path):
     code = f"""
 import sys
-from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.dataset import is_dataset, open_dataset
 from protlm.data.storage.mixture import Mixture
 split = open_dataset({str(path)!r}).split("train")
 split.shard(0).verify()
@@ -228,3 +229,25 @@ def test_labels_are_those_of_the_record_in_every_shard(tmp_path):
 
 def test_a_dataset_without_labels_has_none(path):
     assert [tuple(open_dataset(path).split("train").labels(record)) for record in range(6)] == [((), (), ())] * 6
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "loop", "large"])
+def test_a_manifest_that_is_no_regular_file_or_too_large_is_refused_at_once(path, target):
+    os.mkfifo(path / "pipe")
+    (path / "loop").symlink_to("loop")
+    with (path / "large").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").symlink_to(target)
+    assert not is_dataset(path)
+    with pytest.raises(OSError, match=r"expected a regular file|expected at most|Too many levels") as caught:
+        open_dataset(path)
+    assert caught.value.filename == str(path / "manifest.json")
+
+
+def test_counts_are_those_that_64_bits_hold(path):
+    edit(path, lambda manifest: manifest["rejects"].update(x=2**63 - 1))
+    assert open_dataset(path).manifest.rejects["x"] == 2**63 - 1
+    edit(path, lambda manifest: manifest["rejects"].update(x=2**63))
+    with pytest.raises(ShardError, match=r"rejects\.x: input should be less than"):
+        open_dataset(path)

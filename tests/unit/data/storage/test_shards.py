@@ -1,5 +1,7 @@
 import itertools
+import os
 import pickle
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -154,6 +156,10 @@ def test_verify_finds_a_token_that_is_no_residue(path):
         (replace("tokens", shape=29, dtype="u1", external=[("/etc/passwd", 0, 29)]), "another storage layout"),
         (replace("tokens", shape=29, dtype="u1"), "tokens: expected a place within .* got no place"),
         (replace("offsets", data=np.array([0, 5, 4, 29])), "offsets: expected offsets that never fall"),
+        (replace("offsets", data=np.array([0, 4, 4, 29])), "offsets: expected records of at least one residue"),
+        (set_attribute("split", "x" * 501), "attribute 'split': expected str, got none"),
+        (set_attribute("split", np.bytes_(b"x" * 501)), "attribute 'split': expected str, got none"),
+        (set_attribute("checksum", np.zeros(3)), "attribute 'checksum': expected str, got none"),
         (replace("offsets", data=np.array([0, 3, 4, 28])), "offsets: expected offsets from 0 to 29, got 0 to 28"),
         (replace("offsets", data=np.array([1, 3, 4, 29])), "offsets: expected offsets from 0 to 29, got 1 to 29"),
         (replace("ids/offsets", data=np.zeros(0, np.int64)), "ids/offsets: expected offsets from 0 to 5, got none"),
@@ -235,3 +241,32 @@ def test_a_column_said_to_lie_beyond_the_end_of_the_file_is_refused(path):
         # Newer HDF5 finds it before we do.
         with pytest.raises(ShardError, match=r"tokens: expected a place within the \d+ bytes|not a readable HDF5 file"):
             ShardReader(path)
+
+
+def test_an_attribute_said_to_be_huge_takes_no_memory(path):
+    edit(path, set_attribute("num_records", np.arange(7)))
+    content = path.read_bytes()
+    claimed = content.replace((7).to_bytes(8, "little"), (2**33).to_bytes(8, "little"))
+    assert claimed != content
+    path.write_bytes(claimed)
+    tracemalloc.start()
+    with pytest.raises(ShardError, match=r"num_records'?: expected|not a readable HDF5 file"):
+        ShardReader(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "loop", "."])
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path, target):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "train-00000.h5").symlink_to(target)
+    with pytest.raises(ShardError, match=r"not a readable HDF5 file: (expected a regular|Too many levels|Is a dir)"):
+        ShardReader(tmp_path / "train-00000.h5")
+
+
+def test_a_file_without_a_size_is_never_given_to_hdf5(tmp_path, monkeypatch):
+    (tmp_path / "train-00000.h5").touch()
+    monkeypatch.setattr(h5py, "File", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ShardError, match="cannot mmap an empty file"):
+        ShardReader(tmp_path / "train-00000.h5")
