@@ -12,13 +12,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from protlm.choices import SplitName
+from protlm import files
 from protlm.errors import ProtlmError, validation_fault
 from protlm.inference.metrics import METRICS, NUM_CONFIDENCE_BINS, NUM_REPLICATES
 from protlm.vocabulary import RESIDUES
 from protlm.workflows.evaluate.breakdowns import LENGTH_BIN_NAMES
 from protlm.workflows.evaluate.report import FORMAT_VERSION, REPLICATED
 
-_MOST_REPORT_BYTES = 256 << 20
+_MOST_REPORT_BYTES = 64 << 20
 _MOST_FAULT_LETTERS = 500
 
 
@@ -143,10 +144,10 @@ def read_report(path: Path) -> SavedReport:
         ProtlmError: It cannot be read, is of another kind or version, or of a model that has diverged.
     """
     try:
-        if path.stat().st_size > _MOST_REPORT_BYTES:
-            raise ProtlmError(f"{path}: larger than any report of protlm eval")
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(files.read_regular(path, max_bytes=_MOST_REPORT_BYTES))
+    except OSError as error:
+        raise ProtlmError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ProtlmError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("splits"), dict) or not content["splits"]:
         raise ProtlmError(f"{path}: not a report of protlm eval that can be compared; evaluate the model again")
