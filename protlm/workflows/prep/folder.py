@@ -242,7 +242,8 @@ def check_replaceable(out: Path, *, force: bool) -> None:
     Raises:
         ProtlmError: The output exists and may not be replaced.
     """
-    if not out.exists():
+    # A link to itself is there too, although it does not exist.
+    if not os.path.lexists(out):
         return
     if not out.is_dir():
         raise ProtlmError(f"{out}: expected a folder to make or replace, got a file; choose another --out")
