@@ -11,8 +11,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from protlm.choices import SplitName
 from protlm import files
+from protlm.choices import SplitName
 from protlm.errors import ProtlmError, validation_fault
 from protlm.inference.metrics import METRICS, NUM_CONFIDENCE_BINS, NUM_REPLICATES
 from protlm.vocabulary import RESIDUES
