@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,13 @@ class RunLog:
         self._run_dir = run_dir
         self._config = config
         self._loggers = loggers
-        self._metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step=first_step, added=ADDED_METRICS)
-        self._speed = CsvLog(run_dir / "speed.csv", SPEED, last_step=first_step)
-        self._health = CsvLog(run_dir / "health.csv", HEALTH, last_step=first_step)
+        with ExitStack() as opened:
+            metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step=first_step, added=ADDED_METRICS)
+            self._metrics = opened.enter_context(closing(metrics))
+            self._speed = opened.enter_context(closing(CsvLog(run_dir / "speed.csv", SPEED, last_step=first_step)))
+            self._health = opened.enter_context(closing(CsvLog(run_dir / "health.csv", HEALTH, last_step=first_step)))
+            # None of them cannot be read: they stay open.
+            opened.pop_all()
         self.notes: tuple[str, ...] = ()
         if self._metrics.last_step < first_step:
             missing = f"{self._metrics.last_step + 1} to {first_step}"

@@ -8,6 +8,7 @@ import numpy as np
 
 from protlm import files
 from protlm.errors import RunError
+from protlm.workflows.train.regular_files import open_regular
 
 METRICS = (
     "step", "epoch", "tokens", "train/loss", "train/accuracy", "train/perplexity", "lr", "muon_lr", "grad_norm",
@@ -25,6 +26,10 @@ HEALTH = (
     "step", "layer", "q_norm", "k_norm", "max_q_norm", "max_k_norm", "effective_features", "dead_features",
 )  # fmt: skip
 """Columns of health.csv, a row per layer at every measured step."""
+
+MOST_BYTES = 2**34
+"""Of a table that is read: the rows of about sixty million updates."""
+_MOST_LINE_BYTES = 4096
 
 
 class CsvLog:
@@ -103,8 +108,8 @@ def read_thinned(
     Raises:
         RunError: The file is not a table with these columns.
     """
-    with path.open("rb") as file:
-        _check_header(path, file.readline(), columns)
+    with _open(path) as file:
+        _check_header(path, file.readline(_MOST_LINE_BYTES), columns)
         starts, has_last = _find_lines(file, block_bytes)
         num_rows = len(has_last)
         rows_per_step = _rows_of_first_step(file, int(starts[0]), columns)
@@ -115,7 +120,7 @@ def read_thinned(
         rows = []
         for number in np.unique(chosen[chosen < num_rows]):
             file.seek(starts[number])
-            line = file.readline()
+            line = file.readline(_MOST_LINE_BYTES)
             if _is_row(line, columns):
                 rows.append(_fields(line, columns))
     return rows
@@ -139,7 +144,7 @@ def _rows_of_first_step(file: BinaryIO, start: int, columns: Sequence[str]) -> i
     """Returns the number of rows per step, at least 1; a log writes the same number at every step."""
     file.seek(start)
     first, count = b"", 0
-    for line in file:
+    for line in _bounded_lines(file):
         step = line.partition(b",")[0]
         if not _is_row(line, columns) or (count and step != first):
             break
@@ -168,8 +173,8 @@ def _check_header(path: Path, line: bytes, columns: Sequence[str]) -> None:
 def _lines_with_added(path: Path, columns: Sequence[str], added: Set[str]) -> Iterator[bytes]:
     """Yields the lines of the complete rows, with empty fields for added columns that the table lacks."""
     earlier = [column for column in columns if column not in added]
-    with path.open("rb") as file:
-        is_earlier = file.readline().rstrip(b"\r\n") == _line(earlier).rstrip(b"\r\n")
+    with _open(path) as file:
+        is_earlier = file.readline(_MOST_LINE_BYTES).rstrip(b"\r\n") == _line(earlier).rstrip(b"\r\n")
     if not (added and is_earlier):
         yield from _lines(path, columns)
         return
@@ -179,9 +184,21 @@ def _lines_with_added(path: Path, columns: Sequence[str], added: Set[str]) -> It
 
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[bytes]:
     """Yields the lines of the complete rows."""
-    with path.open("rb") as file:
-        _check_header(path, file.readline(), columns)
-        yield from (line for line in file if _is_row(line, columns))
+    with _open(path) as file:
+        _check_header(path, file.readline(_MOST_LINE_BYTES), columns)
+        yield from (line for line in _bounded_lines(file) if _is_row(line, columns))
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path, max_bytes=MOST_BYTES)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; move the file away") from None
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the lines of a file from its place on; one that is longer than any row comes in pieces."""
+    return iter(lambda: file.readline(_MOST_LINE_BYTES), b"")
 
 
 def _is_row(line: bytes, columns: Sequence[str]) -> bool:
