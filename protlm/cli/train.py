@@ -127,6 +127,8 @@ def train_command(
 
         dry_report = estimate(request, find_batch=find_batch)
         output.print_json(dry_report) if as_json else _print_estimate(dry_report)
+        if dry_report.note is not None:
+            output.warn(dry_report.note)
         return
 
     from protlm.workflows.train.train import train

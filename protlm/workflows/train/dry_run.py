@@ -48,6 +48,7 @@ class DryRunReport:
         seconds_per_step: Time of an update on this machine, from a row that was trained on; None if none was.
         seconds: Time of the remaining steps at that pace, without measurements and checkpoints.
         largest_tokens_per_batch: The largest data.tokens_per_batch that fits; None if it was not searched for.
+        note: A warning about the checkpoint that the run would go on from; None if all is well.
     """
 
     num_parameters: int
@@ -64,6 +65,7 @@ class DryRunReport:
     seconds_per_step: float | None
     seconds: float | None
     largest_tokens_per_batch: int | None
+    note: str | None
 
 
 def dry_run(request: TrainRequest, *, find_batch: bool = False) -> DryRunReport:
@@ -98,6 +100,7 @@ def dry_run(request: TrainRequest, *, find_batch: bool = False) -> DryRunReport:
         seconds_per_step=seconds,
         seconds=None if seconds is None else seconds * (settings.train.max_steps - start.first_step),
         largest_tokens_per_batch=_largest_budget(start) if find_batch else None,
+        note=None if start.resume_point is None else start.resume_point.note,
     )
 
 

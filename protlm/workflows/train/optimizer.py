@@ -23,6 +23,9 @@ _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
 
+STATE_OF_RULE = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
+"""What the optimizer keeps of a parameter, by its rule: tensors like it, but for `step`, a number of updates."""
+
 MOST_NUMBERS_AT_ONCE = 2**25
 """Entries in a batch of matrices that are orthogonalised together: it bounds the memory for whole matrices."""
 
@@ -110,10 +113,10 @@ class TrainingOptimizer(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         # AdamW works entry by entry, so each device updates the shard that it holds.
         adamw(
-            [_local(parameter) for parameter in parameters],
-            [_local(_gradient(parameter)) for parameter in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local_shard(parameter) for parameter in parameters],
+            [local_shard(_gradient(parameter)) for parameter in parameters],
+            [local_shard(state["exp_avg"]) for state in states],
+            [local_shard(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -137,8 +140,8 @@ class TrainingOptimizer(torch.optim.Optimizer):
                 batch = alike[start : start + num_at_once]
                 directions = orthogonalise(torch.stack([_whole(self._momentum(parameter)) for parameter in batch]))
                 for parameter, direction in zip(batch, directions, strict=True):
-                    own_shard = _local(_like(parameter, direction))
-                    _local(parameter).mul_(1 - lr * weight_decay).sub_(own_shard, alpha=rate)
+                    own_shard = local_shard(_like(parameter, direction))
+                    local_shard(parameter).mul_(1 - lr * weight_decay).sub_(own_shard, alpha=rate)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -178,7 +181,7 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Returns the shard of a tensor that this process holds, as a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -1,11 +1,11 @@
-"""The checkpoints of a run: where they lie, how one replaces another, and which of them a run may be resumed from."""
+"""The checkpoints of a run: where they lie, how one replaces another, and which of them a run goes on from."""
 
 import os
-import pickle
 import shutil
-import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -13,13 +13,20 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from protlm import files
 from protlm.config import Config
 from protlm.errors import CheckpointError
+from protlm.workflows.train.checkpoint_content import SECTIONS, DamagedCheckpointError, read_step
 
 FOLDER_NAME = "checkpoints"
+_PREVIOUS_NAME = "previous.ckpt"
 
 
 def last_checkpoint(run_dir: Path) -> Path:
     """Returns the path of the checkpoint that a run is resumed from."""
     return run_dir / FOLDER_NAME / "last.ckpt"
+
+
+def previous_checkpoint(run_dir: Path) -> Path:
+    """Returns the path of the checkpoint before the last one, for the case that the last one is damaged."""
+    return run_dir / FOLDER_NAME / _PREVIOUS_NAME
 
 
 def best_checkpoint(run_dir: Path) -> Path:
@@ -43,55 +50,112 @@ def keep(checkpoint: Path, copy: Path) -> None:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that appear whole or not at all: the previous one stays until the new one is on the disk."""
+    """Checkpoint files that appear whole or not at all; the one that is replaced becomes `previous.ckpt`.
+
+    The last one stays until the new one is on the disk: at every moment there is a whole one under its name.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a temporary file and renames it to the checkpoint's path."""
-        with files.written_whole(Path(path)) as partial, partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        """Writes a temporary file and renames it to the checkpoint's path.
+
+        Raises:
+            CheckpointError: It cannot be written, as on a full disk.
+        """
+        path = Path(path)
+        try:
+            with files.written_whole(path) as partial:
+                _save({name: checkpoint[name] for name in SECTIONS}, partial)
+                if path.exists():
+                    keep(path, path.with_name(_PREVIOUS_NAME))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be written: {error.strerror}; what was there is kept: go on with --resume once it can"
+            ) from None
 
 
-def read_resume_step(path: Path, dataset_hash: str, settings: Config) -> int:
-    """Returns the step of a checkpoint to resume from, 0 if there is none.
+def _save(content: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        writer = _Writer(file)
+        try:
+            torch.save(content, writer)  # type: ignore[arg-type]
+        except RuntimeError:
+            # torch reports another error, in its own bookkeeping, where a write failed.
+            if writer.error is None:
+                raise
+            raise writer.error from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Writer:
+    """A file to write to that remembers the error of a write that failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        path: The file.
+        step: Updates made before it.
+        note: A warning if it is not the last one that was written; None if it is.
+    """
+
+    path: Path
+    step: int
+    note: str | None = None
+
+
+def find_resume_point(run_dir: Path, dataset_hash: str, settings: Config) -> ResumePoint | None:
+    """Returns the newest checkpoint that is whole; None if there is no checkpoint at all. It changes no file.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or was made with other settings or another dataset.
+        CheckpointError: None of those that are there is whole, or the run had other settings or another dataset.
     """
-    if not path.exists():
-        return 0
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ValueError("checksum differs")
-        # weights_only: tensors and plain values, never code.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved, config = checkpoint["protlm"]["dataset_hash"], dict(checkpoint["protlm"]["config"])
-        step = int(checkpoint["global_step"])
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError,
-            AttributeError):  # fmt: skip
-        raise CheckpointError(
-            f"{path}: damaged, or not a checkpoint of protlm train; delete it to start the run afresh"
-        ) from None
-    difference = first_difference(config, settings.model_dump(mode="json"))
-    if difference is not None:
-        key, ours, theirs = difference
-        raise CheckpointError(
-            f"{path}: made with {key} = {ours!r}, but the run's config.toml now says {theirs!r}; put it back"
-        )
-    if saved != dataset_hash:
-        raise CheckpointError(
-            f"{path}: the run was trained on another dataset (hash {saved}, now {dataset_hash}); "
-            "resume with the dataset it began with"
-        )
-    return step
+    faults: list[DamagedCheckpointError] = []
 
+    def first_whole(paths: Sequence[Path]) -> ResumePoint | None:
+        for path in paths:
+            try:
+                if path.exists():
+                    return ResumePoint(path, read_step(path, dataset_hash, settings))
+            except DamagedCheckpointError as error:
+                faults.append(error)
+        return None
 
-def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, object, object] | None:
-    """Returns key and both values of the first setting that differs; train.max_steps may differ."""
-    for section in ours:
-        for key, value in ours[section].items():
-            if value != theirs.get(section, {}).get(key) and (section, key) != ("train", "max_steps"):
-                return f"{section}.{key}", value, theirs.get(section, {}).get(key)
+    last = last_checkpoint(run_dir)
+    if (point := first_whole([last])) is not None:
+        return point
+    kept = sorted((run_dir / FOLDER_NAME).glob("step-*.ckpt"), reverse=True)
+    older = [first_whole([previous_checkpoint(run_dir)]), first_whole([best_checkpoint(run_dir)]), first_whole(kept)]
+    newest = max((point for point in older if point is not None), key=lambda point: point.step, default=None)
+    if newest is not None:
+        reason = str(faults[0]) if last.exists() else f"{last}: is gone"
+        note = f"{reason}; the run goes on from {newest.path.name}, and so from step {newest.step}"
+        return ResumePoint(newest.path, newest.step, note)
+    if faults:
+        raise CheckpointError(
+            f"{faults[0]}, and no other checkpoint of this run is whole; put a copy of one in its place, or begin "
+            "another run, with --init from this one if it has a model"
+        )
     return None
+
+
+def make_last(run_dir: Path, point: ResumePoint) -> None:
+    """Lets the checkpoint that a run goes on from take the place of the last one, which was damaged or gone."""
+    if point.path != last_checkpoint(run_dir):
+        keep(point.path, last_checkpoint(run_dir))

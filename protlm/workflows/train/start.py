@@ -22,7 +22,7 @@ from protlm.model.performer import Performer
 from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_description
 from protlm.runtime.devices import Devices, best_device, memory_bytes, process_rank
 from protlm.workflows.train.memory import MemoryEstimate, check_can_be_built, check_fits, estimate_memory
-from protlm.workflows.train.run_checkpoints import last_checkpoint, read_resume_step
+from protlm.workflows.train.run_checkpoints import ResumePoint, find_resume_point
 from protlm.workflows.train.run_description import RUN_NAME, TrainingSet, read_run_description
 from protlm.workflows.train.run_folder import check_replaceable, resolve_settings
 from protlm.workflows.train.task import TrainingData
@@ -113,6 +113,7 @@ class Start:
         data: Its stream of rows.
         model: The network with its first weights.
         memory: Estimated memory of a step.
+        resume_point: The checkpoint that it goes on from; None for a new run.
         first_step: Updates made before; 0 for a new run.
         init_hash: Hash of the weights of --init that it begins with; None if they are drawn.
     """
@@ -122,6 +123,7 @@ class Start:
     data: TrainingData
     model: Performer
     memory: MemoryEstimate
+    resume_point: ResumePoint | None
     first_step: int
     init_hash: str | None
 
@@ -154,7 +156,8 @@ def prepare_start(request: TrainRequest) -> Start:
     check_can_be_built(memory, memory_bytes(torch.device("cpu")))
     if request.devices.strategy != "fsdp":
         check_fits(memory, memory_bytes(best_device()))
-    first_step = read_resume_step(last_checkpoint(run_dir), sets.hash, settings) if request.resume else 0
+    resume_point = find_resume_point(run_dir, sets.hash, settings) if request.resume else None
+    first_step = 0 if resume_point is None else resume_point.step
     if first_step > settings.train.max_steps:
         raise ConfigError(
             f"{run_dir}: the run is at step {first_step} already, past max_steps = {settings.train.max_steps}; "
@@ -166,8 +169,9 @@ def prepare_start(request: TrainRequest) -> Start:
     data = TrainingData(sets.train, settings)
     model = build_model(settings, None if first_step else request.init)
     return Start(
-        sets=sets, settings=settings, data=data, model=model, memory=memory, first_step=first_step, init_hash=init_hash
-    )
+        sets=sets, settings=settings, data=data, model=model, memory=memory, resume_point=resume_point,
+        first_step=first_step, init_hash=init_hash,
+    )  # fmt: skip
 
 
 def build_model(settings: Config, init: Path | None) -> Performer:

@@ -25,9 +25,8 @@ from protlm.data.batching.batches import Batch, Objective, Row, training_batch, 
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import MaskRates
 from protlm.data.storage.mixture import Mixture
-from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
-from protlm.runtime.devices import OtherProcessError
+from protlm.workflows.train.divergence import diverged
 from protlm.workflows.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor
 from protlm.workflows.train.stop_request import SIGNALS, StopRequest
 
@@ -97,6 +96,12 @@ class LanguageModelling(pl.LightningModule):
         """Returns the run's optimizer."""
         return build_optimizer(self.model, self.config.train)
 
+    def on_train_start(self) -> None:
+        """Gives the optimizer the rates of the settings: with a checkpoint's state it has taken those of back then."""
+        optimizer: torch.optim.Optimizer = self.optimizers(use_pl_optimizer=False)  # type: ignore[assignment]
+        for group, own in zip(optimizer.param_groups, self.configure_optimizers().param_groups, strict=True):
+            group["peak_lr"] = own["peak_lr"]
+
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """Redraws the projections before an update that is due for it."""
         if self._num_rows:
@@ -136,13 +141,8 @@ class LanguageModelling(pl.LightningModule):
         norm = gradient_norm(self.model.parameters())
         loss, grad_norm = nll / max(1.0, num_targets), norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            if self.global_rank:
-                raise OtherProcessError
-            raise ProtlmError(
-                f"step {self.global_step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; expected finite "
-                "numbers. Checkpoints from before are kept; try a lower train.lr, train.muon_lr or "
-                "model.max_temperature"
-            )
+            message = f"the loss is {loss} and the gradient's norm {grad_norm}"
+            raise diverged(self.global_step + 1, message, self.global_rank)
         if settings.clip_norm:
             clip_gradients(self.model.parameters(), settings.clip_norm, norm)
         factor = learning_rate_factor(self.global_step + 1, settings)
@@ -199,9 +199,35 @@ class LanguageModelling(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the generator of the projections and the tokens so far, which earlier versions did not save."""
+        """Restores the generator of the projections and the tokens so far, which earlier versions did not save.
+
+        Lightning's place in its loops follows from the step: what it saved counts the rows of one device, and would end
+        the next update too early where the number of devices has changed.
+        """
+        checkpoint["loops"] = {"fit_loop": loops_at(self.trainer, checkpoint["global_step"])}
         self._redraw_generator.set_state(checkpoint["protlm"]["redraw_generator"])
         self._num_tokens = checkpoint["protlm"].get("num_tokens")
+
+
+def loops_at(trainer: pl.Trainer, step: int) -> dict[str, Any]:
+    """Returns what Lightning saves of its training loop after an update, with the number of devices of this trainer."""
+    state = trainer.fit_loop.state_dict()
+    rows = step * trainer.accumulate_grad_batches
+    # A checkpoint is made before the loop has counted the last row as completed.
+    seen = {"ready": rows, "started": rows, "processed": rows, "completed": rows - 1}
+    once = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    steps = {"ready": step, "started": step, "completed": step}
+    optimizer = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for progress, counts in (
+        (state["epoch_loop.batch_progress"], seen),
+        (state["epoch_progress"], once),
+        (optimizer["step"], steps),
+        (optimizer["zero_grad"], steps),
+    ):
+        for kind in ("total", "current"):
+            progress[kind] = {name: counts[name] for name in progress[kind]}
+    state["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+    return state
 
 
 class TrainingData(pl.LightningDataModule):

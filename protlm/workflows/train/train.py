@@ -1,8 +1,9 @@
 """`protlm train`: from datasets to a run directory with metrics, checkpoints and a model."""
 
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from protlm.pretrained.model_description import ModelDescription, ValidScore
 from protlm.pretrained.model_directory import read_description
 from protlm.runtime.devices import OtherProcessError, is_lost_peer, process_rank
 from protlm.workflows.train.callbacks import Watch
-from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint
+from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint, make_last
 from protlm.workflows.train.run_description import (
     RUN_NAME,
     describe_session,
@@ -87,6 +88,8 @@ def _train(
     has_work = start.first_step < settings.train.max_steps
     if is_first and has_work:
         prepare_run_dir(run_dir, settings, resume=request.resume, is_run=is_run, locked=locked)
+        if start.resume_point is not None:
+            make_last(run_dir, start.resume_point)
         devices = request.devices
         session = describe_session(
             command,
@@ -94,6 +97,7 @@ def _train(
             num_nodes=devices.num_nodes,
             strategy=devices.strategy,
             first_step=start.first_step,
+            settings=settings.train,
         )
         write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.init_hash)
     with StopRequest(max_seconds) as stop_request:
@@ -106,6 +110,8 @@ def _train(
             stop_request,
             start.first_step,
         )
+        if start.resume_point is not None and start.resume_point.note is not None:
+            watch.notes += (start.resume_point.note,)
         if has_work:
             task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
             with quiet_lightning():
@@ -213,7 +219,8 @@ def _tensorboard_folder(run_dir: Path) -> Path:
 
 def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, checkpoint: Path | None) -> None:
     try:
-        trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+        with _failed_writes_of_threads_untold():
+            trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         # Lightning exits on the second Ctrl-C; the command line expects a KeyboardInterrupt.
         raise KeyboardInterrupt from None
@@ -226,3 +233,19 @@ def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, check
             "another process of this run ended early, and its own message says why; go on from the last checkpoint "
             "with the same command and --resume"
         ) from None
+
+
+@contextmanager
+def _failed_writes_of_threads_untold() -> Iterator[None]:
+    """Silences what TensorBoard's thread prints where the disk is full: its writer raises the error in the run too."""
+    hook = threading.excepthook
+
+    def untold(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            hook(arguments)
+
+    threading.excepthook = untold
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
