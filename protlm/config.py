@@ -41,6 +41,9 @@ Steps = Annotated[int, Field(gt=0, le=_MOST_STEPS)]
 StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
 PositiveFloat = Annotated[float, Field(gt=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
+# Products of two of them, which the optimizers form, are still numbers of float32.
+Rate = Annotated[float, Field(gt=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
+Coefficient = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 _COMMENT_COLUMNS = 100
 
@@ -192,15 +195,15 @@ class TrainConfig(_Section):
     """After the warm-up, `cosine` decay to a tenth of the peak rate at schedule_steps, or `constant`."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """`adamw`, or `muon`: Muon for the matrices of the encoder and AdamW for all other weights."""
-    lr: PositiveFloat = 2e-3
+    lr: Rate = 2e-3
     """Peak learning rate of AdamW."""
-    muon_lr: PositiveFloat = 0.04
+    muon_lr: Rate = 0.04
     """Peak learning rate of Muon; unused by `adamw`."""
     betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Decay rates of AdamW's first and second moment."""
-    eps: PositiveFloat = 1e-8
+    eps: Rate = 1e-8
     """Added by AdamW to the square root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: Coefficient = 0.01
     """Decoupled weight decay of matrices; biases, norms and embeddings are not decayed."""
     warmup_steps: StepsOrNone = 40
     """Updates over which the learning rate rises linearly to its peak."""
@@ -217,7 +220,7 @@ class TrainConfig(_Section):
     compile: bool = False
     """Compile the layers with torch.compile."""
     checkpoint_every_steps: Steps = 200
-    """Updates between checkpoints for --resume; each replaces the one before."""
+    """Updates between checkpoints for --resume; the last two are kept."""
     keep_every_steps: StepsOrNone = 0
     """Updates between checkpoints that are kept for good. 0: none."""
     valid_every_steps: Steps = 200

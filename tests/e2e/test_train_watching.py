@@ -162,11 +162,9 @@ def scores_of(perplexities):
 
 @pytest.mark.parametrize(
     ("perplexities", "best_step"),
-    [([9.0, math.nan, math.inf], 1), ([math.nan, 9.0, math.nan], 2), ([math.nan, math.inf, math.nan], 2)],
+    [([9.0, math.nan, math.inf], 1), ([math.nan, 9.0, math.nan], 2), ([math.inf, 9.0, 10.0], 2)],
 )
-def test_a_measurement_that_is_not_a_number_never_replaces_one_that_is(
-    perplexities, best_step, dataset, tmp_path, monkeypatch
-):
+def test_a_measurement_that_is_not_finite_is_never_the_best(perplexities, best_step, dataset, tmp_path, monkeypatch):
     out = tmp_path / "run"
     monkeypatch.setattr(callbacks, "score_split", scores_of(perplexities))
     assert train(dataset, out, "--max-steps", 3, "--set", "train.valid_every_steps=1") == 0
@@ -175,11 +173,19 @@ def test_a_measurement_that_is_not_a_number_never_replaces_one_that_is(
     assert torch.load(out / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == best_step
 
 
-def test_measurements_that_are_not_numbers_use_up_the_patience(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_measurements_that_are_not_finite_use_up_the_patience_and_export_nothing(
+    value, dataset, tmp_path, monkeypatch, failure
+):
     out = tmp_path / "run"
-    monkeypatch.setattr(callbacks, "score_split", scores_of([math.nan] * 50))
-    assert train(dataset, out, "--set", "train.valid_every_steps=1", "--set", "train.patience=2") == 0
-    assert len(rows(out)) == 3
+    monkeypatch.setattr(callbacks, "score_split", scores_of([value] * 50))
+    settings = ["--config", "tiny", *SMALL, "--set", "train.valid_every_steps=1", "--set", "train.patience=2"]
+    message = failure("train", dataset, "--out", out, *settings)
+    assert f"the perplexity on valid is {value}" in message
+    assert len(rows(out)) == 2
+    assert not (out / "model").exists()
+    # Its weights are finite, and so it can go on.
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_time_ends_a_run_with_a_checkpoint_and_status_0(dataset, tmp_path, capsys):

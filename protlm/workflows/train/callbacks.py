@@ -10,11 +10,14 @@ import pytorch_lightning as pl
 
 from protlm.config import Config
 from protlm.data.batching.batches import Proteins
+from protlm.errors import RunError
 from protlm.inference.scoring import Scores, score_split
 from protlm.model.health import attention_health
 from protlm.pretrained.model_description import ModelDescription, Targets, ValidScore, targets_of
 from protlm.pretrained.model_directory import save_model
+from protlm.runtime.devices import OtherProcessError
 from protlm.workflows.train import run_checkpoints
+from protlm.workflows.train.divergence import diverged, find_fault
 from protlm.workflows.train.run_description import Outcome
 from protlm.workflows.train.run_log import RunLog
 from protlm.workflows.train.stop_request import StopRequest
@@ -78,6 +81,12 @@ class Watch(pl.Callback):
         # Lightning has installed its own handler for SIGTERM by now, which would end the run within an update.
         self._stop_request.listen()
         self.last_step = trainer.global_step
+        # Each process has chosen the checkpoint by itself, from files that all of them see.
+        is_same = trainer.strategy.broadcast(self.last_step) == self.last_step
+        if not trainer.strategy.reduce_boolean_decision(is_same, all=True):
+            if trainer.global_rank:
+                raise OtherProcessError
+            raise RunError(f"{self._run_dir}: the processes see different checkpoints; is the folder shared by all?")
         if trainer.is_global_zero:
             self._log = RunLog(self._run_dir, self._config, self.last_step, trainer.loggers)
             self.notes += self._log.notes
@@ -105,16 +114,24 @@ class Watch(pl.Callback):
         assert update is not None
         seconds = time.perf_counter() - self._update_began
         is_last = step >= settings.max_steps
+        is_measured = is_last or step % settings.valid_every_steps == 0
+        reason = _reason_to_stop(update, is_patience_over=False)
         valid: dict[str, float] = {}
         has_improved = is_patience_over = False
-        if is_last or step % settings.valid_every_steps == 0:
+        assert task.first_batch is not None
+        fault = None
+        if is_measured or reason is not None or self._is_due(step):
+            # What is not finite is neither measured nor exported nor kept as a checkpoint.
+            fault = find_fault(trainer, task.model, task.first_batch)
+        if is_measured and fault is None:
             valid, has_improved = self._measure(trainer, task)
             is_patience_over = 0 < settings.patience <= self._num_without_improvement
         outcome = "finished" if is_last else _reason_to_stop(update, is_patience_over=is_patience_over)
         if self._log is not None:
             self._log.update(step, update, valid, seconds, self._seconds_waited)
+        if fault is not None:
+            raise diverged(step, fault, trainer.global_rank)
         if settings.health_every_steps and step % settings.health_every_steps == 0:
-            assert task.first_batch is not None
             layers = attention_health(task.model, task.first_batch.tokens, task.first_batch.cu_seqlens)
             if self._log is not None:
                 self._log.health(step, layers)
@@ -123,6 +140,9 @@ class Watch(pl.Callback):
             self._save_checkpoints(trainer, has_improved=has_improved)
             if self._log is not None:
                 self._log.draw_curves(self._baselines, is_last=ends)
+        if ends and valid and self.best is None:
+            message = f"the perplexity on valid is {valid['valid/perplexity']}, and so no model was exported"
+            raise diverged(step, message, trainer.global_rank)
         # Only now: what fails above ends the run otherwise.
         self.outcome = outcome
         if ends:
@@ -148,7 +168,9 @@ class Watch(pl.Callback):
             task.model, description, self._valid, rank=trainer.global_rank, world_size=trainer.world_size
         )
         valid = _valid_score(scores, targets_of(description.objective.hiding_all()))
-        has_improved = self.best is None or _is_lower(valid.perplexity, self.best.perplexity)
+        has_improved = math.isfinite(valid.perplexity) and (
+            self.best is None or valid.perplexity < self.best.perplexity
+        )
         self._num_without_improvement = 0 if has_improved else self._num_without_improvement + 1
         if has_improved:
             self.best = valid
@@ -187,7 +209,8 @@ class Watch(pl.Callback):
         """Restores the best measurement and the number of measurements since, unless they were of another kind."""
         self.best, self._num_without_improvement = None, 0
         saved = state_dict["best"]
-        if saved is None:
+        # Earlier versions kept a perplexity that was not finite too.
+        if saved is None or not math.isfinite(saved["perplexity"]):
             return
         description = self._describe(self.last_step)
         # Before protlm wrote how it had measured, the valid split was masked as in training.
@@ -210,11 +233,6 @@ def _reason_to_stop(update: Update, *, is_patience_over: bool) -> Outcome | None
     if update.time_is_over:
         return "out of time"
     return "out of patience" if is_patience_over else None
-
-
-def _is_lower(perplexity: float, best: float) -> bool:
-    """Returns whether a perplexity is lower than the best one; any number is lower than NaN, and NaN than none."""
-    return not math.isnan(perplexity) and (math.isnan(best) or perplexity < best)
 
 
 def _valid_score(scores: Scores, targets: Targets) -> ValidScore:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from protlm.config import Config, TrainConfig
 from protlm.errors import CheckpointError, first_fault
+from protlm.files import open_regular
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ValidScore
 from protlm.workflows.train.optimizer import STATE_OF_RULE, build_optimizer
-from protlm.workflows.train.regular_files import open_regular
 
 SECTIONS = (
     "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",

@@ -16,13 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import protlm
 from protlm import files
+from protlm.config import TrainConfig
 from protlm.errors import RunError, validation_fault
 from protlm.pretrained.model_description import ValidScore
 from protlm.runtime.devices import device_name
 
 RUN_NAME = "run.json"
 RUN_FORMAT: Literal["protlm-run"] = "protlm-run"
-RUN_FORMAT_VERSION: Literal[2] = 2
+RUN_FORMAT_VERSION: Literal[3] = 3
 
 _LIBRARIES = ("torch", "pytorch-lightning", "numpy")
 _GIT_SECONDS = 10
@@ -83,6 +84,8 @@ class Session(_Strict):
         num_nodes: Nodes.
         strategy: How devices share the work.
         first_step: Updates before this start.
+        lr: Peak learning rate of AdamW, which a resumed run may lower; None if an earlier protlm wrote it.
+        muon_lr: That of Muon; None without it too.
         end: Its end; None while it goes on, and for good if it was killed.
     """
 
@@ -98,24 +101,26 @@ class Session(_Strict):
     num_nodes: Count
     strategy: str
     first_step: Count
+    lr: float | None = None
+    muon_lr: float | None = None
     end: SessionEnd | None = None
 
 
 class RunDescription(_Strict):
     """The content of run.json; `init_hash` is the hash of the weights given with --init, None if they were drawn.
 
-    In version 1 a session had no `device`, `threads` and `end`.
+    In version 1 a session had no `device`, `threads` and `end`, in version 2 no `lr` and `muon_lr`.
     """
 
     format: Literal["protlm-run"] = RUN_FORMAT
-    format_version: Literal[1, 2] = RUN_FORMAT_VERSION
+    format_version: Literal[1, 2, 3] = RUN_FORMAT_VERSION
     datasets: list[TrainingSet]
     init_hash: str | None = None
     sessions: list[Session]
 
 
 def describe_session(
-    command: Sequence[str], *, devices: int, num_nodes: int, strategy: str, first_step: int
+    command: Sequence[str], *, devices: int, num_nodes: int, strategy: str, first_step: int, settings: TrainConfig
 ) -> Session:
     """Returns the record of a start that happens now.
 
@@ -125,6 +130,7 @@ def describe_session(
         num_nodes: Nodes.
         strategy: How devices share the work.
         first_step: Updates before this start.
+        settings: Those of the training.
     """
     return Session(
         started=_now(),
@@ -139,6 +145,8 @@ def describe_session(
         num_nodes=num_nodes,
         strategy=strategy,
         first_step=first_step,
+        lr=settings.lr,
+        muon_lr=settings.muon_lr if settings.optimizer == "muon" else None,
     )
 
 

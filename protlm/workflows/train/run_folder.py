@@ -13,6 +13,7 @@ from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.pretrained.model_directory import remove_left_overs_of_model
 from protlm.runtime import locks, work_folder
 from protlm.workflows.train import run_checkpoints
+from protlm.workflows.train.checkpoint_content import first_difference
 
 CONFIG_NAME, MODEL_NAME = "config.toml", "model"
 RUN_FILES = frozenset(
@@ -25,7 +26,7 @@ RUN_FILES = frozenset(
 
 
 def resolve_settings(run_dir: Path, config: str | Path | None, overrides: Sequence[str], *, resume: bool) -> Config:
-    """Returns the settings of a run: the saved ones if it is resumed, with max_steps if that is given anew.
+    """Returns the settings of a run: the saved ones if it is resumed, with max_steps and lower rates if given anew.
 
     Raises:
         ConfigError: Bad settings, or others than those of the run that is resumed.
@@ -40,17 +41,19 @@ def resolve_settings(run_dir: Path, config: str | Path | None, overrides: Sequen
     asked = _with_train(asked, schedule_steps=asked.train.schedule_steps or saved.train.schedule_steps)
     if any(override.partition("=")[0].strip() == "train.max_steps" for override in overrides):
         saved = _with_train(saved, max_steps=asked.train.max_steps)
-    difference = run_checkpoints.first_difference(saved.model_dump(), asked.model_dump())
+    lower = {"lr": min(saved.train.lr, asked.train.lr), "muon_lr": min(saved.train.muon_lr, asked.train.muon_lr)}
+    saved = _with_train(saved, **lower)
+    difference = first_difference(saved.model_dump(), asked.model_dump())
     if difference is not None:
         key, ours, theirs = difference
         raise ConfigError(
             f"{saved_path}: {key} is {ours!r} in this run and cannot become {theirs!r} on --resume; "
-            "only train.max_steps, the time and the devices may change"
+            "only train.max_steps, the time and the devices may change, and train.lr and train.muon_lr become lower"
         )
     return saved
 
 
-def _with_train(settings: Config, **changes: int | None) -> Config:
+def _with_train(settings: Config, **changes: float | None) -> Config:
     content = settings.model_dump()
     content["train"] |= changes
     return parse_config(content, "settings")

@@ -8,7 +8,7 @@ import numpy as np
 
 from protlm import files
 from protlm.errors import RunError
-from protlm.workflows.train.regular_files import open_regular
+from protlm.files import open_regular
 
 METRICS = (
     "step", "epoch", "tokens", "train/loss", "train/accuracy", "train/perplexity", "lr", "muon_lr", "grad_norm",

@@ -109,7 +109,7 @@ def test_bytes_changed_at_random_are_seen_or_change_nothing(number, content, set
             assert read_step(path, HASH, settings) == STEP, attempt
         except CheckpointError as error:
             message = str(error)
-            assert message.isprintable(), attempt  # noqa: PT017 - there need not be an error
+            assert message.isprintable(), attempt
 
 
 FREE = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import protlm
+from protlm.config import TrainConfig
 from protlm.errors import RunError
 from protlm.pretrained.model_description import ValidScore
 from protlm.runtime.devices import device_name
@@ -26,11 +27,12 @@ from protlm.workflows.train.run_description import (
 VALID = ValidScore(
     targets="hidden", num_targets=9, accuracy=0.3, perplexity=9.5, empirical_accuracy=0.1, empirical_perplexity=17.9
 )
+SETTINGS = TrainConfig()
 DATASETS = [TrainingSet(name="uniref", hash="ab" * 16, num_records=10, num_residues=3000)]
 
 
-def session(command=("protlm", "train"), first_step=0):
-    return describe_session(command, devices=2, num_nodes=3, strategy="fsdp", first_step=first_step)
+def session(command=("protlm", "train"), first_step=0, settings=SETTINGS):
+    return describe_session(command, devices=2, num_nodes=3, strategy="fsdp", first_step=first_step, settings=settings)
 
 
 @pytest.fixture
@@ -48,6 +50,8 @@ def test_a_session_has_its_time_versions_and_devices():
     assert (start.devices, start.num_nodes, start.strategy, start.first_step) == (2, 3, "fsdp", 7)
     assert (start.device, start.threads) == (device_name(), torch.get_num_threads())
     assert start.end is None
+    assert (start.lr, start.muon_lr) == (SETTINGS.lr, SETTINGS.muon_lr)
+    assert session(settings=TrainConfig(optimizer="adamw", lr=0.5)).muon_lr is None
 
 
 def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
@@ -57,7 +61,7 @@ def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
     assert [start.first_step for start in description.sessions] == [0, 200]
     assert description.datasets == DATASETS
     content = json.loads(path.read_text())
-    assert (content["format"], content["format_version"]) == ("protlm-run", 2)
+    assert (content["format"], content["format_version"]) == ("protlm-run", 3)
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
 
 
@@ -89,7 +93,7 @@ def test_a_file_of_version_1_is_read_and_goes_on_as_one_of_this_version(path):
     (earlier,) = read_run_description(path).sessions
     assert (earlier.device, earlier.threads, earlier.end) == (None, None, None)
     write_run_description(path, DATASETS, session(first_step=5))
-    assert json.loads(path.read_text())["format_version"] == 2
+    assert json.loads(path.read_text())["format_version"] == 3
     assert [start.first_step for start in read_run_description(path).sessions] == [0, 5]
 
 
@@ -107,7 +111,7 @@ def test_no_folder_host_or_environment_is_written(path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff", b"[]", b'{"format": "protlm-model", "datasets": [], "sessions": []}',
-                b'{"format": "protlm-run", "format_version": 3, "datasets": [], "sessions": []}']
+                b'{"format": "protlm-run", "format_version": 4, "datasets": [], "sessions": []}']
 )  # fmt: skip
 def test_another_file_is_refused_in_one_line_and_stays(path, content):
     path.write_bytes(content)
