@@ -1,4 +1,7 @@
-"""The errors a user can cause: each ends the command with one line, and with status 1 or, for wrong usage, 2."""
+"""The errors a user can cause: each ends the command with one line, and with status 1 or, for wrong usage, 2.
+
+`ProtlmWarning` is for what stops nothing.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,10 @@ _SHOWN_VALUE_LETTERS, _SHOWN_PLACE_LETTERS = 100, 200
 
 class ProtlmError(Exception):
     """A fault in the user's data, files or settings; its text names the fault, the place and what to do."""
+
+
+class ProtlmWarning(UserWarning):
+    """Something that the user should know and that stops nothing; the command line prints it as `warning: …`."""
 
 
 class UsageError(ProtlmError):

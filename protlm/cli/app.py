@@ -18,6 +18,7 @@ from protlm.cli.prep import prep_command
 from protlm.cli.terminal import filtered_output, on_one_line
 from protlm.cli.train import train_command
 from protlm.cli.versions import print_versions
+from protlm.cli.warning_lines import warnings_as_lines
 from protlm.errors import ProtlmError, UsageError
 
 EXIT_SUCCESS, EXIT_FAILURE, EXIT_INTERRUPTED = 0, 1, 130
@@ -83,10 +84,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     # anything else runs on the machine; threads that sleep cost a few percent on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
+    words = None if arguments is None else list(arguments)
     try:
-        status = command.main(
-            args=None if arguments is None else list(arguments), prog_name="protlm", standalone_mode=False
-        )
+        with warnings_as_lines():
+            status = command.main(args=words, prog_name="protlm", standalone_mode=False)
     except TyperException as error:
         _put_on_one_line(error)
         error.show()  # type: ignore[attr-defined]  # every error of this class has it; its type does not say so

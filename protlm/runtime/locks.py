@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, ProtlmWarning
 
 if sys.platform == "win32":
     fcntl = None
@@ -99,6 +99,7 @@ def _lock(folder: Path, directory: int, *, shared: bool) -> int:
         except OSError as error:
             warnings.warn(
                 f"{folder}: this file system has no locks ({error.strerror}); start no second run here meanwhile",
+                ProtlmWarning,
                 stacklevel=4,
             )
             return lock

@@ -43,6 +43,22 @@ def system_errors(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+def open_hdf5(path: Path, mode: str, **options: Any) -> h5py.File:
+    """Opens an HDF5 file without HDF5's own locks; use it for every HDF5 file.
+
+    Some network file systems have no locks, and a file of ours never changes once it has its name: a notebook that
+    holds it open, locked, is in nobody's way.
+    """
+    for locking in (False, "best-effort"):
+        try:
+            return h5py.File(path, mode, locking=locking, **options)
+        except OSError as error:
+            # HDF5 shares a file that this process has open already, and wants it opened alike.
+            if "flag values don't match" not in str(error):
+                raise
+    return h5py.File(path, mode, locking=True, **options)
+
+
 @contextlib.contextmanager
 def create_columns(path: Path) -> Iterator[h5py.File]:
     """Opens a new HDF5 file whose columns will be aligned; equal content gives equal bytes.
@@ -50,14 +66,15 @@ def create_columns(path: Path) -> Iterator[h5py.File]:
     Args:
         path: The file; it must not exist.
     """
-    with system_errors(path), h5py.File(path, "x", alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES) as file:
+    options = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT_BYTES}
+    with system_errors(path), open_hdf5(path, "x", **options) as file:
         yield file
 
 
 @contextlib.contextmanager
 def change_columns(path: Path) -> Iterator[h5py.File]:
     """Opens a file of columns to change it."""
-    with h5py.File(path, "r+") as file:
+    with open_hdf5(path, "r+") as file:
         yield file
 
 
@@ -97,7 +114,7 @@ def file_attribute(path: Path, name: str) -> str | None:
     if not path.is_file():
         return None
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with open_hdf5(path, "r") as file:
             value = _attribute(file, name)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError):
         # h5py raises any of these for a damaged file.
@@ -256,8 +273,7 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
         # Mapped first: what has no bytes to map, as files of /proc, is not given to HDF5.
         with raw:
             content = _map_file(raw)
-        # No lock: a shard never changes once it has its name, and some network file systems have no locks.
-        with h5py.File(path, "r", locking=False) as file:
+        with open_hdf5(path, "r") as file:
             yield ColumnFile(path, file, content)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -64,7 +64,7 @@ class KeyedWriter(LayoutWriter):
         self._path = path
         self._keys = keys
         # HDF5 is used only to find the datasets; it never reads the rows, which are written without it.
-        self._names = h5py.File(path, "r", locking=False)
+        self._names = columns.open_hdf5(path, "r")
         self._rows = SizedFile(path)
 
     def flush(self) -> None:
@@ -107,7 +107,7 @@ def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
     text, python_text = h5t.py_create(h5py.string_dtype(), logical=True), h5t.py_create(h5py.string_dtype())
     scalar = h5s.create(h5s.SCALAR)
     # The earliest version of the file format, which every version of HDF5 reads.
-    with columns.system_errors(path), h5py.File(path, "x", libver="earliest") as file:
+    with columns.system_errors(path), columns.open_hdf5(path, "x", libver="earliest") as file:
         file.attrs["layout"] = layout
         file.attrs["model_hash"] = contents.model_hash
         file.attrs["kind"] = kind
