@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 _UNITS = {"read": "B", "embed": "residue", "write": "protein"}
 _SHOWN_SKIPPED = 20
 _DEFAULT_INCLUDE = ["mean"]
+_REPAIRED = (
+    "{:,} letters were repaired: biotrainer finds a protein by its sequence, and these only if the file that it reads "
+    "has the repaired letters too"
+)
 
 InputsArgument = Annotated[
     list[str],
@@ -42,11 +46,20 @@ OutOption = Annotated[
 SplitOption = Annotated[
     SplitName | None, typer.Option("--split", metavar=one_of(SplitName), help="The proteins of a DATASET to embed.")
 ]
-IncludeOption = Annotated[list[str], some_of("--include", Kind, help="Kind of embedding to store; repeatable.")]
+IncludeOption = Annotated[
+    list[str], some_of("--include", Kind, help="Kinds of embedding to store, by comma; repeatable.")
+]
 LayersOption = Annotated[
     str, typer.Option("--layers", metavar="LAYERS", help="Numbers by comma: 0 is the embedding, -1 the last layer.")
 ]
-LayoutOption = Annotated[LayoutName, typer.Option("--layout", metavar=one_of(LayoutName), help="Layout of the output.")]
+LayoutOption = Annotated[
+    LayoutName | None,
+    typer.Option(
+        "--layout",
+        metavar=one_of(LayoutName),
+        help="Layout of the output; default: that of the suffix of --out (.npz, .npy, .parquet), else protlm.",
+    ),
+]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
@@ -83,7 +96,7 @@ def embed_command(
     split: SplitOption = None,
     include: IncludeOption = _DEFAULT_INCLUDE,
     layers: LayersOption = "-1",
-    layout: LayoutOption = "protlm",
+    layout: LayoutOption = None,
     dtype: DtypeOption = None,
     tokens_per_batch: TokensPerBatchOption = None,
     window: WindowOption = None,
@@ -114,6 +127,10 @@ def embed_command(
     """  # noqa: D301  \b must reach Typer as a backspace
     layer_numbers = _numbers(layers)
 
+    from protlm.data.embeddings.layouts import layout_name
+
+    chosen_layout = layout_name(out, layout)
+
     from protlm.runtime.devices import Devices
     from protlm.runtime.work_folder import partial_folder
     from protlm.workflows.embed.embed import embed
@@ -122,7 +139,7 @@ def embed_command(
 
     request = EmbedRequest(
         model=model, inputs=inputs, out=out, split=split, include=cast("list[Kind]", include), layers=layer_numbers,
-        layout=layout, dtype=dtype, tokens_per_batch=tokens_per_batch, window=window, truncate=truncate,
+        layout=chosen_layout, dtype=dtype, tokens_per_batch=tokens_per_batch, window=window, truncate=truncate,
         on_bad_record=on_bad_record, devices=Devices(devices, num_nodes), resume=resume, force=force,
     )  # fmt: skip
     try:
@@ -143,6 +160,8 @@ def embed_command(
     if isinstance(report, EmbedEstimate):
         _print_estimate(report, as_json)
     else:
+        if chosen_layout == "biotrainer" and report.repairs:
+            output.warn(_REPAIRED.format(sum(report.repairs.values())))
         _print(report, as_json)
 
 

@@ -30,7 +30,11 @@ CompareOption = Annotated[
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the report.")]
 SplitsOption = Annotated[
     list[str] | None,
-    some_of("--split", SplitOrAll, "The proteins to score; repeatable, `all` for every split there is; default: test."),
+    some_of(
+        "--split",
+        SplitOrAll,
+        "The proteins to score, by comma; repeatable; `all` for every one there is; default: test.",
+    ),
 ]
 MasksOption = Annotated[
     int, typer.Option("--masks", metavar="K", min=1, help="Score every protein K times, each time with other masks.")

@@ -15,10 +15,13 @@ def one_of(choices: Any) -> str:
 
 
 def some_of(name: str, choices: Any, help: str) -> Any:
-    """Returns a repeatable option for values of a Literal; Typer itself takes a Literal for a single value only."""
+    """Returns a repeatable option for values of a Literal, by comma; Typer itself takes a Literal as one value only."""
 
     def check(values: Sequence[str] | None) -> Sequence[str] | None:
-        for value in values or ():
+        if values is None:
+            return None
+        values = [value.strip() for text in values for value in text.split(",")]
+        for value in values:
             if value not in get_args(choices):
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, get_args(choices)))}.")
         return values

@@ -312,7 +312,7 @@ def test_a_dry_run_tells_and_makes_nothing(run_dir, fasta, proteins, tmp_path, c
     assert embed(run_dir, fasta, "--out", out, *options) == 0
     assert estimate["seconds"] < 20 * (time.perf_counter() - start)
     assert estimate["out_bytes"] == pytest.approx(out.stat().st_size, rel=0.05)
-    for layout in ("uniprot", "esm", "npz", "parquet", "npy"):
+    for layout in ("uniprot", "biotrainer", "esm", "npz", "parquet", "npy"):
         other = tmp_path / layout
         capsys.readouterr()
         assert embed(run_dir, fasta, "--out", other, "--layout", layout, "--dry-run", "--json") == 0
@@ -352,9 +352,12 @@ def test_layouts_refuse_what_they_cannot_hold(run_dir, fasta, tmp_path, capsys):
         ["--layout", "npy", "--include", "per-residue"],
         ["--layout", "parquet", "--layers", "0,1"],
         ["--window", "50", "--truncate", "50"],
+        ["--include", "mean,kind"],
     ):
         assert embed(run_dir, fasta, "--out", tmp_path / "x", *options) == 2
         assert "Traceback" not in capsys.readouterr().err
+    assert embed(run_dir, fasta, "--out", tmp_path / "x.npz", "--layout", "npy") == 2
+    assert "holds the layout npz" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,7 @@ LAYOUTS = {
     "protlm": ["--include", "per-residue", "--include", "mean", "--include", "logits", "--layers", "0,-1"],
     "uniprot": ["--include", "per-residue"],
     "bio-embeddings": [],
+    "biotrainer": ["--include", "per-residue"],
     "esm": ["--include", "per-residue", "--include", "mean"],
     "npz": ["--include", "per-residue"],
     "parquet": [],

@@ -21,6 +21,7 @@ LAYOUTS = {
     "protlm": ["--include", "per-residue", "--include", "mean"],
     "uniprot": ["--include", "per-residue"],
     "bio-embeddings": [],
+    "biotrainer": ["--include", "per-residue"],
     "esm": [],
     "npz": ["--include", "per-residue"],
     "parquet": [],

@@ -10,5 +10,5 @@ RESIDUE_KINDS: tuple[Kind, ...] = ("per-residue", "logits")
 """The kinds with one row a residue; the others have one row a protein."""
 
 Dtype = Literal["float32", "float16"]
-LayoutName = Literal["protlm", "uniprot", "bio-embeddings", "esm", "npz", "parquet", "npy"]
+LayoutName = Literal["protlm", "uniprot", "bio-embeddings", "biotrainer", "esm", "npz", "parquet", "npy"]
 LAYER_PREFIX = "layer_"

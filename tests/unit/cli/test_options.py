@@ -52,10 +52,12 @@ def run(*arguments):
 
 def test_values_of_a_repeatable_choice_are_checked():
     assert run("wall", "--colour", "green", "--colour", "red").output == "['wall'] ['green', 'red']\n"
+    assert run("wall", "--colour", "green, red", "--colour", "red").output == "['wall'] ['green', 'red', 'red']\n"
     assert run().output == "None None\n"
     refused = run("--colour", "blue")
     assert refused.exit_code == 2
     assert "'blue' is not one of 'red', 'green'." in refused.output
+    assert run("--colour", "green,").exit_code == 2
 
 
 def test_arguments_that_may_be_left_out_stand_in_brackets():

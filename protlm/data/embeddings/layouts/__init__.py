@@ -1,6 +1,8 @@
 """The layouts in which embeddings are written for other programs: `LAYOUTS`, by name on the command line."""
 
 from protlm.data.embeddings.layouts.bio_embeddings import BioEmbeddingsLayout
+from protlm.data.embeddings.layouts.biotrainer import BiotrainerLayout
+from protlm.data.embeddings.layouts.choice import layout_name
 from protlm.data.embeddings.layouts.contents import Column, Contents, Embeddings, columns_of
 from protlm.data.embeddings.layouts.esm import EsmLayout
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
@@ -16,6 +18,7 @@ LAYOUTS: dict[str, Layout] = {
         NativeLayout(),
         UniprotLayout(),
         BioEmbeddingsLayout(),
+        BiotrainerLayout(),
         EsmLayout(),
         NpzLayout(),
         ParquetLayout(),
@@ -23,4 +26,4 @@ LAYOUTS: dict[str, Layout] = {
     )
 }
 
-__all__ = ["LAYOUTS", "Column", "Contents", "Embeddings", "Layout", "LayoutWriter", "columns_of"]
+__all__ = ["LAYOUTS", "Column", "Contents", "Embeddings", "Layout", "LayoutWriter", "columns_of", "layout_name"]

@@ -1,4 +1,4 @@
-"""Layout `bio-embeddings`: an HDF5 file as bio_embeddings wrote it and biotrainer reads it, and its `mapping_file.csv`.
+"""Layout `bio-embeddings`: an HDF5 file as bio_embeddings wrote it, and its `mapping_file.csv`.
 
 The key of a protein is the MD5 of its sequence, in hexadecimal digits; each dataset has the id as its attribute
 `original_id`. bio_embeddings refused equal sequences; here the first keeps the key, and the others get `#2`, `#3`, ….

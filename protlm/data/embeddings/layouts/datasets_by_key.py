@@ -1,7 +1,8 @@
 """The layouts with an HDF5 dataset for every protein, under a key: hides how such a file is written and resumed.
 
 All datasets are created and allocated first, and the file is closed; then rows are written at their offsets. So a
-process that is killed leaves a readable file, and another one can continue it.
+process that is killed leaves a readable file, and another one can continue it. Datasets are listed in the order of the
+proteins, which HDF5 by itself would not keep.
 """
 
 from abc import abstractmethod
@@ -16,6 +17,7 @@ from protlm import files
 from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
 from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.names import is_repeat
 from protlm.data.embeddings.layouts.sized_file import SizedFile
 from protlm.data.storage import columns
 from protlm.data.strings import Strings
@@ -49,7 +51,7 @@ class KeyedLayout(Layout):
 
     @abstractmethod
     def _keys(self, contents: Contents) -> Strings:
-        """Returns the keys of the proteins, all different."""
+        """Returns the keys of the proteins; equal sequences may have equal keys, and then share the dataset."""
 
     def _write_companions(self, path: Path, contents: Contents, keys: Strings) -> None:
         """Writes the files beside the output; most layouts have none."""
@@ -63,6 +65,7 @@ class KeyedWriter(LayoutWriter):
         super().__init__(contents, resume=resume)
         self._path = path
         self._keys = keys
+        self._is_repeat = is_repeat(keys)
         # HDF5 is used only to find the datasets; it never reads the rows, which are written without it.
         self._names = columns.open_hdf5(path, "r")
         self._rows = SizedFile(path)
@@ -77,6 +80,8 @@ class KeyedWriter(LayoutWriter):
         self._rows.close()
 
     def _write(self, index: int, stored: Mapping[Column, np.ndarray]) -> None:
+        if self._is_repeat[index]:
+            return
         (rows,) = stored.values()
         key = self._keys.bytes_of(index)
         try:
@@ -106,13 +111,16 @@ def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
     number = h5t.py_create(np.dtype(contents.dtype), logical=True)
     text, python_text = h5t.py_create(h5py.string_dtype(), logical=True), h5t.py_create(h5py.string_dtype())
     scalar = h5s.create(h5s.SCALAR)
-    # The earliest version of the file format, which every version of HDF5 reads.
-    with columns.system_errors(path), columns.open_hdf5(path, "x", libver="earliest") as file:
+    # The earliest version of the file format that has an order, which every version of HDF5 since 1.8 reads.
+    with columns.system_errors(path), columns.open_hdf5(path, "x", libver="earliest", track_order=True) as file:
         file.attrs["layout"] = layout
         file.attrs["model_hash"] = contents.model_hash
         file.attrs["kind"] = kind
         file.attrs["layer"] = layer
-        for index, (key, record_id) in enumerate(zip(keys, contents.ids, strict=True)):
+        every = zip(keys, contents.ids, is_repeat(keys), strict=True)
+        for index, (key, record_id, is_shared) in enumerate(every):
+            if is_shared:
+                continue
             # The low level: h5py's own create_dataset takes several times as long.
             space = h5s.create_simple(contents.shape(kind, index))
             dataset = h5d.create(file.id, None, number, space, dcpl=properties)

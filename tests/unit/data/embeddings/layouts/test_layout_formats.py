@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from protlm import open_embeddings, vocabulary
-from protlm.data.embeddings.layouts import LAYOUTS, esm, npz, uniprot
+from protlm.data.embeddings.layouts import LAYOUTS, biotrainer, esm, npz, uniprot
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 from tests.unit.data.embeddings.layouts.layout_cases import MODEL_DIM, SEQUENCES, SOME, contents_of, value, write_all
@@ -77,7 +77,7 @@ def test_the_key_of_uniprot_is_the_accession_or_the_id(record_id, key):
 
 
 @pytest.mark.parametrize("kind", ["per-residue", "mean"])
-def test_bio_embeddings_is_read_as_biotrainer_reads_it(tmp_path, kind):
+def test_bio_embeddings_is_read_by_original_id(tmp_path, kind):
     contents = contents_of(SEQUENCES, [kind])
     write_all("bio-embeddings", tmp_path / "e.h5", contents)
     with h5py.File(tmp_path / "e.h5", "r") as file:
@@ -93,6 +93,59 @@ def test_bio_embeddings_is_read_as_biotrainer_reads_it(tmp_path, kind):
         header, *rows = csv.reader(file)
     assert header == ["", "original_id", "sequence_length"]
     assert rows == [[keys[record_id], record_id, str(len(sequence))] for record_id, sequence in SEQUENCES.items()]
+
+
+@pytest.mark.parametrize("name", ["uniprot", "bio-embeddings", "biotrainer"])
+def test_datasets_come_in_the_order_of_the_proteins(tmp_path, name):
+    sequences = {record_id: sequence for record_id, sequence in SEQUENCES.items() if record_id != "again"}
+    many = sequences | {f"id{number * 37 % 400}": "M" * (number + 5) for number in range(400)}
+    write_all(name, tmp_path / "e.h5", contents_of(many))
+    with h5py.File(tmp_path / "e.h5") as file:
+        assert [dataset.attrs["original_id"] for dataset in file.values()] == list(many)
+        assert list(file) != sorted(file)
+
+
+def biotrainer_key(sequence):
+    """As `calculate_sequence_hash` of biotrainer 1.4.0 and biotrainer-core 2.0.0 computes it."""
+    return hashlib.sha256(f"{sequence}_{len(sequence)}".encode()).hexdigest()
+
+
+def test_the_key_of_biotrainer_is_a_known_sum():
+    assert biotrainer_key("MVLS") == "63f4a977d4e17b04e06b3bf4d4339332e33b4537de68ebe33182f765db047b20"
+    assert biotrainer.key_of(b"MVLS") == biotrainer_key("MVLS")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["per-residue", "mean"])
+def test_biotrainer_finds_each_protein_by_its_sequence(tmp_path, kind, dtype):
+    contents = contents_of(SEQUENCES, [kind], dtype=dtype)
+    write_all("biotrainer", tmp_path / "e.h5", contents)
+    assert [path.name for path in tmp_path.iterdir()] == ["e.h5"]
+    first = {}
+    for index, sequence in enumerate(SEQUENCES.values()):
+        first.setdefault(sequence, index)
+    with h5py.File(tmp_path / "e.h5", "r") as file:
+        # biotrainer counts what is in the file, and refuses what it has no protein for.
+        assert list(file) == [biotrainer_key(sequence) for sequence in first]
+        for record_id, sequence in SEQUENCES.items():
+            dataset = file[biotrainer_key(sequence)]
+            index = first[sequence]
+            same(dataset[:], contents, (kind, 6), index)
+            assert dataset.attrs["original_id"] == (record_id if record_id != "again" else "sp|P69905|HBA_HUMAN")
+
+
+def test_biotrainers_own_reader_reads_it(tmp_path):
+    h5_files = pytest.importorskip("biotrainer_core.h5_files")
+    from biotrainer_core.data_classes import SequenceData
+
+    contents = contents_of(SEQUENCES, ["per-residue"])
+    write_all("biotrainer", tmp_path / "e.h5", contents)
+    proteins = [SequenceData(seq_id=record_id, seq=sequence) for record_id, sequence in SEQUENCES.items()]
+    found = h5_files.read_id2emb(tmp_path / "e.h5", {protein.get_hash() for protein in proteins})
+    assert found.keys() == h5_files.read_id2emb(tmp_path / "e.h5").keys()
+    for index, protein in enumerate(proteins):
+        if protein.seq_id != "again":
+            same(found[protein.get_hash()], contents, ("per-residue", 6), index)
 
 
 def test_a_foreign_mapping_file_is_not_ours_to_replace(tmp_path):

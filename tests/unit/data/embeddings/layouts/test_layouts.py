@@ -28,8 +28,8 @@ def names_in(folder):
 
 
 def test_there_are_the_layouts_of_the_contract():
-    assert ALL == ["protlm", "uniprot", "bio-embeddings", "esm", "npz", "parquet", "npy"]
-    assert RESUMABLE == ["protlm", "uniprot", "bio-embeddings", "esm", "npy"]
+    assert ALL == ["protlm", "uniprot", "bio-embeddings", "biotrainer", "esm", "npz", "parquet", "npy"]
+    assert RESUMABLE == ["protlm", "uniprot", "bio-embeddings", "biotrainer", "esm", "npy"]
     assert [name for name, layout in LAYOUTS.items() if layout.default_dtype == "float16"] == ["uniprot"]
 
 
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_what_a_resume_goes_on_with(tmp_path, monkeypatch, na
     assert list(bytes_of(layout, path).values()) == list(bytes_of(layout, tmp_path / "whole").values())
 
 
-@pytest.mark.parametrize("name", ["protlm", "uniprot", "bio-embeddings"])
+@pytest.mark.parametrize("name", ["protlm", "uniprot", "bio-embeddings", "biotrainer"])
 def test_an_output_takes_disk_for_what_is_written_only(tmp_path, name):
     """While embeddings move from their parts into it, the disk need not hold them twice."""
     contents = contents_of({"short": "M", "long": "M" * 100_000}, kinds=["per-residue"])
@@ -132,7 +132,7 @@ def test_a_layout_that_cannot_resume_says_so(tmp_path, name):
         LAYOUTS[name].open(tmp_path / "out", contents_of(), resume=True)
 
 
-@pytest.mark.parametrize("name", ["protlm", "uniprot", "bio-embeddings"])
+@pytest.mark.parametrize("name", ["protlm", "uniprot", "bio-embeddings", "biotrainer"])
 def test_a_resume_refuses_what_another_model_or_other_proteins_began(tmp_path, name):
     write_all(name, tmp_path / "out", contents_of())
     with pytest.raises(ShardError, match="--resume"):
@@ -220,7 +220,7 @@ def test_a_number_too_large_for_float16_is_an_error_that_says_what_to_do(tmp_pat
         writer.write(0, {("mean", 6): np.array([1, 2, 1e6, 3, 4], np.float32)})
 
 
-@pytest.mark.parametrize("name", ["uniprot", "bio-embeddings", "npy", "parquet"])
+@pytest.mark.parametrize("name", ["uniprot", "bio-embeddings", "biotrainer", "npy", "parquet"])
 def test_one_kind_and_one_layer_where_there_is_room_for_no_more(name):
     check = LAYOUTS[name].check
     check(("mean",), (6,), "float32")
@@ -250,7 +250,7 @@ def test_an_id_that_would_break_the_list_of_ids_is_refused(tmp_path, name):
 
 
 def test_hdf5_layouts_tell_the_model_and_what_they_hold(tmp_path):
-    for name in ("uniprot", "bio-embeddings"):
+    for name in ("uniprot", "bio-embeddings", "biotrainer"):
         write_all(name, tmp_path / name, contents_of(kinds=["cls"], layers=[4]))
         with h5py.File(tmp_path / name) as file:
             assert dict(file.attrs) == {"layout": name, "model_hash": "abc", "kind": "cls", "layer": 4}
