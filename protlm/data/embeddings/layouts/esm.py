@@ -4,17 +4,17 @@ Each file holds a dictionary that `torch.load(…, weights_only=True)` reads: `l
 `representations` (per-residue), `mean_representations`, `bos_representations` (cls), each by number of layer, and
 `logits`.
 
-A file is named after the id, `sp|P69905|HBA_HUMAN.pt`, if every file system allows that name. Otherwise letters that a
-file name must not have become `_`, a long id is cut, and the hash of the id is appended. The hash is also appended to
-an id that differs from an earlier one only in case or in the encoding of its accents. `index.tsv` lists the id and the
-file of every protein.
+A file is named after the id, `sp|P69905|HBA_HUMAN.pt`. Letters that some file system refuses become `_`, a long id is
+cut, and then the hash of the id is appended. The bar `|` stays, although Windows refuses it: it is in every id of
+UniProt, and those who read such files look for it. The hash is also appended to an id that differs from an earlier one
+only in case or in the encoding of its accents. `index.tsv` lists the id and the file of every protein.
 """
 
 import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ _TITLES: dict[Kind, str] = {
 }
 _MAX_NAME_BYTES = 200
 _SYNC_THREADS = 16
-_UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]|^[.-]|[. ]$")
-_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE | re.DOTALL)
+_UNSAFE = re.compile(r"[/\\:*?\"<>\x00-\x1f\x7f-\x9f]|^[.-]|[. ]$")
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³]) *(?:\..*)?", re.IGNORECASE | re.DOTALL)
 """Names of devices on Windows, with or without a suffix."""
 
 
@@ -77,8 +77,8 @@ class EsmLayout(Layout):
         """Starts a folder, or continues one; see `Layout.open`."""
         self.check_ids(contents.ids)
         names = file_names(contents.ids)
-        if resume and not self.is_own(path):
-            raise ShardError(f"{path}: no unfinished output of layout {self.name}; begin again without --resume")
+        if resume and not (self.is_own(path) and _lists(path / _INDEX, contents.ids, names)):
+            raise ShardError(f"{path}: no unfinished output of these proteins; begin again without --resume")
         if not resume:
             _create(path, contents, names)
         return EsmWriter(path, contents, names, resume=resume)
@@ -162,15 +162,28 @@ def _is_ours(name: str) -> bool:
     return name.endswith(_SUFFIX) or name in (_INDEX, _UNFINISHED)
 
 
+def _index_lines(ids: Strings, names: Strings) -> Iterator[str]:
+    yield _HEADER
+    for record_id, name in zip(ids, names, strict=True):
+        yield f"{record_id}\t{name}{_SUFFIX}\n"
+
+
+def _lists(index: Path, ids: Strings, names: Strings) -> bool:
+    """Returns whether an index lists these proteins; earlier versions gave some ids other names."""
+    with index.open(encoding="utf-8", errors="replace", newline="") as file:
+        try:
+            return all(line == expected for line, expected in zip(file, _index_lines(ids, names), strict=True))
+        except ValueError:
+            return False
+
+
 def _create(path: Path, contents: Contents, names: Strings) -> None:
     """Creates the output folder with `index.tsv` and no `.pt` file yet; it takes the place of an earlier output."""
     folder = files.partial_path(path)
     folder.mkdir()
     try:
         with (folder / _INDEX).open("w", encoding="utf-8", newline="") as file:
-            file.write(_HEADER)
-            for record_id, name in zip(contents.ids, names, strict=True):
-                file.write(f"{record_id}\t{name}{_SUFFIX}\n")
+            file.writelines(_index_lines(contents.ids, names))
         sync(folder / _INDEX)
         files.remove(path)
         folder.replace(path)

@@ -14,8 +14,16 @@ import torch
 from protlm import open_embeddings, vocabulary
 from protlm.data.embeddings.layouts import LAYOUTS, biotrainer, esm, npz, uniprot
 from protlm.data.strings import Strings
-from protlm.errors import ProtlmError
-from tests.unit.data.embeddings.layouts.layout_cases import MODEL_DIM, SEQUENCES, SOME, contents_of, value, write_all
+from protlm.errors import ProtlmError, ShardError
+from tests.unit.data.embeddings.layouts.layout_cases import (
+    MODEL_DIM,
+    SEQUENCES,
+    SOME,
+    contents_of,
+    embeddings_of,
+    value,
+    write_all,
+)
 
 KINDS = ("logits", "per-residue", "mean", "cls")
 
@@ -235,6 +243,11 @@ def test_an_id_that_any_file_system_can_hold_is_the_name_of_its_file(record_id):
         ("end.", "end_-"),
         ("nul", "_nul-"),
         ("COM1.x", "_COM1.x-"),
+        ("lpt² .x", "_lpt² .x-"),
+        ("CONOUT$", "_CONOUT$-"),
+        ("WP_1:a*b?", "WP_1_a_b_-"),
+        ("a<b>", "a_b_-"),
+        ('the "best"', "the _best_-"),
         ("é" * 101, "é" * 100 + "-"),
     ],
 )
@@ -243,6 +256,21 @@ def test_an_id_that_no_file_should_have_becomes_a_safe_name_with_its_hash(record
     assert name.startswith(beginning)
     assert len(name) == len(beginning) + 16
     assert len(f"{name}.pt".encode()) <= 255
+
+
+def test_a_folder_begun_under_other_names_is_not_gone_on_with(tmp_path):
+    """An earlier version left a colon in the names of files."""
+    contents = contents_of({"a:b": "M", "c": "MM"})
+    layout = LAYOUTS["esm"]
+    with layout.open(tmp_path / "out", contents, resume=False) as writer:
+        for index in range(2):
+            writer.write(index, embeddings_of(contents, index))
+    layout.open(tmp_path / "out", contents, resume=True).discard()
+    index = tmp_path / "out" / "index.tsv"
+    for text in ("protein\tfile\na:b\ta:b.pt\nc\tc.pt\n", "protein\tfile\n", index.read_text() + "d\td.pt\n"):
+        index.write_text(text)
+        with pytest.raises(ShardError, match="no unfinished output of these proteins"):
+            layout.open(tmp_path / "out", contents, resume=True)
 
 
 def test_files_differ_where_case_and_accents_do_not_count():
