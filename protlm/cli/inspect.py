@@ -1,40 +1,118 @@
-"""`protlm inspect`: a dataset in, its counts out."""
+"""`protlm inspect`: what a command made in, what it holds out."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from protlm.cli import output
-from protlm.cli.options import DatasetArgument, JsonOption
+from protlm.cli.options import JsonOption
 from protlm.cli.progress import Bars
+
+if TYPE_CHECKING:
+    from protlm.workflows.identify import EmbeddingsReport, ModelReport, RunReport
+    from protlm.workflows.inspect import InspectReport
+
+PathArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A dataset, an output of embed in any layout, a model or a run.")
+]
 
 
 def inspect_command(
-    dataset: DatasetArgument,
+    path: PathArgument,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read all shards and compare them with their checksums.")
+        bool, typer.Option("--verify", help="Read all shards, or the weights, and compare them with their checksums.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the counts of a dataset, from its manifest.
+    """Print what a dataset, embeddings, a model or a run hold.
 
-    The report.html in the dataset shows more.
+    The report.html in a dataset shows more.
 
     \b
     Examples:
       protlm inspect dataset
       protlm inspect dataset --verify --json
+      protlm inspect embeddings.h5
+      protlm inspect run
     """  # noqa: D301  \b must reach Typer as a backspace
-    from protlm.cli.dataset_summary import print_summary
-    from protlm.workflows.inspect import inspect_dataset
+    from protlm.workflows.identify import EmbeddingsReport, ModelReport, RunReport, content_of, identify
 
     with Bars({"verify": "residue"}) as bars:
-        report = inspect_dataset(dataset, verify=verify, start_progress=bars.start)
+        report = identify(path, verify=verify, start_progress=bars.start)
     if as_json:
-        output.print_json(report.summary)
-        return
+        output.print_json(content_of(report))
+    elif isinstance(report, EmbeddingsReport):
+        output.print_pairs(_of_embeddings(report))
+    elif isinstance(report, ModelReport):
+        output.print_pairs(_of_model(report))
+    elif isinstance(report, RunReport):
+        output.print_pairs(_of_run(report))
+    else:
+        _print_dataset(report)
+
+
+def _print_dataset(report: "InspectReport") -> None:
+    from protlm.cli.dataset_summary import print_summary
+
     print_summary(report.manifest)
     print()
     output.print_pairs([("dataset", report.path), ("hash", report.hash)])
-    if verify:
+    if report.verified:
         output.print_pairs([("verified", "the shards hold what was written")])
+
+
+def _of_embeddings(report: "EmbeddingsReport") -> list[tuple[str, object]]:
+    summary = report.summary
+    entries = "different sequences" if report.layout == "biotrainer" else "proteins"
+    residues = "" if summary.num_residues is None else f", {summary.num_residues:,} residues"
+    stored = [
+        ", ".join(summary.kinds),
+        f"layer {', '.join(map(str, summary.layers))}" if summary.layers else "",
+        f"{summary.dim} wide" if summary.dim else "",
+        summary.dtype or "",
+    ]
+    return [
+        ("embeddings", ", ".join((report.path, *report.files))),
+        ("layout", report.layout),
+        ("holds", f"{summary.num_entries:,} {entries}{residues}"),
+        ("stored", ", ".join(part for part in stored if part)),
+        ("model hash", summary.model_hash or "not kept in this layout"),
+    ]
+
+
+def _of_model(report: "ModelReport") -> list[tuple[str, object]]:
+    about, shape = report.description, report.description.model
+    task = "next tokens" if shape.causal else "masked residues"
+    pairs: list[tuple[str, object]] = [
+        ("model", report.path),
+        ("attention", shape.attention),
+        ("shape", f"{shape.num_layers} layers, {shape.model_dim} wide, {shape.num_heads} heads, {task}"),
+        ("parameters", f"{report.num_parameters:,}"),
+        ("trained", f"{about.step:,} steps on the dataset {about.dataset_hash}"),
+        ("longest", "any protein" if about.max_residues is None else f"{about.max_residues:,} residues"),
+    ]
+    if about.valid is None:
+        pairs.append(("valid", "not measured"))
+    else:
+        valid = about.valid
+        scores = f"accuracy {valid.accuracy:.4f}, perplexity {valid.perplexity:.3f}"
+        baseline = f"the empirical baseline {valid.empirical_accuracy:.4f}, {valid.empirical_perplexity:.3f}"
+        pairs.append(("valid", f"{scores}; {baseline}"))
+    pairs.append(("weights", about.weights_hash + (" (verified)" if report.verified else "")))
+    return pairs
+
+
+def _of_run(report: "RunReport") -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = [("run", report.path)]
+    if report.description is not None:
+        pairs += [("dataset", f"{data.name}, {data.num_records:,} proteins") for data in report.description.datasets]
+        last = report.description.sessions[-1]
+        ended = last.end.outcome if last.end else "killed"
+        outcome = "at work" if report.is_at_work else ended
+        done = f"{last.end.last_step:,}" if last.end else f"from {last.first_step:,}"
+        pairs += [
+            ("sessions", f"{len(report.description.sessions):,}, the last of {last.started}: {outcome}"),
+            ("steps", f"{done} of {report.max_steps:,}"),
+        ]
+    return [*pairs, *(_of_model(report.model) if report.model else [("model", "none yet")])]

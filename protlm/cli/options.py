@@ -35,7 +35,6 @@ def seed_option(help: str, max: int | None = None) -> Any:
 
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or the run that made it.")]
-DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset made by protlm prep.")]
 OnBadRecordOption = Annotated[
     OnBadRecord,
     typer.Option("--on-bad-record", metavar=one_of(OnBadRecord), help="Stop at a bad record, or skip and count it."),

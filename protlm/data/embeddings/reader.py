@@ -28,6 +28,9 @@ class EmbeddingsFile(Mapping[str, np.ndarray]):
         layers: The layers of the chosen kind in the file, ascending.
         kind: The chosen kind.
         layer: The chosen layer.
+        dim: Numbers in a row of this kind.
+        dtype: Type of the stored numbers.
+        num_rows: Rows of this kind: residues or records.
         model_hash: Hash of the model that made them.
         sequence_hashes: The digest of each record's sequence, uint8 of shape (records, 16).
     """
@@ -54,6 +57,8 @@ class EmbeddingsFile(Mapping[str, np.ndarray]):
             file.check_size("sequence_hash", self.sequence_hashes, len(self._ids))
             name = f"{self.kind}/{LAYER_PREFIX}{self.layer}"
             self._rows = file.column(name, dtype, ndim=2)
+            self.num_rows, self.dim = self._rows.shape
+            self.dtype = dtype
             self._offsets: np.ndarray | None = None
             if self.kind in RESIDUE_KINDS:
                 bounds = f"{self.kind}/offsets"

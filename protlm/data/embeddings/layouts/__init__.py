@@ -5,7 +5,7 @@ from protlm.data.embeddings.layouts.biotrainer import BiotrainerLayout
 from protlm.data.embeddings.layouts.choice import layout_name
 from protlm.data.embeddings.layouts.contents import Column, Contents, Embeddings, columns_of
 from protlm.data.embeddings.layouts.esm import EsmLayout
-from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter, OutputSummary
 from protlm.data.embeddings.layouts.native import NativeLayout
 from protlm.data.embeddings.layouts.npy import NpyLayout
 from protlm.data.embeddings.layouts.npz import NpzLayout
@@ -26,4 +26,14 @@ LAYOUTS: dict[str, Layout] = {
     )
 }
 
-__all__ = ["LAYOUTS", "Column", "Contents", "Embeddings", "Layout", "LayoutWriter", "columns_of", "layout_name"]
+__all__ = [
+    "LAYOUTS",
+    "Column",
+    "Contents",
+    "Embeddings",
+    "Layout",
+    "LayoutWriter",
+    "OutputSummary",
+    "columns_of",
+    "layout_name",
+]

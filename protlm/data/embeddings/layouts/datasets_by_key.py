@@ -16,7 +16,7 @@ from h5py import h5a, h5d, h5o, h5p, h5s, h5t
 from protlm import files
 from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
-from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter, OutputSummary
 from protlm.data.embeddings.layouts.names import is_repeat
 from protlm.data.embeddings.layouts.sized_file import SizedFile
 from protlm.data.storage import columns
@@ -37,6 +37,19 @@ class KeyedLayout(Layout):
     def is_own(self, out: Path) -> bool:
         """Returns whether the file has the name of this layout in its attributes."""
         return columns.file_attribute(out, "layout") == self.name
+
+    def summary(self, out: Path) -> OutputSummary:
+        """Returns what a file tells of itself; see `Layout.summary`."""
+        with columns.open_hdf5(out, "r") as file:
+            dataset = next(iter(file.values()), None)
+            return OutputSummary(
+                num_entries=len(file),
+                kinds=(file.attrs["kind"],),
+                layers=(int(file.attrs["layer"]),),
+                dim=None if dataset is None else int(dataset.shape[-1]),
+                dtype=None if dataset is None else str(dataset.dtype),
+                model_hash=file.attrs["model_hash"],
+            )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "KeyedWriter":
         """Starts a file, or continues one; see `Layout.open`."""

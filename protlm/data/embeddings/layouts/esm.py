@@ -25,7 +25,7 @@ import xxhash
 from protlm import files
 from protlm.data.embeddings.kinds import Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
-from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter, OutputSummary
 from protlm.data.embeddings.layouts.names import all_different, check_one_line_each, collected, is_repeat
 from protlm.data.embeddings.layouts.sized_file import sync
 from protlm.data.strings import Strings
@@ -72,6 +72,29 @@ class EsmLayout(Layout):
                 return all(_is_ours(entry.name) and entry.is_file(follow_symlinks=False) for entry in entries)
         except OSError:
             return False
+
+    def summary(self, out: Path) -> OutputSummary:
+        """Returns what a folder tells of itself, after comparing its index with its files; see `Layout.summary`."""
+        with (out / _INDEX).open(encoding="utf-8") as file:
+            listed = [line.rstrip("\n").split("\t")[-1] for line in file][1:]
+        there = {entry.name for entry in os.scandir(out) if entry.name.endswith(_SUFFIX)}
+        if len(there.symmetric_difference(listed)):
+            raise ShardError(f"{out}: {_INDEX} lists {len(listed)} files, and there are {len(there)}, or others")
+        if not listed:
+            return OutputSummary(num_entries=0)
+        import torch
+
+        content = torch.load(out / listed[0], weights_only=True)
+        kinds = tuple(kind for kind, title in _TITLES.items() if title in content)
+        by_layer = [content[_TITLES[kind]] for kind in kinds if kind != "logits"]
+        some = next(iter(by_layer[0].values())) if by_layer else content[_TITLES["logits"]]
+        return OutputSummary(
+            num_entries=len(listed),
+            kinds=kinds,
+            layers=tuple(sorted({layer for tensors in by_layer for layer in tensors})),
+            dim=some.shape[-1],
+            dtype=str(some.dtype).removeprefix("torch."),
+        )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "EsmWriter":
         """Starts a folder, or continues one; see `Layout.open`."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -113,6 +114,29 @@ class LayoutWriter(ABC):
             self.discard()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSummary:
+    """What an output tells of itself; None, or no kind and layer, where its layout does not keep it.
+
+    Attributes:
+        num_entries: Proteins; in the layout `biotrainer` different sequences.
+        num_residues: Rows of the residue kinds.
+        kinds: The kinds in it.
+        layers: The layers in it, by absolute number.
+        dim: Numbers of an embedding; None without any entry.
+        dtype: Type of the stored numbers; None without any entry.
+        model_hash: Hash of the model that made it.
+    """
+
+    num_entries: int
+    num_residues: int | None = None
+    kinds: tuple[Kind, ...] = ()
+    layers: tuple[int, ...] = ()
+    dim: int | None = None
+    dtype: str | None = None
+    model_hash: str | None = None
+
+
 class Layout(ABC):
     """A layout of embeddings on disk, for other programs to read.
 
@@ -155,6 +179,14 @@ class Layout(ABC):
     @abstractmethod
     def is_own(self, out: Path) -> bool:
         """Returns whether the files at `paths(out)` are of this layout, so that they may be replaced."""
+
+    @abstractmethod
+    def summary(self, out: Path) -> OutputSummary:
+        """Returns what a complete output tells of itself; it must be of this layout.
+
+        Raises:
+            ShardError: It is not whole. A damaged one raises what the library raises that reads it.
+        """
 
     @abstractmethod
     def open(self, path: Path, contents: Contents, *, resume: bool) -> LayoutWriter:

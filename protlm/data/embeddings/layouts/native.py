@@ -12,9 +12,9 @@ import numpy as np
 from protlm import files
 from protlm.data.embeddings.kinds import LAYER_PREFIX, RESIDUE_KINDS
 from protlm.data.embeddings.layouts.contents import Column, Contents
-from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter, OutputSummary
 from protlm.data.embeddings.layouts.sized_file import SizedFile
-from protlm.data.embeddings.reader import FORMAT, FORMAT_VERSION
+from protlm.data.embeddings.reader import FORMAT, FORMAT_VERSION, open_embeddings
 from protlm.data.storage import columns
 from protlm.data.strings import bounds_of
 from protlm.errors import ShardError
@@ -29,6 +29,21 @@ class NativeLayout(Layout):
     def is_own(self, out: Path) -> bool:
         """Returns whether the file has the format of this layout in its attributes."""
         return columns.file_attribute(out, "format") == FORMAT
+
+    def summary(self, out: Path) -> OutputSummary:
+        """Returns what a file tells of itself; see `Layout.summary`."""
+        first = open_embeddings(out)
+        opened = [open_embeddings(out, kind) for kind in first.kinds]
+        of_residues = [embeddings.num_rows for embeddings in opened if embeddings.kind in RESIDUE_KINDS]
+        return OutputSummary(
+            num_entries=len(first),
+            num_residues=of_residues[0] if of_residues else None,
+            kinds=first.kinds,
+            layers=tuple(sorted({layer for embeddings in opened for layer in embeddings.layers})),
+            dim=next((embeddings.dim for embeddings in opened if embeddings.kind != "logits"), first.dim),
+            dtype=first.dtype,
+            model_hash=first.model_hash,
+        )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "EmbeddingsWriter":
         """Starts a file, or continues one; see `Layout.open`."""

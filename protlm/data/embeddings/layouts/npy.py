@@ -13,7 +13,7 @@ import numpy as np
 from protlm import files
 from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
-from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter, OutputSummary
 from protlm.data.embeddings.layouts.names import check_one_line_each
 from protlm.data.embeddings.layouts.sized_file import SizedFile, sync
 from protlm.data.strings import Strings
@@ -55,6 +55,11 @@ class NpyLayout(Layout):
         except (OSError, ValueError, TokenError):
             # TokenError: a header that NumPy takes for one of Python 2.
             return False
+
+    def summary(self, out: Path) -> OutputSummary:
+        """Returns what an array tells of itself; see `Layout.summary`."""
+        rows = np.load(out, mmap_mode="r")
+        return OutputSummary(num_entries=len(rows), dim=rows.shape[1], dtype=str(rows.dtype))
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpyWriter":
         """Starts a file, or continues one; see `Layout.open`."""

@@ -6,10 +6,12 @@ can run code, so this layout has none: with one kind of one layer the key is the
 
 In an id that would unpack outside the folder of the zip, or that NumPy would read as another, slashes, backslashes,
 NULs and the dot of a final `.npy` become `_`; an id of more than 60,000 bytes is cut. Keys that would be equal get
-`#2`, `#3`, …. A member whose key was changed has the id as its comment.
+`#2`, `#3`, …. A member whose key was changed has the id as its comment. The comment of the zip, which NumPy ignores, is
+`protlm embeddings` and then, as JSON, what the arrays are.
 """
 
 import contextlib
+import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ import numpy as np
 from protlm import files
 from protlm.data.embeddings.kinds import LAYER_PREFIX, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
-from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter, OutputSummary
 from protlm.data.embeddings.layouts.names import all_different, collected
 
 _SUFFIX = ".npy"
@@ -43,16 +45,35 @@ class NpzLayout(Layout):
     bytes_per_record = 320
 
     def is_own(self, out: Path) -> bool:
-        """Returns whether this is a zip with the comment of this layout, which NumPy ignores."""
+        """Returns whether this is a zip with the comment of this layout."""
         try:
             with files.open_regular(out) as file:
                 if file.read(2) != b"PK":
                     return False
             with zipfile.ZipFile(out) as archive:
-                return archive.comment == _MARK
+                return archive.comment.startswith(_MARK)
         except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
             # ValueError: a name that is no UTF-8; NotImplementedError: a later version of the format.
             return False
+
+    def summary(self, out: Path) -> OutputSummary:
+        """Returns what a file tells of itself; see `Layout.summary`."""
+        with zipfile.ZipFile(out) as archive:
+            # An earlier version wrote the mark alone.
+            about = json.loads(archive.comment.removeprefix(_MARK) or b"{}")
+            members = archive.namelist()
+        columns = about.get("columns", ())
+        which = next((place for place, (kind, _) in enumerate(columns) if kind != "logits"), 0)
+        with np.load(out) as arrays:
+            some = arrays[members[which].removesuffix(_SUFFIX)] if members else None
+        return OutputSummary(
+            num_entries=len(members) // max(1, len(columns)),
+            kinds=tuple(dict.fromkeys(kind for kind, _ in columns)),
+            layers=tuple(sorted({layer for _, layer in columns})),
+            dim=None if some is None else some.shape[-1],
+            dtype=None if some is None else str(some.dtype),
+            model_hash=about.get("model_hash"),
+        )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpzWriter":
         """Starts a file; see `Layout.open`."""
@@ -70,7 +91,8 @@ class NpzWriter(LayoutWriter):
         self._suffixes = _suffixes(contents)
         self._file: BinaryIO = path.open("wb")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        self._archive.comment = _MARK
+        about = {"columns": contents.columns, "model_hash": contents.model_hash}
+        self._archive.comment = _MARK + b" " + json.dumps(about).encode()
 
     def flush(self) -> None:
         """Does nothing: the file is useless until it is complete."""

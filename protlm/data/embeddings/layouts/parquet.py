@@ -15,7 +15,7 @@ import numpy as np
 
 from protlm.data.embeddings.kinds import Dtype, Kind
 from protlm.data.embeddings.layouts.contents import Column, Contents
-from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter
+from protlm.data.embeddings.layouts.layout import Layout, LayoutWriter, OutputSummary
 from protlm.errors import ProtlmError
 
 _METADATA_KEY = b"protlm"
@@ -49,6 +49,23 @@ class ParquetLayout(Layout):
         except (OSError, ValueError):
             return False
         return _METADATA_KEY in metadata
+
+    def summary(self, out: Path) -> OutputSummary:
+        """Returns what a table tells of itself; see `Layout.summary`."""
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(out) as table:
+            schema = table.schema_arrow
+            about = json.loads(schema.metadata[_METADATA_KEY])
+            rows = next(table.iter_batches(1, columns=["embedding"]), None)
+            return OutputSummary(
+                num_entries=table.metadata.num_rows,
+                kinds=(about["kind"],),
+                layers=(about["layer"],),
+                dim=len(rows["embedding"][0]) if rows else None,
+                dtype=str(np.dtype(schema.field("embedding").type.value_type.to_pandas_dtype())),
+                model_hash=about["model_hash"],
+            )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "ParquetWriter":
         """Starts a file; see `Layout.open`."""
