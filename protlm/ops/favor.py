@@ -12,12 +12,14 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from protlm.choices import FeatureMap
 from protlm.ops import context_parallel, favor_cpp, favor_torch, favor_triton
+from protlm.ops.derivatives import Attention, gradients, refuse_second_derivative, save_for_backward
 from protlm.ops.feature_maps import DEFINITIONS, definition_of
-from protlm.ops.inputs import AttentionInputs, result_like
+from protlm.ops.inputs import AttentionInputs, in_one_dtype, result_like
 from protlm.ops.oprf import oprf_a_from_data
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
@@ -72,7 +74,8 @@ def favor_attention(
     added: exponents are kept in log space relative to references that cancel, and nothing overflows for norms of q and
     k up to 1e14. (The renormaliser of `trig` is a sum of signed terms and can come close to 0: its outputs may be of
     any size.) Exponents, maxima and sums are float32 for float32 and shorter inputs, also under autocast, and float64
-    for float64. Gradients flow to q, k and v only; the backward recomputes features.
+    for float64. Gradients flow to q, k and v only, by `backward` and by torch.func.grad, vjp and jacrev; second
+    derivatives and forward mode are errors. The backward recomputes features.
 
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one stretch of
     features beside the inputs and the output; the causal backward keeps `features` numbers for every stretch.
@@ -80,8 +83,9 @@ def favor_attention(
     Args:
         q: Queries, any strides.
         k: Keys.
-        v: Values.
-        projection: Rows ω, shared by the heads or one set per head; None (for `relu` only) applies ReLU to q and k.
+        v: Values. Under autocast q, k and v may differ in dtype; the longest is then taken.
+        projection: Rows ω, shared by the heads or one set per head, without a gradient; None (for `relu` only) applies
+            ReLU to q and k.
         feature_map: `positive`, `hyperbolic`, `trig` and `oprf` estimate softmax attention, `regularised` a smoother
             kernel; `relu` is the paper's generalised attention. `hyperbolic` and `trig` give two features per row.
         token_mask: True at real tokens. Padding may hold any finite value: it changes no real output, gets no gradient,
@@ -106,20 +110,38 @@ def favor_attention(
         Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates.
 
     Raises:
-        ValueError: An argument does not fit, this process is not in the group, or the named backend cannot run here.
+        TypeError: An argument is no tensor.
+        ValueError: An argument does not fit, the projection or oprf_a requires a gradient, this process is not in the
+            group, or the named backend cannot run here.
+        RuntimeError: A derivative of forward mode or of second order.
     """
     group_name = context_parallel.group_name_of(process_group)
+    given = v
+    q, k, v = in_one_dtype(q, k, v)
     AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
+    _check_no_gradient(projection=projection, oprf_a=oprf_a)
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
     arguments = (q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend, group_name)
-    if group_name and torch.compiler.is_compiling():
+    call: Callable[..., Tensor] = _attention
+    if torch.compiler.is_compiling() and (group_name or forward_ad._current_level >= 0):
         # A compiler treats the operators as functions of their arguments: it drops those of empty tensors, for which
-        # the other ranks would wait, and orders them by sizes, which differ from rank to rank.
-        reason = "the ranks of a process group wait for each other"
-        eager: Callable[..., Tensor] = torch.compiler.disable(_attention, reason=reason)  # type: ignore[no-untyped-call]
-        return eager(*arguments)
-    return _attention(*arguments)
+        # the other ranks would wait, and orders them by sizes, which differ from rank to rank. And it would trace
+        # forward mode through them to tangents of zero, without an error.
+        reason = "the ranks of a process group wait for each other" if group_name else "forward mode is refused"
+        call = torch.compiler.disable(_attention, reason=reason)  # type: ignore[no-untyped-call]
+    return call(*arguments).to(given.dtype)
+
+
+def _check_no_gradient(**tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that requires no gradient, as it gets none, got one that does; "
+                f"pass {name}.detach()"
+            )
 
 
 def _attention(
@@ -144,8 +166,9 @@ def _attention(
         projection = projection.to(dtype)
         q, k, v = q.float(), k.float(), v.float()
     masks = (token_mask, cu_seqlens, oprf_a)
-    out: Tensor = _favor(q, k, v, projection, *masks, feature_map, causal, backend, group_name)[0]
-    return out.to(dtype)
+    arguments = (q, k, v, projection, *masks, feature_map, causal, backend, group_name)
+    call: Callable[..., tuple[Tensor, ...]] = _favor if torch.compiler.is_compiling() else Attention.apply
+    return call(*arguments)[0].to(dtype)
 
 
 def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
@@ -267,18 +290,5 @@ def _(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
     return q_grad, k_grad, v_grad
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _propagate(ctx: Any, out_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if out_grad is None:
-        return (None,) * 11
-    grads = _favor_backward(out_grad, *ctx.saved_tensors, ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name)
-    return (*grads, *(None,) * 8)
-
-
-_favor.register_autograd(_propagate, setup_context=_save_for_backward)
+_favor.register_autograd(gradients, setup_context=save_for_backward)
+_favor_backward.register_autograd(refuse_second_derivative)

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from protlm.ops.feature_maps import MapDefinition, check_feature_map, definition_of
 
+_DTYPES = {
+    **dict.fromkeys(("q", "k", "v", "projection", "oprf_a"), ""),
+    "token_mask": ", dtype=torch.bool",
+    "cu_seqlens": ", dtype=torch.int32",
+}
+"""The tensors among the arguments, with what `torch.as_tensor` needs to make them of others."""
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -59,7 +66,12 @@ class AttentionInputs:
         return torch.float64 if needs_float64 or self.q.dtype == torch.float64 else torch.float32
 
     def check(self) -> None:
-        """Raises ValueError, naming argument, expected and got, unless the arguments fit together."""
+        """Raises ValueError, naming argument, expected and got, unless the arguments fit together.
+
+        Raises TypeError, saying what to pass, for a list, a number or a NumPy array in place of a tensor.
+        """
+        for name, dtype in _DTYPES.items():
+            check_tensor(name, getattr(self, name), dtype, is_optional=name not in ("q", "k", "v"))
         q, projection, token_mask, cu_seqlens = self.q, self.projection, self.token_mask, self.cu_seqlens
         _expect("q", "4 axes (batch, heads, length, head_dim)", q.dim() == 4, tuple(q.shape))
         batch, heads, length, head_dim = q.shape
@@ -104,6 +116,27 @@ class AttentionInputs:
             tensor = getattr(self, name)
             if tensor is not None:
                 _expect(name, f"the device of q, {device}", tensor.device == device, tensor.device)
+
+
+def check_tensor(name: str, value: object, dtype: str, *, is_optional: bool = False) -> None:
+    """Raises TypeError, saying what to pass, for a value that is no tensor, or None where that is not allowed."""
+    if isinstance(value, Tensor) or (value is None and is_optional):
+        return
+    kind = type(value)
+    got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    raise TypeError(f"{name}: expected a torch.Tensor, got {got}; pass torch.as_tensor({name}{dtype})")
+
+
+def in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k and v, under autocast in the longest of their dtypes, as it shortens some tensors and others not."""
+    tensors = (q, k, v)
+    if not all(isinstance(x, Tensor) for x in tensors) or q.dtype == k.dtype == v.dtype:
+        return tensors
+    device = q.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def result_like(x: Tensor, *, is_zeroed: bool = False) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from protlm.choices import FeatureMap, ProjectionKind
 from protlm.ops.feature_maps import check_feature_map, definition_of, with_oprf_a
+from protlm.ops.inputs import check_tensor
 
 PROJECTION_KINDS: tuple[str, ...] = get_args(ProjectionKind)
 
@@ -21,6 +22,7 @@ def draw_projection(
     num_heads: int | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
 ) -> Float[Tensor, "*heads features head_dim"]:
     """Draws the rows ω of a random projection, each of which is distributed as N(0, I).
 
@@ -39,12 +41,13 @@ def draw_projection(
         num_heads: Draws one independent projection per head; None draws a single one.
         generator: CPU generator to draw from; None uses torch's default generator.
         dtype: Dtype of the result.
+        device: Device of the result; None is torch's default device.
 
     Returns:
         Shape (num_features, head_dim), or (num_heads, num_features, head_dim).
 
     Raises:
-        ValueError: A size below 1 or an unknown kind.
+        ValueError: A size below 1, an unknown kind, or a generator of another device than the CPU.
     """
     for name, size in (("num_features", num_features), ("head_dim", head_dim), ("num_heads", num_heads)):
         if size is not None and size < 1:
@@ -53,18 +56,20 @@ def draw_projection(
         raise ValueError(f"kind: expected one of {PROJECTION_KINDS}, got {kind!r}")
     if kind == "simplex" and head_dim < 2:
         raise ValueError(f"head_dim: expected at least 2 for kind 'simplex', got {head_dim}")
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator: expected one of the CPU, where rows are drawn, got one of {generator.device}")
     heads = 1 if num_heads is None else num_heads
     if kind == "iid":
-        rows = torch.randn(heads, num_features, head_dim, generator=generator, dtype=torch.float64)
+        rows = _gaussian(heads, num_features, head_dim, generator)
     else:
         num_blocks = math.ceil(num_features / head_dim)
         directions = _haar_orthogonal(heads * num_blocks, head_dim, generator)
         if kind == "simplex":
             directions = _simplex_corners(head_dim) @ directions
         directions = directions.reshape(heads, num_blocks * head_dim, head_dim)[:, :num_features]
-        gaussian = torch.randn(heads, num_features, head_dim, generator=generator, dtype=torch.float64)
+        gaussian = _gaussian(heads, num_features, head_dim, generator)
         rows = directions * gaussian.norm(dim=-1, keepdim=True)
-    rows = rows.to(dtype)
+    rows = rows.to(torch.get_default_device() if device is None else device, dtype)
     return rows[0] if num_heads is None else rows
 
 
@@ -99,8 +104,11 @@ def kernel_features(
             `oprf_parameter`.
 
     Raises:
+        TypeError: x or the projection is no tensor.
         ValueError: An unknown map, no projection or A for a map that needs one, or a projection of another head_dim.
     """
+    check_tensor("x", x, "")
+    check_tensor("projection", projection, "", is_optional=True)
     check_feature_map(feature_map, has_projection=projection is not None, has_oprf_a=oprf_a is not None)
     definition = definition_of(feature_map)
     if projection is None:
@@ -140,12 +148,17 @@ def oprf_parameter(mean_square: Float[Tensor, "*axes"], head_dim: int) -> Float[
 
 def _simplex_corners(size: int) -> Tensor:
     """Returns `size` unit vectors (size, size), any two of which have the cosine −1/(size − 1)."""
-    centred = torch.eye(size, dtype=torch.float64) - 1 / size
+    centred = torch.eye(size, dtype=torch.float64, device="cpu") - 1 / size
     return centred * math.sqrt(size / (size - 1))
 
 
+def _gaussian(count: int, num_rows: int, size: int, generator: torch.Generator | None) -> Tensor:
+    # The CPU, whatever torch.set_default_device says.
+    return torch.randn(count, num_rows, size, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def _haar_orthogonal(count: int, size: int, generator: torch.Generator | None) -> Tensor:
-    gaussian = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
+    gaussian = _gaussian(count, size, size, generator)
     q, r = torch.linalg.qr(gaussian)
     signs = torch.sign(torch.diagonal(r, dim1=-2, dim2=-1))
     haar: Tensor = q * signs.unsqueeze(-2)

@@ -64,6 +64,16 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
                 assert main([*words, *limit]) == 0, f"{document.name}: protlm {shlex.join(words)}"
 
 
+def test_the_attention_of_the_readme_is_a_good_estimate_with_the_error_it_names(capsys):
+    (text,) = (
+        text for language, text in blocks(ROOT / "README.md") if language == "python" and "favor_attention" in text
+    )
+    exec(compile(text, "README.md", "exec"), names := {})
+    told = re.search(r"relative error (\S+); of the plain average of v (\S+)\n", capsys.readouterr().out)
+    assert f"# {told[1]} and {told[2]}\n" in text
+    assert names["error"] < 0.1 < 0.25 < names["of_average"]
+
+
 def test_the_readme_shows_each_command_and_the_python_names():
     all_blocks = blocks(ROOT / "README.md")
     shown = {words[0] for language, text in all_blocks if language == "console" for words in commands(text)}

@@ -90,23 +90,3 @@ def test_activation_checkpointing_changes_nothing(feature_map, causal):
 
     for a, b in zip(differentiate(checkpointed, *arguments), computed_of(arguments), strict=True):
         assert torch.equal(a, b)
-
-
-def test_only_q_k_and_v_get_gradients():
-    q, k, v, _, projection, options = draw(Case(length=5, feature_map="oprf", a_axes="heads"), torch.float32)
-    inputs = [q, k, v, projection, options["oprf_a"]]
-    for tensor in inputs:
-        tensor.requires_grad_()
-    favor_attention(q, k, v, projection, **options).square().sum().backward()
-    assert [tensor.grad is not None for tensor in inputs] == [True, True, True, False, False]
-    q.grad = None
-    favor_attention(q, k.detach(), v.detach(), projection, **options).square().sum().backward()
-    assert q.grad is not None
-
-
-def test_a_second_derivative_is_refused_rather_than_wrong():
-    q, k, v, _, projection, options = draw(Case(length=5), torch.float64)
-    out = favor_attention(q.requires_grad_(), k, v, projection, **options)
-    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.sum(), q)

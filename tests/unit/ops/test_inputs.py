@@ -1,4 +1,4 @@
-"""Every argument of the op that does not fit is a ValueError that names the argument, expected and got.
+"""Every argument of the op that does not fit is a ValueError that names the argument, expected and got, or a TypeError.
 
 Under pytest the annotations of public functions are checked first and raise before our checks; `inspect.unwrap` gives
 the functions as a user gets them.
@@ -7,6 +7,7 @@ the functions as a user gets them.
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -147,6 +148,62 @@ BAD_ARGUMENTS = {
 def test_an_argument_that_does_not_fit_is_a_value_error(changes, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         favor_attention(**{**fitting(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": np.zeros(SHAPE)}, "q: expected a torch.Tensor, got numpy.ndarray; pass torch.as_tensor(q)"),
+        ({"v": [[0.0]]}, "v: expected a torch.Tensor, got list; pass torch.as_tensor(v)"),
+        ({"k": None}, "k: expected a torch.Tensor, got NoneType; pass torch.as_tensor(k)"),
+        (
+            {"projection": np.zeros((6, 4))},
+            "projection: expected a torch.Tensor, got numpy.ndarray; pass torch.as_tensor",
+        ),
+        (
+            {"cu_seqlens": [0, 5]},
+            "cu_seqlens: expected a torch.Tensor, got list; pass torch.as_tensor(cu_seqlens, dtype=torch.int32)",
+        ),
+        (
+            {"token_mask": np.ones((2, 5), bool)},
+            "token_mask: expected a torch.Tensor, got numpy.ndarray; pass torch.as_tensor(token_mask, dtype=torch.bool",
+        ),
+        (
+            {"feature_map": "oprf", "oprf_a": -0.1},
+            "oprf_a: expected a torch.Tensor, got float; pass torch.as_tensor(oprf_a)",
+        ),
+    ],
+)
+def test_what_is_no_tensor_is_a_type_error_that_says_what_to_pass(changes, message):
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        favor_attention(**{**fitting(), **changes})
+
+
+SHORTER = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("dtype", SHORTER, ids=str)
+def test_autocast_may_shorten_some_tensors_and_others_not(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {each: torch.randn(SHAPE, generator=generator) for each in "qkv"}
+    projection = torch.randn(6, 4, generator=generator)
+    mixed = {**tensors, name: tensors[name].to(dtype).requires_grad_()}
+    with pytest.raises(ValueError, match="expected the dtype of q"):
+        favor_attention(**mixed, projection=projection)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = favor_attention(**mixed, projection=projection)
+    out.float().sum().backward()
+    assert out.dtype == mixed["v"].dtype
+    assert mixed[name].grad.dtype == dtype
+    # The longest dtype is that of the computation: nothing more is rounded.
+    expected = favor_attention(**{**mixed, name: mixed[name].float()}, projection=projection)
+    assert torch.equal(out, expected.to(out.dtype))
+
+
+def test_without_autocast_dtypes_must_agree():
+    with torch.autocast("cpu", enabled=False), pytest.raises(ValueError, match="v: expected the dtype of q"):
+        favor_attention(**{**fitting(), "v": torch.zeros(SHAPE).bfloat16()})
 
 
 @pytest.mark.parametrize("values", [(1, 5), (0, 4), (0, 6), (0, 3, 2, 5), (-1, 5), (5, 0)])
