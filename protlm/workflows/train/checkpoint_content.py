@@ -151,10 +151,9 @@ def _check_settings(section: Any, dataset_hash: str, settings: Config) -> None:
 
 def _check_plain_sections(config: Any) -> None:
     """Raises unless these are sections of settings, whose values are what JSON knows."""
-    if type(config) is not dict:
-        raise _fault("protlm.config", "sections", config)
-    for name, section in config.items():
-        if type(name) is not str or type(section) is not dict:
+    _check_keys("protlm.config", config, Config.model_fields)
+    for section in config.values():
+        if type(section) is not dict:
             raise _fault("protlm.config", "sections", section)
         for key, value in section.items():
             values = value if type(value) is list else [value]
@@ -170,7 +169,7 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str,
     for section in ours:
         for key, value in ours[section].items():
             other = theirs.get(section, {}).get(key)
-            if value != other and not _may_become(f"{section}.{key}", value, other):
+            if not (_is_same(value, other) or _may_become(f"{section}.{key}", value, other)):
                 return f"{section}.{key}", value, other
     return None
 
@@ -233,7 +232,7 @@ def _check_optimizer(states: Any, model: Performer, settings: TrainConfig, step:
         # The rates may have been higher; a run takes its own in any case.
         for name, value in {**group, "params": [number]}.items():
             is_rate = name in ("lr", "peak_lr")
-            if type(saved[name]) is not type(value) or not (is_rate or saved[name] == value):
+            if not (type(saved[name]) is float if is_rate else _is_same(saved[name], value)):
                 raise _fault(f"{place}.{name}", _shown(value), saved[name])
         _check_keys(f"state.{number}", state[number], STATE_OF_RULE[group["rule"]])
         for name, value in state[number].items():
@@ -243,6 +242,15 @@ def _check_optimizer(states: Any, model: Performer, settings: TrainConfig, step:
                 raise _fault(place, f"a number of updates up to {step}", value.item())
             if name == "exp_avg_sq" and bool((value < 0).any()):
                 raise _fault(place, "squares", value)
+
+
+def _is_same(value: Any, expected: Any) -> bool:
+    """Returns whether two plain values are equal and of one type, and so their items: `7 == torch.tensor(7.0)`."""
+    if type(value) is not type(expected):
+        return False
+    if type(expected) in (list, tuple):
+        return len(value) == len(expected) and all(map(_is_same, value, expected))
+    return bool(value == expected)
 
 
 def _check_keys(place: str, value: Any, keys: Collection[Any]) -> None:

@@ -153,7 +153,9 @@ def test_a_strange_value_in_any_place_is_one_line(every, content, settings):
         message = message_of(attacks.replaced(content, place, value), settings)
         if message is None:
             same = attacks.value_at(content, place)
-            assert is_free(place) or (not isinstance(value, torch.Tensor) and same == value), (place, kind)
+            # An earlier protlm had fewer settings.
+            is_section = place[:2] == ("protlm", "config") and value == {}
+            assert is_free(place) or is_section or (type(same) is type(value) and same == value), (place, kind)
         else:
             assert len(message) < 400, (place, kind)
             assert message.isprintable(), (place, kind)
@@ -194,6 +196,8 @@ def test_a_tensor_that_is_not_quite_the_right_one_is_one_line(every, content, se
         (("pytorch-lightning_version",), "1.9.5"),
         (("pytorch-lightning_version",), "two"),
         (("pytorch-lightning_version",), "9" * 5000),
+        (("optimizer_states", 0, "param_groups", 7, "params"), [torch.tensor(7.0)]),
+        (("optimizer_states", 0, "param_groups", 7, "params"), [7.0]),
         (("global_step",), 2**60),
         (("TrainingData", "next_row"), 5),
     ],
