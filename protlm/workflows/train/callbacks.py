@@ -188,15 +188,16 @@ class Watch(pl.Callback):
             save_model(self._run_dir / "model", state, description)
 
     def _save_checkpoints(self, trainer: pl.Trainer, *, has_improved: bool) -> None:
-        last = run_checkpoints.last_checkpoint(self._run_dir)
-        trainer.save_checkpoint(last)
+        trainer.save_checkpoint(run_checkpoints.new_checkpoint(self._run_dir))
         if not trainer.is_global_zero:
             return
         every = self._config.train.keep_every_steps
+        copies = []
         if every and self.last_step % every == 0:
-            run_checkpoints.keep(last, run_checkpoints.kept_checkpoint(self._run_dir, self.last_step))
+            copies.append(run_checkpoints.kept_checkpoint(self._run_dir, self.last_step))
         if has_improved:
-            run_checkpoints.keep(last, run_checkpoints.best_checkpoint(self._run_dir))
+            copies.append(run_checkpoints.best_checkpoint(self._run_dir))
+        run_checkpoints.replace_last(self._run_dir, copies)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best measurement and the number of measurements since, with which a resumed run compares."""

@@ -16,7 +16,6 @@ from protlm.errors import CheckpointError
 from protlm.workflows.train.checkpoint_content import SECTIONS, DamagedCheckpointError, read_step
 
 FOLDER_NAME = "checkpoints"
-_PREVIOUS_NAME = "previous.ckpt"
 
 
 def last_checkpoint(run_dir: Path) -> Path:
@@ -26,7 +25,7 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 def previous_checkpoint(run_dir: Path) -> Path:
     """Returns the path of the checkpoint before the last one, for the case that the last one is damaged."""
-    return run_dir / FOLDER_NAME / _PREVIOUS_NAME
+    return run_dir / FOLDER_NAME / "previous.ckpt"
 
 
 def best_checkpoint(run_dir: Path) -> Path:
@@ -49,11 +48,31 @@ def keep(checkpoint: Path, copy: Path) -> None:
             shutil.copyfile(checkpoint, partial)
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that appear whole or not at all; the one that is replaced becomes `previous.ckpt`.
+def new_checkpoint(run_dir: Path) -> Path:
+    """Returns the path at which a checkpoint is written, before `replace_last` gives it its name."""
+    return run_dir / FOLDER_NAME / f".new.ckpt{files.PARTIAL_SUFFIX}"
 
-    The last one stays until the new one is on the disk: at every moment there is a whole one under its name.
+
+def replace_last(run_dir: Path, copies: Sequence[Path]) -> None:
+    """Lets the new checkpoint take the place of the last one, which becomes the previous one.
+
+    At every moment there is a whole one under the name of the last. The copies come before: a run that is killed in
+    between goes on from the last one, and so makes them again.
+
+    Args:
+        run_dir: The run directory, with a new checkpoint.
+        copies: Further paths under which the new one is kept.
     """
+    new, last = new_checkpoint(run_dir), last_checkpoint(run_dir)
+    for copy in copies:
+        keep(new, copy)
+    if last.exists():
+        keep(last, previous_checkpoint(run_dir))
+    os.replace(new, last)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Checkpoint files that appear whole or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Writes a temporary file and renames it to the checkpoint's path.
@@ -65,11 +84,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             with files.written_whole(path) as partial:
                 _save({name: checkpoint[name] for name in SECTIONS}, partial)
-                if path.exists():
-                    keep(path, path.with_name(_PREVIOUS_NAME))
         except OSError as error:
             raise CheckpointError(
-                f"{path}: cannot be written: {error.strerror}; what was there is kept: go on with --resume once it can"
+                f"{path.parent}: no checkpoint can be written: {error.strerror}; the last one is kept: go on with "
+                "--resume once it can"
             ) from None
 
 
