@@ -305,7 +305,7 @@ class Split:
         if not 0 <= index < self.num_records:
             raise IndexError(f"index: expected 0 to {self.num_records - 1}, got {index}")
         number = bisect_right(self._starts, index) - 1
-        shard = self._shards[number] or self.shard(number)
+        shard = self.shard(number)
         offsets = shard.offsets
         start = index - self._starts[number]
         return shard.tokens[offsets[start] : offsets[start + 1]]
@@ -345,7 +345,7 @@ class Split:
         """Returns a shard by its number within the split; opened once, and checked against the manifest.
 
         Raises:
-            ShardError: The file is missing, damaged, or not the one in the manifest.
+            ShardError: The file is missing, damaged, not the one in the manifest, or changed since it was opened.
         """
         if (shard := self._shards[number]) is None:
             expected = self.summary.shards[number]
@@ -359,6 +359,8 @@ class Split:
                 if got != wanted:
                     raise ShardError(f"{shard.path}: {name}: expected {wanted} as in {MANIFEST_NAME}, got {got}")
             self._shards[number] = shard
+        else:
+            shard.check_unchanged()
         return shard
 
 

@@ -1,5 +1,6 @@
 """One shard, an HDF5 file of tokenised records: hides its columns, its checksum and the memory map they are read by."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,8 @@ class ShardReader:
         """
         self.path = Path(path)
         with columns.open_columns(self.path) as file:
+            self._name = str(self.path)
+            self._state = os.stat(self._name)
             file.check_format(FORMAT, FORMAT_VERSION)
             if file.attribute("vocabulary", str) != VOCABULARY:
                 raise ShardError(f"{path}: its vocabulary is not the one of this protlm; prepare the dataset again")
@@ -186,12 +189,44 @@ class ShardReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.path,)
 
+    def check_unchanged(self) -> None:
+        """Refuses a shard that was cut short or written to since it was opened.
+
+        Call it before each use: what is mapped shows every change, and reading past the new end would end the process
+        without a word. A file that was put in the place of this one, or removed, leaves the mapped one as it was.
+
+        Raises:
+            ShardError: The file is shorter, or its content is another.
+        """
+        # This is done for every record, and takes a microsecond.
+        opened = self._state
+        try:
+            state = os.stat(self._name)
+        except OSError:
+            return
+        if (
+            state.st_mtime_ns == opened.st_mtime_ns and state.st_size == opened.st_size
+        ) or state.st_ino != opened.st_ino:
+            return
+        if state.st_size < opened.st_size:
+            raise ShardError(
+                f"{self.path}: cut short while it was in use, from {opened.st_size:,} bytes to {state.st_size:,}; "
+                "copy or prepare it again, then go on"
+            )
+        # Touched, copied onto itself, or damaged.
+        self._verify()
+        self._state = state
+
     def verify(self) -> None:
         """Reads every byte and compares the checksum.
 
         Raises:
             ShardError: The checksum differs, or a token does not stand for a residue.
         """
+        self.check_unchanged()
+        self._verify()
+
+    def _verify(self) -> None:
         other_columns: dict[str, np.ndarray] = {"offsets": self.offsets}
         for name, strings in (("ids", self.ids), ("descriptions", self.descriptions)):
             other_columns |= {f"{name}/bytes": strings.text, f"{name}/offsets": strings.offsets}

@@ -1,0 +1,78 @@
+"""Shards that are cut short, written to, touched or replaced while a dataset is in use."""
+
+import os
+from functools import partial
+
+import pytest
+
+from protlm.data.storage.dataset import open_dataset
+from protlm.errors import ShardError
+from protlm.workflows.prep.options import PrepRequest
+from protlm.workflows.prep.prepare import prepare
+
+
+@pytest.fixture
+def dataset_of_one_shard(tmp_path):
+    """The path of the shard."""
+    (tmp_path / "a.fasta").write_text(">UniRef50_A n=2 TaxID=9606\nMKV\n>b\nMKL\n")
+    prepare(PrepRequest(inputs=[tmp_path / "a.fasta"], out=tmp_path / "ds", valid_fraction=0, test_fraction=0))
+    return tmp_path / "ds" / "train-00000.h5"
+
+
+def uses_of(path):
+    """Returns everything that a split gives of a shard, each as a function to call."""
+    split = open_dataset(path.parent).split("train")
+    return [partial(function, 0) for function in (split.tokens, split.id, split.labels, split.shard)]
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def write_into(path):
+    with path.open("r+b") as file:
+        content = file.read()
+        file.seek(content.index(b"UniRef50_A"))
+        file.write(b"UniRef50_B")
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(cut_short, "cut short while it was in use"), (write_into, "checksum")]
+)
+@pytest.mark.parametrize("use", range(4))
+def test_a_shard_that_changes_while_it_is_open_is_an_error_at_its_next_use(dataset_of_one_shard, use, change, message):
+    path = dataset_of_one_shard
+    function = uses_of(path)[use]
+    function()
+    change(path)
+    with pytest.raises(ShardError, match=rf"train-00000\.h5: {message}"):
+        function()
+
+
+def test_a_shard_cut_to_nothing_ends_no_process(dataset_of_one_shard):
+    functions = uses_of(dataset_of_one_shard)
+    for function in functions:
+        function()
+    os.truncate(dataset_of_one_shard, 0)
+    for function in functions:
+        with pytest.raises(ShardError, match="cut short"):
+            function()
+    with pytest.raises(ShardError, match="cut short"):
+        # As `protlm inspect --verify` does it.
+        functions[-1].func.__self__._shards[0].verify()
+
+
+def test_a_shard_may_be_touched_replaced_or_removed_while_it_is_open(dataset_of_one_shard):
+    path = dataset_of_one_shard
+    content = path.read_bytes()
+    tokens = uses_of(path)[0]
+    expected = tokens().tolist()
+
+    def put(text):
+        path.with_name("other").write_bytes(text)
+        os.replace(path.with_name("other"), path)
+
+    for change in (partial(os.utime, path), partial(put, content), partial(put, b"another"), path.unlink):
+        change()
+        assert tokens().tolist() == expected
