@@ -1,5 +1,6 @@
 """The compiled kernel beyond its values under `auto`: its variants, threads, units and memory, what it shares."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -30,6 +31,10 @@ SOURCES = Path(favor_cpp.__file__).parent / "cpp"
 COVERED = maps_on("cpp")
 needs_kernel = pytest.mark.skipif(favor_cpp.why_not() is not None, reason=str(favor_cpp.why_not()))
 
+RUNNABLE = {"avx512": ("portable", "avx2", "avx512"), "avx2": ("portable", "avx2"), "portable": ("portable",)}[
+    favor_cpp.best_kernel() if favor_cpp.why_not() is None else "portable"
+]
+INSTRUCTION_SETS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mfma"]}
 LAYOUTS = {
     "rows": {"length": 100, "head_dim": 24},
     "long rows": {"length": 1000, "head_dim": 64, "num_features": 256, "batch": 1, "heads": 1},
@@ -58,8 +63,7 @@ def assert_kernel_equals_twin(monkeypatch):
 @needs_kernel
 @pytest.mark.parametrize("kernel", ["portable", "avx2", "avx512"])
 def test_every_kernel_that_this_machine_can_run_equals_the_float64_twin(kernel, monkeypatch):
-    runnable = {"avx512": ("portable", "avx2", "avx512"), "avx2": ("portable", "avx2"), "portable": ("portable",)}
-    if kernel not in runnable[favor_cpp.best_kernel()]:
+    if kernel not in RUNNABLE:
         pytest.skip(f"this machine cannot run the {kernel} kernel")
     monkeypatch.setattr(favor_cpp, "best_kernel", lambda: kernel)
     assert_kernel_equals_twin(monkeypatch)
@@ -276,3 +280,28 @@ def test_auto_takes_the_kernel_for_float32_on_the_cpu():
     assert favor._module("torch", inputs) is favor_torch
     doubles = AttentionInputs(q.double(), q.double(), q.double(), torch.zeros(4, 8))
     assert favor._module("auto", doubles) is favor_torch
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("sanitizer", ["undefined", "address"])
+@pytest.mark.parametrize("kernel", RUNNABLE)
+def test_no_sanitizer_finds_a_fault_at_the_edges_of_the_range(kernel, sanitizer, tmp_path):
+    flags = [
+        *INSTRUCTION_SETS[kernel],
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+        "-O1",
+        "-g",
+        "-std=c++17",
+    ]
+    library = tmp_path / "favor.so"
+    sources = [str(SOURCES / name) for name in ("favor.cpp", f"favor_{kernel}.cpp")]
+    build = ["g++", *flags, "-fopenmp", "-fPIC", "-shared", "-Wno-psabi", *sources, "-o", str(library)]
+    subprocess.run(build, check=True)
+    # The address sanitizer has to be loaded before all else. Python keeps memory to its end, which is no leak of ours.
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    loaded = {"LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0"} if sanitizer == "address" else {}
+    program = [sys.executable, "-m", "tests.reference.sanitized_kernel", str(library), kernel]
+    ended = subprocess.run(program, env=os.environ | loaded, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "no fault\n"), ended.stderr[-3000:]

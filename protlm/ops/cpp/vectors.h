@@ -20,6 +20,7 @@ constexpr int kPanel = 2 * kLanes;
 
 typedef float Vec __attribute__((vector_size(4 * PROTLM_LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * PROTLM_LANES), aligned(4), may_alias));
+typedef std::uint32_t Bits __attribute__((vector_size(4 * PROTLM_LANES)));
 typedef std::int32_t Ints __attribute__((vector_size(4 * PROTLM_LANES)));
 
 PROTLM_INLINE Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
@@ -65,7 +66,8 @@ PROTLM_INLINE bool all_of(Ints x) {
 // exp2 of smaller exponents is that of this one: negligible beside the largest weight, and far above the denormals.
 constexpr float kSmallestExponent = -100.0f;
 
-// 2^x to a relative 1.5e-7, for x up to 127; 2^kSmallestExponent for smaller x; NaN for NaN.
+// 2^x to a relative 1.5e-7, for x up to 127; 2^kSmallestExponent for smaller x; NaN for the NaN of arithmetic. For larger
+// x any number, which is no fault: features are computed before their largest exponent is known, and again if need be.
 PROTLM_INLINE Vec exp2(Vec x) {
     x = larger(all(kSmallestExponent), x);
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
@@ -78,7 +80,8 @@ PROTLM_INLINE Vec exp2(Vec x) {
     p = p * f + 0.24022242f;
     p = p * f + 0.693147f;
     p = p * f + 1.0f;
-    return (Vec)((Ints)p + ((Ints)shifted << 23));
+    // Unsigned, since signed numbers may not overflow.
+    return (Vec)((Bits)p + ((Bits)shifted << 23));
 }
 
 inline float dot(const float* a, const float* b, std::int64_t count) {

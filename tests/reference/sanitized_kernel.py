@@ -1,0 +1,44 @@
+"""Runs a kernel from a library that was built with sanitizers, over edges of its range: a program of its own.
+
+A sanitizer ends the process at the first fault, so that reaching the last line is the result.
+
+    python sanitized_kernel.py LIBRARY KERNEL
+"""
+
+import sys
+from itertools import product
+
+import torch
+
+from protlm.ops import favor_cpp
+from tests.reference.cases import MIXED, Case, computed_of, draw, maps_on
+
+LAYOUTS = (
+    {"length": 1, "head_dim": 1, "num_features": 1},
+    {"length": 130, "head_dim": 17, "num_features": 33, "padding": "some"},
+    {"segments": MIXED, "head_dim": 16, "num_features": 40},
+    # Causal segments beyond 500 tokens are several units, whose states are kept in slots.
+    {"segments": (700, 3, 1300, 0, 501), "head_dim": 16, "num_features": 20},
+)
+# 2^x overflows from 128 on, integers from 2^31 on, floats at infinity.
+SIZES = (1.0, 30.0, 1e3, 1e6, 1e18, float("inf"), float("nan"))
+
+
+def main(library, kernel):
+    favor_cpp.importlib.util.find_spec = lambda _: type("Spec", (), {"origin": library})
+    favor_cpp.best_kernel = lambda: kernel
+    assert favor_cpp.why_not() is None, favor_cpp.why_not()
+    for options, feature_map, causal, size, unit_tokens in product(
+        LAYOUTS, maps_on("cpp"), (False, True), SIZES, (favor_cpp._UNIT_TOKENS, 70)
+    ):
+        favor_cpp._UNIT_TOKENS = unit_tokens
+        q, k, v, out_grad, *rest = draw(Case(feature_map=feature_map, causal=causal, **options), torch.float32)
+        for edge in (q, k):
+            # One token at the edge among others that are not.
+            edge.detach()[..., edge.shape[-2] // 2, :] *= size
+        computed_of((q, k, v, out_grad, *rest), "cpp")
+    print("no fault")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
