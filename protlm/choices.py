@@ -1,4 +1,4 @@
-"""Names that users choose from and that several floors act on.
+"""Names that users choose from, and a bound that they meet, which several floors act on.
 
 Their own modules load torch, NumPy or pydantic; here the names cost nothing, so that `protlm COMMAND --help` can list
 them at once. Names whose module is cheap stay there: `data.records`, `data.embeddings.kinds`.
@@ -29,3 +29,6 @@ FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "r
 
 ProjectionKind = Literal["orthogonal", "iid", "simplex"]
 """How the rows of a random projection depend on each other."""
+
+MOST_TOKENS = 2**24
+"""Most tokens of a row: bounds of segments are int32, and no device holds what a model makes of so many."""

@@ -15,11 +15,9 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from protlm import files
-from protlm.choices import DataMode, FeatureMap, Precision, ProjectionKind
+from protlm.choices import MOST_TOKENS, DataMode, FeatureMap, Precision, ProjectionKind
 from protlm.errors import ConfigError, first_fault
 
-MOST_TOKENS = 2**24
-"""Most tokens of a row: bounds of segments are int32, and no device holds what a model makes of so many."""
 _MOST_STEPS = 10**12
 """A thousand updates a second for thirty years."""
 _MOST_LAYERS = 1024
@@ -130,7 +128,7 @@ class ModelConfig(_Section):
     positions: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
     """`rotary` (q and k are rotated), `learned` or `sinusoidal` (added to the embedding), or `none`. Positions restart
     in every protein, and in every window of concatenated proteins."""
-    max_positions: Tokens = 1024
+    max_positions: Annotated[int, Field(gt=SPECIAL_TOKENS_PER_SEGMENT, le=MOST_TOKENS)] = 1024
     """Number of `learned` positions, special tokens included; unused by the other kinds."""
     causal: bool = False
     """Attend to earlier positions only, and learn to predict the next token instead of masked residues."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from protlm.choices import SplitName
+from protlm.choices import MOST_TOKENS, SplitName
 from protlm.cli import output
 from protlm.cli.options import (
     DevicesOption,
@@ -74,16 +74,25 @@ TokensPerBatchOption = Annotated[
         "--tokens-per-batch",
         metavar="N",
         min=3,
+        max=MOST_TOKENS,
         help="Budget of one forward pass; default: a number that suits the device.",
     ),
 ]
 WindowOption = Annotated[
     int | None,
-    typer.Option("--window", metavar="N", min=2, help="Compute longer proteins in overlapping windows of N residues."),
+    typer.Option(
+        "--window",
+        metavar="N",
+        min=2,
+        max=MOST_TOKENS,
+        help="Compute longer proteins in overlapping windows of N residues.",
+    ),
 ]
 TruncateOption = Annotated[
     int | None,
-    typer.Option("--truncate", metavar="N", min=1, help="Embed only the first N residues of longer proteins."),
+    typer.Option(
+        "--truncate", metavar="N", min=1, max=MOST_TOKENS, help="Embed only the first N residues of longer proteins."
+    ),
 ]
 SeedOption = Annotated[int, seed_option("Accepted as by every command; embedding draws nothing.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print counts, size, time and free disk; embed nothing.")]

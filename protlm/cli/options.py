@@ -40,10 +40,10 @@ OnBadRecordOption = Annotated[
     typer.Option("--on-bad-record", metavar=one_of(OnBadRecord), help="Stop at a bad record, or skip and count it."),
 ]
 DevicesOption = Annotated[
-    int, typer.Option("--devices", metavar="N", min=1, help="GPUs, or processes on the CPU, on each machine.")
+    int, typer.Option("--devices", metavar="N", min=1, max=1024, help="GPUs, or processes on the CPU, on each machine.")
 ]
 NumNodesOption = Annotated[
-    int, typer.Option("--num-nodes", metavar="N", min=1, help="Machines; all must see the folder of --out.")
+    int, typer.Option("--num-nodes", metavar="N", min=1, max=65536, help="Machines; all must see the folder of --out.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.")]

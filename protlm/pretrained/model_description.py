@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from protlm.choices import DataMode
+from protlm.choices import MOST_TOKENS, DataMode
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
 from protlm.data.batching.batches import Objective
 from protlm.data.batching.masking import MaskRates
@@ -102,6 +102,9 @@ class ModelDescription(BaseModel):
     def _windows_where_concatenated(self) -> Self:
         if (self.window_tokens is not None) != (self.data_mode == "concatenated"):
             raise ValueError("window_tokens: expected a number with data_mode = 'concatenated' and null without")
+        reach = self.model.max_positions if self.model.positions == "learned" else MOST_TOKENS
+        if self.window_tokens is not None and self.window_tokens > reach:
+            raise ValueError(f"window_tokens: expected at most {reach}, got {self.window_tokens}")
         return self
 
     @property

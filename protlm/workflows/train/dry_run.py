@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.tuner.tuning import Tuner
 
-from protlm.config import MOST_TOKENS, Config
+from protlm.choices import MOST_TOKENS
+from protlm.config import Config
 from protlm.data.batching.batches import Batch, epoch_size, training_batch, training_rows
 from protlm.data.batching.draws import Draws
 from protlm.data.storage.mixture import Mixture

@@ -71,3 +71,9 @@ def test_arguments_that_may_be_left_out_stand_in_brackets():
 def test_without_a_command_help_is_shown_and_an_unknown_one_is_wrong_usage(capsys):
     assert main(["paint"]) == 2
     assert "No such command 'paint'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tokens-per-batch", "--window", "--truncate", "--devices", "--num-nodes"])
+def test_a_number_past_what_anything_holds_is_wrong_usage(option, capsys):
+    assert main(["embed", "model", "proteins.fasta", "--out", "out", option, str(10**30)]) == 2
+    assert option in capsys.readouterr().err

@@ -254,6 +254,12 @@ def test_weights_of_another_model_are_refused(folder, change):
         ({"model": {"num_layers": 0}}, "model.num_layers"),
         ({"model": {"unknown": 1}}, "model.unknown"),
         ({"step": -1}, "step"),
+        ({"model": {"positions": "learned", "max_positions": 2}}, "max_positions: input should be greater than 2"),
+        (
+            {"model": {"positions": "learned", "max_positions": 9}, "data_mode": "concatenated", "window_tokens": 10},
+            "window_tokens: expected at most 9, got 10",
+        ),
+        ({"data_mode": "concatenated", "window_tokens": 2**24 + 1}, "window_tokens: expected at most 16777216"),
         ({"step": 2**63}, "step: input should be less than 9223372036854775808"),
         ({"seed": 10**400}, "seed: input should be less than"),
         ({"residue_counts": dict.fromkeys(RESIDUES, 10**400)}, "residue_counts.L: input should be less than"),
