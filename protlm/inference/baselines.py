@@ -7,9 +7,10 @@ from typing import TypeVar
 import numpy as np
 
 from protlm.data.batching.batches import EvaluationRow, Objective, Proteins, evaluation_rows
+from protlm.errors import ShardError
 from protlm.inference.markov import MarkovCounts, MarkovModel, TwoSidedMarkovModel, largest_order
 from protlm.inference.scoring import empirical_log_probabilities
-from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES, VOCABULARY_SIZE
+from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES, VOCABULARY_SIZE, are_residues
 
 _MOST_COUNTED_RESIDUES = 1 << 28
 """More residues of the training set than this change no figure that a reader could see."""
@@ -129,8 +130,19 @@ def _counts(proteins: Proteins) -> MarkovCounts:
     # Whole proteins, the one that reaches the limit too.
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), _MOST_COUNTED_RESIDUES)) + 1]
     counts = MarkovCounts(max(_DEFAULT_ORDER, largest_order(int(lengths.sum()))))
-    counts.add(proteins.tokens(record) for record in range(len(lengths)))
+    counts.add(_checked_tokens(proteins, record) for record in range(len(lengths)))
     return counts
+
+
+def _checked_tokens(proteins: Proteins, record: int) -> np.ndarray:
+    """Returns the residue tokens of a record; opening a shard does not look whether they are."""
+    tokens = proteins.tokens(record)
+    if not are_residues(tokens):
+        raise ShardError(
+            f"record {record} to be counted holds tokens that stand for no residue: a shard is damaged; prepare the "
+            "dataset again"
+        )
+    return tokens
 
 
 def _best(models: Sequence[_Model], objective: Objective, rows: list[EvaluationRow] | None) -> _Model:

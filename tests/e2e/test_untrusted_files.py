@@ -1,12 +1,17 @@
-"""Links to themselves, pipes and devices in the place of every path that a command takes: one line, and no waiting."""
+"""Files of others: links to themselves, pipes and devices in the place of every path, and shards that lie.
+
+Whatever it is ends a command with one line, and nobody waits for it.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from tests.e2e.prep_tools import SAMPLE
+from tests.hdf5_edits import edit
 
 
 @pytest.fixture
@@ -60,3 +65,30 @@ def test_proteins_and_labels_may_come_through_pipes(tmp_path):
     )
     subprocess.run(["bash", "-c", command], check=True, timeout=120)
     assert (tmp_path / "dataset" / "manifest.json").is_file()
+
+
+def commands_on(dataset, run_dir, tmp_path):
+    """All commands that read the proteins of a dataset's training split."""
+    yield "inspect", dataset, "--verify"
+    yield "train", dataset, "--out", tmp_path / "run", "--max-steps", 3
+    yield "eval", run_dir, dataset, "--out", tmp_path / "report"
+    yield "embed", run_dir, dataset, "--split", "train", "--out", tmp_path / "embeddings"
+
+
+@pytest.mark.parametrize("token", [0, 29, 33, 255])
+def test_tokens_that_are_no_residues_are_refused_by_all_commands(token, dataset, run_dir, tmp_path, failure):
+    shutil.copytree(dataset, tmp_path / "dataset")
+    edit(tmp_path / "dataset" / "train-00000.h5", lambda file: file["tokens"].__setitem__(5, token))
+    for command in commands_on(tmp_path / "dataset", run_dir, tmp_path):
+        assert "damaged" in failure(*command)
+
+
+def test_a_record_without_residues_is_refused_by_all_commands(dataset, run_dir, tmp_path, failure):
+    shutil.copytree(dataset, tmp_path / "dataset")
+
+    def empty_the_second(file):
+        file["offsets"][2] = file["offsets"][1]
+
+    edit(tmp_path / "dataset" / "train-00000.h5", empty_the_second)
+    for command in commands_on(tmp_path / "dataset", run_dir, tmp_path):
+        assert "offsets: expected records of at least one residue, got an empty one" in failure(*command)

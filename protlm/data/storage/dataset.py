@@ -310,6 +310,20 @@ class Split:
         start = index - self._starts[number]
         return shard.tokens[offsets[start] : offsets[start + 1]]
 
+    def checked_tokens(self, index: int | np.integer) -> np.ndarray:
+        """Returns `tokens` for a use that does not check itself that all of them stand for residues.
+
+        Raises:
+            ShardError: One does not; opening a shard does not read them.
+        """
+        tokens = self.tokens(index)
+        if not vocabulary.are_residues(tokens):
+            raise ShardError(
+                f"{self.directory}: record {index} of {self.name} holds tokens that stand for no residue: a shard is "
+                "damaged; prepare the dataset again"
+            )
+        return tokens
+
     def id(self, index: int | np.integer) -> str:
         """Returns the id of a record."""
         if not 0 <= index < self.num_records:

@@ -76,7 +76,7 @@ class ProteinInputs:
             raise ProtlmError(f"{path}: a dataset; say which of its proteins with --split: {', '.join(filled)}")
         proteins = dataset.split(split)
         proteins.open_shards()
-        return ((proteins.id(number), proteins.tokens(number)) for number in range(proteins.num_records))
+        return ((proteins.id(number), proteins.checked_tokens(number)) for number in range(proteins.num_records))
 
 
 def read_proteins(path: Path, inputs: ProteinInputs) -> ProteinStore:

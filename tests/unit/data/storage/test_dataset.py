@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import xxhash
@@ -251,3 +252,14 @@ def test_counts_are_those_that_64_bits_hold(path):
     edit(path, lambda manifest: manifest["rejects"].update(x=2**63))
     with pytest.raises(ShardError, match=r"rejects\.x: input should be less than"):
         open_dataset(path)
+
+
+def test_tokens_are_checked_where_asked_for(path):
+    split = open_dataset(path).split("train")
+    assert np.array_equal(split.checked_tokens(1), split.tokens(1))
+    with h5py.File(path / split.summary.shards[0].name, "r+") as file:
+        file["tokens"][0] = 33
+    split = open_dataset(path).split("train")
+    assert split.tokens(0)[0] == 33
+    with pytest.raises(ShardError, match="record 0 of train holds tokens that stand for no residue"):
+        split.checked_tokens(0)
