@@ -11,7 +11,7 @@ import numpy as np
 from protlm import files
 from protlm.data.batching.batches import Objective
 from protlm.data.storage.dataset import Dataset, Split, open_dataset
-from protlm.errors import UsageError
+from protlm.errors import ProtlmError, UsageError
 from protlm.inference.baselines import (
     UNIFORM,
     Markov,
@@ -71,7 +71,8 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
 
     Raises:
         UsageError: Options that do not fit the model.
-        ProtlmError: A model or dataset that cannot be read, an empty split or an existing report.
+        ProtlmError: A model or dataset that cannot be read, an empty split, one of which no residue is scored, or an
+            existing report.
     """
     check_out(request)
     dataset = open_dataset(request.dataset)
@@ -160,6 +161,11 @@ class _Evaluation:
             if self._markov.two_sided is not None:
                 baselines["two_sided"] = markov_predictions(self._markov.two_sided, self._masks.objective)
         sums = measure_split(self._model, split, self._masks, baselines, watchers=tuple(watchers), advance=advance)
+        if not sums["model"].num_targets:
+            raise ProtlmError(
+                f"{split.directory}: no residue of {split.name} was scored: the positions of this model reach only "
+                f"the first {self._masks.max_residues} of each protein, and none of them was hidden; raise --masks"
+            )
         rows = {name: score_row(measured) for name, measured in sums.items()} | {"uniform": exact_row(UNIFORM)}
         rows |= self._further_rows(split, advance)
         limit = self._masks.max_residues

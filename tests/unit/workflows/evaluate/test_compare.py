@@ -237,3 +237,12 @@ def test_the_command_prints_the_models_and_their_differences(folder, tmp_path, c
     assert "exists already" in capsys.readouterr().err
     assert main(["eval", "--compare", reports[0], "--out", str(tmp_path / "out2")]) == 2
     assert main(["eval", str(folder / "good"), "--out", str(tmp_path / "out2")]) == 2
+
+
+def test_a_report_that_is_no_regular_file_or_too_large_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    for path, reason in (("pipe", "expected a regular file"), ("large", "expected at most 67,108,864 bytes")):
+        with pytest.raises(ProtlmError, match=f"{path}: cannot be read: {reason}"):
+            read_report(tmp_path / path)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import platform
 import socket
 import subprocess
@@ -165,3 +166,9 @@ def test_code_installed_inside_another_checkout_has_no_commit(checkout):
 def test_without_git_there_is_no_commit(checkout, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert checkout_commit(checkout) is None
+
+
+def test_a_pipe_in_the_place_of_the_description_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(RunError, match=r"run\.json: expected a regular file"):
+        read_run_description(tmp_path / "run.json")
