@@ -374,6 +374,6 @@ def test_an_interruption_leaves_nothing_that_was_not_there_before(dataset, tmp_p
 
 
 def test_a_model_that_reaches_no_hidden_residue_is_refused(report):
-    with pytest.raises(ProtlmError, match=r"no residue of test was scored: .* reach only the first 1 of each") as caught:
+    with pytest.raises(ProtlmError, match=r"no residue of test was scored: .* only the first 1 of each") as caught:
         report({"mask_rate": 1e-9}, {"positions": "learned", "max_positions": 3})
     assert "\n" not in str(caught.value)
