@@ -102,6 +102,13 @@ class LanguageModelling(pl.LightningModule):
         for group, own in zip(optimizer.param_groups, self.configure_optimizers().param_groups, strict=True):
             group["peak_lr"] = own["peak_lr"]
 
+
+    def on_before_batch_transfer(self, batch: Batch | ProtlmError, dataloader_idx: int) -> Batch:
+        """Raises the error that came in place of a batch."""
+        if isinstance(batch, ProtlmError):
+            raise batch
+        return batch
+
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """Redraws the projections before an update that is due for it."""
         if self._num_rows:
@@ -271,7 +278,7 @@ class TrainingData(pl.LightningDataModule):
         )
         sampler = _EveryNth(rows, self.trainer.world_size)
         workers = config.data.num_workers
-        loader: DataLoader[Batch] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _TrainingRows(self._proteins, config),
             batch_size=None,
             sampler=sampler,
@@ -280,6 +287,8 @@ class TrainingData(pl.LightningDataModule):
             # Without a generator of its own a loader draws from torch's global one.
             generator=torch.Generator(),
             prefetch_factor=4 if workers else None,
+            # Lightning ends only such workers when a run fails; others, which ignore signals, would keep it for ever.
+            persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_run,
         )
         return loader
@@ -295,15 +304,19 @@ class _EveryNth(Sampler[Row]):
         return islice(self._rows(), 0, None, self._n)
 
 
-class _TrainingRows(Dataset[Batch]):
+class _TrainingRows(Dataset[Batch | ProtlmError]):
     """The planned rows, masked and packed."""
 
     def __init__(self, proteins: Mixture, config: Config) -> None:
         self._proteins, self._config = proteins, config
         self._objective = objective_of(config)
 
-    def __getitem__(self, row: Row) -> Batch:
-        return training_batch(row, self._proteins, self._config.data, self._config.train.seed, self._objective)
+    def __getitem__(self, row: Row) -> Batch | ProtlmError:
+        try:
+            return training_batch(row, self._proteins, self._config.data, self._config.train.seed, self._objective)
+        except ProtlmError as error:
+            # Raised by the run itself: a worker of the loader would add its traceback to the message.
+            return error
 
 
 def objective_of(config: Config) -> Objective:
