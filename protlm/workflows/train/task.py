@@ -102,7 +102,6 @@ class LanguageModelling(pl.LightningModule):
         for group, own in zip(optimizer.param_groups, self.configure_optimizers().param_groups, strict=True):
             group["peak_lr"] = own["peak_lr"]
 
-
     def on_before_batch_transfer(self, batch: Batch | ProtlmError, dataloader_idx: int) -> Batch:
         """Raises the error that came in place of a batch."""
         if isinstance(batch, ProtlmError):
