@@ -25,6 +25,7 @@ from protlm.data.batching.batches import Batch, Objective, Row, training_batch, 
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import MaskRates
 from protlm.data.storage.mixture import Mixture
+from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.train.divergence import diverged
 from protlm.workflows.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor
