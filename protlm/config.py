@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from protlm import files
 from protlm.choices import MOST_TOKENS, DataMode, FeatureMap, Precision, ProjectionKind
 from protlm.errors import ConfigError, first_fault
+from protlm.vocabulary import ModelVocabulary
 
 _MOST_STEPS = 10**12
 """A thousand updates a second for thirty years."""
@@ -44,6 +45,8 @@ Rate = Annotated[float, Field(gt=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
 Coefficient = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 _COMMENT_COLUMNS = 100
+
+_MOST_MODEL_TOKENS = 4096
 
 SPECIAL_TOKENS_PER_SEGMENT = 2
 """`<cls>` and `<eos>` around the residues of every segment."""
@@ -152,6 +155,29 @@ class ModelConfig(_Section):
     is centred; in a causal model it covers earlier positions only."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout rate after attention and after the feed-forward layer."""
+    norm: Literal["layer", "rms"] = "layer"
+    """The norms of the encoder: `layer` (LayerNorm), or `rms` (no mean is subtracted, no bias added)."""
+    norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """Added to the variance in every norm, that of the head included."""
+    embedding_norm: bool = False
+    """Normalise the embedding, after positions were added to it."""
+    qk_layer_norm: bool = False
+    """Normalise q and k over all heads together, by a LayerNorm without bias, before positions rotate them."""
+    token_dropout: bool = False
+    """Embed `<mask>` as zeros, and scale the other embeddings of a protein by 0.88 / (1 - its fraction of `<mask>`), as
+    ESM does."""
+    stored_frequencies: bool = False
+    """Rotary frequencies are saved with the weights, as those of an imported model are; otherwise they are
+    10000^(-2i / head_dim)."""
+    head: Literal["dense", "linear"] = "dense"
+    """The language-model head: `dense`, GELU, LayerNorm and the decoder, or the decoder alone (`linear`)."""
+    tied_head: bool = True
+    """The matrix of the decoder is that of the embedding."""
+    vocabulary: tuple[Annotated[str, Field(min_length=1, max_length=32)], ...] = ()
+    """The tokens of the model in the order of its embedding, for one that was trained elsewhere. Default: those of
+    datasets, which are ESM's."""
+    residues_as_x: str = ""
+    """Residues that the model reads as X, although it has tokens for them."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -167,7 +193,23 @@ class ModelConfig(_Section):
             raise ValueError("rescale_qk: expected false with causal = true: it looks at the whole protein")
         if self.causal and self.attention == "oprf" and not self.qk_norm:
             raise ValueError("qk_norm: expected true with causal oprf, which takes its constant from the temperature")
+        if self.qk_norm and self.qk_layer_norm:
+            raise ValueError("qk_layer_norm: expected false with qk_norm = true, which normalises q and k itself")
+        if self.stored_frequencies and self.positions != "rotary":
+            raise ValueError(f"stored_frequencies: expected false with positions = {self.positions!r}")
+        if len(self.vocabulary) > _MOST_MODEL_TOKENS:
+            raise ValueError(
+                f"vocabulary: expected at most {_MOST_MODEL_TOKENS:,} tokens, got {len(self.vocabulary):,}"
+            )
+        try:
+            self.tokens()
+        except ValueError as error:
+            raise ValueError(f"vocabulary: {error}") from None
         return self
+
+    def tokens(self) -> ModelVocabulary:
+        """Returns the vocabulary of the model."""
+        return ModelVocabulary(self.vocabulary, self.residues_as_x)
 
     @property
     def head_dim(self) -> int:

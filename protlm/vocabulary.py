@@ -4,6 +4,7 @@ The 33 tokens are in ESM's order, so that ESM-2 models and tokenizers fit unchan
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -116,3 +117,75 @@ def decode(tokens: np.ndarray) -> str:
 def are_residues(tokens: np.ndarray) -> bool:
     """Returns whether every token stands for a residue."""
     return tokens.size == 0 or bool(tokens.min() >= FIRST_RESIDUE and tokens.max() < FIRST_RESIDUE + NUM_RESIDUES)
+
+
+_NAMES = {
+    "<cls>": ("<cls>", "[CLS]", "<s>", "<bos>"),
+    "<pad>": ("<pad>", "[PAD]"),
+    "<eos>": ("<eos>", "[SEP]", "</s>"),
+    "<unk>": ("<unk>", "[UNK]"),
+    "<mask>": ("<mask>", "[MASK]"),
+}
+"""The special tokens, and the names that they have in the vocabularies of other programs."""
+
+
+class ModelVocabulary:
+    """The tokens of a model, where a network has others than data: which of its tokens stands for which of ours.
+
+    Attributes:
+        tokens: The tokens in the order of the embedding's rows.
+        is_ours: Whether they are the tokens of data, so that nothing is translated.
+        ids: The token of the model that stands for each token of data, int64 (33,).
+        columns: The token of the model with the name of each token of data, -1 where it has none, int64 (33,).
+        lacked: The residue letters that the model reads as another token.
+        stand_in: The token as which it reads them: X, or the unknown token.
+    """
+
+    def __init__(self, tokens: Sequence[str] = (), residues_as_x: str = "") -> None:
+        """Matches the tokens by name.
+
+        Args:
+            tokens: The tokens of the model; by default those of data.
+            residues_as_x: Residues that the model has a token for, but was trained to see as X.
+
+        Raises:
+            ValueError: A token that comes twice, or a special token or residue that the model needs and lacks.
+        """
+        self.tokens = tuple(tokens) or TOKENS
+        self.is_ours = self.tokens == TOKENS and not residues_as_x
+        own = {token: number for number, token in enumerate(self.tokens)}
+        if len(own) < len(self.tokens):
+            twice = next(token for token, count in Counter(self.tokens).items() if count > 1)
+            raise ValueError(f"expected different tokens, got {twice[:20]!r} twice")
+        if strange := set(residues_as_x) - set(RESIDUES):
+            raise ValueError(f"expected residue letters to be read as X, got {min(strange)!r}")
+        numbers = [next((own[name] for name in _NAMES.get(token, (token,)) if name in own), -1) for token in TOKENS]
+        self.columns = np.array(numbers, dtype=np.int64)
+        for token in ("<cls>", "<eos>", "<mask>", *RESIDUES[:NUM_STANDARD_RESIDUES]):
+            if self.columns[TOKEN_IDS[token]] < 0:
+                names = " or ".join(_NAMES.get(token, (token,)))
+                raise ValueError(f"expected a token {names}, got none")
+        x, unknown = (int(self.columns[TOKEN_IDS[token]]) for token in ("X", "<unk>"))
+        stand_in = x if x >= 0 else unknown
+        if stand_in < 0:
+            raise ValueError("expected a token X, or <unk>, got neither")
+        if residues_as_x and x < 0:
+            raise ValueError("expected a token X for the residues that are read as X, got none")
+        self.stand_in = self.tokens[stand_in]
+        self.lacked = "".join(r for r in RESIDUES if self.columns[TOKEN_IDS[r]] < 0 or r in residues_as_x)
+        self.ids = np.where(self.columns < 0, stand_in, self.columns)
+        self.ids[[TOKEN_IDS[residue] for residue in self.lacked]] = stand_in
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def pad(self) -> int | None:
+        """The token of the model for padding, if it has one."""
+        number = int(self.columns[PAD])
+        return number if number >= 0 else None
+
+    @property
+    def mask(self) -> int:
+        """The token of the model that hides a residue."""
+        return int(self.columns[MASK])

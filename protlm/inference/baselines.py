@@ -42,6 +42,12 @@ class Markov:
     chosen_on: str | None
 
 
+def training_counts(dataset: Dataset) -> Mapping[str, int]:
+    """Returns the residue counts of a dataset's training split, for a model whose own training set is unknown."""
+    summary = dataset.manifest.splits.get("train")
+    return {} if summary is None else summary.residue_counts
+
+
 def empirical(training_counts: Mapping[str, int]) -> Predict:
     """Returns the empirical baseline: the residue frequencies of the model's training set, whatever the context."""
     distribution = np.full(VOCABULARY_SIZE, -np.inf)

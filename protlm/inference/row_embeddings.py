@@ -101,7 +101,7 @@ class RowEmbedder:
             return list(states[layer][bounds[:-1].to(states[layer].device)].float().cpu().numpy())
         rows = states[layer]
         if kind == "logits":
-            rows = self._model.head(rows, self._model.embedding.weight)
+            rows = self._model.token_table.columns(self._model.head(rows, self._model.embedding.weight))
         numbers = rows.float().cpu().numpy()
         return [numbers[residues] for residues in kept]
 

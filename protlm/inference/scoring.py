@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from protlm.data.batching.batches import EvaluationRow, Objective, Proteins, evaluation_rows
+from protlm.data.batching.batches import Batch, EvaluationRow, Objective, Proteins, evaluation_rows
 from protlm.inference.residue_scores import ResidueScores
 from protlm.model.performer import Performer
+from protlm.model.token_table import TokenTable
 from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.progress import Advance, no_advance
 from protlm.vocabulary import NUM_RESIDUES, RESIDUES
@@ -69,7 +71,7 @@ def score_rows(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[EvaluationRow, ResidueScores]]:
-    """Yields the rows of this process with the scores of their targets, softmax over all 33 tokens.
+    """Yields the rows of this process with the scores of their targets, softmax over all tokens of the model.
 
     With several processes each takes every world_size-th row. All make the same number of forward passes, as a model in
     shards needs. The stream must be read to its end; the model is in evaluation mode meanwhile.
@@ -92,12 +94,30 @@ def score_rows(
             # Not inference_mode: tensors of a model in shards that are made in it could not be trained with afterwards.
             with torch.no_grad():
                 logits = model(batch.tokens.to(device), batch.cu_seqlens.to(device), batch.target_positions.to(device))
-                log_probabilities = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
+                log_probabilities = _in_columns(model.token_table, torch.log_softmax(logits.float(), dim=-1), batch)
             if rank < len(round_of_rows):
                 yield row, ResidueScores(row.records, row.positions, batch.targets.numpy(), log_probabilities)
             advance(sum(member.batch.num_residues for member in round_of_rows))
     finally:
         model.train(was_training)
+
+
+def _in_columns(table: TokenTable, log_probabilities: Tensor, batch: Batch) -> np.ndarray:
+    """Returns log-probabilities of the model's tokens in a column for each token of data, (targets, 33).
+
+    A target that the model lacks has the probability of the token as which the model reads it.
+    """
+    columns: np.ndarray = table.columns(log_probabilities).cpu().numpy()
+    if table.vocabulary.is_ours:
+        return columns
+    vocabulary, targets = table.vocabulary, batch.targets.numpy()
+    (rows,) = np.nonzero(vocabulary.columns[targets] != vocabulary.ids[targets])
+    lacked = targets[rows]
+    own = vocabulary.ids[lacked]
+    # Each probability stands once: not also in the column of the token that stands in.
+    columns[rows] = np.where(vocabulary.columns == own[:, None], -np.inf, columns[rows])
+    columns[rows, lacked] = log_probabilities.cpu().numpy()[rows, own]
+    return columns
 
 
 def score_split(
@@ -115,7 +135,7 @@ def score_split(
     return score_model(
         model,
         proteins,
-        description.residue_counts,
+        description.residue_counts or {},
         description.objective.hiding_all(),
         seed=seed,
         tokens_per_batch=tokens_per_batch,

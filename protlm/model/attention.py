@@ -44,6 +44,10 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.output = (
             nn.Linear(config.model_dim, config.model_dim) for _ in range(4)
         )
+        self.query_norm, self.key_norm = (
+            nn.LayerNorm(config.model_dim, eps=config.norm_eps, bias=False) if config.qk_layer_norm else None
+            for _ in range(2)
+        )
         self.convolution = (
             SegmentConvolution(3 * config.model_dim, config.conv_width, causal=config.causal)
             if config.conv_width
@@ -157,7 +161,10 @@ class SelfAttention(nn.Module):
         return None if self.temperature_logit is None else self.max_temperature * torch.sigmoid(self.temperature_logit)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query(x), self.key(x), self.value(x)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, v
 
     def _prepared(self, q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the heads of q, k and v, with q and k normalised and rotated; tokens do not interact."""

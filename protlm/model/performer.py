@@ -12,12 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from protlm.config import ModelConfig
 from protlm.model.attention import SelfAttention
 from protlm.model.feed_forward import activate_and_project
-from protlm.model.positions import rotary_angles, sinusoids
+from protlm.model.norms import encoder_norm
+from protlm.model.positions import rotary_angles, rotary_frequencies, sinusoids
 from protlm.model.segments import Segments
 from protlm.model.stretches import in_stretches
-from protlm.vocabulary import PAD, VOCABULARY_SIZE
+from protlm.model.token_table import TokenTable
 
 _EMBEDDING_SCALE = 0.02
+_DROPPED_IN_TRAINING = 0.15 * 0.8
+"""Mean fraction of `<mask>` in a protein while ESM was trained."""
 
 
 class EncoderLayer(nn.Module):
@@ -30,9 +33,9 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.is_pre_norm = config.layer_norm == "pre"
-        self.attention_norm = nn.LayerNorm(config.model_dim)
+        self.attention_norm = encoder_norm(config)
         self.attention = SelfAttention(config)
-        self.ffn_norm = nn.LayerNorm(config.model_dim)
+        self.ffn_norm = encoder_norm(config)
         self.ffn_in = nn.Linear(config.model_dim, config.ffn_dim)
         self.ffn_gate = nn.Linear(config.model_dim, config.ffn_dim) if config.ffn == "swiglu" else None
         self.ffn_out = nn.Linear(config.ffn_dim, config.model_dim)
@@ -60,26 +63,33 @@ class EncoderLayer(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """dense – GELU – LayerNorm – decoder with bias; the decoder's matrix is the token embedding (tied)."""
+    """dense – GELU – LayerNorm – decoder with bias, or the decoder alone; its matrix may be the embedding (tied)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.model_dim, config.model_dim)
-        self.norm = nn.LayerNorm(config.model_dim)
-        self.bias = nn.Parameter(torch.empty(VOCABULARY_SIZE))
+        is_dense = config.head == "dense"
+        self.dense = nn.Linear(config.model_dim, config.model_dim) if is_dense else None
+        self.norm = nn.LayerNorm(config.model_dim, eps=config.norm_eps) if is_dense else None
+        # No nn.Linear, whose matrices decay and may be Muon's: it is an embedding of tokens.
+        self.decoder = None if config.tied_head else nn.Parameter(torch.empty(vocabulary_size, config.model_dim))
+        self.bias = nn.Parameter(torch.empty(vocabulary_size))
 
-    def forward(self, x: Float[Tensor, "*axes model_dim"], embedding: Tensor) -> Float[Tensor, "*axes vocab_size"]:
-        """Returns the logits of every token."""
-        return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
+    def forward(self, x: Float[Tensor, "*axes model_dim"], embedding: Tensor) -> Float[Tensor, "*axes model_tokens"]:
+        """Returns the logits of every token of the model."""
+        if self.dense is not None and self.norm is not None:
+            x = self.norm(F.gelu(self.dense(x)))
+        return F.linear(x, embedding if self.decoder is None else self.decoder, self.bias)
 
 
 class Performer(nn.Module):
     """A language model over packed rows of proteins that predicts hidden residues, or the next token if it is causal.
 
-    A row is a 1-D tensor of tokens, `<cls> residues <eos>` of each protein back to back, with the bounds of its
-    segments; no protein sees another. Weights and projections are undefined until `reset` or a loaded state.
+    A row is a 1-D tensor of tokens of data, `<cls> residues <eos>` of each protein back to back, with the bounds of its
+    segments; no protein sees another. Logits are those of the model's own tokens, which may be others.
+    Weights and projections are undefined until `reset` or a loaded state.
 
     Attributes:
+        token_table: Translates between the tokens of data and those of the model.
         checkpoint_activations: Whether training keeps only the input of each layer, and recomputes the rest for the
             gradients, which stay the same to the bit.
     """
@@ -88,14 +98,20 @@ class Performer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.embedding = nn.Embedding(VOCABULARY_SIZE, config.model_dim, padding_idx=PAD)
+        vocabulary = config.tokens()
+        self.token_table = TokenTable(vocabulary)
+        self.embedding = nn.Embedding(len(vocabulary), config.model_dim, padding_idx=vocabulary.pad)
         self.position_embedding = (
             nn.Embedding(config.max_positions, config.model_dim) if config.positions == "learned" else None
         )
+        self.embedding_norm = encoder_norm(config) if config.embedding_norm else None
+        self.rotary_frequencies: Tensor | None
+        pairs = config.head_dim // 2
+        self.register_buffer("rotary_frequencies", torch.empty(pairs) if config.stored_frequencies else None)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         # The last layer of a post-LN encoder ends with a norm of its own.
-        self.final_norm = nn.LayerNorm(config.model_dim) if config.layer_norm == "pre" else None
-        self.head = LanguageModelHead(config)
+        self.final_norm = encoder_norm(config) if config.layer_norm == "pre" else None
+        self.head = LanguageModelHead(config, len(vocabulary))
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
@@ -105,13 +121,17 @@ class Performer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.reset_parameters()
             elif isinstance(module, SelfAttention):
                 module.reset(generator)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE, generator=generator)
         if self.position_embedding is not None:
             nn.init.normal_(self.position_embedding.weight, std=_EMBEDDING_SCALE, generator=generator)
+        if self.head.decoder is not None:
+            nn.init.normal_(self.head.decoder, std=_EMBEDDING_SCALE, generator=generator)
+        if self.rotary_frequencies is not None:
+            self.rotary_frequencies.copy_(rotary_frequencies(self.config.head_dim))
         nn.init.zeros_(self.head.bias)
         # The residual stream sums two outputs per layer; its initial variance must not grow with depth. With post-LN,
         # small outputs keep deep encoders stable (arXiv 2203.00555).
@@ -138,8 +158,8 @@ class Performer(nn.Module):
         Args:
             tokens: A packed row.
             cu_seqlens: int32 bounds of its segments.
-            layers: 0 is the embedding with the positions added to it, i the residual stream after layer i, and the last
-                one the result of the final LayerNorm.
+            layers: 0 is the embedding with the positions added to it, normalised if the model does so; i the residual
+                stream after layer i, and the last one the result of the final norm.
 
         Raises:
             ValueError: There is no such layer, or a segment is longer than the learned positions.
@@ -152,7 +172,7 @@ class Performer(nn.Module):
         states = {0: x} if 0 in layers else {}
         rotary = None
         if self.config.positions == "rotary":
-            rotary = rotary_angles(segments.positions, self.config.head_dim, x.dtype)
+            rotary = rotary_angles(segments.positions, self.config.head_dim, x.dtype, self.rotary_frequencies)
         for number, layer in enumerate(self._encoder_layers(), start=1):
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, segments, rotary, use_reentrant=False)
@@ -169,8 +189,8 @@ class Performer(nn.Module):
         tokens: Int[Tensor, " length"],
         cu_seqlens: Int[Tensor, " bounds"],
         target_positions: Int[Tensor, " targets"] | None = None,
-    ) -> Float[Tensor, "targets vocab_size"]:
-        """Returns the logits at the target positions, by default at all positions of the row.
+    ) -> Float[Tensor, "targets model_tokens"]:
+        """Returns the logits of the model's tokens at the target positions, by default at all positions of the row.
 
         Raises:
             ValueError: A segment is longer than the learned positions.
@@ -183,7 +203,10 @@ class Performer(nn.Module):
         return logits
 
     def _embed(self, tokens: Tensor, segments: Segments) -> Tensor:
+        tokens = self.token_table.own(tokens)
         x: Tensor = self.embedding(tokens)
+        if self.config.token_dropout:
+            x = self._without_masks(x, tokens == self.token_table.vocabulary.mask, segments)
         if self.position_embedding is not None:
             longest, limit = segments.longest, self.config.max_positions
             if longest > limit:
@@ -195,7 +218,14 @@ class Performer(nn.Module):
             # Sines have a mean square of 1/2: scaled to that of an initial embedding, neither dominates the other.
             scale = math.sqrt(2) * _EMBEDDING_SCALE
             x = x + scale * sinusoids(segments.positions, self.config.model_dim).to(x.dtype)
-        return x
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def _without_masks(self, x: Tensor, is_mask: Tensor, segments: Segments) -> Tensor:
+        """Returns the embedding with zeros for `<mask>`, and as large as in ESM's training whatever is hidden."""
+        sizes = segments.cu_seqlens.diff()
+        counts = torch.zeros(len(sizes), device=x.device).index_add_(0, segments.numbers, is_mask.float())
+        shares = (counts / sizes)[segments.numbers].unsqueeze(1)
+        return (x.masked_fill(is_mask.unsqueeze(1), 0.0) * (1 - _DROPPED_IN_TRAINING) / (1 - shares)).to(x.dtype)
 
     def _encoder_layers(self) -> list[EncoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, EncoderLayer)]

@@ -8,13 +8,20 @@ _BASE = 10000.0
 
 
 def rotary_angles(
-    positions: Int[Tensor, " length"], head_dim: int, dtype: torch.dtype
+    positions: Int[Tensor, " length"],
+    head_dim: int,
+    dtype: torch.dtype,
+    frequencies: Float[Tensor, " pairs"] | None = None,
 ) -> tuple[Float[Tensor, "length head_dim"], Float[Tensor, "length head_dim"]]:
     """Returns the cosines and sines of rotary positions.
 
-    The angles are position · 10000^(−2i/head_dim) for the pairs (i, i + head_dim/2), as in ESM-2.
+    The angles are position · 10000^(−2i/head_dim) for the pairs (i, i + head_dim/2), as in ESM-2, or position times the
+    given frequencies: those of a published model may be rounded to 16 bits, and at a thousand residues the difference
+    changes its results by a percent.
     """
-    angles = _angles(positions, head_dim).repeat(1, 2)
+    if frequencies is None:
+        frequencies = rotary_frequencies(head_dim, positions.device)
+    angles = torch.outer(positions.float(), frequencies.float()).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -31,10 +38,11 @@ def rotate(
 
 def sinusoids(positions: Int[Tensor, " length"], model_dim: int) -> Float[Tensor, "length model_dim"]:
     """Returns sin and cos of position · 10000^(−2i/model_dim) in the columns 2i and 2i + 1 (arXiv 1706.03762)."""
-    angles = _angles(positions, model_dim)
+    angles = torch.outer(positions.float(), rotary_frequencies(model_dim, positions.device))
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
-def _angles(positions: Tensor, dim: int) -> Tensor:
-    pairs = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
-    return torch.outer(positions.float(), _BASE ** (-pairs / dim))
+def rotary_frequencies(dim: int, device: torch.device | None = None) -> Float[Tensor, " pairs"]:
+    """Returns 10000^(−2i/dim)."""
+    pairs = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
+    return _BASE ** (-pairs / dim)

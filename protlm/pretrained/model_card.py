@@ -1,6 +1,6 @@
 """The model card: the README.md of a model directory, written from its description."""
 
-from protlm.pretrained.model_description import ModelDescription, ValidScore
+from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
 from protlm.vocabulary import NUM_RESIDUES
 
 _DATA_MODES = {
@@ -12,6 +12,8 @@ _DATA_MODES = {
 
 def model_card(description: ModelDescription) -> str:
     """Returns the text of the README.md of a model directory."""
+    if description.origin is not None:
+        return _card_of_import(description, description.origin)
     shape = description.model
     kind = "fixed random projections, saved with it" if description.redraw_every_steps == 0 else (
         f"projections redrawn every {description.redraw_every_steps} steps"
@@ -25,12 +27,34 @@ def model_card(description: ModelDescription) -> str:
         _DATA_MODES[description.data_mode].format(window_tokens=description.window_tokens),
         "",
         f"- Training dataset (manifest hash): `{description.dataset_hash}`",
-        f"- Residues in it: {sum(description.residue_counts.values()):,}",
+        f"- Residues in it: {sum((description.residue_counts or {}).values()):,}",
         f"- Weights (xxh3-128): `{description.weights_hash}`",
         "",
     ]
     lines += ["No valid split was measured."] if description.valid is None else _scores(description, description.valid)
     lines += ["", "Use it with `protlm eval`, `protlm embed` or `protlm.load_model`.", ""]
+    return "\n".join(lines)
+
+
+def _card_of_import(description: ModelDescription, origin: Origin) -> str:
+    shape = description.model
+    revision = "" if origin.revision is None else f" (revision {origin.revision})"
+    reach = description.max_residues
+    lines = [
+        f"# {origin.source} in protlm",
+        "",
+        f"The weights of {origin.source}{revision}, a model of the family {origin.family}, as protlm runs it: "
+        f"{shape.num_layers} layers of width {shape.model_dim} with {shape.num_heads} heads and `{shape.attention}` "
+        "attention. Its numbers are those of the source but for rounding.",
+        "",
+        f"- Licence: {origin.licence or 'not given by the source; see there'}",
+        f"- Longest protein: {f'{reach:,} residues, which its positions reach' if reach is not None else 'any'}",
+        f"- Weights (xxh3-128): `{description.weights_hash}`",
+        *(f"- Made from `{name}` (xxh3-128): `{digest}`" for name, digest in origin.files.items()),
+        "",
+        "Use it with `protlm eval`, `protlm embed`, `protlm train --init` or `protlm.load_model`.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -12,10 +12,11 @@ from protlm.data.batching.masking import MaskRates
 from protlm.vocabulary import RESIDUES, TOKENS
 
 MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
-MODEL_FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+MODEL_FORMAT_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
 """In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
-Before version 3 the valid split was masked as in training, and `valid.targets` was missing."""
+Before version 3 the valid split was masked as in training, and `valid.targets` was missing. Before version 4 protlm had
+trained every model itself: none had an `origin`."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -48,13 +49,35 @@ class ValidScore(BaseModel):
     empirical_perplexity: float
 
 
+class Origin(BaseModel):
+    """The source of a model that was trained elsewhere.
+
+    Attributes:
+        source: Its name on the hub, or the name of its folder or file.
+        revision: The commit on the hub; None for a model from elsewhere.
+        family: Name of the family whose names its tensors have.
+        licence: The licence, as the source gives it; None if it gives none.
+        files: xxh3-128 of each of its files that was read, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    source: str
+    revision: str | None = None
+    family: str
+    licence: str | None = None
+    files: dict[str, str]
+
+
 class ModelDescription(BaseModel):
     """The content of a model's config.json.
+
+    The facts of its training, `seed` to `dataset_hash`, are None if another program trained it.
 
     Attributes:
         format: Marks the file as the description of a protlm model.
         format_version: Version of this file and of the tensors' names.
-        vocabulary: The tokens in order.
+        vocabulary: The tokens of data in order; those of a model with others are in `model`.
         model: The shape of the network.
         mask_rate: Probability with which a residue was scored in training; `protlm eval` uses it too. Unused by a
             causal model, like the two shares.
@@ -68,6 +91,8 @@ class ModelDescription(BaseModel):
         step: Number of optimizer updates that the weights have had.
         residue_counts: Residues of the training set by letter, for the empirical baseline.
         dataset_hash: Hash of the training dataset's manifest, or the joint hash of several.
+        trained_residues: Length of the longest protein that the model was trained on; None if that is unknown.
+        origin: The source of a model that was trained elsewhere; None for one that protlm trained.
         valid: Scores on the valid split, if there was one.
         weights_hash: xxh3-128 of model.safetensors.
     """
@@ -83,18 +108,20 @@ class ModelDescription(BaseModel):
     random_share: Share = 0.1
     data_mode: DataMode = "packed"
     window_tokens: Annotated[int, Field(gt=SPECIAL_TOKENS_PER_SEGMENT)] | None = None
-    redraw_every_steps: Count
-    seed: Count
-    step: Count
-    residue_counts: dict[str, Count]
-    dataset_hash: str
+    redraw_every_steps: Count = 0
+    seed: Count | None = None
+    step: Count | None = None
+    residue_counts: dict[str, Count] | None = None
+    dataset_hash: str | None = None
+    trained_residues: Annotated[int, Field(gt=0)] | None = None
+    origin: Origin | None = None
     valid: ValidScore | None = None
     weights_hash: str = ""
 
     @field_validator("residue_counts")
     @classmethod
-    def _of_every_residue(cls, counts: dict[str, int]) -> dict[str, int]:
-        if sorted(counts) != sorted(RESIDUES):
+    def _of_every_residue(cls, counts: dict[str, int] | None) -> dict[str, int] | None:
+        if counts is not None and sorted(counts) != sorted(RESIDUES):
             raise ValueError(f"expected a count for each of the letters {RESIDUES}")
         return counts
 
@@ -105,6 +132,14 @@ class ModelDescription(BaseModel):
         reach = self.model.max_positions if self.model.positions == "learned" else MOST_TOKENS
         if self.window_tokens is not None and self.window_tokens > reach:
             raise ValueError(f"window_tokens: expected at most {reach}, got {self.window_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_or_from_elsewhere(self) -> Self:
+        if self.origin is None:
+            for name in ("seed", "step", "residue_counts", "dataset_hash"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name}: expected a fact of the training of a model without origin, got null")
         return self
 
     @property
@@ -126,8 +161,9 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValidationError: The content does not describe a model.
     """
+    version = content["format_version"]
     content = {**content, "format_version": MODEL_FORMAT_VERSION}
-    if isinstance(content.get("valid"), dict):
+    if version < 3 and isinstance(content.get("valid"), dict):
         without_valid = ModelDescription.model_validate_json(json.dumps({**content, "valid": None}))
         content["valid"] = {**content["valid"], "targets": targets_of(without_valid.objective)}
     return content

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlm import vocabulary
-from protlm.vocabulary import IllegalLetterError, are_residues, clean, decode, encode
+from protlm.vocabulary import IllegalLetterError, ModelVocabulary, are_residues, clean, decode, encode
 
 ESM2 = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
 
@@ -108,3 +108,55 @@ def test_decode_refuses_what_is_no_residue(token):
 def test_no_tokens_are_residues_and_decode_to_nothing():
     assert are_residues(np.array([], dtype=np.uint8))
     assert decode(np.array([], dtype=np.uint8)) == ""
+
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def test_the_tokens_of_data_are_those_of_a_model_of_ours():
+    ours = ModelVocabulary()
+    assert ours.is_ours
+    assert (len(ours), ours.pad, ours.mask, ours.lacked) == (33, vocabulary.PAD, vocabulary.MASK, "")
+    assert ours.ids.tolist() == ours.columns.tolist() == list(range(33))
+
+
+def test_special_tokens_are_found_by_their_names_and_residues_by_their_letters():
+    tokens = (*SPECIAL, *"ACDEFGHIKLMNPQRSTVWYX")
+    model = ModelVocabulary(tokens)
+    assert not model.is_ours
+    ids = {token: tokens[number] for token, number in zip(vocabulary.TOKENS, model.ids.tolist(), strict=True)}
+    assert [ids[token] for token in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>", "L", "Y", "X")] == [
+        "[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]", "L", "Y", "X",
+    ]  # fmt: skip
+    assert [ids[token] for token in "BUZO"] == ["X"] * 4
+    assert (model.lacked, model.stand_in) == ("BUZO", "X")
+    assert [model.columns[vocabulary.TOKEN_IDS[token]] for token in ("B", "-", "<null_1>")] == [-1] * 3
+
+
+def test_without_an_x_other_residues_are_unknown():
+    model = ModelVocabulary((*SPECIAL, *"ACDEFGHIKLMNPQRSTVWY"))
+    assert (model.lacked, model.stand_in) == ("XBUZO", "[UNK]")
+
+
+def test_residues_that_a_model_was_trained_to_see_as_x_keep_their_column():
+    model = ModelVocabulary((*SPECIAL, *"ACDEFGHIKLMNPQRSTVWYXUZOB"), residues_as_x="UZOB")
+    assert (model.lacked, model.stand_in) == ("BUZO", "X")
+    letters = [vocabulary.TOKEN_IDS[letter] for letter in "UZOB"]
+    assert [model.tokens[number] for number in model.ids[letters]] == ["X"] * 4
+    assert [model.tokens[number] for number in model.columns[letters]] == list("UZOB")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "as_x", "message"),
+    [
+        (("L", "L"), "", "'L' twice"),
+        (SPECIAL[:4], "", r"expected a token <mask> or \[MASK\]"),
+        (SPECIAL, "", "expected a token L, got none"),
+        ((*SPECIAL[2:], *"ACDEFGHIKLMNPQRSTVWY"), "", "got neither"),
+        ((*SPECIAL, *"ACDEFGHIKLMNPQRSTVWYB"), "B", "read as X, got none"),
+        (vocabulary.TOKENS, "*", "got '\\*'"),
+    ],
+)
+def test_a_vocabulary_that_no_protein_can_be_written_in_is_refused(tokens, as_x, message):
+    with pytest.raises(ValueError, match=message):
+        ModelVocabulary(tokens, as_x)

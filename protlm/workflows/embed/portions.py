@@ -142,8 +142,11 @@ class PortionWriter:
                 raise
 
     def _check_finite(self, record: int, embeddings: dict[Column, np.ndarray]) -> None:
-        """Raises ProtlmError if a number in the embeddings of a record is not finite."""
-        if not all(np.isfinite(array).all() for array in embeddings.values()):
+        """Raises ProtlmError if a number in the embeddings of a record is not finite, or a logit not even −∞."""
+        for (kind, _), array in embeddings.items():
+            # A token that the model lacks has the logit −∞.
+            if np.isfinite(array).all() or (kind == "logits" and (array < np.inf).all()):
+                continue
             raise ProtlmError(
                 f"{shown(self._proteins.id(record))}: its embedding is not finite; the model is of no use"
             )

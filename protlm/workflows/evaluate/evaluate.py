@@ -20,6 +20,7 @@ from protlm.inference.baselines import (
     empirical,
     fit_markov,
     markov_predictions,
+    training_counts,
 )
 from protlm.inference.metrics import MetricSums, replicate_weights, sums_by_protein
 from protlm.inference.pseudo_perplexity import sample_of, single_residue_rows
@@ -140,6 +141,7 @@ class _Evaluation:
             max_residues=max_scored_residues(description),
         )
         self._as_trained = replace(self._masks, objective=Objective(trained.causal, rates))
+        self._counts = description.residue_counts or training_counts(dataset)
         self._markov = _markov_of(dataset, self._masks)
 
     def num_scored_residues(self, split: Split) -> int:
@@ -155,7 +157,7 @@ class _Evaluation:
         watchers: list[Watcher] = [lambda _mask, scores, resampled: breakdowns.add(scores, resampled)]
         if table is not None:
             watchers.append(lambda mask, scores, _resampled: table.add(split, mask, scores))
-        baselines: dict[str, Predict] = {"empirical": empirical(self._description.residue_counts)}
+        baselines: dict[str, Predict] = {"empirical": empirical(self._counts)}
         if self._markov is not None:
             baselines["markov"] = markov_predictions(self._markov.model, self._masks.objective)
             if self._markov.two_sided is not None:
@@ -190,7 +192,7 @@ class _Evaluation:
             self._model,
             split,
             self._masks,
-            self._description.residue_counts,
+            self._counts,
             redraw_every_steps=self._description.redraw_every_steps,
             advance=start_progress("approximation", approximation_residues(split)),
         )
@@ -204,7 +206,7 @@ class _Evaluation:
             sums = measure_split(twin.to(best_device()), split, self._masks, {}, advance=advance)
             rows["random_weights"] = score_row(sums["model"])
         if self._request.as_trained:
-            copies = {"copies": copies_of_the_visible(self._description.residue_counts, self._as_trained.objective)}
+            copies = {"copies": copies_of_the_visible(self._counts, self._as_trained.objective)}
             sums = measure_split(self._model, split, self._as_trained, copies, advance=advance)
             rows |= {"model_as_trained": score_row(sums["model"]), "copies": score_row(sums["copies"])}
         return rows

@@ -105,7 +105,8 @@ class EvalReport:
         attention: The kind of attention.
         weights_hash: Of the model.
         dataset_hash: Of the dataset.
-        training_dataset_hash: Of the dataset that the model was trained on, or the joint hash of several.
+        training_dataset_hash: Of the dataset that the model was trained on, or the joint hash of several; None for a
+            model that was trained elsewhere.
         projection: `fixed`, `redrawn` or `none`: how the model was trained, and so what its projections mean to it.
     """
 
@@ -132,7 +133,7 @@ class EvalReport:
     attention: str
     weights_hash: str
     dataset_hash: str
-    training_dataset_hash: str
+    training_dataset_hash: str | None
     projection: str
 
     @property

@@ -129,7 +129,7 @@ def _seconds_per_step(model: Performer, proteins: Mixture, draws: Draws, setting
 
 def _row_loss(model: Performer, batch: Batch, device: torch.device) -> torch.Tensor:
     logits = model(batch.tokens.to(device), batch.cu_seqlens.to(device), batch.target_positions.to(device))
-    return F.cross_entropy(logits.float(), batch.targets.to(device))
+    return F.cross_entropy(logits.float(), model.token_table.own(batch.targets.to(device)))
 
 
 def _now(device: torch.device) -> float:

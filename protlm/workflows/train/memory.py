@@ -9,7 +9,6 @@ from protlm.config import Config, ModelConfig
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
 from protlm.runtime.devices import gigabytes
-from protlm.vocabulary import VOCABULARY_SIZE
 
 _FLOAT_BYTES = 4
 _SHORT_BYTES = 2
@@ -131,7 +130,7 @@ def _activations_bytes(config: Config, *, in_place: bool) -> int:
     # The embedding and the last norm; rotary angles; at each target the head and three rows of logits.
     ends = _FLOAT_BYTES * (2 * model.model_dim + 2 * model.head_dim)
     share_of_targets = 1.0 if model.causal else config.train.mask_rate
-    head = share_of_targets * _FLOAT_BYTES * (5 * model.model_dim + 3 * VOCABULARY_SIZE)
+    head = share_of_targets * _FLOAT_BYTES * (5 * model.model_dim + 3 * len(model.tokens()))
     return int(config.data.tokens_per_batch * (kept + working + ends + head))
 
 
@@ -159,6 +158,8 @@ def _layer_bytes(model: ModelConfig, *, is_short: bool, in_place: bool) -> int:
         products += 2 * dim
     if model.rescale_qk:
         products += 3 * dim if in_place else dim
+    if model.qk_layer_norm:
+        products += 2 * dim
     masks = 2 * dim if model.dropout else 0
     product_bytes = _SHORT_BYTES if is_short else _FLOAT_BYTES
     # A CPU keeps dropout masks as numbers, a GPU as bytes.

@@ -123,8 +123,9 @@ class LanguageModelling(pl.LightningModule):
         if self.config.model.dropout:
             torch.manual_seed(self._dropout_seed())
         logits = self.model(batch.tokens, batch.cu_seqlens, batch.target_positions).float()
-        nll = F.cross_entropy(logits, batch.targets, reduction="sum")
-        num_correct = (logits.detach().argmax(-1) == batch.targets).sum()
+        targets = self.model.token_table.own(batch.targets)
+        nll = F.cross_entropy(logits, targets, reduction="sum")
+        num_correct = (logits.detach().argmax(-1) == targets).sum()
         numbers = (nll.item(), num_correct.item(), len(batch.targets), batch.num_residues, len(batch.tokens))
         for place, value in enumerate(numbers):
             self._sums[place] += value

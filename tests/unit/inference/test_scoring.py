@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from protlm.config import ModelConfig
-from protlm.data.batching.batches import Objective
+from protlm.data.batching.batches import Objective, evaluation_rows
 from protlm.data.batching.masking import MaskRates
-from protlm.inference.scoring import Score, empirical_score, score_model
+from protlm.inference.scoring import Score, empirical_score, score_model, score_rows
 from protlm.model.performer import Performer
 from protlm.vocabulary import FIRST_RESIDUE, RESIDUES, encode
 from tests import forked, process_groups
@@ -190,3 +190,22 @@ def test_the_number_of_processes_changes_no_bit_and_all_make_as_many_passes(tmp_
         assert scores == dataclasses.asdict(one)
         assert num_passes == num_rows // 2 + 1
         assert num_residues == proteins.lengths.sum()
+
+
+def test_a_residue_that_a_model_lacks_is_scored_by_the_token_that_stands_for_it():
+    vocabulary = ("<pad>", "<mask>", "<cls>", "<eos>", "<unk>", *RESIDUES[:20], "extra")
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8, vocabulary=vocabulary))
+    model.reset(0)
+    proteins = InMemory("MKBLLX", "ACD")
+    (row,) = evaluation_rows(proteins, 64, 0, masked(1.0).hiding_all())
+    ((_, scores),) = score_rows(model, iter([row]))
+    with torch.no_grad():
+        logits = model(row.batch.tokens, row.batch.cu_seqlens, row.batch.target_positions)
+    logs = torch.log_softmax(logits, -1).numpy()
+    names = ["M", "K", "<unk>", "L", "L", "<unk>", "A", "C", "D"]
+    expected = [logs[number, vocabulary.index(name)] for number, name in enumerate(names)]
+    assert scores.true_log_probabilities() == pytest.approx(expected, rel=1e-6)
+    # Every probability stands in one column, and that of the model's further tokens in none.
+    missing = np.exp(logs[:, vocabulary.index("extra")])
+    assert np.exp(scores.log_probabilities).sum(1) + missing == pytest.approx(1, rel=1e-5)
+    assert scores.log_probabilities.shape == (9, 33)

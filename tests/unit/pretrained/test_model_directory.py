@@ -14,7 +14,7 @@ from protlm.data.batching.masking import MaskRates
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
 from protlm.pretrained import model_directory
-from protlm.pretrained.model_description import ModelDescription, ValidScore
+from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
 from protlm.pretrained.model_directory import (
     dataset_hash_of,
     find_model,
@@ -240,7 +240,7 @@ def test_weights_of_another_model_are_refused(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4}, "expected format version 1 to 3, got 4"),
+        ({"format_version": 5}, "expected format version 1 to 4, got 5"),
         ({"valid": {**VALID.model_dump(), "targets": "all"}}, "valid.targets"),
         ({"valid": {"num_targets": 3}}, "valid.targets"),
         ({"format_version": 2, "valid": {"num_targets": 3}}, "valid.accuracy"),
@@ -263,8 +263,12 @@ def test_weights_of_another_model_are_refused(folder, change):
         ({"step": 2**63}, "step: input should be less than 9223372036854775808"),
         ({"seed": 10**400}, "seed: input should be less than"),
         ({"residue_counts": dict.fromkeys(RESIDUES, 10**400)}, "residue_counts.L: input should be less than"),
-        ({"format_version": "9" * 5000}, "expected format version 1 to 3, got '999"),
+        ({"format_version": "9" * 5000}, "expected format version 1 to 4, got '999"),
         ({"model": {"num_layers": 10**7}}, "model.num_layers: input should be less than or equal to 1024"),
+        ({"step": None}, "step: expected a fact of the training"),
+        ({"residue_counts": None}, "residue_counts: expected a fact"),
+        ({"model": {"vocabulary": ["A", "A"]}}, "vocabulary: expected different tokens, got 'A' twice"),
+        ({"origin": {"source": "x"}}, "origin.family"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(folder, changes, message):
@@ -356,6 +360,33 @@ def test_a_model_of_version_2_was_measured_as_it_was_trained(changes, causal, ta
     assert read_model(tmp_path / "again")[1] == description
     edit(tmp_path, valid=None)
     assert read_model(tmp_path)[1].valid is None
+
+
+def test_a_model_of_version_3_has_no_origin_and_the_settings_of_ours(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for key in ("origin", "trained_residues"):
+        del content[key]
+    for key in (
+        "norm", "norm_eps", "embedding_norm", "qk_layer_norm", "token_dropout", "stored_frequencies", "head",
+        "tied_head", "vocabulary", "residues_as_x",
+    ):  # fmt: skip
+        del content["model"][key]
+    path.write_text(json.dumps({**content, "format_version": 3}))
+    read, description = read_model(folder)
+    assert (description.origin, description.trained_residues) == (None, None)
+    assert description.valid == VALID
+    assert read.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+
+
+def test_a_model_from_elsewhere_needs_no_facts_of_its_training_and_its_card_names_the_source(model, tmp_path):
+    origin = Origin(source="lab/model", revision="abc", family="esm", licence="mit", files={"model.bin": "00ff"})
+    description = ModelDescription(model=model.config, mask_rate=0.15, origin=origin, trained_residues=1022)
+    save_model(tmp_path, model, description)
+    assert read_model(tmp_path)[1].model_copy(update={"weights_hash": ""}) == description
+    card = (tmp_path / "README.md").read_text()
+    for word in ("lab/model", "revision abc", "Licence: mit", "`model.bin` (xxh3-128): `00ff`", "Longest protein: any"):
+        assert word in card
 
 
 def test_the_objective_is_that_of_training(model, tmp_path):

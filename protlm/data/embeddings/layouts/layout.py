@@ -98,7 +98,7 @@ class LayoutWriter(ABC):
             except FloatingPointError:
                 raise ProtlmError(
                     f"{shown(self.contents.record_id(index))}: {kind}: expected numbers up to 65504, which float16 "
-                    f"holds, got {np.nanmax(np.abs(values)):.6g}; store them with --dtype float32"
+                    f"holds, got {np.abs(values)[np.isfinite(values)].max():.6g}; store them with --dtype float32"
                 ) from None
         return stored
 
