@@ -11,7 +11,7 @@ from protlm.data.embeddings.kinds import KINDS, Kind
 from protlm.inference.row_embeddings import RowEmbedder, absolute_layer, default_tokens_per_batch, merge_windows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
-from protlm.pretrained.model_directory import read_model
+from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.devices import best_device
 
 
@@ -86,16 +86,22 @@ class ProteinModel:
                 yield {kind: array.copy() for (kind, _), array in merge_windows([sums], len(protein)).items()}
 
 
-def load_model(path: str | Path) -> ProteinModel:
+def load_model(
+    name: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+) -> ProteinModel:
     """Returns a saved model, on the GPU if there is one.
 
     Args:
-        path: A model directory, or a run of `protlm train`.
+        name: An existing path: a model directory, a run of `protlm train`, a Hugging Face directory or a checkpoint
+            `.pt` of fairseq; otherwise `OWNER/NAME[@REVISION]` on the Hugging Face hub.
+        revision: Branch, tag or commit on the hub.
+        token: For models of the hub that ask for one.
+        local_files_only: Take a model of the hub from its cache only.
 
     Raises:
-        ModelError: Files that are missing, altered or of another version.
+        ModelError: Files that are missing, altered or of another version, or a model that protlm does not run.
     """
-    model, description = read_model(Path(path))
+    model, description = read_named_model(name, revision=revision, token=token, local_files_only=local_files_only)
     return ProteinModel(model.to(best_device()), description)
 
 

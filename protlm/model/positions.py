@@ -42,6 +42,11 @@ def sinusoids(positions: Int[Tensor, " length"], model_dim: int) -> Float[Tensor
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
+def standard_frequencies(dim: int) -> Float[Tensor, " pairs"]:
+    """Returns 10000^(−2i/dim), rounded as other programs do, for an imported model that does not hold its own."""
+    return 1.0 / (_BASE ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+
 def rotary_frequencies(dim: int, device: torch.device | None = None) -> Float[Tensor, " pairs"]:
     """Returns 10000^(−2i/dim)."""
     pairs = torch.arange(0, dim, 2, device=device, dtype=torch.float32)

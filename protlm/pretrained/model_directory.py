@@ -10,14 +10,13 @@ from typing import Any
 import torch
 import xxhash
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from protlm import files
-from protlm.config import ModelConfig
 from protlm.errors import ModelError, validation_fault
 from protlm.model.performer import Performer
+from protlm.pretrained.checkpoint_files import SafetensorsFiles, file_hash
 from protlm.pretrained.model_card import model_card
 from protlm.pretrained.model_description import (
     MODEL_FORMAT,
@@ -127,17 +126,19 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     weights_path = folder / "model.safetensors"
     try:
         most_bytes = num_bytes + _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(expected)
-        weights = files.read_regular(weights_path, max_bytes=most_bytes)
+        with files.open_regular(weights_path, max_bytes=most_bytes):
+            digest = file_hash(weights_path)
     except OSError as error:
         reason = f"does not hold this model: {error.strerror}" if error.errno == errno.EFBIG else error.strerror
         raise ModelError(f"{weights_path}: {reason}") from None
-    if xxhash.xxh3_128_hexdigest(weights) != description.weights_hash:
+    if digest != description.weights_hash:
         raise ModelError(
             f"{weights_path}: not the weights that config.json names (hash differs); copy the model directory anew"
         )
     try:
-        tensors = load(weights)
-    except (SafetensorError, RuntimeError, MemoryError) as error:
+        stored = SafetensorsFiles(folder, (weights_path,))
+        tensors = {name: stored.read_as_stored(name) for name in stored.shapes}
+    except (RuntimeError, MemoryError) as error:
         raise ModelError(
             f"{weights_path}: does not hold this model: {str(error)[:200] or 'not enough memory'}"
         ) from None
@@ -156,56 +157,6 @@ def _check_fits(folder: Path, num_bytes: int) -> None:
                 f"{folder}: to read this model needs {gigabytes(needed)} of memory, and {where} has "
                 f"{gigabytes(available)}"
             )
-
-
-def load_initial_weights(model: Performer, path: Path) -> list[str]:
-    """Copies the weights of a saved model into a network, whose kind of attention may be another.
-
-    Projections and temperatures depend on the kind of attention: the network keeps its own where the saved model has
-    none that fit. So a Performer can start from the weights of a softmax Transformer, and the other way round.
-
-    Args:
-        model: A network that is initialised already.
-        path: A model directory or a run.
-
-    Returns:
-        The names of the tensors that the network kept.
-
-    Raises:
-        ModelError: A model that cannot be read, or that differs in anything else.
-    """
-    saved, description = read_model(path)
-    where = f"{path}: cannot start this model"
-    source, target = saved.state_dict(), model.state_dict()
-    if description.model.num_heads != model.config.num_heads:
-        raise ModelError(
-            f"{where}: model.num_heads: expected {description.model.num_heads} as in the saved one, "
-            f"got {model.config.num_heads}"
-        )
-    for name in sorted(source.keys() ^ target.keys()):
-        if not _is_of_attention(name):
-            state = "is missing in the saved one" if name in target else "of the saved one has no place in it"
-            raise ModelError(f"{where}: tensor {name!r} {state}; the model sections must agree")
-    kept = []
-    for name, tensor in target.items():
-        fits = name in source and source[name].shape == tensor.shape
-        if _is_of_attention(name) and not (fits and _is_drawn_alike(name, description.model, model.config)):
-            kept.append(name)
-        elif not fits:
-            raise ModelError(
-                f"{where}: tensor {name!r}: expected {tuple(source[name].shape)} as in the saved one, "
-                f"got {tuple(tensor.shape)}; the model sections must agree"
-            )
-    model.load_state_dict({**target, **{name: source[name] for name in target if name not in kept}})
-    return kept
-
-
-def _is_of_attention(name: str) -> bool:
-    return name.endswith((".projection", ".temperature_logit"))
-
-
-def _is_drawn_alike(name: str, saved: ModelConfig, wanted: ModelConfig) -> bool:
-    return not name.endswith(".projection") or saved.projection == wanted.projection
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from protlm.inference.long_proteins import Cut
 from protlm.inference.row_embeddings import RowEmbedder
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
-from protlm.pretrained.model_directory import read_model
+from protlm.pretrained.model_names import read_named_model
 from protlm.runtime import work_folder
 from protlm.runtime.devices import OtherProcessError, best_device, process_rank
 from protlm.runtime.progress import StartProgress, no_progress
@@ -98,7 +98,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
         ProtlmError: A model or an input that cannot be read, an output that is in the way, a protein that is too long
             for the model, or an unfinished run with other inputs, options or model.
     """
-    model, description = read_model(request.model)
+    model, description = read_named_model(request.model)
     settings = settings_of(request, description)
     if process_rank():
         _join(request, model, settings)

@@ -14,7 +14,7 @@ from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError
 from protlm.inference.row_embeddings import RowEmbedder
-from protlm.pretrained.model_directory import read_model
+from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.embed.embed import check_lengths
@@ -71,7 +71,7 @@ def estimate(request: EmbedRequest, *, start_progress: StartProgress = no_progre
     Raises:
         ProtlmError: As `embed` raises before it computes anything.
     """
-    model, description = read_model(request.model)
+    model, description = read_named_model(request.model)
     settings = settings_of(request, description)
     out = Path(os.path.realpath(request.out))
     folder = EmbedFolder(out)

@@ -27,7 +27,7 @@ from protlm.inference.pseudo_perplexity import sample_of, single_residue_rows
 from protlm.inference.scoring import max_scored_residues, score_rows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
-from protlm.pretrained.model_directory import find_model, read_model
+from protlm.pretrained.model_names import read_named_model, short_name
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import Advance, StartProgress, no_progress
 from protlm.workflows.evaluate.attention import (
@@ -81,7 +81,7 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
     splits = {name: dataset.split(name) for name in names}
     for split in splits.values():
         split.open_shards()
-    model, description = read_model(request.model)
+    model, description = read_named_model(request.model)
     evaluation = _Evaluation(request, dataset, model.to(best_device()), description)
     shown = find_proteins(splits, request.attention)
     advance = start_progress("eval", sum(map(evaluation.num_scored_residues, splits.values())))
@@ -238,7 +238,6 @@ class _Evaluation:
         """Returns the whole report."""
         description, request, markov = self._description, self._request, self._markov
         name, first = next(iter(reports.items()))
-        folder = find_model(request.model).resolve()
         return EvalReport(
             split=name,
             seed=request.seed,
@@ -255,7 +254,7 @@ class _Evaluation:
             splits=reports,
             differences=differences_between_splits(reports),
             markov=None if markov is None else _summary_of(markov),
-            model_name=folder.parent.name if folder.name == "model" else folder.name,
+            model_name=short_name(request.model),
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
             attention=str(description.model.attention),
             weights_hash=description.weights_hash,

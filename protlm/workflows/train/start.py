@@ -19,7 +19,9 @@ from protlm.data.storage.dataset import Dataset, open_dataset
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.model.performer import Performer
-from protlm.pretrained.model_directory import dataset_hash_of, find_model, load_initial_weights, read_description
+from protlm.pretrained.initial_weights import load_initial_weights
+from protlm.pretrained.model_directory import dataset_hash_of
+from protlm.pretrained.model_names import describe_named_model
 from protlm.runtime.devices import Devices, best_device, memory_bytes, process_rank
 from protlm.workflows.train.memory import MemoryEstimate, check_can_be_built, check_fits, estimate_memory
 from protlm.workflows.train.run_checkpoints import ResumePoint, find_resume_point
@@ -213,7 +215,7 @@ def _resolve_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
     Raises:
         RunError: The run began with other weights.
     """
-    given = None if request.init is None else read_description(find_model(request.init)).weights_hash
+    given = None if request.init is None else describe_named_model(request.init).weights_hash
     path = request.run_dir / RUN_NAME
     if not (request.resume and path.exists()):
         return given

@@ -14,11 +14,11 @@ from protlm.data.batching.masking import MaskRates
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
 from protlm.pretrained import model_directory
+from protlm.pretrained.initial_weights import load_initial_weights
 from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
 from protlm.pretrained.model_directory import (
     dataset_hash_of,
     find_model,
-    load_initial_weights,
     read_model,
     remove_left_overs_of_model,
     save_model,

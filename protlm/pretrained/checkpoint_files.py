@@ -1,0 +1,260 @@
+"""The tensors of a foreign checkpoint, whatever its format: safetensors through memory maps, pickles without code.
+
+A tensor is read when it is asked for, as float32 and in memory of its own, so that of a checkpoint of any size little
+more is in memory than what was asked for.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from protlm.errors import ModelError
+
+_MAPPED_BYTES = 64 << 20
+"""Bytes that are read through one memory map: its pages count as memory of the process until it is closed."""
+_MOST_JSON_BYTES = 64 << 20
+_SHOWN_LETTERS = 200
+_REFUSED = re.compile(r"(?:GLOBAL|class|type) (\w+\.[\w.]+)")
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint by name."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder, for messages."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold them."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each."""
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor as float32, in memory of its own; each can be read once."""
+
+
+class SafetensorsFiles:
+    """The tensors of one or several safetensors files; see `Tensors`."""
+
+    def __init__(self, path: Path, files: tuple[Path, ...], index: Mapping[str, str] | None = None) -> None:
+        """Reads the headers of all files.
+
+        Args:
+            path: The folder, for messages.
+            files: The files.
+            index: The name of each tensor's file, for a checkpoint in several; None for a single file.
+
+        Raises:
+            ModelError: A file that is missing or damaged, or an index that does not fit the files.
+        """
+        self.path, self.files = path, files
+        self.shapes: Mapping[str, tuple[int, ...]]
+        shapes: dict[str, tuple[int, ...]] = {}
+        self._file_of: dict[str, Path] = {}
+        self._handle: Any = None
+        self._mapped: tuple[Path, int] | None = None
+        for file in files:
+            handle = self._open(file)
+            for name in handle.keys():  # noqa: SIM118  no mapping
+                if index is not None and index.get(name) != file.name:
+                    raise ModelError(f"{file}: tensor {name!r} is not where the index says")
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+                self._file_of[name] = file
+        for name, file_name in (index or {}).items():
+            if name not in shapes:
+                raise ModelError(f"{path / file_name}: tensor {name!r} is missing, although the index has it here")
+        self.shapes = shapes
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor as float32, in memory of its own."""
+        return _own_float32(self._file_of[name], name, self._mapped_tensor(name))
+
+    def read_as_stored(self, name: str) -> Tensor:
+        """Returns a tensor of whatever type it is stored in, in memory of its own."""
+        return self._mapped_tensor(name).clone()
+
+    def _mapped_tensor(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        if self._mapped is None or self._mapped[0] != file or self._mapped[1] > _MAPPED_BYTES:
+            # The old map goes before the new one comes.
+            self._handle = None
+            self._handle, self._mapped = self._open(file), (file, 0)
+        try:
+            tensor: Tensor = self._handle.get_tensor(name)
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise ModelError(f"{file}: tensor {name!r} cannot be read: {_short(error)}") from None
+        self._mapped = (file, self._mapped[1] + tensor.nbytes)
+        return tensor
+
+    def _open(self, file: Path) -> Any:
+        if not file.is_file():
+            raise ModelError(f"{file}: no such file; fetch the checkpoint anew")
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise ModelError(f"{file}: does not hold this model: no whole safetensors file: {_short(error)}") from None
+
+
+class PickledTensors:
+    """Tensors that were unpickled; see `Tensors`."""
+
+    def __init__(self, path: Path, files: tuple[Path, ...], tensors: Mapping[str, Any]) -> None:
+        """Checks that they are tensors.
+
+        Raises:
+            ModelError: One of the values is none.
+        """
+        self.path, self.files = path, files
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ModelError(f"{path}: expected tensors by name, got {_short(type(tensor).__name__)} for {name!r}")
+        self._tensors: dict[str, Tensor] = dict(tensors)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor as float32, in memory of its own."""
+        return _own_float32(self.path, name, self._tensors.pop(name))
+
+
+def open_tensors(folder: Path) -> Tensors:
+    """Returns the tensors of a Hugging Face directory: of its safetensors, or where there are none of its pickles.
+
+    Raises:
+        ModelError: There are none, or a file is missing, damaged or more than tensors.
+    """
+    if (folder / "model.safetensors").is_file():
+        return SafetensorsFiles(folder, (folder / "model.safetensors",))
+    if (folder / "model.safetensors.index.json").is_file():
+        index = _read_index(folder / "model.safetensors.index.json")
+        return SafetensorsFiles(folder, _shards(folder, index), index)
+    if (folder / "pytorch_model.bin").is_file():
+        files: tuple[Path, ...] = (folder / "pytorch_model.bin",)
+    elif (folder / "pytorch_model.bin.index.json").is_file():
+        files = _shards(folder, _read_index(folder / "pytorch_model.bin.index.json"))
+    else:
+        raise ModelError(
+            f"{folder}: expected model.safetensors, its index with the shards, or pytorch_model.bin, got none of them"
+        )
+    tensors: dict[str, Any] = {}
+    for file in files:
+        content = read_pickle(file)
+        if not isinstance(content, dict):
+            raise ModelError(f"{file}: expected tensors by name, got {_short(type(content).__name__)}")
+        tensors |= content
+    return PickledTensors(folder, files, tensors)
+
+
+def read_pickle(path: Path, *, allows_namespace: bool = False) -> Any:
+    """Returns the content of a file of `torch.save`: tensors and plain values; no code in it is run.
+
+    Args:
+        path: The file.
+        allows_namespace: Whether it may hold `argparse.Namespace`, as checkpoints of fairseq do.
+
+    Raises:
+        ModelError: It is damaged, or holds anything else.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_archive(path)
+    allowed: list[Any] = [argparse.Namespace] if allows_namespace else []
+    try:
+        with torch.serialization.safe_globals(allowed):
+            # The older format cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except pickle.UnpicklingError as error:
+        found = _REFUSED.search(str(error))
+        if found is None:
+            raise ModelError(f"{path}: not a checkpoint of torch, or a damaged one; fetch it anew") from None
+        raise ModelError(
+            f"{path}: refused: its pickle asks for {found[1]}, and protlm reads only tensors and plain values "
+            "from one; save the weights as safetensors"
+        ) from None
+    # Foreign bytes make an unpickler raise errors of every kind.
+    except Exception as error:
+        raise ModelError(
+            f"{path}: not a checkpoint of torch, or a damaged one ({type(error).__name__}); fetch it anew"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        ModelError: The file cannot be read or holds something else.
+    """
+    try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ModelError(f"{path}: expected at most {_MOST_JSON_BYTES:,} bytes of JSON")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not a JSON file: {_short(error)}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def file_hash(path: Path) -> str:
+    """Returns the xxh3-128 of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Returns the name of each tensor's file, each a plain name in the folder of the index."""
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{path}: expected weight_map with the file of each tensor")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{path}: expected names of files in the same folder, got {_short(repr(name))}")
+    return names
+
+
+def _shards(folder: Path, index: Mapping[str, str]) -> tuple[Path, ...]:
+    files = tuple(folder / name for name in sorted(set(index.values())))
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file}: missing, although the index of {folder} has tensors in it; fetch it anew")
+    return files
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ModelError unless the members of an archive lie in it as they are; torch compresses none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+                    raise ModelError(f"{path}: expected an archive of torch, got one with compressed members")
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{path}: a damaged archive: {_short(error)}; fetch it anew") from None
+
+
+def _own_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or tensor.is_sparse:
+        raise ModelError(f"{path}: tensor {name!r}: expected floating-point numbers, got {tensor.dtype}")
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:_SHOWN_LETTERS]

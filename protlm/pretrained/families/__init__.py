@@ -1,0 +1,1 @@
+"""Families of foreign checkpoints: how each names its tensors, and which settings it has."""

@@ -1,0 +1,108 @@
+"""Models that other programs saved: which family a folder or file is of, and what is known of its origin."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from protlm.errors import ModelError
+from protlm.model.performer import Performer
+from protlm.pretrained.checkpoint_files import file_hash, open_tensors, read_json
+from protlm.pretrained.families.amplify import map_amplify
+from protlm.pretrained.families.bert import map_bert, map_roberta
+from protlm.pretrained.families.esm import map_esm
+from protlm.pretrained.families.esmc import map_esmc
+from protlm.pretrained.families.fairseq import map_fairseq, read_fairseq
+from protlm.pretrained.families.name_map import Mapped, NameMap
+from protlm.pretrained.model_description import ModelDescription, Origin
+
+_FAMILIES: dict[str, Callable[[dict[str, Any], NameMap, Path], Mapped]] = {
+    "esm": map_esm,
+    "esmc": map_esmc,
+    "bert": map_bert,
+    "roberta": map_roberta,
+    "AMPLIFY": map_amplify,
+}
+_REFUSED = {
+    "t5": "its encoder has relative positions (ProtT5, IgT5)",
+    "gLM2": "it reads genomes, not only proteins",
+    "ProSST": "it reads structures",
+    "carp": "it is made of convolutions",
+    "E1": "its attention crosses proteins",
+}
+"""Families that are met beside these, by `model_type`, and why protlm does not run them."""
+_FILES = ("config.json", "vocab.txt", "tokenizer.json", "vocab.json")
+_MASK_RATE = 0.15
+"""All of these families were trained to predict 15 % of the residues, by BERT's mixture."""
+_MOST_CARD_LETTERS = 1 << 20
+
+
+def read_folder(folder: Path, source: str, revision: str | None = None) -> tuple[Performer, ModelDescription]:
+    """Returns the network of a Hugging Face directory, in evaluation mode on the CPU, and its description.
+
+    Args:
+        folder: The directory.
+        source: Name of the model, for the description.
+        revision: Its commit on the hub.
+
+    Raises:
+        ModelError: A family that protlm does not run, or a checkpoint that is damaged or no whole model.
+    """
+    content = read_json(folder / "config.json")
+    family = content.get("model_type")
+    if not isinstance(family, str) or family not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        why = f" ({_REFUSED[family]})" if isinstance(family, str) and family in _REFUSED else ""
+        raise ModelError(f"{folder}: model_type: expected {known}, got {str(family)[:40]!r}{why}")
+    tensors = open_tensors(folder)
+    names = NameMap(tensors, family)
+    mapped = _FAMILIES[family](content, names, folder)
+    files = [folder / name for name in _FILES if (folder / name).is_file()]
+    origin = _origin(source, revision, family, _licence(folder), [*files, *tensors.files])
+    return names.build(mapped.config), _description(mapped, origin)
+
+
+def read_file(path: Path) -> tuple[Performer, ModelDescription]:
+    """Returns the network of a checkpoint of fairseq, in evaluation mode on the CPU, and its description.
+
+    Raises:
+        ModelError: As `read_folder` raises.
+    """
+    arguments, tensors = read_fairseq(path)
+    names = NameMap(tensors, "fairseq")
+    mapped = map_fairseq(arguments, names, path)
+    origin = _origin(path.stem, None, "fairseq", None, list(tensors.files))
+    return names.build(mapped.config), _description(mapped, origin)
+
+
+def _description(mapped: Mapped, origin: Origin) -> ModelDescription:
+    joint = "\n".join(f"{name} {digest}" for name, digest in origin.files.items())
+    return ModelDescription(
+        model=mapped.config,
+        mask_rate=_MASK_RATE,
+        trained_residues=mapped.trained_residues,
+        origin=origin,
+        weights_hash=xxhash.xxh3_128_hexdigest(joint.encode()),
+    )
+
+
+def _origin(source: str, revision: str | None, family: str, licence: str | None, paths: list[Path]) -> Origin:
+    try:
+        hashes = {path.name: file_hash(path) for path in paths}
+    except OSError as error:
+        raise ModelError(f"{error.filename}: {error.strerror}") from None
+    return Origin(source=source, revision=revision, family=family, licence=licence, files=hashes)
+
+
+def _licence(folder: Path) -> str | None:
+    """Returns the licence that the first lines of a model card name."""
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
+            card = file.read(_MOST_CARD_LETTERS)
+    except OSError:
+        return None
+    header = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    found = re.search(r"^license:\s*[\"']?([\w.+-]{1,60})", header[1], re.MULTILINE) if header else None
+    return found[1] if found else None

@@ -1,0 +1,65 @@
+"""Weights of a saved model as the first ones of another: which tensors must fit, and which may be the network's own."""
+
+from pathlib import Path
+
+from protlm.config import ModelConfig
+from protlm.errors import ModelError
+from protlm.model.performer import Performer
+from protlm.pretrained.model_names import read_named_model
+
+_SAME = ("vocabulary", "residues_as_x", "token_dropout", "norm_eps")
+"""Settings that no tensor shows."""
+
+
+def load_initial_weights(model: Performer, path: str | Path) -> list[str]:
+    """Copies the weights of a saved model into a network, whose kind of attention may be another.
+
+    Projections and temperatures depend on the kind of attention: the network keeps its own where the saved model has
+    none that fit. So a Performer can start from the weights of a softmax Transformer, and the other way round.
+
+    Args:
+        model: A network that is initialised already.
+        path: A MODEL: see `model_names`.
+
+    Returns:
+        The names of the tensors that the network kept.
+
+    Raises:
+        ModelError: A model that cannot be read, or that differs in anything else.
+    """
+    saved, description = read_named_model(path)
+    where = f"{path}: cannot start this model"
+    source, target = saved.state_dict(), model.state_dict()
+    if description.model.num_heads != model.config.num_heads:
+        raise ModelError(
+            f"{where}: model.num_heads: expected {description.model.num_heads} as in the saved one, "
+            f"got {model.config.num_heads}"
+        )
+    for key in _SAME:
+        wanted, given = getattr(description.model, key), getattr(model.config, key)
+        if wanted != given:
+            raise ModelError(f"{where}: model.{key}: expected {wanted!r} as in the saved one, got {given!r}"[:400])
+    for name in sorted(source.keys() ^ target.keys()):
+        if not _is_of_attention(name):
+            state = "is missing in the saved one" if name in target else "of the saved one has no place in it"
+            raise ModelError(f"{where}: tensor {name!r} {state}; the model sections must agree")
+    kept = []
+    for name, tensor in target.items():
+        fits = name in source and source[name].shape == tensor.shape
+        if _is_of_attention(name) and not (fits and _is_drawn_alike(name, description.model, model.config)):
+            kept.append(name)
+        elif not fits:
+            raise ModelError(
+                f"{where}: tensor {name!r}: expected {tuple(source[name].shape)} as in the saved one, "
+                f"got {tuple(tensor.shape)}; the model sections must agree"
+            )
+    model.load_state_dict({**target, **{name: source[name] for name in target if name not in kept}})
+    return kept
+
+
+def _is_of_attention(name: str) -> bool:
+    return name.endswith((".projection", ".temperature_logit"))
+
+
+def _is_drawn_alike(name: str, saved: ModelConfig, wanted: ModelConfig) -> bool:
+    return not name.endswith(".projection") or saved.projection == wanted.projection
