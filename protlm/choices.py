@@ -24,6 +24,9 @@ Precision = Literal["32", "bf16-mixed"]
 DataMode = Literal["packed", "clipped", "concatenated"]
 """How proteins become the rows that a model is trained on."""
 
+ModelFormat = Literal["protlm", "hf"]
+"""The formats that a model can be written in: protlm's own, and that of transformers."""
+
 FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu"]
 """The feature maps of FAVOR."""
 

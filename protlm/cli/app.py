@@ -10,6 +10,7 @@ from typer.exceptions import TyperException
 
 from protlm import __version__
 from protlm.cli.config import config_command
+from protlm.cli.convert import convert_command
 from protlm.cli.embed import embed_command
 from protlm.cli.evaluate import eval_command
 from protlm.cli.help import Command
@@ -47,6 +48,7 @@ app.command("config", cls=_Command)(config_command)
 app.command("train", cls=_Command)(train_command)
 app.command("eval", cls=_Command)(eval_command)
 app.command("embed", cls=_Command)(embed_command)
+app.command("convert", cls=_Command)(convert_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -21,7 +21,7 @@ ItemsArgument = Annotated[
     list[Path],
     typer.Argument(
         metavar="MODEL DATASET",
-        help="A model directory or run, and a dataset of protlm prep; with --compare reports, or models and DATASET.",
+        help="A model as for embed, and a dataset of protlm prep; with --compare reports, or models and DATASET.",
     ),
 ]
 CompareOption = Annotated[

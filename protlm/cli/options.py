@@ -34,7 +34,13 @@ def seed_option(help: str, max: int | None = None) -> Any:
     return typer.Option("--seed", metavar="N", min=0, max=max, help=help)
 
 
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or the run that made it.")]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model directory or the run that made it, a directory of transformers, a .pt of fairseq; or OWNER/NAME.",
+    ),
+]
 OnBadRecordOption = Annotated[
     OnBadRecord,
     typer.Option("--on-bad-record", metavar=one_of(OnBadRecord), help="Stop at a bad record, or skip and count it."),

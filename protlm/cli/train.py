@@ -33,9 +33,7 @@ OverridesOption = Annotated[
 ]
 InitOption = Annotated[
     Path | None,
-    typer.Option(
-        "--init", metavar="MODEL", help="Start from the weights of this model or run; projections may differ."
-    ),
+    typer.Option("--init", metavar="MODEL", help="Start from the weights of this model; projections may differ."),
 ]
 StrategyOption = Annotated[
     StrategyName,

@@ -5,11 +5,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from protlm.pretrained.families import esm
+from protlm.pretrained.families.esm import HEAD_NAMES
 from protlm.pretrained.families.name_map import MOST_LAYERS, WIDEST, Mapped, NameMap, SourceConfig, parse, settings
 from protlm.pretrained.families.tokenizers import read_tokens
 
-_PROTBERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"LAGVESIKRDTPNQFYMHCWXUBZO")
-"""The vocabulary of ProtBERT, whose training set had X for U, Z, O and B."""
+_PROTBERT = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"LAGVESIKRDTPNQFYMHCWXUBZO"}
+"""The tokens of ProtBERT, whose training set had X for U, Z, O and B."""
+
+LAYER_NAMES = esm.LAYER_NAMES | {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"}
+"""The modules of a layer: our names, and those under `bert.encoder.layer.N` or `roberta.encoder.layer.N`."""
+BERT_HEAD_NAMES = {"dense": "dense", "norm": "LayerNorm"}
+"""Modules of BERT's head: our names, and those under `cls.predictions.transform`."""
 
 
 class BertConfig(SourceConfig):
@@ -34,7 +41,7 @@ def map_bert(content: dict[str, Any], names: NameMap, folder: Path) -> Mapped:
     """Maps all tensors of a BERT model, and returns its settings; raises ModelError as `map_esm` does."""
     head = "cls.predictions"
     mapped = _map_encoder(content, names, folder, prefix="bert", first_position=0, decoder=f"{head}.decoder.weight")
-    names.pairs("head", f"{head}.transform", dense="dense", norm="LayerNorm")
+    names.pairs("head", f"{head}.transform", BERT_HEAD_NAMES)
     names.put("head.bias", f"{head}.bias", ties=[f"{head}.decoder.bias"])
     names.drop(r"bert\.pooler\.dense\.(weight|bias)")
     names.drop(r"cls\.seq_relationship\.(weight|bias)")
@@ -51,7 +58,7 @@ def map_roberta(content: dict[str, Any], names: NameMap, folder: Path) -> Mapped
     mapped = _map_encoder(
         content, names, folder, prefix="roberta", first_position=first, decoder="lm_head.decoder.weight"
     )
-    names.pairs("head", "lm_head", dense="dense", norm="layer_norm")
+    names.pairs("head", "lm_head", HEAD_NAMES)
     names.put("head.bias", "lm_head.bias", ties=["lm_head.decoder.bias"])
     names.drop(r"roberta\.pooler\.dense\.(weight|bias)")
     return mapped
@@ -79,18 +86,12 @@ def _map_encoder(
     names.norm("embedding_norm", f"{embeddings}.LayerNorm")
     names.drop(rf"{prefix}\.embeddings\.(position_ids|token_type_ids)")
     for number in range(source.num_hidden_layers):
-        names.pairs(
-            f"layers.{number}", f"{prefix}.encoder.layer.{number}",
-            attention__query="attention.self.query", attention__key="attention.self.key",
-            attention__value="attention.self.value", attention__output="attention.output.dense",
-            attention_norm="attention.output.LayerNorm", ffn_in="intermediate.dense", ffn_out="output.dense",
-            ffn_norm="output.LayerNorm",
-        )  # fmt: skip
+        names.pairs(f"layers.{number}", f"{prefix}.encoder.layer.{number}", LAYER_NAMES)
     config = settings(
         where, num_layers=source.num_hidden_layers, model_dim=source.hidden_size, num_heads=source.num_attention_heads,
         ffn_dim=source.intermediate_size, norm_eps=source.layer_norm_eps, layer_norm="post", positions="learned",
         max_positions=source.max_position_embeddings - first_position, embedding_norm=True,
         tied_head=source.tie_word_embeddings, vocabulary=tokens,
-        residues_as_x="UZOB" if tokens == _PROTBERT else "",
+        residues_as_x="UZOB" if set(tokens) == _PROTBERT else "",
     )  # fmt: skip
     return Mapped(config=config)

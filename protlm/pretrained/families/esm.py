@@ -15,6 +15,16 @@ from protlm.vocabulary import VOCABULARY_SIZE
 
 _INV_FREQ = r"esm\.(?:encoder\.layer\.(?:\d+|\*)\.attention\.self\.)?rotary_embeddings\.inv_freq"
 
+LAYER_NAMES = {
+    "attention.query": "attention.self.query", "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value", "attention.output": "attention.output.dense",
+    "attention_norm": "attention.LayerNorm", "ffn_in": "intermediate.dense", "ffn_out": "output.dense",
+    "ffn_norm": "LayerNorm",
+}  # fmt: skip
+"""The modules of a layer: our names, and those under `esm.encoder.layer.N`."""
+HEAD_NAMES = {"dense": "dense", "norm": "layer_norm"}
+"""Modules of the head: our names, and those under `lm_head`; RoBERTa and ESM C have the same."""
+
 
 class EsmConfig(SourceConfig):
     """The config.json of an ESM model."""
@@ -67,15 +77,9 @@ def map_esm(content: dict[str, Any], names: NameMap, folder: Path) -> Mapped:
     if source.emb_layer_norm_before:
         names.norm("embedding_norm", "esm.embeddings.layer_norm")
     for number in range(source.num_hidden_layers):
-        names.pairs(
-            f"layers.{number}", f"esm.encoder.layer.{number}",
-            attention__query="attention.self.query", attention__key="attention.self.key",
-            attention__value="attention.self.value", attention__output="attention.output.dense",
-            attention_norm="attention.LayerNorm", ffn_in="intermediate.dense", ffn_out="output.dense",
-            ffn_norm="LayerNorm",
-        )  # fmt: skip
+        names.pairs(f"layers.{number}", f"esm.encoder.layer.{number}", LAYER_NAMES)
     names.norm("final_norm", "esm.encoder.emb_layer_norm_after")
-    names.pairs("head", "lm_head", dense="dense", norm="layer_norm")
+    names.pairs("head", "lm_head", HEAD_NAMES)
     names.put("head.bias", "lm_head.bias", ties=["lm_head.decoder.bias"])
     names.drop(r"esm\.embeddings\.position_ids")
     names.drop(r"esm\.contact_head\.regression\.(weight|bias)")

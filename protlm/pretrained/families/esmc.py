@@ -7,6 +7,7 @@ from pydantic import Field
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.model.positions import standard_frequencies
+from protlm.pretrained.families.esm import HEAD_NAMES
 from protlm.pretrained.families.name_map import MOST_LAYERS, WIDEST, Mapped, NameMap, SourceConfig, parse, settings
 from protlm.vocabulary import TOKENS
 
@@ -50,7 +51,7 @@ def map_esmc(content: dict[str, Any], names: NameMap, folder: Path) -> Mapped:
         names.put(f"{ours}.attention.query_norm.weight", f"{theirs}.self_attn.q_norm.weight")
         names.put(f"{ours}.attention.key_norm.weight", f"{theirs}.self_attn.k_norm.weight")
     names.linear("final_norm", "esmc.norm")
-    names.pairs("head", "lm_head", dense="dense", norm="layer_norm")
+    names.pairs("head", "lm_head", HEAD_NAMES)
     names.put("head.decoder", "lm_head.decoder.weight")
     names.put("head.bias", "lm_head.decoder.bias")
     names.drop(r"esmc\.rotary_emb\.(original_)?inv_freq")

@@ -12,6 +12,7 @@ from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.errors import ModelError
 from protlm.model.positions import standard_frequencies
 from protlm.pretrained.checkpoint_files import PickledTensors, read_pickle
+from protlm.pretrained.families.esm import HEAD_NAMES
 from protlm.pretrained.families.name_map import MOST_LAYERS, WIDEST, Mapped, NameMap, SourceConfig, parse, settings
 from protlm.vocabulary import MASK
 
@@ -23,6 +24,13 @@ _FIRST_POSITION = 2
 """The first positions of fairseq belong to padding."""
 _TRAINED_POSITIONS = 1024
 """Longest input of ESM-2 in training, with special tokens; fair-esm's files do not hold it."""
+
+_LAYER_NAMES = {
+    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.out_proj", "attention_norm": "self_attn_layer_norm", "ffn_in": "fc1",
+    "ffn_out": "fc2", "ffn_norm": "final_layer_norm",
+}  # fmt: skip
+"""The modules of a layer: our names and fairseq's."""
 
 
 class FairseqArguments(SourceConfig):
@@ -79,13 +87,8 @@ def map_fairseq(content: dict[str, Any], names: NameMap, path: Path) -> Mapped:
     if has_embedding_norm:
         names.norm("embedding_norm", embedding_norm)
     for number in range(arguments.encoder_layers):
-        names.pairs(
-            f"layers.{number}", f"{inner}layers.{number}",
-            attention__query="self_attn.q_proj", attention__key="self_attn.k_proj",
-            attention__value="self_attn.v_proj", attention__output="self_attn.out_proj",
-            attention_norm="self_attn_layer_norm", ffn_in="fc1", ffn_out="fc2", ffn_norm="final_layer_norm",
-        )  # fmt: skip
-    names.pairs("head", f"{outer}lm_head", dense="dense", norm="layer_norm")
+        names.pairs(f"layers.{number}", f"{inner}layers.{number}", _LAYER_NAMES)
+    names.pairs("head", f"{outer}lm_head", HEAD_NAMES)
     names.put("head.bias", f"{outer}lm_head.bias")
     names.drop(r"(.*\.)?contact_head\.regression\.(weight|bias)")
     names.drop(r".*sentence_encoder\.version")

@@ -4,7 +4,7 @@ A family makes the map; nothing is read until the map is complete and leaves no 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -111,14 +111,13 @@ class NameMap:
         else:
             self.zeros(f"{target}.bias", self.shape(f"{source}.weight")[0])
 
-    def pairs(self, target: str, source: str, **names: str) -> None:
-        """Maps weight and bias of several modules: our name under `target` = its name under `source`, dots as `__`."""
+    def pairs(self, target: str, source: str, names: Mapping[str, str]) -> None:
+        """Maps weight and bias of several modules: our name under `target`, and its name under `source`."""
         for ours, theirs in names.items():
-            for part in ("weight", "bias"):
-                self.put(f"{target}.{ours.replace('__', '.')}.{part}", f"{source}.{theirs}.{part}")
+            self.norm(f"{target}.{ours}", f"{source}.{theirs}")
 
     def norm(self, target: str, source: str) -> None:
-        """Maps weight and bias of a norm."""
+        """Maps weight and bias of a norm, or of any module that has both."""
         for part in ("weight", "bias"):
             self.put(f"{target}.{part}", f"{source}.{part}")
 

@@ -1,0 +1,1 @@
+"""`protlm convert`."""

@@ -1,0 +1,114 @@
+"""`protlm convert`: any model that protlm runs becomes a model directory of protlm, or one that transformers loads."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from protlm import files
+from protlm.choices import ModelFormat
+from protlm.errors import ProtlmError
+from protlm.pretrained.export import EXPORTED_FILES, export
+from protlm.pretrained.model_description import Origin
+from protlm.pretrained.model_directory import MODEL_FILES, read_description, save_model
+from protlm.pretrained.model_names import read_named_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRequest:
+    """What is asked for.
+
+    Attributes:
+        model: MODEL as users write it.
+        out: The directory to make.
+        to: Its format.
+        force: Replace a model that is there.
+    """
+
+    model: str | Path
+    out: Path
+    to: ModelFormat = "protlm"
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """The outcome.
+
+    Attributes:
+        out: The directory.
+        to: Its format.
+        architecture: Name of the architecture in transformers; None for a directory of protlm.
+        num_parameters: Trained numbers of the model.
+        num_layers: Layers.
+        model_dim: Width of an embedding.
+        max_residues: Longest protein that its positions reach; None: any.
+        trained_residues: Longest protein that it was trained on; None if that is unknown.
+        lacked: Residue letters that it reads as another token.
+        stand_in: That token.
+        origin: The source of the model; None if protlm trained it.
+        weights_hash: xxh3-128 of the weights in a directory of protlm; None for transformers.
+    """
+
+    out: Path
+    to: ModelFormat
+    architecture: str | None
+    num_parameters: int
+    num_layers: int
+    model_dim: int
+    max_residues: int | None
+    trained_residues: int | None
+    lacked: str
+    stand_in: str
+    origin: Origin | None
+    weights_hash: str | None
+
+
+def convert(request: ConvertRequest) -> ConvertReport:
+    """Writes a model in another format, whole or not at all.
+
+    Raises:
+        ProtlmError: A model that cannot be read or has no equivalent in the format, or an output that is in the way.
+    """
+    out = Path(os.path.realpath(request.out))
+    _check_replaceable(request, out)
+    model, description = read_named_model(request.model)
+    architecture = None
+    if request.to == "protlm":
+        save_model(out, model, description)
+    else:
+        partial = files.partial_path(out)
+        partial.mkdir(parents=True)
+        try:
+            architecture = export(model, description, partial)
+            files.publish(partial, out)
+        finally:
+            files.remove(partial)
+    vocabulary = model.config.tokens()
+    return ConvertReport(
+        out=request.out,
+        to=request.to,
+        architecture=architecture,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=model.config.num_layers,
+        model_dim=model.config.model_dim,
+        max_residues=description.max_residues,
+        trained_residues=description.trained_residues,
+        lacked=vocabulary.lacked,
+        stand_in=vocabulary.stand_in,
+        origin=description.origin,
+        weights_hash=read_description(out).weights_hash if request.to == "protlm" else None,
+    )
+
+
+def _check_replaceable(request: ConvertRequest, out: Path) -> None:
+    """Refuses to write over anything but a model, and over the model itself that is read."""
+    if not os.path.lexists(out):
+        return
+    if out == Path(os.path.realpath(request.model)) or out in Path(os.path.realpath(request.model)).parents:
+        raise ProtlmError(f"{request.out}: the model itself, or a folder around it; choose another --out")
+    if not request.force:
+        raise ProtlmError(f"{request.out}: exists already; replace it with --force")
+    foreign = sorted({entry.name for entry in out.iterdir()} - {*MODEL_FILES, *EXPORTED_FILES}) if out.is_dir() else []
+    if not out.is_dir() or foreign or not (out / "config.json").is_file():
+        holds = f"holds {foreign[0]!r}" if foreign else "is no folder with a config.json"
+        raise ProtlmError(f"{request.out}: not a converted model ({holds}), and not replaced; choose another --out")
