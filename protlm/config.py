@@ -5,7 +5,7 @@ The docstring below a setting is its documentation: `protlm config` prints it as
 
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -277,6 +277,8 @@ class TrainConfig(_Section):
     """Fraction of the targets that `<mask>` replaces."""
     random_share: Share = 0.1
     """Fraction of the targets that a random standard residue replaces; the rest stays unchanged."""
+    freeze: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
+    """Parameters that keep their values, by patterns of their names such as `embedding.*` or `layers.[0-3].*`."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
@@ -319,17 +321,25 @@ def shipped_summaries() -> dict[str, str]:
     return {name: text.partition("\n")[0].removeprefix("# ") for name, text in texts.items()}
 
 
-def load_config(name_or_file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    name_or_file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    instead_of_file: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """Returns the settings from defaults, then a file, then overrides.
 
     Args:
         name_or_file: The name of a shipped configuration, or a path of a TOML file (anything with a `/` or `.toml`).
+        instead_of_file: Settings by section, where there is no file.
         overrides: Texts `section.key=value`, the value written as in TOML; a bare word is taken as a string.
 
     Raises:
         ConfigError: A missing file, bad TOML, an unknown key or a value out of range.
     """
     settings, source = _read_settings(name_or_file)
+    if name_or_file is None and instead_of_file is not None:
+        settings = {name: dict(section) for name, section in instead_of_file.items()}
     for override in overrides:
         _apply_override(settings, override)
         source = f"{source} with --set" if "--set" not in source else source

@@ -207,6 +207,12 @@ def _pairs(report: "EmbedReport") -> list[tuple[str, str]]:
     ):
         if count:
             pairs.append(("of them", f"{count:,} {description}"))
+    if report.num_beyond_training:
+        longest = f"longer than any that the model was trained on ({report.trained_residues:,} residues)"
+        pairs.append(("of them", f"{report.num_beyond_training:,} proteins {longest}"))
+    if report.num_lacked:
+        what = f"{report.num_lacked:,} residues that the model lacks ({', '.join(report.lacked)})"
+        pairs.append(("read as", f"{report.stand_in}: {what}"))
     pairs += [("repaired", f"{count:,} letters ({rule})") for rule, count in report.repairs.items()]
     kinds, layers = ", ".join(report.include), ", ".join(map(str, report.layers))
     pairs += [

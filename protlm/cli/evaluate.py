@@ -180,6 +180,9 @@ def _print(report: "EvalReport", out: Path) -> None:
     cut = [f"{split.num_cut:,} proteins ({name})" for name, split in report.splits.items() if split.num_cut]
     if cut:
         pairs.append(("cut", f"{'; '.join(cut)}: longer than the model reaches; the rest of each was left out"))
+    lacked = [f"{split.num_lacked:,} residues ({name})" for name, split in report.splits.items() if split.num_lacked]
+    if lacked:
+        pairs.append(("read as other", f"{'; '.join(lacked)}: the model lacks these and reads them as X or unknown"))
     if not report.is_of_training_dataset:
         pairs.append(("trained on", "another dataset, or several: proteins scored here may be among them"))
     output.print_pairs([*pairs, ("report", out / "report.json")])

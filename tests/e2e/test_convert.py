@@ -9,20 +9,16 @@ import torch
 import protlm
 from protlm.cli.app import main
 from protlm.pretrained.model_directory import read_model
-from tests.unit.pretrained.test_foreign import folder  # noqa: F401  a fixture
+from tests.foreign_checkpoint import write_checkpoint
 
 PROTEINS = ">a first\nMKTAYIAKQR\n>b\nMKVLAAGIVGLCAKAYEDXB\n"
 
 
 @pytest.fixture
-def source(folder, tmp_path):  # noqa: F811
-    """A directory of transformers in a folder of its own."""
-    target = tmp_path / "source"
-    target.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).rename(target / name)
+def source(tmp_path):
+    """A directory of transformers, and proteins beside it."""
     (tmp_path / "proteins.fasta").write_text(PROTEINS)
-    return target
+    return write_checkpoint(tmp_path / "source")
 
 
 def run(capsys, *words):

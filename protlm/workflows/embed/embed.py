@@ -14,6 +14,7 @@ import numpy as np
 
 from protlm.data.embeddings.kinds import Dtype
 from protlm.data.records import shown
+from protlm.data.residue_counts import count_residues
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Cut
@@ -24,6 +25,7 @@ from protlm.pretrained.model_names import read_named_model
 from protlm.runtime import work_folder
 from protlm.runtime.devices import OtherProcessError, best_device, process_rank
 from protlm.runtime.progress import StartProgress, no_progress
+from protlm.vocabulary import RESIDUES, ModelVocabulary
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, open_embed_folder
 from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
@@ -58,6 +60,11 @@ class EmbedReport:
         layers: Absolute layer numbers.
         dim: Width of an embedding.
         dtype: Type of the stored numbers.
+        num_beyond_training: Proteins that a model without a limit saw longer than any that it was trained on.
+        trained_residues: Length of the longest protein that it was trained on; None if that is unknown.
+        num_lacked: Residues that the model lacks and read as another token.
+        lacked: Their letters.
+        stand_in: That token.
         skipped: Proteins that did not fit into memory, and are not in the output.
         rejects: Number of records that could not be read, by reason.
         repairs: Number of repaired letters, by rule.
@@ -77,6 +84,11 @@ class EmbedReport:
     layers: tuple[int, ...]
     dim: int
     dtype: Dtype
+    num_beyond_training: int
+    trained_residues: int | None
+    num_lacked: int
+    lacked: str
+    stand_in: str
     skipped: tuple[Skipped, ...]
     rejects: Mapping[str, int]
     repairs: Mapping[str, int]
@@ -122,7 +134,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
             assemble(folder, proteins, plan, settings, start_progress)
             check_replaceable(folder, settings.layout, out, force=request.force)
             folder.put_in_place(settings.layout)
-        report = _report(request, settings, proteins, inputs, is_kept(folder, proteins))
+        report = _report(request, settings, description, proteins, inputs, is_kept(folder, proteins))
         work_folder.remove_finished(folder.path)
     return report
 
@@ -176,9 +188,17 @@ def check_lengths(proteins: ProteinStore, cut: Cut, description: ModelDescriptio
 
 
 def _report(
-    request: EmbedRequest, settings: EmbedSettings, proteins: ProteinStore, inputs: ProteinInputs, kept: np.ndarray
+    request: EmbedRequest,
+    settings: EmbedSettings,
+    description: ModelDescription,
+    proteins: ProteinStore,
+    inputs: ProteinInputs,
+    kept: np.ndarray,
 ) -> EmbedReport:
     lengths, cut = proteins.lengths[kept], settings.cut
+    vocabulary, trained = description.model.tokens(), description.trained_residues
+    # What the model sees at once of each protein.
+    seen = cut.kept(lengths) if cut.window is None else np.minimum(lengths, cut.window)
     skipped = np.flatnonzero(~kept).tolist()
     return EmbedReport(
         out=request.out,
@@ -194,6 +214,11 @@ def _report(
         layers=settings.layers,
         dim=settings.model_dim,
         dtype=settings.dtype,
+        num_beyond_training=0 if trained is None else int((seen > trained).sum()),
+        trained_residues=trained,
+        num_lacked=_num_lacked(vocabulary, proteins, cut, kept),
+        lacked=vocabulary.lacked,
+        stand_in=vocabulary.stand_in,
         skipped=tuple(
             Skipped(id=proteins.id(record), num_residues=int(proteins.lengths[record])) for record in skipped
         ),
@@ -201,3 +226,15 @@ def _report(
         repairs=dict(inputs.repairs),
         left_out=inputs.left_out,
     )
+
+
+def _num_lacked(vocabulary: ModelVocabulary, proteins: ProteinStore, cut: Cut, kept: np.ndarray) -> int:
+    """Returns the number of embedded residues that a model reads as another token, having none for them."""
+    if not vocabulary.lacked:
+        return 0
+    is_lacked = np.array([letter in vocabulary.lacked for letter in RESIDUES])
+    counts = sum(
+        (count_residues(proteins.tokens(record)[: cut.truncate]) for record in np.flatnonzero(kept).tolist()),
+        start=np.zeros(len(RESIDUES), dtype=np.int64),
+    )
+    return int(counts[is_lacked].sum())

@@ -174,6 +174,7 @@ class _Evaluation:
         return SplitReport(
             num_records=split.num_records,
             num_cut=0 if limit is None else int((split.lengths > limit).sum()),
+            num_lacked=sum(split.summary.residue_counts[letter] for letter in self._description.model.tokens().lacked),
             num_targets=sums["model"].num_targets,
             resampled="clusters" if has_clusters(split) else "proteins",
             scores=rows,

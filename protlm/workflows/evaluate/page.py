@@ -185,6 +185,7 @@ def _method_section(report: EvalReport) -> Section:
         ("seed", f"{report.seed}"),
         ("Markov baselines", "none: the dataset has no training split" if markov is None else _markov_words(report)),
         ("proteins cut to the reach of the model", f"{sum(split.num_cut for split in report.splits.values()):,}"),
+        ("residues that the model lacks", f"{sum(split.num_lacked for split in report.splits.values()):,}"),
         ("parameters", f"{report.num_parameters:,}"),
         ("attention", report.attention),
         ("random projections", report.projection),
@@ -192,8 +193,11 @@ def _method_section(report: EvalReport) -> Section:
         ("dataset", report.dataset_hash),
         ("trained on", "this dataset" if report.is_of_training_dataset else _OTHER_DATASET),
     ]
+    counted = "the model's training set"
+    if report.training_dataset_hash is None:
+        counted = "the dataset's training split, since those of the model's training set are not known"
     text = Text(
-        "The empirical baseline always answers with the residue frequencies of the model's training set. The Markov "
+        f"The empirical baseline always answers with the residue frequencies of {counted}. The Markov "
         "baselines are tables of the residues that followed each short stretch in the dataset's training split, "
         "smoothed by the rule of Witten and Bell, read from one side or from both; they show how much local statistics "
         "reach without any model. "

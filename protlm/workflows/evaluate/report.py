@@ -52,6 +52,7 @@ class SplitReport:
     Attributes:
         num_records: Proteins in the split.
         num_cut: Proteins longer than the model's learned positions reach, of which the rest was left out.
+        num_lacked: Residues that the model lacks and read as its X or unknown token.
         num_targets: Scored residues, over all masks.
         resampled: What the bootstrap drew, and so what the intervals are over: clusters where the dataset has any.
         scores: A row for the model and each baseline, by the keys of `ROW_NAMES`.
@@ -65,6 +66,7 @@ class SplitReport:
 
     num_records: int
     num_cut: int
+    num_lacked: int = 0
     num_targets: int
     resampled: Literal["proteins", "clusters"]
     scores: dict[str, ScoreRow]

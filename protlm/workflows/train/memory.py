@@ -9,6 +9,7 @@ from protlm.config import Config, ModelConfig
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
 from protlm.runtime.devices import gigabytes
+from protlm.workflows.train.frozen import freeze
 
 _FLOAT_BYTES = 4
 _SHORT_BYTES = 2
@@ -23,8 +24,8 @@ class MemoryEstimate:
     Attributes:
         parameters: Number of trained parameters.
         projections: Number of entries of the random projections.
-        weights_bytes: Parameters and projections.
-        gradients_bytes: Gradients of all parameters.
+        weights_bytes: Parameters, frozen ones too, and projections.
+        gradients_bytes: Gradients of all trained parameters.
         optimizer_bytes: Moments of AdamW, momentum of Muon.
         activations_bytes: Tensors that a row keeps for the backward pass, and those that the pass works with.
     """
@@ -53,23 +54,30 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
     Args:
         config: Settings of the run; a device is taken to hold the whole model and one row of tokens_per_batch.
         in_place: Whether the device is a CPU, where some layers keep less.
+
+    Raises:
+        ConfigError: Patterns to freeze that match nothing.
     """
     with torch.device("meta"):
         model = Performer(config.model)
+    freeze(model, config.train.freeze)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    num_matrices = sum(matrix.numel() for matrix in matrices)
     num_projections = sum(buffer.numel() for buffer in model.buffers())
-    num_muons = num_matrices if config.train.optimizer == "muon" else 0
+    trained_matrices = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
+    num_muons = trained_matrices if config.train.optimizer == "muon" else 0
     activations = _activations_bytes(config, in_place=in_place and config.train.precision == "32")
     if config.train.precision == "bf16-mixed":
         # Autocast keeps a bfloat16 copy of every weight matrix.
         activations += _SHORT_BYTES * num_matrices
     return MemoryEstimate(
-        parameters=num_parameters,
+        parameters=num_trained,
         projections=num_projections,
         weights_bytes=_FLOAT_BYTES * (num_parameters + num_projections),
-        gradients_bytes=_FLOAT_BYTES * num_parameters,
-        optimizer_bytes=_FLOAT_BYTES * (2 * num_parameters - num_muons),
+        gradients_bytes=_FLOAT_BYTES * num_trained,
+        optimizer_bytes=_FLOAT_BYTES * (2 * num_trained - num_muons),
         activations_bytes=activations,
     )
 

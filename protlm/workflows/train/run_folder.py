@@ -6,10 +6,12 @@ It appears with its settings in one step, in place of an old one if there is any
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from protlm import files
 from protlm.config import Config, dump_config, load_config, parse_config
 from protlm.errors import ConfigError, ProtlmError, RunError
+from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import remove_left_overs_of_model
 from protlm.runtime import locks, work_folder
 from protlm.workflows.train import run_checkpoints
@@ -25,15 +27,24 @@ RUN_FILES = frozenset(
 """The entries of a run directory; one with any other, such as the log of a job, is resumed but never replaced."""
 
 
-def resolve_settings(run_dir: Path, config: str | Path | None, overrides: Sequence[str], *, resume: bool) -> Config:
+def resolve_settings(
+    run_dir: Path,
+    config: str | Path | None,
+    overrides: Sequence[str],
+    *,
+    resume: bool,
+    init: ModelDescription | None = None,
+) -> Config:
     """Returns the settings of a run: the saved ones if it is resumed, with max_steps and lower rates if given anew.
+
+    Without a configuration, a run that starts from a model has that model's architecture and masking.
 
     Raises:
         ConfigError: Bad settings, or others than those of the run that is resumed.
     """
     saved_path = run_dir / CONFIG_NAME
     if not (resume and saved_path.exists()):
-        settings = load_config(config, overrides)
+        settings = load_config(config, overrides, instead_of_file=None if init is None else _settings_of(init))
         horizon = settings.train.schedule_steps or settings.train.max_steps
         return _with_train(settings, schedule_steps=horizon)
     saved = load_config(saved_path)
@@ -51,6 +62,11 @@ def resolve_settings(run_dir: Path, config: str | Path | None, overrides: Sequen
             "only train.max_steps, the time and the devices may change, and train.lr and train.muon_lr become lower"
         )
     return saved
+
+
+def _settings_of(init: ModelDescription) -> dict[str, dict[str, Any]]:
+    masking = {"mask_rate": init.mask_rate, "mask_share": init.mask_share, "random_share": init.random_share}
+    return {"model": init.model.model_dump(), "train": masking}
 
 
 def _with_train(settings: Config, **changes: float | None) -> Config:

@@ -23,6 +23,7 @@ from protlm.pretrained.initial_weights import load_initial_weights
 from protlm.pretrained.model_directory import dataset_hash_of
 from protlm.pretrained.model_names import describe_named_model
 from protlm.runtime.devices import Devices, best_device, memory_bytes, process_rank
+from protlm.workflows.train.frozen import freeze
 from protlm.workflows.train.memory import MemoryEstimate, check_can_be_built, check_fits, estimate_memory
 from protlm.workflows.train.run_checkpoints import ResumePoint, find_resume_point
 from protlm.workflows.train.run_description import RUN_NAME, TrainingSet, read_run_description
@@ -150,7 +151,8 @@ def prepare_start(request: TrainRequest) -> Start:
     if request.wandb_project is not None and find_spec("wandb") is None:
         raise ProtlmError("--wandb: the package wandb is not installed; pip install 'protlm[wandb]'")
     sets = TrainingSets.open(request.dataset_paths)
-    settings = resolve_settings(run_dir, request.config, request.overrides, resume=request.resume)
+    init = None if request.init is None else describe_named_model(request.init)
+    settings = resolve_settings(run_dir, request.config, request.overrides, resume=request.resume, init=init)
     _check_devices(settings, request.devices)
     if settings.train.patience and sets.valid is None:
         raise ConfigError("train.patience: expected 0 without a valid split, which it would measure")
@@ -165,7 +167,7 @@ def prepare_start(request: TrainRequest) -> Start:
             f"{run_dir}: the run is at step {first_step} already, past max_steps = {settings.train.max_steps}; "
             "ask for more steps"
         )
-    init_hash = _resolve_init(request, has_checkpoint=first_step > 0)
+    init_hash = _resolve_init(request, None if init is None else init.weights_hash, has_checkpoint=first_step > 0)
     if process_rank() == 0:
         check_replaceable(run_dir, resume=request.resume, force=request.force)
     data = TrainingData(sets.train, settings)
@@ -189,6 +191,7 @@ def build_model(settings: Config, init: Path | None) -> Performer:
         raise ConfigError("model: does not fit into the memory of this machine; make it smaller") from None
     if init is not None:
         load_initial_weights(model, init)
+    freeze(model, settings.train.freeze)
     model.checkpoint_activations = settings.train.activation_checkpointing
     if settings.train.compile:
         model.compile_layers()
@@ -209,13 +212,17 @@ def _check_devices(settings: Config, devices: Devices) -> None:
         )
 
 
-def _resolve_init(request: TrainRequest, *, has_checkpoint: bool) -> str | None:
+def _resolve_init(request: TrainRequest, given: str | None, *, has_checkpoint: bool) -> str | None:
     """Returns the hash of the weights of --init that the run begins with; a resumed run must keep those of its start.
+
+    Args:
+        request: The run that was asked for.
+        given: The hash of the weights of the --init that was given.
+        has_checkpoint: Whether the run has made updates.
 
     Raises:
         RunError: The run began with other weights.
     """
-    given = None if request.init is None else describe_named_model(request.init).weights_hash
     path = request.run_dir / RUN_NAME
     if not (request.resume and path.exists()):
         return given

@@ -5,14 +5,18 @@ import sys
 import pytest
 import torch
 
+from protlm.config import ModelConfig
 from protlm.errors import ModelError
 from protlm.inference.protein_model import load_model
+from protlm.model.performer import Performer
 from protlm.pretrained import hub
+from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
 from protlm.pretrained.model_names import describe_named_model, read_named_model, short_name
-from tests.unit.pretrained.test_foreign import CONFIG, esm_tensors, folder  # noqa: F401  a fixture
-from tests.unit.pretrained.test_model_directory import describe, model  # noqa: F401  a fixture
+from protlm.vocabulary import RESIDUES
+from tests.foreign_checkpoint import esm_tensors, write_checkpoint
 
+EMPTY = {"seed": 0, "residue_counts": dict.fromkeys(RESIDUES, 0), "dataset_hash": ""}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -34,7 +38,19 @@ def test_a_name_on_the_hub_has_an_owner(text, expected):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch, folder):  # noqa: F811
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "source")
+
+
+def save_ours(folder):
+    """Writes a model directory of protlm."""
+    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8))
+    model.reset(0)
+    save_model(folder, model, ModelDescription(model=model.config, mask_rate=0.15, step=250, **EMPTY))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, folder):
     """The cache of the hub with one model, offline, and a working directory without it."""
     pytest.importorskip("huggingface_hub", reason="the library of the hub is not installed")
     from huggingface_hub import constants
@@ -71,8 +87,8 @@ def test_load_model_takes_the_revision_apart_from_the_name(cache):
         load_model("lab/esm", revision="other")
 
 
-def test_an_existing_path_wins_and_hf_passes_over_it(cache, tmp_path, model):  # noqa: F811
-    save_model(tmp_path / "work" / "lab" / "esm", model, describe(model))
+def test_an_existing_path_wins_and_hf_passes_over_it(cache, tmp_path):
+    save_ours(tmp_path / "work" / "lab" / "esm")
     assert read_named_model("lab/esm")[1].origin is None
     assert read_named_model("hf:lab/esm")[1].origin.source == "lab/esm"
 
@@ -106,10 +122,10 @@ def test_without_the_library_one_line_says_how_to_get_it_and_the_model(monkeypat
         read_named_model("lab/never")
 
 
-def test_a_directory_of_transformers_and_one_of_ours_are_told_apart(folder, tmp_path, model):  # noqa: F811
+def test_a_directory_of_transformers_and_one_of_ours_are_told_apart(folder, tmp_path):
     assert read_named_model(folder)[1].origin.family == "esm"
     assert short_name(folder) == folder.name
-    save_model(tmp_path / "run" / "model", model, describe(model))
+    save_ours(tmp_path / "run" / "model")
     assert read_named_model(tmp_path / "run")[1].origin is None
     assert describe_named_model(tmp_path / "run").step == 250
     assert short_name(tmp_path / "run") == "run"
@@ -124,7 +140,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
 def test_a_model_that_is_nowhere_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no such directory"):
         read_named_model(tmp_path / "absent")
-    assert CONFIG["model_type"] == "esm"
 
 
 def test_the_users_own_esm2_has_the_published_embedding(monkeypatch):
