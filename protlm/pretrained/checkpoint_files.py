@@ -1,4 +1,4 @@
-"""The tensors of a foreign checkpoint, whatever its format: safetensors through memory maps, pickles without code.
+"""The tensors of a foreign checkpoint, whatever its format: safetensors piece by piece, pickles without code.
 
 A tensor is read when it is asked for, as float32 and in memory of its own, so that of a checkpoint of any size little
 more is in memory than what was asked for.
@@ -9,7 +9,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from protlm.errors import ModelError
 
-_MAPPED_BYTES = 64 << 20
-"""Bytes that are read through one memory map: its pages count as memory of the process until it is closed."""
+_CHUNK_BYTES = 1 << 20
 _MOST_JSON_BYTES = 64 << 20
 _SHOWN_LETTERS = 200
 _REFUSED = re.compile(r"(?:GLOBAL|class|type) (\w+\.[\w.]+)")
@@ -46,8 +46,20 @@ class Tensors(Protocol):
         """Returns a tensor as float32, in memory of its own; each can be read once."""
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: its file, its type as safetensors writes it, and its first byte."""
+
+    file: Path
+    dtype: str
+    start: int
+
+
 class SafetensorsFiles:
-    """The tensors of one or several safetensors files; see `Tensors`."""
+    """The tensors of one or several safetensors files; see `Tensors`.
+
+    They are read, not mapped: a map is in memory beside the copy, and its owner dies if somebody cuts the file short.
+    """
 
     def __init__(self, path: Path, files: tuple[Path, ...], index: Mapping[str, str] | None = None) -> None:
         """Reads the headers of all files.
@@ -63,16 +75,12 @@ class SafetensorsFiles:
         self.path, self.files = path, files
         self.shapes: Mapping[str, tuple[int, ...]]
         shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
-        self._handle: Any = None
-        self._mapped: tuple[Path, int] | None = None
+        self._places: dict[str, _Place] = {}
         for file in files:
-            handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118  no mapping
+            for name, shape, place in _headers(file):
                 if index is not None and index.get(name) != file.name:
                     raise ModelError(f"{file}: tensor {name!r} is not where the index says")
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
-                self._file_of[name] = file
+                shapes[name], self._places[name] = shape, place
         for name, file_name in (index or {}).items():
             if name not in shapes:
                 raise ModelError(f"{path / file_name}: tensor {name!r} is missing, although the index has it here")
@@ -80,32 +88,50 @@ class SafetensorsFiles:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor as float32, in memory of its own."""
-        return _own_float32(self._file_of[name], name, self._mapped_tensor(name))
+        return _own_float32(self._places[name].file, name, self.read_as_stored(name))
 
     def read_as_stored(self, name: str) -> Tensor:
         """Returns a tensor of whatever type it is stored in, in memory of its own."""
-        return self._mapped_tensor(name).clone()
-
-    def _mapped_tensor(self, name: str) -> Tensor:
-        file = self._file_of[name]
-        if self._mapped is None or self._mapped[0] != file or self._mapped[1] > _MAPPED_BYTES:
-            # The old map goes before the new one comes.
-            self._handle = None
-            self._handle, self._mapped = self._open(file), (file, 0)
+        place = self._places[name]
         try:
-            tensor: Tensor = self._handle.get_tensor(name)
-        except (SafetensorError, RuntimeError, ValueError) as error:
-            raise ModelError(f"{file}: tensor {name!r} cannot be read: {_short(error)}") from None
-        self._mapped = (file, self._mapped[1] + tensor.nbytes)
-        return tensor
+            if place.dtype == "F32":
+                tensor = torch.empty(self.shapes[name])
+                _fill(place, tensor)
+                return tensor
+            with safe_open(place.file, framework="pt") as handle:
+                mapped: Tensor = handle.get_tensor(name)
+                return mapped.clone()
+        except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise ModelError(f"{place.file}: tensor {name!r} cannot be read: {_short(error)}") from None
 
-    def _open(self, file: Path) -> Any:
-        if not file.is_file():
-            raise ModelError(f"{file}: no such file; fetch the checkpoint anew")
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise ModelError(f"{file}: does not hold this model: no whole safetensors file: {_short(error)}") from None
+
+def _headers(file: Path) -> Iterator[tuple[str, tuple[int, ...], _Place]]:
+    """Yields name, shape and place of each tensor of a file whose header the library of safetensors has checked."""
+    if not file.is_file():
+        raise ModelError(f"{file}: no such file; fetch the checkpoint anew")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            names = list(handle.keys())
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{file}: does not hold this model: no whole safetensors file: {_short(error)}") from None
+    for name in names:
+        entry = header[name]
+        yield name, tuple(entry["shape"]), _Place(file, entry["dtype"], 8 + size + entry["data_offsets"][0])
+
+
+def _fill(place: _Place, tensor: Tensor) -> None:
+    """Reads the numbers of a tensor into it."""
+    rest = memoryview(tensor.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
+    with place.file.open("rb", buffering=0) as file:
+        file.seek(place.start)
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise ValueError("the file was cut short")
+            rest = rest[count:]
 
 
 class PickledTensors:
@@ -126,7 +152,8 @@ class PickledTensors:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor as float32, in memory of its own."""
-        return _own_float32(self.path, name, self._tensors.pop(name))
+        # A tensor may lie in a map of the file, or share its memory with a tied one.
+        return _own_float32(self.path, name, self._tensors.pop(name).clone())
 
 
 def open_tensors(folder: Path) -> Tensors:
@@ -213,10 +240,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def file_hash(path: Path) -> str:
     """Returns the xxh3-128 of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
+    digest, buffer = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
 
@@ -253,7 +280,7 @@ def _check_archive(path: Path) -> None:
 def _own_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or tensor.is_sparse:
         raise ModelError(f"{path}: tensor {name!r}: expected floating-point numbers, got {tensor.dtype}")
-    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _short(error: object) -> str:

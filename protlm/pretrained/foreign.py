@@ -1,7 +1,8 @@
 """Models that other programs saved: which family a folder or file is of, and what is known of its origin."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,11 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> tuple
     names = NameMap(tensors, family)
     mapped = _FAMILIES[family](content, names, folder)
     files = [folder / name for name in _FILES if (folder / name).is_file()]
-    origin = _origin(source, revision, family, _licence(folder), [*files, *tensors.files])
-    return names.build(mapped.config), _description(mapped, origin)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        hashes = pool.submit(_hashes, [*files, *tensors.files])
+        model = names.build(mapped.config)
+    origin = Origin(source=source, revision=revision, family=family, licence=_licence(folder), files=hashes.result())
+    return model, _description(mapped, origin)
 
 
 def read_file(path: Path) -> tuple[Performer, ModelDescription]:
@@ -73,7 +77,7 @@ def read_file(path: Path) -> tuple[Performer, ModelDescription]:
     arguments, tensors = read_fairseq(path)
     names = NameMap(tensors, "fairseq")
     mapped = map_fairseq(arguments, names, path)
-    origin = _origin(path.stem, None, "fairseq", None, list(tensors.files))
+    origin = Origin(source=path.stem, family="fairseq", files=_hashes(tensors.files))
     return names.build(mapped.config), _description(mapped, origin)
 
 
@@ -88,12 +92,11 @@ def _description(mapped: Mapped, origin: Origin) -> ModelDescription:
     )
 
 
-def _origin(source: str, revision: str | None, family: str, licence: str | None, paths: list[Path]) -> Origin:
+def _hashes(paths: Sequence[Path]) -> dict[str, str]:
     try:
-        hashes = {path.name: file_hash(path) for path in paths}
+        return {path.name: file_hash(path) for path in paths}
     except OSError as error:
         raise ModelError(f"{error.filename}: {error.strerror}") from None
-    return Origin(source=source, revision=revision, family=family, licence=licence, files=hashes)
 
 
 def _licence(folder: Path) -> str | None:

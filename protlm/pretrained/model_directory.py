@@ -16,6 +16,7 @@ from torch import Tensor
 from protlm import files
 from protlm.errors import ModelError, validation_fault
 from protlm.model.performer import Performer
+from protlm.model.skeleton import skeleton
 from protlm.pretrained.checkpoint_files import SafetensorsFiles, file_hash
 from protlm.pretrained.model_card import model_card
 from protlm.pretrained.model_description import (
@@ -118,8 +119,7 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     """
     folder = find_model(path)
     description = read_description(folder)
-    with torch.device("meta"):
-        model = Performer(description.model)
+    model = skeleton(description.model)
     expected = model.state_dict()
     num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in expected.values())
     _check_fits(folder, num_bytes)
@@ -148,13 +148,12 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
 
 
 def _check_fits(folder: Path, num_bytes: int) -> None:
-    """Raises ModelError if the numbers of a model do not fit into memory: the machine's twice, a GPU's once."""
-    # The content of the file and the tensors made of it are in memory together.
-    for device, needed in ((torch.device("cpu"), 2 * num_bytes), (best_device(), num_bytes)):
-        if needed > (available := memory_bytes(device)):
+    """Raises ModelError if the numbers of a model do not fit into memory, the machine's and a GPU's."""
+    for device in (torch.device("cpu"), best_device()):
+        if num_bytes > (available := memory_bytes(device)):
             where = "this machine" if device.type == "cpu" else "the GPU"
             raise ModelError(
-                f"{folder}: to read this model needs {gigabytes(needed)} of memory, and {where} has "
+                f"{folder}: to read this model needs {gigabytes(num_bytes)} of memory, and {where} has "
                 f"{gigabytes(available)}"
             )
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from protlm.config import Config, ModelConfig
 from protlm.errors import ConfigError
-from protlm.model.performer import Performer
+from protlm.model.skeleton import skeleton
 from protlm.runtime.devices import gigabytes
 from protlm.workflows.train.frozen import freeze
 
@@ -58,8 +58,7 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
     Raises:
         ConfigError: Patterns to freeze that match nothing.
     """
-    with torch.device("meta"):
-        model = Performer(config.model)
+    model = skeleton(config.model)
     freeze(model, config.train.freeze)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
