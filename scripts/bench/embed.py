@@ -5,12 +5,14 @@ within each repeat. Nothing is reported unless every model first gives finite hi
 is installed (`pip install -e '.[bench]'`). Peak memory is measured in new processes.
 
 exact     protlm with exact attention against transformers, one protein at a time, its best on a CPU
+padded    the same against transformers in padded batches
 extract   the same against fair-esm in the padded batches of its extract.py, on proteins that it does not cut
 favor     protlm with FAVOR against transformers, on proteins of --favor-lengths
 long      one long protein of --long-fasta: FAVOR against exact attention, of which one layer is measured
 memory    its peak memory
 pipeline  the command protlm embed against bare forward passes on the same rows
 growth    peak memory of the command for few and for many proteins
+load      a checkpoint of transformers, read by protlm and by transformers, up to a first embedding
 """
 
 import argparse
@@ -33,13 +35,21 @@ from protlm.ops import backends
 from scripts.bench import embed_figures as figures
 from scripts.bench import embed_measurements as measurements
 from scripts.bench import harness
-from scripts.bench.embed_models import ESM_PEER, EXACT, FAIR_MAX_RESIDUES, FAIR_PEER, FAVOR, why_missing
+from scripts.bench.embed_models import (
+    ESM_PEER,
+    EXACT,
+    FAIR_MAX_RESIDUES,
+    FAIR_PEER,
+    FAVOR,
+    PADDED_PEER,
+    why_missing,
+)
 from scripts.bench.models import Sizes
 from scripts.measuring import SAMPLE, can_measure_memory, using_threads
 
 MODELS = {
-    "exact": (EXACT, ESM_PEER), "extract": (EXACT, FAIR_PEER), "favor": (FAVOR, ESM_PEER), "long": (), "memory": (),
-    "pipeline": (), "growth": (),
+    "exact": (EXACT, ESM_PEER), "padded": (EXACT, PADDED_PEER), "extract": (EXACT, FAIR_PEER),
+    "favor": (FAVOR, ESM_PEER), "long": (), "memory": (), "pipeline": (), "growth": (), "load": (ESM_PEER,),
 }  # fmt: skip
 """The measurements, and the models that each compares."""
 
@@ -47,7 +57,7 @@ MODELS = {
 def obstacles(arguments: argparse.Namespace, name: str) -> Iterator[str]:
     """Yields why a measurement cannot be made here."""
     yield from map(why_missing, MODELS[name])
-    if name in ("memory", "growth") and not can_measure_memory():
+    if name in ("memory", "growth", "load") and not can_measure_memory():
         yield harness.NEEDS_LINUX
     if name in ("long", "memory") and arguments.long_fasta is None:
         yield "it needs --long-fasta"
@@ -59,6 +69,7 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
     measured: dict[str, Any] = {}
     for name, limits in (
         ("exact", (1, arguments.max_length)),
+        ("padded", (1, arguments.max_length)),
         ("extract", (1, min(FAIR_MAX_RESIDUES, arguments.max_length))),
         ("favor", tuple(arguments.favor_lengths)),
     ):
@@ -80,6 +91,10 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
     if "growth" in wanted:
         sequences = drawn(arguments, (1, arguments.max_length), None)
         measured["growth"] = {"peak_bytes": measurements.growth(sequences, arguments.growth, repeats)}
+    if "load" in wanted:
+        shape = Sizes(*arguments.load, 4 * arguments.load[1], arguments.features)
+        where = f"{arguments.load[0]} layers of {arguments.load[1]}"
+        measured["load"] = {"where": where, "figures": measurements.load(shape, repeats)}
     return measured
 
 
@@ -122,6 +137,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--long-fasta", type=Path, metavar="FASTA", help="the file of the protein of long and memory")
     parser.add_argument("--long-id", default="Q8WZ42", help="its id; human titin")
     parser.add_argument("--growth", type=int, nargs=2, default=[10_000, 40_000], metavar="N", help="proteins of growth")
+    parser.add_argument(
+        "--load", type=int, nargs=3, default=[33, 1280, 20], metavar="N", help="layers, width and heads of load"
+    )
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--model-dim", type=int, default=320)

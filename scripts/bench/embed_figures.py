@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from scripts.bench.embed_measurements import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST
+from scripts.bench.embed_measurements import (
+    BARE,
+    COMMAND,
+    LOAD,
+    LOAD_PEER,
+    LONG_EXACT_LAYER,
+    LONG_FAVOR,
+    LONG_REST,
+    MODEL_BYTES,
+    PEAK_BYTES,
+)
 from scripts.bench.embed_models import EXACT, FAVOR
 from scripts.bench.harness import Figure, median, ratio, ratio_of_rates
 from scripts.bench.models import Sizes
@@ -17,7 +27,7 @@ IN_A_PROCESS = "in a new process"
 def figures(measured: Mapping[str, Any], sizes: Sizes) -> list[Figure]:
     """Returns the figures of all that was measured."""
     rows: list[Figure] = []
-    for name in ("exact", "extract", "favor"):
+    for name in ("exact", "padded", "extract", "favor"):
         if name in measured:
             rows += _against_peer(measured[name])
     if "long" in measured:
@@ -29,6 +39,8 @@ def figures(measured: Mapping[str, Any], sizes: Sizes) -> list[Figure]:
         rows.append(_overhead(measured["pipeline"]))
     if "growth" in measured:
         rows += _growth(measured["growth"])
+    if "load" in measured:
+        rows += _load(measured["load"])
     return rows
 
 
@@ -60,6 +72,17 @@ def _overhead(timed: Mapping[str, Any]) -> Figure:
     name = f"time of {COMMAND} over that of {BARE}, float16 for each residue"
     share = ratio(name, timed["where"], seconds[COMMAND], seconds[BARE], factor=100, unit="%")
     return replace(share, value=share.value - 100, low=share.low - 100, high=share.high - 100)
+
+
+def _load(measured: Mapping[str, Any]) -> list[Figure]:
+    ours, peer = (measured["figures"][name] for name in (LOAD, LOAD_PEER))
+    what = "reading a checkpoint of transformers and embedding a first protein"
+    note = f"medians {statistics.median(ours[SECONDS]):.2f} and {statistics.median(peer[SECONDS]):.2f} s"
+    seconds = ratio(
+        f"{what}: time of protlm / of transformers", measured["where"], ours[SECONDS], peer[SECONDS], note=note
+    )
+    above = [100 * (peak / size - 1) for peak, size in zip(ours[PEAK_BYTES], ours[MODEL_BYTES], strict=True)]
+    return [seconds, median(f"{what}: peak memory above the weights", measured["where"], above, " %", IN_A_PROCESS)]
 
 
 def _growth(measured: Mapping[str, Any]) -> list[Figure]:

@@ -3,6 +3,7 @@
 import gc
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
@@ -19,10 +20,14 @@ from torch.nn import functional
 import protlm.model.attention
 from protlm.cli.app import main as protlm_command
 from protlm.model.performer import Performer
+from protlm.pretrained.export import export
+from protlm.pretrained.model_description import ModelDescription, Origin
+from protlm.vocabulary import CLS, EOS
 from scripts.bench.embed_models import FAVOR, Embedder, build, check, performer, save
-from scripts.bench.models import Sizes
+from scripts.bench.models import Sizes, building_a_peer
 from scripts.measuring import (
     RETURN_FREED_MEMORY,
+    SECONDS,
     WARM_UP_LENGTH,
     Times,
     in_a_process,
@@ -33,6 +38,8 @@ from scripts.measuring import (
     timed,
 )
 
+LOAD, LOAD_PEER, PEAK_BYTES, MODEL_BYTES = "protlm", "transformers", "peak_bytes", "model_bytes"
+_RANDOM = Origin(source="random weights", family="esm", files={})
 LONG_FAVOR, LONG_REST, LONG_EXACT_LAYER = "FAVOR", "without attention", "exact attention of one layer"
 COMMAND, BARE = "protlm embed", "bare forward passes"
 GROWTH_SIZES = Sizes(num_layers=1, model_dim=64, num_heads=2, ffn_dim=128, num_features=16)
@@ -135,6 +142,56 @@ def growth_here(folder: str, count: int) -> int:
     at = Path(folder)
     embed_command(at / "model", at / f"{count}.fasta", at / "out.h5", ["--include", "mean"])
     return peak_bytes()
+
+
+def load(sizes: Sizes, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Returns seconds, and peak and size of the model in bytes, of reading a checkpoint and embedding a first protein.
+
+    The checkpoint is a directory of transformers with random weights. Each repeat is a new process, so that none has
+    what another read; the files are in the system's cache.
+    """
+    measured: dict[str, dict[str, list[float]]] = {LOAD: {}, LOAD_PEER: {}}
+    with tempfile.TemporaryDirectory() as folder:
+        in_a_process({}, write_checkpoint_here, folder=folder, sizes=asdict(sizes))
+        for repeat in range(repeats + 1):
+            for name, figures in measured.items():
+                for quantity, value in in_a_process({}, load_here, folder=folder, name=name).items():
+                    if repeat:
+                        figures.setdefault(quantity, []).append(value)
+    return measured
+
+
+def write_checkpoint_here(folder: str, sizes: dict[str, int]) -> None:
+    """Writes a model of the shape of ESM-2 as a directory of transformers."""
+    model = performer(Sizes(**sizes), "softmax")
+    export(model, ModelDescription(model=model.config, mask_rate=0.15, origin=_RANDOM), Path(folder))
+
+
+def load_here(folder: str, name: str) -> dict[str, float]:
+    """Returns what `load` measures, in this process; imports are not counted."""
+    tokens = torch.tensor([CLS, *range(4, 24), EOS])
+    if name == LOAD:
+        from protlm.pretrained.model_names import read_named_model
+
+        def call() -> torch.nn.Module:
+            model, _ = read_named_model(folder)
+            model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+            return model
+    else:
+        with building_a_peer():
+            from transformers import EsmForMaskedLM
+
+        def call() -> torch.nn.Module:
+            model: torch.nn.Module = EsmForMaskedLM.from_pretrained(folder)
+            model(input_ids=tokens[None])
+            return model
+
+    with torch.inference_mode(), redirect_stdout(sys.stderr):
+        before, started = resident_bytes(), time.perf_counter()
+        peak, model = peak_during(call)
+        seconds = time.perf_counter() - started
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return {SECONDS: seconds, PEAK_BYTES: peak - before, MODEL_BYTES: size}
 
 
 def write_fasta(path: Path, sequences: Sequence[str]) -> None:

@@ -8,19 +8,22 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batching.batches import pack_row
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
-from protlm.vocabulary import CLS, EOS, RESIDUES, encode
+from protlm.vocabulary import CLS, EOS, PAD, RESIDUES, encode
 from scripts.bench import models
 from scripts.bench.models import Sizes, building_a_peer, esm_config
 
 EXACT, FAVOR = "protlm, exact", "protlm, FAVOR"
 ESM_PEER, FAIR_PEER = "transformers EsmModel (SDPA), one by one", "fair-esm, as its extract.py"
-PEER_MODULES = {ESM_PEER: "transformers", FAIR_PEER: "esm"}
+PADDED_PEER = "transformers EsmModel (SDPA), 8 at a time, padded"
+PEER_MODULES = {ESM_PEER: "transformers", PADDED_PEER: "transformers", FAIR_PEER: "esm"}
+_PADDED_PROTEINS = 8
 FAIR_TOKENS = 4096
 """Tokens of a batch of extract.py by default."""
 FAIR_MAX_RESIDUES = 1022
@@ -47,6 +50,8 @@ def build(name: str, sizes: Sizes, tokens_per_batch: int) -> Embedder:
     """Returns a freshly drawn model."""
     if name == ESM_PEER:
         return _transformers_esm(sizes)
+    if name == PADDED_PEER:
+        return _transformers_esm(sizes, _PADDED_PROTEINS)
     if name == FAIR_PEER:
         return _fair_esm(sizes)
     return _Packed(performer(sizes, "softmax" if name == EXACT else "positive"), tokens_per_batch)
@@ -101,18 +106,28 @@ class _Packed:
         yield row
 
 
-def _transformers_esm(sizes: Sizes) -> Embedder:
-    """Returns ESM-2 as transformers has it; one protein at a time has no padding, its fastest way on a CPU."""
+def _transformers_esm(sizes: Sizes, num_proteins: int = 1) -> Embedder:
+    """Returns ESM-2 as transformers has it; one protein at a time has no padding, its fastest way on a CPU.
+
+    Args:
+        sizes: The shape.
+        num_proteins: Proteins of a batch, in the order in which they come, as most scripts take them.
+    """
     with building_a_peer():
         from transformers import EsmModel
 
         model = EsmModel(esm_config(sizes, layer_norm_eps=1e-5), add_pooling_layer=False).eval()
 
     def embed(sequences: Sequence[str]) -> Iterator[Tensor]:
-        for sequence in sequences:
-            tokens = torch.tensor([[CLS, *encode(sequence.encode()).tolist(), EOS]])
+        for start in range(0, len(sequences), num_proteins):
+            rows = [
+                torch.tensor([CLS, *encode(sequence.encode()).tolist(), EOS])
+                for sequence in sequences[start : start + num_proteins]
+            ]
+            tokens = pad_sequence(rows, batch_first=True, padding_value=PAD)
+            mask = None if len(rows) == 1 else (tokens != PAD).long()
             with torch.inference_mode():
-                yield model(input_ids=tokens).last_hidden_state
+                yield model(input_ids=tokens, attention_mask=mask).last_hidden_state
 
     return embed
 

@@ -11,7 +11,7 @@ from protlm.model.performer import Performer
 from protlm.vocabulary import CLS, EOS, encode
 from scripts.bench import embed, embed_figures, embed_measurements, embed_models
 from scripts.bench.embed_measurements import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST
-from scripts.bench.embed_models import ESM_PEER, EXACT, FAIR_PEER, FAVOR
+from scripts.bench.embed_models import ESM_PEER, EXACT, FAIR_PEER, FAVOR, PADDED_PEER
 from scripts.bench.models import Sizes
 from scripts.measuring import can_measure_memory
 
@@ -19,10 +19,11 @@ ROOT = Path(__file__).parents[2]
 SIZES = Sizes(num_layers=2, model_dim=16, num_heads=2, ffn_dim=64, num_features=8)
 TINY = ["--layers", "2", "--model-dim", "16", "--heads", "2", "--features", "8", "--num-proteins", "5",
         "--pipeline-proteins", "6", "--max-length", "300", "--favor-lengths", "50", "200", "--growth", "6", "9",
-        "--tokens-per-batch", "400", "--threads", "1"]  # fmt: skip
+        "--tokens-per-batch", "400", "--threads", "1", "--load", "2", "16", "2"]  # fmt: skip
 HAS_ESM, HAS_FAIR = (not embed_models.why_missing(name) for name in (ESM_PEER, FAIR_PEER))
 PEAK = "peak memory of protlm embed, mean only, a tiny model"
 OVERHEAD = f"time of {COMMAND} over that of {BARE}, float16 for each residue"
+LOAD = "reading a checkpoint of transformers and embedding a first protein"
 LONG = "time with exact SDPA / with FAVOR"
 
 
@@ -32,6 +33,9 @@ def expected_figures():
         figures |= {PEAK, f"{PEAK}: growth", "peak memory above the model"}
     if HAS_ESM:
         figures |= {f"residues/s of {ours} / {ESM_PEER}" for ours in (EXACT, FAVOR)}
+        figures |= {f"residues/s of {EXACT} / {PADDED_PEER}"}
+        if can_measure_memory():
+            figures |= {f"{LOAD}: time of protlm / of transformers", f"{LOAD}: peak memory above the weights"}
     if HAS_FAIR:
         figures |= {f"residues/s of {EXACT} / {FAIR_PEER}"}
     return figures
@@ -42,7 +46,9 @@ def in_this_process(monkeypatch):
     """New processes would take longer than all else, and the peaks of an old process mean nothing."""
 
     def run(_, function, **arguments):
-        function(**arguments)
+        result = function(**arguments)
+        if function is embed_measurements.load_here:
+            return result
         return 2**20 * (7 if function is embed_measurements.growth_here else 3)
 
     monkeypatch.setattr(embed_measurements, "in_a_process", run)
@@ -82,6 +88,7 @@ def test_a_tiny_run_reports_every_figure_from_its_own_times(in_this_process, lon
 
 def test_a_measurement_without_its_peer_or_its_protein_is_left_out_with_a_reason(monkeypatch, fasta, tmp_path, capsys):
     monkeypatch.setattr(embed_models, "PEER_MODULES", {ESM_PEER: "no_such_module", FAIR_PEER: "json"})
+    monkeypatch.setitem(embed.MODELS, "load", ())
     out = tmp_path / "figures.json"
     only = ["--only", "exact", "extract", "favor", "long", "memory", "pipeline"]
     embed.main([*TINY, *only, "--proteins", str(fasta), "--repeats", "1", "--json", str(out)])
@@ -115,13 +122,13 @@ def test_a_wrong_model_ends_the_run_without_a_figure(fault, monkeypatch, fasta, 
 
 def test_every_model_embeds_every_protein_and_the_packed_rows_keep_to_their_budget():
     sequences = ["MKVL" * 9, "AC", "WYGHD" * 20, "MK"]
-    for name in (EXACT, FAVOR, ESM_PEER, FAIR_PEER):
+    for name in (EXACT, FAVOR, ESM_PEER, PADDED_PEER, FAIR_PEER):
         if not embed_models.why_missing(name):
             states = [state.reshape(-1, SIZES.model_dim) for state in embed_models.build(name, SIZES, 50)(sequences)]
-            # Batches of fair-esm hold padding too.
+            # Batches of several proteins hold padding too.
             num_tokens = sum(map(len, states))
             expected = sum(len(sequence) + 2 for sequence in sequences)
-            assert num_tokens > expected if name == FAIR_PEER else num_tokens == expected, name
+            assert num_tokens > expected if name in (FAIR_PEER, PADDED_PEER) else num_tokens == expected, name
             if name in (EXACT, FAVOR):
                 assert list(map(len, states)) == [4 + 4 + 38, 102]
 
