@@ -1,7 +1,7 @@
-"""The tensors of a foreign checkpoint, whatever its format: safetensors piece by piece, pickles without code.
+"""The tensors of a foreign checkpoint, whatever its format: safetensors through memory maps, pickles without code.
 
-A tensor is read when it is asked for, as float32 and in memory of its own, so that of a checkpoint of any size little
-more is in memory than what was asked for.
+A tensor is read when it is asked for, as float32, so that of a checkpoint of any size little more is in memory than
+what was asked for.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from torch import Tensor
 from protlm.errors import ModelError
 
 _CHUNK_BYTES = 1 << 20
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_JSON_BYTES = 64 << 20
 _SHOWN_LETTERS = 200
 _REFUSED = re.compile(r"(?:GLOBAL|class|type) (\w+\.[\w.]+)")
@@ -43,7 +44,7 @@ class Tensors(Protocol):
         """The shape of each."""
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor as float32, in memory of its own; each can be read once."""
+        """Returns a tensor as float32; each can be read once."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class _Place:
 class SafetensorsFiles:
     """The tensors of one or several safetensors files; see `Tensors`.
 
-    They are read, not mapped: a map is in memory beside the copy, and its owner dies if somebody cuts the file short.
+    What is stored as float32 stays in the file and is mapped, as in transformers: it costs no memory of its own until
+    it is changed, and the file must not be overwritten meanwhile.
     """
 
     def __init__(self, path: Path, files: tuple[Path, ...], index: Mapping[str, str] | None = None) -> None:
@@ -76,6 +78,7 @@ class SafetensorsFiles:
         self.shapes: Mapping[str, tuple[int, ...]]
         shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, _Place] = {}
+        self._maps: dict[Path, Any] = {}
         for file in files:
             for name, shape, place in _headers(file):
                 if index is not None and index.get(name) != file.name:
@@ -87,22 +90,35 @@ class SafetensorsFiles:
         self.shapes = shapes
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor as float32, in memory of its own."""
-        return _own_float32(self._places[name].file, name, self.read_as_stored(name))
+        """Returns a tensor as float32: a map of the file if it is stored so, and in memory of its own otherwise."""
+        place = self._places[name]
+        if place.dtype != "F32":
+            return _own_float32(place.file, name, self.read_as_stored(name))
+        try:
+            if place.file not in self._maps:
+                self._maps[place.file] = safe_open(place.file, framework="pt")
+            mapped: Tensor = self._maps[place.file].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise _unreadable(place, name, error) from None
+        return mapped
 
     def read_as_stored(self, name: str) -> Tensor:
         """Returns a tensor of whatever type it is stored in, in memory of its own."""
         place = self._places[name]
         try:
-            if place.dtype == "F32":
-                tensor = torch.empty(self.shapes[name])
+            if place.dtype in _DTYPES:
+                tensor = torch.empty(self.shapes[name], dtype=_DTYPES[place.dtype])
                 _fill(place, tensor)
                 return tensor
             with safe_open(place.file, framework="pt") as handle:
                 mapped: Tensor = handle.get_tensor(name)
                 return mapped.clone()
         except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
-            raise ModelError(f"{place.file}: tensor {name!r} cannot be read: {_short(error)}") from None
+            raise _unreadable(place, name, error) from None
+
+
+def _unreadable(place: _Place, name: str, error: BaseException) -> ModelError:
+    return ModelError(f"{place.file}: tensor {name!r} cannot be read: {_short(error)}")
 
 
 def _headers(file: Path) -> Iterator[tuple[str, tuple[int, ...], _Place]]:
@@ -124,7 +140,7 @@ def _headers(file: Path) -> Iterator[tuple[str, tuple[int, ...], _Place]]:
 
 def _fill(place: _Place, tensor: Tensor) -> None:
     """Reads the numbers of a tensor into it."""
-    rest = memoryview(tensor.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with place.file.open("rb", buffering=0) as file:
         file.seek(place.start)
         while rest:
