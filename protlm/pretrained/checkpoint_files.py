@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from protlm.errors import ModelError
+from protlm.files import open_regular, read_regular
 
 _CHUNK_BYTES = 1 << 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -242,9 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: The file cannot be read or holds something else.
     """
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ModelError(f"{path}: expected at most {_MOST_JSON_BYTES:,} bytes of JSON")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, max_bytes=_MOST_JSON_BYTES))
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -257,7 +256,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def file_hash(path: Path) -> str:
     """Returns the xxh3-128 of a file."""
     digest, buffer = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from protlm import files
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
 from protlm.pretrained.checkpoint_files import file_hash, open_tensors, read_json
@@ -102,8 +103,8 @@ def _hashes(paths: Sequence[Path]) -> dict[str, str]:
 def _licence(folder: Path) -> str | None:
     """Returns the licence that the first lines of a model card name."""
     try:
-        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
-            card = file.read(_MOST_CARD_LETTERS)
+        with files.open_regular(folder / "README.md") as file:
+            card = file.read(_MOST_CARD_LETTERS).decode(errors="replace")
     except OSError:
         return None
     header = re.match(r"---\n(.*?)\n---", card, re.DOTALL)

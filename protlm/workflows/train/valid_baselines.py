@@ -23,6 +23,7 @@ def baseline_perplexities(training: Proteins, valid: Proteins, description: Mode
         valid: The valid split; its scored residues are those of every measurement during training.
         description: Of the model in training.
     """
+    assert description.residue_counts is not None  # a run counts its training split
     objective = description.objective.hiding_all()
     markov = fit_markov(training, valid, objective, EVALUATION_SEED)
     predictions = {
