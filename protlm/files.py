@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import io
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of the name of an incomplete file or folder; only a killed process leaves one behind."""
@@ -178,7 +179,7 @@ def _raise_unless_missing(_function: object, _path: str, failure: tuple[Any, Bas
         raise failure[1]
 
 
-def open_regular(path: str | Path, *, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(path: str | Path, *, max_bytes: int | None = None) -> io.BufferedReader:
     """Opens a file to read its bytes, if it is a regular file: neither a pipe, which waits, nor a device without end.
 
     Links are followed. The kind and the size are those of the opened file itself, so that nobody can exchange it in

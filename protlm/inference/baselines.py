@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from protlm.data.batching.batches import EvaluationRow, Objective, Proteins, evaluation_rows
+from protlm.data.storage.dataset import Dataset
 from protlm.errors import ShardError
 from protlm.inference.markov import MarkovCounts, MarkovModel, TwoSidedMarkovModel, largest_order
 from protlm.inference.scoring import empirical_log_probabilities
