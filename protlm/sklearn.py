@@ -30,7 +30,7 @@ class ProteinEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     pickled with the transformer.
 
     Args:
-        model: A model directory, a run of `protlm train`, or a model that `protlm.load_model` returned.
+        model: A path or name that `protlm.load_model` takes, or a model that it returned.
         kind: `mean` over the residues, or `cls`.
         layer: 0 is the embedding, -1 the last layer.
         tokens_per_batch: Budget of one forward pass; a longer protein has a pass of its own. None: a default for the

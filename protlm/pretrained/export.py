@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from protlm.config import ModelConfig
+from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
 from protlm.model.positions import rotary_frequencies
@@ -53,7 +53,7 @@ def export(model: Performer, description: ModelDescription, folder: Path) -> str
     _check(config)
     tensors = model.state_dict()
     if config.layer_norm == "pre":
-        name, content, named = "EsmForMaskedLM", _esm_config(config), _esm_tensors(config, tensors)
+        name, content, named = "EsmForMaskedLM", _esm_config(config, description), _esm_tensors(config, tensors)
         _write_esm_tokenizer(config, folder)
     else:
         vocabulary = config.tokens()
@@ -90,11 +90,15 @@ def _check(config: ModelConfig) -> None:
         )
 
 
-def _esm_config(config: ModelConfig) -> dict[str, Any]:
+def _esm_config(config: ModelConfig, description: ModelDescription) -> dict[str, Any]:
+    num_positions = config.max_positions
+    if config.positions == "rotary" and description.trained_residues is not None:
+        # No limit of the model: what it was trained on.
+        num_positions = description.trained_residues + SPECIAL_TOKENS_PER_SEGMENT
     return {
         "model_type": "esm", "vocab_size": VOCABULARY_SIZE, "mask_token_id": MASK, "pad_token_id": PAD,
         "cls_token_id": CLS, "eos_token_id": EOS, "position_embedding_type": _positions(config),
-        "max_position_embeddings": config.max_positions + PAD + 1, "emb_layer_norm_before": config.embedding_norm,
+        "max_position_embeddings": num_positions + PAD + 1, "emb_layer_norm_before": config.embedding_norm,
         "token_dropout": config.token_dropout, "attention_probs_dropout_prob": 0.0, **_sizes(config),
     }  # fmt: skip
 

@@ -34,6 +34,10 @@ def run(capsys, *words):
     return status, captured.out, captured.err
 
 
+def manifest(dataset):
+    return json.loads((dataset / "manifest.json").read_text())["splits"]
+
+
 @pytest.fixture
 def without_x(source):
     """The model with a vocabulary of 25 tokens, and no X among them."""
@@ -77,8 +81,8 @@ def test_eval_scores_a_model_beside_the_frequencies_of_the_dataset(without_x, da
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["model_name"] == "source"
     assert report["training_dataset_hash"] is None
-    counts = json.loads((dataset / "manifest.json").read_text())["splits"]
-    assert report["splits"]["test"]["num_lacked"] == sum(counts["test"]["residue_counts"][r] for r in "XBUZO")
+    counts = manifest(dataset)["test"]["residue_counts"]
+    assert report["splits"]["test"]["num_lacked"] == sum(counts[residue] for residue in "XBUZO")
     # Random weights know nothing; the frequencies of the training split do.
     assert report["empirical"]["perplexity"] < 20 < report["model"]["perplexity"]
     assert "training split, since those of" in (tmp_path / "report" / "report.html").read_text()
@@ -96,6 +100,8 @@ def test_training_goes_on_from_a_converted_model_with_its_settings(without_x, da
     assert load_config(out / CONFIG_NAME).model == before.config
     assert before.config.token_dropout
     assert (trained.step, trained.origin, description.step) == (2, None, None)
+    (longest,) = [split["length_quantiles"]["max"] for name, split in manifest(dataset).items() if name == "train"]
+    assert (trained.trained_residues, description.trained_residues) == (longest, 98)
     states = before.state_dict(), after.state_dict()
     moved = {name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])}
     assert moved

@@ -167,6 +167,7 @@ def _write_end(run_dir: Path, watch: Watch, seconds: float) -> None:
 def _describer(start: Start) -> Callable[[int], ModelDescription]:
     settings, sets = start.settings, start.sets
     is_concatenated = settings.data.mode == "concatenated"
+    longest = min(settings.data.window, int(sets.train.lengths.max()))
 
     def describe(step: int) -> ModelDescription:
         return ModelDescription(
@@ -181,6 +182,7 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
             step=step,
             residue_counts=sets.train.residue_counts,
             dataset_hash=sets.hash,
+            trained_residues=None if is_concatenated else longest,
         )
 
     return describe
