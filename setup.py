@@ -47,7 +47,7 @@ setup(
         Extension(
             "protlm.data.parsing._fasta_parser",
             sources=["protlm/data/parsing/fasta_parser.cpp"],
-            depends=["protlm/data/parsing/xxhash.h"],
+            depends=["protlm/data/parsing/judging.h", "protlm/data/parsing/xxhash.h"],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17"],
             optional=True,

@@ -55,8 +55,8 @@ class IllegalLetterError(ValueError):
 def clean(text: bytes) -> tuple[bytes, Counter[str]]:
     """Returns the residues of a sequence as a file writes it, and the repairs that were needed.
 
-    Lower case becomes upper, a trailing `*` is dropped, J becomes X, gaps (`-` `.`) and white space are removed. Remove
-    line ends first: they would count as white space.
+    Lower case becomes upper, a trailing `*` is dropped, and a trailing `.` if there is no other gap; J becomes X, gaps
+    (`-` `.`) and white space are removed. Remove line ends first: they would count as white space.
 
     Args:
         text: The sequence as ASCII bytes.
@@ -74,6 +74,9 @@ def clean(text: bytes) -> tuple[bytes, Counter[str]]:
     repairs["white_space"] = len(text) - len(residues)
     without_gaps = residues.translate(None, delete=_GAPS)
     repairs["gap"] = len(residues) - len(without_gaps)
+    # Some programs end a protein in a point where others write `*`.
+    if repairs["gap"] == 1 and residues.endswith(b".") and not without_gaps.endswith(b"*"):
+        repairs["gap"], repairs["trailing_stop"] = 0, 1
     upper = without_gaps.upper()
     repairs["lower_case"] = (
         sum(a != b for a, b in zip(without_gaps, upper, strict=True)) if upper != without_gaps else 0

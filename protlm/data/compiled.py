@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 _EXTENSION = "protlm.data.parsing._fasta_parser"
 # The same as in fasta_parser.cpp: after an update, the library of an earlier version may still be installed.
-_VERSION = 2
+_VERSION = 3
 
 Pointer = ctypes.c_void_p
 Integer = ctypes.c_int64

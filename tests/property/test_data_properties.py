@@ -15,6 +15,7 @@ from protlm.data.batching.batches import Objective, epoch_size, training_batch, 
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import MaskRates
 from protlm.data.embeddings.layouts import LAYOUTS, Contents
+from protlm.data.parsing import judging
 from protlm.data.parsing.fasta import ANNOTATION_IDS
 from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.records import Record
@@ -26,7 +27,9 @@ from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
 from tests.unit.data.batching.batch_cases import InMemory, evaluation_batches, joined_epoch, segments
 
-sequences = st.text(vocabulary.RESIDUES, min_size=1, max_size=40)
+sequences = st.text(vocabulary.RESIDUES, min_size=1, max_size=40).filter(
+    lambda letters: letters.encode() not in judging.PLACEHOLDERS
+)
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 # A header of these words is an annotation of an alignment and no protein.
 record_ids = words.filter(lambda word: word not in ANNOTATION_IDS)

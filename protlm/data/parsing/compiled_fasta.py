@@ -14,15 +14,22 @@ from protlm.data.parsing.record_table import RecordTable
 from protlm.data.records import MAX_RECORD_BYTES
 from protlm.data.strings import Strings
 
-REASONS = ("empty_id", "header_not_utf8", "oversized", "illegal_character", "empty_sequence")
+REASONS = (
+    "empty_id", "header_not_utf8", "oversized", "pir_record", "missing_line_end", "text_in_sequence",
+    "illegal_character", "empty_sequence",
+)  # fmt: skip
 """The reasons why a record cannot be used, in the order of `Reason` in C++; those of `fasta.parse_fasta`."""
-_NOT_UTF8 = REASONS.index("header_not_utf8")
+_NOT_UTF8 = (REASONS.index("header_not_utf8"), REASONS.index("missing_line_end"))
+_RULES = (*vocabulary.REPAIRS, "comment_line")
 
 
 class _Sizes(ctypes.Structure):
     """The C++ struct `FastaSizes`."""
 
-    _fields_ = [(name, Integer) for name in ("num_records", "header_bytes", "longest_record")]
+    _fields_ = [
+        (name, Integer)
+        for name in ("num_records", "header_bytes", "longest_record", "num_glued_headers", "glued_header_bytes")
+    ]
 
 
 class _Columns(ctypes.Structure):
@@ -34,7 +41,7 @@ class _Columns(ctypes.Structure):
             "digests", "id_digests", "cluster_size", "taxon_id", "lines", "bad_records",
             "bad_reasons", "bad_ids", "bad_id_offsets",
         )),
-        ("repairs", Integer * len(vocabulary.REPAIRS)),
+        ("repairs", Integer * len(_RULES)),
         ("num_records", Integer),
         ("num_bad_records", Integer),
     ]  # fmt: skip
@@ -43,6 +50,8 @@ class _Columns(ctypes.Structure):
 @dataclass(frozen=True, slots=True)
 class BadRecord:
     """The place of a record that cannot be used; `fasta.parse_fasta` gives the error.
+
+    One whose header stands inside the lines of another has the place of that one.
 
     Attributes:
         start: Its first byte in the text, the `>`.
@@ -69,7 +78,7 @@ class BadRecords(Sequence[BadRecord]):
     def __init__(self, rows: np.ndarray, reasons: np.ndarray, ids: Strings) -> None:
         self.lines = rows[:, 4]
         self.reasons = reasons
-        self.ids = _in_utf8(ids) if (reasons == _NOT_UTF8).any() else ids
+        self.ids = _in_utf8(ids) if np.isin(reasons, _NOT_UTF8).any() else ids
         self._rows = rows
 
     def __len__(self) -> int:
@@ -107,6 +116,8 @@ def parse_fasta(text: bytes) -> tuple[RecordTable, BadRecords]:
 def _room_for(sizes: _Sizes, num_bytes: int) -> dict[str, np.ndarray]:
     """Returns an array for each pointer of `_Columns`; pages that are never written take no memory."""
     records, header_bytes = sizes.num_records, sizes.header_bytes
+    # A header inside a line takes a second record with it.
+    bad_records, bad_bytes = records + sizes.num_glued_headers, header_bytes + sizes.glued_header_bytes
     return {
         "letters": np.empty(sizes.longest_record, dtype=np.uint8),
         "tokens": np.empty(num_bytes - header_bytes, dtype=np.uint8),
@@ -120,10 +131,10 @@ def _room_for(sizes: _Sizes, num_bytes: int) -> dict[str, np.ndarray]:
         "cluster_size": np.empty(records, dtype=np.int32),
         "taxon_id": np.empty(records, dtype=np.int32),
         "lines": np.empty(records, dtype=np.int64),
-        "bad_records": np.empty((records, 5), dtype=np.int64),
-        "bad_reasons": np.empty(records, dtype=np.uint8),
-        "bad_ids": np.empty(header_bytes, dtype=np.uint8),
-        "bad_id_offsets": np.empty(records + 1, dtype=np.int64),
+        "bad_records": np.empty((bad_records, 5), dtype=np.int64),
+        "bad_reasons": np.empty(bad_records, dtype=np.uint8),
+        "bad_ids": np.empty(bad_bytes, dtype=np.uint8),
+        "bad_id_offsets": np.empty(bad_records + 1, dtype=np.int64),
     }
 
 
@@ -146,5 +157,5 @@ def _table(arrays: dict[str, np.ndarray], columns: _Columns) -> RecordTable:
         cluster_size=arrays["cluster_size"][rows],
         taxon_id=arrays["taxon_id"][rows],
         lines=arrays["lines"][rows],
-        repairs={rule: count for rule, count in zip(vocabulary.REPAIRS, columns.repairs, strict=True) if count},
+        repairs={rule: count for rule, count in zip(_RULES, columns.repairs, strict=True) if count},
     )

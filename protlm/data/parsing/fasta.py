@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from protlm import vocabulary
+from protlm.data.parsing import judging
 from protlm.data.records import MAX_RECORD_BYTES, Record, shown
 from protlm.errors import RecordError
 
@@ -18,6 +19,10 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # Nine digits always fit the int32 columns; a longer number is neither a cluster size nor a taxon.
 _CLUSTER_SIZE = re.compile(rb"(?:^|\s)n=(\d{1,9})(?!\S)")
 _TAXON_ID = re.compile(rb"(?:^|\s)(?:TaxID|OX)=(\d{1,9})(?!\S)")
+# The codes of the kinds of sequences in PIR files, before the id.
+_PIR_ID = re.compile(rb"(?:[PF]1|D[LC]|R[LC]|N[13]|XX);")
+# Old FASTA has such lines between header and sequence.
+_COMMENT_LINE = re.compile(rb"^;.*", re.MULTILINE)
 _SHOWN_LETTERS = 60
 _BINARY_BYTES = 1024
 
@@ -54,6 +59,8 @@ def parse_fasta(path: str | Path, text: bytes, repairs: Counter[str]) -> Iterato
             yield _parse(path, record, line, repairs)
         except RecordError as error:
             yield error
+            if error.reason == "missing_line_end":
+                yield from _lost_with(path, record, line)
         line += 1 + record.count(b"\n")
 
 
@@ -71,6 +78,9 @@ def _parse(path: str | Path, text: bytes, line: int, repairs: Counter[str]) -> R
         raise RecordError(path, line, message, reason="header_not_utf8", record_id=name) from error
     if len(text) > MAX_RECORD_BYTES:
         raise too_long(path, line, name)
+    if _PIR_ID.match(words[0]):
+        message = f"record {shown(name)} is of the PIR format (NBRF), with a title as its first line; convert the file"
+        raise RecordError(path, line, message, reason="pir_record", record_id=name)
     residues, made = clean_body(path, name, body, line)
     repairs.update(made)
     cluster_size = taxon_id = None
@@ -90,18 +100,64 @@ def clean_body(path: str | Path, record_id: str, body: bytes, line: int) -> tupl
         line: Line of the header.
 
     Raises:
-        RecordError: An illegal character, with its line and column; no residue at all.
+        RecordError: Text, a header or an illegal character in it, with its line; no residue at all.
     """
+    num_comments = 0
+    if b";" in body:
+        body, num_comments = _COMMENT_LINE.subn(b"", body)
     try:
         residues, repairs = vocabulary.clean(body.replace(b"\n", b""))
     except vocabulary.IllegalLetterError as error:
+        _refuse_other(path, record_id, body, line)
         at, column = _place(body, error.offset)
         message = f"record {shown(record_id)}: illegal character {error.letter!r} in column {column}"
         raise RecordError(path, line + at, message, reason="illegal_character", record_id=record_id) from error
+    if repairs["lower_case"] or repairs["white_space"]:
+        _refuse_other(path, record_id, body, line)
     if not residues:
-        message = f"record {shown(record_id)} has no sequence"
+        got = "only a stop, and no sequence" if repairs["trailing_stop"] else "no sequence"
+        message = f"record {shown(record_id)} has {got}"
         raise RecordError(path, line, message, reason="empty_sequence", record_id=record_id)
-    return residues, repairs
+    if not repairs["trailing_stop"] and judging.is_placeholder(residues, repairs["gap"]):
+        at = next(number for number, text in enumerate(body.split(b"\n"), start=1) if text.strip())
+        raise _text_in_sequence(path, record_id, body, line, at)
+    repairs["comment_line"] = num_comments
+    return residues, +repairs
+
+
+def _refuse_other(path: str | Path, record_id: str, body: bytes, line: int) -> None:
+    """Raises the error of lines that are text, or that a header stands in."""
+    finding = judging.judge(body)
+    if finding is None:
+        return
+    if finding.kind == "text":
+        raise _text_in_sequence(path, record_id, body, line, finding.line)
+    _, glued_id = next(judging.glued_headers(body))
+    glued = shown(glued_id.decode("utf-8", "replace"))
+    message = (
+        f"record {shown(record_id)}: the header of {glued} stands inside its line: "
+        "a line end is missing before `>`, as where files were joined; put it in"
+    )
+    raise RecordError(path, line + finding.line, message, reason="missing_line_end", record_id=record_id)
+
+
+def _text_in_sequence(path: str | Path, record_id: str, body: bytes, line: int, at: int) -> RecordError:
+    lines = body.split(b"\n")
+    got = repr(lines[at - 1].strip()[:_SHOWN_LETTERS].decode("utf-8", "replace"))
+    if any(text.strip() for text in lines[: at - 1]) and not any(text.strip() for text in lines[at:]):
+        message = f"record {shown(record_id)} ends in the text {got}: the file is cut short; download it again"
+    else:
+        message = f"record {shown(record_id)}: expected residues, got the text {got}"
+    return RecordError(path, line + at, message, reason="text_in_sequence", record_id=record_id)
+
+
+def _lost_with(path: str | Path, text: bytes, line: int) -> Iterator[RecordError]:
+    """Yields the errors of the records whose headers stand inside the lines of another."""
+    _, _, body = text.partition(b"\n")
+    for at, name in judging.glued_headers(_COMMENT_LINE.sub(b"", body)):
+        record_id = name.decode("utf-8", "replace")
+        message = f"record {shown(record_id)} begins inside a line; a line end is missing before `>`"
+        yield RecordError(path, line + at, message, reason="missing_line_end", record_id=record_id)
 
 
 def too_long(path: str | Path, line: int, record_id: str) -> RecordError:

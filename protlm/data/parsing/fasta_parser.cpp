@@ -8,12 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "judging.h"
+
 #define XXH_INLINE_ALL
 #include "xxhash.h"  // 0.8.2 as released, which a test holds; its open remarks are those of its authors
 
 namespace {
 
-using Byte = std::uint8_t;
+using judging::Byte;
+using judging::find;
 
 // The kinds of bytes in a sequence; those that `clean` keeps come first, so that one comparison decides.
 enum Kind : Byte { kUpper, kUpperJ, kLower, kLowerJ, kStop, kGap, kSpace, kLineEnd, kIllegal, kNumKinds };
@@ -51,22 +54,10 @@ struct Tables {
 
 const Tables tables;
 
-// In the order of vocabulary.REPAIRS.
-enum Repair { kLowerCase, kTrailingStop, kJToX, kGapRemoved, kSpaceRemoved, kNumRepairs };
+// In the order of compiled_fasta._RULES.
+enum Repair { kLowerCase, kTrailingStop, kJToX, kGapRemoved, kSpaceRemoved, kCommentLine, kNumRepairs };
 
 inline bool is_space(Byte byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
-
-inline const Byte* find(const Byte* place, const Byte* end, int byte) {
-    const void* match = place < end ? std::memchr(place, byte, static_cast<std::size_t>(end - place)) : nullptr;
-    return match ? static_cast<const Byte*>(match) : end;
-}
-
-// Returns the next `>` that stands at the start of a line, or the end; `place` is the start of a line.
-inline const Byte* find_record(const Byte* place, const Byte* end) {
-    for (const Byte* start = place; (place = find(place, end, '>')) != end; ++place)
-        if (place == start || place[-1] == '\n') break;
-    return place;
-}
 
 struct Body {
     const Byte* letters;
@@ -110,6 +101,7 @@ inline bool encode(const Byte* letters, std::size_t num_letters, Byte* tokens) {
 
 // Cleans a body as vocabulary.clean does; returns the number of letters, or -1 for an illegal one.
 std::int64_t clean(const Byte* place, const Byte* end, Byte* letters, std::int64_t* repairs) {
+    const Byte* const start = place;
     std::int64_t counts[kNumKinds] = {};
     std::int64_t num_letters = 0;
     for (; place < end; ++place) {
@@ -120,12 +112,35 @@ std::int64_t clean(const Byte* place, const Byte* end, Byte* letters, std::int64
     }
     if (counts[kIllegal] != 0 || counts[kStop] > 1) return -1;
     if (counts[kStop] == 1 && letters[--num_letters] != '*') return -1;
+    if (counts[kStop] == 0 && counts[kGap] == 1 && *judging::last_filled(start, end) == '.') {
+        counts[kStop] = 1;
+        counts[kGap] = 0;
+    }
     repairs[kLowerCase] = counts[kLower] + counts[kLowerJ];
     repairs[kTrailingStop] = counts[kStop];
     repairs[kJToX] = counts[kUpperJ] + counts[kLowerJ];
     repairs[kGapRemoved] = counts[kGap];
     repairs[kSpaceRemoved] = counts[kSpace];
     return num_letters;
+}
+
+// Copies lines, of those that begin with `;` the line end alone; returns the number of these.
+std::int64_t blank_comment_lines(const Byte* place, const Byte* end, Byte* lines, const Byte** lines_end) {
+    std::int64_t num_comments = 0;
+    while (place < end) {
+        const Byte* line_end = find(place, end, '\n');
+        const Byte* next = line_end == end ? end : line_end + 1;
+        if (*place == ';') {
+            ++num_comments;
+            place = line_end;
+        }
+        const std::size_t size = static_cast<std::size_t>(next - place);
+        std::memcpy(lines, place, size);
+        lines += size;
+        place = next;
+    }
+    *lines_end = lines;
+    return num_comments;
 }
 
 // Returns the number of line ends before the first letter for which `clean` refuses a body.
@@ -206,7 +221,60 @@ bool is_utf8(const Byte* place, const Byte* end) {
 }
 
 // In the order of compiled_fasta.REASONS.
-enum Reason : Byte { kNoId, kNotUtf8, kOversized, kIllegalCharacter, kNoSequence, kGood };
+enum Reason : Byte {
+    kNoId, kNotUtf8, kOversized, kPir, kMissingLineEnd, kText, kIllegalCharacter, kNoSequence, kGood
+};
+
+// A cleaned sequence, or why there is none and on which line below its header, 0 for the header itself.
+struct Sequence {
+    const Byte* letters;
+    std::int64_t num_letters;
+    Reason reason;
+    std::int64_t fault_line;
+};
+
+// Cleans and encodes a body. The letters may be written to the same place as those of `body`.
+Sequence read_sequence(
+    const Body& body, const Byte* start, Byte* letters, Byte* tokens, std::int64_t* repairs
+) {
+    const Byte *place = start, *end = body.next;
+    std::int64_t num_letters = static_cast<std::int64_t>(body.num_letters);
+    const bool is_clean = encode(body.letters, body.num_letters, tokens);
+    if (!is_clean) {
+        if (find(place, end, ';') != end) {
+            repairs[kCommentLine] = blank_comment_lines(start, body.next, letters, &end);
+            place = letters;
+        }
+        // Not to the place of the lines, which are still to be judged.
+        num_letters = clean(place, end, tokens, repairs);
+        if (num_letters < 0 || repairs[kLowerCase] != 0 || repairs[kSpaceRemoved] != 0) {
+            const bool has_only_letters = num_letters >= 0 && repairs[kSpaceRemoved] == 0;
+            const judging::Finding finding = judging::judge(place, end, has_only_letters);
+            if (finding.kind == judging::Finding::kText) return {letters, 0, kText, finding.line};
+            if (finding.kind == judging::Finding::kHeader) return {letters, 0, kMissingLineEnd, finding.line};
+        }
+        if (num_letters < 0) return {letters, 0, kIllegalCharacter, 1 + line_ends_before_fault(place, end)};
+    }
+    if (num_letters == 0) return {letters, 0, kNoSequence, 0};
+    const std::size_t size = static_cast<std::size_t>(num_letters);
+    if (repairs[kTrailingStop] == 0 &&
+        judging::is_placeholder(is_clean ? body.letters : tokens, size, repairs[kGapRemoved])) {
+        judging::Lines lines{place, end};
+        lines.next();
+        return {letters, 0, kText, lines.number};
+    }
+    if (is_clean) return {body.letters, num_letters, kGood, 0};
+    std::memcpy(letters, tokens, size);
+    encode(letters, size, tokens);
+    return {letters, num_letters, kGood, 0};
+}
+
+// Returns whether an id begins with the code of a kind of sequence of PIR files.
+bool is_pir_id(const Byte* id, const Byte* end) {
+    if (end - id < 3 || id[2] != ';') return false;
+    const char code[] = {static_cast<char>(id[0]), static_cast<char>(id[1]), ' ', 0};
+    return std::strstr("P1 F1 DL DC RL RC N1 N3 XX ", code) != nullptr;
+}
 
 // Writes the xxh3-128 of a text, high half first.
 inline void write_digest(const Byte* text, std::size_t size, std::uint64_t* digest) {
@@ -220,10 +288,11 @@ inline void write_digest(const Byte* text, std::size_t size, std::uint64_t* dige
 extern "C" {
 
 // Raised whenever a function or a structure below changes, so that a library built from an older source is not used.
-std::int64_t protlm_fasta_version() { return 2; }
+std::int64_t protlm_fasta_version() { return 3; }
 
+// A header inside a line makes a second bad record of the one that it stands in.
 struct FastaSizes {
-    std::int64_t num_records, header_bytes, longest_record;
+    std::int64_t num_records, header_bytes, longest_record, num_glued_headers, glued_header_bytes;
 };
 
 // Room for every record of a text, which the caller has measured. Columns as in record_table.py; `bad_records` has
@@ -249,12 +318,44 @@ struct FastaColumns {
     std::int64_t num_records, num_bad_records;
 };
 
+static void add_bad_record(
+    FastaColumns& c, std::int64_t& num_bad, const std::int64_t (&bad)[5], Reason reason, const Byte* id, const Byte* id_end
+) {
+    const std::size_t size = static_cast<std::size_t>(id_end - id);
+    std::memcpy(c.bad_records + 5 * num_bad, bad, sizeof bad);
+    c.bad_reasons[num_bad] = reason;
+    std::memcpy(c.bad_ids + c.bad_id_offsets[num_bad], id, size);
+    c.bad_id_offsets[num_bad + 1] = c.bad_id_offsets[num_bad] + static_cast<std::int64_t>(size);
+    ++num_bad;
+}
+
+// Adds the records whose headers stand inside the lines of a bad record.
+static void add_glued_records(
+    FastaColumns& c, std::int64_t& num_bad, const std::int64_t (&bad)[5], const Byte* body_start, const Byte* body_end
+) {
+    for (judging::Lines lines{body_start, body_end}; lines.next();) {
+        const Byte* mark = *lines.line.start == ';' ? nullptr : judging::header_in(lines.line);
+        if (mark == nullptr) continue;
+        const Byte* id_end = mark + 1;
+        while (id_end < lines.line.end && !judging::is_blank(*id_end)) ++id_end;
+        const std::int64_t glued[5] = {bad[0], bad[1], bad[2], bad[3], bad[2] + lines.number};
+        add_bad_record(c, num_bad, glued, kMissingLineEnd, mark + 1, id_end);
+    }
+}
+
 void protlm_measure_fasta(const Byte* text, std::int64_t size, FastaSizes* sizes) {
     const Byte* end = text + size;
-    *sizes = FastaSizes{0, 0, 0};
+    *sizes = FastaSizes{0, 0, 0, 0, 0};
     for (const Byte* start = text; start < end;) {
         const Byte* header_end = find(start, end, '\n');
-        const Byte* next = find_record(header_end == end ? end : header_end + 1, end);
+        const Byte* next = header_end == end ? end : header_end + 1;
+        for (const Byte* body = next; (next = find(next, end, '>')) != end;) {
+            if (next == body || next[-1] == '\n') break;
+            const Byte* line_end = find(next, end, '\n');
+            ++sizes->num_glued_headers;
+            sizes->glued_header_bytes += line_end - next;
+            next = line_end;
+        }
         ++sizes->num_records;
         sizes->header_bytes += header_end - start;
         if (next - start > sizes->longest_record) sizes->longest_record = next - start;
@@ -273,35 +374,29 @@ void protlm_parse_fasta(const Byte* text, std::int64_t size, std::int64_t max_re
         const Header header(start + 1, header_end);
         const Body body = join_lines(body_start, end, c.letters);
 
-        const Byte* letters = body.letters;
-        std::int64_t num_letters = static_cast<std::int64_t>(body.num_letters);
         Byte* tokens = c.tokens + c.offsets[n];
         std::int64_t repairs[kNumRepairs] = {};
-        if (!encode(letters, body.num_letters, tokens)) {
-            letters = c.letters;
-            num_letters = clean(body_start, body.next, c.letters, repairs);
-            if (num_letters > 0) encode(letters, static_cast<std::size_t>(num_letters), tokens);
-        }
+        const Sequence sequence = read_sequence(body, body_start, c.letters, tokens, repairs);
+        const Byte* letters = sequence.letters;
+        const std::int64_t num_letters = sequence.num_letters;
 
         // A record ends before the line end that comes before the next one.
         const Byte* record_end = body.next == end ? end : body.next - 1;
-        const std::size_t id_size = static_cast<std::size_t>(header.id_end - header.id);
         const Reason reason = header.id == header.id_end                       ? kNoId
                               : !is_utf8(header.id, header.description_end)    ? kNotUtf8
                               : record_end - start - 1 > max_record_bytes      ? kOversized
-                              : num_letters < 0                                ? kIllegalCharacter
-                              : num_letters == 0                               ? kNoSequence
+                              : is_pir_id(header.id, header.id_end)            ? kPir
+                              : sequence.reason != kGood                       ? sequence.reason
                                                                                : kGood;
         if (reason != kGood) {
-            const bool is_in_body = reason == kIllegalCharacter;
-            const std::int64_t fault = is_in_body ? line + 1 + line_ends_before_fault(body_start, body.next) : line;
-            const std::int64_t bad[5] = {start - text, record_end - text, line, n, fault};
-            std::memcpy(c.bad_records + 5 * num_bad, bad, sizeof bad);
-            c.bad_reasons[num_bad] = reason;
-            std::memcpy(c.bad_ids + c.bad_id_offsets[num_bad], header.id, id_size);
-            c.bad_id_offsets[num_bad + 1] = c.bad_id_offsets[num_bad] + static_cast<std::int64_t>(id_size);
-            ++num_bad;
+            const bool is_in_body = reason == sequence.reason;
+            const std::int64_t bad[5] = {
+                start - text, record_end - text, line, n, is_in_body ? line + sequence.fault_line : line
+            };
+            add_bad_record(c, num_bad, bad, reason, header.id, header.id_end);
+            if (reason == kMissingLineEnd) add_glued_records(c, num_bad, bad, body_start, body.next);
         } else {
+            const std::size_t id_size = static_cast<std::size_t>(header.id_end - header.id);
             const std::size_t description_size = static_cast<std::size_t>(header.description_end - header.description);
             write_digest(letters, static_cast<std::size_t>(num_letters), c.digests + 2 * n);
             write_digest(header.id, id_size, c.id_digests + 2 * n);

@@ -152,7 +152,7 @@ def _parse_compiled(path: str | Path, above: bytes, text: bytes) -> ParsedPiece:
     if bad_records:
         # Only the first needs words: all of them may be bad, and each shall cost no more than a good one.
         first = bad_records[0]
-        (error,) = fasta.parse_fasta(path, text[first.start : first.end], Counter())
+        error = next(fasta.parse_fasta(path, text[first.start : first.end], Counter()))
         assert isinstance(error, RecordError)
         lines = bad_records.lines + num_above
         reasons, names = bad_records.reasons, compiled_fasta.REASONS
