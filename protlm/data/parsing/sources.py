@@ -1,9 +1,7 @@
 """Inputs as plain text: hides files, folders, patterns and the standard input, and how the bytes are compressed."""
 
-import bz2
 import glob
 import hashlib
-import lzma
 import os
 import re
 import stat
@@ -11,34 +9,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol
-
-from isal import igzip_lib
+from typing import Any, BinaryIO, ClassVar
 
 from protlm import files
+from protlm.data.parsing.compression import compression_of, decompressed, gathered
 from protlm.data.parsing.uniref_xml import UNIREF_ROOTS
 from protlm.data.parsing.xml_text import root_name
 from protlm.data.records import TextFormat
 from protlm.errors import ProtlmError
 from protlm.runtime.progress import Advance, no_advance
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 STDIN = "-"
 """The input that stands for the standard input."""
 
-_BLOCK_BYTES = 4 << 20
-_LEAST_BLOCK_BYTES = 1 << 16
 # Enough for every mark below; that of a tar archive comes last.
 _MAGIC_BYTES = 512
 _HEAD_BYTES = 1 << 16
-# The dictionaries of xz files have up to 64 MiB unless someone asked for more.
-_XZ_MEMORY_BYTES = 256 << 20
 
 # A FASTA file may begin with blank lines and, as A3M, with comments.
 _FASTA_START = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*>")
@@ -50,47 +37,6 @@ _UNREADABLE_KINDS = (
     (re.compile(rb"\x1f\x9d"), "a file of the old `compress` program; unpack it first"),
     (re.compile(rb"\x04\x22\x4d\x18"), "an lz4 file; unpack it first"),
 )
-
-
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def needs_input(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Compression:
-    """One kind of compression: how it is recognised and unpacked, and whether zeros may follow its last member."""
-
-    name: str
-    magic: re.Pattern[bytes]
-    new: Callable[[], Any]
-    error: tuple[type[Exception], ...]
-    padding: bool
-
-
-_COMPRESSIONS = (
-    _Compression(
-        "gzip", re.compile(rb"\x1f\x8b"), partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP),
-        # The stub of isal declares its error as an instance.
-        (igzip_lib.IsalError, ValueError), padding=True,  # type: ignore[arg-type]
-    ),
-    _Compression("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, (OSError, ValueError), padding=False),
-    _Compression(
-        "xz", re.compile(rb"\xfd7zXZ\x00"),
-        partial(lzma.LZMADecompressor, format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES),
-        (lzma.LZMAError, ValueError), padding=True,
-    ),
-    # The second mark is that of a skippable frame, which some programs write first.
-    _Compression(
-        "zstd", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), zstd.ZstdDecompressor,
-        (zstd.ZstdError, ValueError), padding=False,
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,18 +103,18 @@ class SourceBlocks:
         first = _beginning(raw_blocks)
         if message := _unreadable_kind(first):
             raise ProtlmError(f"{self._path}: {message}")
-        compression = _compression_of(first)
+        compression = compression_of(first)
         if compression is None:
             self.is_plain = not is_pipe
             if first:
                 yield first
             yield from raw_blocks
             return
-        blocks = _gathered(_decompressed(self._path, compression, _small_blocks(first, raw_blocks, self.feed_bytes)))
+        blocks = gathered(decompressed(self._path, compression, _small_blocks(first, raw_blocks, self.feed_bytes)))
         first = _beginning(blocks)
         if message := _unreadable_kind(first):
             raise ProtlmError(f"{self._path}: {compression.name} data that hold {message}")
-        if inner := _compression_of(first):
+        if inner := compression_of(first):
             raise ProtlmError(f"{self._path}: {inner.name} data inside {compression.name} data; unpack the file once")
         if first:
             yield first
@@ -262,7 +208,7 @@ def is_protein_file(path: str | Path) -> bool:
         raise _unreadable(path, error) from error
     if _unreadable_kind(raw):
         return False
-    compression = _compression_of(raw)
+    compression = compression_of(raw)
     head = raw
     if compression is not None:
         try:
@@ -329,10 +275,6 @@ def _unreadable(path: str | Path, error: OSError) -> ProtlmError:
     return ProtlmError(f"{path}: {reason}")
 
 
-def _compression_of(beginning: bytes) -> _Compression | None:
-    return next((kind for kind in _COMPRESSIONS if kind.magic.match(beginning)), None)
-
-
 def _unreadable_kind(beginning: bytes) -> str | None:
     return next((message for magic, message in _UNREADABLE_KINDS if magic.match(beginning)), None)
 
@@ -345,53 +287,9 @@ def _beginning(blocks: Iterator[bytes]) -> bytes:
     return first
 
 
-def _decompressed(path: str | Path, compression: _Compression, feed: Iterator[bytes]) -> Iterator[bytes]:
-    member: _Decompressor = compression.new()
-    data = next(feed, b"")
-    while True:
-        try:
-            # Bounded, because a small file may expand to terabytes.
-            block = member.decompress(data, _BLOCK_BYTES)
-        except compression.error as error:
-            raise _damaged(path, compression.name, error) from error
-        data = b""
-        if block:
-            yield block
-        if member.eof:
-            # Another member may follow, as in files joined with cat.
-            data = member.unused_data
-            while not (data := data.lstrip(b"\0") if compression.padding else data):
-                if not (data := next(feed, b"")):
-                    return
-            member = compression.new()
-        elif member.needs_input and not (data := next(feed, b"")):
-            raise ProtlmError(f"{path}: the {compression.name} data end too early; copy or download the file again")
-
-
-def _gathered(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields the same bytes in blocks that are not small, because a file may consist of members of one byte."""
-    held: list[bytes] = []
-    num_bytes = 0
-    for block in blocks:
-        held.append(block)
-        num_bytes += len(block)
-        if num_bytes >= _LEAST_BLOCK_BYTES:
-            yield b"".join(held)
-            held, num_bytes = [], 0
-    if held:
-        yield b"".join(held)
-
-
 def _small_blocks(first: bytes, raw_blocks: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
     block = first
     while block:
         for start in range(0, len(block), num_bytes):
             yield block[start : start + num_bytes]
         block = next(raw_blocks, b"")
-
-
-def _damaged(path: str | Path, name: str, error: Exception) -> ProtlmError:
-    reason = " ".join(str(error).split())
-    if "emory" in reason:
-        return ProtlmError(f"{path}: {name} data that need too much memory ({reason}); unpack the file yourself")
-    return ProtlmError(f"{path}: damaged {name} data ({reason}); copy or download the file again")

@@ -8,11 +8,11 @@ import pytest
 
 from protlm.data import numbered_ids
 from protlm.data.labels import rows
-from protlm.data.parsing import fasta, flatfile, reader, sources, xml_text
+from protlm.data.parsing import compression, fasta, flatfile, judging, reader, sources, xml_text
 from tests.unit.data.parsing.entry_cases import ENTRY, parse
 from tests.unit.data.parsing.regex_steps import Steps, TooManyStepsError
 
-MODULES = (fasta, flatfile, reader, sources, xml_text, rows, numbered_ids)
+MODULES = (fasta, flatfile, judging, reader, sources, xml_text, rows, numbered_ids)
 SIZES = (60, 240)
 MOST_GROWTH = 5.0
 """Four times the text: about four times the steps are linear, sixteen times quadratic."""
@@ -23,15 +23,34 @@ def patterns_of(module: ModuleType) -> dict[str, re.Pattern]:
         f"{module.__name__}.{name}": value for name, value in vars(module).items() if isinstance(value, re.Pattern)
     }
     if module is sources:
-        found |= {f"magic of {kind.name}": kind.magic for kind in sources._COMPRESSIONS}
+        found |= {f"magic of {kind.name}": kind.magic for kind in compression.COMPRESSIONS}
         found |= {f"unreadable {number}": magic for number, (magic, _) in enumerate(sources._UNREADABLE_KINDS)}
     return found
 
 
 PATTERNS = {name: pattern for module in MODULES for name, pattern in patterns_of(module).items()}
 # What the code asks of each pattern; all others are searched for.
-MATCHED = ("_FASTA_START", "_PROLOG_NODE", "_ROOT", "_ENCODING", "_ABOVE_ROWS", "magic", "unreadable")
-FULLY_MATCHED = ("_NUMBER", "_TAXON_ID", "_CD_HIT_MEMBER", "_NUMBERED_ID")
+MATCHED = (
+    "_FASTA_START",
+    "_PROLOG_NODE",
+    "_ROOT",
+    "_ENCODING",
+    "_ABOVE_ROWS",
+    "_MARKUP",
+    "_PIR_ID",
+    "magic",
+    "unreadable",
+)
+FULLY_MATCHED = (
+    "_NUMBER",
+    "_WORD",
+    "_PROPER_NAME",
+    "_TITLE",
+    "_ALL_OF_A_SEQUENCE",
+    "_TAXON_ID",
+    "_CD_HIT_MEMBER",
+    "_NUMBERED_ID",
+)
 # What may stand once before the rest of an attack.
 OPENINGS = {"_ENCODING": "<?xml ", "_CD_HIT_MEMBER": "0\t0aa, >", "_ROOT": "<!DOCTYPE"}
 

@@ -126,9 +126,25 @@ def test_flipped_bytes_never_change_the_text_in_silence(write, kind):
 
 
 @pytest.mark.parametrize("kind", PACK)
-def test_rubbish_after_the_last_member_is_an_error(write, kind):
-    path = write(PACK[kind](FASTA) + b"rubbish that follows")
-    assert f"damaged {kind} data" in fault(unpacked, path)
+@pytest.mark.parametrize("following", [b"rubbish that follows", b"\n>c\nMKV\n", b"<html>", b"x", b"\n\n\nx"])
+@pytest.mark.usefixtures("block_bytes")
+def test_bytes_after_the_last_member_are_told_as_that(write, kind, following):
+    message = fault(unpacked, write(PACK[kind](FASTA) + following))
+    assert f"bytes after the end of the {kind} data, which begin '{following.strip()[:1].decode()}" in message
+
+
+@pytest.mark.parametrize("kind", PACK)
+@pytest.mark.parametrize("following", [b"\n", b"\r\n", b"\n\n"])
+@pytest.mark.usefixtures("block_bytes")
+def test_line_ends_after_the_last_member_are_nothing(write, kind, following):
+    assert unpacked(write(PACK[kind](FASTA) + following)) == FASTA
+
+
+@pytest.mark.parametrize("kind", PACK)
+@pytest.mark.parametrize("kept", [1, 2, 5])
+@pytest.mark.usefixtures("block_bytes")
+def test_a_second_member_of_which_only_the_beginning_is_left_is_an_error(write, kind, kept):
+    assert f"{kind} data" in fault(unpacked, write(PACK[kind](FASTA) + PACK[kind](FASTA)[:kept]))
 
 
 @pytest.mark.parametrize("kind", ["bzip2", "zstd"])
