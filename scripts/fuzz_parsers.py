@@ -24,6 +24,7 @@ with atheris.instrument_imports(include=["protlm"]):
     from protlm import vocabulary
     from protlm.data import compiled
     from protlm.data.parsing import compiled_fasta, fasta, reader, text_pieces
+    from protlm.data.parsing.marks import without_marks
     from protlm.data.parsing.record_table import RecordTable, table_of
     from protlm.errors import ProtlmError, RecordError
 
@@ -47,7 +48,7 @@ def try_one(data: bytes) -> None:
             parsed = reader.parse_piece("fuzz", piece)
             check(parsed.table)
             assert all(1 <= line <= parsed.num_lines + 1 for line in parsed.faults.lines)
-    text = reader.with_plain_line_ends(data)
+    text = without_marks(data, Counter())
     if text.startswith(b">") and compiled.is_available() and is_utf8(text):
         compare(text)
 

@@ -162,8 +162,8 @@ def embed_command(
     if report is None:
         # Only the first process of a run prints.
         return
-    for path in report.left_out:
-        output.warn(f"{path}: no protein file; left out")
+    for file in report.left_out:
+        output.warn(f"{file}; no protein file, left out")
     if report.rejects:
         output.warn("skipped " + ", ".join(f"{count} records ({reason})" for reason, count in report.rejects.items()))
     if isinstance(report, EmbedEstimate):

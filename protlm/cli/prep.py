@@ -203,8 +203,8 @@ def _print(report: "PrepReport | PartReport | PrepEstimate", as_json: bool) -> N
 def _print_dataset(report: "PrepReport", as_json: bool) -> None:
     from protlm.cli.dataset_summary import print_summary, warn_about
 
-    for path in report.left_out:
-        output.warn(f"{path}: no protein file; left out")
+    for file in report.left_out:
+        output.warn(f"{file}; no protein file, left out")
     if report.num_unclustered:
         output.warn(f"{report.num_unclustered:,} records are in no cluster; each was drawn for itself")
     warn_about(report.manifest)
@@ -228,8 +228,8 @@ def _print_part(report: "PartReport", as_json: bool) -> None:
 
 
 def _print_estimate(estimate: "PrepEstimate", as_json: bool) -> None:
-    for path in estimate.left_out:
-        output.warn(f"{path}: no protein file; would be left out")
+    for file in estimate.left_out:
+        output.warn(f"{file}; no protein file, would be left out")
     pairs = [
         ("files", f"{estimate.files:,}"),
         ("input bytes", f"{estimate.input_bytes:,}"),

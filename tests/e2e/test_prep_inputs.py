@@ -136,7 +136,7 @@ def test_folders_and_patterns_stand_for_their_protein_files_in_order(tmp_path, c
         arguments = ["prep", str(given), "--out", str(tmp_path / "out"), "--force", "--valid-fraction", "0"]
         if given == folder:
             assert main([*arguments, "--test-fraction", "0"]) == 0
-            assert "README: no protein file; left out" in capsys.readouterr().err
+            assert "README: text that begins with 'hello'; no protein file, left out" in capsys.readouterr().err
             assert ids(tmp_path / "out", "train") == ["a", "b"]
         else:
             assert "README:1: expected FASTA" in error_line(capsys, *arguments)

@@ -1,5 +1,6 @@
 """Records of FASTA and A3M files, parsed one at a time in plain Python: the reference for the compiled parser."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ ANNOTATION_IDS = frozenset(("ss_pred", "ss_conf", "ss_dssp", "sa_pred", "sa_dssp
 """Ids of A3M rows that hold no protein but secondary structure and the like, as HH-suite writes them."""
 
 _A3M_MARK = b"#A3M#"
-_UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # Nine digits always fit the int32 columns; a longer number is neither a cluster size nor a taxon.
 _CLUSTER_SIZE = re.compile(rb"(?:^|\s)n=(\d{1,9})(?!\S)")
 _TAXON_ID = re.compile(rb"(?:^|\s)(?:TaxID|OX)=(\d{1,9})(?!\S)")
+# ColabFold's first line: the lengths and the numbers of the chains.
+_SEVERAL_CHAINS = re.compile(rb"#[0-9]+(?:,[0-9]+)+\t[0-9]")
 # The codes of the kinds of sequences in PIR files, before the id.
 _PIR_ID = re.compile(rb"(?:[PF]1|D[LC]|R[LC]|N[13]|XX);")
 # Old FASTA has such lines between header and sequence.
@@ -34,6 +36,20 @@ def is_a3m(head: bytes) -> bool:
     start = head.find(b">")
     words = head[start + 1 : start + 1 + 64].split(None, 1) if start >= 0 else []
     return bool(words) and words[0].decode("ascii", "replace") in ANNOTATION_IDS
+
+
+def refused_kind(head: bytes) -> str | None:
+    """Returns which relative of FASTA, which would be misread, a file is by its first lines; None for FASTA."""
+    if _SEVERAL_CHAINS.match(head):
+        return "an A3M file of several chains (ColabFold), each row of which joins several proteins; cut them apart"
+    headers = list(itertools.islice((line.split() for line in head.splitlines() if line.strip()), 2))
+    names = [words[0] for words in headers if words[0].startswith(b">") and len(words[0]) > 1]
+    if len(names) == 2 and names[0] == names[1]:
+        return (
+            "MMseqs2's FASTA of clusters (`_all_seqs.fasta`), where a header without a sequence opens each cluster; "
+            "give the proteins that were clustered, and the file `_cluster.tsv` as --clusters"
+        )
+    return None
 
 
 def split_head(text: bytes) -> tuple[bytes, bytes]:
@@ -167,22 +183,28 @@ def too_long(path: str | Path, line: int, record_id: str) -> RecordError:
     return RecordError(path, line, message, reason="oversized", record_id=record_id)
 
 
-def fault_above(path: str | Path, above: bytes) -> RecordError | None:
-    """Returns the error of the text above the first header; None if all its lines are blank or begin with `#`."""
+def fault_above(path: str | Path, above: bytes, repairs: Counter[str]) -> RecordError | None:
+    """Returns the error of the text above the first header; None if its lines are blank or begin with `#` or `;`.
+
+    Args:
+        path: The file, for messages.
+        above: The text.
+        repairs: Its comment lines of old FASTA are added to it.
+    """
+    if comments := _COMMENT_LINE.findall(above):
+        repairs["comment_line"] += len(comments)
     lines = above.split(b"\n")
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or (line.startswith(b"#") and not line.startswith(_UTF8_MARK)):
+        if not line.strip() or line.startswith((b"#", b";")):
             continue
-        if line.startswith(_UTF8_MARK):
-            message, reason = "a UTF-8 byte order mark: save the file without", "byte_order_mark"
-        elif line.startswith(_UTF16_MARKS):
-            message, reason = "UTF-16 text: save the file as plain text", "text_above_first_header"
+        reason = "text_above_first_header"
+        if line.startswith(_UTF16_MARKS):
+            message = "UTF-16 text: save the file as plain text"
         elif b"\0" in above[:_BINARY_BYTES]:
-            message, reason = "a binary file; expected FASTA, a line that starts with `>`", "text_above_first_header"
+            message = "a binary file; expected FASTA, a line that starts with `>`"
         else:
             beginning = line[:_SHOWN_LETTERS].decode("ascii", "replace")
             message = f"expected FASTA, a line that starts with `>`, got {beginning!r}"
-            reason = "text_above_first_header"
         return RecordError(path, number, message, reason=reason)
     return None
 

@@ -9,7 +9,7 @@ from protlm.errors import RecordError
 
 ANNOTATION = "alignment_annotation"
 """The reason given for rows of an alignment that hold no protein; they are counted but are no fault."""
-_NOT_ENTRIES = ("text_above_first_header", "byte_order_mark")
+_NOT_ENTRY = "text_above_first_header"
 
 
 class Faults:
@@ -78,7 +78,7 @@ class Faults:
     @property
     def num_entries(self) -> int:
         """Number of faults that are records, and not text above the first one."""
-        return sum(count for reason, count in self.counts.items() if reason not in _NOT_ENTRIES)
+        return sum(count for reason, count in self.counts.items() if reason != _NOT_ENTRY)
 
     def _note_first(self, error: RecordError) -> None:
         if self.first is None and error.reason != ANNOTATION:
@@ -92,4 +92,4 @@ class Faults:
 
 def is_entry(error: RecordError) -> bool:
     """Returns whether a fault is a record, and not text above the first one."""
-    return error.reason not in _NOT_ENTRIES
+    return error.reason != _NOT_ENTRY

@@ -11,6 +11,7 @@ from typing import get_args
 from protlm.data import compiled
 from protlm.data.parsing import compiled_fasta, fasta, flatfile, uniprot_xml, uniref_xml
 from protlm.data.parsing.faults import ANNOTATION, Faults, is_entry
+from protlm.data.parsing.marks import without_marks
 from protlm.data.parsing.record_table import RecordTable, table_of
 from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.parsing.text_pieces import TextPiece, cut_into_pieces
@@ -91,7 +92,7 @@ class RecordReader:
         source = SourceBlocks(path, advance=self._advance)
         num_lines = num_entries = 0
         for piece in cut_into_pieces(path, source, piece_bytes=_READ_PIECE_BYTES):
-            text = with_plain_line_ends(piece.text)
+            text = without_marks(piece.text, self.repairs)
             for record in records_in(path, piece, text, self.repairs):
                 if isinstance(record, RecordError):
                     num_entries += is_entry(record)
@@ -127,12 +128,12 @@ def read_records(*paths: str | Path, on_bad_record: OnBadRecord = "error") -> It
 
 def parse_piece(path: str | Path, piece: TextPiece) -> ParsedPiece:
     """Returns a piece of text as columns: FASTA by the compiled parser where it was built, other formats in Python."""
-    text = with_plain_line_ends(piece.text)
+    repairs: Counter[str] = Counter()
+    text = without_marks(piece.text, repairs)
     if piece.format == "fasta" and not piece.oversized_lines and compiled.is_available():
         above, rest = fasta.split_head(text)
         if rest:
-            return _parse_compiled(path, above, rest)
-    repairs: Counter[str] = Counter()
+            return _parse_compiled(path, above, rest, repairs)
     records: list[Record] = []
     faults = Faults()
     for record in records_in(path, piece, text, repairs):
@@ -140,14 +141,14 @@ def parse_piece(path: str | Path, piece: TextPiece) -> ParsedPiece:
             faults.add(record)
         else:
             records.append(record)
-    return ParsedPiece(table_of(records, repairs), faults, count_lines(piece, text))
+    return ParsedPiece(table_of(records, +repairs), faults, count_lines(piece, text))
 
 
-def _parse_compiled(path: str | Path, above: bytes, text: bytes) -> ParsedPiece:
+def _parse_compiled(path: str | Path, above: bytes, text: bytes, repairs: Counter[str]) -> ParsedPiece:
     table, bad_records = compiled_fasta.parse_fasta(text)
     num_above = above.count(b"\n")
     faults = Faults()
-    if (fault := fasta.fault_above(path, above)) is not None:
+    if (fault := fasta.fault_above(path, above, repairs)) is not None:
         faults.add(fault)
     if bad_records:
         # Only the first needs words: all of them may be bad, and each shall cost no more than a good one.
@@ -161,6 +162,7 @@ def _parse_compiled(path: str | Path, above: bytes, text: bytes) -> ParsedPiece:
     last_line = max(table.lines[-1] if len(table) else 0, bad_records[-1].line if bad_records else 0)
     num_lines = num_above + int(last_line) - 1 + text.count(b"\n", text.rfind(b"\n>") + 1)
     table.lines[:] += num_above
+    table = dataclasses.replace(table, repairs=dict(+(repairs + Counter(table.repairs))))
     return ParsedPiece(table, faults, num_lines)
 
 
@@ -194,7 +196,7 @@ def records_in(
 
 def _fasta_records(path: str | Path, text: bytes, repairs: Counter[str]) -> Iterator[Record | RecordError]:
     above, rest = fasta.split_head(text)
-    if (fault := fasta.fault_above(path, above)) is not None:
+    if (fault := fasta.fault_above(path, above, repairs)) is not None:
         yield fault
     num_above = above.count(b"\n")
     if rest:
@@ -262,11 +264,6 @@ def no_records(path: str | Path, num_lines: int) -> RecordError:
 def count_lines(piece: TextPiece, text: bytes) -> int:
     r"""Returns the number of line ends of a piece; `text` is its text with `\n` line ends."""
     return piece.oversized_lines or text.count(b"\n")
-
-
-def with_plain_line_ends(text: bytes) -> bytes:
-    """Returns a text with CRLF and CR turned into LF."""
-    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
 
 def _moved_record(record: Record, num_lines: int) -> Record:

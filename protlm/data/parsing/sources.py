@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from protlm import files
 from protlm.data.parsing.compression import compression_of, decompressed, gathered
+from protlm.data.parsing.marks import BYTE_ORDER_MARK
 from protlm.data.parsing.uniref_xml import UNIREF_ROOTS
 from protlm.data.parsing.xml_text import root_name
 from protlm.data.records import TextFormat
@@ -27,9 +28,20 @@ STDIN = "-"
 _MAGIC_BYTES = 512
 _HEAD_BYTES = 1 << 16
 
-# A FASTA file may begin with blank lines and, as A3M, with comments.
-_FASTA_START = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*>")
+# A FASTA file may begin with blank lines and, as A3M and old FASTA, with comments.
+_FASTA_START = re.compile(rb"(?:\s|[#;][^\r\n]*[\r\n])*>")
+_FASTA_RECORD = re.compile(rb"[\r\n]>[^\r\n]+[\r\n]+[A-Za-z]{3}")
+_FASTA_NAME = re.compile(r"\.(?:fasta|fas|fa|faa|fsa|a3m|a2m)(?:\.[a-z0-9]+)?", re.IGNORECASE)
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_SHOWN_BYTES = 30
 _UNREADABLE_KINDS = (
+    (
+        re.compile(rb"(?s)PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|xl/|word/|mimetypeapplication/vnd\.oasis)"),
+        "a spreadsheet or another Office file (.xlsx, .docx, .ods); write its sequences as FASTA",
+    ),
+    (re.compile(rb"\xd0\xcf\x11\xe0"), "an old Office file (.xls, .doc); write its sequences as FASTA"),
+    (re.compile(rb"%PDF-"), "a PDF document; write its sequences as FASTA"),
+    (re.compile(rb"\{\\rtf"), "a text with formatting (.rtf); save it as plain text"),
     (re.compile(rb"PK(?:\x03\x04|\x05\x06|\x07\x08)"), "a zip archive; unpack it and name the files that were in it"),
     (re.compile(rb"7z\xbc\xaf\x27\x1c"), "a 7z archive; unpack it and name the files that were in it"),
     (re.compile(rb"(?s).{257}ustar"), "a tar archive; unpack it and name the files that were in it"),
@@ -45,7 +57,7 @@ class Expanded:
 
     Attributes:
         paths: The files to read, in order; `STDIN` stays as it is.
-        left_out: Files and folders in a named folder that are no protein files.
+        left_out: Files and folders in a named folder that are no protein files, each with the reason.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -173,8 +185,11 @@ def _expand_folder(folder: str, expanded: Expanded) -> None:
         raise ProtlmError(f"{folder}: an empty folder; expected protein files in it")
     num_before = len(expanded.paths)
     for path in (os.path.join(folder, name) for name in names):
-        is_taken = stat.S_ISREG(_mode(path)) and is_protein_file(path)
-        (expanded.paths if is_taken else expanded.left_out).append(path)
+        reason = _reason_to_leave_out(path, _mode(path))
+        if reason is None:
+            expanded.paths.append(path)
+        else:
+            expanded.left_out.append(f"{path}: {reason}")
     if len(expanded.paths) == num_before:
         raise ProtlmError(f"{folder}: a folder without protein files; expected FASTA, UniProtKB or UniRef files in it")
 
@@ -193,6 +208,16 @@ def _mode(path: str) -> int:
         raise _unreadable(path, error) from error
 
 
+def _reason_to_leave_out(path: str, mode: int) -> str | None:
+    """Returns why an entry of a folder is not read; None if it is, be it only for the error that reading it gives."""
+    if not stat.S_ISREG(mode):
+        return "a folder in a folder" if stat.S_ISDIR(mode) else "no file"
+    reason, head = _judge(path)
+    if reason is None or _FASTA_NAME.fullmatch("".join(Path(path).suffixes[-2:])) or _FASTA_RECORD.search(head):
+        return None
+    return reason
+
+
 def is_protein_file(path: str | Path) -> bool:
     """Returns whether a file begins like one of the formats that protlm reads.
 
@@ -201,25 +226,37 @@ def is_protein_file(path: str | Path) -> bool:
     Raises:
         ProtlmError: The file cannot be opened.
     """
+    return _judge(path)[0] is None
+
+
+def _judge(path: str | Path) -> tuple[str | None, bytes]:
+    """Returns why a file is none with proteins, None if it begins like one, and the beginning of its text."""
     try:
         with _open(path) as file:
             raw = file.read(_HEAD_BYTES)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if _unreadable_kind(raw):
-        return False
+    if message := _unreadable_kind(raw):
+        return message, b""
     compression = compression_of(raw)
     head = raw
     if compression is not None:
         try:
             head = compression.new().decompress(raw, _HEAD_BYTES)
         except compression.error:
-            return True
+            return None, b""
+    if message := _unreadable_kind(head):
+        return message, b""
     try:
         text_format = sniff_format(head)
-    except ProtlmError:
-        return False
-    return text_format != "fasta" or _FASTA_START.match(head) is not None
+    except ProtlmError as error:
+        return str(error), head
+    if head.startswith(_UTF16_MARKS):
+        return "UTF-16 text", b"\n" + head.replace(b"\0", b"").removeprefix(head[:2])
+    if text_format != "fasta" or _FASTA_START.match(head.removeprefix(BYTE_ORDER_MARK)):
+        return None, head
+    kind = "an empty file" if not head.strip() else "a binary file" if b"\0" in head else ""
+    return kind or f"text that begins with {head.split()[0][:_SHOWN_BYTES].decode('utf-8', 'replace')!r}", head
 
 
 def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
@@ -234,7 +271,7 @@ def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
     Raises:
         ProtlmError: XML with another root element than those that protlm reads.
     """
-    text = head.lstrip()
+    text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if text.startswith(b"ID   "):
         return "flatfile"
     if not text.startswith(b"<"):
@@ -244,8 +281,10 @@ def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
         return "uniprot-xml"
     if root in UNIREF_ROOTS:
         return "uniref-xml"
-    got = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
     where = f"{path}: " if path is not None else ""
+    if root.lower() == "html":
+        raise ProtlmError(f"{where}a web page (HTML) in place of sequences; download the file again")
+    got = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
     raise ProtlmError(f"{where}{got}; expected FASTA, or XML of UniProtKB (<uniprot>) or UniRef (<UniRef>)")
 
 

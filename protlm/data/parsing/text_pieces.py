@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protlm.data.parsing import fasta
+from protlm.data.parsing.marks import BYTE_ORDER_MARK
 from protlm.data.parsing.sources import sniff_format
 from protlm.data.parsing.xml_text import check_prolog
 from protlm.data.records import MAX_RECORD_BYTES, Format
+from protlm.errors import ProtlmError
 
 PIECE_BYTES = 8 << 20
 """Small enough that the allocator reuses the memory of one piece for the next."""
@@ -122,9 +124,12 @@ class _Cutter:
 
 
 def _format_of(path: str | Path, head: bytes) -> Format:
+    head = head.removeprefix(BYTE_ORDER_MARK)
+    text_format = sniff_format(head, path)
     if head.lstrip().startswith(b"<"):
         check_prolog(path, head)
-    text_format = sniff_format(head, path)
+    elif text_format == "fasta" and (kind := fasta.refused_kind(head)):
+        raise ProtlmError(f"{path}: {kind}")
     return "a3m" if text_format == "fasta" and fasta.is_a3m(head) else text_format
 
 

@@ -10,7 +10,7 @@ from protlm.data.records import shown
 from protlm.errors import ProtlmError
 
 _PROLOG_NODE = re.compile(rb"\s+|<\?.*?\?>|<!--.*?-->", re.DOTALL)
-_ROOT = re.compile(rb"<(?:!DOCTYPE\s+)?([A-Za-z_:][^\s/>\[]*)")
+_ROOT = re.compile(rb"<(?:(?i:!DOCTYPE)\s+)?([A-Za-z_:][^\s/>\[]*)")
 _ENCODING = re.compile(rb"""<\?xml\s[^>]*?\bencoding\s*+=\s*+["']([^"']*)["']""")
 # The files of a UniRef release declare ISO-8859-1 and hold ASCII; a letter beyond that makes a bad entry.
 _ENCODINGS = ("utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1")

@@ -8,11 +8,11 @@ import pytest
 
 from protlm.data import numbered_ids
 from protlm.data.labels import rows
-from protlm.data.parsing import compression, fasta, flatfile, judging, reader, sources, xml_text
+from protlm.data.parsing import compression, fasta, flatfile, judging, marks, reader, sources, xml_text
 from tests.unit.data.parsing.entry_cases import ENTRY, parse
 from tests.unit.data.parsing.regex_steps import Steps, TooManyStepsError
 
-MODULES = (fasta, flatfile, judging, reader, sources, xml_text, rows, numbered_ids)
+MODULES = (fasta, flatfile, judging, marks, reader, sources, xml_text, rows, numbered_ids)
 SIZES = (60, 240)
 MOST_GROWTH = 5.0
 """Four times the text: about four times the steps are linear, sixteen times quadratic."""
@@ -47,6 +47,7 @@ FULLY_MATCHED = (
     "_PROPER_NAME",
     "_TITLE",
     "_ALL_OF_A_SEQUENCE",
+    "_FASTA_NAME",
     "_TAXON_ID",
     "_CD_HIT_MEMBER",
     "_NUMBERED_ID",

@@ -144,7 +144,6 @@ def test_an_illegal_character_is_placed_by_line_column_and_record(write, line_en
     [
         ("\n\nMKV\n>a\nM\n", 3, "text_above_first_header"),
         ("MKV\n", 1, "text_above_first_header"),
-        (b"\xef\xbb\xbf>a\nM\n", 1, "byte_order_mark"),
         (">a\nM\n".encode("utf-16"), 1, "text_above_first_header"),
         (b"\x7fELF\x00\x01\n\n", 1, "text_above_first_header"),
         (">a\nM\n>\nM\n", 3, "empty_id"),
@@ -160,8 +159,7 @@ def test_an_illegal_character_is_placed_by_line_column_and_record(write, line_en
 )
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_a_bad_record_is_an_error_at_its_line(write, monkeypatch, content, line, reason, block_bytes):
-    # The mark of an encoding is seen whole.
-    monkeypatch.setattr(SourceBlocks, "block_bytes", max(block_bytes, 3 if reason == "byte_order_mark" else 1))
+    monkeypatch.setattr(SourceBlocks, "block_bytes", block_bytes)
     error = fault(write(content))
     assert (error.line, error.reason) == (line, reason)
     assert "\n" not in str(error)

@@ -11,9 +11,11 @@ import threading
 import tracemalloc
 import zipfile
 import zlib
+from pathlib import Path
 
 import pytest
 
+from protlm.data.parsing.reader import read_records
 from protlm.data.parsing.sources import STDIN, SourceBlocks, expand_inputs, is_protein_file, sniff_format
 from protlm.errors import ProtlmError
 
@@ -298,7 +300,10 @@ def test_inputs_keep_their_order_and_a_folder_is_read_by_name(tmp_path):
     first.write_bytes(b"not looked at")
     expanded = expand_inputs([first, STDIN, folder])
     assert expanded.paths == [str(first), STDIN, str(folder / "a.fa.gz"), str(folder / "b.fa")]
-    assert expanded.left_out == [str(folder / "README.md"), str(folder / "sub")]
+    assert expanded.left_out == [
+        f"{folder / 'README.md'}: text that begins with 'text'",
+        f"{folder / 'sub'}: a folder in a folder",
+    ]
 
 
 def test_a_pattern_stands_for_its_matches_unless_a_file_has_that_name(tmp_path):
@@ -348,7 +353,8 @@ def test_a_dangling_link_in_a_folder_is_an_error(tmp_path):
         (b"name\tlength\n>a\n", False),
         (b"# only a comment", False),
         (b"\n" * 60_000, False),
-        (b"\xef\xbb\xbf>a\nM\n", False),
+        (b"\xef\xbb\xbf>a\nM\n", True),
+        (b"; a comment\n;\n>a\nM\n", True),
         (b">a\nM\n".decode().encode("utf-16"), False),
     ],
 )
@@ -382,7 +388,7 @@ def test_the_format_is_told_by_the_first_bytes(head, expected):
 
 
 def test_xml_of_another_kind_is_an_error_that_names_its_root():
-    assert "a.xml: XML with the root element <html>" in fault(sniff_format, b"<html lang='en'>", "a.xml")
+    assert "a.xml: XML with the root element <svg>" in fault(sniff_format, b"<svg lang='en'>", "a.xml")
     assert "no XML root element" in fault(sniff_format, b"<!-- " + b"x" * 70_000)
 
 
@@ -409,3 +415,64 @@ def test_files_of_each_format_are_recognised_and_unpacked_as_zlib_does(protein_f
     assert text == (gzip.decompress(data) if name.endswith("gz") else data)
     assert sniff_format(text[: 1 << 16]) == expected
     assert is_protein_file(path)
+
+
+CASES = Path(__file__).parents[3] / "data" / "cases"
+
+
+@pytest.mark.parametrize(
+    "text", [b"<!DOCTYPE html>\n<html>", b"<html lang='en'>", b"\n<HTML>", b"<!-- x --><!doctype HTML>"]
+)
+def test_a_web_page_is_told_by_its_name(text):
+    assert "a.fa: a web page (HTML)" in fault(sniff_format, text, "a.fa")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        ((CASES / "book.xlsx").read_bytes(), "a spreadsheet"),
+        (b"PK\x03\x04" + bytes(26) + b"mimetypeapplication/vnd.oasis.opendocument.spreadsheet", "a spreadsheet"),
+        (b"PK\x03\x04" + bytes(26) + b"a.fasta", "a zip archive"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"{\\rtf1\\ansi\n>a\nM}", "a text with formatting"),
+    ],
+)
+def test_documents_are_refused_by_name(write, data, kind):
+    assert f"a.fasta: {kind}" in fault(unpacked, write(data))
+
+
+def test_a_folder_is_read_whatever_its_marks_and_all_else_is_listed_with_the_reason(tmp_path):
+    assert expand_inputs([CASES / "folder_bom"]).left_out == []
+    for name, data in {
+        "a.fa": FASTA,
+        "b.xlsx": (CASES / "book.xlsx").read_bytes(),
+        "c.html": b"<html>",
+        "d.txt": b"",
+        "e.bin": b"\0\1",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    expanded = expand_inputs([tmp_path])
+    assert expanded.paths == [str(tmp_path / "a.fa")]
+    reasons = ["a spreadsheet", "a web page", "an empty file", "a binary file"]
+    assert len(expanded.left_out) == 4
+    for reason, told in zip(reasons, expanded.left_out, strict=True):
+        assert f": {reason}" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("page.fasta", b"<html>"),
+        ("empty.faa.gz", gzip.compress(b"", mtime=0)),
+        ("notes.txt", b"my proteins\n>a\nMKV\n"),
+        ("wide.txt", b"\xff\xfe" + ">a\nMKV\n".encode("utf-16-le")),
+        ("clusters.out", b">a\n>a x\nMKV\n>b\nMKV\n"),
+    ],
+)
+def test_a_file_of_a_folder_that_looks_like_sequences_is_read_and_so_is_an_error(tmp_path, name, data):
+    (tmp_path / "a.fa").write_bytes(FASTA)
+    (tmp_path / name).write_bytes(data)
+    expanded = expand_inputs([tmp_path])
+    assert str(tmp_path / name) in expanded.paths
+    assert str(tmp_path / name) in fault(lambda paths: list(read_records(*paths)), expanded.paths)
