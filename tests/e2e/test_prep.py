@@ -192,7 +192,6 @@ def test_repeated_ids_are_numbered_over_all_files(write, out):
         (b">a\nMKV\n>b\n", ":3: record 'b' has no sequence"),
         (b">a\nMKV\nM7K\n", ":3: record 'a': illegal character '7' in column 2"),
         (b">a\nMKV\n>\nM\n", ":3: expected an id"),
-        (b"\xef\xbb\xbf>a\nM\n", ":1: a UTF-8 byte order mark"),
         (gzip.compress(b">a\nMKV\n", mtime=0)[:-9], ": the gzip data end too early"),
         (b">x\n\x00\n", ":2: record 'x': illegal character"),
     ],

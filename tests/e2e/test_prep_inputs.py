@@ -12,7 +12,7 @@ import pytest
 
 from protlm.cli.app import main
 from protlm.data import compiled
-from protlm.data.parsing.sources import zstd
+from protlm.data.parsing.compression import zstd
 from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ProtlmError
 from protlm.workflows.prep import reading as prep_reading
@@ -245,7 +245,6 @@ GOOD = b">a\nMKVLAAGIV\n" * 50
         (zstd.compress(GOOD)[:-5], "the zstd data end too early"),
         (lzma.compress(GOOD)[:-20], "the xz data end too early"),
         (bz2.compress(GOOD)[:-5], "the bzip2 data end too early"),
-        (b"\xef\xbb\xbf>a\nMKV\n", ":1: a UTF-8 byte order mark"),
         (">a\nMKV\n".encode("utf-16"), ":1: UTF-16 text"),
         (b">a\nMK\x00V\n", ":2: record 'a': illegal character '\\x00'"),
         (b">a\n>b\nMKV\n", ":1: record 'a' has no sequence"),
@@ -253,7 +252,7 @@ GOOD = b">a\nMKVLAAGIV\n" * 50
         (b">a\nMK*V\n", ":2: record 'a': illegal character '*' in column 3"),
         (BOMB, "document type definition"),
         (OUTSIDE, "document type definition"),
-        (b"<?xml version='1.0'?>\n<html><p/></html>\n", "XML with the root element <html>"),
+        (b"<?xml version='1.0'?>\n<html><p/></html>\n", "a web page (HTML)"),
         (b"ID   A_B   Reviewed;   3 AA.\nAC   P1;\nSQ   SEQUENCE   3 AA;\n     MKV\n", ":1:"),
         (b"<uniprot>\n<entry><accession>P1</accession>\n", ":2: the entry does not end"),
     ],

@@ -125,10 +125,10 @@ class _Cutter:
 
 def _format_of(path: str | Path, head: bytes) -> Format:
     head = head.removeprefix(BYTE_ORDER_MARK)
-    text_format = sniff_format(head, path)
     if head.lstrip().startswith(b"<"):
         check_prolog(path, head)
-    elif text_format == "fasta" and (kind := fasta.refused_kind(head)):
+    text_format = sniff_format(head, path)
+    if text_format == "fasta" and (kind := fasta.refused_kind(head)):
         raise ProtlmError(f"{path}: {kind}")
     return "a3m" if text_format == "fasta" and fasta.is_a3m(head) else text_format
 

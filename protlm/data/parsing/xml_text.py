@@ -25,7 +25,7 @@ def root_name(head: bytes) -> str:
 
 
 def check_prolog(path: str | Path, head: bytes) -> None:
-    """Refuses an XML text for its prolog, the text before its root element.
+    """Refuses an XML text for its prolog, the text before its root element; a web page is left to `sniff_format`.
 
     Args:
         path: The file, for messages.
@@ -35,7 +35,7 @@ def check_prolog(path: str | Path, head: bytes) -> None:
         ProtlmError: A document type definition, or an encoding that is neither UTF-8 nor ASCII.
     """
     end = _prolog_end(head)
-    if head.startswith(_DEFINITIONS, end):
+    if head.startswith(_DEFINITIONS, end) and root_name(head).lower() != "html":
         raise definition_fault(path)
     declared = _ENCODING.match(head.lstrip())
     if declared and declared[1].decode("ascii", "replace").lower() not in _ENCODINGS:
