@@ -30,6 +30,7 @@ with atheris.instrument_imports(include=["protlm"]):
 
 SEEDS = (
     b">sp|P1|A_B name n=2 OX=9606\nMKVLA-a*\n>b\nMJ.X\n",
+    b"\xef\xbb\xbf;top\n>a\nMKV>b c\nNot found here\n\xef\xbb\xbf>P1;d\nMK.\n;x\n\x1a\n>e\nMet Lys Val\n>f\nnan\n",
     b"#A3M#\n>ss_pred\nCCH\n>q\nMK-v\n",
     b"ID   A_B  Reviewed;  3 AA.\nAC   P1;\nDE   RecName: Full=X;\nOX   NCBI_TaxID=1;\nDR   Pfam; PF00001; 7tm; 1.\n"
     b"SQ   SEQUENCE   3 AA;  390 MW;  0000000000000000 CRC64;\n     MKV\n//\n",

@@ -319,7 +319,8 @@ struct FastaColumns {
 };
 
 static void add_bad_record(
-    FastaColumns& c, std::int64_t& num_bad, const std::int64_t (&bad)[5], Reason reason, const Byte* id, const Byte* id_end
+    FastaColumns& c, std::int64_t& num_bad, const std::int64_t (&bad)[5], Reason reason, const Byte* id,
+    const Byte* id_end
 ) {
     const std::size_t size = static_cast<std::size_t>(id_end - id);
     std::memcpy(c.bad_records + 5 * num_bad, bad, sizeof bad);

@@ -133,7 +133,8 @@ inline bool is_text(Span line) {
     }
     if (num_words < 2) return false;
     if (is_telling || (num_kept >= 3 && num_names == num_kept)) return true;
-    are_blocks &= last_size <= first_size && (first_size == 1 || first_size >= 10 || (first_size >= 5 && num_kept >= 3));
+    are_blocks &= last_size <= first_size;
+    are_blocks &= first_size == 1 || first_size >= 10 || (first_size >= 5 && num_kept >= 3);
     return num_kept >= 2 && 2 * num_prose > num_long && !are_blocks;
 }
 
