@@ -1,12 +1,14 @@
 """What is no sequence though its letters are residues: both FASTA parsers tell it, with the line and the reason."""
 
+import gzip
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from protlm.data import compiled
-from protlm.data.parsing import compiled_fasta, fasta
+from protlm.data.parsing import compiled_fasta, fasta, judging
 from protlm.data.parsing.reader import RecordReader, read_records
 from protlm.data.records import Record
 from protlm.errors import RecordError
@@ -41,6 +43,8 @@ def parsed(text):
         ("NULL", 2),
         ("NA", 2),
         ("N.A.", 2),
+        ("todo", 2),
+        ("No data", 2),
         ("\nunknown", 3),
         ("see note below", 2),
         ("Not found", 2),
@@ -181,3 +185,31 @@ def test_what_is_skipped_is_counted_by_what_it_is(name, kept, rejects):
 def test_a_lone_stop_is_told(tmp_path):
     (tmp_path / "a").write_text(">a\n*\n")
     assert "record 'a' has only a stop, and no sequence" in str(fault(tmp_path / "a"))
+
+
+def test_both_parsers_know_the_same_words():
+    """Every list of words is in Python and in C++, and each word is seen by both."""
+    header = (Path(judging.__file__).parent / "judging.h").read_text()
+    for name, words in (
+        ("kPlaceholders", judging.PLACEHOLDERS),
+        ("kTellingWords", judging._TELLING_WORDS),
+        ("kResidueNames", judging._RESIDUE_NAMES),
+    ):
+        listed = re.search(rf"{name}\[\] =(.*?);", header, re.DOTALL)[1]
+        assert {word.encode() for word in re.findall("[A-Z]+", listed)} == words
+    for word in judging.PLACEHOLDERS:
+        assert parsed(f">a\n{word.decode().lower()}\n") == ([], [(2, "a", "text_in_sequence")])
+    for word in judging._TELLING_WORDS:
+        assert parsed(f">a\nMKV\nMKV {word.decode()}\n") == ([], [(3, "a", "text_in_sequence")])
+
+
+def test_no_real_protein_is_taken_for_text(protein_file):
+    """The same with its letters in lower case and in blocks of ten."""
+    for name in ("swissprot_sample.fasta.gz", "pfam_sample.fasta.gz"):
+        text = gzip.decompress(protein_file(name).read_bytes()).decode()
+        for record in text.split(">")[1:]:
+            header, *lines = record.split("\n")
+            sequence = "".join(lines)
+            blocks = " ".join(sequence[start : start + 10] for start in range(0, len(sequence), 10))
+            for body in (sequence, sequence.lower(), blocks, blocks.lower(), sequence[:9] + sequence[9:].lower()):
+                assert not parsed(f">{header}\n{body}\n")[1]
