@@ -6,9 +6,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from protlm import vocabulary
 from protlm.errors import ModelError
-from protlm.inference.protein_model import ProteinModel, load_model
+from protlm.inference.protein_model import ProteinModel, load_model, residues_of
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -138,14 +137,7 @@ def _column(sequences: Any) -> list[str]:
         got = _type_of(sequences, column)
         raise ValueError(f"X: expected a list or a column of sequences, got {got}; put a single one into a list")
     for number, sequence in enumerate(column):
-        if not isinstance(sequence, str):
-            raise ValueError(f"X[{number}]: expected a sequence as str, got {type(sequence).__name__}")
-        try:
-            residues, _ = vocabulary.clean(sequence.encode())
-        except ValueError as error:
-            raise ValueError(f"X[{number}]: {error}") from None
-        if not residues:
-            raise ValueError(f"X[{number}]: expected at least one residue, got none")
+        residues_of(sequence, f"X[{number}]")
     return list(column)
 
 

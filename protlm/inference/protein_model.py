@@ -1,6 +1,8 @@
 """The Python interface of a trained model: sequences in, NumPy arrays out; tokens, packing and devices stay inside."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import numbers
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,15 @@ import numpy as np
 from protlm import vocabulary
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.embeddings.kinds import KINDS, Kind
+from protlm.data.records import shown
 from protlm.inference.row_embeddings import RowEmbedder, absolute_layer, default_tokens_per_batch, merge_windows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.devices import best_device
+
+_SPECIAL_TOKEN = re.compile("|".join(re.escape(token) for token in vocabulary.TOKENS if len(token) > 1))
+_SHOWN_BYTES = 60
 
 
 class ProteinModel:
@@ -57,8 +63,8 @@ class ProteinModel:
                 the device.
 
         Raises:
-            ValueError: An unknown kind or layer, an empty sequence, a letter that stands for no residue, or a sequence
-                longer than the model's learned positions.
+            ValueError: An unknown kind or layer; with its place in `sequences`, one that is no str, is empty, holds
+                anything else than residues, or is longer than the model's learned positions.
         """
         if isinstance(include, str) or not include or not set(include) <= set(KINDS):
             raise ValueError(f"include: expected some of {', '.join(map(repr, KINDS))}, got {include!r}")
@@ -70,7 +76,7 @@ class ProteinModel:
         """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), without masking.
 
         Raises:
-            ValueError: An empty sequence or a letter that stands for no residue.
+            ValueError: A sequence that `embed` would not take either.
         """
         proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
         by_kind = self._compute(proteins, ("logits",), self.num_layers, tokens_per_batch)
@@ -105,22 +111,62 @@ def load_model(
     return ProteinModel(model.to(best_device()), description)
 
 
+def residues_of(sequence: object, name: str) -> bytes:
+    """Returns the cleaned residues of a sequence that a caller passed.
+
+    Args:
+        sequence: What was passed.
+        name: Its name for messages, such as `sequences[3]`.
+
+    Raises:
+        ValueError: No `str`, no residue in it, or something else than residues.
+    """
+    if not isinstance(sequence, str):
+        raise ValueError(f"{name}: expected a sequence as str, got {_described(sequence)}")
+    if special := _SPECIAL_TOKEN.search(sequence):
+        raise ValueError(
+            f"{name}: expected residues only, got the special token {special[0]!r} at position {special.start() + 1}; "
+            "write X for an unknown residue, and leave the ends to protlm"
+        )
+    try:
+        # Half a surrogate pair is no text, but an illegal character like any other.
+        residues, _ = vocabulary.clean(sequence.encode(errors="surrogatepass"))
+    except vocabulary.IllegalLetterError as error:
+        raise ValueError(f"{name}: {error}; expected the letters of residues, {vocabulary.RESIDUES}") from None
+    if not residues:
+        raise ValueError(f"{name}: expected at least one residue, got {shown(sequence)}")
+    return residues
+
+
+def _described(value: object) -> str:
+    """Returns what something is that is no sequence, with the next step where it is clear."""
+    text = shown(str(value))[1:-1]
+    if value is None or isinstance(value, numbers.Number):
+        return text
+    kind = type(value).__name__
+    if isinstance(value, bytes | bytearray):
+        return f"{kind} {bytes(value[:_SHOWN_BYTES])!r}; decode it"
+    if isinstance(value, tuple | list):
+        return f"{kind} {text}; pass the sequence alone"
+    return kind
+
+
 def _tokens(sequences: Iterable[str], tokens_per_batch: int | None, max_residues: int | None) -> Iterator[np.ndarray]:
     """Returns an iterator over the tokens of each sequence; checks the other arguments at once."""
-    if isinstance(sequences, str):
-        raise ValueError("sequences: expected several, such as a list, got a single str; put it into a list")
+    # The keys of a mapping would be taken for the sequences.
+    if isinstance(sequences, str | bytes | bytearray | Mapping) or not isinstance(sequences, Iterable):
+        got = "a single str; put it into a list" if isinstance(sequences, str) else _described(sequences)
+        raise ValueError(f"sequences: expected several, such as a list of str, got {got}")
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
-    return (_encode(sequence, max_residues) for sequence in sequences)
+    return (_encode(sequence, f"sequences[{index}]", max_residues) for index, sequence in enumerate(sequences))
 
 
-def _encode(sequence: str, max_residues: int | None) -> np.ndarray:
-    residues, _ = vocabulary.clean(sequence.encode())
-    if not residues:
-        raise ValueError("sequences: expected at least one residue in each, got an empty one")
+def _encode(sequence: str, name: str, max_residues: int | None) -> np.ndarray:
+    residues = residues_of(sequence, name)
     if max_residues is not None and len(residues) > max_residues:
         raise ValueError(
-            f"sequences: expected at most {max_residues} residues, which the positions of this model reach, "
+            f"{name}: expected at most {max_residues} residues, which the positions of this model reach, "
             f"got {len(residues)}"
         )
     return vocabulary.encode(residues)

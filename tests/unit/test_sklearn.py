@@ -83,7 +83,7 @@ def test_a_pandas_series_and_a_table_of_one_column_are_columns_too(folder):
         ({"MKT"}, "got set"),
         ((sequence for sequence in SEQUENCES), "got generator"),
         (np.array([["MKT", "W"]], dtype=object), r"got ndarray of shape \(1, 2\)"),
-        (["MKT", None], r"X\[1\]: expected a sequence as str, got NoneType"),
+        (["MKT", None], r"X\[1\]: expected a sequence as str, got None"),
         (["MKT", "W", b"MK"], r"X\[2\]: expected a sequence as str, got bytes"),
         (["MKT", "MK1T"], r"X\[1\]: illegal character '1' at position 3"),
         (["", "MKT"], r"X\[0\]: expected at least one residue"),
