@@ -15,6 +15,9 @@ SplitOrAll = Literal[SplitName, "all"]
 SplitMethod = Literal["random", "cluster", "family", "file"]
 """How prep decides which split a record belongs to."""
 
+Unclustered = Literal["random", "train"]
+"""What a split by cluster does with a record that is in no cluster: draw it for itself, or train on it."""
+
 StrategyName = Literal["auto", "ddp", "fsdp"]
 """How the devices of a run share the model."""
 

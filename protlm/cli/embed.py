@@ -12,6 +12,7 @@ from protlm.cli.options import (
     ForceOption,
     JsonOption,
     ModelArgument,
+    NucleotidesOption,
     NumNodesOption,
     OnBadRecordOption,
     ResumeOption,
@@ -111,6 +112,7 @@ def embed_command(
     window: WindowOption = None,
     truncate: TruncateOption = None,
     on_bad_record: OnBadRecordOption = "error",
+    nucleotides: NucleotidesOption = None,
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
     seed: SeedOption = 0,
@@ -149,7 +151,8 @@ def embed_command(
     request = EmbedRequest(
         model=model, inputs=inputs, out=out, split=split, include=cast("list[Kind]", include), layers=layer_numbers,
         layout=chosen_layout, dtype=dtype, tokens_per_batch=tokens_per_batch, window=window, truncate=truncate,
-        on_bad_record=on_bad_record, devices=Devices(devices, num_nodes), resume=resume, force=force,
+        on_bad_record=on_bad_record, nucleotides=nucleotides,
+        devices=Devices(devices, num_nodes), resume=resume, force=force,
     )  # fmt: skip
     try:
         with Bars(_UNITS) as bars:
@@ -166,6 +169,8 @@ def embed_command(
         output.warn(f"{file}; no protein file, left out")
     if report.rejects:
         output.warn("skipped " + ", ".join(f"{count} records ({reason})" for reason, count in report.rejects.items()))
+    if report.num_nucleotides:
+        output.warn(f"{report.num_nucleotides:,} records are nucleic acids, and their letters were read as residues")
     if isinstance(report, EmbedEstimate):
         _print_estimate(report, as_json)
     else:

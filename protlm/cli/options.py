@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from protlm.data.records import OnBadRecord
+from protlm.data.records import Nucleotides, OnBadRecord
 
 
 def one_of(choices: Any) -> str:
@@ -44,6 +44,14 @@ ModelArgument = Annotated[
 OnBadRecordOption = Annotated[
     OnBadRecord,
     typer.Option("--on-bad-record", metavar=one_of(OnBadRecord), help="Stop at a bad record, or skip and count it."),
+]
+NucleotidesOption = Annotated[
+    Nucleotides | None,
+    typer.Option(
+        "--nucleotides",
+        metavar=one_of(Nucleotides),
+        help="Stop at a nucleic acid, skip it, or keep it as if it were a protein; default: as --on-bad-record.",
+    ),
 ]
 DevicesOption = Annotated[
     int, typer.Option("--devices", metavar="N", min=1, max=1024, help="GPUs, or processes on the CPU, on each machine.")

@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from protlm.choices import SplitMethod
+from protlm.choices import SplitMethod, Unclustered
 from protlm.cli import output
-from protlm.cli.options import ForceOption, JsonOption, OnBadRecordOption, ResumeOption, one_of, seed_option
+from protlm.cli.options import (
+    ForceOption,
+    JsonOption,
+    NucleotidesOption,
+    OnBadRecordOption,
+    ResumeOption,
+    one_of,
+    seed_option,
+)
 from protlm.cli.progress import Bars
 
 if TYPE_CHECKING:
@@ -47,13 +55,21 @@ SplitOption = Annotated[
 ValidFractionOption = Annotated[
     float | None,
     typer.Option(
-        "--valid-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Fraction drawn for valid; default: 0.01."
+        "--valid-fraction",
+        metavar="FRACTION",
+        min=0.0,
+        max=1.0,
+        help="Fraction of INPUT drawn for valid; default: 0.01, beside ready-made splits 0.",
     ),
 ]
 TestFractionOption = Annotated[
     float | None,
     typer.Option(
-        "--test-fraction", metavar="FRACTION", min=0.0, max=1.0, help="Fraction drawn for test; default: 0.01."
+        "--test-fraction",
+        metavar="FRACTION",
+        min=0.0,
+        max=1.0,
+        help="Fraction of INPUT drawn for test; default: 0.01, beside ready-made splits 0.",
     ),
 ]
 ClustersOption = Annotated[
@@ -76,6 +92,14 @@ ClusterIdentityOption = Annotated[
         min=0.0,
         max=1.0,
         help="Sequence identity within a cluster, with --cluster-with; default: 0.3.",
+    ),
+]
+UnclusteredOption = Annotated[
+    Unclustered | None,
+    typer.Option(
+        "--unclustered",
+        metavar=one_of(Unclustered),
+        help="In a split by cluster, draw each record without cluster, or train on it; default: an error.",
     ),
 ]
 FamiliesOption = Annotated[
@@ -136,6 +160,7 @@ def prep_command(
     clusters: ClustersOption = None,
     cluster_with: ClusterWithOption = None,
     cluster_identity: ClusterIdentityOption = None,
+    unclustered: UnclusteredOption = None,
     families: FamiliesOption = None,
     ood_family: OodFamilyOption = None,
     split_file: SplitFileOption = None,
@@ -143,6 +168,7 @@ def prep_command(
     max_length: MaxLengthOption = None,
     dedupe: DedupeOption = True,
     on_bad_record: OnBadRecordOption = "error",
+    nucleotides: NucleotidesOption = None,
     shard_residues: ShardResiduesOption = 67_108_864,
     check_leaks: CheckLeaksOption = True,
     workers: WorkersOption = 1,
@@ -177,8 +203,9 @@ def prep_command(
                 inputs=inputs, out=out, valid_inputs=valid_input or (), test_inputs=test_input or (),
                 ood_inputs=ood_input or (), split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
                 clusters=cluster_file, families=families, ood_families=ood_family or (), split_file=split_file,
-                seed=seed, min_length=min_length, max_length=max_length, dedupe=dedupe, on_bad_record=on_bad_record,
-                shard_residues=shard_residues, check_leaks=check_leaks, workers=workers, resume=resume,
+                unclustered=unclustered, seed=seed, min_length=min_length, max_length=max_length, dedupe=dedupe,
+                on_bad_record=on_bad_record, nucleotides=nucleotides, shard_residues=shard_residues,
+                check_leaks=check_leaks, workers=workers, resume=resume,
                 part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run, force=force,
             )  # fmt: skip
             report = prepare(request, start_progress=bars.start)
@@ -205,8 +232,12 @@ def _print_dataset(report: "PrepReport", as_json: bool) -> None:
 
     for file in report.left_out:
         output.warn(f"{file}; no protein file, left out")
+    unclustered = report.manifest.options.unclustered
     if report.num_unclustered:
-        output.warn(f"{report.num_unclustered:,} records are in no cluster; each was drawn for itself")
+        treatment = "they are in train" if unclustered == "train" else "each was drawn for itself"
+        output.warn(f"{report.num_unclustered:,} records are in no cluster; {treatment}")
+    for note in report.label_notes:
+        output.warn(note)
     warn_about(report.manifest)
     if as_json:
         output.print_json(report.summary)

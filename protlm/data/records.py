@@ -6,6 +6,12 @@ from typing import Literal
 OnBadRecord = Literal["error", "skip"]
 """Treatment of a bad record: it ends the command, or is left out and counted."""
 
+Nucleotides = Literal["error", "skip", "keep"]
+"""Treatment of a nucleic acid among proteins: it ends the command, is left out and counted, or is kept and counted."""
+
+NUCLEOTIDES = "nucleotides"
+"""The reason given for nucleic acids that are rejected."""
+
 TextFormat = Literal["fasta", "flatfile", "uniprot-xml", "uniref-xml"]
 """The formats by their syntax."""
 

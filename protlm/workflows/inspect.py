@@ -34,6 +34,7 @@ class DatasetSummary:
         duplicates_across_splits: Records left out because an earlier split has their sequence.
         repairs: Letters repaired, by rule.
         rejects: Records left out, by reason.
+        nucleic_acids: Records that are nucleic acids, and were kept.
         leakage: Overlaps between splits.
         verified: Whether all bytes were read again and agree with their checksums.
     """
@@ -47,6 +48,7 @@ class DatasetSummary:
     duplicates_across_splits: int
     repairs: dict[str, int]
     rejects: dict[str, int]
+    nucleic_acids: int
     leakage: dataset.Leakage
     verified: bool
 
@@ -94,6 +96,7 @@ def summarise(path: str, digest: str, manifest: dataset.Manifest, *, verified: b
         duplicates_across_splits=manifest.duplicates_removed.across_splits,
         repairs=dict(manifest.repairs),
         rejects=dict(manifest.rejects),
+        nucleic_acids=manifest.nucleic_acids,
         leakage=manifest.leakage,
         verified=verified,
     )

@@ -42,7 +42,8 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
     monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda *_: 1.0)
     chosen = sorted(proteins, key=lambda protein: len(protein[1]))[:NUM_PROTEINS]
     write_fasta(tmp_path / "my_proteins.fasta", chosen)
-    write_fasta(tmp_path / "my_other_proteins.fasta", proteins[-5:])
+    for name, records in (("my_other_proteins.fasta", proteins[-5:]), ("my_test.fasta", proteins[-10:-5])):
+        write_fasta(tmp_path / name, records)
     # What a reader is told to have for the splits: a label for each id.
     for name, labels, is_label_first in (
         ("my_clusters.tsv", ("c1", "c2", "c3", "c4", "c5", "c6"), True),

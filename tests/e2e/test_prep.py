@@ -106,6 +106,8 @@ def test_the_report_counts_what_is_in_the_manifest(write, out, capsys):
         "clusters": None,
         "families": None,
         "split_file": None,
+        "unclustered": None,
+        "nucleotides": "skip",
     }
 
 
@@ -327,11 +329,11 @@ def test_wrong_usage_exits_2_and_makes_nothing(write, out, capsys, options):
     assert not os.path.exists(out)
 
 
-def test_fractions_with_ready_made_splits_are_wrong_usage(write, out, capsys):
-    for option in ("--valid-fraction", "--test-fraction"):
-        arguments = ["prep", write("a", "MKV"), "--out", out, "--ood-input", write("o", "MKW"), option, "0.1"]
-        assert main(arguments) == 2
-        assert "only without ready-made splits" in capsys.readouterr().err
+def test_a_fraction_of_a_ready_made_split_is_wrong_usage(write, out, capsys):
+    for split in ("valid", "test"):
+        arguments = ["prep", write("a", "MKV"), "--out", out, f"--{split}-input", write("o", "MKW")]
+        assert main([*arguments, f"--{split}-fraction", "0.1"]) == 2
+        assert f"{split}_fraction: only without {split}_inputs" in capsys.readouterr().err
     assert main(["prep", "--out", out]) == 2
     with pytest.raises(UsageError, match="inputs: expected at least one file"):
         prepare(PrepRequest(inputs=[], out=out))
@@ -341,7 +343,7 @@ def test_the_command_and_the_workflow_have_the_same_defaults():
     workflow = {field.name: field.default for field in dataclasses.fields(PrepRequest)}
     command = inspect.signature(cli_prep.prep_command).parameters
     shared = workflow.keys() & command.keys() - {"inputs", "out"}
-    assert len(shared) == 19
+    assert len(shared) == 21
     assert {name: command[name].default for name in shared} == {name: workflow[name] for name in shared}
 
 

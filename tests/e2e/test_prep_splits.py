@@ -77,8 +77,20 @@ def test_records_in_no_cluster_are_told_and_drawn_for_themselves(clustered, tmp_
     fasta, table = clustered
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:200]))
     arguments = ["prep", str(fasta), "--out", str(tmp_path / "out"), "--split", "cluster", "--clusters", str(table)]
-    assert main(arguments) == 0
-    assert "warning: 100 records are in no cluster; each was drawn for itself" in capsys.readouterr().err
+    message = error_line(capsys, *arguments)
+    assert "100 of 300 records are in no cluster, such as 'p200'" in message
+    assert "--unclustered random (each drawn for itself) or train" in message
+    assert main([*arguments, "--unclustered", "random", "--valid-fraction", "0.3"]) == 0
+    told = capsys.readouterr().err
+    assert "warning: 100 records are in no cluster; each was drawn for itself" in told
+    assert "clusters.tsv: 100 of 300 records have no cluster: the record 'p200' is not in it" in told
+    splits = split_of_ids(tmp_path / "out")
+    assert 10 < sum(splits[f"p{number}"] == "valid" for number in range(200, 300)) < 60
+    assert main([*arguments, "--unclustered", "train", "--valid-fraction", "0.3", "--force"]) == 0
+    assert "warning: 100 records are in no cluster; they are in train" in capsys.readouterr().err
+    splits = split_of_ids(tmp_path / "out")
+    assert {splits[f"p{number}"] for number in range(200, 300)} == {"train"}
+    assert "valid" in splits.values()
 
 
 def test_a_split_by_cluster_wants_clusters(clustered, tmp_path, capsys):
@@ -275,6 +287,8 @@ def test_a_program_that_is_not_installed_is_one_line(clustered, tmp_path, capsys
         ({"ood_families": ["PF1"]}, "ood_families: wanted with split 'family', and only with it"),
         ({"split": "file"}, "split_file: wanted with split 'file'"),
         ({"split": "cluster", "valid_inputs": ["{fasta}"]}, "split: 'cluster' only without ready-made splits"),
+        ({"valid_fraction": 0.1, "valid_inputs": ["{fasta}"]}, "valid_fraction: only without valid_inputs"),
+        ({"unclustered": "train"}, "unclustered: only with split 'cluster'"),
     ],
 )
 def test_ways_to_split_that_contradict_each_other_are_wrong_usage(clustered, tmp_path, options, message):
@@ -291,3 +305,64 @@ def test_clusters_may_be_compressed(clustered, tmp_path):
     for name, path in (("plain", table), ("packed", packed)):
         prepare(PrepRequest(inputs=[fasta], out=tmp_path / name, split="cluster", clusters=path, **FRACTIONS))
     assert split_of_ids(tmp_path / "plain") == split_of_ids(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("ready_made", "options", "drawn"),
+    [
+        ("--test-input", ("--valid-fraction", "0.3"), {"valid"}),
+        ("--valid-input", ("--test-fraction", "0.3"), {"test"}),
+        ("--ood-input", ("--valid-fraction", "0.3", "--test-fraction", "0.3"), {"valid", "test"}),
+        ("--ood-input", ("--test-fraction", "0.3"), {"test"}),
+        ("--ood-input", (), set()),
+    ],
+)
+def test_what_is_not_given_ready_made_is_drawn_from_the_input(tmp_path, capsys, ready_made, options, drawn):
+    sequences = random_sequences(110)
+    inputs = write_fasta(tmp_path / "a.fasta", [f"p{number}" for number in range(100)], sequences[:100])
+    given = write_fasta(tmp_path / "b.fasta", [f"g{number}" for number in range(10)], sequences[100:])
+    run_json(capsys, "prep", inputs, ready_made, given, "--out", tmp_path / "out", *options)
+    splits = split_of_ids(tmp_path / "out")
+    assert {splits[f"g{number}"] for number in range(10)} == {ready_made[2:].partition("-")[0]}
+    sizes = Counter(splits[f"p{number}"] for number in range(100))
+    assert set(sizes) == {"train"} | drawn
+    assert all(10 < sizes[split] < 50 for split in drawn)
+    # The draw is that of the same INPUT alone.
+    run_json(capsys, "prep", inputs, "--out", tmp_path / "alone", "--valid-fraction", "0", "--test-fraction", "0",
+             *options)  # fmt: skip
+    assert split_of_ids(tmp_path / "alone").items() <= splits.items()
+
+
+def test_a_family_that_no_record_has_cannot_be_held_out(tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "a.fasta", ["a", "b"], random_sequences(2))
+    table = tmp_path / "families.tsv"
+    table.write_text("a\tPF00001.3\nb\tPF00002\n")
+    arguments = ["prep", fasta, "--out", tmp_path / "out", "--split", "family", "--families", table]
+    message = error_line(capsys, *arguments, "--ood-family", "PF00001", "--ood-family", "PF00003")
+    assert "no record has the family 'PF00003'; there are such as 'PF00001.3'" in message
+    message = error_line(capsys, *arguments, "--ood-family", "PF00001", "--ood-family", "paper-pfam-20")
+    assert "no record has the family 'paper-pfam-20'" in message
+    message = error_line(capsys, *arguments[:6], "--ood-family", "PF00001")
+    assert "no record has the family 'PF00001'; no record has a family: give --families" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "rows"),
+    [
+        ("cluster", "--clusters", "c\tHomo\nc\tx\n"),
+        ("family", "--families", "Homo\tPF00001\n"),
+        ("file", "--split-file", "Homo\ttrain\nx\ttest\n"),
+    ],
+)
+def test_an_id_of_several_proteins_cannot_decide_their_split(tmp_path, capsys, method, option, rows):
+    fasta = write_fasta(tmp_path / "a.fasta", ["Homo sapiens 1", "x", "Homo sapiens 2"], random_sequences(3))
+    table = tmp_path / "labels.tsv"
+    table.write_text(rows)
+    arguments = ["prep", fasta, "--out", tmp_path / "out", "--split", method, option, table]
+    arguments += ["--ood-family", "PF00001"] if method == "family" else []
+    message = error_line(capsys, *arguments)
+    assert f"{fasta}:5: another protein has the id 'Homo' too, and labels.tsv tells them apart by id" in message
+    # A copy is the same protein.
+    records = fasta.read_text().split(">")
+    fasta.write_text(">".join([*records[:3], records[1]]))
+    assert main([*map(str, arguments)]) == 0

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from protlm import files
+from protlm.data.nucleotides import nucleic_acids
 from protlm.data.parsing.reader import ParsedPiece
 from protlm.data.parsing.record_table import RecordTable
 from protlm.data.storage import columns
@@ -22,7 +23,7 @@ from protlm.data.storage.shards import LABEL_COLUMNS
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 
-_MAGIC = b"protlm-piece 2\n"
+_MAGIC = b"protlm-piece 3\n"
 _HEADER_SIZE = struct.Struct("<q")
 # Enough for the header of any piece, since all its columns are known.
 _COLUMNS_START = 1 << 14
@@ -44,6 +45,7 @@ class PieceFile:
         first_fault: Number and message of the first fault to raise if nothing may be skipped.
         repairs: Letters repaired, by rule.
         has_numbered_ids: Whether an id holds a `#`.
+        num_nucleotides: Number of good records that are nucleic acids.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class PieceFile:
     first_fault: tuple[int, str] | None
     repairs: Mapping[str, int] = field(default_factory=dict)
     has_numbered_ids: bool = False
+    num_nucleotides: int = 0
 
 
 class Piece:
@@ -132,7 +135,9 @@ def write_piece(path: Path, parsed: ParsedPiece, *, text_hash: str, split: np.nd
         named_columns["split"] = split
     faults = parsed.faults
     ids = faults.ids
+    nucleotides = nucleic_acids(table.tokens, table.offsets, table.descriptions)
     named_columns |= {
+        "nucleotides": nucleotides,
         "faults/lines": np.array(faults.lines, dtype=np.int64),
         "faults/codes": np.frombuffer(bytes(faults.codes), dtype=np.uint8),
         "faults/ids/bytes": ids.text,
@@ -148,6 +153,7 @@ def write_piece(path: Path, parsed: ParsedPiece, *, text_hash: str, split: np.nd
         "first_fault": None if faults.first is None else [faults.first_place, faults.first.message],
         "repairs": dict(table.repairs),
         "has_numbered_ids": b"#" in table.ids.text.tobytes(),
+        "num_nucleotides": len(nucleotides),
     }
     with files.written_whole(path) as temporary:
         _write_columns(temporary, named_columns, about)

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import numpy as np
 
+from protlm.choices import Unclustered
 from protlm.data import splits
 from protlm.data.building.pieces import Piece, PieceFile
 from protlm.data.digests import Digests, digests_of, duplicates, repeats
 from protlm.data.numbered_ids import NumberedIds, numbered_id
+from protlm.data.records import NUCLEOTIDES
 from protlm.data.splits import SPLIT_NAMES
 
 FIRST_REJECT = 100
 """Smaller codes are those of splits."""
-TOO_SHORT, TOO_LONG, NOT_LISTED, DUPLICATE_WITHIN, DUPLICATE_ACROSS = range(FIRST_REJECT, FIRST_REJECT + 5)
+TOO_SHORT, TOO_LONG, NOT_LISTED, NUCLEIC_ACID, DUPLICATE_WITHIN, DUPLICATE_ACROSS = range(
+    FIRST_REJECT, FIRST_REJECT + 6
+)
 NO_SPLIT = 255
 """The value in column `split` of a record that the split file does not list."""
-REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file"}
+REASONS = {TOO_SHORT: "too_short", TOO_LONG: "too_long", NOT_LISTED: "not_in_split_file", NUCLEIC_ACID: NUCLEOTIDES}
 
 _UNIREF = ("UniRef50_", "UniRef90_", "UniRef100_")
 _COMPARED_AT_ONCE = 1 << 22
@@ -36,6 +40,8 @@ class Rules:
     Attributes:
         method: `random`, `cluster`, `family`, `file` or `ready-made`.
         ood_families: The families held out, for `family`.
+        keep_nucleotides: Whether nucleic acids are kept.
+        unclustered: Where a record without cluster goes, for `cluster`; None stands for `random`.
     """
 
     method: str
@@ -46,6 +52,8 @@ class Rules:
     max_length: int | None
     dedupe: bool
     ood_families: frozenset[str] = frozenset()
+    unclustered: Unclustered | None = None
+    keep_nucleotides: bool = True
 
 
 @dataclass
@@ -59,7 +67,10 @@ class Selection:
         repeats: The kept records whose id repeats an earlier one, ascending, and the number that each gets; int64
             (2, n).
         counts: Number of records with each code.
-        num_unclustered: In a split by cluster, the number of records without cluster.
+        num_unclustered: In a split by cluster, the number of kept records without cluster.
+        first_unclustered: The id of the first of them.
+        num_nucleotides: The number of kept records that are nucleic acids.
+        held_out: Those families to hold out that a record has.
     """
 
     codes_path: Path
@@ -67,6 +78,9 @@ class Selection:
     repeats: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), dtype=np.int64))
     counts: Counter[int] = field(default_factory=Counter)
     num_unclustered: int = 0
+    first_unclustered: str = ""
+    num_nucleotides: int = 0
+    held_out: set[str] = field(default_factory=set)
 
     def between(self, first: int, last: int) -> "Selection":
         """Returns the decisions on pieces first to last, the last one excluded."""
@@ -113,9 +127,7 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
     for number, piece_file in enumerate(pieces):
         if piece_file.num_records:
             piece = Piece(piece_file.path)
-            selection.codes_of(number)[:] = _first_codes(piece, piece_file.role, rules)
-            if rules.method == "cluster":
-                selection.num_unclustered += _cluster_names(piece).count("")
+            selection.codes_of(number)[:] = _first_codes(piece, piece_file.role, rules, selection.held_out)
     for digests in _digest_ranges(pieces, selection, "sequence"):
         claims = codes[digests.index]
         if rules.method == "family":
@@ -124,32 +136,49 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path) -> Selec
         within, across = duplicates(digests, claims, dedupe=rules.dedupe)
         codes[within] = DUPLICATE_WITHIN
         codes[across] = DUPLICATE_ACROSS
+    if rules.method == "cluster":
+        _count_unclustered(pieces, selection)
     repeated = [np.stack(repeats(digests)) for digests in _digest_ranges(pieces, selection, "id")]
     if repeated:
         selection.repeats = np.concatenate(repeated, axis=1)
         selection.repeats = selection.repeats[:, np.argsort(selection.repeats[0])]
     if selection.repeats.size and any(piece.has_numbered_ids for piece in pieces):
         _avoid_taken_numbers(pieces, selection)
-    for number in range(len(pieces)):
-        selection.counts.update(dict(enumerate(np.bincount(selection.codes_of(number)).tolist())))
+    for number, piece_file in enumerate(pieces):
+        codes = selection.codes_of(number)
+        selection.counts.update(dict(enumerate(np.bincount(codes).tolist())))
+        if piece_file.num_nucleotides:
+            selection.num_nucleotides += int((codes[Piece(piece_file.path)["nucleotides"]] < FIRST_REJECT).sum())
     return selection
 
 
-def _first_codes(piece: Piece, role: str, rules: Rules) -> np.ndarray:
+def _count_unclustered(pieces: Sequence[PieceFile], selection: Selection) -> None:
+    for number, piece_file in enumerate(pieces):
+        if piece_file.num_records:
+            piece = Piece(piece_file.path)
+            is_unclustered = np.array([not name for name in _cluster_names(piece)])
+            places = np.flatnonzero(is_unclustered & (selection.codes_of(number) < FIRST_REJECT))
+            if len(places) and not selection.num_unclustered:
+                selection.first_unclustered = piece.strings("ids")[int(places[0])]
+            selection.num_unclustered += len(places)
+
+
+def _first_codes(piece: Piece, role: str, rules: Rules, held_out: set[str]) -> np.ndarray:
     lengths = piece.lengths
     if role != "input":
         codes = np.full(len(lengths), SPLIT_NAMES.index(role), dtype=np.uint8)
     else:
-        codes = _split_codes(piece, rules)
+        codes = _split_codes(piece, rules, held_out)
     codes[lengths < rules.min_length] = TOO_SHORT
     if rules.max_length is not None:
         codes[lengths > rules.max_length] = TOO_LONG
+    if not rules.keep_nucleotides:
+        codes[piece["nucleotides"]] = NUCLEIC_ACID
     return codes
 
 
-def _split_codes(piece: Piece, rules: Rules) -> np.ndarray:
-    if rules.method == "ready-made":
-        return np.full(len(piece.lengths), splits.TRAIN, dtype=np.uint8)
+def _split_codes(piece: Piece, rules: Rules, held_out: set[str]) -> np.ndarray:
+    """Returns the split of each record; adds the families to hold out that it finds to `held_out`."""
     if rules.method == "file":
         listed = piece["split"].copy()
         listed[listed == NO_SPLIT] = NOT_LISTED
@@ -162,10 +191,13 @@ def _split_codes(piece: Piece, rules: Rules) -> np.ndarray:
     codes = splits.random_split(
         digests, seed=rules.seed, valid_fraction=rules.valid_fraction, test_fraction=rules.test_fraction
     )
+    if rules.method == "cluster" and rules.unclustered == "train":
+        codes[~is_named] = splits.TRAIN
     if rules.method == "family" and "family/offsets" in piece:
         for index, joined in enumerate(piece.strings("family").to_list()):
-            if joined and not rules.ood_families.isdisjoint(map(splits.plain_family, joined.split(";"))):
+            if joined and (wanted := rules.ood_families.intersection(map(splits.plain_family, joined.split(";")))):
                 codes[index] = splits.OOD
+                held_out |= wanted
     return codes
 
 

@@ -4,7 +4,7 @@ Ids are not kept, only their digests, in sorted NumPy columns: 20 bytes a row, a
 reading a row takes some 60 bytes, and 200 if ids have several families in ever new combinations.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ UNLABELLED = -1
 """The number that `Labels.lookup` returns for an id without label."""
 
 _BATCH_ROWS = 1 << 17
+_EXAMPLES = 1000
+_CD_HIT_HINT = "; CD-HIT cuts names at 19 letters unless it runs with `-d 0`"
 _BAR = ord("|")
 
 
@@ -63,10 +65,19 @@ class Labels:
         file_name: Base name of the file.
         sha256: Hash of the bytes of the file on disk.
         sizes: Number of ids with each label, int64 (labels); for UniRef XML the number of members of each cluster.
+        examples: The first ids of the file, each with its label.
     """
 
-    def __init__(self, source: SourceBlocks, index: _Index, names: Strings, sizes: np.ndarray) -> None:
+    def __init__(
+        self,
+        source: SourceBlocks,
+        index: _Index,
+        names: Strings,
+        sizes: np.ndarray,
+        examples: Sequence[tuple[str, str]],
+    ) -> None:
         self.file_name, self.sha256, self.sizes = source.name, source.sha256, sizes
+        self.examples = examples
         self._index, self._names = index, names
 
     def __len__(self) -> int:
@@ -135,7 +146,7 @@ def read_clusters(path: str | Path) -> Labels:
         check_prolog(path, start)
         return _read_uniref(path, source, blocks)
     if start.startswith(label_rows.CD_HIT_CLUSTER):
-        return _label(path, source, label_rows.rows_of(label_rows.cd_hit_clusters(path, blocks)), "cluster")
+        return _read_cd_hit(path, source, blocks)
     if start.startswith(b">"):
         raise ProtlmError(f"{path}: expected clusters, rows of `cluster<TAB>member`, got FASTA")
     rows = label_rows.tsv_rows(path, blocks, "cluster<TAB>member")
@@ -164,7 +175,7 @@ def read_families(path: str | Path) -> Labels:
     starts = np.append(np.flatnonzero(is_first), len(is_first))
     numbers = _joined(rows.labels, starts, rows.names)
     index, names = _Index(rows.high[is_first], rows.low[is_first], numbers), rows.names.to_strings()
-    return Labels(source, index, names, np.bincount(numbers, minlength=len(names)))
+    return Labels(source, index, names, np.bincount(numbers, minlength=len(names)), rows.examples)
 
 
 class _Names:
@@ -216,6 +227,7 @@ class _Collected:
         labels: Numbers of the labels, int32.
         lines: Line of each row, int64.
         names: The names of the labels.
+        examples: The first ids of the file, each with its label.
     """
 
     high: np.ndarray
@@ -223,6 +235,7 @@ class _Collected:
     labels: np.ndarray
     lines: np.ndarray
     names: _Names
+    examples: Sequence[tuple[str, str]]
 
     def is_first(self) -> np.ndarray:
         """Returns for each row whether it is the first of its id, bool (rows)."""
@@ -233,13 +246,17 @@ class _Collected:
     def only(self, is_wanted: np.ndarray) -> "_Collected":
         """Returns the chosen rows."""
         high, low, labels, lines = (c[is_wanted] for c in (self.high, self.low, self.labels, self.lines))
-        return _Collected(high, low, labels, lines, self.names)
+        return _Collected(high, low, labels, lines, self.names, self.examples)
 
 
 def _collect(path: str | Path, rows: Iterable[label_rows.Rows]) -> _Collected:
     names = _Names()
     batches: tuple[list[np.ndarray], ...] = ([], [], [], [])
+    examples: list[tuple[str, str]] = []
     for batch in rows:
+        if wanted := _EXAMPLES - len(examples):
+            pairs = zip(batch.ids[:wanted], batch.labels[:wanted], strict=True)
+            examples += [(record_id.decode(), label.decode()) for record_id, label in pairs]
         high, low = digests_of(batch.ids).T.copy()
         for column, values in zip(batches, (high, low, names.numbers_of(batch.labels), batch.lines), strict=True):
             column.append(values)
@@ -251,7 +268,7 @@ def _collect(path: str | Path, rows: Iterable[label_rows.Rows]) -> _Collected:
         # Otherwise all columns would be in memory twice.
         column.clear()
     high, low, labels, lines = _sorted(columns)
-    return _Collected(high, low, labels, lines, names)
+    return _Collected(high, low, labels, lines, names, examples)
 
 
 def _sorted(columns: list[np.ndarray]) -> list[np.ndarray]:
@@ -277,10 +294,30 @@ def _label(path: str | Path, source: SourceBlocks, rows: Iterable[label_rows.Row
     collected = _collect(path, rows)
     names = collected.names.to_strings()
     index = _unique_index(path, collected, names, kind)
-    return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)))
+    return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)), collected.examples)
 
 
-def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str) -> _Index:
+def _read_cd_hit(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]) -> Labels:
+    num_clusters = 0
+
+    def counted() -> Iterator[label_rows.Cluster]:
+        nonlocal num_clusters
+        for cluster in label_rows.cd_hit_clusters(path, blocks):
+            num_clusters += 1
+            yield cluster
+
+    rows = _collect(path, label_rows.rows_of(counted()))
+    names = rows.names.to_strings()
+    index = _unique_index(path, rows, names, "cluster", _CD_HIT_HINT)
+    if num_clusters != len(names):
+        raise ProtlmError(
+            f"{path}: {num_clusters:,} clusters, but only {len(names):,} different representatives, such as "
+            f"{shown(names[0])}{_CD_HIT_HINT}"
+        )
+    return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)), rows.examples)
+
+
+def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str, hint: str = "") -> _Index:
     is_first = rows.is_first()
     if len(conflicts := _conflicts(rows, is_first)):
         second = conflicts[np.argmin(rows.lines[conflicts])]
@@ -288,7 +325,7 @@ def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str)
         here, there = (shown(listed[rows.labels[place]]) for place in (second, second - 1))
         message = (
             f"this id is in {kind} {here}, and by line {rows.lines[second - 1]} in {kind} {there}; "
-            f"give each id one {kind} only"
+            f"give each id one {kind} only{hint}"
         )
         raise RecordError(path, int(rows.lines[second]), message, reason="two_labels")
     if is_first.all():
@@ -349,4 +386,4 @@ def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]
     is_new = index.find(others.high, others.low) == UNLABELLED
     others = others.only(is_new)
     index = index.extended(others.high, others.low, others.labels)
-    return Labels(source, index, names, np.array(sizes, dtype=np.int64))
+    return Labels(source, index, names, np.array(sizes, dtype=np.int64), rows.examples)

@@ -15,8 +15,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from protlm import files, vocabulary
-from protlm.choices import SplitMethod, SplitName
-from protlm.data.records import UNKNOWN, Format, OnBadRecord
+from protlm.choices import SplitMethod, SplitName, Unclustered
+from protlm.data.records import UNKNOWN, Format, Nucleotides, OnBadRecord
 from protlm.data.storage.shards import FinishedShard, ShardReader
 from protlm.errors import ShardError, validation_fault
 
@@ -86,6 +86,8 @@ class PrepOptions(_Strict):
     clusters: LabelFile | None = None
     families: LabelFile | None = None
     split_file: LabelFile | None = None
+    unclustered: Unclustered | None = None
+    nucleotides: Nucleotides = "keep"
 
     @model_validator(mode="after")
     def _validate_together(self) -> "PrepOptions":
@@ -187,6 +189,7 @@ class Manifest(_Strict):
     leakage: Leakage
     rejects: dict[str, Count]
     repairs: dict[str, Count]
+    nucleic_acids: Count = 0
 
     @model_validator(mode="after")
     def _validate_vocabulary(self) -> "Manifest":

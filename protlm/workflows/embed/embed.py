@@ -66,6 +66,7 @@ class EmbedReport:
         lacked: Their letters.
         stand_in: That token.
         skipped: Proteins that did not fit into memory, and are not in the output.
+        num_nucleotides: Nucleic acids that were kept as if they were proteins.
         rejects: Number of records that could not be read, by reason.
         repairs: Number of repaired letters, by rule.
         left_out: Entries of an input folder that are not protein files.
@@ -90,6 +91,7 @@ class EmbedReport:
     lacked: str
     stand_in: str
     skipped: tuple[Skipped, ...]
+    num_nucleotides: int
     rejects: Mapping[str, int]
     repairs: Mapping[str, int]
     left_out: tuple[str, ...]
@@ -119,7 +121,8 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
     out = Path(os.path.realpath(request.out))
     EmbedFolder(out).complete_killed_run(resume=request.resume)
     check_replaceable(EmbedFolder(out), settings.layout, out, force=request.force)
-    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
+    nucleotides = request.nucleotides or request.on_bad_record
+    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, nucleotides, start_progress)
     folder = open_embed_folder(out, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
     with folder.locked(), folder.kept_or_removed():
         proteins = folder.keep_proteins(read_proteins(folder.new_proteins_path, inputs))
@@ -222,6 +225,7 @@ def _report(
         skipped=tuple(
             Skipped(id=proteins.id(record), num_residues=int(proteins.lengths[record])) for record in skipped
         ),
+        num_nucleotides=inputs.num_nucleotides,
         rejects=dict(inputs.rejects),
         repairs=dict(inputs.repairs),
         left_out=inputs.left_out,

@@ -47,6 +47,7 @@ class EmbedEstimate:
         free_bytes: Free disk space at the place of the output.
         seconds: Time on this machine, from a sample; assumes that devices share the work evenly.
         residues_per_second: Residues to compute divided by that time.
+        num_nucleotides: Nucleic acids that were kept as if they were proteins.
         rejects: Number of records that cannot be read, by reason.
         left_out: Entries of an input folder that are not protein files.
     """
@@ -61,6 +62,7 @@ class EmbedEstimate:
     free_bytes: int
     seconds: float
     residues_per_second: float
+    num_nucleotides: int
     rejects: Mapping[str, int]
     left_out: tuple[str, ...]
 
@@ -77,7 +79,8 @@ def estimate(request: EmbedRequest, *, start_progress: StartProgress = no_progre
     folder = EmbedFolder(out)
     check_replaceable(folder, settings.layout, out, force=request.force)
     check_start(folder, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
-    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, start_progress)
+    nucleotides = request.nucleotides or request.on_bad_record
+    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, nucleotides, start_progress)
     with tempfile.TemporaryDirectory() as temporary:
         proteins = read_proteins(Path(temporary) / "proteins", inputs)
         check_lengths(proteins, settings.cut, description)
@@ -116,6 +119,7 @@ def _estimate(
         free_bytes=shutil.disk_usage(_existing(out)).free,
         seconds=seconds,
         residues_per_second=int(sizes.sum()) / seconds,
+        num_nucleotides=inputs.num_nucleotides,
         rejects=dict(inputs.rejects),
         left_out=inputs.left_out,
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from protlm import vocabulary
+from protlm.data.nucleotides import is_nucleic_acid, refusal
 from protlm.data.parsing.reader import RecordReader
 from protlm.data.parsing.sources import STDIN, expand_inputs
-from protlm.data.records import OnBadRecord
+from protlm.data.records import NUCLEOTIDES, Nucleotides, OnBadRecord
 from protlm.data.storage.dataset import is_dataset, open_dataset
 from protlm.data.storage.protein_store import ProteinStore, write_proteins
-from protlm.errors import ProtlmError
+from protlm.errors import ProtlmError, RecordError
 from protlm.runtime.progress import StartProgress, no_progress
 
 
@@ -24,6 +25,7 @@ class ProteinInputs:
         left_out: Entries of an input folder that are not protein files.
         rejects: Number of skipped records so far, by reason.
         repairs: Number of repaired letters so far, by rule.
+        num_nucleotides: Number of nucleic acids kept so far.
         names: The inputs, for messages.
     """
 
@@ -32,6 +34,7 @@ class ProteinInputs:
         inputs: Sequence[str | Path],
         split: str | None,
         on_bad_record: OnBadRecord,
+        nucleotides: Nucleotides,
         start_progress: StartProgress = no_progress,
     ) -> None:
         """Finds the inputs; no record is read yet.
@@ -43,6 +46,7 @@ class ProteinInputs:
         self.left_out: tuple[str, ...] = ()
         self.rejects: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
+        self.num_nucleotides = 0
         datasets = [path for path in map(Path, inputs) if is_dataset(path)]
         if datasets and len(inputs) > 1:
             raise ProtlmError(f"{datasets[0]}: a dataset; embed it by itself, and not together with other inputs")
@@ -51,13 +55,17 @@ class ProteinInputs:
         elif split is not None:
             raise ProtlmError(f"{self.names}: expected a dataset of protlm prep, which has splits; leave --split out")
         else:
-            self._proteins = self._of_files(inputs, on_bad_record, start_progress)
+            self._proteins = self._of_files(inputs, on_bad_record, nucleotides, start_progress)
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         return self._proteins
 
     def _of_files(
-        self, inputs: Sequence[str | Path], on_bad_record: OnBadRecord, start_progress: StartProgress
+        self,
+        inputs: Sequence[str | Path],
+        on_bad_record: OnBadRecord,
+        nucleotides: Nucleotides,
+        start_progress: StartProgress,
     ) -> Iterator[tuple[str, np.ndarray]]:
         if sum(str(path) == STDIN for path in inputs) > 1:
             raise ProtlmError(f"{STDIN}: the standard input can be read only once; name it once")
@@ -67,7 +75,22 @@ class ProteinInputs:
         advance = start_progress("read", num_bytes)
         reader = RecordReader(expanded.paths, on_bad_record=on_bad_record, advance=advance)
         self.rejects, self.repairs = reader.rejects, reader.repairs
-        return ((record.id, vocabulary.encode(record.sequence.encode())) for record in reader)
+        return self._proteins_of(reader, expanded.paths, nucleotides)
+
+    def _proteins_of(
+        self, reader: RecordReader, paths: Sequence[str], nucleotides: Nucleotides
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        for record in reader:
+            residues = record.sequence.encode()
+            if is_nucleic_acid(residues, record.description):
+                if nucleotides == "error":
+                    path = paths[len(reader.sources)]
+                    raise RecordError(path, record.line, refusal(record.id), reason=NUCLEOTIDES, record_id=record.id)
+                if nucleotides == "skip":
+                    self.rejects[NUCLEOTIDES] += 1
+                    continue
+                self.num_nucleotides += 1
+            yield record.id, vocabulary.encode(residues)
 
     def _of_dataset(self, path: Path, split: str | None) -> Iterator[tuple[str, np.ndarray]]:
         dataset = open_dataset(path)

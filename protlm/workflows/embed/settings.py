@@ -8,7 +8,7 @@ from typing import Any
 from protlm.choices import SplitName
 from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Layout, columns_of
-from protlm.data.records import OnBadRecord
+from protlm.data.records import Nucleotides, OnBadRecord
 from protlm.errors import ProtlmError, UsageError
 from protlm.inference.long_proteins import Cut
 from protlm.inference.row_embeddings import absolute_layer, default_tokens_per_batch
@@ -37,6 +37,7 @@ class EmbedRequest:
         window: Compute longer proteins in overlapping windows of so many residues.
         truncate: Embed only the first so many residues of longer proteins.
         on_bad_record: Stop at a bad record, or skip and count it.
+        nucleotides: Stop at a nucleic acid, skip it, or keep it; None: as `on_bad_record`.
         devices: The devices to compute on.
         resume: Resume an unfinished run; start one if there is none.
         force: Replace an existing output of the same layout and, without `resume`, the work of an unfinished run.
@@ -54,6 +55,7 @@ class EmbedRequest:
     window: int | None = None
     truncate: int | None = None
     on_bad_record: OnBadRecord = "error"
+    nucleotides: Nucleotides | None = None
     devices: Devices = ONE_DEVICE
     resume: bool = False
     force: bool = False

@@ -24,13 +24,27 @@ from protlm.errors import ProtlmError
 from protlm.runtime.progress import StartProgress
 from protlm.runtime.workers import Workers
 from protlm.workflows.prep.folder import FinishedSource, PrepFolder
+from protlm.workflows.prep.label_checks import check_labels
 from protlm.workflows.prep.multiqc_row import render_multiqc
-from protlm.workflows.prep.reading import raise_first_fault
+from protlm.workflows.prep.reading import FaultRules, LabelFiles, raise_first_fault
 from protlm.workflows.prep.report_page import render_report
 
 # In each split; shards are read one after the other.
 _OPEN_SHARDS = 2
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the user is told beside the dataset.
+
+    Attributes:
+        num_unclustered: The number of records that are in no cluster, where the split is by cluster.
+        notes: A note for each label file that labels only some of the records.
+    """
+
+    num_unclustered: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +75,11 @@ def build_dataset(
     requested: Sequence[SplitName],
     workers: Workers,
     *,
+    labels: LabelFiles,
+    ood_names: Sequence[str],
     check_leaks: bool,
     start_progress: StartProgress,
-) -> int:
+) -> Outcome:
     """Makes the dataset in its folder from the pieces of all files.
 
     Args:
@@ -71,21 +87,19 @@ def build_dataset(
         options: The options that shape the content.
         requested: The splits that the dataset should have.
         workers: The processes that write the shards.
+        labels: The label files, which the pieces were made with.
+        ood_names: The families to hold out, as the user named them.
         check_leaks: Look for sequences of one split inside those of another.
         start_progress: Starts the stage `write` (residues).
 
-    Returns:
-        The number of records that are in no cluster, where the split is by cluster.
-
     Raises:
-        ProtlmError: A file was not read yet, a bad record, or no record left.
+        ProtlmError: A file was not read yet, a bad record, labels that do not fit the records, or no record left.
     """
     sources = _finished_sources(folder)
     by_source = [folder.pieces(number) for number in range(len(sources))]
     pieces = [piece for source_pieces in by_source for piece in source_pieces]
     chosen = selection.select(pieces, _rules(options), folder.codes_path)
-    if options.split == "cluster" and chosen.num_unclustered == chosen.starts[-1]:
-        raise ProtlmError("split by cluster: no record is in a cluster; give --clusters, or --cluster-with mmseqs")
+    notes = check_labels(by_source, chosen, options, labels, ood_names)
     plans = assembly.plan_shards(pieces, chosen, options.shard_residues)
     # Finished shards of an earlier run are used again only if everything that shapes them is the same.
     texts = xxhash.xxh3_128_hexdigest("".join(f"{piece.role} {piece.text_hash}\n" for piece in pieces).encode())
@@ -116,12 +130,13 @@ def build_dataset(
         leakage=leakage.look_for_leaks(readers, across, substrings=check_leaks),
         rejects=dict(sorted(rejects.items())),
         repairs=dict(sorted(repairs.items())),
+        nucleic_acids=chosen.num_nucleotides,
     )
     for name, render in ((dataset.REPORT_NAME, render_report), (dataset.MULTIQC_NAME, render_multiqc)):
         with files.written_whole(folder.dataset_path / name) as path:
             path.write_text(render(manifest), encoding="utf-8")
     dataset.write_manifest(folder.dataset_path, manifest)
-    return chosen.num_unclustered
+    return Outcome(chosen.num_unclustered, notes)
 
 
 def _finished_sources(folder: PrepFolder) -> list[FinishedSource]:
@@ -158,6 +173,8 @@ def _rules(options: dataset.PrepOptions) -> Rules:
         max_length=options.max_length,
         dedupe=options.dedupe,
         ood_families=frozenset(options.ood_families),
+        unclustered=options.unclustered,
+        keep_nucleotides=options.nucleotides == "keep",
     )
 
 
@@ -210,7 +227,7 @@ def _write_rejects(
         for source, pieces in zip(sources, by_source, strict=True):
             num_lines, name = 0, source.name.translate(_ESCAPES)
             for piece in pieces:
-                raise_first_fault(piece, num_lines, options.on_bad_record)
+                raise_first_fault(piece, num_lines, FaultRules(options.on_bad_record, options.nucleotides))
                 rows = _rejects_of(piece, chosen.codes_of(number) if is_any_left_out else None)
                 file.writelines(
                     f"{name}\t{line + num_lines}\t{record_id}\t{reason}\n" for line, record_id, reason in rows

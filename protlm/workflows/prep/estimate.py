@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from protlm.data.building.pieces import write_piece
+from protlm.data.building.pieces import open_piece_file, write_piece
 from protlm.data.parsing import reader
 from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.parsing.text_pieces import cut_into_pieces
-from protlm.data.records import OnBadRecord
+from protlm.data.records import NUCLEOTIDES
 from protlm.errors import UsageError
 from protlm.workflows.prep.options import Inputs
+from protlm.workflows.prep.reading import FaultRules, raise_first_fault
 
 _SAMPLE_BYTES = 8 << 20
 _SAMPLED_FILES = 8
@@ -62,13 +63,13 @@ class _Sample:
     piece_bytes: int = 0
 
 
-def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, workers: int) -> PrepEstimate:
+def estimate(inputs: Inputs, target: Path, *, rules: FaultRules, workers: int) -> PrepEstimate:
     """Returns an estimate for all files, from reading the beginning of some of them.
 
     Args:
         inputs: The files.
         target: The dataset folder that would be made.
-        on_bad_record: Whether a bad record in a sample is an error.
+        rules: Which records of a sample are an error.
         workers: Processes that would read and write.
 
     Raises:
@@ -83,7 +84,7 @@ def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, worker
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for input_file in inputs.files[::step][:_SAMPLED_FILES]:
-            _add_sample(sample, input_file.path, Path(folder) / "piece.h5", on_bad_record, rejects)
+            _add_sample(sample, input_file.path, Path(folder) / "piece.h5", rules, rejects)
     seconds = time.perf_counter() - begun
     scale = sum(sizes) / max(1.0, sample.disk_bytes)
     speed_up = workers * _WORKER_EFFICIENCY if workers > 1 else 1.0
@@ -103,9 +104,7 @@ def estimate(inputs: Inputs, target: Path, *, on_bad_record: OnBadRecord, worker
     )
 
 
-def _add_sample(
-    sample: _Sample, path: str, piece_path: Path, on_bad_record: OnBadRecord, rejects: Counter[str]
-) -> None:
+def _add_sample(sample: _Sample, path: str, piece_path: Path, rules: FaultRules, rejects: Counter[str]) -> None:
     """Adds the first piece of a file to the sample."""
     on_disk = text_bytes = 0
 
@@ -122,12 +121,15 @@ def _add_sample(
     pieces = cut_into_pieces(path, counted(SourceBlocks(path, advance=count)), piece_bytes=_SAMPLE_BYTES)
     piece = next(pieces)
     parsed = reader.parse_piece(path, piece)
-    if on_bad_record == "error" and parsed.faults.first is not None:
-        raise parsed.faults.first
     rejects.update(parsed.faults.counts)
     if not len(parsed.table) and not parsed.faults:
         raise reader.no_records(path, parsed.num_lines)
     write_piece(piece_path, parsed, text_hash="")
+    written = open_piece_file(piece_path, path, "input")
+    assert written is not None
+    raise_first_fault(written, 0, rules)
+    if rules.nucleotides == "skip" and written.num_nucleotides:
+        rejects[NUCLEOTIDES] += written.num_nucleotides
     # The source has read a few blocks past the piece.
     sample.disk_bytes += on_disk * len(piece.text) / max(1, text_bytes)
     sample.num_records += len(parsed.table)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from protlm.choices import SplitMethod, SplitName
+from protlm.choices import SplitMethod, SplitName, Unclustered
 from protlm.data import splits
 from protlm.data.labels.labels import Labels, read_clusters, read_families, read_splits
 from protlm.data.parsing.sources import STDIN, expand_inputs
-from protlm.data.records import OnBadRecord
+from protlm.data.records import Nucleotides, OnBadRecord
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import InputRole
 from protlm.data.storage.shards import DEFAULT_SHARD_RESIDUES
@@ -37,17 +37,21 @@ class PrepRequest:
         ood_inputs: Ready-made out-of-distribution set.
         split: `random` draws sequences, `cluster` whole clusters; `family` puts the records of `ood_families` into ood
             and draws the others; `file` takes the splits of `split_file`.
-        valid_fraction: Fraction drawn for validation, by default `DEFAULT_FRACTION`.
-        test_fraction: Fraction drawn for the test, by default the same.
+        valid_fraction: Fraction of `inputs` drawn for validation, by default `DEFAULT_FRACTION`; beside ready-made
+            splits 0, and only where no `valid_inputs` are given.
+        test_fraction: Fraction drawn for the test, likewise.
         clusters: File with the clusters of records: MMseqs2 TSV, CD-HIT .clstr or UniRef XML.
         families: File with the families of records: TSV of id and family.
         ood_families: Families held out, or names of `splits.FAMILY_PRESETS`.
+        unclustered: Where records without cluster go, in a split by cluster: `random` draws each for itself; None for
+            an error.
         split_file: File with the splits of records: TSV of id and split. A record that it does not list is left out.
         seed: Seed of the draw.
         min_length: Shorter sequences are counted as rejects.
         max_length: Longer sequences are counted as rejects; None for no limit.
         dedupe: Keep only the first of equal sequences within a split; across splits that is always so.
         on_bad_record: Stop at a bad record, or count it as a reject and go on.
+        nucleotides: Stop at a nucleic acid, count it as a reject, or take it for a protein; None: as `on_bad_record`.
         shard_residues: Residues after which a new shard begins.
         check_leaks: Look for sequences of one split that are contained in longer ones of another.
         workers: Processes that read and write.
@@ -70,11 +74,13 @@ class PrepRequest:
     families: str | Path | None = None
     ood_families: Sequence[str] = ()
     split_file: str | Path | None = None
+    unclustered: Unclustered | None = None
     seed: int = 0
     min_length: int = 1
     max_length: int | None = None
     dedupe: bool = True
     on_bad_record: OnBadRecord = "error"
+    nucleotides: Nucleotides | None = None
     shard_residues: int = DEFAULT_SHARD_RESIDUES
     check_leaks: bool = True
     workers: int = 1
@@ -183,11 +189,18 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
         raise UsageError("inputs: expected at least one file, got none")
     split, valid_fraction, test_fraction = request.split, request.valid_fraction, request.test_fraction
     is_ready_made = any(input_file.role != "input" for input_file in inputs.files)
-    is_drawn = not is_ready_made and split != "file"
     if is_ready_made and split != "random":
         raise UsageError(f"split: {split!r} only without ready-made splits")
-    if not is_drawn and (valid_fraction is not None or test_fraction is not None):
-        raise UsageError("valid_fraction and test_fraction: only without ready-made splits and a split file")
+    has_fraction = valid_fraction is not None or test_fraction is not None
+    if split == "file" and has_fraction:
+        raise UsageError("valid_fraction and test_fraction: only without a split file")
+    for role, fraction in (("valid", valid_fraction), ("test", test_fraction)):
+        if fraction is not None and any(input_file.role == role for input_file in inputs.files):
+            raise UsageError(f"{role}_fraction: only without {role}_inputs, which are that split already")
+    if request.unclustered is not None and split != "cluster":
+        raise UsageError("unclustered: only with split 'cluster'")
+    is_drawn = has_fraction if is_ready_made else split != "file"
+    default = DEFAULT_FRACTION if is_drawn and not is_ready_made else None
     if (labels.splits is not None) != (split == "file"):
         raise UsageError("split_file: wanted with split 'file', and only with it")
     if bool(request.ood_families) != (split == "family"):
@@ -196,8 +209,8 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
         return dataset.PrepOptions(
             split="ready-made" if is_ready_made else split,
             seed=request.seed if is_drawn else None,
-            valid_fraction=(DEFAULT_FRACTION if valid_fraction is None else valid_fraction) if is_drawn else None,
-            test_fraction=(DEFAULT_FRACTION if test_fraction is None else test_fraction) if is_drawn else None,
+            valid_fraction=default if valid_fraction is None else valid_fraction,
+            test_fraction=default if test_fraction is None else test_fraction,
             min_length=request.min_length,
             max_length=request.max_length,
             dedupe=request.dedupe,
@@ -207,6 +220,8 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
             clusters=_label_file(labels.clusters),
             families=_label_file(labels.families),
             split_file=_label_file(labels.splits),
+            unclustered=request.unclustered,
+            nucleotides=request.nucleotides or request.on_bad_record,
         )
     except ValidationError as error:
         raise UsageError(validation_fault(error)) from error

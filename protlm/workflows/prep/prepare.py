@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from protlm.data.records import OnBadRecord
 from protlm.data.storage import dataset
 from protlm.errors import UsageError
 from protlm.runtime import work_folder
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.runtime.workers import Workers
 from protlm.workflows.inspect import DatasetSummary, summarise
-from protlm.workflows.prep.building import build_dataset
+from protlm.workflows.prep.building import Outcome, build_dataset
 from protlm.workflows.prep.estimate import PrepEstimate, estimate
 from protlm.workflows.prep.folder import (
     PrepFolder,
@@ -34,7 +33,7 @@ from protlm.workflows.prep.options import (
     resolve_options,
     resolve_start,
 )
-from protlm.workflows.prep.reading import LabelFiles, read_source
+from protlm.workflows.prep.reading import FaultRules, LabelFiles, read_source
 
 _MOST_WORKERS = 64
 
@@ -47,7 +46,8 @@ class PrepReport:
         out: The dataset folder.
         hash: Its hash, which identifies its content.
         manifest: Its manifest.
-        num_unclustered: Records of a split by cluster that are in no cluster; each was drawn by itself.
+        num_unclustered: Records of a split by cluster that are in no cluster.
+        label_notes: A note for each label file that labels only some of the records.
         left_out: Files of an input folder that hold no proteins.
     """
 
@@ -55,6 +55,7 @@ class PrepReport:
     hash: str
     manifest: dataset.Manifest
     num_unclustered: int
+    label_notes: tuple[str, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -83,7 +84,8 @@ def prepare(
 ) -> PrepReport | PartReport | PrepEstimate:
     """Turns protein files into a dataset folder.
 
-    Without ready-made splits each sequence is drawn for train, valid or test. With any, `inputs` are the training set.
+    Without ready-made splits each sequence is drawn for train, valid or test. With any, `inputs` are the training set,
+    from which the fractions that are asked for are drawn.
     A sequence that two splits would share stays only in the earlier one of train, valid, test, ood; where families are
     held out, in ood. Equal input, options and seed give equal bytes; `workers`, `resume`, `part` and `merge` change
     none.
@@ -108,37 +110,38 @@ def prepare(
     target = Path(os.path.realpath(request.out))
     finished = None if request.dry_run else complete_killed_run(target)
     if start == "resume" and finished is not None:
-        return _report(request, finished, 0, inputs.left_out)
+        return _report(request, finished, Outcome(0, ()), inputs.left_out)
     check_replaceable(target, force=request.force or start == "part")
     labels = read_labels(request)
     options = resolve_options(inputs, labels, request)
+    rules = FaultRules(options.on_bad_record, options.nucleotides)
     if request.dry_run:
-        return estimate(inputs, target, on_bad_record=request.on_bad_record, workers=request.workers)
+        return estimate(inputs, target, rules=rules, workers=request.workers)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = open_prep_folder(target, inputs.files, _hashes(labels), start, force=request.force)
     with folder.locked(start), kept_or_removed(folder, start), Workers(request.workers, labels) as workers:
         if request.part is not None:
-            return _read_part(folder, workers, request.part, request.on_bad_record, start_progress)
+            return _read_part(folder, workers, request.part, rules, start_progress)
         if not request.merge:
-            _read(folder, workers, range(len(inputs.files)), request.on_bad_record, start_progress)
-        num_unclustered = build_dataset(
+            _read(folder, workers, range(len(inputs.files)), rules, start_progress)
+        outcome = build_dataset(
             folder, options, requested_splits(inputs, options), workers,
-            check_leaks=request.check_leaks, start_progress=start_progress,
+            labels=labels, ood_names=request.ood_families, check_leaks=request.check_leaks,
+            start_progress=start_progress,
         )  # fmt: skip
         finished = dataset.open_dataset(folder.dataset_path)
         folder.put_in_place(target, force=request.force)
         work_folder.remove_finished(folder.path)
-    return _report(request, finished, num_unclustered, inputs.left_out)
+    return _report(request, finished, outcome, inputs.left_out)
 
 
-def _report(
-    request: PrepRequest, finished: dataset.Dataset, num_unclustered: int, left_out: tuple[str, ...]
-) -> PrepReport:
+def _report(request: PrepRequest, finished: dataset.Dataset, outcome: Outcome, left_out: tuple[str, ...]) -> PrepReport:
     return PrepReport(
         out=str(request.out),
         hash=finished.hash,
         manifest=finished.manifest,
-        num_unclustered=num_unclustered,
+        num_unclustered=outcome.num_unclustered,
+        label_notes=outcome.notes,
         left_out=left_out,
     )
 
@@ -152,25 +155,25 @@ def _read(
     folder: PrepFolder,
     workers: Workers,
     numbers: Sequence[int],
-    on_bad_record: OnBadRecord,
+    rules: FaultRules,
     start_progress: StartProgress,
 ) -> None:
     """Reads those of the numbered files that were not read before."""
     waiting = [number for number in numbers if folder.finished_source(number) is None]
     advance = start_progress("read", sum(folder.inputs[number].num_bytes for number in waiting))
     for number in waiting:
-        read_source(folder, number, workers, on_bad_record, advance)
+        read_source(folder, number, workers, rules, advance)
 
 
 def _read_part(
     folder: PrepFolder,
     workers: Workers,
     part: tuple[int, int],
-    on_bad_record: OnBadRecord,
+    rules: FaultRules,
     start_progress: StartProgress,
 ) -> PartReport:
     numbers = _files_of_part([input_file.num_bytes for input_file in folder.inputs], part)
-    _read(folder, workers, numbers, on_bad_record, start_progress)
+    _read(folder, workers, numbers, rules, start_progress)
     sources = [folder.finished_source(number) for number in numbers]
     return PartReport(
         folder=str(folder.path),

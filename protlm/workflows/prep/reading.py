@@ -11,11 +11,12 @@ import xxhash
 from protlm.data.building.pieces import Piece, PieceFile, open_piece_file, write_piece
 from protlm.data.building.selection import NO_SPLIT
 from protlm.data.labels.labels import Labels
+from protlm.data.nucleotides import refusal
 from protlm.data.parsing import reader
 from protlm.data.parsing.record_table import RecordTable
 from protlm.data.parsing.sources import STDIN, SourceBlocks
 from protlm.data.parsing.text_pieces import PIECE_BYTES, TextPiece, cut_into_pieces
-from protlm.data.records import UNKNOWN, Format, OnBadRecord
+from protlm.data.records import NUCLEOTIDES, UNKNOWN, Format, Nucleotides, OnBadRecord
 from protlm.data.splits import SPLIT_NAMES
 from protlm.errors import ProtlmError, RecordError
 from protlm.runtime.progress import Advance
@@ -30,6 +31,14 @@ class LabelFiles:
     clusters: Labels | None = None
     families: Labels | None = None
     splits: Labels | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRules:
+    """Which records end the command."""
+
+    on_bad_record: OnBadRecord
+    nucleotides: Nucleotides
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +64,13 @@ def read_source(
     folder: PrepFolder,
     number: int,
     workers: Workers,
-    on_bad_record: OnBadRecord,
+    rules: FaultRules,
     advance: Advance,
 ) -> None:
     """Reads a file to its end and writes its pieces into the folder, except those that are there already.
 
     Raises:
-        RecordError: A bad record, unless bad records are skipped, or a file without records.
+        RecordError: A bad record or a nucleic acid, unless it is skipped or kept; a file without records.
         ProtlmError: A damaged file.
         OSError: The file cannot be read, or the disk is full.
     """
@@ -72,7 +81,7 @@ def read_source(
     formats: list[Format] = []
     num_pieces = num_records = num_lines = num_entries = 0
     for piece in workers.in_order(make_piece, _tasks(folder, number, source, workers, formats)):
-        raise_first_fault(piece, num_lines, on_bad_record)
+        raise_first_fault(piece, num_lines, rules)
         num_pieces += 1
         num_records += piece.num_records
         num_lines += piece.num_lines
@@ -86,18 +95,28 @@ def read_source(
     folder.finish_source(number, finished)
 
 
-def raise_first_fault(piece: PieceFile, num_lines: int, on_bad_record: OnBadRecord) -> None:
-    """Raises the first bad record of a piece, unless bad records are skipped.
+def raise_first_fault(piece: PieceFile, num_lines: int, rules: FaultRules) -> None:
+    """Raises the error of the first record of a piece that ends the command.
 
     Args:
         piece: The piece.
         num_lines: Lines of its file before it.
-        on_bad_record: Whether to raise.
+        rules: What ends the command.
     """
-    if on_bad_record == "error" and piece.first_fault is not None:
+    errors = []
+    if rules.on_bad_record == "error" and piece.first_fault is not None:
         number, message = piece.first_fault
         line, record_id, reason = Piece(piece.path).fault(number)
-        raise RecordError(piece.path_of_source, line + num_lines, message, reason=reason, record_id=record_id)
+        errors.append(RecordError(piece.path_of_source, line, message, reason=reason, record_id=record_id))
+    if rules.nucleotides == "error" and piece.num_nucleotides:
+        columns = Piece(piece.path)
+        place = int(columns["nucleotides"][0])
+        line, record_id = int(columns["lines"][place]), columns.strings("ids")[place]
+        errors.append(
+            RecordError(piece.path_of_source, line, refusal(record_id), reason=NUCLEOTIDES, record_id=record_id)
+        )
+    if errors:
+        raise min(errors, key=lambda error: error.line).moved(num_lines)
 
 
 def _tasks(

@@ -47,6 +47,11 @@ def _nucleotide_share(residue_counts: Mapping[str, int]) -> float:
 def warnings_of(manifest: Manifest) -> list[str]:
     """Returns one line for each property of a dataset that its user may not have intended."""
     warnings = []
+    if manifest.nucleic_acids:
+        warnings.append(
+            f"{manifest.nucleic_acids:,} records are nucleic acids, and their letters were read as residues; leave "
+            "them out with --nucleotides skip"
+        )
     for name, split in manifest.splits.items():
         if not split.num_records:
             warnings.append(f"split '{name}' is empty")
