@@ -82,7 +82,9 @@ ClustersOption = Annotated[
 ]
 ClusterWithOption = Annotated[
     Literal["mmseqs"] | None,
-    typer.Option("--cluster-with", metavar="mmseqs", help="Cluster INPUT with a program installed on this machine."),
+    typer.Option(
+        "--cluster-with", metavar="mmseqs", help="Cluster the proteins with a program installed on this machine."
+    ),
 ]
 ClusterIdentityOption = Annotated[
     float | None,
@@ -193,20 +195,20 @@ def prep_command(
       protlm prep uniprot_sprot.dat.gz --split family --ood-family PF00306 --out dataset
     """  # noqa: D301  \b must reach Typer as a backspace
     from protlm.runtime.work_folder import partial_folder
-    from protlm.workflows.prep.mmseqs import clusters_of
     from protlm.workflows.prep.options import PrepRequest, parse_part
     from protlm.workflows.prep.prepare import prepare
 
     try:
-        with Bars(_UNITS) as bars, clusters_of(inputs, cluster_with, cluster_identity, clusters) as cluster_file:
+        with Bars(_UNITS) as bars:
             request = PrepRequest(
                 inputs=inputs, out=out, valid_inputs=valid_input or (), test_inputs=test_input or (),
                 ood_inputs=ood_input or (), split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
-                clusters=cluster_file, families=families, ood_families=ood_family or (), split_file=split_file,
-                unclustered=unclustered, seed=seed, min_length=min_length, max_length=max_length, dedupe=dedupe,
-                on_bad_record=on_bad_record, nucleotides=nucleotides, shard_residues=shard_residues,
-                check_leaks=check_leaks, workers=workers, resume=resume,
-                part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run, force=force,
+                clusters=clusters, cluster_with=cluster_with, cluster_identity=cluster_identity, families=families,
+                ood_families=ood_family or (), split_file=split_file, unclustered=unclustered, seed=seed,
+                min_length=min_length, max_length=max_length, dedupe=dedupe, on_bad_record=on_bad_record,
+                nucleotides=nucleotides, shard_residues=shard_residues, check_leaks=check_leaks, workers=workers,
+                resume=resume, part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run,
+                force=force,
             )  # fmt: skip
             report = prepare(request, start_progress=bars.start)
     except KeyboardInterrupt:

@@ -2,8 +2,6 @@
 
 import gzip
 import math
-import os
-import stat
 from collections import Counter
 
 import numpy as np
@@ -245,39 +243,6 @@ def test_a_fragment_in_another_split_is_found(tmp_path, capsys):
         main(["prep", str(train), "--valid-input", str(valid), "--out", str(tmp_path / "o2"), "--no-check-leaks"]) == 0
     )
     assert open_dataset(tmp_path / "o2").manifest.leakage.substrings is None
-
-
-@pytest.fixture
-def mmseqs(tmp_path, monkeypatch):
-    """A program of that name that puts every two sequences of its first file into a cluster."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program = folder / "mmseqs"
-    program.write_text(
-        "#!/bin/sh\n"
-        '[ "$1" = easy-linclust ] || exit 9\n'
-        '[ -n "$MMSEQS_FAILS" ] && { echo "no such thing" >&2; exit 3; }\n'
-        """grep '>' "$2" | sed 's/>//' | awk 'NR % 2 {name = $1} {print name "\\t" $1}' > "$3_cluster.tsv"\n"""
-    )
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-
-
-def test_mmseqs_is_asked_for_the_clusters_where_it_is_installed(mmseqs, clustered, tmp_path, capsys, monkeypatch):
-    arguments = ("prep", clustered[0], "--out", tmp_path / "out", "--split", "cluster", "--cluster-with", "mmseqs")
-    run_json(capsys, *arguments, "--valid-fraction", "0.3")
-    splits = split_of_ids(tmp_path / "out")
-    assert all(splits[f"p{number}"] == splits[f"p{number + 1}"] for number in range(0, 300, 2))
-    assert set(splits.values()) == {"train", "valid", "test"}
-    monkeypatch.setenv("MMSEQS_FAILS", "1")
-    assert "mmseqs: ended with status 3: no such thing" in error_line(capsys, *arguments, "--force")
-
-
-def test_a_program_that_is_not_installed_is_one_line(clustered, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    arguments = ("prep", clustered[0], "--out", tmp_path / "out", "--split", "cluster", "--cluster-with", "mmseqs")
-    message = error_line(capsys, *arguments)
-    assert "mmseqs: not installed; install MMseqs2, or give its clusters with --clusters" in message
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Ids are not kept, only their digests, in sorted NumPy columns: 20 bytes a row, a
 reading a row takes some 60 bytes, and 200 if ids have several families in ever new combinations.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ import numpy as np
 
 from protlm.data.digests import digests_of
 from protlm.data.labels import rows as label_rows
+from protlm.data.labels.index import UNLABELLED, Index, sorted_columns
+from protlm.data.numbered_ids import NumberedIds, number_suffix, numbered_id
+from protlm.data.parsing.reader import Source
+from protlm.data.parsing.record_table import RecordTable
 from protlm.data.parsing.sources import SourceBlocks, sniff_format
 from protlm.data.parsing.uniref_xml import clusters_of
 from protlm.data.parsing.xml_text import check_prolog
@@ -19,43 +24,10 @@ from protlm.data.records import shown
 from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ProtlmError, RecordError
 
-UNLABELLED = -1
-"""The number that `Labels.lookup` returns for an id without label."""
-
 _BATCH_ROWS = 1 << 17
 _EXAMPLES = 1000
 _CD_HIT_HINT = "; CD-HIT cuts names at 19 letters unless it runs with `-d 0`"
 _BAR = ord("|")
-
-
-class _Index:
-    """Numbers by digest, in columns sorted by digest, each digest once."""
-
-    def __init__(self, high: np.ndarray, low: np.ndarray, numbers: np.ndarray) -> None:
-        self.high, self.low, self.numbers = high, low, numbers
-
-    def __len__(self) -> int:
-        return len(self.high)
-
-    def find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        """Returns the number of each digest, int64, `UNLABELLED` for a digest that is not in the index."""
-        numbers = np.full(len(high), UNLABELLED, dtype=np.int64)
-        waiting, places = np.arange(len(high)), np.searchsorted(self.high, high)
-        while True:
-            # Different digests with the same high half are neighbours.
-            is_near = places < len(self)
-            is_near[is_near] = self.high[places[is_near]] == high[waiting[is_near]]
-            waiting, places = waiting[is_near], places[is_near]
-            if not len(waiting):
-                return numbers
-            is_equal = self.low[places] == low[waiting]
-            numbers[waiting[is_equal]] = self.numbers[places[is_equal]]
-            waiting, places = waiting[~is_equal], places[~is_equal] + 1
-
-    def extended(self, high: np.ndarray, low: np.ndarray, numbers: np.ndarray) -> "_Index":
-        """Returns an index with further digests, none of which it has yet."""
-        pairs = ((self.high, high), (self.low, low), (self.numbers, numbers))
-        return _Index(*_sorted([np.concatenate(pair) for pair in pairs]))
 
 
 class Labels:
@@ -66,22 +38,31 @@ class Labels:
         sha256: Hash of the bytes of the file on disk.
         sizes: Number of ids with each label, int64 (labels); for UniRef XML the number of members of each cluster.
         examples: The first ids of the file, each with its label.
+        by_sequence: Whether records are found by their sequences, and not by their ids.
     """
 
     def __init__(
         self,
-        source: SourceBlocks,
-        index: _Index,
+        source: SourceBlocks | Source,
+        index: Index,
         names: Strings,
         sizes: np.ndarray,
         examples: Sequence[tuple[str, str]],
+        *,
+        by_sequence: bool = False,
     ) -> None:
         self.file_name, self.sha256, self.sizes = source.name, source.sha256, sizes
-        self.examples = examples
+        self.examples, self.by_sequence = examples, by_sequence
         self._index, self._names = index, names
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def of_records(self, table: RecordTable) -> np.ndarray:
+        """Returns the number of each record's label, int64 (records), `UNLABELLED` for one without."""
+        if self.by_sequence:
+            return self._index.find(table.digests[:, 0], table.digests[:, 1])
+        return self.lookup(table.ids, table.id_digests)
 
     def lookup(self, ids: Strings, id_digests: np.ndarray) -> np.ndarray:
         """Returns the number of each id's label.
@@ -153,6 +134,39 @@ def read_clusters(path: str | Path) -> Labels:
     return _label(path, source, (label_rows.Rows(r.labels, r.ids, r.lines) for r in rows), "cluster")
 
 
+def clusters_of_sequences(program: str, digests: np.ndarray, representatives: np.ndarray, ids: Sequence[str]) -> Labels:
+    """Returns clusters that a program made of different sequences; each is named by the id of its representative.
+
+    Args:
+        program: Name of the program, which stands for the name of a file.
+        digests: xxh3-128 of each sequence, uint64 (sequences, 2), high half first; all different.
+        representatives: The number of each sequence's representative, -1 for a sequence without cluster, int64.
+        ids: The id of each sequence; if several representatives share one, the later ones get `#2`, `#3`, …
+    """
+    clustered = np.flatnonzero(representatives >= 0)
+    chosen, numbers = np.unique(representatives[clustered], return_inverse=True)
+    names = _distinct([ids[number] for number in chosen.tolist()])
+    high, low, labels = sorted_columns([digests[clustered, 0], digests[clustered, 1], numbers.astype(np.int32)])
+    content = hashlib.sha256()
+    for part in (high.tobytes(), low.tobytes(), labels.tobytes(), "\n".join(names).encode()):
+        content.update(part)
+    source = Source(program, content.hexdigest())
+    return Labels(source, Index(high, low, labels), Strings.of(names), np.bincount(labels), (), by_sequence=True)
+
+
+def _distinct(ids: Sequence[str]) -> list[str]:
+    taken = NumberedIds()
+    for numbered in map(numbered_id, ids):
+        if numbered is not None:
+            taken.add(*numbered)
+    names: list[str] = []
+    seen: set[str] = set()
+    for name in ids:
+        names.append(name + number_suffix(taken.next_free(name)) if name in seen else name)
+        seen.add(name)
+    return names
+
+
 def read_splits(path: str | Path) -> Labels:
     r"""Returns the split of each id, from rows of `id<TAB>split`; raises as `read_clusters` does."""
     source, blocks, _ = label_rows.open_rows(path)
@@ -174,7 +188,7 @@ def read_families(path: str | Path) -> Labels:
     is_first = rows.is_first()
     starts = np.append(np.flatnonzero(is_first), len(is_first))
     numbers = _joined(rows.labels, starts, rows.names)
-    index, names = _Index(rows.high[is_first], rows.low[is_first], numbers), rows.names.to_strings()
+    index, names = Index(rows.high[is_first], rows.low[is_first], numbers), rows.names.to_strings()
     return Labels(source, index, names, np.bincount(numbers, minlength=len(names)), rows.examples)
 
 
@@ -182,7 +196,7 @@ class _Names:
     """Names numbered in the order of their first appearance, each kept once."""
 
     def __init__(self) -> None:
-        self._indices: list[_Index] = []
+        self._indices: list[Index] = []
         self._texts: list[bytes] = []
         self._lengths: list[np.ndarray] = []
         self.count = 0
@@ -203,10 +217,10 @@ class _Names:
             self.count += len(new)
             self._texts.append(b"".join(new))
             self._lengths.append(np.fromiter(map(len, new), dtype=np.int32, count=len(new)))
-            self._insert(_Index(*_sorted([high[missing], low[missing], numbers[missing]])))
+            self._insert(Index(*sorted_columns([high[missing], low[missing], numbers[missing]])))
         return numbers[which]
 
-    def _insert(self, index: _Index) -> None:
+    def _insert(self, index: Index) -> None:
         # Each index has more than twice the size of the next, so a name is copied only some log2(count) times.
         while self._indices and len(self._indices[-1]) <= 2 * len(index):
             index = self._indices.pop().extended(index.high, index.low, index.numbers)
@@ -267,26 +281,8 @@ def _collect(path: str | Path, rows: Iterable[label_rows.Rows]) -> _Collected:
         columns.append(np.concatenate(column))
         # Otherwise all columns would be in memory twice.
         column.clear()
-    high, low, labels, lines = _sorted(columns)
+    high, low, labels, lines = sorted_columns(columns)
     return _Collected(high, low, labels, lines, names, examples)
-
-
-def _sorted(columns: list[np.ndarray]) -> list[np.ndarray]:
-    """Returns the same list with rows sorted by the first two columns, and equal ones by their old order."""
-    order = np.argsort(columns[0])
-    for place in range(len(columns)):
-        # One after the other, so that only one column is in memory twice.
-        columns[place] = columns[place][order]
-    high, low = columns[:2]
-    is_tied = np.zeros(len(order), dtype=bool)
-    is_tied[1:] = high[1:] == high[:-1]
-    is_tied[:-1] |= is_tied[1:]
-    if is_tied.any():
-        tied = np.flatnonzero(is_tied)
-        sources = tied[np.lexsort((order[tied], low[tied], high[tied]))]
-        for column in columns:
-            column[tied] = column[sources]
-    return columns
 
 
 def _label(path: str | Path, source: SourceBlocks, rows: Iterable[label_rows.Rows], kind: str) -> Labels:
@@ -317,7 +313,7 @@ def _read_cd_hit(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]
     return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)), rows.examples)
 
 
-def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str, hint: str = "") -> _Index:
+def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str, hint: str = "") -> Index:
     is_first = rows.is_first()
     if len(conflicts := _conflicts(rows, is_first)):
         second = conflicts[np.argmin(rows.lines[conflicts])]
@@ -329,8 +325,8 @@ def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str,
         )
         raise RecordError(path, int(rows.lines[second]), message, reason="two_labels")
     if is_first.all():
-        return _Index(rows.high, rows.low, rows.labels)
-    return _Index(rows.high[is_first], rows.low[is_first], rows.labels[is_first])
+        return Index(rows.high, rows.low, rows.labels)
+    return Index(rows.high[is_first], rows.low[is_first], rows.labels[is_first])
 
 
 def _conflicts(rows: _Collected, is_first: np.ndarray) -> np.ndarray:

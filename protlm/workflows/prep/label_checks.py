@@ -50,7 +50,7 @@ def check_labels(
         if table is not None and (note := _coverage(pieces, chosen, kind, column, table)):
             notes.append(note)
     deciding = {"cluster": labels.clusters, "family": labels.families, "file": labels.splits}.get(options.split)
-    if deciding is not None and chosen.repeats.size:
+    if deciding is not None and not deciding.by_sequence and chosen.repeats.size:
         raise _repeated_id(by_source, chosen, deciding)
     if options.split == "cluster":
         _check_clustered(chosen, options, notes)
@@ -78,10 +78,11 @@ def _coverage(pieces: Sequence[PieceFile], chosen: Selection, kind: str, column:
             examples += [ids[place] for place in np.flatnonzero(is_one)[: _EXAMPLES - len(examples)].tolist()]
     if not num_missing:
         return ""
-    mismatch = mismatch_of(missing, table.examples, known)
+    # What was found by sequence does not depend on ids.
+    cause = "" if table.by_sequence else f": {mismatch_of(missing, table.examples, known)}"
     if num_missing == num_records:
-        raise ProtlmError(f"{table.file_name}: gives no record a {kind}: {mismatch}")
-    return f"{table.file_name}: {num_missing:,} of {num_records:,} records have no {kind}: {mismatch}"
+        raise ProtlmError(f"{table.file_name}: gives no record a {kind}{cause}")
+    return f"{table.file_name}: {num_missing:,} of {num_records:,} records have no {kind}{cause}"
 
 
 def _is_labelled(piece: Piece, column: str) -> np.ndarray:

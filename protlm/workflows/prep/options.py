@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -41,6 +42,8 @@ class PrepRequest:
             splits 0, and only where no `valid_inputs` are given.
         test_fraction: Fraction drawn for the test, likewise.
         clusters: File with the clusters of records: MMseqs2 TSV, CD-HIT .clstr or UniRef XML.
+        cluster_with: `mmseqs` to make the clusters with MMseqs2, or None.
+        cluster_identity: Least sequence identity within its clusters, by default `mmseqs.DEFAULT_IDENTITY`.
         families: File with the families of records: TSV of id and family.
         ood_families: Families held out, or names of `splits.FAMILY_PRESETS`.
         unclustered: Where records without cluster go, in a split by cluster: `random` draws each for itself; None for
@@ -71,6 +74,8 @@ class PrepRequest:
     valid_fraction: float | None = None
     test_fraction: float | None = None
     clusters: str | Path | None = None
+    cluster_with: Literal["mmseqs"] | None = None
+    cluster_identity: float | None = None
     families: str | Path | None = None
     ood_families: Sequence[str] = ()
     split_file: str | Path | None = None
@@ -217,9 +222,9 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
             on_bad_record=request.on_bad_record,
             shard_residues=request.shard_residues,
             ood_families=tuple(sorted(splits.held_out_families(request.ood_families))),
-            clusters=_label_file(labels.clusters),
-            families=_label_file(labels.families),
-            split_file=_label_file(labels.splits),
+            clusters=label_file(labels.clusters),
+            families=label_file(labels.families),
+            split_file=label_file(labels.splits),
             unclustered=request.unclustered,
             nucleotides=request.nucleotides or request.on_bad_record,
         )
@@ -227,7 +232,8 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
         raise UsageError(validation_fault(error)) from error
 
 
-def _label_file(labels: Labels | None) -> dataset.LabelFile | None:
+def label_file(labels: Labels | None) -> dataset.LabelFile | None:
+    """Returns the manifest's entry of a label file."""
     return None if labels is None else dataset.LabelFile(name=labels.file_name, sha256=labels.sha256)
 
 

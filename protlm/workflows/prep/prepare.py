@@ -5,6 +5,7 @@ Files become pieces (`reading`); the digests of all pieces decide which records 
 jobs of a cluster, go on.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from protlm.runtime import work_folder
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.runtime.workers import Workers
 from protlm.workflows.inspect import DatasetSummary, summarise
+from protlm.workflows.prep import mmseqs
 from protlm.workflows.prep.building import Outcome, build_dataset
 from protlm.workflows.prep.estimate import PrepEstimate, estimate
 from protlm.workflows.prep.folder import (
@@ -28,6 +30,7 @@ from protlm.workflows.prep.folder import (
 from protlm.workflows.prep.options import (
     PrepRequest,
     find_inputs,
+    label_file,
     read_labels,
     requested_splits,
     resolve_options,
@@ -112,11 +115,16 @@ def prepare(
     if start == "resume" and finished is not None:
         return _report(request, finished, Outcome(0, ()), inputs.left_out)
     check_replaceable(target, force=request.force or start == "part")
+    mmseqs.check_request(request.cluster_with, request.cluster_identity, request.clusters is not None, inputs.files)
     labels = read_labels(request)
     options = resolve_options(inputs, labels, request)
     rules = FaultRules(options.on_bad_record, options.nucleotides)
     if request.dry_run:
         return estimate(inputs, target, rules=rules, workers=request.workers)
+    if request.cluster_with is not None:
+        clusters = mmseqs.make_clusters(request.cluster_with, request.cluster_identity, inputs.files, options)
+        labels = dataclasses.replace(labels, clusters=clusters)
+        options = options.model_copy(update={"clusters": label_file(clusters)})
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = open_prep_folder(target, inputs.files, _hashes(labels), start, force=request.force)
     with folder.locked(start), kept_or_removed(folder, start), Workers(request.workers, labels) as workers:

@@ -168,14 +168,14 @@ def _read_range(path: str, start: int, num_bytes: int) -> bytes:
 def _labelled(table: RecordTable, labels: LabelFiles) -> tuple[RecordTable, np.ndarray | None]:
     """Returns the table with the labels from files, which replace those in the records, and the code of each split."""
     if labels.clusters is not None:
-        clusters = labels.clusters.lookup(table.ids, table.id_digests)
+        clusters = labels.clusters.of_records(table)
         sizes = np.where(clusters < 0, UNKNOWN, labels.clusters.sizes[clusters]).astype(np.int32)
         table = dataclasses.replace(table, cluster_ids=labels.clusters.names(clusters), cluster_size=sizes)
     if labels.families is not None:
-        families = labels.families.lookup(table.ids, table.id_digests)
+        families = labels.families.of_records(table)
         table = dataclasses.replace(table, families=labels.families.names(families))
     if labels.splits is None:
         return table, None
-    splits = labels.splits.lookup(table.ids, table.id_digests)
+    splits = labels.splits.of_records(table)
     codes = [SPLIT_NAMES.index(labels.splits.name(index)) for index in range(len(labels.splits))]
     return table, np.array([*codes, NO_SPLIT], dtype=np.uint8)[splits]
