@@ -187,3 +187,19 @@ def test_options_of_clustering_that_contradict_each_other_are_wrong_usage(tmp_pa
     fasta = write_fasta(tmp_path / "a.fasta", "abc", random_sequences(3))
     assert main(["prep", str(fasta), "--out", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_ready_made_splits_are_clustered_too_so_that_relatives_across_them_are_told(mmseqs, tmp_path, capsys):
+    first, second, third = random_sequences(3)
+    train = write_fasta(tmp_path / "train.fasta", "ab", [first, second])
+    test = write_fasta(tmp_path / "test.fasta", "cd", [first[:-1] + "W", third])
+    report = run_json(
+        capsys, "prep", train, "--test-input", test, "--out", tmp_path / "out", "--cluster-with", "mmseqs"
+    )
+    pairs = {(pair["first"], pair["second"]): pair["num_labels"] for pair in report["leakage"]["clusters"]}
+    assert pairs == {("train", "test"): 1}
+
+
+def test_a_pipe_cannot_be_clustered(mmseqs, tmp_path, capsys):
+    assert main(["prep", "-", "--out", str(tmp_path / "out"), "--cluster-with", "mmseqs"]) == 2
+    assert "cluster_with: the standard input and other pipes can be read only once" in capsys.readouterr().err

@@ -330,4 +330,14 @@ def test_an_id_of_several_proteins_cannot_decide_their_split(tmp_path, capsys, m
     # A copy is the same protein.
     records = fasta.read_text().split(">")
     fasta.write_text(">".join([*records[:3], records[1]]))
-    assert main([*map(str, arguments)]) == 0
+    for options in ((), ("--no-dedupe", "--force")):
+        assert main([*map(str, arguments), *options]) == 0
+
+
+def test_an_id_of_several_proteins_whose_label_decides_nothing_is_told(tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "a.fasta", ["Homo sapiens 1", "x", "Homo sapiens 2"], random_sequences(3))
+    table = tmp_path / "families.tsv"
+    table.write_text("Homo\tPF00001\nx\tPF00002\n")
+    assert main(["prep", str(fasta), "--out", str(tmp_path / "out"), "--families", str(table)]) == 0
+    told = capsys.readouterr().err
+    assert f"warning: {fasta}:5: another protein has the id 'Homo' too, and families.tsv gives both the same" in told

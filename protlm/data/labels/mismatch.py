@@ -15,7 +15,7 @@ class Mismatch:
     Attributes:
         record_id: Id of a record that the file does not label.
         label_id: Id in the file.
-        cause: The likely reason and the next step.
+        cause: The likely reason and the next step, empty if it is none of the known ones.
     """
 
     record_id: str
@@ -24,7 +24,7 @@ class Mismatch:
 
     def __str__(self) -> str:
         ids = f"the record {shown(self.record_id)} is not in it, and it has {shown(self.label_id)}"
-        return f"{ids}: {self.cause}"
+        return f"{ids}: {self.cause}" if self.cause else ids
 
 
 def mismatch_of(record_ids: Sequence[str], examples: Sequence[tuple[str, str]], known: Iterable[str]) -> Mismatch:
@@ -42,7 +42,7 @@ def mismatch_of(record_ids: Sequence[str], examples: Sequence[tuple[str, str]], 
     for find in _CAUSES:
         if (found := next(find(record_ids, others), None)) is not None:
             return found
-    return Mismatch(record_ids[0], others[0][0], "is it the file of these proteins?")
+    return Mismatch(record_ids[0], others[0][0], "")
 
 
 def _cut(record_ids: Sequence[str], examples: Sequence[tuple[str, str]]) -> Iterator[Mismatch]:

@@ -49,9 +49,20 @@ def check_labels(
     for kind, column, table in kinds:
         if table is not None and (note := _coverage(pieces, chosen, kind, column, table)):
             notes.append(note)
-    deciding = {"cluster": labels.clusters, "family": labels.families, "file": labels.splits}.get(options.split)
-    if deciding is not None and not deciding.by_sequence and chosen.repeats.size:
-        raise _repeated_id(by_source, chosen, deciding)
+    by_id = {kind: table for kind, _, table in kinds if table is not None and not table.by_sequence}
+    if by_id and (shared := _shared_id(by_source, chosen)) is not None:
+        deciding = by_id.get({"file": "split"}.get(options.split, options.split))
+        if deciding is not None:
+            raise RecordError(
+                shared.path,
+                shared.line,
+                f"{shared.message}, and {deciding.file_name} tells them apart by id; give each an id of its own, such "
+                "as by replacing the blanks in headers",
+                reason=shared.reason,
+                record_id=shared.record_id,
+            )
+        names = " and ".join(table.file_name for table in by_id.values())
+        notes.append(f"{shared}, and {names} gives both the same label; give each an id of its own")
     if options.split == "cluster":
         _check_clustered(chosen, options, notes)
     for name in ood_names:
@@ -78,11 +89,15 @@ def _coverage(pieces: Sequence[PieceFile], chosen: Selection, kind: str, column:
             examples += [ids[place] for place in np.flatnonzero(is_one)[: _EXAMPLES - len(examples)].tolist()]
     if not num_missing:
         return ""
+    told = f"{table.file_name}: gives no record a {kind}"
+    if num_missing < num_records:
+        told = f"{table.file_name}: {num_missing:,} of {num_records:,} records have no {kind}"
     # What was found by sequence does not depend on ids.
-    cause = "" if table.by_sequence else f": {mismatch_of(missing, table.examples, known)}"
+    if not table.by_sequence:
+        told += f": {mismatch_of(missing, table.examples, known)}"
     if num_missing == num_records:
-        raise ProtlmError(f"{table.file_name}: gives no record a {kind}{cause}")
-    return f"{table.file_name}: {num_missing:,} of {num_records:,} records have no {kind}{cause}"
+        raise ProtlmError(f"{told}; is it the file of these proteins?")
+    return told
 
 
 def _is_labelled(piece: Piece, column: str) -> np.ndarray:
@@ -110,26 +125,48 @@ def _num_kept(chosen: Selection) -> int:
     return sum(count for code, count in chosen.counts.items() if code < FIRST_REJECT)
 
 
-def _repeated_id(by_source: Sequence[Sequence[PieceFile]], chosen: Selection, labels: Labels) -> RecordError:
-    wanted, number = int(chosen.repeats[0, 0]), 0
+def _shared_id(by_source: Sequence[Sequence[PieceFile]], chosen: Selection) -> RecordError | None:
+    """Returns the error of the first record whose id an earlier one of another sequence has; None if there is none."""
+    repeated = _repeated_ids([piece for pieces in by_source for piece in pieces], chosen)
+    highs = np.array([high for high, _ in repeated], dtype=np.uint64)
+    sequences: dict[tuple[int, int], tuple[int, int]] = {}
+    number = 0
     for pieces in by_source:
         num_lines = 0
         for piece_file in pieces:
-            place = wanted - int(chosen.starts[number])
-            if 0 <= place < piece_file.num_records:
+            if repeated and piece_file.num_records:
                 piece = Piece(piece_file.path)
-                name = piece.strings("ids")[place]
-                return RecordError(
-                    piece_file.path_of_source,
-                    int(piece["lines"][place]) + num_lines,
-                    f"another protein has the id {shown(name)} too, and {labels.file_name} tells them apart by id; "
-                    "give each an id of its own, such as by replacing the blanks in headers",
-                    reason="repeated_id",
-                    record_id=name,
+                places = np.flatnonzero(
+                    np.isin(piece["id_digest/high"], highs) & (chosen.codes_of(number) < FIRST_REJECT)
                 )
+                rows = zip(
+                    places.tolist(), _digests(piece, "id", places), _digests(piece, "sequence", places), strict=True
+                )
+                for place, record_id, sequence in rows:
+                    if record_id in repeated and sequences.setdefault(record_id, sequence) != sequence:
+                        name, line = piece.strings("ids")[place], int(piece["lines"][place]) + num_lines
+                        message = f"another protein has the id {shown(name)} too"
+                        return RecordError(
+                            piece_file.path_of_source, line, message, reason="repeated_id", record_id=name
+                        )
             num_lines += piece_file.num_lines
             number += 1
-    raise AssertionError("a repeated id is in some piece")
+    return None
+
+
+def _repeated_ids(pieces: Sequence[PieceFile], chosen: Selection) -> set[tuple[int, int]]:
+    """Returns the digests of the ids that several kept records have."""
+    repeated: set[tuple[int, int]] = set()
+    for number, piece_file in enumerate(pieces):
+        start = int(chosen.starts[number])
+        if places := sorted(chosen.numbers_between(start, start + piece_file.num_records)):
+            repeated.update(_digests(Piece(piece_file.path), "id", np.array(places) - start))
+    return repeated
+
+
+def _digests(piece: Piece, kind: str, places: np.ndarray) -> list[tuple[int, int]]:
+    high, low = (piece[f"{kind}_digest/{half}"][places].tolist() for half in ("high", "low"))
+    return list(zip(high, low, strict=True))
 
 
 def _families_hint(pieces: Sequence[PieceFile]) -> str:
