@@ -283,7 +283,7 @@ def sniff_format(head: bytes, path: str | Path | None = None) -> TextFormat:
         return "uniref-xml"
     where = f"{path}: " if path is not None else ""
     if root.lower() == "html":
-        raise ProtlmError(f"{where}a web page (HTML) in place of sequences; download the file again")
+        raise ProtlmError(f"{where}a web page (HTML), with the root element <{root}>; download the file again")
     got = f"XML with the root element <{root}>" if root else "text that begins with `<` and has no XML root element"
     raise ProtlmError(f"{where}{got}; expected FASTA, or XML of UniProtKB (<uniprot>) or UniRef (<UniRef>)")
 
