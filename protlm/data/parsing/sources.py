@@ -191,7 +191,10 @@ def _expand_folder(folder: str, expanded: Expanded) -> None:
         else:
             expanded.left_out.append(f"{path}: {reason}")
     if len(expanded.paths) == num_before:
-        raise ProtlmError(f"{folder}: a folder without protein files; expected FASTA, UniProtKB or UniRef files in it")
+        raise ProtlmError(
+            f"{folder}: a folder without protein files; expected FASTA, UniProtKB or UniRef files in it, "
+            f"got {expanded.left_out[-1].removeprefix(os.path.join(folder, ''))}"
+        )
 
 
 def _mode(path: str) -> int:

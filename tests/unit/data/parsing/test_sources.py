@@ -327,7 +327,11 @@ def test_inputs_that_lead_nowhere_are_errors(tmp_path):
         (tmp_path / "*.none", "no file matches this pattern"),
         (link, f"a link to {tmp_path / 'gone'}, which does not exist"),
         (empty, "an empty folder"),
-        (useless, "a folder without protein files"),
+        (
+            useless,
+            "a folder without protein files; expected FASTA, UniProtKB or UniRef files in it, "
+            "got notes.txt: text that begins with 'text'",
+        ),
         ("/dev/null", "a device or a socket"),
     ):
         assert fault(expand_inputs, [path]).startswith(f"{path}: {message}")
