@@ -112,7 +112,7 @@ def embed_command(
     window: WindowOption = None,
     truncate: TruncateOption = None,
     on_bad_record: OnBadRecordOption = "error",
-    nucleotides: NucleotidesOption = None,
+    nucleotides: NucleotidesOption = "keep",
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
     seed: SeedOption = 0,
@@ -170,7 +170,10 @@ def embed_command(
     if report.rejects:
         output.warn("skipped " + ", ".join(f"{count} records ({reason})" for reason, count in report.rejects.items()))
     if report.num_nucleotides:
-        output.warn(f"{report.num_nucleotides:,} records are nucleic acids, and their letters were read as residues")
+        output.warn(
+            f"{report.num_nucleotides:,} records are nucleic acids, and their letters were read as residues; "
+            "leave them out with --nucleotides skip"
+        )
     if isinstance(report, EmbedEstimate):
         _print_estimate(report, as_json)
     else:

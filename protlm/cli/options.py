@@ -46,11 +46,11 @@ OnBadRecordOption = Annotated[
     typer.Option("--on-bad-record", metavar=one_of(OnBadRecord), help="Stop at a bad record, or skip and count it."),
 ]
 NucleotidesOption = Annotated[
-    Nucleotides | None,
+    Nucleotides,
     typer.Option(
         "--nucleotides",
         metavar=one_of(Nucleotides),
-        help="Stop at a nucleic acid, skip it, or keep it as if it were a protein; default: as --on-bad-record.",
+        help="Stop at a nucleic acid, skip and count it, or keep it with a warning.",
     ),
 ]
 DevicesOption = Annotated[

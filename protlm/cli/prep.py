@@ -170,7 +170,7 @@ def prep_command(
     max_length: MaxLengthOption = None,
     dedupe: DedupeOption = True,
     on_bad_record: OnBadRecordOption = "error",
-    nucleotides: NucleotidesOption = None,
+    nucleotides: NucleotidesOption = "keep",
     shard_residues: ShardResiduesOption = 67_108_864,
     check_leaks: CheckLeaksOption = True,
     workers: WorkersOption = 1,

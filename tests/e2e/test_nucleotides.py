@@ -31,17 +31,12 @@ def test_prep_stops_at_a_nucleic_acid_and_skips_or_keeps_all_of_them(
     name, num_records, num_nucleic_acids, first, line, tmp_path, capsys
 ):
     arguments = ("prep", CASES / name, "--out", tmp_path / "out", *ALL)
-    for options in (
-        (),
-        ("--nucleotides", "error"),
-        ("--nucleotides", "error", "--on-bad-record", "skip"),
-        ("--dry-run",),
-    ):
-        message = error_line(capsys, *arguments, *options)
+    for options in ((), ("--on-bad-record", "skip"), ("--dry-run",)):
+        message = error_line(capsys, *arguments, "--nucleotides", "error", *options)
         assert f"record {first!r} is a nucleic acid" in message
         assert "--nucleotides skip" in message
         assert line is None or f"{name}:{line}: " in message
-    kept = run_json(capsys, *arguments, "--nucleotides", "keep")
+    kept = run_json(capsys, *arguments)
     assert (kept["splits"]["train"]["num_records"], kept["nucleic_acids"]) == (num_records, num_nucleic_acids)
     assert main([*map(str, arguments), "--nucleotides", "keep", "--force"]) == 0
     assert f"warning: {num_nucleic_acids:,} records are nucleic acids" in capsys.readouterr().err
@@ -49,8 +44,8 @@ def test_prep_stops_at_a_nucleic_acid_and_skips_or_keeps_all_of_them(
         message = error_line(capsys, *arguments, "--nucleotides", "skip", "--force")
         assert f"no record is left; rejected: {num_nucleic_acids} nucleotides" in message
         return
-    for options in (("--nucleotides", "skip"), ("--on-bad-record", "skip")):
-        assert main([*map(str, arguments), *options, "--force"]) == 0
+    for options in ((), ("--on-bad-record", "skip"), ("--workers", "2")):
+        assert main([*map(str, arguments), "--nucleotides", "skip", *options, "--force"]) == 0
         assert (
             f"warning: {num_nucleic_acids} records rejected: {num_nucleic_acids} nucleotides" in capsys.readouterr().err
         )
@@ -67,12 +62,12 @@ def test_prep_stops_at_a_nucleic_acid_and_skips_or_keeps_all_of_them(
 def test_embed_does_the_same(run_dir, name, num_records, num_nucleic_acids, first, line, tmp_path, capsys):
     out = tmp_path / "out.h5"
     arguments = ["embed", run_dir, CASES / name, "--out", out]
-    for options in ((), ("--nucleotides", "error", "--on-bad-record", "skip")):
-        message = error_line(capsys, *arguments, *options)
+    for options in ((), ("--on-bad-record", "skip"), ("--dry-run",)):
+        message = error_line(capsys, *arguments, "--nucleotides", "error", *options)
         assert f"record {first!r} is a nucleic acid" in message
         assert line is None or f"{name}:{line}: " in message
     assert not out.exists()
-    assert main([*map(str, arguments), "--nucleotides", "keep", "--json"]) == 0
+    assert main([*map(str, arguments), "--json"]) == 0
     told = capsys.readouterr()
     assert f"warning: {num_nucleic_acids:,} records are nucleic acids" in told.err
     report = json.loads(told.out)
@@ -91,9 +86,12 @@ def test_the_file_and_line_of_a_later_file_are_told(run_dir, tmp_path, capsys):
     first, second = tmp_path / "a.fasta", tmp_path / "b.fasta.gz"
     first.write_text(">a\nMKVLAAGIV\n")
     second.write_bytes(gzip.compress(b">b\nMKVLWWGIV\n\n>gene\n" + b"ATGCCGATTA\n" * 9))
-    message = error_line(capsys, "embed", run_dir, first, second, "--out", tmp_path / "out.h5")
+    options = ("--nucleotides", "error")
+    message = error_line(capsys, "embed", run_dir, first, second, "--out", tmp_path / "out.h5", *options)
     assert f"{second}:4: record 'gene' is a nucleic acid" in message
-    assert f"{second}:4: record 'gene'" in error_line(capsys, "prep", first, second, "--out", tmp_path / "out")
+    assert f"{second}:4: record 'gene'" in error_line(
+        capsys, "prep", first, second, "--out", tmp_path / "out", *options
+    )
 
 
 def test_the_earlier_of_a_bad_record_and_a_nucleic_acid_is_told(tmp_path, capsys):
@@ -101,7 +99,7 @@ def test_the_earlier_of_a_bad_record_and_a_nucleic_acid_is_told(tmp_path, capsys
     bad, gene = ">bad\nMK7\n", ">gene\n" + "ATGCCGATTA" * 9 + "\n"
     for text, expected in ((bad + gene, ":2: record 'bad'"), (gene + bad, ":1: record 'gene'")):
         fasta.write_text(text)
-        assert expected in error_line(capsys, "prep", fasta, "--out", tmp_path / "out")
+        assert expected in error_line(capsys, "prep", fasta, "--out", tmp_path / "out", "--nucleotides", "error")
 
 
 def test_what_was_read_before_is_judged_by_the_rules_of_now(tmp_path, capsys):

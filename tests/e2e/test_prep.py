@@ -107,7 +107,7 @@ def test_the_report_counts_what_is_in_the_manifest(write, out, capsys):
         "families": None,
         "split_file": None,
         "unclustered": None,
-        "nucleotides": "skip",
+        "nucleotides": "keep",
     }
 
 

@@ -173,7 +173,9 @@ def test_a_bad_record_is_told_before_anything_is_clustered(mmseqs, tmp_path, cap
     monkeypatch.setenv("MMSEQS_FAILS", "1")
     fasta = tmp_path / "a.fasta"
     fasta.write_text(text)
-    assert message in error_line(capsys, "prep", fasta, "--out", tmp_path / "out", "--cluster-with", "mmseqs")
+    assert message in error_line(
+        capsys, "prep", fasta, "--out", tmp_path / "out", "--cluster-with", "mmseqs", "--nucleotides", "error"
+    )
 
 
 @pytest.mark.parametrize(

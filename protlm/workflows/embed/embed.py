@@ -121,8 +121,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
     out = Path(os.path.realpath(request.out))
     EmbedFolder(out).complete_killed_run(resume=request.resume)
     check_replaceable(EmbedFolder(out), settings.layout, out, force=request.force)
-    nucleotides = request.nucleotides or request.on_bad_record
-    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, nucleotides, start_progress)
+    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, request.nucleotides, start_progress)
     folder = open_embed_folder(out, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
     with folder.locked(), folder.kept_or_removed():
         proteins = folder.keep_proteins(read_proteins(folder.new_proteins_path, inputs))

@@ -79,8 +79,7 @@ def estimate(request: EmbedRequest, *, start_progress: StartProgress = no_progre
     folder = EmbedFolder(out)
     check_replaceable(folder, settings.layout, out, force=request.force)
     check_start(folder, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
-    nucleotides = request.nucleotides or request.on_bad_record
-    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, nucleotides, start_progress)
+    inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, request.nucleotides, start_progress)
     with tempfile.TemporaryDirectory() as temporary:
         proteins = read_proteins(Path(temporary) / "proteins", inputs)
         check_lengths(proteins, settings.cut, description)

@@ -37,7 +37,7 @@ class EmbedRequest:
         window: Compute longer proteins in overlapping windows of so many residues.
         truncate: Embed only the first so many residues of longer proteins.
         on_bad_record: Stop at a bad record, or skip and count it.
-        nucleotides: Stop at a nucleic acid, skip it, or keep it; None: as `on_bad_record`.
+        nucleotides: Stop at a nucleic acid, skip and count it, or keep it as if it were a protein.
         devices: The devices to compute on.
         resume: Resume an unfinished run; start one if there is none.
         force: Replace an existing output of the same layout and, without `resume`, the work of an unfinished run.
@@ -55,7 +55,7 @@ class EmbedRequest:
     window: int | None = None
     truncate: int | None = None
     on_bad_record: OnBadRecord = "error"
-    nucleotides: Nucleotides | None = None
+    nucleotides: Nucleotides = "keep"
     devices: Devices = ONE_DEVICE
     resume: bool = False
     force: bool = False

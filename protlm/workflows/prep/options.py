@@ -54,7 +54,7 @@ class PrepRequest:
         max_length: Longer sequences are counted as rejects; None for no limit.
         dedupe: Keep only the first of equal sequences within a split; across splits that is always so.
         on_bad_record: Stop at a bad record, or count it as a reject and go on.
-        nucleotides: Stop at a nucleic acid, count it as a reject, or take it for a protein; None: as `on_bad_record`.
+        nucleotides: Stop at a nucleic acid, count it as a reject, or keep it as if it were a protein.
         shard_residues: Residues after which a new shard begins.
         check_leaks: Look for sequences of one split that are contained in longer ones of another.
         workers: Processes that read and write.
@@ -85,7 +85,7 @@ class PrepRequest:
     max_length: int | None = None
     dedupe: bool = True
     on_bad_record: OnBadRecord = "error"
-    nucleotides: Nucleotides | None = None
+    nucleotides: Nucleotides = "keep"
     shard_residues: int = DEFAULT_SHARD_RESIDUES
     check_leaks: bool = True
     workers: int = 1
@@ -226,7 +226,7 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
             families=label_file(labels.families),
             split_file=label_file(labels.splits),
             unclustered=request.unclustered,
-            nucleotides=request.nucleotides or request.on_bad_record,
+            nucleotides=request.nucleotides,
         )
     except ValidationError as error:
         raise UsageError(validation_fault(error)) from error
