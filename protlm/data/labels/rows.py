@@ -19,8 +19,9 @@ CD_HIT_CLUSTER = b">Cluster"
 _HEAD_BYTES = 1 << 16
 _MAX_LINE_BYTES = 16 << 20
 _TAB, _NEWLINE = b"\t\n"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Windows editors write it before a text; it stands before other lines where such files were joined."""
 _MARKS = {
-    b"\xef\xbb\xbf": "a UTF-8 byte order mark: save the file without",
     b"\xff\xfe": "UTF-16 text: save the file as plain text",
     b"\xfe\xff": "UTF-16 text: save the file as plain text",
 }
@@ -54,6 +55,7 @@ def open_rows(path: str | Path) -> tuple[SourceBlocks, Iterator[bytes], bytes]:
     head = b""
     while len(head) < _HEAD_BYTES and (block := next(blocks, b"")):
         head += block
+    head = head.removeprefix(_BYTE_ORDER_MARK)
     for mark, message in _MARKS.items():
         if head.startswith(mark):
             raise ProtlmError(f"{path}: {message}")
@@ -78,6 +80,8 @@ def _whole_lines(path: str | Path, blocks: Iterable[bytes]) -> Iterator[tuple[in
         if len(pending) > _MAX_LINE_BYTES:
             raise RecordError(path, line + text.count(b"\n"), f"a line of more than {_MAX_LINE_BYTES:,} bytes")
         if text:
+            if _BYTE_ORDER_MARK in text:
+                text = text.removeprefix(_BYTE_ORDER_MARK).replace(b"\n" + _BYTE_ORDER_MARK, b"\n")
             _check_utf8(path, text, line)
             yield line, text
             line += text.count(b"\n")

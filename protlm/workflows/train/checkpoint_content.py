@@ -21,7 +21,9 @@ from protlm.config import Config, TrainConfig
 from protlm.errors import CheckpointError, first_fault
 from protlm.files import open_regular
 from protlm.model.performer import Performer
+from protlm.model.skeleton import skeleton
 from protlm.pretrained.model_description import ValidScore
+from protlm.workflows.train.frozen import freeze
 from protlm.workflows.train.optimizer import STATE_OF_RULE, build_optimizer
 
 SECTIONS = (
@@ -48,8 +50,8 @@ def read_step(path: Path, dataset_hash: str, settings: Config) -> int:
         DamagedCheckpointError: The file is damaged, or not a checkpoint of this model.
         CheckpointError: It cannot be opened, or was made with other settings or another dataset.
     """
-    with torch.device("meta"):
-        model = Performer(settings.model)
+    model = skeleton(settings.model)
+    freeze(model, settings.train.freeze)
     try:
         content = _read(path, most_bytes(model))
         return _checked_step(content, dataset_hash, settings, model)
@@ -224,7 +226,9 @@ def _check_optimizer(states: Any, model: Performer, settings: TrainConfig, step:
     state, saved_groups = states[0]["state"], states[0]["param_groups"]
     if type(saved_groups) is not list or len(saved_groups) != len(groups):
         raise _fault("param_groups", f"{len(groups)} groups", saved_groups)
-    _check_keys("optimizer_states.state", state, range(len(groups)))
+    # A frozen parameter has no gradient, and so no state.
+    trained = [number for number, group in enumerate(groups) if group["params"][0].requires_grad]
+    _check_keys("optimizer_states.state", state, trained)
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         place = f"param_groups.{number}"
         _check_keys(place, saved, group)
@@ -234,6 +238,8 @@ def _check_optimizer(states: Any, model: Performer, settings: TrainConfig, step:
             is_rate = name in ("lr", "peak_lr")
             if not (type(saved[name]) is float if is_rate else _is_same(saved[name], value)):
                 raise _fault(f"{place}.{name}", _shown(value), saved[name])
+        if number not in trained:
+            continue
         _check_keys(f"state.{number}", state[number], STATE_OF_RULE[group["rule"]])
         for name, value in state[number].items():
             place = f"state.{number}.{name}"

@@ -505,7 +505,7 @@ def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, m
 def test_a_model_that_does_not_fit_into_memory_is_refused_before_its_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
     edit(folder, model={"num_layers": 2, "model_dim": 2**16, "num_features": 2**20})
-    assert_refused(folder, f"{folder}: to read this model needs 1,409.9 GB of memory, and this machine has ")
+    assert_refused(folder, f"{folder}: to read this model needs 704.9 GB of memory, and this machine has ")
 
 
 def test_a_model_that_does_not_fit_into_the_gpu_is_refused(folder, monkeypatch):

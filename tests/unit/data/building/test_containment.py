@@ -109,7 +109,10 @@ def test_a_sequence_is_no_part_of_an_equal_one(folder):
 def test_what_spans_two_records_is_no_part_of_either(folder):
     # The shift moves the bounds to all places within the k-mers that are read.
     outer = [
-        text for shift in range(33) for text in ("A" * shift, "A" * 33 + PROTEIN[:45], PROTEIN[45:] + PROTEIN[:44])
+        text
+        for shift in range(33)
+        for text in ("A" * shift, "A" * 33 + PROTEIN[:45], PROTEIN[45:] + PROTEIN[:44])
+        if text
     ]
     inner = [PROTEIN[start : start + 46] for start in range(45)]
     assert count_each_way(folder, [inner], [outer]) == {0}

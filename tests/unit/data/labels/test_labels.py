@@ -229,7 +229,6 @@ def test_a_cluster_file_of_cd_hit_that_is_not_understood_is_an_error_with_its_li
         (b"<html>", "<html>"),
         (b"<!DOCTYPE UniRef [<!ENTITY a 'b'>]><UniRef>", "document type definition"),
         (b"a\tb\n\0\0\n", "binary"),
-        (b"\xef\xbb\xbfa\tb\n", "byte order mark"),
         ("a\tb\n".encode("utf-16"), "UTF-16"),
         (gzip.compress(b"a\tb\n" * 50, mtime=0)[:-9], "end too early"),
         (bz2.compress(b"a\tb\n" * 50)[:-9], "end too early"),
@@ -238,6 +237,16 @@ def test_a_cluster_file_of_cd_hit_that_is_not_understood_is_an_error_with_its_li
 )
 def test_files_of_another_kind_and_damaged_ones_are_errors(write, data, message):
     assert message in str(fault(read_clusters, write(data), ProtlmError))
+
+
+@pytest.mark.parametrize("data", [b"a\tb\nc\td\n", b">Cluster 0\n0\t9aa, >b... *\n>Cluster 1\n0\t9aa, >d... *\n"])
+def test_byte_order_marks_before_a_file_and_where_files_were_joined_are_no_part_of_a_name(write, data):
+    mark, lines = b"\xef\xbb\xbf", data.splitlines(keepends=True)
+    joined = mark + b"".join(lines[: len(lines) // 2]) + mark + b"".join(lines[len(lines) // 2 :])
+    ids = ["a", "b", "c", "d"]
+    plain = labels_of(read_clusters(write(data)), *ids)
+    assert plain[1] != plain[3]
+    assert labels_of(read_clusters(write(joined)), *ids) == plain
 
 
 def test_xml_that_ends_in_the_middle_of_a_cluster_is_an_error_with_its_line(write):
