@@ -100,6 +100,15 @@ def test_a_folder_with_nothing_but_the_beginning_of_a_killed_run_takes_a_new_one
     assert not [name for name in os.listdir(out) if name.startswith(".")]
 
 
+def test_a_finished_run_is_rid_of_what_a_kill_left(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert ended([start(dataset, out)])[0][0] == 0
+    for folder in (out, out / "checkpoints"):
+        (folder / ".curves.png.01234567.partial").write_bytes(b"half")
+    assert ended([start(dataset, out, "--resume")])[0][0] == 0
+    assert not [path for path in out.rglob("*.partial")]
+
+
 def test_a_run_that_was_killed_while_locked_is_free_at_once(dataset, tmp_path, expected):
     out = tmp_path / "run"
     process = start(dataset, out)

@@ -120,7 +120,7 @@ def _entries(folder: Path) -> set[str]:
 def prepare_run_dir(
     run_dir: Path, settings: Config, *, resume: bool, is_run: bool, locked: contextlib.ExitStack
 ) -> None:
-    """Makes the folder with its settings, or in a run that is resumed writes these and removes what a kill left.
+    """Makes the folder with its settings, or in a run that is resumed writes these.
 
     Args:
         run_dir: The run directory.
@@ -137,12 +137,16 @@ def prepare_run_dir(
         _make(run_dir, settings, locked, is_replaced=is_run)
         return
     _write_settings(run_dir, settings)
+    (run_dir / run_checkpoints.FOLDER_NAME).mkdir(exist_ok=True)
+
+
+def remove_left_overs_in(run_dir: Path) -> None:
+    """Removes what a kill left in a run, which is locked."""
     for folder in (run_dir, run_dir / run_checkpoints.FOLDER_NAME):
         for left_over in folder.glob(f".*{files.PARTIAL_SUFFIX}"):
             if left_over.is_file():
                 left_over.unlink()
     remove_left_overs_of_model(run_dir / MODEL_NAME)
-    (run_dir / run_checkpoints.FOLDER_NAME).mkdir(exist_ok=True)
 
 
 def _make(run_dir: Path, settings: Config, locked: contextlib.ExitStack, *, is_replaced: bool) -> None:
