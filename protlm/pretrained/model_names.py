@@ -34,12 +34,17 @@ def read_named_model(
         return foreign.read_folder(snapshot.folder, asked.name, snapshot.revision)
     path = Path(model)
     if path.is_file():
-        if path.suffix not in _FAIRSEQ_SUFFIXES:
+        if not is_checkpoint_file(path):
             raise ModelError(f"{path}: expected a folder, or a checkpoint .pt of fairseq, got another file")
         return foreign.read_file(path)
     if _is_foreign(path):
         return foreign.read_folder(path, path.resolve().name)
     return read_model(path)
+
+
+def is_checkpoint_file(path: Path) -> bool:
+    """Returns whether the name of a file is that of a checkpoint of fairseq."""
+    return path.suffix in _FAIRSEQ_SUFFIXES
 
 
 def describe_named_model(model: str | Path) -> ModelDescription:

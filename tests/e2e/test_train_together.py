@@ -106,7 +106,7 @@ def test_a_finished_run_is_rid_of_what_a_kill_left(dataset, tmp_path):
     for folder in (out, out / "checkpoints"):
         (folder / ".curves.png.01234567.partial").write_bytes(b"half")
     assert ended([start(dataset, out, "--resume")])[0][0] == 0
-    assert not [path for path in out.rglob("*.partial")]
+    assert not list(out.rglob("*.partial"))
 
 
 def test_a_run_that_was_killed_while_locked_is_free_at_once(dataset, tmp_path, expected):
