@@ -1,5 +1,6 @@
 """MODEL, as users write it, becomes a network: an existing path, or the name of a model on the hub."""
 
+import os
 from pathlib import Path
 
 from protlm.errors import ModelError
@@ -38,7 +39,7 @@ def read_named_model(
             raise ModelError(f"{path}: expected a folder, or a checkpoint .pt of fairseq, got another file")
         return foreign.read_file(path)
     if _is_foreign(path):
-        return foreign.read_folder(path, path.resolve().name)
+        return foreign.read_folder(path, Path(os.path.realpath(path)).name)
     return read_model(path)
 
 
@@ -65,7 +66,7 @@ def short_name(model: str | Path) -> str:
     name = _hub_name(model)
     if name is not None:
         return name.name.rpartition("/")[2]
-    path = Path(model).resolve()
+    path = Path(os.path.realpath(model))
     if path.is_file():
         return path.stem
     folder = path if _is_foreign(path) else find_model(path)

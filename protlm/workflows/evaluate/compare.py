@@ -1,6 +1,7 @@
 """`protlm eval --compare`: models and reports in, comparison.json and comparison.html out."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,11 +51,11 @@ def compare(items: Sequence[Path], out: Path, evaluate: Evaluate, *, force: bool
     if models and len(datasets) != 1:
         item, _ = next(iter(models.values()))
         raise UsageError(f"--compare: {item} is no report, so one DATASET is needed to evaluate it on")
-    given = [path.resolve() for path in paths if path is not None]
+    given = [os.path.realpath(path) for path in paths if path is not None]
     for item, folder in models.values():
         # Looks whether there is such a model, before others are evaluated.
         short_name(item)
-        if (folder / REPORT_NAME).resolve() in given:
+        if os.path.realpath(folder / REPORT_NAME) in given:
             raise ProtlmError(f"{folder}: compared here, and where the report of {item} goes; choose another --out")
         _check_report_folder(item, folder, force=force)
     reports = {number: (path, read_report(path)) for number, path in enumerate(paths, start=1) if path is not None}
