@@ -116,7 +116,7 @@ class RunDescription(_Strict):
     format_version: Literal[1, 2, 3] = RUN_FORMAT_VERSION
     datasets: list[TrainingSet]
     init_hash: str | None = None
-    sessions: Annotated[list[Session], Field(min_length=1)]
+    sessions: list[Session]
 
 
 def describe_session(
