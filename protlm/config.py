@@ -40,8 +40,7 @@ Steps = Annotated[int, Field(gt=0, le=_MOST_STEPS)]
 StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
 PositiveFloat = Annotated[float, Field(gt=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
-# Products of two of them, which the optimizers form, are still numbers of float32.
-Rate = Annotated[float, Field(gt=0, le=_LARGEST_FLOAT, allow_inf_nan=False)]
+# The product of a rate and a coefficient, which the optimizers form, is still a number of float32.
 Coefficient = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 _COMMENT_COLUMNS = 100
@@ -235,13 +234,13 @@ class TrainConfig(_Section):
     """After the warm-up, `cosine` decay to a tenth of the peak rate at schedule_steps, or `constant`."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """`adamw`, or `muon`: Muon for the matrices of the encoder and AdamW for all other weights."""
-    lr: Rate = 2e-3
+    lr: PositiveFloat = 2e-3
     """Peak learning rate of AdamW."""
-    muon_lr: Rate = 0.04
+    muon_lr: PositiveFloat = 0.04
     """Peak learning rate of Muon; unused by `adamw`."""
     betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Decay rates of AdamW's first and second moment."""
-    eps: Rate = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added by AdamW to the square root of the second moment."""
     weight_decay: Coefficient = 0.01
     """Decoupled weight decay of matrices; biases, norms and embeddings are not decayed."""

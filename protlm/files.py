@@ -90,7 +90,7 @@ def publish(source: Path, target: Path) -> None:
     lie at `source`, where the exchange put it.
     """
     if target.is_dir():
-        remove(replace_folder(source, target))
+        discard(replace_folder(source, target))
     else:
         os.replace(source, target)
 
@@ -163,7 +163,7 @@ def remove_at_once(folder: Path) -> None:
     """Removes a folder under another name, so that an interruption leaves no half of it under its own."""
     doomed = partial_path(folder)
     folder.rename(doomed)
-    remove(doomed)
+    discard(doomed)
 
 
 def remove(path: Path) -> None:
@@ -172,6 +172,24 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, onerror=_raise_unless_missing)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Removes what has a name of `partial_path`, as far as it can be removed now.
+
+    A network file system keeps a file that is open, as a lock or a memory map is, and so its folder. The next command
+    on the same output finds it among the left-overs.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, onerror=_raise_unless_held)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _raise_unless_held(_function: object, _path: str, failure: tuple[Any, BaseException, Any]) -> None:
+    error = failure[1]
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY)):
+        raise error
 
 
 def _raise_unless_missing(_function: object, _path: str, failure: tuple[Any, BaseException, Any]) -> None:

@@ -10,6 +10,7 @@ from protlm.cli.options import JsonOption
 from protlm.cli.progress import Bars
 
 if TYPE_CHECKING:
+    from protlm.pretrained.model_description import ModelDescription
     from protlm.workflows.identify import EmbeddingsReport, ModelReport, RunReport
     from protlm.workflows.inspect import InspectReport
 
@@ -89,7 +90,7 @@ def _of_model(report: "ModelReport") -> list[tuple[str, object]]:
         ("attention", shape.attention),
         ("shape", f"{shape.num_layers} layers, {shape.model_dim} wide, {shape.num_heads} heads, {task}"),
         ("parameters", f"{report.num_parameters:,}"),
-        ("trained", f"{about.step:,} steps on the dataset {about.dataset_hash}"),
+        _source_of(about),
         ("longest", "any protein" if about.max_residues is None else f"{about.max_residues:,} residues"),
     ]
     if about.valid is None:
@@ -101,6 +102,15 @@ def _of_model(report: "ModelReport") -> list[tuple[str, object]]:
         pairs.append(("valid", f"{scores}; {baseline}"))
     pairs.append(("weights", about.weights_hash + (" (verified)" if report.verified else "")))
     return pairs
+
+
+def _source_of(about: "ModelDescription") -> tuple[str, object]:
+    """Returns the line on where the weights come from: a training, or another program."""
+    origin = about.origin
+    if origin is None:
+        return "trained", f"{about.step:,} steps on the dataset {about.dataset_hash}"
+    revision = f", revision {origin.revision}" if origin.revision else ""
+    return "origin", f"{origin.source}{revision}, {origin.family}, licence: {origin.licence or 'not named'}"
 
 
 def _of_run(report: "RunReport") -> list[tuple[str, object]]:

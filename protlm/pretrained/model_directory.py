@@ -73,19 +73,21 @@ def save_model(folder: Path, weights: Performer | Mapping[str, Tensor], descript
             return
         replaced = files.replace_folder(partial, folder)
     except BaseException:
-        files.remove(partial)
+        # It may be the replaced one already, with files of others.
+        remove_left_overs_of_model(folder)
         raise
     _keep_others(replaced, folder)
-    files.remove(replaced)
+    files.discard(replaced)
 
 
 def remove_left_overs_of_model(folder: Path) -> None:
     """Removes what a killed `save_model` left beside a model directory; other files in it return to the directory."""
     replaced = files.replaced_path(folder)
     for left_over in (*files.left_overs(folder), *([replaced] if folder.is_dir() and replaced.is_dir() else [])):
-        if folder.is_dir() and left_over.is_dir():
+        if left_over.is_dir() and any(entry.name not in MODEL_FILES for entry in left_over.iterdir()):
+            folder.mkdir(exist_ok=True)
             _keep_others(left_over, folder)
-        files.remove(left_over)
+        files.discard(left_over)
     files.restore(folder)
 
 

@@ -1,5 +1,6 @@
 """MODEL, as users write it, becomes a network: an existing path, or the name of a model on the hub."""
 
+import os
 from pathlib import Path
 
 from protlm.errors import ModelError
@@ -34,12 +35,17 @@ def read_named_model(
         return foreign.read_folder(snapshot.folder, asked.name, snapshot.revision)
     path = Path(model)
     if path.is_file():
-        if path.suffix not in _FAIRSEQ_SUFFIXES:
+        if not is_checkpoint_file(path):
             raise ModelError(f"{path}: expected a folder, or a checkpoint .pt of fairseq, got another file")
         return foreign.read_file(path)
     if _is_foreign(path):
-        return foreign.read_folder(path, path.resolve().name)
+        return foreign.read_folder(path, Path(os.path.realpath(path)).name)
     return read_model(path)
+
+
+def is_checkpoint_file(path: Path) -> bool:
+    """Returns whether the name of a file is that of a checkpoint of fairseq."""
+    return path.suffix in _FAIRSEQ_SUFFIXES
 
 
 def describe_named_model(model: str | Path) -> ModelDescription:
@@ -60,7 +66,7 @@ def short_name(model: str | Path) -> str:
     name = _hub_name(model)
     if name is not None:
         return name.name.rpartition("/")[2]
-    path = Path(model).resolve()
+    path = Path(os.path.realpath(model))
     if path.is_file():
         return path.stem
     folder = path if _is_foreign(path) else find_model(path)

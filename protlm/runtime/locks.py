@@ -31,6 +31,10 @@ _PAUSE_SECONDS = 0.05
 _MOST_HOLDER_BYTES = 200
 
 
+class FolderGoneError(ProtlmError):
+    """Between two steps of locking a folder, its holder gave its name to another one, or removed it."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Locks a folder against other processes; with `shared`, only against those that do not share it.
@@ -85,7 +89,10 @@ def _lock(folder: Path, directory: int, *, shared: bool) -> int:
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
-        lock = os.open(LOCK_NAME, flags, 0o666, dir_fd=directory)
+        try:
+            lock = os.open(LOCK_NAME, flags, 0o666, dir_fd=directory)
+        except FileNotFoundError:
+            raise _gone(folder) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_NB | mode)
         except BlockingIOError:
@@ -104,9 +111,26 @@ def _lock(folder: Path, directory: int, *, shared: bool) -> int:
             )
             return lock
         if _is_in(directory, lock):
+            if not _is_at(folder, directory):
+                os.close(lock)
+                raise _gone(folder)
             return lock
         # Its holder removed it between the two steps.
         os.close(lock)
+
+
+def _gone(folder: Path) -> FolderGoneError:
+    return FolderGoneError(
+        f"{folder}: another run was at work here, and has just replaced or removed it; run the command again"
+    )
+
+
+def _is_at(folder: Path, directory: int) -> bool:
+    """Returns whether a path still leads to the folder that was opened there."""
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(directory))
+    except FileNotFoundError:
+        return False
 
 
 def _is_in(directory: int, lock: int) -> bool:

@@ -50,14 +50,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locks.locked(temporary))
-            except FileNotFoundError:
+            except (FileNotFoundError, locks.FolderGoneError):
                 # Another process removed it before it was locked.
                 continue
             try:
                 yield temporary
             finally:
                 if temporary.exists():
-                    files.remove(temporary)
+                    files.discard(temporary)
             return
     raise ProtlmError(f"{path}: other processes keep removing its beginnings; run the command again")
 
@@ -78,8 +78,12 @@ def make_folder(path: Path, about: Mapping[str, Any], subfolders: Sequence[str])
 def remove_left_overs(path: Path) -> None:
     """Removes what killed processes left beside a file or folder, and brings it back if its replacement was killed."""
     for left_over in files.left_overs(path):
-        if not locks.is_locked(left_over):
+        if not left_over.is_dir() or left_over.is_symlink():
             files.remove(left_over)
+        elif not locks.is_locked(left_over):
+            # One that another process is just making is locked in this moment, or made again.
+            with contextlib.suppress(ProtlmError, FileNotFoundError), locks.locked(left_over):
+                files.discard(left_over)
     if not locks.is_locked(files.replaced_path(path)):
         files.restore(path)
 
@@ -143,15 +147,21 @@ def finish_moves(path: Path) -> None:
         OSError: A file cannot be renamed.
     """
     note = finished_note(path)
-    for move in () if note is None else note["moves"]:
+    if note is None:
+        return
+    for move in note["moves"]:
         source, target = path / move["source"], path.with_name(move["target"])
         if not os.path.lexists(source):
             continue
-        if source.lstat().st_ino != move["inode"]:
-            # What was replaced: it took this name in the exchange.
-            files.remove(source)
-            continue
-        state = _state(target)
+        state, inode = _state(target), source.lstat().st_ino
+        if inode != move["inode"]:
+            if state is not None and state[0] == move["inode"]:
+                # What was replaced: it took this name in the exchange.
+                files.discard(source)
+                continue
+            # The folder was copied since, with what is complete in it.
+            move["inode"] = inode
+            write_json(path / FINISHED_NAME, note)
         if state is not None and state != move.get("replaces"):
             raise ProtlmError(
                 f"{target}: in the way of the finished output in {path}, and not what was there before; move it away, "
@@ -173,7 +183,7 @@ def remove_finished(path: Path) -> None:
     """Removes a folder whose output is in place; the notes go last, so that a kill is seen for what it was."""
     for entry in sorted(path.iterdir()):
         if entry.name not in (ABOUT_NAME, FINISHED_NAME, locks.LOCK_NAME):
-            files.remove(entry)
+            files.discard(entry)
     files.remove_at_once(path)
 
 
@@ -195,6 +205,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, completely or not at all."""
-    with files.written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+    """Writes a JSON file, completely or not at all, and syncs it: what it vouches for may be removed then."""
+    with files.written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content))
+        file.flush()
+        os.fsync(file.fileno())

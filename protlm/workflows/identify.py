@@ -127,8 +127,9 @@ def _model(path: Path, *, verify: bool) -> ModelReport:
     weights = path / "model.safetensors"
     try:
         with safe_open(weights, "pt") as tensors:
-            # A projection is drawn, not trained.
-            names = [name for name in tensors.keys() if not name.endswith(".projection")]  # noqa: SIM118
+            # Projections are drawn and frequencies are given, not trained.
+            fixed = (".projection", "rotary_frequencies")
+            names = [name for name in tensors.keys() if not name.endswith(fixed)]  # noqa: SIM118
             num_parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{weights}: cannot be read: {error}") from None

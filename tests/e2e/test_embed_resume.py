@@ -382,8 +382,13 @@ def test_what_others_left_beside_the_output_stays(run_dir, inputs, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="files have no largest size here")
-@pytest.mark.parametrize("kilobytes", [20, 150])
-@pytest.mark.parametrize("layout", ["protlm", "uniprot"])
+@pytest.mark.parametrize(
+    ("layout", "kilobytes"),
+    [
+        *((layout, kilobytes) for layout in ("protlm", "uniprot") for kilobytes in (20, 150)),
+        ("bio-embeddings", 20), ("biotrainer", 20), ("parquet", 3), ("npz", 20), ("npy", 3), ("esm", 3),
+    ],
+)  # fmt: skip
 def test_a_disk_that_is_full_at_any_place_is_one_line(layout, kilobytes, run_dir, inputs, expected, tmp_path):
     """A largest size of a file fails like a full disk: in the middle of any write, also in those that HDF5 makes."""
     process = Forked(

@@ -207,3 +207,14 @@ def test_the_layout_esm_holds_what_fair_esm_extracts(tmp_path, capsys):
             assert written[title].keys() == by_layer.keys()
             for layer, numbers in by_layer.items():
                 assert torch.allclose(written[title][layer], numbers, rtol=1e-4, atol=1e-5 * float(numbers.abs().max()))
+
+
+def test_a_pretrained_model_is_compared_and_inspected_like_one_of_ours(without_x, run_dir, dataset, tmp_path, capsys):
+    assert run(capsys, "convert", without_x, "--out", tmp_path / "model")[0] == 0
+    status, shown, _ = run(capsys, "inspect", tmp_path / "model")
+    assert status == 0
+    assert "origin" in shown
+    assert "licence" in shown
+    for model, out in ((tmp_path / "model", "a"), (without_x, "b")):
+        assert run(capsys, "eval", "--compare", run_dir, model, dataset, "--out", tmp_path / out)[0] == 0
+    assert (tmp_path / "b" / "comparison.html").is_file()

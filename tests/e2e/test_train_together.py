@@ -88,7 +88,11 @@ def test_a_log_in_a_run_hinders_no_resume_and_is_never_removed(dataset, tmp_path
     assert ended([Forked("train", dataset, "--out", out, "--resume", "--max-steps", STEPS + 2)])[0][0] == 0
     assert len(rows(out)) == STEPS + 2
     assert "slurm-1.out" in failure("train", dataset, "--out", out, *WORDS, "--force")
-    assert (out / "slurm-1.out").read_text() == "step 12"
+    (out / "slurm-1.out").unlink()
+    for folder in ("model", "checkpoints"):
+        (out / folder / "notes.txt").write_text("mine")
+        assert "notes.txt" in failure("train", dataset, "--out", out, *WORDS, "--force")
+        (out / folder / "notes.txt").unlink()
 
 
 def test_a_folder_with_nothing_but_the_beginning_of_a_killed_run_takes_a_new_one(dataset, tmp_path):
@@ -98,6 +102,15 @@ def test_a_folder_with_nothing_but_the_beginning_of_a_killed_run_takes_a_new_one
     assert ended([start(dataset, out, "--resume")])[0][0] == 0
     assert len(rows(out)) == STEPS
     assert not [name for name in os.listdir(out) if name.startswith(".")]
+
+
+def test_a_finished_run_is_rid_of_what_a_kill_left(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert ended([start(dataset, out)])[0][0] == 0
+    for folder in (out, out / "checkpoints"):
+        (folder / ".curves.png.01234567.partial").write_bytes(b"half")
+    assert ended([start(dataset, out, "--resume")])[0][0] == 0
+    assert not list(out.rglob("*.partial"))
 
 
 def test_a_run_that_was_killed_while_locked_is_free_at_once(dataset, tmp_path, expected):

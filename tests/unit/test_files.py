@@ -129,6 +129,24 @@ def test_a_replacement_that_was_killed_is_undone_or_completed(tmp_path, is_new_t
     assert names(tmp_path) == ["out"]
 
 
+def test_what_is_held_open_on_a_network_stays_as_a_left_over(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "out", held="1", other="2")
+    unlink = os.unlink
+
+    def busy(path, **options):
+        if os.fspath(path).endswith("held"):
+            raise OSError(errno.EBUSY, "busy")
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        files.remove_at_once(folder)
+    (left_over,) = files.left_overs(folder)
+    assert names(left_over) == ["held"]
+    files.discard(left_over)
+    assert names(tmp_path) == []
+
+
 def test_left_overs_are_those_of_the_same_path(tmp_path):
     target = tmp_path / "out"
     left_over = write_folder(files.partial_path(target), older="0")

@@ -8,7 +8,7 @@ from pathlib import Path
 from protlm import files
 from protlm.data.storage.dataset import is_dataset
 from protlm.errors import ProtlmError, UsageError
-from protlm.pretrained.model_directory import find_model
+from protlm.pretrained.model_names import is_checkpoint_file, short_name
 from protlm.workflows.evaluate.comparison import Comparison, check_related, comparison_of
 from protlm.workflows.evaluate.page_comparison import render_comparison
 from protlm.workflows.evaluate.request import REPORT_FILES, REPORT_NAME, check_folder
@@ -53,7 +53,8 @@ def compare(items: Sequence[Path], out: Path, evaluate: Evaluate, *, force: bool
         raise UsageError(f"--compare: {item} is no report, so one DATASET is needed to evaluate it on")
     given = [os.path.realpath(path) for path in paths if path is not None]
     for item, folder in models.values():
-        find_model(item)
+        # Looks whether there is such a model, before others are evaluated.
+        short_name(item)
         if os.path.realpath(folder / REPORT_NAME) in given:
             raise ProtlmError(f"{folder}: compared here, and where the report of {item} goes; choose another --out")
         _check_report_folder(item, folder, force=force)
@@ -85,5 +86,5 @@ def _check_report_folder(model: Path, folder: Path, *, force: bool) -> None:
 
 def _report_path(item: Path) -> Path | None:
     if item.is_file():
-        return item
+        return None if is_checkpoint_file(item) else item
     return item / REPORT_NAME if (item / REPORT_NAME).is_file() else None

@@ -118,7 +118,7 @@ class SavedReport(BaseModel):
     """The part of a report that a comparison reads."""
 
     dataset_hash: _Word
-    training_dataset_hash: _Word
+    training_dataset_hash: _Word | None
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     num_masks: _Count
     mask_rate: _Number

@@ -116,7 +116,7 @@ class RunDescription(_Strict):
     format_version: Literal[1, 2, 3] = RUN_FORMAT_VERSION
     datasets: list[TrainingSet]
     init_hash: str | None = None
-    sessions: list[Session]
+    sessions: Annotated[list[Session], Field(min_length=1)]
 
 
 def describe_session(

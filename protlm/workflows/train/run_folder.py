@@ -4,6 +4,7 @@ It appears with its settings in one step, in place of an old one if there is any
 """
 
 import contextlib
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from protlm import files
 from protlm.config import Config, dump_config, load_config, parse_config
 from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.pretrained.model_description import ModelDescription
-from protlm.pretrained.model_directory import remove_left_overs_of_model
+from protlm.pretrained.model_directory import MODEL_FILES, remove_left_overs_of_model
 from protlm.runtime import locks, work_folder
 from protlm.workflows.train import run_checkpoints
 from protlm.workflows.train.checkpoint_content import first_difference
@@ -105,22 +106,33 @@ def check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
         return
     if not (resume or force):
         raise ProtlmError(f"{run_dir}: exists already; continue it with --resume or replace it with --force")
-    foreign = [run_dir.name] if not run_dir.is_dir() else sorted(_entries(run_dir) - RUN_FILES)
+    foreign = _foreign(run_dir, force=force) if run_dir.is_dir() else [run_dir.name]
     if not (run_dir / CONFIG_NAME).is_file() or (foreign and force):
         holds = f"holds {foreign[0]!r}" if foreign else f"has no {CONFIG_NAME}"
         raise RunError(f"{run_dir}: is no run of protlm train ({holds}); choose another --out")
     load_config(run_dir / CONFIG_NAME)
 
 
+def _foreign(run_dir: Path, *, force: bool) -> list[str]:
+    """Returns what a folder holds besides the files of a run; where it is to be replaced, also inside its folders."""
+    foreign = _entries(run_dir) - RUN_FILES
+    if force:
+        others = _entries(run_dir / MODEL_NAME) - set(MODEL_FILES)
+        others |= {name for name in _entries(run_dir / run_checkpoints.FOLDER_NAME) if not name.endswith(".ckpt")}
+        foreign |= others
+    return sorted(foreign)
+
+
 def _entries(folder: Path) -> set[str]:
     """Returns the names of what a folder holds, without incomplete files of a kill."""
-    return {path.name for path in folder.iterdir() if path.suffix != files.PARTIAL_SUFFIX}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names if not (name.startswith(".") and name.endswith(files.PARTIAL_SUFFIX))}
 
 
 def prepare_run_dir(
     run_dir: Path, settings: Config, *, resume: bool, is_run: bool, locked: contextlib.ExitStack
 ) -> None:
-    """Makes the folder with its settings, or in a run that is resumed writes these and removes what a kill left.
+    """Makes the folder with its settings, or in a run that is resumed writes these.
 
     Args:
         run_dir: The run directory.
@@ -137,12 +149,23 @@ def prepare_run_dir(
         _make(run_dir, settings, locked, is_replaced=is_run)
         return
     _write_settings(run_dir, settings)
-    for folder in (run_dir, run_dir / run_checkpoints.FOLDER_NAME):
-        for left_over in folder.glob(f".*{files.PARTIAL_SUFFIX}"):
-            if left_over.is_file():
-                left_over.unlink()
-    remove_left_overs_of_model(run_dir / MODEL_NAME)
     (run_dir / run_checkpoints.FOLDER_NAME).mkdir(exist_ok=True)
+
+
+def remove_left_overs_in(run_dir: Path) -> None:
+    """Removes what a kill left in a run, which is locked."""
+    _remove_incomplete_files(run_dir)
+    for left_over in (run_dir / run_checkpoints.FOLDER_NAME).glob(f".*{files.PARTIAL_SUFFIX}"):
+        files.remove(left_over)
+    remove_left_overs_of_model(run_dir / MODEL_NAME)
+
+
+def _remove_incomplete_files(run_dir: Path) -> None:
+    """Removes incomplete files of a run from its folder, and nothing that another command is writing there."""
+    for name in RUN_FILES:
+        for left_over in files.left_overs(run_dir / name):
+            if left_over.is_file():
+                files.remove(left_over)
 
 
 def _make(run_dir: Path, settings: Config, locked: contextlib.ExitStack, *, is_replaced: bool) -> None:
@@ -153,13 +176,12 @@ def _make(run_dir: Path, settings: Config, locked: contextlib.ExitStack, *, is_r
     if is_replaced:
         files.publish(folder, run_dir)
         return
-    for left_over in run_dir.glob(f".*{files.PARTIAL_SUFFIX}"):
-        files.remove(left_over)
+    _remove_incomplete_files(run_dir)
     try:
         # Takes the place of an empty folder, but of no other.
         folder.rename(run_dir)
-    except OSError:
-        if not run_dir.exists():
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise RunError(f"{run_dir}: another run began here at the same time; choose another --out") from None
 

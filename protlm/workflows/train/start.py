@@ -43,7 +43,7 @@ class TrainRequest:
         init: A model whose weights the run starts from.
         devices: The devices to train on.
         wandb_project: Project of Weights & Biases that gets the numbers too.
-        resume: Continues the run in run_dir with its own settings; only train.max_steps may be given anew.
+        resume: Continues the run in run_dir with its own settings; train.max_steps may be given anew, and lower rates.
         force: Replaces an existing run.
     """
 

@@ -23,7 +23,7 @@ from protlm.workflows.train.run_description import (
     write_run_description,
     write_session_end,
 )
-from protlm.workflows.train.run_folder import lock_existing, prepare_run_dir
+from protlm.workflows.train.run_folder import lock_existing, prepare_run_dir, remove_left_overs_in
 from protlm.workflows.train.start import Start, TrainRequest, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
@@ -86,6 +86,8 @@ def _train(
     start = prepare_start(request)
     settings = start.settings
     has_work = start.first_step < settings.train.max_steps
+    if is_run and request.resume:
+        remove_left_overs_in(run_dir)
     if is_first and has_work:
         prepare_run_dir(run_dir, settings, resume=request.resume, is_run=is_run, locked=locked)
         if start.resume_point is not None:

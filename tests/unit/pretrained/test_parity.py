@@ -193,7 +193,7 @@ def test_antiberty_gives_the_numbers_of_its_reference(antiberty, shared_data):
 
 @pytest.fixture
 def antiberty(tmp_path):
-    """The folder of the real model, out of its package at the Python registry."""
+    """The folder of the real model, from its package on PyPI."""
     import subprocess
     import sys
     import zipfile

@@ -86,6 +86,23 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_counts_for_nothing(tmp_pat
         assert (tmp_path / LOCK_NAME).exists()
 
 
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_folder_that_lost_its_name_while_it_was_waited_for_is_not_locked(tmp_path, monkeypatch, is_replaced):
+    folder, flock = tmp_path / "run", fcntl.flock
+    folder.mkdir()
+
+    def lose_the_folder(lock, mode):
+        if folder.exists() and not (tmp_path / "old").exists():
+            folder.rename(tmp_path / "old")
+            if is_replaced:
+                folder.mkdir()
+        flock(lock, mode)
+
+    monkeypatch.setattr(fcntl, "flock", lose_the_folder)
+    with pytest.raises(locks.FolderGoneError, match="and has just replaced or removed it"):
+        locked(folder).__enter__()
+
+
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
     with pytest.warns(UserWarning, match=r"has no locks \(No locks available\)"), locked(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 
@@ -82,6 +83,17 @@ def test_what_has_come_to_the_place_since_is_not_replaced(folder, tmp_path, monk
     (tmp_path / "out.ids").unlink()
     finish_moves(folder)
     assert is_in_place(folder)
+
+
+def test_a_finished_folder_that_was_copied_elsewhere_still_gives_its_output(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(work_folder, "finish_moves", lambda _: None)
+        put_in_place(folder, moves(folder), {})
+    copy = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, copy)
+    finish_moves(copy)
+    assert is_in_place(copy)
+    assert (copy.with_name("out") / "new").read_text() == "2"
 
 
 def test_an_output_that_was_moved_away_is_not_in_place(folder, tmp_path):
