@@ -37,4 +37,4 @@ ProjectionKind = Literal["orthogonal", "iid", "simplex"]
 """How the rows of a random projection depend on each other."""
 
 MOST_TOKENS = 2**24
-"""Most tokens of a row: bounds of segments are int32, and no device holds what a model makes of so many."""
+"""Most tokens of a row: bounds of segments are int32, and the activations of a longer row fit on no device."""

@@ -1,4 +1,4 @@
-"""`protlm inspect`: what a command made in, what it holds out."""
+"""`protlm inspect`: a path in, and the summary of the dataset, embeddings, model or run that lies there out."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,7 @@ def inspect_command(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what a dataset, embeddings, a model or a run hold.
+    """Print a summary of a dataset, of embeddings, a model or a run.
 
     The report.html in a dataset shows more.
 

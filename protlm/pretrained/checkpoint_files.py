@@ -288,6 +288,7 @@ def _check_archive(path: Path) -> None:
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
                     raise ModelError(f"{path}: expected an archive of torch, got one with compressed members")
+    # ValueError: a name that is no UTF-8; NotImplementedError: a later version of the format.
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ModelError(f"{path}: a damaged archive: {_short(error)}; fetch it anew") from None
 

@@ -39,7 +39,7 @@ class KeyedLayout(Layout):
         return columns.file_attribute(out, "layout") == self.name
 
     def summary(self, out: Path) -> OutputSummary:
-        """Returns what a file tells of itself; see `Layout.summary`."""
+        """Returns the summary of a file; see `Layout.summary`."""
         with columns.open_hdf5(out, "r") as file:
             dataset = next(iter(file.values()), None)
             return OutputSummary(

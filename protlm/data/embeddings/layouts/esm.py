@@ -74,7 +74,7 @@ class EsmLayout(Layout):
             return False
 
     def summary(self, out: Path) -> OutputSummary:
-        """Returns what a folder tells of itself, after comparing its index with its files; see `Layout.summary`."""
+        """Returns the summary of a folder, after comparing its index with its files; see `Layout.summary`."""
         with (out / _INDEX).open(encoding="utf-8") as file:
             listed = [line.rstrip("\n").split("\t")[-1] for line in file][1:]
         there = {entry.name for entry in os.scandir(out) if entry.name.endswith(_SUFFIX)}

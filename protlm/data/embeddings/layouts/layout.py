@@ -116,7 +116,7 @@ class LayoutWriter(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSummary:
-    """What an output tells of itself; None, or no kind and layer, where its layout does not keep it.
+    """The summary of an output; what its layout does not store is None or empty.
 
     Attributes:
         num_entries: Proteins; in the layout `biotrainer` different sequences.
@@ -182,7 +182,7 @@ class Layout(ABC):
 
     @abstractmethod
     def summary(self, out: Path) -> OutputSummary:
-        """Returns what a complete output tells of itself; it must be of this layout.
+        """Returns the summary of a complete output of this layout.
 
         Raises:
             ShardError: It is not whole. A damaged one raises what the library raises that reads it.

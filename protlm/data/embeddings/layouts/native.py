@@ -31,7 +31,7 @@ class NativeLayout(Layout):
         return columns.file_attribute(out, "format") == FORMAT
 
     def summary(self, out: Path) -> OutputSummary:
-        """Returns what a file tells of itself; see `Layout.summary`."""
+        """Returns the summary of a file; see `Layout.summary`."""
         first = open_embeddings(out)
         opened = [open_embeddings(out, kind) for kind in first.kinds]
         of_residues = [embeddings.num_rows for embeddings in opened if embeddings.kind in RESIDUE_KINDS]

@@ -57,7 +57,7 @@ class NpyLayout(Layout):
             return False
 
     def summary(self, out: Path) -> OutputSummary:
-        """Returns what an array tells of itself; see `Layout.summary`."""
+        """Returns the summary of an array; see `Layout.summary`."""
         rows = np.load(out, mmap_mode="r")
         return OutputSummary(num_entries=len(rows), dim=rows.shape[1], dtype=str(rows.dtype))
 

@@ -57,7 +57,7 @@ class NpzLayout(Layout):
             return False
 
     def summary(self, out: Path) -> OutputSummary:
-        """Returns what a file tells of itself; see `Layout.summary`."""
+        """Returns the summary of an archive; see `Layout.summary`."""
         with zipfile.ZipFile(out) as archive:
             # An earlier version wrote the mark alone.
             about = json.loads(archive.comment.removeprefix(_MARK) or b"{}")

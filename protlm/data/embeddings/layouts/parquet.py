@@ -51,7 +51,7 @@ class ParquetLayout(Layout):
         return _METADATA_KEY in metadata
 
     def summary(self, out: Path) -> OutputSummary:
-        """Returns what a table tells of itself; see `Layout.summary`."""
+        """Returns the summary of a table; see `Layout.summary`."""
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(out) as table:
