@@ -90,7 +90,8 @@ class ModelDescription(BaseModel):
         seed: Seed of the training run.
         step: Number of optimizer updates that the weights have had.
         residue_counts: Residues of the training set by letter, for the empirical baseline.
-        dataset_hash: Hash of the training dataset's manifest, or the joint hash of several.
+        dataset_hash: Hash of the training dataset's manifest, or the joint hash of several; of a model that was trained
+            on from other weights the joint hash of these and of the dataset.
         trained_residues: Length of the longest protein that the model was trained on; None if that is unknown.
         origin: The source of a model that was trained elsewhere; None for one that protlm trained.
         valid: Scores on the valid split, if there was one.

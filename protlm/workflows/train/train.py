@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger
 
 from protlm.errors import ModelError, RunError
 from protlm.pretrained.model_description import ModelDescription, ValidScore
-from protlm.pretrained.model_directory import read_description
+from protlm.pretrained.model_directory import dataset_hash_of, read_description
 from protlm.runtime.devices import OtherProcessError, is_lost_peer, process_rank
 from protlm.workflows.train.callbacks import Watch
 from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint, make_last
@@ -170,6 +170,8 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
     settings, sets = start.settings, start.sets
     is_concatenated = settings.data.mode == "concatenated"
     longest = min(settings.data.window, int(sets.train.lengths.max()))
+    # A model that began with other weights knows what those were trained on too.
+    seen = sets.hash if start.init_hash is None else dataset_hash_of([start.init_hash, sets.hash])
 
     def describe(step: int) -> ModelDescription:
         return ModelDescription(
@@ -183,8 +185,8 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
             seed=settings.train.seed,
             step=step,
             residue_counts=sets.train.residue_counts,
-            dataset_hash=sets.hash,
-            trained_residues=None if is_concatenated else longest,
+            dataset_hash=seen,
+            trained_residues=None if is_concatenated or start.init_hash is not None else longest,
         )
 
     return describe
