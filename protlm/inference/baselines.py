@@ -10,7 +10,6 @@ from protlm.data.batching.batches import EvaluationRow, Objective, Proteins, eva
 from protlm.data.storage.dataset import Dataset
 from protlm.errors import ShardError
 from protlm.inference.markov import MarkovCounts, MarkovModel, TwoSidedMarkovModel, largest_order
-from protlm.inference.scoring import empirical_log_probabilities
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES, VOCABULARY_SIZE, are_residues
 
 _MOST_COUNTED_RESIDUES = 1 << 28
@@ -47,6 +46,17 @@ def training_counts(dataset: Dataset) -> Mapping[str, int]:
     """Returns the residue counts of a dataset's training split, for a model whose own training set is unknown."""
     summary = dataset.manifest.splits.get("train")
     return {} if summary is None else summary.residue_counts
+
+
+def empirical_log_probabilities(training_counts: Mapping[str, int]) -> np.ndarray:
+    """Returns the logarithms of the residue frequencies, smoothed by adding one; float64 (25,).
+
+    Args:
+        training_counts: Residues of the training set by letter.
+    """
+    counts = np.array([training_counts.get(letter, 0) + 1 for letter in RESIDUES], dtype=np.float64)
+    logs: np.ndarray = np.log(counts / counts.sum())
+    return logs
 
 
 def empirical(training_counts: Mapping[str, int]) -> Predict:

@@ -54,6 +54,19 @@ class Estimate:
     high: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The accuracy, a fraction, and the perplexity of a model on a split."""
+
+    accuracy: float
+    perplexity: float
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log likelihood in nats."""
+        return math.log(self.perplexity)
+
+
 def sums_by_protein(scores: ResidueScores) -> tuple[np.ndarray, np.ndarray]:
     """Returns the records of a row that have targets, and the sums of each, float64 (records, NUM_SUMS)."""
     records, places = np.unique(scores.records, return_inverse=True)
@@ -137,6 +150,13 @@ class MetricSums:
         self.replicates = np.zeros((num_replicates, NUM_SUMS))
         self._units: set[bytes] = set()
 
+    @classmethod
+    def of(cls, total: np.ndarray) -> "MetricSums":
+        """Returns sums over a split, (NUM_SUMS,), that have no replicates."""
+        sums = cls(num_replicates=0)
+        sums.total = total
+        return sums
+
     def add(self, sums: np.ndarray, weights: np.ndarray, keys: Sequence[bytes] = ()) -> None:
         """Adds proteins.
 
@@ -166,6 +186,11 @@ class MetricSums:
     def values(self) -> dict[str, float]:
         """Returns every metric of `METRICS`."""
         return {name: float(column[0]) for name, column in metric_values(self.total[None]).items()}
+
+    def score(self) -> Score:
+        """Returns accuracy and perplexity."""
+        values = self.values()
+        return Score(accuracy=values["accuracy"], perplexity=values["perplexity"])
 
     def estimates(self) -> dict[str, Estimate]:
         """Returns every metric with its standard error and interval."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from protlm.inference.scoring import Score
+from protlm.inference.metrics import Score
 from protlm.model.attention import SelfAttention
 from protlm.ops.feature_maps import definition_of
 

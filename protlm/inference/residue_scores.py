@@ -1,6 +1,6 @@
 """The stream of scores: what a model predicted at every scored residue; every measurement is a reduction of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,10 @@ class ResidueScores:
     def residues(self) -> np.ndarray:
         """The true residues by their place in `vocabulary.RESIDUES`, int64 (targets,)."""
         return self.targets - FIRST_RESIDUE
+
+    def predicted_as(self, log_probabilities: np.ndarray) -> "ResidueScores":
+        """Returns another prediction at the same targets, (targets, 33)."""
+        return replace(self, log_probabilities=log_probabilities)
 
     def true_log_probabilities(self) -> np.ndarray:
         """Returns the log-probability of each true residue, float64 (targets,)."""

@@ -1,12 +1,10 @@
 """A model on a split: hides how rows are shared among processes, and that the scores do not depend on it.
 
-`score_rows` yields the stream of scores; everything that is measured is a reduction of it. `score_split` is the short
-reduction of a training run: accuracy and perplexity.
+`score_rows` yields the stream of scores; everything that is measured is a reduction of it. `score_model` keeps the sums
+of the metrics, which is what a training run needs; `protlm eval` takes more from the same stream.
 """
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -15,52 +13,16 @@ import torch
 from torch import Tensor
 
 from protlm.data.batching.batches import Batch, EvaluationRow, Objective, Proteins, evaluation_rows
+from protlm.inference.baselines import Predict, empirical
+from protlm.inference.metrics import NUM_SUMS, MetricSums, sums_by_protein
 from protlm.inference.residue_scores import ResidueScores
 from protlm.model.performer import Performer
 from protlm.model.token_table import TokenTable
 from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.progress import Advance, no_advance
-from protlm.vocabulary import NUM_RESIDUES, RESIDUES
 
 EVALUATION_SEED = 0
 """Default seed of the masks; validation during training always uses it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Accuracy, as a fraction, and perplexity, exp of the mean negative log likelihood, over the scored residues."""
-
-    accuracy: float
-    perplexity: float
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log likelihood in nats."""
-        return math.log(self.perplexity)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """A model on a split, beside the empirical baseline on the same targets."""
-
-    num_targets: int
-    model: Score
-    empirical: Score
-
-
-@dataclass
-class _Sums:
-    """The sums of one process: a loss for each of its rows, and counts over all of them."""
-
-    losses: list[float] = field(default_factory=list)
-    num_correct: int = 0
-    target_counts: np.ndarray = field(default_factory=lambda: np.zeros(NUM_RESIDUES, dtype=np.int64))
-
-    def add(self, scores: ResidueScores) -> None:
-        """Adds one row."""
-        self.losses.append(-float(scores.true_log_probabilities().sum()))
-        self.num_correct += int((scores.ranks() == 0).sum())
-        self.target_counts += np.bincount(scores.residues, minlength=NUM_RESIDUES)
 
 
 def score_rows(
@@ -127,21 +89,23 @@ def score_split(
     *,
     seed: int = EVALUATION_SEED,
     tokens_per_batch: int = 8192,
-    advance: Advance = no_advance,
     rank: int = 0,
     world_size: int = 1,
-) -> Scores:
-    """Scores a split by `score_model`: hidden residues, or all residues of a causal model, in the model's windows."""
+) -> dict[str, MetricSums]:
+    """Scores a split by `score_model`: hidden residues, or all residues of a causal model, in the model's windows.
+
+    Returns:
+        The sums under `model`, and under `empirical` those of the frequencies of the model's training set.
+    """
     return score_model(
         model,
         proteins,
-        description.residue_counts or {},
         description.objective.hiding_all(),
+        {"empirical": empirical(description.residue_counts or {})},
         seed=seed,
         tokens_per_batch=tokens_per_batch,
         window_tokens=description.window_tokens,
         max_residues=max_scored_residues(description),
-        advance=advance,
         rank=rank,
         world_size=world_size,
     )
@@ -155,8 +119,8 @@ def max_scored_residues(description: ModelDescription) -> int | None:
 def score_model(
     model: Performer,
     proteins: Proteins,
-    training_counts: Mapping[str, int],
     objective: Objective,
+    baselines: Mapping[str, Predict],
     *,
     seed: int = EVALUATION_SEED,
     tokens_per_batch: int = 8192,
@@ -165,16 +129,16 @@ def score_model(
     advance: Advance = no_advance,
     rank: int = 0,
     world_size: int = 1,
-) -> Scores:
-    """Returns accuracy and perplexity over the targets of every protein of a split.
+) -> dict[str, MetricSums]:
+    """Returns the sums over the targets of every protein of a split, without replicates.
 
-    All processes return the scores of the whole split, which do not depend on their number.
+    All processes return the sums of the whole split, which do not depend on their number.
 
     Args:
         model: On any device; its mode is restored.
         proteins: The split.
-        training_counts: Residues of the training set by letter, for the empirical baseline.
         objective: What is predicted, and what is hidden.
+        baselines: Baselines by name, on the same targets.
         seed: Determines, together with a protein's sequence, which residues are targets.
         tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
         window_tokens: Length of a window for a model that was trained on joined proteins; otherwise proteins are whole.
@@ -182,57 +146,36 @@ def score_model(
         advance: Called with the residues of each round of rows, those of all processes together.
         rank: Number of this process.
         world_size: Number of processes.
+
+    Returns:
+        The sums by name; those of the model are under `model`.
     """
     rows = evaluation_rows(
         proteins, tokens_per_batch, seed, objective, window_tokens=window_tokens, max_residues=max_residues
     )
-    own = _Sums()
-    for _, scores in score_rows(model, rows, advance=advance, rank=rank, world_size=world_size):
-        own.add(scores)
-    all_sums = [own] if world_size == 1 else _gathered(own, world_size)
-    target_counts = sum((sums.target_counts for sums in all_sums), np.zeros(NUM_RESIDUES, dtype=np.int64))
-    num_targets = int(target_counts.sum())
+    names = ("model", *baselines)
+    own = [
+        np.stack([_row_sums(scores), *(_row_sums(scores.predicted_as(predict(row))) for predict in baselines.values())])
+        for row, scores in score_rows(model, rows, advance=advance, rank=rank, world_size=world_size)
+    ]
+    everyone = [own] if world_size == 1 else _gathered(own, world_size)
+    total = np.zeros((len(names), NUM_SUMS))
     # The rows in the order of the split, and a sum over them from first to last.
-    losses = [loss for turn in zip_longest(*(sums.losses for sums in all_sums)) for loss in turn if loss is not None]
-    score = Score(
-        accuracy=sum(sums.num_correct for sums in all_sums) / num_targets,
-        perplexity=_perplexity(sum(losses) / num_targets),
-    )
-    return Scores(num_targets=num_targets, model=score, empirical=empirical_score(target_counts, training_counts))
+    for turn in zip_longest(*everyone):
+        for sums in turn:
+            if sums is not None:
+                total += sums
+    return {name: MetricSums.of(sums) for name, sums in zip(names, total, strict=True)}
 
 
-def _gathered(sums: _Sums, world_size: int) -> list[_Sums]:
-    """Returns the sums of all processes in the order of their ranks."""
+def _row_sums(scores: ResidueScores) -> np.ndarray:
+    """Returns the sums of a row, float64 (NUM_SUMS,)."""
+    sums: np.ndarray = sums_by_protein(scores)[1].sum(axis=0)
+    return sums
+
+
+def _gathered(sums: list[np.ndarray], world_size: int) -> list[list[np.ndarray]]:
+    """Returns the sums of the rows of all processes in the order of their ranks."""
     gathered: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(gathered, sums)
     return gathered
-
-
-def empirical_log_probabilities(training_counts: Mapping[str, int]) -> np.ndarray:
-    """Returns the empirical baseline: logarithms of the residue frequencies, smoothed by adding one; float64 (25,).
-
-    Args:
-        training_counts: Residues of the training set by letter.
-    """
-    counts = np.array([training_counts.get(letter, 0) + 1 for letter in RESIDUES], dtype=np.float64)
-    logs: np.ndarray = np.log(counts / counts.sum())
-    return logs
-
-
-def empirical_score(target_counts: np.ndarray, training_counts: Mapping[str, int]) -> Score:
-    """Returns the score of the empirical baseline.
-
-    Args:
-        target_counts: Scored residues, int64 (25,), in token order.
-        training_counts: Residues of the training set by letter.
-    """
-    logs = empirical_log_probabilities(training_counts)
-    nll = -(target_counts * logs).sum() / target_counts.sum()
-    return Score(accuracy=float(target_counts[logs.argmax()] / target_counts.sum()), perplexity=_perplexity(float(nll)))
-
-
-def _perplexity(mean_nll: float) -> float:
-    try:
-        return math.exp(mean_nll)
-    except OverflowError:
-        return math.inf

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +19,7 @@ from protlm.data.batching.batches import training_rows
 from protlm.data.batching.draws import Draws
 from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.mixture import Mixture
-from protlm.inference.scoring import Score, Scores
+from protlm.inference.metrics import NUM_SUMS, MetricSums
 from protlm.pretrained.model_directory import read_model
 from protlm.workflows.train import callbacks
 from protlm.workflows.train.run_log import RunLog
@@ -154,8 +155,11 @@ def scores_of(perplexities):
     remaining = iter(perplexities)
 
     def score_split(*_, **__):
-        score = Score(accuracy=0.1, perplexity=next(remaining))
-        return Scores(num_targets=7, model=score, empirical=Score(accuracy=0.1, perplexity=18.0))
+        totals = {"model": np.zeros(NUM_SUMS), "empirical": np.zeros(NUM_SUMS)}
+        for total, perplexity in zip(totals.values(), (next(remaining), 18.0), strict=True):
+            # Targets and their negative log likelihood.
+            total[:2] = 7, 7 * math.log(perplexity)
+        return {name: MetricSums.of(total) for name, total in totals.items()}
 
     return score_split
 
@@ -169,7 +173,8 @@ def test_a_measurement_that_is_not_finite_is_never_the_best(perplexities, best_s
     monkeypatch.setattr(callbacks, "score_split", scores_of(perplexities))
     assert train(dataset, out, "--max-steps", 3, "--set", "train.valid_every_steps=1") == 0
     _, description = read_model(out)
-    assert (description.step, description.valid.perplexity) == (best_step, perplexities[best_step - 1])
+    assert description.step == best_step
+    assert description.valid.perplexity == pytest.approx(perplexities[best_step - 1])
     assert torch.load(out / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == best_step
 
 

@@ -12,10 +12,11 @@ from protlm.data.storage.dataset import Split
 from protlm.errors import ProtlmError
 from protlm.inference.approximation import measure_approximation
 from protlm.inference.attention_maps import read_attention_maps
-from protlm.inference.baselines import Beginning
+from protlm.inference.baselines import Beginning, empirical
+from protlm.inference.metrics import MetricSums
 from protlm.inference.replaced_attention import score_replacements, sentence_of
 from protlm.inference.residue_similarity import attention_similarity
-from protlm.inference.scoring import Scores, score_model
+from protlm.inference.scoring import score_model
 from protlm.model.performer import Performer
 from protlm.runtime.progress import Advance
 from protlm.workflows.evaluate.measure import Masks
@@ -101,12 +102,12 @@ def approximation_of(
     """
     beginning = Beginning(split, _SCORED_PROTEINS)
 
-    def measured() -> Scores:
+    def measured() -> dict[str, MetricSums]:
         return score_model(
             model,
             beginning,
-            training_counts,
             masks.objective,
+            {"empirical": empirical(training_counts)},
             seed=masks.seed,
             tokens_per_batch=masks.tokens_per_batch,
             window_tokens=masks.window_tokens,
@@ -114,12 +115,14 @@ def approximation_of(
             advance=advance,
         )
 
-    empirical = measured().empirical
+    frequencies = measured()["empirical"].score()
     sample = _sampled(split, masks.max_residues)
     errors = measure_approximation(
         model, sample, max_proteins=_MEASURED_PROTEINS, num_draws=_NUM_DRAWS, seed=masks.seed, advance=advance
     )
-    replaced = score_replacements(model, lambda: measured().model, empirical, num_draws=_NUM_DRAWS, seed=masks.seed)
+    replaced = score_replacements(
+        model, lambda: measured()["model"].score(), frequencies, num_draws=_NUM_DRAWS, seed=masks.seed
+    )
     return {
         "split": split.name,
         "num_scored_proteins": len(beginning.lengths),

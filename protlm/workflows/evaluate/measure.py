@@ -1,7 +1,7 @@
 """One split, measured: the model and every baseline on the same targets, in one pass over the stream of scores."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -83,8 +83,7 @@ def measure_split(
             resampled = Resampled(records, keys, weights)
             sums["model"].add(terms, weights, keys)
             for name, predict in baselines.items():
-                predicted = replace(scores, log_probabilities=predict(row))
-                sums[name].add(sums_by_protein(predicted)[1], weights, keys)
+                sums[name].add(sums_by_protein(scores.predicted_as(predict(row)))[1], weights, keys)
             for watch in watchers:
                 watch(mask, scores, resampled)
     return sums

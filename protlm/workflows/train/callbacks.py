@@ -11,7 +11,8 @@ import pytorch_lightning as pl
 from protlm.config import Config
 from protlm.data.batching.batches import Proteins
 from protlm.errors import RunError
-from protlm.inference.scoring import Scores, score_split
+from protlm.inference.metrics import MetricSums
+from protlm.inference.scoring import score_split
 from protlm.model.health import attention_health
 from protlm.pretrained.model_description import ModelDescription, Targets, ValidScore, targets_of
 from protlm.pretrained.model_directory import save_model
@@ -164,10 +165,10 @@ class Watch(pl.Callback):
         if self._valid is None:
             self._export(trainer, task, description)
             return {}, False
-        scores = score_split(
+        sums = score_split(
             task.model, description, self._valid, rank=trainer.global_rank, world_size=trainer.world_size
         )
-        valid = _valid_score(scores, targets_of(description.objective.hiding_all()))
+        valid = _valid_score(sums, targets_of(description.objective.hiding_all()))
         has_improved = math.isfinite(valid.perplexity) and (
             self.best is None or valid.perplexity < self.best.perplexity
         )
@@ -175,10 +176,11 @@ class Watch(pl.Callback):
         if has_improved:
             self.best = valid
             self._export(trainer, task, description.model_copy(update={"valid": valid}))
+        score = sums["model"].score()
         columns = {
-            "valid/loss": scores.model.loss,
-            "valid/accuracy": scores.model.accuracy,
-            "valid/perplexity": scores.model.perplexity,
+            "valid/loss": score.loss,
+            "valid/accuracy": score.accuracy,
+            "valid/perplexity": score.perplexity,
         }
         return columns, has_improved
 
@@ -236,12 +238,13 @@ def _reason_to_stop(update: Update, *, is_patience_over: bool) -> Outcome | None
     return "out of patience" if is_patience_over else None
 
 
-def _valid_score(scores: Scores, targets: Targets) -> ValidScore:
+def _valid_score(sums: Mapping[str, MetricSums], targets: Targets) -> ValidScore:
+    model, empirical = sums["model"].score(), sums["empirical"].score()
     return ValidScore(
         targets=targets,
-        num_targets=scores.num_targets,
-        accuracy=scores.model.accuracy,
-        perplexity=scores.model.perplexity,
-        empirical_accuracy=scores.empirical.accuracy,
-        empirical_perplexity=scores.empirical.perplexity,
+        num_targets=sums["model"].num_targets,
+        accuracy=model.accuracy,
+        perplexity=model.perplexity,
+        empirical_accuracy=empirical.accuracy,
+        empirical_perplexity=empirical.perplexity,
     )

@@ -12,7 +12,7 @@ from protlm.inference.replaced_attention import (
     score_replacements,
     sentence_of,
 )
-from protlm.inference.scoring import Score
+from protlm.inference.metrics import Score
 from protlm.model.performer import Performer
 from protlm.ops.feature_maps import DEFINITIONS
 from tests.conftest import relative_error

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +7,9 @@ import torch
 from protlm.config import ModelConfig
 from protlm.data.batching.batches import Objective, evaluation_rows
 from protlm.data.batching.masking import MaskRates
-from protlm.inference.scoring import Score, empirical_score, score_model, score_rows
+from protlm.inference.baselines import empirical
+from protlm.inference.metrics import Score
+from protlm.inference.scoring import score_model, score_rows
 from protlm.model.performer import Performer
 from protlm.vocabulary import FIRST_RESIDUE, RESIDUES, encode
 from tests import forked, process_groups
@@ -49,27 +50,33 @@ def model():
     return model.eval()
 
 
-def test_the_empirical_baseline_is_add_one_smoothed_frequencies():
+def scores_of(sums):
+    """The score of each name."""
+    return {name: kept.score() for name, kept in sums.items()}
+
+
+def test_the_empirical_baseline_is_add_one_smoothed_frequencies(model):
     # L, A and the 23 letters that were not seen: (7 + 1), (2 + 1) and 1 each of 34.
-    targets = np.zeros(25, dtype=np.int64)
-    targets[[RESIDUES.index("L"), RESIDUES.index("A"), RESIDUES.index("W")]] = (3, 1, 1)
-    score = empirical_score(targets, {"L": 7, "A": 2})
+    score = score_model(model, InMemory("LLLAW"), masked(1.0), {"empirical": empirical({"L": 7, "A": 2})})[
+        "empirical"
+    ].score()
     assert score.accuracy == 3 / 5
     nll = -(3 * math.log(8 / 34) + math.log(3 / 34) + math.log(1 / 34)) / 5
     assert score.perplexity == pytest.approx(math.exp(nll), rel=1e-14)
     assert score.loss == pytest.approx(nll, rel=1e-14)
 
 
-def test_a_baseline_of_no_counts_is_uniform_over_25_letters():
-    assert empirical_score(np.ones(25, dtype=np.int64), {}).perplexity == pytest.approx(25)
+def test_a_baseline_of_no_counts_is_uniform_over_25_letters(model):
+    sums = score_model(model, InMemory(RESIDUES), masked(1.0), {"empirical": empirical({})})
+    assert sums["empirical"].score().perplexity == pytest.approx(25)
 
 
 def test_a_model_that_knows_nothing_scores_like_chance(model):
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
-    scores = score_model(model, random_proteins(), {}, masked(0.5))
-    assert scores.model.perplexity == pytest.approx(33, rel=1e-5)
-    assert scores.model.accuracy == 0.0
+    score = score_model(model, random_proteins(), masked(0.5), {})["model"].score()
+    assert score.perplexity == pytest.approx(33, rel=1e-5)
+    assert score.accuracy == 0.0
 
 
 def test_a_model_that_always_says_one_residue_has_the_accuracy_of_its_share(model):
@@ -78,16 +85,16 @@ def test_a_model_that_always_says_one_residue_has_the_accuracy_of_its_share(mode
     with torch.no_grad():
         model.head.bias[FIRST_RESIDUE] = math.log(7)
     proteins = InMemory("LLLA" * 40)
-    scores = score_model(model, proteins, {"L": 10**9}, masked(1.0))
-    assert scores.num_targets == 160
-    assert scores.model.accuracy == scores.empirical.accuracy == 0.75
+    sums = score_model(model, proteins, masked(1.0), {"empirical": empirical({"L": 10**9})})
+    assert sums["model"].num_targets == 160
+    assert sums["model"].score().accuracy == sums["empirical"].score().accuracy == 0.75
     nll = math.log(39) - 0.75 * math.log(7)
-    assert scores.model.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
+    assert sums["model"].score().perplexity == pytest.approx(math.exp(nll), rel=1e-5)
 
 
 def test_the_score_is_the_plain_sum_over_every_target(model):
     proteins = random_proteins()
-    scores = score_model(model, proteins, {}, masked(0.3), seed=4)
+    sums = score_model(model, proteins, masked(0.3), {}, seed=4)["model"]
     nlls, hits = [], []
     for batch in evaluation_batches(proteins, 1, 4, masked(0.3)):
         log_probabilities = torch.log_softmax(model(batch.tokens, batch.cu_seqlens).double(), -1)[
@@ -95,21 +102,24 @@ def test_the_score_is_the_plain_sum_over_every_target(model):
         ]
         nlls += (-log_probabilities.gather(1, batch.targets.unsqueeze(1)).squeeze(1)).tolist()
         hits += (log_probabilities.argmax(-1) == batch.targets).tolist()
-    assert scores.num_targets == len(nlls)
-    assert scores.model.accuracy == sum(hits) / len(hits)
-    assert scores.model.perplexity == pytest.approx(math.exp(sum(nlls) / len(nlls)), rel=1e-5)
+    assert sums.num_targets == len(nlls)
+    assert sums.score().accuracy == sum(hits) / len(hits)
+    assert sums.score().perplexity == pytest.approx(math.exp(sum(nlls) / len(nlls)), rel=1e-5)
 
 
 def test_the_budget_of_a_row_changes_nothing_and_the_seed_does(model):
     proteins = random_proteins()
+    baselines = {"empirical": empirical({})}
     small, large, other = (
-        score_model(model, proteins, {}, masked(0.15), seed=seed, tokens_per_batch=budget)
+        score_model(model, proteins, masked(0.15), baselines, seed=seed, tokens_per_batch=budget)
         for seed, budget in ((0, 20), (0, 10_000), (1, 20))
     )
-    assert small.model.perplexity == pytest.approx(large.model.perplexity, rel=1e-5)
-    assert (small.num_targets, small.model.accuracy) == (large.num_targets, large.model.accuracy)
-    assert small.empirical == large.empirical
-    assert other != small
+    few, many = small["model"].values(), large["model"].values()
+    assert few["perplexity"] == pytest.approx(many["perplexity"], rel=1e-5)
+    assert small["model"].num_targets == large["model"].num_targets
+    assert [few[name] for name in ("accuracy", "top5_accuracy")] == [many[name] for name in ("accuracy", "top5_accuracy")]
+    assert small["empirical"].values() == pytest.approx(large["empirical"].values(), rel=1e-12)
+    assert scores_of(other) != scores_of(small)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -117,14 +127,14 @@ def test_the_mode_of_the_model_is_restored_and_dropout_is_off(training):
     model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8, dropout=0.5))
     model.reset(0)
     model.train(training)
-    first, second = (score_model(model, random_proteins(5), {}, masked(0.5)) for _ in range(2))
+    first, second = (scores_of(score_model(model, random_proteins(5), masked(0.5), {})) for _ in range(2))
     assert model.training is training
     assert first == second
 
 
 def test_progress_counts_every_residue(model):
     proteins, counts = random_proteins(), []
-    score_model(model, proteins, {}, masked(0.15), tokens_per_batch=100, advance=counts.append)
+    score_model(model, proteins, masked(0.15), {}, tokens_per_batch=100, advance=counts.append)
     assert len(counts) > 1
     assert sum(counts) == proteins.lengths.sum()
 
@@ -132,31 +142,32 @@ def test_progress_counts_every_residue(model):
 def test_a_loss_beyond_what_exp_can_hold_is_an_infinite_perplexity(model):
     with torch.no_grad():
         model.head.bias[0] = 1e6
-    scores = score_model(model, random_proteins(3), {}, masked(0.5))
-    assert scores.model == Score(accuracy=0.0, perplexity=math.inf)
-    assert scores.model.loss == math.inf
+    score = score_model(model, random_proteins(3), masked(0.5), {})["model"].score()
+    assert score == Score(accuracy=0.0, perplexity=math.inf)
+    assert score.loss == math.inf
 
 
 def test_the_next_residue_is_scored_at_every_residue():
     model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
     model.reset(0)
     proteins = random_proteins()
-    scores = score_model(model, proteins, {}, NEXT_TOKEN, tokens_per_batch=100)
-    assert scores.num_targets == proteins.lengths.sum()
+    sums = score_model(model, proteins, NEXT_TOKEN, {}, tokens_per_batch=100)["model"]
+    assert sums.num_targets == proteins.lengths.sum()
 
 
 def test_only_what_the_positions_reach_is_scored(model):
     proteins = InMemory("LLLA" * 10, "AA")
-    assert score_model(model, proteins, {}, masked(1.0), max_residues=3).num_targets == 5
+    assert score_model(model, proteins, masked(1.0), {}, max_residues=3)["model"].num_targets == 5
 
 
 def test_windows_score_every_residue_once(model):
     proteins = random_proteins()
-    whole = score_model(model, proteins, {}, masked(1.0))
-    joined = score_model(model, proteins, {}, masked(1.0), window_tokens=17, tokens_per_batch=34)
-    assert joined.num_targets == whole.num_targets == proteins.lengths.sum()
-    assert joined.empirical == whole.empirical
-    assert joined.model.perplexity != whole.model.perplexity
+    baselines = {"empirical": empirical({})}
+    whole = score_model(model, proteins, masked(1.0), baselines)
+    joined = score_model(model, proteins, masked(1.0), baselines, window_tokens=17, tokens_per_batch=34)
+    assert joined["model"].num_targets == whole["model"].num_targets == proteins.lengths.sum()
+    assert joined["empirical"].values() == pytest.approx(whole["empirical"].values(), rel=1e-12)
+    assert joined["model"].score().perplexity != whole["model"].score().perplexity
 
 
 ODD_BUDGET = 120
@@ -171,23 +182,25 @@ def score_in_a_process(rank, world_size, folder):
     num_passes = []
     model.register_forward_hook(lambda *_: num_passes.append(1))
     counts = []
-    scores = score_model(
-        model, random_proteins(), {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET, advance=counts.append,
-        rank=rank, world_size=world_size,
+    sums = score_model(
+        model, random_proteins(), masked(0.3), {"empirical": empirical({"L": 3})}, tokens_per_batch=ODD_BUDGET,
+        advance=counts.append, rank=rank, world_size=world_size,
     )  # fmt: skip
-    torch.save((dataclasses.asdict(scores), len(num_passes), sum(counts)), f"{folder}/{rank}")
+    totals = {name: kept.total.tolist() for name, kept in sums.items()}
+    torch.save((totals, len(num_passes), sum(counts)), f"{folder}/{rank}")
     process_groups.leave()
 
 
 def test_the_number_of_processes_changes_no_bit_and_all_make_as_many_passes(tmp_path, model):
     proteins = random_proteins()
-    one = score_model(model, proteins, {"L": 3}, masked(0.3), tokens_per_batch=ODD_BUDGET)
+    baselines = {"empirical": empirical({"L": 3})}
+    one = score_model(model, proteins, masked(0.3), baselines, tokens_per_batch=ODD_BUDGET)
     num_rows = len(list(evaluation_batches(proteins, ODD_BUDGET, 0, masked(0.3))))
     assert num_rows % 2 == 1, "one process must run out of rows before the other"
     forked.spawn(score_in_a_process, (2, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        scores, num_passes, num_residues = torch.load(tmp_path / str(rank), weights_only=True)
-        assert scores == dataclasses.asdict(one)
+        totals, num_passes, num_residues = torch.load(tmp_path / str(rank), weights_only=True)
+        assert totals == {name: sums.total.tolist() for name, sums in one.items()}
         assert num_passes == num_rows // 2 + 1
         assert num_residues == proteins.lengths.sum()
 

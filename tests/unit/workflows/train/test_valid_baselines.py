@@ -37,6 +37,6 @@ def test_the_empirical_one_is_that_of_the_measurements_during_training(dataset, 
     for number, options in enumerate(({}, windows)):
         folder = save_new_model(tmp_path / f"{number}", train.residue_counts, description=options)
         model, description = read_model(folder)
-        scores = score_split(model, description, valid)
+        sums = score_split(model, description, valid)
         measured = baseline_perplexities(train, valid, description)
-        assert measured["empirical"] == pytest.approx(scores.empirical.perplexity, rel=1e-9)
+        assert measured["empirical"] == pytest.approx(sums["empirical"].score().perplexity, rel=1e-9)
