@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from protlm.inference.metrics import Score
 from protlm.inference.replaced_attention import (
     ReplacementScores,
     Spread,
@@ -12,7 +13,6 @@ from protlm.inference.replaced_attention import (
     score_replacements,
     sentence_of,
 )
-from protlm.inference.metrics import Score
 from protlm.model.performer import Performer
 from protlm.ops.feature_maps import DEFINITIONS
 from tests.conftest import relative_error

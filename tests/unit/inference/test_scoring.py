@@ -117,7 +117,9 @@ def test_the_budget_of_a_row_changes_nothing_and_the_seed_does(model):
     few, many = small["model"].values(), large["model"].values()
     assert few["perplexity"] == pytest.approx(many["perplexity"], rel=1e-5)
     assert small["model"].num_targets == large["model"].num_targets
-    assert [few[name] for name in ("accuracy", "top5_accuracy")] == [many[name] for name in ("accuracy", "top5_accuracy")]
+    assert [few[name] for name in ("accuracy", "top5_accuracy")] == [
+        many[name] for name in ("accuracy", "top5_accuracy")
+    ]
     assert small["empirical"].values() == pytest.approx(large["empirical"].values(), rel=1e-12)
     assert scores_of(other) != scores_of(small)
 
