@@ -345,6 +345,21 @@ def load_config(
     return parse_config(settings, source)
 
 
+def check_keys(overrides: Sequence[str]) -> None:
+    """Checks that overrides name settings, where their values cannot be checked yet.
+
+    Raises:
+        ConfigError: One is no `section.key=value`, or names an unknown key.
+    """
+    for override in overrides:
+        settings: dict[str, Any] = {}
+        _apply_override(settings, override)
+        ((section, values),) = settings.items()
+        for place in (section, *(f"{section}.{key}" for key in values)):
+            if place.rpartition(".")[2] not in _fields_beside(place):
+                raise ConfigError(f"settings with --set: {_unknown_key(place)}")
+
+
 def parse_config(settings: dict[str, Any], source: str) -> Config:
     """Returns checked settings; an error begins with `source`, the place they came from.
 
@@ -465,10 +480,18 @@ def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     fault = first_fault(error)
     if fault.kind == "extra_forbidden":
-        section, dot, _ = fault.place.partition(".")
-        fields = Config.model_fields[section].annotation.model_fields if dot else Config.model_fields  # type: ignore[union-attr]
-        return f"{fault.place}: unknown key; known are {', '.join(fields)}"
+        return _unknown_key(fault.place)
     if fault.is_rule:
         # The rule of a section names the key.
         return f"{fault.place}.{fault.message}" if fault.place else fault.message
     return str(fault)
+
+
+def _fields_beside(place: str) -> list[str]:
+    """Returns the keys among which a key is looked for: `section.key` in its section, `section` among the sections."""
+    section, dot, _ = place.partition(".")
+    return list(Config.model_fields[section].annotation.model_fields if dot else Config.model_fields)  # type: ignore[union-attr]
+
+
+def _unknown_key(place: str) -> str:
+    return f"{place}: unknown key; known are {', '.join(_fields_beside(place))}"

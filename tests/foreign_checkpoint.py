@@ -1,5 +1,6 @@
-"""A small ESM-2 with random weights as transformers stores it, written without transformers."""
+"""A small ESM-2 with random weights as transformers and fair-esm store it, written without either."""
 
+import argparse
 import json
 
 import torch
@@ -32,6 +33,29 @@ def esm_tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return tensors | {"esm.embeddings.position_ids": torch.arange(102)[None]}
+
+
+_FAIRSEQ_NAMES = {
+    "esm.encoder.layer.": "layers.", "attention.self.query": "self_attn.q_proj",
+    "attention.self.key": "self_attn.k_proj", "attention.self.value": "self_attn.v_proj",
+    "attention.output.dense": "self_attn.out_proj", "attention.LayerNorm": "self_attn_layer_norm",
+    "intermediate.dense": "fc1", "output.dense": "fc2", "LayerNorm": "final_layer_norm",
+    "esm.embeddings.word_embeddings": "embed_tokens", "esm.encoder.": "",
+}  # fmt: skip
+
+
+def write_fairseq_checkpoint(path):
+    """Writes the model as fair-esm stores it."""
+    tensors = {}
+    for name, tensor in esm_tensors().items():
+        for theirs, ours in _FAIRSEQ_NAMES.items():
+            name = name.replace(theirs, ours)
+        if not name.startswith("esm."):
+            tensors[name] = tensor
+    arguments = argparse.Namespace(
+        encoder_layers=2, encoder_embed_dim=DIM, encoder_attention_heads=2, token_dropout=True
+    )
+    torch.save({"cfg": {"model": arguments}, "model": tensors}, path)
 
 
 def write_checkpoint(folder):

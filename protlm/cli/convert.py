@@ -37,9 +37,15 @@ def convert_command(
       protlm convert esm1b_t33_650M_UR50S.pt --out esm1b
       protlm convert esm2 --out esm2-hf --to hf
     """  # noqa: D301  \b must reach Typer as a backspace
-    from protlm.workflows.convert.convert import ConvertRequest, convert
+    from protlm.workflows.convert.request import ConvertRequest, check_request
 
-    report = convert(ConvertRequest(model=model, out=out, to=to, force=force))
+    request = ConvertRequest(model=model, out=out, to=to, force=force)
+    # Before torch is loaded, which takes seconds.
+    check_request(request)
+
+    from protlm.workflows.convert.convert import convert
+
+    report = convert(request)
     if as_json:
         output.print_json(report)
         return
@@ -52,9 +58,10 @@ def convert_command(
     ]
     if report.lacked:
         pairs.append(("read as", f"{report.stand_in}: {', '.join(report.lacked)}"))
-    if report.origin is not None:
-        revision = "" if report.origin.revision is None else f" at {report.origin.revision}"
-        pairs.append(("source", f"{report.origin.source}{revision}, family {report.origin.family}"))
-        pairs.append(("licence", report.origin.licence or "not given by the source"))
+    for name, origin in (("source", report.origin), ("fine-tuned from", report.fine_tuned_from)):
+        if origin is not None:
+            revision = "" if origin.revision is None else f" at {origin.revision}"
+            pairs.append((name, f"{origin.source}{revision}, family {origin.family}"))
+            pairs.append(("licence", origin.licence or "not given by the source"))
     pairs.append(("model", out if report.architecture is None else f"{out} ({report.architecture})"))
     output.print_pairs(pairs)

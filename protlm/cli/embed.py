@@ -1,5 +1,6 @@
 """`protlm embed`: options in, embeddings, a summary out."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -27,7 +28,7 @@ from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
     from protlm.workflows.embed.embed import EmbedReport
-    from protlm.workflows.embed.estimate import EmbedEstimate
+    from protlm.workflows.embed.estimate import EmbedCounts, EmbedEstimate
 
 _UNITS = {"read": "B", "embed": "residue", "write": "protein"}
 _SHOWN_SKIPPED = 20
@@ -144,8 +145,7 @@ def embed_command(
 
     from protlm.runtime.devices import Devices
     from protlm.runtime.work_folder import partial_folder
-    from protlm.workflows.embed.embed import embed
-    from protlm.workflows.embed.estimate import EmbedEstimate, estimate
+    from protlm.workflows.embed.checks import check_request
     from protlm.workflows.embed.settings import EmbedRequest
 
     request = EmbedRequest(
@@ -154,10 +154,20 @@ def embed_command(
         on_bad_record=on_bad_record, nucleotides=nucleotides,
         devices=Devices(devices, num_nodes), resume=resume, force=force,
     )  # fmt: skip
+    # Before torch is loaded, which takes seconds.
+    check_request(request)
+
+    from protlm.workflows.embed.estimate import EmbedEstimate, estimate
+
     try:
         with Bars(_UNITS) as bars:
-            work = estimate if dry_run else embed
-            report = work(request, start_progress=bars.start)
+            report: EmbedEstimate | EmbedReport | None
+            if dry_run:
+                report = estimate(request, start_progress=bars.start, tell=lambda counts: _tell(counts, as_json))
+            else:
+                from protlm.workflows.embed.embed import embed
+
+                report = embed(request, start_progress=bars.start)
     except KeyboardInterrupt:
         if not dry_run:
             output.warn_if_kept(partial_folder(out))
@@ -232,17 +242,32 @@ def _pairs(report: "EmbedReport") -> list[tuple[str, str]]:
     return pairs
 
 
+_LONGEST_NAME = len("disk bytes while at work, about")
+
+
+def _tell(counts: "EmbedCounts", as_json: bool) -> None:
+    """Prints the counts of a dry run as soon as they are known; JSON is printed once, at the end."""
+    if as_json:
+        return
+    print("dry run")
+    pairs = [
+        ("proteins", f"{counts.num_records:,}"),
+        ("different sequences", f"{counts.num_sequences:,}"),
+        ("residues", f"{counts.num_residues:,}"),
+        ("residues to compute", f"{counts.num_computed_residues:,}"),
+        ("residues of the longest", f"{counts.longest:,}"),
+    ]
+    output.print_pairs(pairs, width=_LONGEST_NAME)
+    sys.stdout.flush()
+
+
 def _print_estimate(estimate: "EmbedEstimate", as_json: bool) -> None:
     pairs = [
-        ("proteins", f"{estimate.num_records:,}"),
-        ("different sequences", f"{estimate.num_sequences:,}"),
-        ("residues", f"{estimate.num_residues:,}"),
-        ("residues to compute", f"{estimate.num_computed_residues:,}"),
-        ("residues of the longest", f"{estimate.longest:,}"),
         ("output bytes, about", f"{estimate.out_bytes:,}"),
         ("disk bytes while at work, about", f"{estimate.peak_bytes:,}"),
         ("free disk bytes", f"{estimate.free_bytes:,}"),
         ("residues a second, in a sample", f"{estimate.residues_per_second:,.0f}"),
         ("seconds, about", f"{estimate.seconds:,.0f}"),
     ]
-    output.print_estimate(estimate, pairs, as_json=as_json)
+    # The title stands above the counts.
+    output.print_estimate(estimate, pairs, as_json=as_json, title=None)

@@ -129,8 +129,7 @@ def eval_command(
     if not compare and len(items) != 2:
         raise typer.BadParameter(f"expected MODEL and DATASET, got {len(items)} paths", param_hint="MODEL DATASET")
     from protlm.workflows.evaluate.compare import compare as compare_reports
-    from protlm.workflows.evaluate.evaluate import evaluate
-    from protlm.workflows.evaluate.request import EvalRequest
+    from protlm.workflows.evaluate.request import EvalRequest, check_request
 
     request_for = partial(
         EvalRequest, splits=_splits(split or ()), seed=seed, num_masks=masks, mask_rate=mask_rate,
@@ -139,7 +138,13 @@ def eval_command(
     )  # fmt: skip
 
     def evaluate_model(model: Path, dataset: Path, folder: Path) -> "EvalReport":
-        return evaluate(request_for(model=model, dataset=dataset, out=folder), start_progress=bars.start)
+        request = request_for(model=model, dataset=dataset, out=folder)
+        # Before torch is loaded, which takes seconds.
+        check_request(request)
+
+        from protlm.workflows.evaluate.evaluate import evaluate
+
+        return evaluate(request, start_progress=bars.start)
 
     with Bars({"eval": "residue", "approximation": "residue"}) as bars:
         if compare:
@@ -208,8 +213,8 @@ def _print_comparison(comparison: "Comparison", out: Path) -> None:
     ]
     output.print_table(("paired difference", "of", "", "95 % interval"), differences)
     print()
-    for verdict in comparison.verdicts.values():
-        print(verdict)
+    for line in (*comparison.verdicts.values(), *comparison.limits()):
+        print(line)
     output.print_pairs([("comparison", out / COMPARISON_NAME), ("page", out / COMPARISON_PAGE_NAME)])
 
 

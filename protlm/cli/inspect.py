@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from protlm.workflows.inspect import InspectReport
 
 PathArgument = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A dataset, an output of embed in any layout, a model or a run.")
+    Path,
+    typer.Argument(metavar="PATH", help="A dataset, an output of embed in any layout, a run, or any model."),
 ]
 
 
@@ -36,6 +37,7 @@ def inspect_command(
       protlm inspect dataset --verify --json
       protlm inspect embeddings.h5
       protlm inspect run
+      protlm inspect esm2_t6_8M_UR50D.pt
     """  # noqa: D301  \b must reach Typer as a backspace
     from protlm.workflows.identify import EmbeddingsReport, ModelReport, RunReport, content_of, identify
 
@@ -90,27 +92,40 @@ def _of_model(report: "ModelReport") -> list[tuple[str, object]]:
         ("attention", shape.attention),
         ("shape", f"{shape.num_layers} layers, {shape.model_dim} wide, {shape.num_heads} heads, {task}"),
         ("parameters", f"{report.num_parameters:,}"),
-        _source_of(about),
+        *_source_of(about),
         ("longest", "any protein" if about.max_residues is None else f"{about.max_residues:,} residues"),
     ]
-    if about.valid is None:
+    if about.origin is not None:
+        pairs.append(("vocabulary", _vocabulary_of(about)))
+    elif about.valid is None:
         pairs.append(("valid", "not measured"))
     else:
         valid = about.valid
         scores = f"accuracy {valid.accuracy:.4f}, perplexity {valid.perplexity:.3f}"
         baseline = f"the empirical baseline {valid.empirical_accuracy:.4f}, {valid.empirical_perplexity:.3f}"
         pairs.append(("valid", f"{scores}; {baseline}"))
-    pairs.append(("weights", about.weights_hash + (" (verified)" if report.verified else "")))
+    weights = about.weights_hash or "not read; --verify reads them"
+    pairs.append(("weights", weights + (" (verified)" if report.verified else "")))
     return pairs
 
 
-def _source_of(about: "ModelDescription") -> tuple[str, object]:
-    """Returns the line on where the weights come from: a training, or another program."""
-    origin = about.origin
-    if origin is None:
-        return "trained", f"{about.step:,} steps on the dataset {about.dataset_hash}"
-    revision = f", revision {origin.revision}" if origin.revision else ""
-    return "origin", f"{origin.source}{revision}, {origin.family}, licence: {origin.licence or 'not named'}"
+def _source_of(about: "ModelDescription") -> list[tuple[str, object]]:
+    """Returns the lines on where the weights come from: a training, another program, or one after the other."""
+    lines: list[tuple[str, object]] = []
+    if about.origin is None:
+        lines.append(("trained", f"{about.step:,} steps on the dataset {about.dataset_hash}"))
+    for name, origin in (("origin", about.origin), ("fine-tuned", about.fine_tuned_from)):
+        if origin is not None:
+            revision = f", revision {origin.revision}" if origin.revision else ""
+            licence = f"licence: {origin.licence or 'not named'}"
+            lines.append((name, f"{origin.source}{revision}, {origin.family}, {licence}"))
+    return lines
+
+
+def _vocabulary_of(about: "ModelDescription") -> str:
+    vocabulary = about.model.tokens()
+    lacked = f"; {', '.join(vocabulary.lacked)} read as {vocabulary.stand_in}" if vocabulary.lacked else ""
+    return f"{len(vocabulary)} tokens{lacked}"
 
 
 def _of_run(report: "RunReport") -> list[tuple[str, object]]:

@@ -28,10 +28,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a report holds {type(value).__name__}, which JSON does not know")
 
 
-def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
-    """Prints lines `name  value` on stdout, the values aligned."""
+def print_pairs(pairs: Iterable[tuple[str, object]], *, width: int = _MIN_NAME_WIDTH) -> None:
+    """Prints lines `name  value` on stdout, the values aligned, behind names of at least a width."""
     pairs = [(on_one_line(name), on_one_line(value)) for name, value in pairs]
-    width = max([_MIN_NAME_WIDTH, *(len(name) for name, _ in pairs)])
+    width = max([width, *(len(name) for name, _ in pairs)])
     for name, value in pairs:
         print(f"{name.ljust(width)}  {value}")
 
@@ -57,8 +57,10 @@ def print_scores(split: str, *, model: tuple[float, float], baseline: tuple[floa
     print_table((f"{split} split", "accuracy", "perplexity"), rows)
 
 
-def print_estimate(estimate: Any, pairs: Iterable[tuple[str, object]], *, as_json: bool) -> None:
-    """Prints the estimate of a dry run, as JSON or as pairs.
+def print_estimate(
+    estimate: Any, pairs: Iterable[tuple[str, object]], *, as_json: bool, title: str | None = "dry run"
+) -> None:
+    """Prints the estimate of a dry run, as JSON or as pairs below a title.
 
     Raises:
         ProtlmError: The estimated `peak_bytes` are more than the `free_bytes` of the disk.
@@ -66,7 +68,8 @@ def print_estimate(estimate: Any, pairs: Iterable[tuple[str, object]], *, as_jso
     if as_json:
         print_json(estimate)
     else:
-        print("dry run")
+        if title is not None:
+            print(title)
         print_pairs(pairs)
     if estimate.peak_bytes > estimate.free_bytes:
         raise ProtlmError(f"not enough disk: about {estimate.peak_bytes:,} bytes wanted, {estimate.free_bytes:,} free")

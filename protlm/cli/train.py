@@ -14,7 +14,6 @@ from protlm.cli import output
 from protlm.cli.options import DevicesOption, ForceOption, JsonOption, NumNodesOption, one_of, seed_option
 
 if TYPE_CHECKING:
-    from protlm.workflows.train.dry_run import DryRunReport
     from protlm.workflows.train.train import TrainReport
 
 DatasetsArgument = Annotated[list[Path], typer.Argument(metavar="DATASET...", help="Datasets made by protlm prep.")]
@@ -65,6 +64,23 @@ DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Print parameters, memory, steps and the time of a step; train nothing."),
 ]
+TimingSecondsOption = Annotated[
+    float,
+    typer.Option(
+        "--timing-seconds",
+        metavar="N",
+        min=0.0,
+        help="With --dry-run: time a step only if that takes no longer, as far as can be foreseen; else estimate it.",
+    ),
+]
+ForOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="DEVICE",
+        help="With --dry-run: estimate memory and time on other devices, such as h100 or a100-80x4, and run nothing.",
+    ),
+]
 FindBatchOption = Annotated[
     bool,
     typer.Option("--find-batch", help="With --dry-run, on a GPU: find the largest data.tokens_per_batch that fits."),
@@ -88,6 +104,8 @@ def train_command(
     resume: ResumeOption = False,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
+    timing_seconds: TimingSecondsOption = 60.0,
+    device: ForOption = None,
     find_batch: FindBatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -104,29 +122,39 @@ def train_command(
       protlm train dataset --out run --resume
       protlm train dataset --out run --config base --devices 8 --max-time 47:30:00
       protlm train dataset --out run --config base --dry-run
+      protlm train dataset --out run --config base --set train.accumulate=8 --dry-run --for h100x8
     """  # noqa: D301  \b must reach Typer as a backspace
     if resume and force:
         raise typer.BadParameter("--resume continues a run and --force replaces it: give one of them")
-    if find_batch and not dry_run:
-        raise typer.BadParameter("--find-batch trains nothing: give it together with --dry-run")
+    for name, is_given in (("--find-batch", find_batch), ("--for", device is not None)):
+        if is_given and not dry_run:
+            raise typer.BadParameter(f"{name} trains nothing: give it together with --dry-run")
+    if device is not None and (find_batch or (devices, num_nodes) != (1, 1)):
+        raise typer.BadParameter(
+            "--for names the devices, as in h100x8: leave out --devices, --num-nodes, --find-batch"
+        )
     max_seconds = _seconds(max_time)
     named = {"max_steps": max_steps, "seed": seed, "precision": precision}
     settings = [*(overrides or ()), *(f"train.{key}={value}" for key, value in named.items() if value is not None)]
 
     from protlm.runtime.devices import Devices
-    from protlm.workflows.train.start import TrainRequest
+    from protlm.workflows.train.device_estimate import parse_devices
+    from protlm.workflows.train.request import TrainRequest, check_request
 
+    kind, num_devices = (None, devices) if device is None else parse_devices(device)
     request = TrainRequest(
         dataset_paths=datasets, run_dir=Path(os.path.realpath(out)), config=config, overrides=settings, init=init,
-        devices=Devices(devices, num_nodes, strategy), wandb_project=wandb, resume=resume, force=force,
+        devices=Devices(num_devices, num_nodes, strategy), wandb_project=wandb, resume=resume, force=force,
     )  # fmt: skip
+    # Before torch and Lightning are loaded, which takes seconds.
+    checked = check_request(request, runs_here=kind is None)
     if dry_run:
-        from protlm.workflows.train.dry_run import dry_run as estimate
+        from protlm.cli.dry_run import print_on_devices, print_pace_here
 
-        dry_report = estimate(request, find_batch=find_batch)
-        output.print_json(dry_report) if as_json else _print_estimate(dry_report)
-        if dry_report.note is not None:
-            output.warn(dry_report.note)
+        if kind is None:
+            print_pace_here(checked, find_batch=find_batch, timing_seconds=timing_seconds, as_json=as_json)
+        else:
+            print_on_devices(checked, kind, as_json=as_json)
         return
 
     from protlm.workflows.train.train import train
@@ -185,37 +213,3 @@ def _print(report: "TrainReport") -> None:
             ("loss curve", report.run_dir / "curves.png"),
         ]
     )
-
-
-def _print_estimate(report: "DryRunReport") -> None:
-    memory = report.memory
-    shares = {
-        "weights": memory.weights_bytes, "gradients": memory.gradients_bytes, "optimizer": memory.optimizer_bytes,
-        "one row": memory.activations_bytes,
-    }  # fmt: skip
-    sizes = ", ".join(f"{name} {_gib(size)}" for name, size in shares.items())
-    done = f", {report.first_step:,} of them made" if report.first_step else ""
-    if report.seconds_per_step is None or report.seconds is None:
-        pace = "not timed: it needs more memory than is here"
-    else:
-        hours = report.seconds / 3600
-        left = "for what is left, measurements not counted"
-        pace = f"{report.seconds_per_step:.2f} s here, and so {hours:.1f} h {left}"
-    pairs = [
-        ("parameters", f"{report.num_parameters:,}, and {memory.projections:,} numbers of random projections"),
-        ("memory", f"{_gib(report.memory_bytes)} of {_gib(report.available_bytes)} by estimate: {sizes}"),
-        (
-            "an epoch",
-            f"{report.num_records:,} proteins, {report.residues_per_epoch:,} residues, "
-            f"{report.tokens_per_epoch:,} tokens in {report.rows_per_epoch:,} rows",
-        ),
-        ("the run", f"{report.steps:,} steps{done}, {report.epochs:.2f} epochs"),
-        ("a step", pace),
-    ]
-    if report.largest_tokens_per_batch is not None:
-        pairs.append(("a row", f"at most data.tokens_per_batch = {report.largest_tokens_per_batch:,} fits"))
-    output.print_pairs(pairs)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

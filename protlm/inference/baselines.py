@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from protlm.data.batching.batches import EvaluationRow, Objective, Proteins, evaluation_rows
+from protlm.data.batching.batches import EvaluationRow, Proteins, evaluation_rows
+from protlm.data.batching.masking import Objective
 from protlm.data.storage.dataset import Dataset
 from protlm.errors import ShardError
 from protlm.inference.markov import MarkovCounts, MarkovModel, TwoSidedMarkovModel, largest_order

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import xxhash
 
 from protlm.inference.residue_scores import ResidueScores
@@ -117,6 +116,9 @@ def replicated(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
         weights: How often each replicate draws each protein, float64 (proteins, replicates).
         sums: The sums of each protein, float64 (proteins, columns).
     """
+    # Loaded here: who only reads reports does not wait for it.
+    import torch
+
     # By torch: NumPy's threads would spin after each product, on the cores of the next forward pass. Copied, since
     # where an array begins in memory may change the last digit.
     product: np.ndarray = (torch.tensor(weights).T @ torch.tensor(sums)).numpy()

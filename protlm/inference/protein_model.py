@@ -9,9 +9,9 @@ import numpy as np
 
 from protlm import vocabulary
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.embeddings.kinds import KINDS, Kind
+from protlm.data.embeddings.kinds import KINDS, Kind, absolute_layer
 from protlm.data.records import shown
-from protlm.inference.row_embeddings import RowEmbedder, absolute_layer, default_tokens_per_batch, merge_windows
+from protlm.inference.row_embeddings import RowEmbedder, default_tokens_per_batch, merge_windows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_names import read_named_model

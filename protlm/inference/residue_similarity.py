@@ -1,37 +1,18 @@
-"""Similarity of amino acids as a model sees it, and how far it agrees with BLOSUM62."""
+"""Similarity of amino acids from the attention of a model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from Bio.Align import substitution_matrices
 from torch import Tensor
 
 from protlm.inference.attention_weights import share_tiles, visit_protein
+from protlm.inference.blosum import STANDARD_RESIDUES, BlosumAgreement, compare_with_blosum62
 from protlm.model.attention_calls import AttentionCall
 from protlm.model.performer import Performer
-from protlm.vocabulary import FIRST_RESIDUE, NUM_STANDARD_RESIDUES, RESIDUES
-
-STANDARD_RESIDUES = RESIDUES[:NUM_STANDARD_RESIDUES]
-"""The 20 standard residues, in the order of all matrices here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlosumAgreement:
-    """The agreement of a similarity of amino acids with BLOSUM62, over the 190 pairs of two different residues.
-
-    Attributes:
-        pearson: Correlation of the values; None if either side is constant or there are fewer than 3 pairs.
-        spearman: Correlation of the ranks, equal values sharing their mean rank; None likewise.
-        num_pairs: Pairs with a finite similarity.
-    """
-
-    pearson: float | None
-    spearman: float | None
-    num_pairs: int
+from protlm.vocabulary import FIRST_RESIDUE, NUM_STANDARD_RESIDUES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,28 +91,6 @@ def pair_log_odds(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.where(occurs, np.log(ratio), np.nan)
 
 
-def compare_with_blosum62(similarity: np.ndarray) -> BlosumAgreement:
-    """Returns the agreement of a symmetric similarity (20, 20), in the order of STANDARD_RESIDUES, with BLOSUM62."""
-    pairs = np.triu_indices(NUM_STANDARD_RESIDUES, k=1)
-    values, scores = np.asarray(similarity, dtype=np.float64)[pairs], blosum62()[pairs]
-    is_finite = np.isfinite(values)
-    values, scores = values[is_finite], scores[is_finite]
-    return BlosumAgreement(
-        pearson=_correlation(values, scores),
-        spearman=_correlation(_ranks(values), _ranks(scores)),
-        num_pairs=len(values),
-    )
-
-
-@cache
-def blosum62() -> np.ndarray:
-    """Returns BLOSUM62 for the standard residues in half bits, float64 (20, 20), read-only."""
-    matrix = substitution_matrices.load("BLOSUM62")  # type: ignore[no-untyped-call]
-    scores = np.array([[matrix[a, b] for b in STANDARD_RESIDUES] for a in STANDARD_RESIDUES], dtype=np.float64)
-    scores.flags.writeable = False
-    return scores
-
-
 def _one_hot_types(protein: np.ndarray) -> Tensor:
     """Returns float64 (num_residues + 2, 20): 1 at the type of each standard residue; other tokens have no type."""
     types = torch.from_numpy(protein.astype(np.int64)) - FIRST_RESIDUE
@@ -156,17 +115,3 @@ def _pair_sums(call: AttentionCall, head: int, types: Tensor) -> tuple[np.ndarra
         observed += queries.T @ (attended / torch.where(totals > 0, totals, 1.0))
         expected += queries.T @ (num_seen[rows] / num_seen[rows].sum(-1, keepdim=True).clamp(min=1))
     return observed.numpy(), expected.numpy()
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Returns the rank of every value; equal values share their mean rank."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    means = np.cumsum(counts) - (counts - 1) / 2
-    ranks: np.ndarray = means[places]
-    return ranks
-
-
-def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
-        return None
-    return float(np.corrcoef(x, y)[0, 1])

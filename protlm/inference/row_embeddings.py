@@ -132,14 +132,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_CPU_MEMORY)
-
-
-def absolute_layer(layer: int, last_layer: int) -> int:
-    """Returns the absolute number of a layer; a negative one counts from the last layer, which is -1.
-
-    Raises:
-        ValueError: There is no such layer.
-    """
-    if not -last_layer - 1 <= layer <= last_layer:
-        raise ValueError(f"layer: expected {-last_layer - 1} to {last_layer}, got {layer}")
-    return layer if layer >= 0 else last_layer + 1 + layer

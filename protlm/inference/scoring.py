@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.data.batching.batches import Batch, EvaluationRow, Objective, Proteins, evaluation_rows
+from protlm.data.batching.batches import Batch, EvaluationRow, Proteins, evaluation_rows
+from protlm.data.batching.masking import EVALUATION_SEED, Objective
 from protlm.inference.baselines import Predict, empirical
 from protlm.inference.metrics import NUM_SUMS, MetricSums, sums_by_protein
 from protlm.inference.residue_scores import ResidueScores
@@ -20,9 +21,6 @@ from protlm.model.performer import Performer
 from protlm.model.token_table import TokenTable
 from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.progress import Advance, no_advance
-
-EVALUATION_SEED = 0
-"""Default seed of the masks; validation during training always uses it."""
 
 
 def score_rows(

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from protlm.errors import ModelError
-from protlm.files import open_regular, read_regular
+from protlm.files import open_regular
+from protlm.pretrained.model_files import read_json
+from protlm.runtime.devices import best_device, gigabytes, memory_bytes
 
 _CHUNK_BYTES = 1 << 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MOST_JSON_BYTES = 64 << 20
 _SHOWN_LETTERS = 200
 _REFUSED = re.compile(r"(?:GLOBAL|class|type) (\w+\.[\w.]+)")
 
@@ -214,10 +215,12 @@ def read_pickle(path: Path, *, allows_namespace: bool = False) -> Any:
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_archive(path)
+    elif path.is_file():
+        # The older format cannot be mapped: all of it comes into memory at once.
+        check_fits(path, path.stat().st_size)
     allowed: list[Any] = [argparse.Namespace] if allows_namespace else []
     try:
         with torch.serialization.safe_globals(allowed):
-            # The older format cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
@@ -236,21 +239,19 @@ def read_pickle(path: Path, *, allows_namespace: bool = False) -> Any:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+def check_fits(path: Path, num_bytes: int) -> None:
+    """Refuses a model whose numbers do not fit into memory, the machine's and a GPU's.
 
     Raises:
-        ModelError: The file cannot be read or holds something else.
+        ModelError: They need more.
     """
-    try:
-        content = json.loads(read_regular(path, max_bytes=_MOST_JSON_BYTES))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not a JSON file: {_short(error)}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
+    for device in (torch.device("cpu"), best_device()):
+        if num_bytes > (available := memory_bytes(device)):
+            where = "this machine" if device.type == "cpu" else "the GPU"
+            raise ModelError(
+                f"{path}: to read this model needs {gigabytes(num_bytes)} of memory, and {where} has "
+                f"{gigabytes(available)}"
+            )
 
 
 def file_hash(path: Path) -> str:

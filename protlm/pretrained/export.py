@@ -17,16 +17,6 @@ from protlm.pretrained.families import bert, esm
 from protlm.pretrained.model_description import ModelDescription
 from protlm.vocabulary import CLS, EOS, MASK, PAD, TOKENS, VOCABULARY_SIZE, ModelVocabulary
 
-EXPORTED_FILES = (
-    "model.safetensors",
-    "config.json",
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-)
-"""The files of an exported directory; that of an ESM model has no tokenizer.json."""
-
 _NO_LIMIT = 10**30
 """What transformers writes for a tokenizer without a longest input."""
 _WANTED: dict[str, Any] = {
@@ -260,15 +250,19 @@ def _replacement(pattern: str, content: str) -> dict[str, Any]:
 
 
 def _card(description: ModelDescription, name: str) -> str:
-    origin = description.origin
+    origin = description.origin or description.fine_tuned_from
     header = ["---", f"license: {origin.licence}", "---"] if origin is not None and origin.licence else []
-    source = "a model trained with protlm" if origin is None else origin.source
-    revision = f" (revision {origin.revision})" if origin is not None and origin.revision else ""
+    source = "a model trained with protlm"
+    if origin is not None:
+        revision = f" (revision {origin.revision})" if origin.revision else ""
+        source = f"{origin.source}{revision}"
+    if description.fine_tuned_from is not None:
+        source += ", fine-tuned with protlm,"
     lines = [
         *header,
-        f"# {source}, for transformers",
+        f"# {'A model trained with protlm' if origin is None else origin.source}, for transformers",
         "",
-        f"Written by `protlm convert` from {source}{revision} as `{name}`.",
+        f"Written by `protlm convert` from {source} as `{name}`.",
         f"Weights in protlm (xxh3-128): `{description.weights_hash}`.",
         "",
     ]

@@ -1,5 +1,6 @@
 """Models that other programs saved: which family a folder or file is of, and what is known of its origin."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import xxhash
 from protlm import files
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
-from protlm.pretrained.checkpoint_files import file_hash, open_tensors, read_json
+from protlm.pretrained.checkpoint_files import Tensors, file_hash, open_tensors
 from protlm.pretrained.families.amplify import map_amplify
 from protlm.pretrained.families.bert import map_bert, map_roberta
 from protlm.pretrained.families.esm import map_esm
@@ -19,6 +20,7 @@ from protlm.pretrained.families.esmc import map_esmc
 from protlm.pretrained.families.fairseq import map_fairseq, read_fairseq
 from protlm.pretrained.families.name_map import Mapped, NameMap
 from protlm.pretrained.model_description import ModelDescription, Origin
+from protlm.pretrained.model_files import family_of
 
 _FAMILIES: dict[str, Callable[[dict[str, Any], NameMap, Path], Mapped]] = {
     "esm": map_esm,
@@ -27,14 +29,7 @@ _FAMILIES: dict[str, Callable[[dict[str, Any], NameMap, Path], Mapped]] = {
     "roberta": map_roberta,
     "AMPLIFY": map_amplify,
 }
-_REFUSED = {
-    "t5": "its encoder has relative positions (ProtT5, IgT5)",
-    "gLM2": "it reads genomes, not only proteins",
-    "ProSST": "it reads structures",
-    "carp": "it is made of convolutions",
-    "E1": "its attention crosses proteins",
-}
-"""Families that are met beside these, by `model_type`, and why protlm does not run them."""
+_FAIRSEQ = "fairseq"
 _FILES = ("config.json", "vocab.txt", "tokenizer.json", "vocab.json")
 _MASK_RATE = 0.15
 """All of these families were trained to predict 15 % of the residues, by BERT's mixture."""
@@ -52,15 +47,7 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> tuple
     Raises:
         ModelError: A family that protlm does not run, or a checkpoint that is damaged or no whole model.
     """
-    content = read_json(folder / "config.json")
-    family = content.get("model_type")
-    if not isinstance(family, str) or family not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
-        why = f" ({_REFUSED[family]})" if isinstance(family, str) and family in _REFUSED else ""
-        raise ModelError(f"{folder}: model_type: expected {known}, got {str(family)[:40]!r}{why}")
-    tensors = open_tensors(folder)
-    names = NameMap(tensors, family)
-    mapped = _FAMILIES[family](content, names, folder)
+    family, tensors, names, mapped = _open_folder(folder)
     files = [folder / name for name in _FILES if (folder / name).is_file()]
     with ThreadPoolExecutor(max_workers=1) as pool:
         hashes = pool.submit(_hashes, [*files, *tensors.files])
@@ -75,11 +62,44 @@ def read_file(path: Path) -> tuple[Performer, ModelDescription]:
     Raises:
         ModelError: As `read_folder` raises.
     """
-    arguments, tensors = read_fairseq(path)
-    names = NameMap(tensors, "fairseq")
-    mapped = map_fairseq(arguments, names, path)
-    origin = Origin(source=path.stem, family="fairseq", files=_hashes(tensors.files))
+    tensors, names, mapped = _open_file(path)
+    origin = Origin(source=path.stem, family=_FAIRSEQ, files=_hashes(tensors.files))
     return names.build(mapped.config), _description(mapped, origin)
+
+
+def describe(path: Path) -> ModelDescription:
+    """Returns the description of a Hugging Face directory or a checkpoint of fairseq, without the hashes of its files.
+
+    No tensor is read: each has its place, and the numbers in it may be anything.
+
+    Raises:
+        ModelError: As `read_folder` raises.
+    """
+    licence = None
+    if path.is_file():
+        _, names, mapped = _open_file(path)
+        family, source = _FAIRSEQ, path.stem
+    else:
+        family, _, names, mapped = _open_folder(path)
+        source, licence = Path(os.path.realpath(path)).name, _licence(path)
+    names.check(mapped.config)
+    origin = Origin(source=source, family=family, licence=licence, files={})
+    return _description(mapped, origin).model_copy(update={"weights_hash": ""})
+
+
+def _open_folder(folder: Path) -> tuple[str, Tensors, NameMap, Mapped]:
+    """Returns the family, the tensors, their map and the settings of a Hugging Face directory."""
+    family, content = family_of(folder)
+    tensors = open_tensors(folder)
+    names = NameMap(tensors, family)
+    return family, tensors, names, _FAMILIES[family](content, names, folder)
+
+
+def _open_file(path: Path) -> tuple[Tensors, NameMap, Mapped]:
+    """Returns the tensors, their map and the settings of a checkpoint of fairseq."""
+    arguments, tensors = read_fairseq(path)
+    names = NameMap(tensors, _FAIRSEQ)
+    return tensors, names, map_fairseq(arguments, names, path)
 
 
 def _description(mapped: Mapped, origin: Origin) -> ModelDescription:

@@ -1,17 +1,49 @@
 """Weights of a saved model as the first ones of another: which tensors must fit, and which may be the network's own."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from protlm.config import ModelConfig
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_files import description_of
 from protlm.pretrained.model_names import read_named_model
 
 _SAME = ("vocabulary", "residues_as_x", "token_dropout", "norm_eps")
 """Settings that no tensor shows."""
 
 
-def load_initial_weights(model: Performer, path: str | Path) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class InitialModel:
+    """A model whose weights another one begins with.
+
+    Attributes:
+        name: MODEL, as the user wrote it.
+        description: Its description.
+        network: The network of a model of another program, whose description comes with its weights, so that it is
+            read once; None for one of ours, which is read when it is needed.
+    """
+
+    name: str | Path
+    description: ModelDescription
+    network: Performer | None = None
+
+
+def find_initial_model(name: str | Path) -> InitialModel:
+    """Returns the model of a name.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be read.
+    """
+    description = description_of(name)
+    if description is not None:
+        return InitialModel(name=name, description=description)
+    network, description = read_named_model(name)
+    return InitialModel(name=name, description=description, network=network)
+
+
+def load_initial_weights(model: Performer, init: InitialModel) -> list[str]:
     """Copies the weights of a saved model into a network, whose kind of attention may be another.
 
     Projections and temperatures depend on the kind of attention: the network keeps its own where the saved model has
@@ -19,7 +51,7 @@ def load_initial_weights(model: Performer, path: str | Path) -> list[str]:
 
     Args:
         model: A network that is initialised already.
-        path: A MODEL: see `model_names`.
+        init: The saved model.
 
     Returns:
         The names of the tensors that the network kept.
@@ -27,8 +59,10 @@ def load_initial_weights(model: Performer, path: str | Path) -> list[str]:
     Raises:
         ModelError: A model that cannot be read, or that differs in anything else.
     """
-    saved, description = read_named_model(path)
-    where = f"{path}: cannot start this model"
+    saved, description = init.network, init.description
+    if saved is None:
+        saved, description = read_named_model(init.name)
+    where = f"{init.name}: cannot start this model"
     source, target = saved.state_dict(), model.state_dict()
     if description.model.num_heads != model.config.num_heads:
         raise ModelError(

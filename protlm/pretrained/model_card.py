@@ -23,12 +23,13 @@ def model_card(description: ModelDescription) -> str:
         "",
         f"A {shape.num_layers}-layer {'causal ' if shape.causal else ''}Performer of width {shape.model_dim} with "
         f"{shape.num_heads} heads and `{shape.attention}` attention" + (f" ({kind})." if shape.has_projection else "."),
-        f"Trained for {description.step} steps with seed {description.seed} {_task(description)}.",
+        f"{_beginning(description)} for {description.step} steps with seed {description.seed} {_task(description)}.",
         _DATA_MODES[description.data_mode].format(window_tokens=description.window_tokens),
         "",
         f"- Training dataset (manifest hash): `{description.dataset_hash}`",
         f"- Residues in it: {sum((description.residue_counts or {}).values()):,}",
         f"- Weights (xxh3-128): `{description.weights_hash}`",
+        *([] if description.fine_tuned_from is None else _source(description.fine_tuned_from)),
         "",
     ]
     lines += ["No valid split was measured."] if description.valid is None else _scores(description, description.valid)
@@ -38,24 +39,49 @@ def model_card(description: ModelDescription) -> str:
 
 def _card_of_import(description: ModelDescription, origin: Origin) -> str:
     shape = description.model
-    revision = "" if origin.revision is None else f" (revision {origin.revision})"
     reach = description.max_residues
     lines = [
         f"# {origin.source} in protlm",
         "",
-        f"The weights of {origin.source}{revision}, a model of the family {origin.family}, as protlm runs it: "
+        f"The weights of {_name(origin)}, a model of the family {origin.family}, as protlm runs it: "
         f"{shape.num_layers} layers of width {shape.model_dim} with {shape.num_heads} heads and `{shape.attention}` "
         "attention. Its numbers are those of the source but for rounding.",
         "",
-        f"- Licence: {origin.licence or 'not given by the source; see there'}",
+        f"- Licence: {_licence(origin)}",
         f"- Longest protein: {f'{reach:,} residues, which its positions reach' if reach is not None else 'any'}",
         f"- Weights (xxh3-128): `{description.weights_hash}`",
-        *(f"- Made from `{name}` (xxh3-128): `{digest}`" for name, digest in origin.files.items()),
+        *_files(origin),
         "",
         "Use it with `protlm eval`, `protlm embed`, `protlm train --init` or `protlm.load_model`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _source(origin: Origin) -> list[str]:
+    """Returns the lines on the weights with which a training began."""
+    return [
+        f"- Fine-tuned from: {_name(origin)}, a model of the family {origin.family}",
+        f"- Licence of its weights, which these are made of: {_licence(origin)}",
+        *_files(origin),
+    ]
+
+
+def _name(origin: Origin) -> str:
+    return origin.source if origin.revision is None else f"{origin.source} (revision {origin.revision})"
+
+
+def _licence(origin: Origin) -> str:
+    return origin.licence or "not given by the source; see there"
+
+
+def _files(origin: Origin) -> list[str]:
+    return [f"- Made from `{name}` (xxh3-128): `{digest}`" for name, digest in origin.files.items()]
+
+
+def _beginning(description: ModelDescription) -> str:
+    origin = description.fine_tuned_from
+    return "Trained" if origin is None else f"Fine-tuned from {_name(origin)}"
 
 
 def _scores(description: ModelDescription, valid: ValidScore) -> list[str]:

@@ -1,22 +1,23 @@
 """The description of a saved model: all that is known of it besides its weights, stored as config.json."""
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from protlm.choices import MOST_TOKENS, DataMode
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
-from protlm.data.batching.batches import Objective
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.vocabulary import RESIDUES, TOKENS
 
 MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
-MODEL_FORMAT_VERSION = 4
-READABLE_VERSIONS = (1, 2, 3, 4)
+MODEL_FORMAT_VERSION = 5
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
 """In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
 Before version 3 the valid split was masked as in training, and `valid.targets` was missing. Before version 4 protlm had
-trained every model itself: none had an `origin`."""
+trained every model itself: none had an `origin`. Before version 5 none had `fine_tuned_from`."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,6 +25,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Targets = Literal["hidden", "mixture", "next-token"]
 """The residues that a measurement scores: `hidden` by `<mask>`; `mixture`: some of them hidden, some replaced at random
 and the rest visible, as in training; `next-token`: predicted from the residues before them."""
+
+
+def dataset_hash_of(hashes: Sequence[str]) -> str:
+    """Returns the hash of a dataset, or for several the xxh3-128 of their concatenated hashes."""
+    return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
 def targets_of(objective: Objective) -> Targets:
@@ -94,6 +100,8 @@ class ModelDescription(BaseModel):
             on from other weights the joint hash of these and of the dataset.
         trained_residues: Length of the longest protein that the model was trained on; None if that is unknown.
         origin: The source of a model that was trained elsewhere; None for one that protlm trained.
+        fine_tuned_from: The source of the weights with which training by protlm began, if another program had trained
+            them; kept through further trainings.
         valid: Scores on the valid split, if there was one.
         weights_hash: xxh3-128 of model.safetensors.
     """
@@ -116,6 +124,7 @@ class ModelDescription(BaseModel):
     dataset_hash: str | None = None
     trained_residues: Annotated[int, Field(gt=0)] | None = None
     origin: Origin | None = None
+    fine_tuned_from: Origin | None = None
     valid: ValidScore | None = None
     weights_hash: str = ""
 
@@ -137,6 +146,8 @@ class ModelDescription(BaseModel):
 
     @model_validator(mode="after")
     def _trained_or_from_elsewhere(self) -> Self:
+        if self.origin is not None and self.fine_tuned_from is not None:
+            raise ValueError("fine_tuned_from: expected null in a model with an origin, which protlm did not train")
         if self.origin is None:
             for name in ("seed", "step", "residue_counts", "dataset_hash"):
                 if getattr(self, name) is None:

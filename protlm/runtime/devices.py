@@ -1,15 +1,19 @@
-"""The devices of a run, the rank of this process in it, and the device that is used by default."""
+"""The devices of a run, the rank of this process in it, and the device that is used by default.
+
+torch is loaded by the functions that ask it, so that what needs only its rank or options does not wait for it.
+"""
 
 import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-import torch.distributed
+from typing import TYPE_CHECKING
 
 from protlm.choices import StrategyName
+
+if TYPE_CHECKING:
+    import torch
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -59,18 +63,29 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Returns whether an error means that another process of the run is gone."""
+    import torch.distributed
+
     return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_PEER)
 
 
-def best_device() -> torch.device:
+def best_device() -> "torch.device":
     """Returns the first CUDA GPU if there is one, else the CPU."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def memory_bytes(device: torch.device) -> int:
+def memory_bytes(device: "torch.device") -> int:
     """Returns the memory of a GPU, or for a CPU that which this process may use."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_properties(device).total_memory
+    return machine_memory_bytes()
+
+
+def machine_memory_bytes() -> int:
+    """Returns the memory, not of a GPU, that this process may use."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()])
 
 
@@ -100,6 +115,8 @@ def gigabytes(num_bytes: int) -> str:
 
 def device_name() -> str:
     """Returns the model of the default device: of the first GPU, or of the processor as far as the system knows it."""
+    import torch
+
     return torch.cuda.get_device_name(0) if best_device().type == "cuda" else processor_name()
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from protlm.data.embeddings.layouts import LAYOUTS, OutputSummary
 from protlm.data.storage.dataset import is_dataset
 from protlm.errors import ModelError, ShardError, UsageError
+from protlm.model.shapes import tensor_shapes
+from protlm.pretrained.model_files import is_checkpoint_file, is_foreign, read_description
 from protlm.runtime import locks
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.inspect import InspectReport, inspect_dataset
@@ -39,14 +41,16 @@ class EmbeddingsReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """A model directory.
+    """A model directory, or a model of another program.
 
     Attributes:
         what: The kind of report.
-        path: The directory.
+        path: The directory or file.
         num_parameters: Numbers that training changes.
-        description: The content of its config.json.
-        verified: Whether its weights were read, and are those that config.json names.
+        description: The content of its config.json; of a model of another program what follows from its files, with
+            their hashes only if they were read.
+        verified: Whether its weights were read, and are those that config.json names; of a model of another program:
+            are complete and finite.
     """
 
     what: Literal["model"] = field(default="model", init=False)
@@ -84,7 +88,7 @@ def identify(path: Path, *, verify: bool, start_progress: StartProgress = no_pro
     """Returns what lies at a path.
 
     Args:
-        path: A dataset, an output of embed, a model directory or a run.
+        path: A dataset, an output of embed, a model directory, a run, or a model of another program.
         verify: Also compare the bytes of a dataset or a model with their checksums.
         start_progress: Starts the stage `verify` (residues) of a dataset.
 
@@ -102,6 +106,8 @@ def identify(path: Path, *, verify: bool, start_progress: StartProgress = no_pro
             return EmbeddingsReport(path=str(path), layout=name, files=files, summary=_summary(name, path))
     if (path / "config.toml").is_file():
         return _run(path, verify=verify)
+    if is_foreign(path) or (path.is_file() and is_checkpoint_file(path)):
+        return _foreign_model(path, verify=verify)
     if (path / "config.json").is_file():
         return _model(path, verify=verify)
     if (path / "work.json").is_file():
@@ -121,7 +127,7 @@ def _model(path: Path, *, verify: bool) -> ModelReport:
     # Imported here because these load torch, and a dataset or an output does not need it.
     from safetensors import SafetensorError, safe_open
 
-    from protlm.pretrained.model_directory import read_description, read_model
+    from protlm.pretrained.model_directory import read_model
 
     description = read_model(path)[1] if verify else read_description(path)
     weights = path / "model.safetensors"
@@ -133,6 +139,15 @@ def _model(path: Path, *, verify: bool) -> ModelReport:
             num_parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{weights}: cannot be read: {error}") from None
+    return ModelReport(path=str(path), num_parameters=num_parameters, description=description, verified=verify)
+
+
+def _foreign_model(path: Path, *, verify: bool) -> ModelReport:
+    from protlm.pretrained import foreign
+    from protlm.pretrained.model_names import read_named_model
+
+    description = read_named_model(path)[1] if verify else foreign.describe(path)
+    num_parameters = sum(tensor.size for tensor in tensor_shapes(description.model).values() if tensor.role != "fixed")
     return ModelReport(path=str(path), num_parameters=num_parameters, description=description, verified=verify)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from protlm import read_records
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.batching.batches import pack
+from protlm.data.batching.rows import pack
 from scripts.attention_calls import BOTH, FORWARD, Attention, Inputs, draw_inputs, peak_above_inputs
 from scripts.bench.attention_implementations import GEMM, both_passes, gemm, implementations
 from scripts.measuring import RETURN_FREED_MEMORY, SAMPLE, TUNED_MALLOC, Times, in_a_process, take_turns, using_threads

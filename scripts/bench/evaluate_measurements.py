@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from protlm.config import load_config
-from protlm.data.batching.batches import Objective, evaluation_rows
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import Objective
 from protlm.data.storage.dataset import Dataset, open_dataset
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription

@@ -11,9 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 
 from protlm.config import DataConfig, TrainConfig
-from protlm.data.batching.batches import Objective, training_batch, training_rows
+from protlm.data.batching.batches import training_batch
 from protlm.data.batching.draws import Draws
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
+from protlm.data.batching.rows import training_rows
 from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.mixture import Mixture
 from scripts.bench.models import Sizes

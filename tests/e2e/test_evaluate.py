@@ -151,7 +151,7 @@ def test_what_is_copied_from_the_mixture_is_named_beside_it(evaluate, run_dir, d
 
 
 def second_seed(report):
-    from protlm.data.batching.batches import Objective
+    from protlm.data.batching.masking import Objective
     from protlm.workflows.evaluate.measure import Masks
 
     objective = Objective(False, MaskRates(report["mask_rate"]))

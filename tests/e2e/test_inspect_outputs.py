@@ -7,13 +7,16 @@ import sys
 import zipfile
 
 import pytest
+import torch
 
 from protlm.cli.app import main
 from protlm.data.embeddings.layouts import LAYOUTS
+from protlm.pretrained.foreign import read_folder
 from protlm.pretrained.model_directory import read_model
 from protlm.runtime.locks import locked
 from protlm.workflows.train.run_description import read_run_description
 from tests.e2e.conftest import write_fasta
+from tests.foreign_checkpoint import CONFIG, change, write_checkpoint, write_fairseq_checkpoint
 
 
 @pytest.fixture
@@ -175,3 +178,30 @@ def test_embeddings_are_inspected_without_torch(outputs):
         f"assert main(['inspect', {str(outputs / 'uniprot' / 'out')!r}]) == 0; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_model_of_another_program_is_told_by_what_it_is(tmp_path, inspected, failure):
+    source = write_checkpoint(tmp_path / "esm2-small")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    pairs = inspected(source)
+    assert pairs["origin"] == "esm2-small, esm, licence: mit"
+    assert pairs["shape"] == "2 layers, 16 wide, 2 heads, masked residues"
+    assert (pairs["vocabulary"], pairs["weights"]) == ("33 tokens", "not read; --verify reads them")
+    told = inspected(source, "--verify", "--json")
+    network, description = read_folder(source, "esm2-small")
+    assert told["num_parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    assert (told["verified"], told["description"]["weights_hash"]) == (True, description.weights_hash)
+    change(source, lm_head__bias=torch.full((33,), torch.nan))
+    inspected(source)
+    assert "not finite" in failure("inspect", source, "--verify")
+    (source / "config.json").write_text(json.dumps({**CONFIG, "model_type": "t5"}))
+    assert "its encoder has relative positions" in failure("inspect", source)
+
+
+def test_a_checkpoint_of_fairseq_is_told_by_what_it_is(tmp_path, inspected, failure):
+    write_fairseq_checkpoint(tmp_path / "esm2_t2_random.pt")
+    pairs = inspected(tmp_path / "esm2_t2_random.pt")
+    assert pairs["origin"] == "esm2_t2_random, fairseq, licence: not named"
+    assert pairs["shape"] == "2 layers, 16 wide, 2 heads, masked residues"
+    (tmp_path / "other.pt").write_bytes(b"junk")
+    assert "not a checkpoint of torch" in failure("inspect", tmp_path / "other.pt")

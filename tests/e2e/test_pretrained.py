@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 import protlm
 from protlm.cli.app import main
 from protlm.config import load_config
+from protlm.pretrained import foreign
+from protlm.pretrained.checkpoint_files import SafetensorsFiles, file_hash
 from protlm.pretrained.foreign import read_folder
 from protlm.pretrained.model_directory import read_model
 from protlm.workflows.train.run_folder import CONFIG_NAME
@@ -114,10 +116,30 @@ def test_training_goes_on_from_a_converted_model_with_its_settings(without_x, da
     again = tmp_path / "again"
     assert run(capsys, "train", dataset, "--init", without_x, "--out", again, *words, *frozen)[0] == 0
     assert rows(again)[0]["train/loss"] == rows(out)[0]["train/loss"]
-    # Resuming needs the model no more.
+    # Resuming needs the model no more, and the source of the first weights is known on.
     shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(out / "model")
     assert run(capsys, "train", dataset, "--out", out, "--resume", "--max-steps", 3)[0] == 0
     assert len(rows(out)) == 3
+    assert trained.fine_tuned_from == description.origin
+    assert read_model(out)[1].fine_tuned_from == description.origin
+    assert "fine-tuned  source, esm, licence" in run(capsys, "inspect", out)[1]
+    # A run that begins with these weights began with those too.
+    assert run(capsys, "train", dataset, "--init", out, "--out", tmp_path / "third", "--max-steps", 1, *SHORT)[0] == 0
+    assert read_model(tmp_path / "third")[1].fine_tuned_from == description.origin
+
+
+def test_a_model_to_begin_with_is_read_once(source, dataset, tmp_path, monkeypatch):
+    seen = []
+    read = SafetensorsFiles.read
+    monkeypatch.setattr(SafetensorsFiles, "read", lambda self, name: seen.append(name) or read(self, name))
+    hashed = []
+    monkeypatch.setattr(foreign, "file_hash", lambda path: hashed.append(path.name) or file_hash(path))
+    words = ["train", dataset, "--init", source, "--out", tmp_path / "run", "--max-steps", 1, *SHORT]
+    assert main([str(word) for word in words]) == 0
+    assert seen
+    assert len(seen) == len(set(seen))
+    assert sorted(hashed) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(

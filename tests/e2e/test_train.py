@@ -99,9 +99,10 @@ def test_accumulated_rows_are_weighted_by_their_targets(dataset, tmp_path):
     # Without clipping and noise, one update over two rows equals the update over their targets together: the loss of
     # step 1 is the mean over both rows, which a mean of means would miss.
     from protlm.config import load_config
-    from protlm.data.batching.batches import Objective, training_batch, training_rows
+    from protlm.data.batching.batches import training_batch
     from protlm.data.batching.draws import Draws
-    from protlm.data.batching.masking import MaskRates
+    from protlm.data.batching.masking import MaskRates, Objective
+    from protlm.data.batching.rows import training_rows
     from protlm.data.storage.dataset import open_dataset
     from protlm.data.storage.mixture import Mixture
     from protlm.model.performer import Performer

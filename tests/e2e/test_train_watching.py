@@ -15,15 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from protlm.cli.app import main
 from protlm.config import load_config
-from protlm.data.batching.batches import training_rows
 from protlm.data.batching.draws import Draws
+from protlm.data.batching.rows import training_rows
 from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.mixture import Mixture
 from protlm.inference.metrics import NUM_SUMS, MetricSums
 from protlm.pretrained.model_directory import read_model
 from protlm.workflows.train import callbacks
+from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.run_log import RunLog
-from protlm.workflows.train.start import TrainRequest, prepare_start
+from protlm.workflows.train.start import prepare_start
 from tests.e2e.conftest import SMALL
 from tests.e2e.train_tools import losses, rows, train, wait_for_rows
 from tests.forked import Forked

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from protlm import open_embeddings, read_records, vocabulary
 from protlm.config import DataConfig
-from protlm.data.batching.batches import Objective, epoch_size, training_batch, training_rows
+from protlm.data.batching.batches import training_batch
 from protlm.data.batching.draws import Draws
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
+from protlm.data.batching.rows import epoch_size, training_rows
 from protlm.data.embeddings.layouts import LAYOUTS, Contents
 from protlm.data.parsing import judging
 from protlm.data.parsing.fasta import ANNOTATION_IDS

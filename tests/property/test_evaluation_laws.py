@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protlm.data.batching.batches import Objective, evaluation_rows
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.inference import markov
 from protlm.inference.markov import MarkovCounts, MarkovModel
 from protlm.vocabulary import FIRST_RESIDUE, MASK, NUM_RESIDUES, RESIDUES, encode

@@ -1,20 +1,15 @@
-"""Batches from draws: hides how proteins are packed into rows, and which tokens of a row are hidden and predicted.
-
-A training run is one endless stream of rows that is a function of (seed, lengths, settings), so a resumed run finds its
-place by planning the stream again. Rows are planned from lengths alone; only the proteins of a row are read for it.
-"""
+"""Batches from planned rows: hides which tokens of a row are hidden and predicted, and where its segments lie."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, DataConfig
-from protlm.data.batching.draws import Draws
-from protlm.data.batching.masking import MaskRates, evaluation_generator, mask_residues, training_generator
+from protlm.config import DataConfig
+from protlm.data.batching.masking import Objective, evaluation_generator, mask_residues, training_generator
+from protlm.data.batching.rows import Row, joined_rows, packed_rows
 from protlm.errors import ShardError
 from protlm.vocabulary import CLS, EOS, are_residues
 
@@ -31,24 +26,6 @@ class Proteins(Protocol):
 
     def tokens(self, record: int) -> np.ndarray:
         """uint8 residue tokens of one record."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The training objective.
-
-    Attributes:
-        causal: Predict each token from those before it and hide nothing; otherwise predict hidden residues from all
-            other tokens.
-        rates: Rates of hidden residues; unused if causal.
-    """
-
-    causal: bool
-    rates: MaskRates
-
-    def hiding_all(self) -> "Objective":
-        """Returns the objective of an evaluation: the same targets, all of them hidden, so that none can be copied."""
-        return Objective(self.causal, MaskRates(self.rates.rate, mask_share=1.0, random_share=0.0))
 
 
 class Batch(NamedTuple):
@@ -86,81 +63,6 @@ class EvaluationRow(NamedTuple):
     batch: Batch
     records: np.ndarray
     positions: np.ndarray
-
-
-@dataclass(frozen=True)
-class Row:
-    """The plan of one row: its records, and their draws in the run.
-
-    Attributes:
-        records: The records of which it holds tokens, in order.
-        first_draw: Number of the first record's draw in the whole run; the others follow it.
-        epoch: Number of epochs that the stream completed before.
-        first_token: Of concatenated proteins: number of tokens of the first record that are in the previous row.
-        num_tokens: Of concatenated proteins: number of tokens in this row, with the `<eos>` of each protein and without
-            `<cls>`; the last record may continue in the next row. None: whole records.
-    """
-
-    records: np.ndarray
-    first_draw: int
-    epoch: int
-    first_token: int = 0
-    num_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class EpochSize:
-    """The size of an epoch of training; special tokens count among the tokens."""
-
-    num_rows: int
-    num_tokens: int
-    num_residues: int
-
-
-def pack(num_residues: np.ndarray, tokens_per_batch: int) -> Iterator[slice]:
-    """Yields the slices of consecutive proteins that fill one row each; a protein beyond the budget has its own row."""
-    ends = np.cumsum(num_residues + SPECIAL_TOKENS_PER_SEGMENT)
-    start = used = 0
-    while start < len(ends):
-        stop = max(start + 1, int(ends.searchsorted(used + tokens_per_batch, side="right")))
-        yield slice(start, stop)
-        start, used = stop, int(ends[stop - 1])
-
-
-def training_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, first_row: int = 0) -> Iterator[Row]:
-    """Yields the endless stream of training rows from row first_row on; the last row of an epoch may be short.
-
-    Args:
-        draws: The draws of the run.
-        lengths: Number of residues of each record.
-        config: The settings by which proteins become rows.
-        first_row: Number of the first row to yield, from 0.
-    """
-    epoch, row_number = 0, 0
-    while True:
-        for row in _epoch_rows(draws, lengths, config, epoch):
-            if row_number >= first_row:
-                yield row
-            row_number += 1
-        epoch += 1
-
-
-def epoch_size(draws: Draws, lengths: np.ndarray, config: DataConfig) -> EpochSize:
-    """Returns the size of the first epoch; other epochs may differ slightly."""
-    sizes = lengths[draws.epoch(0)]
-    if config.mode == "concatenated":
-        num_joined = int(sizes.sum()) + len(sizes)
-        return EpochSize(
-            num_rows=-(-num_joined // _joined_per_row(config.tokens_per_batch, config.window_tokens)),
-            num_tokens=num_joined + -(-num_joined // (config.window_tokens - 1)),
-            num_residues=int(sizes.sum()),
-        )
-    sizes = np.minimum(sizes, config.window)
-    return EpochSize(
-        num_rows=sum(1 for _ in pack(sizes, config.tokens_per_batch)),
-        num_tokens=int(sizes.sum()) + SPECIAL_TOKENS_PER_SEGMENT * len(sizes),
-        num_residues=int(sizes.sum()),
-    )
 
 
 def training_batch(row: Row, proteins: Proteins, config: DataConfig, seed: int, objective: Objective) -> Batch:
@@ -213,9 +115,9 @@ def evaluation_rows(
     order = np.arange(len(proteins.lengths))
     if window_tokens is None:
         sizes = proteins.lengths if max_residues is None else np.minimum(proteins.lengths, max_residues)
-        rows = _packed_rows(order, sizes, tokens_per_batch, epoch=0)
+        rows = packed_rows(order, sizes, tokens_per_batch, epoch=0)
     else:
-        rows = _joined_rows(order, proteins.lengths, tokens_per_batch, window_tokens, epoch=0)
+        rows = joined_rows(order, proteins.lengths, tokens_per_batch, window_tokens, epoch=0)
     for row in rows:
         stretches = []
         for record in row.records:
@@ -235,38 +137,6 @@ def pack_row(proteins: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     joined = np.concatenate([tokens for protein in proteins for tokens in (protein, _END)])
     bounds = _bounds(np.cumsum(sizes))
     return torch.from_numpy(_with_cls(joined, bounds)), torch.from_numpy(bounds.astype(np.int32))
-
-
-def _epoch_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, epoch: int) -> Iterator[Row]:
-    order = draws.epoch(epoch)
-    if config.mode == "concatenated":
-        return _joined_rows(order, lengths[order], config.tokens_per_batch, config.window_tokens, epoch)
-    return _packed_rows(order, np.minimum(lengths, config.window)[order], config.tokens_per_batch, epoch)
-
-
-def _packed_rows(order: np.ndarray, sizes: np.ndarray, tokens_per_batch: int, epoch: int) -> Iterator[Row]:
-    for packed in pack(sizes, tokens_per_batch):
-        yield Row(order[packed], epoch * len(order) + packed.start, epoch)
-
-
-def _joined_rows(
-    order: np.ndarray, sizes: np.ndarray, tokens_per_batch: int, window_tokens: int, epoch: int
-) -> Iterator[Row]:
-    """Yields rows of whole windows over all proteins joined; the last window may be short."""
-    ends = np.cumsum(sizes + 1)
-    num_joined = int(ends[-1])
-    per_row = _joined_per_row(tokens_per_batch, window_tokens)
-    for start in range(0, num_joined, per_row):
-        stop = min(start + per_row, num_joined)
-        first = int(np.searchsorted(ends, start, side="right"))
-        last = int(np.searchsorted(ends, stop, side="left"))
-        before = int(ends[first - 1]) if first else 0
-        yield Row(order[first : last + 1], epoch * len(order) + first, epoch, start - before, stop - start)
-
-
-def _joined_per_row(tokens_per_batch: int, window_tokens: int) -> int:
-    """Returns the number of tokens of the joined proteins in a row, without the `<cls>` of each window."""
-    return max(1, tokens_per_batch // window_tokens) * (window_tokens - 1)
 
 
 class _Stretch(NamedTuple):

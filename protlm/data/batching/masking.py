@@ -12,6 +12,9 @@ from jaxtyping import Bool, UInt8
 
 from protlm.vocabulary import FIRST_RESIDUE, MASK, NUM_STANDARD_RESIDUES
 
+EVALUATION_SEED = 0
+"""Default seed of the masks in evaluation; validation during training always uses it."""
+
 
 @dataclass(frozen=True)
 class MaskRates:
@@ -26,6 +29,24 @@ class MaskRates:
     rate: float
     mask_share: float = 0.8
     random_share: float = 0.1
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training objective.
+
+    Attributes:
+        causal: Predict each token from those before it and hide nothing; otherwise predict hidden residues from all
+            other tokens.
+        rates: Rates of hidden residues; unused if causal.
+    """
+
+    causal: bool
+    rates: MaskRates
+
+    def hiding_all(self) -> "Objective":
+        """Returns the objective of an evaluation: the same targets, all of them hidden, so that none can be copied."""
+        return Objective(self.causal, MaskRates(self.rates.rate, mask_share=1.0, random_share=0.0))
 
 
 def training_generator(seed: int, draw_index: int) -> np.random.Generator:

@@ -12,3 +12,14 @@ RESIDUE_KINDS: tuple[Kind, ...] = ("per-residue", "logits")
 Dtype = Literal["float32", "float16"]
 LayoutName = Literal["protlm", "uniprot", "bio-embeddings", "biotrainer", "esm", "npz", "parquet", "npy"]
 LAYER_PREFIX = "layer_"
+
+
+def absolute_layer(layer: int, last_layer: int) -> int:
+    """Returns the absolute number of a layer; a negative one counts from the last layer, which is -1.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+    if not -last_layer - 1 <= layer <= last_layer:
+        raise ValueError(f"layer: expected {-last_layer - 1} to {last_layer}, got {layer}")
+    return layer if layer >= 0 else last_layer + 1 + layer

@@ -39,6 +39,7 @@ class Labels:
         sizes: Number of ids with each label, int64 (labels); for UniRef XML the number of members of each cluster.
         examples: The first ids of the file, each with its label.
         by_sequence: Whether records are found by their sequences, and not by their ids.
+        num_marks: Byte order marks in the file, which are no part of it.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class Labels:
         examples: Sequence[tuple[str, str]],
         *,
         by_sequence: bool = False,
+        num_marks: int = 0,
     ) -> None:
         self.file_name, self.sha256, self.sizes = source.name, source.sha256, sizes
-        self.examples, self.by_sequence = examples, by_sequence
+        self.examples, self.by_sequence, self.num_marks = examples, by_sequence, num_marks
         self._index, self._names = index, names
 
     def __len__(self) -> int:
@@ -120,18 +122,18 @@ def read_clusters(path: str | Path) -> Labels:
         RecordError: A malformed line, or an id in two clusters.
         ProtlmError: A file that is missing, damaged, or of another format.
     """
-    source, blocks, start = label_rows.open_rows(path)
-    if start.startswith(b"<"):
-        if sniff_format(start, path) != "uniref-xml":
+    text = label_rows.LabelText(path)
+    if text.start.startswith(b"<"):
+        if sniff_format(text.start, path) != "uniref-xml":
             raise ProtlmError(f"{path}: expected clusters, got UniProtKB XML, which has none")
-        check_prolog(path, start)
-        return _read_uniref(path, source, blocks)
-    if start.startswith(label_rows.CD_HIT_CLUSTER):
-        return _read_cd_hit(path, source, blocks)
-    if start.startswith(b">"):
+        check_prolog(path, text.start)
+        return _read_uniref(text)
+    if text.start.startswith(label_rows.CD_HIT_CLUSTER):
+        return _read_cd_hit(text)
+    if text.start.startswith(b">"):
         raise ProtlmError(f"{path}: expected clusters, rows of `cluster<TAB>member`, got FASTA")
-    rows = label_rows.tsv_rows(path, blocks, "cluster<TAB>member")
-    return _label(path, source, (label_rows.Rows(r.labels, r.ids, r.lines) for r in rows), "cluster")
+    rows = label_rows.tsv_rows(text, "cluster<TAB>member")
+    return _label(text, (label_rows.Rows(r.labels, r.ids, r.lines) for r in rows), "cluster")
 
 
 def clusters_of_sequences(program: str, digests: np.ndarray, representatives: np.ndarray, ids: Sequence[str]) -> Labels:
@@ -169,8 +171,8 @@ def _distinct(ids: Sequence[str]) -> list[str]:
 
 def read_splits(path: str | Path) -> Labels:
     r"""Returns the split of each id, from rows of `id<TAB>split`; raises as `read_clusters` does."""
-    source, blocks, _ = label_rows.open_rows(path)
-    return _label(path, source, label_rows.split_rows(path, blocks), "split")
+    text = label_rows.LabelText(path)
+    return _label(text, label_rows.split_rows(text), "split")
 
 
 def read_families(path: str | Path) -> Labels:
@@ -183,13 +185,14 @@ def read_families(path: str | Path) -> Labels:
         RecordError: A malformed line.
         ProtlmError: A file that is missing or damaged.
     """
-    source, blocks, _ = label_rows.open_rows(path)
-    rows = _collect(path, label_rows.tsv_rows(path, blocks, "id<TAB>family"))
+    text = label_rows.LabelText(path)
+    rows = _collect(path, label_rows.tsv_rows(text, "id<TAB>family"))
     is_first = rows.is_first()
     starts = np.append(np.flatnonzero(is_first), len(is_first))
     numbers = _joined(rows.labels, starts, rows.names)
     index, names = Index(rows.high[is_first], rows.low[is_first], numbers), rows.names.to_strings()
-    return Labels(source, index, names, np.bincount(numbers, minlength=len(names)), rows.examples)
+    sizes = np.bincount(numbers, minlength=len(names))
+    return Labels(text.source, index, names, sizes, rows.examples, num_marks=text.num_marks)
 
 
 class _Names:
@@ -285,20 +288,21 @@ def _collect(path: str | Path, rows: Iterable[label_rows.Rows]) -> _Collected:
     return _Collected(high, low, labels, lines, names, examples)
 
 
-def _label(path: str | Path, source: SourceBlocks, rows: Iterable[label_rows.Rows], kind: str) -> Labels:
+def _label(text: label_rows.LabelText, rows: Iterable[label_rows.Rows], kind: str) -> Labels:
     """Returns the labels of a file in which each id has only one."""
-    collected = _collect(path, rows)
+    collected = _collect(text.path, rows)
     names = collected.names.to_strings()
-    index = _unique_index(path, collected, names, kind)
-    return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)), collected.examples)
+    index = _unique_index(text.path, collected, names, kind)
+    sizes = np.bincount(index.numbers, minlength=len(names))
+    return Labels(text.source, index, names, sizes, collected.examples, num_marks=text.num_marks)
 
 
-def _read_cd_hit(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]) -> Labels:
-    num_clusters = 0
+def _read_cd_hit(text: label_rows.LabelText) -> Labels:
+    path, num_clusters = text.path, 0
 
     def counted() -> Iterator[label_rows.Cluster]:
         nonlocal num_clusters
-        for cluster in label_rows.cd_hit_clusters(path, blocks):
+        for cluster in label_rows.cd_hit_clusters(text):
             num_clusters += 1
             yield cluster
 
@@ -310,7 +314,8 @@ def _read_cd_hit(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]
             f"{path}: {num_clusters:,} clusters, but only {len(names):,} different representatives, such as "
             f"{shown(names[0])}{_CD_HIT_HINT}"
         )
-    return Labels(source, index, names, np.bincount(index.numbers, minlength=len(names)), rows.examples)
+    sizes = np.bincount(index.numbers, minlength=len(names))
+    return Labels(text.source, index, names, sizes, rows.examples, num_marks=text.num_marks)
 
 
 def _unique_index(path: str | Path, rows: _Collected, names: Strings, kind: str, hint: str = "") -> Index:
@@ -357,11 +362,11 @@ def _joined(labels: np.ndarray, starts: np.ndarray, names: _Names) -> np.ndarray
     return numbers
 
 
-def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]) -> Labels:
-    sizes: list[int] = []
+def _read_uniref(text: label_rows.LabelText) -> Labels:
+    path, sizes = text.path, list[int]()
 
     def clusters() -> Iterator[label_rows.Cluster]:
-        for cluster in clusters_of(path, blocks):
+        for cluster in clusters_of(path, text.blocks):
             sizes.append(cluster.num_members)
             names = [name.encode() for name in cluster.names]
             secondary = [name.encode() for name in cluster.secondary]
@@ -382,4 +387,4 @@ def _read_uniref(path: str | Path, source: SourceBlocks, blocks: Iterable[bytes]
     is_new = index.find(others.high, others.low) == UNLABELLED
     others = others.only(is_new)
     index = index.extended(others.high, others.low, others.labels)
-    return Labels(source, index, names, np.array(sizes, dtype=np.int64), rows.examples)
+    return Labels(text.source, index, names, np.array(sizes, dtype=np.int64), rows.examples, num_marks=text.num_marks)

@@ -15,12 +15,14 @@ from torch import Tensor
 from protlm.config import ModelConfig
 from protlm.errors import ModelError, validation_fault
 from protlm.model.performer import Performer
+from protlm.model.shapes import tensor_shapes
 from protlm.model.skeleton import skeleton
-from protlm.pretrained.checkpoint_files import Tensors
+from protlm.pretrained.checkpoint_files import Tensors, check_fits
 from protlm.vocabulary import TOKENS
 
 MOST_LAYERS, WIDEST = 1024, 1 << 16
 """More layers, or a wider layer, than any model known has."""
+_FLOAT_BYTES = 4
 
 _Section = TypeVar("_Section", bound="SourceConfig")
 
@@ -134,21 +136,27 @@ class NameMap:
         """Returns the names, not in the map yet, that match as a whole."""
         return sorted(name for name in self._left if re.fullmatch(pattern, name))
 
-    def build(self, config: ModelConfig) -> Performer:
-        """Returns the model with the tensors of the checkpoint, in evaluation mode.
+    def check(self, config: ModelConfig) -> None:
+        """Checks that no tensor of the checkpoint is left over, and that the model fits into memory; reads none.
 
         Raises:
-            ModelError: A tensor is left over, has another shape than the settings ask for, is not finite, or differs
-                from a copy of it.
+            ModelError: It does not.
         """
         if self._left:
             raise ModelError(
                 f"{self._tensors.path}: tensor {min(self._left)!r} has no place in a model of the family {self._family}"
             )
-        try:
-            model = skeleton(config)
-        except RuntimeError:
-            raise ModelError(f"{self._tensors.path}: its config.json asks for a model that is too large") from None
+        check_fits(self._tensors.path, _FLOAT_BYTES * sum(tensor.size for tensor in tensor_shapes(config).values()))
+
+    def build(self, config: ModelConfig) -> Performer:
+        """Returns the model with the tensors of the checkpoint, in evaluation mode.
+
+        Raises:
+            ModelError: A tensor is left over, has another shape than the settings ask for, is not finite, or differs
+                from a copy of it; or the model does not fit into memory.
+        """
+        self.check(config)
+        model = skeleton(config)
         expected = model.state_dict()
         assert sorted(expected) == sorted(target for step in self._steps for target in step.targets)
         state: dict[str, Tensor] = {}

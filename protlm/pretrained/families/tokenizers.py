@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from protlm.errors import ModelError
-from protlm.pretrained.checkpoint_files import read_json
+from protlm.pretrained.model_files import read_json
 
 _MOST_BYTES = 1 << 20
 

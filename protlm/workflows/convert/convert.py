@@ -6,28 +6,12 @@ from pathlib import Path
 
 from protlm import files
 from protlm.choices import ModelFormat
-from protlm.errors import ProtlmError
-from protlm.pretrained.export import EXPORTED_FILES, export
+from protlm.pretrained.export import export
 from protlm.pretrained.model_description import Origin
-from protlm.pretrained.model_directory import MODEL_FILES, read_description, save_model
+from protlm.pretrained.model_directory import save_model
+from protlm.pretrained.model_files import read_description
 from protlm.pretrained.model_names import read_named_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertRequest:
-    """What is asked for.
-
-    Attributes:
-        model: MODEL as users write it.
-        out: The directory to make.
-        to: Its format.
-        force: Replace a model that is there.
-    """
-
-    model: str | Path
-    out: Path
-    to: ModelFormat = "protlm"
-    force: bool = False
+from protlm.workflows.convert.request import ConvertRequest, check_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +30,7 @@ class ConvertReport:
         lacked: Residue letters that it reads as another token.
         stand_in: That token.
         origin: The source of the model; None if protlm trained it.
+        fine_tuned_from: The source of the weights with which that training began, if another program had trained them.
         weights_hash: xxh3-128 of the weights in a directory of protlm; None for transformers.
     """
 
@@ -60,6 +45,7 @@ class ConvertReport:
     lacked: str
     stand_in: str
     origin: Origin | None
+    fine_tuned_from: Origin | None
     weights_hash: str | None
 
 
@@ -69,8 +55,8 @@ def convert(request: ConvertRequest) -> ConvertReport:
     Raises:
         ProtlmError: A model that cannot be read or has no equivalent in the format, or an output that is in the way.
     """
+    check_request(request)
     out = Path(os.path.realpath(request.out))
-    _check_replaceable(request, out)
     model, description = read_named_model(request.model)
     architecture = None
     if request.to == "protlm":
@@ -96,19 +82,6 @@ def convert(request: ConvertRequest) -> ConvertReport:
         lacked=vocabulary.lacked,
         stand_in=vocabulary.stand_in,
         origin=description.origin,
+        fine_tuned_from=description.fine_tuned_from,
         weights_hash=read_description(out).weights_hash if request.to == "protlm" else None,
     )
-
-
-def _check_replaceable(request: ConvertRequest, out: Path) -> None:
-    """Refuses to write over anything but a model, and over the model itself that is read."""
-    if not os.path.lexists(out):
-        return
-    if out == Path(os.path.realpath(request.model)) or out in Path(os.path.realpath(request.model)).parents:
-        raise ProtlmError(f"{request.out}: the model itself, or a folder around it; choose another --out")
-    if not request.force:
-        raise ProtlmError(f"{request.out}: exists already; replace it with --force")
-    foreign = sorted({entry.name for entry in out.iterdir()} - {*MODEL_FILES, *EXPORTED_FILES}) if out.is_dir() else []
-    if not out.is_dir() or foreign or not (out / "config.json").is_file():
-        holds = f"holds {foreign[0]!r}" if foreign else "is no folder with a config.json"
-        raise ProtlmError(f"{request.out}: not a converted model ({holds}), and not replaced; choose another --out")

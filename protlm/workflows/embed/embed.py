@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from protlm.data.embeddings.kinds import Dtype
-from protlm.data.records import shown
 from protlm.data.residue_counts import count_residues
 from protlm.data.storage.protein_store import ProteinStore
-from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Cut
 from protlm.inference.row_embeddings import RowEmbedder
 from protlm.model.performer import Performer
@@ -28,7 +26,7 @@ from protlm.runtime.progress import StartProgress, no_progress
 from protlm.vocabulary import RESIDUES, ModelVocabulary
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, open_embed_folder
-from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
+from protlm.workflows.embed.inputs import ProteinInputs, check_lengths, read_proteins
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.portions import PortionRows, PortionWriter
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
@@ -171,22 +169,6 @@ def _compute(
     with closing(PortionWriter(folder, proteins, plan, settings, advance)) as writer:
         for row in rows:
             writer.add(row, row.compute(embedder))
-
-
-def check_lengths(proteins: ProteinStore, cut: Cut, description: ModelDescription) -> None:
-    """Raises ProtlmError if a protein is longer than the model's learned positions."""
-    limit = description.max_residues
-    if limit is None or cut.window is not None or cut.truncate is not None:
-        return
-    too_long = np.flatnonzero(proteins.lengths > limit)
-    if len(too_long):
-        first = int(too_long[0])
-        others = f" (and {len(too_long) - 1:,} more proteins are too long)" if len(too_long) > 1 else ""
-        raise ProtlmError(
-            f"{shown(proteins.id(first))}: has {int(proteins.lengths[first]):,} residues, and the positions of this "
-            f"model reach {limit:,}{others}; embed long proteins in windows with --window {limit}, or only their "
-            f"beginning with --truncate {limit}, or use a model without learned positions"
-        )
 
 
 def _report(

@@ -4,24 +4,27 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
+from protlm.data.embeddings.layouts import LAYOUTS
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError
-from protlm.inference.row_embeddings import RowEmbedder
-from protlm.pretrained.model_names import read_named_model
+from protlm.inference.long_proteins import Cut
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import StartProgress, no_progress
-from protlm.workflows.embed.embed import check_lengths
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, check_start
-from protlm.workflows.embed.inputs import ProteinInputs, read_proteins
+from protlm.workflows.embed.inputs import ProteinInputs, check_lengths, read_proteins
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
+
+if TYPE_CHECKING:
+    from protlm.inference.row_embeddings import RowEmbedder
 
 _QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The lengths that are timed: these quantiles of all residues, sorted by the length of their protein or window."""
@@ -33,8 +36,8 @@ _STORE_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedEstimate:
-    """The size, time and disk that a run is expected to take.
+class EmbedCounts:
+    """The proteins of a run, counted before torch is loaded.
 
     Attributes:
         num_records: Proteins.
@@ -42,6 +45,20 @@ class EmbedEstimate:
         num_sequences: Different sequences; each is computed once.
         num_computed_residues: Residues to compute; those in the overlap of two windows count twice.
         longest: Residues of the longest protein.
+    """
+
+    num_records: int
+    num_residues: int
+    num_sequences: int
+    num_computed_residues: int
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedEstimate(EmbedCounts):
+    """The size, time and disk that a run is expected to take, beside its counts.
+
+    Attributes:
         out_bytes: Size of the output.
         peak_bytes: Disk space needed during the run, the output included.
         free_bytes: Free disk space at the place of the output.
@@ -52,11 +69,6 @@ class EmbedEstimate:
         left_out: Entries of an input folder that are not protein files.
     """
 
-    num_records: int
-    num_residues: int
-    num_sequences: int
-    num_computed_residues: int
-    longest: int
     out_bytes: int
     peak_bytes: int
     free_bytes: int
@@ -67,25 +79,52 @@ class EmbedEstimate:
     left_out: tuple[str, ...]
 
 
-def estimate(request: EmbedRequest, *, start_progress: StartProgress = no_progress) -> EmbedEstimate:
+def estimate(
+    request: EmbedRequest,
+    *,
+    start_progress: StartProgress = no_progress,
+    tell: Callable[[EmbedCounts], None] = lambda counts: None,
+) -> EmbedEstimate:
     """Reads the inputs, times a sample of their proteins and returns what embedding them all would take.
+
+    Args:
+        request: The options of the run.
+        start_progress: Starts the stage `read` (bytes).
+        tell: Called with the counts as soon as they are known, before torch is loaded.
 
     Raises:
         ProtlmError: As `embed` raises before it computes anything.
     """
-    model, description = read_named_model(request.model)
-    settings = settings_of(request, description)
     out = Path(os.path.realpath(request.out))
     folder = EmbedFolder(out)
-    check_replaceable(folder, settings.layout, out, force=request.force)
-    check_start(folder, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
+    check_replaceable(folder, LAYOUTS[request.layout], out, force=request.force)
     inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, request.nucleotides, start_progress)
     with tempfile.TemporaryDirectory() as temporary:
         proteins = read_proteins(Path(temporary) / "proteins", inputs)
+        counts = _counts(proteins, Cut(window=request.window, truncate=request.truncate))
+        tell(counts)
+
+        from protlm.inference.row_embeddings import RowEmbedder
+        from protlm.pretrained.model_names import read_named_model
+
+        model, description = read_named_model(request.model)
+        settings = settings_of(request, description)
+        check_start(folder, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
         check_lengths(proteins, settings.cut, description)
         settings.layout.check_ids(proteins.ids)
         embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
-        return _estimate(request, out, settings, proteins, inputs, embedder)
+        return _estimate(request, out, settings, proteins, inputs, counts, embedder)
+
+
+def _counts(proteins: ProteinStore, cut: Cut) -> EmbedCounts:
+    is_first = proteins.first == np.arange(proteins.num_records)
+    return EmbedCounts(
+        num_records=proteins.num_records,
+        num_residues=int(cut.kept(proteins.lengths).sum()),
+        num_sequences=int(is_first.sum()),
+        num_computed_residues=int(cut.sizes(proteins.lengths[is_first]).sum()),
+        longest=int(proteins.lengths.max()),
+    )
 
 
 def _estimate(
@@ -94,30 +133,26 @@ def _estimate(
     settings: EmbedSettings,
     proteins: ProteinStore,
     inputs: ProteinInputs,
-    embedder: RowEmbedder,
+    counts: EmbedCounts,
+    embedder: "RowEmbedder",
 ) -> EmbedEstimate:
     kept = settings.cut.kept(proteins.lengths)
     is_first = proteins.first == np.arange(proteins.num_records)
-    num_residues = int(kept.sum())
     sizes = settings.cut.sizes(proteins.lengths[is_first])
     fixed, growing = _seconds_per_token(embedder, proteins, sizes, settings.tokens_per_batch)
     tokens = sizes + SPECIAL_TOKENS_PER_SEGMENT
     seconds = float((tokens * (fixed + growing * sizes)).sum()) / request.devices.total
     id_bytes = len(proteins.ids.text)
     store_bytes = id_bytes + _STORE_BYTES * proteins.num_records + int(proteins.lengths.sum())
-    out_bytes = settings.num_bytes(proteins.num_records, num_residues) + id_bytes
+    out_bytes = settings.num_bytes(proteins.num_records, counts.num_residues) + id_bytes
     out_bytes += settings.layout.bytes_per_record * proteins.num_records
     return EmbedEstimate(
-        num_records=proteins.num_records,
-        num_residues=num_residues,
-        num_sequences=int(is_first.sum()),
-        num_computed_residues=int(sizes.sum()),
-        longest=int(proteins.lengths.max()),
+        **asdict(counts),
         out_bytes=out_bytes,
         peak_bytes=_peak_bytes(settings, proteins, kept, is_first, out_bytes) + store_bytes,
         free_bytes=shutil.disk_usage(_existing(out)).free,
         seconds=seconds,
-        residues_per_second=int(sizes.sum()) / seconds,
+        residues_per_second=counts.num_computed_residues / seconds,
         num_nucleotides=inputs.num_nucleotides,
         rejects=dict(inputs.rejects),
         left_out=inputs.left_out,
@@ -141,7 +176,7 @@ def _peak_bytes(
 
 
 def _seconds_per_token(
-    embedder: RowEmbedder, proteins: ProteinStore, sizes: np.ndarray, tokens_per_batch: int
+    embedder: "RowEmbedder", proteins: ProteinStore, sizes: np.ndarray, tokens_per_batch: int
 ) -> tuple[float, float]:
     """Returns the seconds that a token takes, as a constant and a factor of the residues of its protein.
 

@@ -11,10 +11,12 @@ from protlm import vocabulary
 from protlm.data.nucleotides import is_nucleic_acid, refusal
 from protlm.data.parsing.reader import RecordReader
 from protlm.data.parsing.sources import STDIN, expand_inputs
-from protlm.data.records import NUCLEOTIDES, Nucleotides, OnBadRecord
+from protlm.data.records import NUCLEOTIDES, Nucleotides, OnBadRecord, shown
 from protlm.data.storage.dataset import is_dataset, open_dataset
 from protlm.data.storage.protein_store import ProteinStore, write_proteins
 from protlm.errors import ProtlmError, RecordError
+from protlm.inference.long_proteins import Cut
+from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.progress import StartProgress, no_progress
 
 
@@ -113,3 +115,19 @@ def read_proteins(path: Path, inputs: ProteinInputs) -> ProteinStore:
         shutil.rmtree(path)
         raise ProtlmError(f"{inputs.names}: no usable record; nothing to embed")
     return proteins
+
+
+def check_lengths(proteins: ProteinStore, cut: Cut, description: ModelDescription) -> None:
+    """Raises ProtlmError if a protein is longer than the model's learned positions."""
+    limit = description.max_residues
+    if limit is None or cut.window is not None or cut.truncate is not None:
+        return
+    too_long = np.flatnonzero(proteins.lengths > limit)
+    if len(too_long):
+        first = int(too_long[0])
+        others = f" (and {len(too_long) - 1:,} more proteins are too long)" if len(too_long) > 1 else ""
+        raise ProtlmError(
+            f"{shown(proteins.id(first))}: has {int(proteins.lengths[first]):,} residues, and the positions of this "
+            f"model reach {limit:,}{others}; embed long proteins in windows with --window {limit}, or only their "
+            f"beginning with --truncate {limit}, or use a model without learned positions"
+        )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.batching.batches import pack
+from protlm.data.batching.rows import pack
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.inference.long_proteins import Cut, Window
 from protlm.workflows.embed.settings import EmbedSettings

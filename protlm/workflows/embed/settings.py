@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from protlm.choices import SplitName
-from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName
+from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName, absolute_layer
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Layout, columns_of
 from protlm.data.records import Nucleotides, OnBadRecord
 from protlm.errors import ProtlmError, UsageError
 from protlm.inference.long_proteins import Cut
-from protlm.inference.row_embeddings import absolute_layer, default_tokens_per_batch
 from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.devices import Devices
 from protlm.vocabulary import VOCABULARY_SIZE
@@ -114,39 +113,64 @@ class EmbedSettings:
         }
 
 
-def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSettings:
-    """Returns the settings that a request leads to with a given model.
+def check_options(request: EmbedRequest, description: ModelDescription | None) -> None:
+    """Checks that options fit together and to the model.
+
+    Args:
+        request: The options.
+        description: The model; None if it is not known yet.
 
     Raises:
         UsageError: Options that contradict each other.
         ProtlmError: A layer that the model does not have, or windows longer than its learned positions.
     """
-    layout = LAYOUTS[request.layout]
     if request.window is not None and request.truncate is not None:
         raise UsageError("--window embeds long proteins whole and --truncate cuts them: give one of them")
-    last = description.model.num_layers
-    kinds = tuple(dict.fromkeys(request.include))
+    if description is None:
+        return
+    layout = LAYOUTS[request.layout]
+    kinds, layers = _kinds(request), _layers(request, description.model.num_layers)
     try:
-        layers = tuple(dict.fromkeys(absolute_layer(layer, last) for layer in request.layers))
-    except ValueError as error:
-        raise ProtlmError(f"{request.model}: {error}") from None
-    dtype = request.dtype or layout.default_dtype
-    try:
-        layout.check(kinds, layers, dtype)
+        layout.check(kinds, layers, request.dtype or layout.default_dtype)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    cut, limit = Cut(window=request.window, truncate=request.truncate), description.max_residues
-    for name, size in (("--window", cut.window), ("--truncate", cut.truncate)):
+    limit = description.max_residues
+    for name, size in (("--window", request.window), ("--truncate", request.truncate)):
         if size is not None and limit is not None and size > limit:
             raise ProtlmError(f"{request.model}: the positions of this model reach {limit:,} residues; lower {name}")
+
+
+def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSettings:
+    """Returns the settings that a request leads to with a given model.
+
+    Raises:
+        ProtlmError: As `check_options` raises.
+    """
+    # Loads torch, which checks do not need.
+    from protlm.inference.row_embeddings import default_tokens_per_batch
+
+    check_options(request, description)
+    layout, last = LAYOUTS[request.layout], description.model.num_layers
     return EmbedSettings(
         layout=layout,
-        kinds=kinds,
-        layers=layers,
-        dtype=dtype,
+        kinds=_kinds(request),
+        layers=_layers(request, last),
+        dtype=request.dtype or layout.default_dtype,
         tokens_per_batch=request.tokens_per_batch or default_tokens_per_batch(),
-        cut=cut,
+        cut=Cut(window=request.window, truncate=request.truncate),
         model_dim=description.model.model_dim,
         last_layer=last,
         weights_hash=description.weights_hash,
     )
+
+
+def _kinds(request: EmbedRequest) -> tuple[Kind, ...]:
+    return tuple(dict.fromkeys(request.include))
+
+
+def _layers(request: EmbedRequest, last: int) -> tuple[int, ...]:
+    """Returns the absolute numbers of the layers, each once."""
+    try:
+        return tuple(dict.fromkeys(absolute_layer(layer, last) for layer in request.layers))
+    except ValueError as error:
+        raise ProtlmError(f"{request.model}: {error}") from None

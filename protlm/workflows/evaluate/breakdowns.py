@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from protlm.data.storage.dataset import Split
+from protlm.inference.blosum import STANDARD_RESIDUES, compare_with_blosum62
 from protlm.inference.metrics import FEWEST_UNITS, NUM_REPLICATES, Resampled, estimate, replicated
 from protlm.inference.residue_scores import ResidueScores
-from protlm.inference.residue_similarity import STANDARD_RESIDUES, compare_with_blosum62
 from protlm.vocabulary import FIRST_RESIDUE, NUM_RESIDUES, RESIDUES
 
 LENGTH_STARTS = (1, 50, 100, 200, 400, 800, 1600, 3200, 6400)

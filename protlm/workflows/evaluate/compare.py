@@ -8,7 +8,7 @@ from pathlib import Path
 from protlm import files
 from protlm.data.storage.dataset import is_dataset
 from protlm.errors import ProtlmError, UsageError
-from protlm.pretrained.model_names import is_checkpoint_file, short_name
+from protlm.pretrained.model_files import is_checkpoint_file, short_name
 from protlm.workflows.evaluate.comparison import Comparison, check_related, comparison_of
 from protlm.workflows.evaluate.page_comparison import render_comparison
 from protlm.workflows.evaluate.request import REPORT_FILES, REPORT_NAME, check_folder

@@ -44,12 +44,36 @@ class Comparison:
     differences: list[dict[str, Any]]
     reports: list[SavedReport]
 
+    def limits(self) -> list[str]:
+        """Returns a sentence for each model and split of which not all was read as it is."""
+        sentences = []
+        for name, report in zip(self.names, self.reports, strict=True):
+            for split in self.splits:
+                measured = report.splits[split]
+                if measured.num_cut:
+                    sentences.append(
+                        f"{name} reaches only the beginning of {measured.num_cut:,} of the {measured.num_records:,} "
+                        f"proteins on {split}; the rest of each was left out."
+                    )
+                if measured.num_lacked:
+                    sentences.append(
+                        f"{name} has no token for {measured.num_lacked:,} residues on {split}, and reads them as X or "
+                        "unknown."
+                    )
+        return sentences
+
     def to_json(self) -> dict[str, Any]:
         """Returns the comparison as plain values, without the reports."""
         return {
             "format_version": self.format_version,
             "models": [
-                {"name": name, "weights_hash": report.weights_hash, "num_parameters": report.num_parameters}
+                {
+                    "name": name,
+                    "weights_hash": report.weights_hash,
+                    "num_parameters": report.num_parameters,
+                    "num_cut": {split: report.splits[split].num_cut for split in self.splits},
+                    "num_lacked": {split: report.splits[split].num_lacked for split in self.splits},
+                }
                 for name, report in zip(self.names, self.reports, strict=True)
             ],
             "splits": self.splits,

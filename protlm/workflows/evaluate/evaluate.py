@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from protlm import files
-from protlm.data.batching.batches import Objective
-from protlm.data.storage.dataset import Dataset, Split, open_dataset
-from protlm.errors import ProtlmError, UsageError
+from protlm.data.batching.masking import Objective
+from protlm.data.storage.dataset import Dataset, Split
+from protlm.errors import ProtlmError
 from protlm.inference.baselines import (
     UNIFORM,
     Markov,
@@ -27,7 +27,8 @@ from protlm.inference.pseudo_perplexity import sample_of, single_residue_rows
 from protlm.inference.scoring import max_scored_residues, score_rows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
-from protlm.pretrained.model_names import read_named_model, short_name
+from protlm.pretrained.model_files import short_name
+from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import Advance, StartProgress, no_progress
 from protlm.workflows.evaluate.attention import (
@@ -57,8 +58,8 @@ from protlm.workflows.evaluate.request import (
     REPORT_NAME,
     RESIDUES_NAME,
     EvalRequest,
-    check_out,
-    resolve_splits,
+    check_options,
+    check_request,
 )
 from protlm.workflows.evaluate.residue_table import ResidueTable, open_residue_table
 
@@ -75,12 +76,7 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
         ProtlmError: A model or dataset that cannot be read, an empty split, one of which no residue is scored, or an
             existing report.
     """
-    check_out(request)
-    dataset = open_dataset(request.dataset)
-    names = resolve_splits(request, dataset)
-    splits = {name: dataset.split(name) for name in names}
-    for split in splits.values():
-        split.open_shards()
+    dataset, splits = check_request(request)
     model, description = read_named_model(request.model)
     evaluation = _Evaluation(request, dataset, model.to(best_device()), description)
     shown = find_proteins(splits, request.attention)
@@ -121,16 +117,7 @@ class _Evaluation:
     def __init__(self, request: EvalRequest, dataset: Dataset, model: Performer, description: ModelDescription) -> None:
         trained = description.objective
         self._request, self._dataset, self._model, self._description = request, dataset, model, description
-        of_masks = request.num_masks > 1 or request.mask_rate is not None
-        if trained.causal and (of_masks or request.as_trained or request.pseudo_perplexity):
-            raise UsageError(
-                "this model predicts the next token and hides nothing: --masks, --mask-rate, --as-trained and "
-                "--pseudo-perplexity are for masked models"
-            )
-        if request.approximation and description.model.attention == "softmax":
-            raise UsageError("--approximation is for FAVOR models; the attention of this model is exact")
-        if description.window_tokens is not None and request.pseudo_perplexity:
-            raise UsageError("--pseudo-perplexity takes proteins one by one, and this model reads windows of several")
+        check_options(request, description)
         rates = trained.rates if request.mask_rate is None else replace(trained.rates, rate=request.mask_rate)
         self._masks = Masks(
             objective=Objective(trained.causal, rates).hiding_all(),

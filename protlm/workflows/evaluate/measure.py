@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from protlm.data.batching.batches import Objective, evaluation_rows
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import Objective
 from protlm.data.storage.dataset import Split
 from protlm.inference.baselines import Predict
 from protlm.inference.metrics import MetricSums, Resampled, replicate_weights, sums_by_protein

@@ -80,6 +80,7 @@ def _warnings(comparison: Comparison) -> list[str]:
         of_weights.setdefault(report.weights_hash, []).append(name)
     repeated = [same for same in of_weights.values() if len(same) > 1]
     lines += [f"{' and '.join(same)} have the same weights: they are one model." for same in repeated]
+    lines += comparison.limits()
     if "train" in comparison.splits:
         lines.append("On train the models are scored on what they have seen, which says little of other proteins.")
     return lines

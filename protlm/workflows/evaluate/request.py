@@ -1,13 +1,19 @@
-"""The request of `protlm eval`: what is measured on which proteins, checked before anything is computed."""
+"""The request of `protlm eval`: what is measured on which proteins, checked before anything is computed.
+
+Nothing here needs torch, so that what is wrong is told before that is loaded, which takes seconds.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from protlm.choices import SplitName
-from protlm.data.storage.dataset import MANIFEST_NAME, Dataset
-from protlm.errors import ProtlmError
-from protlm.inference.scoring import EVALUATION_SEED
+from protlm.data.batching.masking import EVALUATION_SEED
+from protlm.data.storage.dataset import MANIFEST_NAME, Dataset, Split, open_dataset
+from protlm.errors import ProtlmError, UsageError
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_files import description_of
 from protlm.workflows.evaluate.residue_table import check_pyarrow
 
 REPORT_NAME = "report.json"
@@ -57,6 +63,45 @@ class EvalRequest:
 
 REPORT_FILES = (REPORT_NAME, PAGE_NAME, MULTIQC_NAME, RESIDUES_NAME)
 """All that may be in the folder of a report."""
+
+
+class Proteins(NamedTuple):
+    """The dataset of a request, and the splits to score by name, with their shards open."""
+
+    dataset: Dataset
+    splits: dict[SplitName, Split]
+
+
+def check_request(request: EvalRequest) -> Proteins:
+    """Checks all that shows without weights, and returns the opened proteins.
+
+    Raises:
+        UsageError: Options that do not fit the model.
+        ProtlmError: A dataset that cannot be read, an empty split, an existing report, or no such model.
+    """
+    check_out(request)
+    dataset = open_dataset(request.dataset)
+    splits = {name: dataset.split(name) for name in resolve_splits(request, dataset)}
+    for split in splits.values():
+        split.open_shards()
+    description = description_of(request.model)
+    if description is not None:
+        check_options(request, description)
+    return Proteins(dataset, splits)
+
+
+def check_options(request: EvalRequest, description: ModelDescription) -> None:
+    """Raises UsageError for options that the model has no use for."""
+    of_masks = request.num_masks > 1 or request.mask_rate is not None
+    if description.objective.causal and (of_masks or request.as_trained or request.pseudo_perplexity):
+        raise UsageError(
+            "this model predicts the next token and hides nothing: --masks, --mask-rate, --as-trained and "
+            "--pseudo-perplexity are for masked models"
+        )
+    if request.approximation and description.model.attention == "softmax":
+        raise UsageError("--approximation is for FAVOR models; the attention of this model is exact")
+    if description.window_tokens is not None and request.pseudo_perplexity:
+        raise UsageError("--pseudo-perplexity takes proteins one by one, and this model reads windows of several")
 
 
 def check_out(request: EvalRequest) -> None:

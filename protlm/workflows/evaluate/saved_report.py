@@ -76,6 +76,8 @@ class SavedSplit(BaseModel):
     """The part of a split's report that a comparison reads."""
 
     num_records: _Count
+    num_cut: _Count = 0
+    num_lacked: _Count = 0
     num_targets: Annotated[_Count, Field(gt=0)]
     resampled: Literal["proteins", "clusters"]
     scores: dict[str, SavedRow]

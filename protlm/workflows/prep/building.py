@@ -112,6 +112,9 @@ def build_dataset(
     repairs: Counter[str] = Counter()
     for piece in pieces:
         repairs.update(piece.repairs)
+    tables = [table for table in (labels.clusters, labels.families, labels.splits) if table is not None]
+    if num_marks := sum(table.num_marks for table in tables):
+        repairs["byte_order_mark"] += num_marks
     across = chosen.counts[selection.DUPLICATE_ACROSS]
     readers = {
         split: _Shards([folder.dataset_path / shard.info.name for shard in shards])

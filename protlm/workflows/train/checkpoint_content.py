@@ -25,6 +25,7 @@ from protlm.model.skeleton import skeleton
 from protlm.pretrained.model_description import ValidScore
 from protlm.workflows.train.frozen import freeze
 from protlm.workflows.train.optimizer import STATE_OF_RULE, build_optimizer
+from protlm.workflows.train.resumed_settings import first_difference, is_same
 
 SECTIONS = (
     "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
@@ -163,24 +164,6 @@ def _check_plain_sections(config: Any) -> None:
                 raise _fault("protlm.config", "plain values", value)
 
 
-def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, object, object] | None:
-    """Returns key and both values of the first setting that differs in a way that a resumed run does not allow.
-
-    train.max_steps may become anything, and the learning rates lower.
-    """
-    for section in ours:
-        for key, value in ours[section].items():
-            other = theirs.get(section, {}).get(key)
-            if not (_is_same(value, other) or _may_become(f"{section}.{key}", value, other)):
-                return f"{section}.{key}", value, other
-    return None
-
-
-def _may_become(key: str, value: Any, other: Any) -> bool:
-    is_lower = type(value) is float and type(other) is float and other < value
-    return key == "train.max_steps" or (key in ("train.lr", "train.muon_lr") and is_lower)
-
-
 def _check_version(version: Any) -> None:
     try:
         is_known = type(version) is str and len(version) <= _SHOWN_LETTERS and Version(version) >= _OLDEST_LIGHTNING
@@ -236,7 +219,7 @@ def _check_optimizer(states: Any, model: Performer, settings: TrainConfig, step:
         # The rates may have been higher; a run takes its own in any case.
         for name, value in {**group, "params": [number]}.items():
             is_rate = name in ("lr", "peak_lr")
-            if not (type(saved[name]) is float if is_rate else _is_same(saved[name], value)):
+            if not (type(saved[name]) is float if is_rate else is_same(saved[name], value)):
                 raise _fault(f"{place}.{name}", _shown(value), saved[name])
         if number not in trained:
             continue
@@ -248,15 +231,6 @@ def _check_optimizer(states: Any, model: Performer, settings: TrainConfig, step:
                 raise _fault(place, f"a number of updates up to {step}", value.item())
             if name == "exp_avg_sq" and bool((value < 0).any()):
                 raise _fault(place, "squares", value)
-
-
-def _is_same(value: Any, expected: Any) -> bool:
-    """Returns whether two plain values are equal and of one type, and so their items: `7 == torch.tensor(7.0)`."""
-    if type(value) is not type(expected):
-        return False
-    if type(expected) in (list, tuple):
-        return len(value) == len(expected) and all(map(_is_same, value, expected))
-    return bool(value == expected)
 
 
 def _check_keys(place: str, value: Any, keys: Collection[Any]) -> None:

@@ -1,28 +1,45 @@
 """Parameters that keep their values in training, chosen by patterns of their names."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from protlm.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Takes parameters whose name matches a pattern out of training: they get no gradient and do not decay.
+
+def frozen_names(names: Collection[str], patterns: Sequence[str]) -> set[str]:
+    """Returns the names of the parameters that patterns take out of training.
+
+    Args:
+        names: The names of all parameters, in order.
+        patterns: The patterns.
 
     Raises:
         ConfigError: A pattern that matches no parameter, or patterns that leave none to be trained.
     """
-    parameters = dict(model.named_parameters())
+    frozen: set[str] = set()
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in parameters):
+        matching = {name for name in names if fnmatchcase(name, pattern)}
+        if not matching:
             raise ConfigError(
-                f"train.freeze: expected patterns of parameters, such as {next(iter(parameters))} or layers.0.*, got "
+                f"train.freeze: expected patterns of parameters, such as {next(iter(names))} or layers.0.*, got "
                 f"{pattern!r}, which matches none"
             )
-    for name, parameter in parameters.items():
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in parameters.values()):
+        frozen |= matching
+    if len(frozen) == len(names):
         raise ConfigError("train.freeze: expected patterns that leave something to be trained, got all parameters")
+    return frozen
+
+
+def freeze(model: "nn.Module", patterns: Sequence[str]) -> None:
+    """Takes parameters whose name matches a pattern out of training: they get no gradient and do not decay.
+
+    Raises:
+        ConfigError: As `frozen_names` raises.
+    """
+    parameters = dict(model.named_parameters())
+    for name in frozen_names(parameters, patterns):
+        parameters[name].requires_grad_(False)

@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from protlm.config import Config, ModelConfig
 from protlm.errors import ConfigError
-from protlm.model.skeleton import skeleton
+from protlm.model.shapes import tensor_shapes
 from protlm.runtime.devices import gigabytes
-from protlm.workflows.train.frozen import freeze
+from protlm.workflows.train.frozen import frozen_names
 
 _FLOAT_BYTES = 4
 _SHORT_BYTES = 2
@@ -57,14 +55,15 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
     Raises:
         ConfigError: Patterns to freeze that match nothing.
     """
-    model = skeleton(config.model)
-    freeze(model, config.train.freeze)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    num_matrices = sum(matrix.numel() for matrix in matrices)
-    num_projections = sum(buffer.numel() for buffer in model.buffers())
-    trained_matrices = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
+    tensors = tensor_shapes(config.model)
+    parameters = {name: tensor for name, tensor in tensors.items() if tensor.role != "fixed"}
+    frozen = frozen_names(parameters, config.train.freeze)
+    num_parameters = sum(tensor.size for tensor in parameters.values())
+    num_trained = num_parameters - sum(parameters[name].size for name in frozen)
+    matrices = {name: tensor.size for name, tensor in parameters.items() if tensor.role == "matrix"}
+    num_matrices = sum(matrices.values())
+    num_projections = sum(tensor.size for tensor in tensors.values()) - num_parameters
+    trained_matrices = sum(size for name, size in matrices.items() if name not in frozen)
     num_muons = trained_matrices if config.train.optimizer == "muon" else 0
     activations = _activations_bytes(config, in_place=in_place and config.train.precision == "32")
     if config.train.precision == "bf16-mixed":

@@ -14,28 +14,27 @@ from protlm import files
 from protlm.config import Config
 from protlm.errors import CheckpointError
 from protlm.workflows.train.checkpoint_content import SECTIONS, DamagedCheckpointError, read_step
-
-FOLDER_NAME = "checkpoints"
+from protlm.workflows.train.run_folder import CHECKPOINTS_NAME
 
 
 def last_checkpoint(run_dir: Path) -> Path:
     """Returns the path of the checkpoint that a run is resumed from."""
-    return run_dir / FOLDER_NAME / "last.ckpt"
+    return run_dir / CHECKPOINTS_NAME / "last.ckpt"
 
 
 def previous_checkpoint(run_dir: Path) -> Path:
     """Returns the path of the checkpoint before the last one, for the case that the last one is damaged."""
-    return run_dir / FOLDER_NAME / "previous.ckpt"
+    return run_dir / CHECKPOINTS_NAME / "previous.ckpt"
 
 
 def best_checkpoint(run_dir: Path) -> Path:
     """Returns the path of the checkpoint with the lowest perplexity on the valid split."""
-    return run_dir / FOLDER_NAME / "best.ckpt"
+    return run_dir / CHECKPOINTS_NAME / "best.ckpt"
 
 
 def kept_checkpoint(run_dir: Path, step: int) -> Path:
     """Returns the path of the checkpoint of a step that is kept for good."""
-    return run_dir / FOLDER_NAME / f"step-{step:08d}.ckpt"
+    return run_dir / CHECKPOINTS_NAME / f"step-{step:08d}.ckpt"
 
 
 def keep(checkpoint: Path, copy: Path) -> None:
@@ -50,7 +49,7 @@ def keep(checkpoint: Path, copy: Path) -> None:
 
 def new_checkpoint(run_dir: Path) -> Path:
     """Returns the path at which a checkpoint is written, before `replace_last` gives it its name."""
-    return run_dir / FOLDER_NAME / f".new.ckpt{files.PARTIAL_SUFFIX}"
+    return run_dir / CHECKPOINTS_NAME / f".new.ckpt{files.PARTIAL_SUFFIX}"
 
 
 def replace_last(run_dir: Path, copies: Sequence[Path]) -> None:
@@ -158,7 +157,7 @@ def find_resume_point(run_dir: Path, dataset_hash: str, settings: Config) -> Res
     last = last_checkpoint(run_dir)
     if (point := first_whole([last])) is not None:
         return point
-    kept = sorted((run_dir / FOLDER_NAME).glob("step-*.ckpt"), reverse=True)
+    kept = sorted((run_dir / CHECKPOINTS_NAME).glob("step-*.ckpt"), reverse=True)
     older = [first_whole([previous_checkpoint(run_dir)]), first_whole([best_checkpoint(run_dir)]), first_whole(kept)]
     newest = max((point for point in older if point is not None), key=lambda point: point.step, default=None)
     if newest is not None:

@@ -9,21 +9,20 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import protlm
 from protlm import files
 from protlm.config import TrainConfig
 from protlm.errors import RunError, validation_fault
-from protlm.pretrained.model_description import ValidScore
+from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
 from protlm.runtime.devices import device_name
 
 RUN_NAME = "run.json"
 RUN_FORMAT: Literal["protlm-run"] = "protlm-run"
-RUN_FORMAT_VERSION: Literal[3] = 3
+RUN_FORMAT_VERSION: Literal[4] = 4
 
 _LIBRARIES = ("torch", "pytorch-lightning", "numpy")
 _GIT_SECONDS = 10
@@ -47,6 +46,23 @@ class TrainingSet(_Strict):
     hash: str
     num_records: Count
     num_residues: Count
+
+
+class Beginning(NamedTuple):
+    """The weights that a run began with.
+
+    Attributes:
+        init_hash: Hash of the weights of --init; None if they were drawn.
+        origin: Their origin, or that of those which they were made of; None if no other program had trained them.
+    """
+
+    init_hash: str | None = None
+    origin: Origin | None = None
+
+    @classmethod
+    def of(cls, init: ModelDescription | None) -> Self:
+        """Returns the beginning with the weights of a model, or with drawn ones."""
+        return cls() if init is None else cls(init.weights_hash, init.origin or init.fine_tuned_from)
 
 
 class SessionEnd(_Strict):
@@ -107,16 +123,34 @@ class Session(_Strict):
 
 
 class RunDescription(_Strict):
-    """The content of run.json; `init_hash` is the hash of the weights given with --init, None if they were drawn.
+    """The content of run.json.
 
-    In version 1 a session had no `device`, `threads` and `end`, in version 2 no `lr` and `muon_lr`.
+    In version 1 a session had no `device`, `threads` and `end`, in version 2 no `lr` and `muon_lr`; before version 4
+    there was no `init_origin`.
+
+    Attributes:
+        format: Marks the file as the description of a run.
+        format_version: Version of this file.
+        datasets: The datasets.
+        init_hash: Hash of the weights given with --init; None if they were drawn.
+        init_origin: Their origin, if another program trained them.
+        sessions: All starts of the run.
     """
 
     format: Literal["protlm-run"] = RUN_FORMAT
-    format_version: Literal[1, 2, 3] = RUN_FORMAT_VERSION
+    format_version: Literal[1, 2, 3, 4] = RUN_FORMAT_VERSION
     datasets: list[TrainingSet]
     init_hash: str | None = None
+    init_origin: Origin | None = None
     sessions: Annotated[list[Session], Field(min_length=1)]
+
+    @property
+    def beginning(self) -> Beginning:
+        """The weights that the run began with."""
+        return Beginning(self.init_hash, self.init_origin)
+
+
+_DRAWN = Beginning()
 
 
 def describe_session(
@@ -132,6 +166,8 @@ def describe_session(
         first_step: Updates before this start.
         settings: Those of the training.
     """
+    import torch
+
     return Session(
         started=_now(),
         versions={"protlm": protlm.__version__, **{name: metadata.version(name) for name in _LIBRARIES}},
@@ -151,7 +187,7 @@ def describe_session(
 
 
 def write_run_description(
-    path: Path, datasets: Sequence[TrainingSet], session: Session, init_hash: str | None = None
+    path: Path, datasets: Sequence[TrainingSet], session: Session, beginning: Beginning = _DRAWN
 ) -> None:
     """Writes run.json, whole or not at all, with this session after the earlier ones.
 
@@ -159,7 +195,11 @@ def write_run_description(
         RunError: The file exists and is not a run.json.
     """
     earlier = read_run_description(path).sessions if path.exists() else []
-    _write(path, RunDescription(datasets=list(datasets), init_hash=init_hash, sessions=[*earlier, session]))
+    init_hash, origin = beginning
+    _write(
+        path,
+        RunDescription(datasets=list(datasets), init_hash=init_hash, init_origin=origin, sessions=[*earlier, session]),
+    )
 
 
 def write_session_end(

@@ -13,16 +13,15 @@ from protlm import files
 from protlm.config import Config, dump_config, load_config, parse_config
 from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.pretrained.model_description import ModelDescription
-from protlm.pretrained.model_directory import MODEL_FILES, remove_left_overs_of_model
+from protlm.pretrained.model_files import MODEL_FILES, remove_left_overs_of_model
 from protlm.runtime import locks, work_folder
-from protlm.workflows.train import run_checkpoints
-from protlm.workflows.train.checkpoint_content import first_difference
+from protlm.workflows.train.resumed_settings import first_difference
 
-CONFIG_NAME, MODEL_NAME = "config.toml", "model"
+CONFIG_NAME, MODEL_NAME, CHECKPOINTS_NAME = "config.toml", "model", "checkpoints"
 RUN_FILES = frozenset(
     {
         CONFIG_NAME, "run.json", "metrics.csv", "speed.csv", "health.csv", "curves.png",
-        run_checkpoints.FOLDER_NAME, MODEL_NAME, "tensorboard", "wandb", locks.LOCK_NAME,
+        CHECKPOINTS_NAME, MODEL_NAME, "tensorboard", "wandb", locks.LOCK_NAME,
     }
 )  # fmt: skip
 """The entries of a run directory; one with any other, such as the log of a job, is resumed but never replaced."""
@@ -118,7 +117,7 @@ def _foreign(run_dir: Path, *, force: bool) -> list[str]:
     foreign = _entries(run_dir) - RUN_FILES
     if force:
         others = _entries(run_dir / MODEL_NAME) - set(MODEL_FILES)
-        others |= {name for name in _entries(run_dir / run_checkpoints.FOLDER_NAME) if not name.endswith(".ckpt")}
+        others |= {name for name in _entries(run_dir / CHECKPOINTS_NAME) if not name.endswith(".ckpt")}
         foreign |= others
     return sorted(foreign)
 
@@ -149,13 +148,13 @@ def prepare_run_dir(
         _make(run_dir, settings, locked, is_replaced=is_run)
         return
     _write_settings(run_dir, settings)
-    (run_dir / run_checkpoints.FOLDER_NAME).mkdir(exist_ok=True)
+    (run_dir / CHECKPOINTS_NAME).mkdir(exist_ok=True)
 
 
 def remove_left_overs_in(run_dir: Path) -> None:
     """Removes what a kill left in a run, which is locked."""
     _remove_incomplete_files(run_dir)
-    for left_over in (run_dir / run_checkpoints.FOLDER_NAME).glob(f".*{files.PARTIAL_SUFFIX}"):
+    for left_over in (run_dir / CHECKPOINTS_NAME).glob(f".*{files.PARTIAL_SUFFIX}"):
         files.remove(left_over)
     remove_left_overs_of_model(run_dir / MODEL_NAME)
 
@@ -172,7 +171,7 @@ def _make(run_dir: Path, settings: Config, locked: contextlib.ExitStack, *, is_r
     """Makes a run directory with nothing but its settings, in place of an old one."""
     folder = locked.enter_context(work_folder.new_folder(run_dir))
     _write_settings(folder, settings)
-    (folder / run_checkpoints.FOLDER_NAME).mkdir()
+    (folder / CHECKPOINTS_NAME).mkdir()
     if is_replaced:
         files.publish(folder, run_dir)
         return

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protlm.config import Config
-from protlm.data.batching.batches import Batch, Objective, Row, training_batch, training_rows
+from protlm.data.batching.batches import Batch, training_batch
 from protlm.data.batching.draws import Draws
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
+from protlm.data.batching.rows import Row, training_rows
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import ProtlmError
 from protlm.model.performer import Performer

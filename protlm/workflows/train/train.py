@@ -12,10 +12,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from protlm.errors import ModelError, RunError
-from protlm.pretrained.model_description import ModelDescription, ValidScore
-from protlm.pretrained.model_directory import dataset_hash_of, read_description
+from protlm.pretrained.model_description import ModelDescription, ValidScore, dataset_hash_of
+from protlm.pretrained.model_files import read_description
 from protlm.runtime.devices import OtherProcessError, is_lost_peer, process_rank
 from protlm.workflows.train.callbacks import Watch
+from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint, make_last
 from protlm.workflows.train.run_description import (
     RUN_NAME,
@@ -24,7 +25,7 @@ from protlm.workflows.train.run_description import (
     write_session_end,
 )
 from protlm.workflows.train.run_folder import lock_existing, prepare_run_dir, remove_left_overs_in
-from protlm.workflows.train.start import Start, TrainRequest, prepare_start
+from protlm.workflows.train.start import Start, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
 from protlm.workflows.train.valid_baselines import baseline_perplexities
@@ -101,7 +102,7 @@ def _train(
             first_step=start.first_step,
             settings=settings.train,
         )
-        write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.init_hash)
+        write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.beginning)
     with StopRequest(max_seconds) as stop_request:
         watch = Watch(
             run_dir,
@@ -171,7 +172,8 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
     is_concatenated = settings.data.mode == "concatenated"
     longest = min(settings.data.window, int(sets.train.lengths.max()))
     # A model that began with other weights knows what those were trained on too.
-    seen = sets.hash if start.init_hash is None else dataset_hash_of([start.init_hash, sets.hash])
+    init_hash, origin = start.beginning
+    seen = sets.hash if init_hash is None else dataset_hash_of([init_hash, sets.hash])
 
     def describe(step: int) -> ModelDescription:
         return ModelDescription(
@@ -186,7 +188,8 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
             step=step,
             residue_counts=sets.train.residue_counts,
             dataset_hash=seen,
-            trained_residues=None if is_concatenated or start.init_hash is not None else longest,
+            trained_residues=None if is_concatenated or init_hash is not None else longest,
+            fine_tuned_from=origin,
         )
 
     return describe

@@ -3,8 +3,9 @@
 import math
 
 from protlm.data.batching.batches import Proteins, evaluation_rows
+from protlm.data.batching.masking import EVALUATION_SEED
 from protlm.inference.baselines import empirical, fit_markov, markov_predictions, mean_losses
-from protlm.inference.scoring import EVALUATION_SEED, max_scored_residues
+from protlm.inference.scoring import max_scored_residues
 from protlm.pretrained.model_description import ModelDescription
 
 _TOKENS_PER_ROW = 8192

@@ -8,8 +8,8 @@ import pytest
 import xxhash
 
 from protlm.cli.app import main
-from protlm.data.batching.batches import Objective, evaluation_rows
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.data.storage.dataset import open_dataset
 from protlm.inference import baselines, markov
 from protlm.inference.baselines import (

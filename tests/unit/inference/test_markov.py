@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from protlm.data.batching.batches import Objective, evaluation_rows
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.inference import markov
 from protlm.inference.markov import MarkovCounts, MarkovModel, TwoSidedMarkovModel, largest_order
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE, MASK, NUM_RESIDUES, RESIDUES, TOKENS, encode

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from protlm.config import ModelConfig
-from protlm.data.batching.batches import Objective, evaluation_rows
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.inference.baselines import empirical
 from protlm.inference.metrics import Score
 from protlm.inference.scoring import score_model, score_rows

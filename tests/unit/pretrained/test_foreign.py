@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from protlm.errors import ModelError
-from protlm.pretrained.foreign import read_file, read_folder
+from protlm.pretrained import checkpoint_files
+from protlm.pretrained.foreign import describe, read_file, read_folder
 from tests.foreign_checkpoint import CONFIG, DIM, change, write_checkpoint
 
 
@@ -251,3 +252,37 @@ def test_a_model_that_was_read_can_be_trained_further(folder):
             parameter.zero_()
     # What is mapped is not written back.
     assert (folder / "model.safetensors").read_bytes() == stored
+
+
+@pytest.mark.parametrize(("device", "where"), [("cpu", "this machine"), ("cuda", "the GPU")])
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_built(folder, monkeypatch, device, where):
+    sizes = {"cpu": 10**12, "cuda": 10**12, device: 4000}
+    monkeypatch.setattr(checkpoint_files, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(checkpoint_files, "memory_bytes", lambda device: sizes[device.type])
+    monkeypatch.setattr("protlm.pretrained.families.name_map.skeleton", lambda config: pytest.fail("it is built"))
+    assert_refused(folder, f"{folder}: to read this model needs 0.0 GB of memory, and {where} has 0.0 GB")
+    assert_refused(folder, "to read this model needs", read=describe)
+
+
+def test_a_config_that_asks_for_more_than_there_is_room_for_is_one_line(folder):
+    configure(folder, intermediate_size=2**16, hidden_size=2**16, num_attention_heads=2**10)
+    assert_refused(folder, "to read this model needs", "of memory")
+
+
+def test_an_old_pickle_which_is_read_at_once_must_fit_into_memory(folder, monkeypatch):
+    torch.save(load_file(folder / "model.safetensors"), folder / "old.pt", _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(checkpoint_files, "memory_bytes", lambda device: 4000)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it is read"))
+    assert_refused(folder / "old.pt", "old.pt: to read this model needs", read=read_file)
+
+
+def test_a_model_is_described_without_reading_its_tensors(folder, monkeypatch):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    description = read_folder(folder, "source")[1]
+    monkeypatch.setattr(checkpoint_files.SafetensorsFiles, "read", lambda *_: pytest.fail("a tensor was read"))
+    described = describe(folder)
+    assert (described.model, described.trained_residues) == (description.model, description.trained_residues)
+    assert described.origin == description.origin.model_copy(update={"files": {}})
+    assert described.weights_hash == ""
+    change(folder, esm__surprise=torch.zeros(1))
+    assert_refused(folder, "tensor 'esm.surprise' has no place", read=describe)

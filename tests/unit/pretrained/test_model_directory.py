@@ -9,20 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from protlm import files
 from protlm.config import ModelConfig
-from protlm.data.batching.batches import Objective
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
-from protlm.pretrained import model_directory
-from protlm.pretrained.initial_weights import load_initial_weights
-from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
-from protlm.pretrained.model_directory import (
-    dataset_hash_of,
-    find_model,
-    read_model,
-    remove_left_overs_of_model,
-    save_model,
-)
+from protlm.pretrained import checkpoint_files
+from protlm.pretrained.initial_weights import find_initial_model, load_initial_weights
+from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore, dataset_hash_of
+from protlm.pretrained.model_directory import read_model, save_model
+from protlm.pretrained.model_files import find_model, remove_left_overs_of_model
 from protlm.vocabulary import RESIDUES, TOKENS
 
 VALID = ValidScore(
@@ -389,6 +383,34 @@ def test_a_model_from_elsewhere_needs_no_facts_of_its_training_and_its_card_name
         assert word in card
 
 
+def test_a_fine_tuned_model_names_the_source_of_its_first_weights(model, tmp_path):
+    origin = Origin(source="lab/model", revision="abc", family="esm", licence="mit", files={"model.bin": "00ff"})
+    description = describe(model, fine_tuned_from=origin)
+    save_model(tmp_path, model, description)
+    assert read_model(tmp_path)[1].fine_tuned_from == origin
+    card = (tmp_path / "README.md").read_text()
+    for word in (
+        "Fine-tuned from lab/model (revision abc) for ",
+        "- Fine-tuned from: lab/model (revision abc), a model of the family esm",
+        "which these are made of: mit",
+        "`model.bin` (xxh3-128): `00ff`",
+    ):
+        assert word in card
+    save_model(tmp_path, model, describe(model))
+    assert "Fine-tuned" not in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="fine_tuned_from"):
+        ModelDescription(model=model.config, mask_rate=0.15, origin=origin, fine_tuned_from=origin)
+
+
+def test_a_model_of_version_4_began_with_no_other_weights_that_are_known(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    assert content["format_version"] == 5
+    del content["fine_tuned_from"]
+    path.write_text(json.dumps({**content, "format_version": 4}))
+    assert read_model(folder)[1].fine_tuned_from is None
+
+
 def test_the_objective_is_that_of_training(model, tmp_path):
     causal = describe(model, model=model.config.model_copy(update={"causal": True}))
     assert causal.objective.causal
@@ -459,7 +481,7 @@ def saved(tmp_path, **changes):
 @torch.no_grad()
 def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
     source, target = saved(tmp_path), network()
-    assert load_initial_weights(target, tmp_path) == []
+    assert load_initial_weights(target, find_initial_model(tmp_path)) == []
     assert torch.equal(target(TOKENS_OF_A_ROW, BOUNDS), source(TOKENS_OF_A_ROW, BOUNDS))
 
 
@@ -476,7 +498,7 @@ def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
 )
 def test_weights_start_another_kind_of_attention_that_keeps_its_own_draw(tmp_path, before, after, kept):
     source, target, fresh = saved(tmp_path, **before), network(**after), network(**after)
-    names = load_initial_weights(target, tmp_path)
+    names = load_initial_weights(target, find_initial_model(tmp_path))
     assert set(names) == {f"layers.{layer}.attention.{name}" for layer in range(2) for name in kept}
     for name, tensor in target.state_dict().items():
         origin = fresh if name in names else source
@@ -498,7 +520,7 @@ def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, m
     saved(tmp_path, **before)
     target, fresh = network(**after), network(**after)
     with pytest.raises(ModelError, match=message):
-        load_initial_weights(target, tmp_path)
+        load_initial_weights(target, find_initial_model(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), fresh.parameters(), strict=True))
 
 
@@ -511,8 +533,8 @@ def test_a_model_that_does_not_fit_into_memory_is_refused_before_its_weights_are
 def test_a_model_that_does_not_fit_into_the_gpu_is_refused(folder, monkeypatch):
     read_model(folder)
     sizes = {"cpu": 2**40, "cuda": 1000}
-    monkeypatch.setattr(model_directory, "best_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(model_directory, "memory_bytes", lambda device: sizes[device.type])
+    monkeypatch.setattr(checkpoint_files, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(checkpoint_files, "memory_bytes", lambda device: sizes[device.type])
     assert_refused(folder, "to read this model needs 0.0 GB of memory, and the GPU has 0.0 GB")
 
 

@@ -12,7 +12,8 @@ from protlm.model.performer import Performer
 from protlm.pretrained import hub
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
-from protlm.pretrained.model_names import describe_named_model, read_named_model, short_name
+from protlm.pretrained.model_files import description_of, short_name
+from protlm.pretrained.model_names import read_named_model
 from protlm.vocabulary import RESIDUES
 from tests.foreign_checkpoint import esm_tensors, write_checkpoint
 
@@ -77,7 +78,7 @@ def test_a_model_in_the_cache_is_read_by_its_name_with_its_commit(cache, name):
     assert network.config.num_layers == 2
     assert (description.origin.source, description.origin.revision) == ("lab/esm", COMMIT)
     assert short_name(name) == "esm"
-    assert describe_named_model(name) == description
+    assert description_of(name) is None
 
 
 def test_load_model_takes_the_revision_apart_from_the_name(cache):
@@ -96,7 +97,7 @@ def test_an_existing_path_wins_and_hf_passes_over_it(cache, tmp_path):
 @pytest.mark.parametrize("name", ["lab/other", "lab/esm@v2", f"lab/esm@{'f' * 40}"])
 def test_what_the_cache_lacks_is_refused_with_a_way_to_fetch_it(cache, name):
     with pytest.raises(ModelError, match="hf download lab/") as caught:
-        read_named_model(name)
+        description_of(name)
     assert "out of reach" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -127,7 +128,8 @@ def test_a_directory_of_transformers_and_one_of_ours_are_told_apart(folder, tmp_
     assert short_name(folder) == folder.name
     save_ours(tmp_path / "run" / "model")
     assert read_named_model(tmp_path / "run")[1].origin is None
-    assert describe_named_model(tmp_path / "run").step == 250
+    assert description_of(folder) is None
+    assert description_of(tmp_path / "run").step == 250
     assert short_name(tmp_path / "run") == "run"
 
 
@@ -138,8 +140,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_a_model_that_is_nowhere_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="no such directory"):
-        read_named_model(tmp_path / "absent")
+    for read in (read_named_model, description_of):
+        with pytest.raises(ModelError, match="no such directory"):
+            read(tmp_path / "absent")
 
 
 def test_the_users_own_esm2_has_the_published_embedding(monkeypatch):

@@ -5,9 +5,10 @@ from itertools import islice, pairwise
 import numpy as np
 
 from protlm.config import DataConfig
-from protlm.data.batching.batches import Objective, evaluation_rows, training_batch, training_rows
+from protlm.data.batching.batches import evaluation_rows, training_batch
 from protlm.data.batching.draws import Draws
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
+from protlm.data.batching.rows import training_rows
 from protlm.vocabulary import CLS, FIRST_RESIDUE, NUM_RESIDUES
 
 

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from protlm.config import DataConfig
-from protlm.data.batching.batches import EpochSize, epoch_size, pack, pack_row
+from protlm.data.batching.batches import pack_row
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.masking import evaluation_generator, mask_residues, training_generator
+from protlm.data.batching.rows import EpochSize, epoch_size, pack
 from protlm.errors import ShardError
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE, MASK, NUM_RESIDUES
 from tests.unit.data.batching.batch_cases import (

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from protlm.data.batching.batches import Objective
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.vocabulary import CLS, EOS
 from tests.unit.data.batching.batch_cases import (
     CAUSAL,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from protlm.data.batching.batches import Objective, evaluation_rows
-from protlm.data.batching.masking import MaskRates, evaluation_generator, mask_residues
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import MaskRates, Objective, evaluation_generator, mask_residues
 from protlm.vocabulary import CLS, EOS, MASK, are_residues
 from tests.unit.data.batching.batch_cases import LENGTHS, InMemory
 

@@ -246,7 +246,20 @@ def test_byte_order_marks_before_a_file_and_where_files_were_joined_are_no_part_
     ids = ["a", "b", "c", "d"]
     plain = labels_of(read_clusters(write(data)), *ids)
     assert plain[1] != plain[3]
-    assert labels_of(read_clusters(write(joined)), *ids) == plain
+    clusters = read_clusters(write(joined))
+    assert labels_of(clusters, *ids) == plain
+    assert (clusters.num_marks, read_clusters(write(data)).num_marks) == (2, 0)
+
+
+def test_byte_order_marks_of_every_kind_of_label_file_are_counted(write, monkeypatch):
+    mark = b"\xef\xbb\xbf"
+    assert read_splits(write(mark + b"a\ttrain\n" + mark + b"b\ttest\n")).num_marks == 2
+    assert read_families(write(b"a\tF\r\n" + mark + b"b\tF\r\n")).num_marks == 1
+    assert read_clusters(write(mark + UNIREF.encode())).num_marks == 1
+    # Wherever the blocks that are read end.
+    monkeypatch.setattr(SourceBlocks, "block_bytes", 5)
+    monkeypatch.setattr(label_rows, "_HEAD_BYTES", 5)
+    assert read_families(write((mark + b"a\tF\n") * 9)).num_marks == 9
 
 
 def test_xml_that_ends_in_the_middle_of_a_cluster_is_an_error_with_its_line(write):

@@ -7,9 +7,10 @@ import pytest
 
 from protlm import vocabulary
 from protlm.config import DataConfig
-from protlm.data.batching.batches import Objective, training_batch, training_rows
+from protlm.data.batching.batches import training_batch
 from protlm.data.batching.draws import Draws
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
+from protlm.data.batching.rows import training_rows
 from protlm.data.storage.dataset import open_dataset
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError, ShardError

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from protlm.data.storage.dataset import RecordLabels
+from protlm.inference.blosum import compare_with_blosum62
 from protlm.inference.metrics import FEWEST_UNITS, Resampled, replicate_weights
 from protlm.inference.residue_scores import ResidueScores
-from protlm.inference.residue_similarity import compare_with_blosum62
 from protlm.vocabulary import RESIDUES
 from protlm.workflows.evaluate import breakdowns
 from protlm.workflows.evaluate.breakdowns import DISTANCE_STARTS, LENGTH_STARTS, OTHER_LABELS, Breakdowns

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from protlm.config import ModelConfig
-from protlm.data.batching.batches import Objective
-from protlm.data.batching.masking import MaskRates
+from protlm.data.batching.masking import MaskRates, Objective
 from protlm.data.storage.dataset import RecordLabels
 from protlm.inference.baselines import empirical
 from protlm.model.performer import Performer

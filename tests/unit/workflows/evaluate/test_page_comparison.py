@@ -140,6 +140,23 @@ def test_what_qualifies_the_verdict_is_told_with_it(made):
     assert "A and B have the same weights" in twins
 
 
+def test_what_a_model_was_not_shown_or_lacks_is_told(made):
+    first, second = made("A"), made("B", 0.1, 0.01)
+    assert compared(first, second).limits() == []
+    measured = second.splits["test"]
+    second.splits["test"] = measured.model_copy(update={"num_cut": 3, "num_lacked": 1234})
+    comparison = compared(first, second)
+    cut, lacked = comparison.limits()
+    assert cut.startswith("B reaches only the beginning of 3 of the 30 proteins on test")
+    assert lacked.startswith("B has no token for 1,234 residues on test")
+    page = render_comparison(comparison)
+    assert cut in page
+    assert lacked in page
+    models = comparison.to_json()["models"]
+    assert [model["num_cut"] for model in models] == [{"test": 0, "ood": 0}, {"test": 3, "ood": 0}]
+    assert [model["num_lacked"]["test"] for model in models] == [0, 1234]
+
+
 def test_the_better_model_of_a_metric_is_named_only_where_the_interval_excludes_0(made):
     page = page_of(made("A"), made("B", 0.1, 0.01), made("C", 0.01, 0.1))
     section = page.partition('<section id="differences"')[2].partition("<section")[0]

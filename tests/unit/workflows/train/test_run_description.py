@@ -13,10 +13,11 @@ import torch
 import protlm
 from protlm.config import TrainConfig
 from protlm.errors import RunError
-from protlm.pretrained.model_description import ValidScore
+from protlm.pretrained.model_description import Origin, ValidScore
 from protlm.runtime.devices import device_name
 from protlm.workflows.train import run_description
 from protlm.workflows.train.run_description import (
+    Beginning,
     TrainingSet,
     checkout_commit,
     describe_session,
@@ -62,7 +63,7 @@ def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
     assert [start.first_step for start in description.sessions] == [0, 200]
     assert description.datasets == DATASETS
     content = json.loads(path.read_text())
-    assert (content["format"], content["format_version"]) == ("protlm-run", 3)
+    assert (content["format"], content["format_version"]) == ("protlm-run", 4)
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
 
 
@@ -90,12 +91,21 @@ def test_a_file_of_version_1_is_read_and_goes_on_as_one_of_this_version(path):
     content = json.loads(path.read_text())
     for key in ("device", "threads", "end"):
         del content["sessions"][0][key]
+    del content["init_origin"]
     path.write_text(json.dumps({**content, "format_version": 1}))
     (earlier,) = read_run_description(path).sessions
     assert (earlier.device, earlier.threads, earlier.end) == (None, None, None)
     write_run_description(path, DATASETS, session(first_step=5))
-    assert json.loads(path.read_text())["format_version"] == 3
+    assert json.loads(path.read_text())["format_version"] == 4
     assert [start.first_step for start in read_run_description(path).sessions] == [0, 5]
+
+
+def test_the_weights_that_a_run_began_with_are_kept_with_their_origin(path):
+    origin = Origin(source="lab/model", family="esm", files={"model.bin": "00ff"})
+    beginning = Beginning("1234", origin)
+    write_run_description(path, DATASETS, session(), beginning)
+    assert read_run_description(path).beginning == beginning
+    assert Beginning.of(None) == Beginning(None, None)
 
 
 def test_no_folder_host_or_environment_is_written(path, monkeypatch):
@@ -112,7 +122,7 @@ def test_no_folder_host_or_environment_is_written(path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff", b"[]", b'{"format": "protlm-model", "datasets": [], "sessions": []}',
-                b'{"format": "protlm-run", "format_version": 4, "datasets": [], "sessions": []}']
+                b'{"format": "protlm-run", "format_version": 5, "datasets": [], "sessions": []}']
 )  # fmt: skip
 def test_another_file_is_refused_in_one_line_and_stays(path, content):
     path.write_bytes(content)

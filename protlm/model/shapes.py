@@ -1,0 +1,85 @@
+"""The tensors of a network by name, from its settings alone: what can be counted and looked up before torch is loaded.
+
+It is the twin of the modules; a test holds them together, over settings of all kinds.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import Literal, NamedTuple
+
+from protlm.config import ModelConfig
+
+Role = Literal["matrix", "other", "fixed"]
+"""`matrix`: the weight of a linear layer; `other`: any other parameter; `fixed`: no parameter, and not trained."""
+
+
+class TensorShape(NamedTuple):
+    """The shape of a tensor, and its role."""
+
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
+    """Returns the shape of every tensor of a network's state, in the order of its parameters."""
+    return dict(_tensors(config))
+
+
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, TensorShape]]:
+    dim, vocab_size = config.model_dim, len(config.tokens())
+    if config.stored_frequencies:
+        yield "rotary_frequencies", TensorShape((config.head_dim // 2,), "fixed")
+    yield "embedding.weight", TensorShape((vocab_size, dim), "other")
+    if config.positions == "learned":
+        yield "position_embedding.weight", TensorShape((config.max_positions, dim), "other")
+    if config.embedding_norm:
+        yield from _norm("embedding_norm", config)
+    for number in range(config.num_layers):
+        for name, tensor in _layer(config):
+            yield f"layers.{number}.{name}", tensor
+    if config.layer_norm == "pre":
+        yield from _norm("final_norm", config)
+    if not config.tied_head:
+        yield "head.decoder", TensorShape((vocab_size, dim), "other")
+    yield "head.bias", TensorShape((vocab_size,), "other")
+    if config.head == "dense":
+        yield from _linear("head.dense", dim, dim)
+        yield "head.norm.weight", TensorShape((dim,), "other")
+        yield "head.norm.bias", TensorShape((dim,), "other")
+
+
+def _layer(config: ModelConfig) -> Iterator[tuple[str, TensorShape]]:
+    dim = config.model_dim
+    yield from _norm("attention_norm", config)
+    if config.qk_norm:
+        yield "attention.temperature_logit", TensorShape((config.num_heads,), "other")
+    if config.has_projection:
+        yield "attention.projection", TensorShape((config.num_heads, config.num_features, config.head_dim), "fixed")
+    for name in ("query", "key", "value", "output"):
+        yield from _linear(f"attention.{name}", dim, dim)
+    if config.qk_layer_norm:
+        for name in ("query_norm", "key_norm"):
+            yield f"attention.{name}.weight", TensorShape((dim,), "other")
+    if config.conv_width:
+        yield "attention.convolution.weight", TensorShape((config.conv_width, 3 * dim), "other")
+    yield from _norm("ffn_norm", config)
+    yield from _linear("ffn_in", dim, config.ffn_dim)
+    if config.ffn == "swiglu":
+        yield from _linear("ffn_gate", dim, config.ffn_dim)
+    yield from _linear("ffn_out", config.ffn_dim, dim)
+
+
+def _linear(name: str, num_inputs: int, num_outputs: int) -> Iterator[tuple[str, TensorShape]]:
+    yield f"{name}.weight", TensorShape((num_outputs, num_inputs), "matrix")
+    yield f"{name}.bias", TensorShape((num_outputs,), "other")
+
+
+def _norm(name: str, config: ModelConfig) -> Iterator[tuple[str, TensorShape]]:
+    yield f"{name}.weight", TensorShape((config.model_dim,), "other")
+    if config.norm == "layer":
+        yield f"{name}.bias", TensorShape((config.model_dim,), "other")
