@@ -60,7 +60,7 @@ def _print_size(size: "RunSize | DryRunReport") -> None:
     output.print_pairs(
         [
             ("parameters", f"{memory.parameters:,}, and {memory.projections:,} numbers of random projections"),
-            ("their state", f"{_gib(memory.state_bytes)}: {listed}"),
+            ("state", f"{_gib(memory.state_bytes)}: {listed}"),
             (
                 "an epoch",
                 f"{size.num_records:,} proteins, {size.residues_per_epoch:,} residues, "
@@ -75,7 +75,7 @@ def _print_size(size: "RunSize | DryRunReport") -> None:
 def _print_pace(report: "DryRunReport") -> None:
     row = _gib(report.memory.activations_bytes)
     total, available = _gib(report.memory_bytes), _gib(report.available_bytes)
-    pairs = [("memory here", f"{total} of {available} by estimate: the state, and {row} for one row")]
+    pairs = [("memory", f"{total} of {available} here by estimate: the state, and {row} for one row")]
     if report.first_step:
         pairs.append(("made", f"{report.first_step:,} of the steps"))
     if report.seconds_per_step is None or report.seconds is None:

@@ -26,7 +26,7 @@ def configurations():
     yield from (pytest.param(load_config(name).model, id=name) for name in shipped_configs())
 
 
-@pytest.mark.parametrize("config", configurations())
+@pytest.mark.parametrize("config", list(configurations()))
 def test_the_shapes_are_those_of_the_network(config):
     with torch.device("meta"):
         model = Performer(config)

@@ -234,7 +234,7 @@ def test_weights_of_another_model_are_refused(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 5}, "expected format version 1 to 4, got 5"),
+        ({"format_version": 6}, "expected format version 1 to 5, got 6"),
         ({"valid": {**VALID.model_dump(), "targets": "all"}}, "valid.targets"),
         ({"valid": {"num_targets": 3}}, "valid.targets"),
         ({"format_version": 2, "valid": {"num_targets": 3}}, "valid.accuracy"),
@@ -257,7 +257,7 @@ def test_weights_of_another_model_are_refused(folder, change):
         ({"step": 2**63}, "step: input should be less than 9223372036854775808"),
         ({"seed": 10**400}, "seed: input should be less than"),
         ({"residue_counts": dict.fromkeys(RESIDUES, 10**400)}, "residue_counts.L: input should be less than"),
-        ({"format_version": "9" * 5000}, "expected format version 1 to 4, got '999"),
+        ({"format_version": "9" * 5000}, "expected format version 1 to 5, got '999"),
         ({"model": {"num_layers": 10**7}}, "model.num_layers: input should be less than or equal to 1024"),
         ({"step": None}, "step: expected a fact of the training"),
         ({"residue_counts": None}, "residue_counts: expected a fact"),
