@@ -1,5 +1,6 @@
 """Label files whose ids are not those of the records: told with an id of each side and the likely cause."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -127,3 +128,14 @@ def test_names_cut_by_cd_hit_that_stand_in_two_clusters_are_told(tmp_path, capsy
     message = error_line(capsys, "prep", fasta, "--out", tmp_path / "out", "--clusters", table)
     assert f"{table}:6: this id is in cluster 'y', and by line 3 in cluster 'x'" in message
     assert "CD-HIT cuts names at 19 letters unless it runs with `-d 0`" in message
+
+
+def test_the_byte_order_marks_of_label_files_are_counted_with_those_of_records(tmp_path, capsys):
+    mark = "\ufeff"
+    fasta, families = tmp_path / "a.fasta", tmp_path / "families.tsv"
+    fasta.write_text(f"{mark}>a\nMKV\n>b\nMKL\n", encoding="utf-8")
+    families.write_text(f"{mark}a\tF\n{mark}b\tF\n", encoding="utf-8")
+    words = ["prep", str(fasta), "--out", str(tmp_path / "out"), "--families", str(families), "--valid-fraction", "0"]
+    assert main([*words, "--test-fraction", "0"]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["repairs"] == {"byte_order_mark": 3}
+    assert "byte_order_mark" in capsys.readouterr().out

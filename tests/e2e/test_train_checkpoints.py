@@ -99,10 +99,10 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_and_says_so(damage, datas
     assert resume(dataset, out) == 0
     errors = capsys.readouterr().err
     if damage is damage_nothing:
-        assert "5 of them made" in dry.out
+        assert "5 of the steps" in dry.out
         assert "warning" not in dry.err + errors
     else:
-        assert "4 of them made" in dry.out
+        assert "4 of the steps" in dry.out
         for shown in (dry.err, errors):
             assert "last.ckpt" in shown
             assert "the run goes on from previous.ckpt, and so from step 4" in shown

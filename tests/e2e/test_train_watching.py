@@ -318,6 +318,21 @@ def test_a_dry_run_tells_what_a_run_would_be_and_writes_nothing(dataset, tmp_pat
     assert "damaged" in failure("train", dataset, "--out", out, "--dry-run", "--resume")
 
 
+def test_a_step_that_would_take_too_long_is_estimated_and_called_so(dataset, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert train(dataset, out, "--dry-run", "--json") == 0
+    measured = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("protlm.workflows.train.dry_run._seconds_per_step", lambda *_: pytest.fail("a step was made"))
+    assert train(dataset, out, "--dry-run", "--json", "--timing-seconds", 0) == 0
+    estimated = json.loads(capsys.readouterr().out)
+    assert (measured["seconds_from"], estimated["seconds_from"]) == ("measured", "estimated")
+    # So small a model takes longer than its operations; nothing else is compared.
+    assert 0 < estimated["seconds_per_step"] < 20 * measured["seconds_per_step"]
+    assert estimated["seconds"] == pytest.approx(estimated["seconds_per_step"] * estimated["steps"])
+    assert train(dataset, out, "--dry-run", "--timing-seconds", 0) == 0
+    assert "by estimate, not timed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "paper-trembl-1024", "paper-concat-8192"])
 def test_a_dry_run_of_every_shipped_configuration(name, dataset, tmp_path, capsys, monkeypatch):
     from protlm.workflows.train import dry_run as train_dry_run

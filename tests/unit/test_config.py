@@ -12,6 +12,7 @@ from protlm.config import (
     DataConfig,
     ModelConfig,
     TrainConfig,
+    check_keys,
     dump_config,
     load_config,
     parse_config,
@@ -295,3 +296,18 @@ def test_pipes_devices_and_loops_in_place_of_a_file_are_refused_at_once(tmp_path
     for name in ("pipe.toml", "zeros.toml", "loop.toml"):
         with pytest.raises(ConfigError, match=r"expected a regular file|Too many levels"):
             load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "settings with --set: train.lrr: unknown key; known are seed, "),
+        ("tain.lr=1", "settings with --set: tain: unknown key; known are data, model, train"),
+        ("train.lr", "expected SECTION.KEY=VALUE"),
+    ],
+)
+def test_keys_are_checked_where_values_cannot_be_yet(override, message):
+    check_keys(["train.lr=nonsense", "model.num_heads=7"])
+    with pytest.raises(ConfigError) as caught:
+        check_keys(["train.lr=1", override])
+    assert message in str(caught.value)

@@ -35,7 +35,7 @@ _LARGEST_BUDGET = MOST_TOKENS
 _TIMED_ROWS = 2
 _PROBE_WIDTH, _PROBE_REPEATS = 1024, 5
 _PROBE_FLOPS = 2 * _PROBE_WIDTH**3
-_ASSUMED_UTILISATION = 0.5
+_ASSUMED_UTILISATION = 0.8
 """Share of the rate of a matrix product that a training step is taken to reach."""
 
 
