@@ -8,6 +8,7 @@ import typer
 from protlm.choices import ModelFormat
 from protlm.cli import output
 from protlm.cli.options import ForceOption, JsonOption, ModelArgument, one_of, seed_option
+from protlm.cli.progress import Progress
 
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to make.")]
 ToOption = Annotated[
@@ -45,7 +46,8 @@ def convert_command(
 
     from protlm.workflows.convert.convert import convert
 
-    report = convert(request)
+    with Progress({"convert": "step"}) as progress:
+        report = convert(request, start_progress=progress.start)
     if as_json:
         output.print_json(report)
         return

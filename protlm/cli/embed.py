@@ -21,7 +21,7 @@ from protlm.cli.options import (
     seed_option,
     some_of,
 )
-from protlm.cli.progress import Bars
+from protlm.cli.progress import Progress
 from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName
 from protlm.data.records import shown
 from protlm.errors import ProtlmError
@@ -160,14 +160,14 @@ def embed_command(
     from protlm.workflows.embed.estimate import EmbedEstimate, estimate
 
     try:
-        with Bars(_UNITS) as bars:
+        with Progress(_UNITS) as progress:
             report: EmbedEstimate | EmbedReport | None
             if dry_run:
-                report = estimate(request, start_progress=bars.start, tell=lambda counts: _tell(counts, as_json))
+                report = estimate(request, start_progress=progress.start, tell=lambda counts: _tell(counts, as_json))
             else:
                 from protlm.workflows.embed.embed import embed
 
-                report = embed(request, start_progress=bars.start)
+                report = embed(request, start_progress=progress.start)
     except KeyboardInterrupt:
         if not dry_run:
             output.warn_if_kept(partial_folder(out))

@@ -10,7 +10,7 @@ import typer
 from protlm.choices import SplitName, SplitOrAll
 from protlm.cli import output
 from protlm.cli.options import ForceOption, JsonOption, seed_option, some_of
-from protlm.cli.progress import Bars
+from protlm.cli.progress import Progress
 
 if TYPE_CHECKING:
     from protlm.workflows.evaluate.comparison import Comparison
@@ -144,9 +144,9 @@ def eval_command(
 
         from protlm.workflows.evaluate.evaluate import evaluate
 
-        return evaluate(request, start_progress=bars.start)
+        return evaluate(request, start_progress=progress.start)
 
-    with Bars({"eval": "residue", "approximation": "residue"}) as bars:
+    with Progress({"eval": "residue", "approximation": "residue"}) as progress:
         if compare:
             comparison = compare_reports(items, out, evaluate_model, force=force)
         else:
@@ -157,6 +157,8 @@ def eval_command(
         _print_comparison(comparison, out)
     else:
         _print(report, out)
+    if not compare:
+        _warn_of_weak_results(report, as_json)
 
 
 def _splits(names: Sequence[str]) -> tuple[SplitName, ...]:
@@ -166,6 +168,16 @@ def _splits(names: Sequence[str]) -> tuple[SplitName, ...]:
     order = {name: place for place, name in enumerate(names)}
     known: tuple[SplitName, ...] = get_args(SplitName)
     return tuple(sorted((name for name in known if name in order), key=order.__getitem__)) or ("test",)
+
+
+def _warn_of_weak_results(report: "EvalReport", as_json: bool) -> None:
+    from protlm.workflows.evaluate.weak_results import lost_comparisons, single_proteins
+
+    for line in single_proteins(report):
+        output.warn(line)
+    # Without --json every verdict stands below its table.
+    for line in lost_comparisons(report) if as_json else ():
+        output.warn(line)
 
 
 def _print(report: "EvalReport", out: Path) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from protlm.cli import output
 from protlm.cli.options import JsonOption
-from protlm.cli.progress import Bars
+from protlm.cli.progress import Progress
 
 if TYPE_CHECKING:
     from protlm.pretrained.model_description import ModelDescription
@@ -41,8 +41,8 @@ def inspect_command(
     """  # noqa: D301  \b must reach Typer as a backspace
     from protlm.workflows.identify import EmbeddingsReport, ModelReport, RunReport, content_of, identify
 
-    with Bars({"verify": "residue"}) as bars:
-        report = identify(path, verify=verify, start_progress=bars.start)
+    with Progress({"verify": "residue"}) as progress:
+        report = identify(path, verify=verify, start_progress=progress.start)
     if as_json:
         output.print_json(content_of(report))
     elif isinstance(report, EmbeddingsReport):
@@ -98,7 +98,7 @@ def _of_model(report: "ModelReport") -> list[tuple[str, object]]:
     if about.origin is not None:
         pairs.append(("vocabulary", _vocabulary_of(about)))
     elif about.valid is None:
-        pairs.append(("valid", "not measured"))
+        pairs.append(("valid", "unmeasured: the run was stopped before" if about.unmeasured else "not measured"))
     else:
         valid = about.valid
         scores = f"accuracy {valid.accuracy:.4f}, perplexity {valid.perplexity:.3f}"

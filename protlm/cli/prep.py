@@ -16,7 +16,7 @@ from protlm.cli.options import (
     one_of,
     seed_option,
 )
-from protlm.cli.progress import Bars
+from protlm.cli.progress import Progress
 
 if TYPE_CHECKING:
     from protlm.workflows.prep.estimate import PrepEstimate
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # The defaults below are those of `workflows.prep.options.PrepRequest`, too heavy to import here; a test compares them.
 _READY_MADE = "Ready-made {} set; INPUT is then the training set. Repeatable."
-_UNITS = {"read": "B", "write": "residues"}
+_UNITS = {"read for clusters": "sequence", "cluster": "sequence", "read": "B", "write": "residue"}
 
 InputsArgument = Annotated[
     list[str],
@@ -199,7 +199,7 @@ def prep_command(
     from protlm.workflows.prep.prepare import prepare
 
     try:
-        with Bars(_UNITS) as bars:
+        with Progress(_UNITS) as progress:
             request = PrepRequest(
                 inputs=inputs, out=out, valid_inputs=valid_input or (), test_inputs=test_input or (),
                 ood_inputs=ood_input or (), split=split, valid_fraction=valid_fraction, test_fraction=test_fraction,
@@ -210,7 +210,7 @@ def prep_command(
                 resume=resume, part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run,
                 force=force,
             )  # fmt: skip
-            report = prepare(request, start_progress=bars.start)
+            report = prepare(request, start_progress=progress.start)
     except KeyboardInterrupt:
         output.warn_if_kept(partial_folder(out))
         raise

@@ -12,6 +12,7 @@ import typer
 from protlm.choices import Precision, StrategyName
 from protlm.cli import output
 from protlm.cli.options import DevicesOption, ForceOption, JsonOption, NumNodesOption, one_of, seed_option
+from protlm.cli.progress import Progress
 
 if TYPE_CHECKING:
     from protlm.workflows.train.train import TrainReport
@@ -52,7 +53,7 @@ MaxStepsOption = Annotated[
 ]
 MaxTimeOption = Annotated[
     str | None,
-    typer.Option("--max-time", metavar="HH:MM:SS", help="Stop after this time, with a checkpoint."),
+    typer.Option("--max-time", metavar="HH:MM:SS", help="Stop after this time, with a checkpoint and a model."),
 ]
 SeedOption = Annotated[int | None, seed_option("Seed of weights, order and masks; sets train.seed.")]
 WandbOption = Annotated[
@@ -112,8 +113,9 @@ def train_command(
     """Train a masked or next-token language model.
 
     RUN gets config.toml, run.json, metrics.csv, curves.png, checkpoints/, tensorboard/ and model/, the model with the
-    lowest perplexity on the valid split. Ctrl-C or SIGTERM stops after the current update and leaves a checkpoint;
-    --resume continues from it. Everything else is a setting: protlm config prints them all, --set changes one.
+    lowest perplexity on the valid split. Ctrl-C or SIGTERM stops after the current update and leaves a checkpoint and a
+    model, which is marked as unmeasured if there was no time to measure it; --resume continues from the checkpoint.
+    Everything else is a setting: protlm config prints them all, --set changes one.
 
     \b
     Examples:
@@ -159,7 +161,8 @@ def train_command(
 
     from protlm.workflows.train.train import train
 
-    report = train(request, max_seconds=max_seconds, command=sys.argv[1:])
+    with Progress({"train": "step"}) as progress:
+        report = train(request, max_seconds=max_seconds, command=sys.argv[1:], start_progress=progress.start)
     if report is None:
         # Only the first process of a run prints.
         return
@@ -206,10 +209,11 @@ def _print(report: "TrainReport") -> None:
             model=(report.valid.accuracy, report.valid.perplexity),
             baseline=(report.valid.empirical_accuracy, report.valid.empirical_perplexity),
         )
+    unmeasured = ", unmeasured: the run was stopped before" if report.unmeasured else ""
     output.print_pairs(
         [
             ("steps", f"{report.step} in {report.seconds:.0f} s, {report.num_parameters:,} parameters"),
-            ("model", report.model or "none yet: it is written at the first measurement"),
+            ("model", f"{report.model or 'none'}{unmeasured}"),
             ("loss curve", report.run_dir / "curves.png"),
         ]
     )

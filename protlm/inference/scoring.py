@@ -87,6 +87,7 @@ def score_split(
     *,
     seed: int = EVALUATION_SEED,
     tokens_per_batch: int = 8192,
+    advance: Advance = no_advance,
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, MetricSums]:
@@ -104,6 +105,7 @@ def score_split(
         tokens_per_batch=tokens_per_batch,
         window_tokens=description.window_tokens,
         max_residues=max_scored_residues(description),
+        advance=advance,
         rank=rank,
         world_size=world_size,
     )

@@ -9,6 +9,11 @@ _DATA_MODES = {
     "concatenated": "It saw windows of {window_tokens:,} tokens of proteins joined by `<eos>`, across their bounds.",
 }
 
+_UNMEASURED = (
+    "This model is unmeasured: its run was stopped before it could be measured on the valid split. `protlm eval` "
+    "measures it, and `protlm train --resume` goes on."
+)
+
 
 def model_card(description: ModelDescription) -> str:
     """Returns the text of the README.md of a model directory."""
@@ -32,7 +37,10 @@ def model_card(description: ModelDescription) -> str:
         *([] if description.fine_tuned_from is None else _source(description.fine_tuned_from)),
         "",
     ]
-    lines += ["No valid split was measured."] if description.valid is None else _scores(description, description.valid)
+    if description.valid is not None:
+        lines += _scores(description, description.valid)
+    else:
+        lines.append(_UNMEASURED if description.unmeasured else "No valid split was measured.")
     lines += ["", "Use it with `protlm eval`, `protlm embed` or `protlm.load_model`.", ""]
     return "\n".join(lines)
 

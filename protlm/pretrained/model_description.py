@@ -17,7 +17,8 @@ MODEL_FORMAT_VERSION = 5
 READABLE_VERSIONS = (1, 2, 3, 4, 5)
 """In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
 Before version 3 the valid split was masked as in training, and `valid.targets` was missing. Before version 4 protlm had
-trained every model itself: none had an `origin`. Before version 5 none had `fine_tuned_from`."""
+trained every model itself: none had an `origin`. Before version 5 none had `fine_tuned_from`, and no model was exported
+`unmeasured`."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -102,7 +103,8 @@ class ModelDescription(BaseModel):
         origin: The source of a model that was trained elsewhere; None for one that protlm trained.
         fine_tuned_from: The source of the weights with which training by protlm began, if another program had trained
             them; kept through further trainings.
-        valid: Scores on the valid split, if there was one.
+        valid: Scores on the valid split; None without one, and while the model is `unmeasured`.
+        unmeasured: Whether its run was stopped before it could measure it on the valid split, which there is.
         weights_hash: xxh3-128 of model.safetensors.
     """
 
@@ -126,6 +128,7 @@ class ModelDescription(BaseModel):
     origin: Origin | None = None
     fine_tuned_from: Origin | None = None
     valid: ValidScore | None = None
+    unmeasured: bool = False
     weights_hash: str = ""
 
     @field_validator("residue_counts")

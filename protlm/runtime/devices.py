@@ -1,11 +1,11 @@
-"""The devices of a run, the rank of this process in it, and the device that is used by default.
+"""The devices of a run, and the device that is used by default.
 
-torch is loaded by the functions that ask it, so that what needs only its rank or options does not wait for it.
+torch is loaded by the functions that ask it, so that what needs only options does not wait for it.
 """
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,21 +44,6 @@ class Devices:
     def total(self) -> int:
         """Number of devices on all machines."""
         return self.per_node * self.num_nodes
-
-
-def process_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Returns a number for this process before the process group exists: 0 in the first process of the run only.
-
-    torchrun sets RANK. Lightning sets LOCAL_RANK in the processes that it starts, also inside a SLURM job. Where SLURM
-    starts the processes, it sets SLURM_PROCID.
-    """
-    if "RANK" in environment:
-        return int(environment["RANK"])
-    if "LOCAL_RANK" in environment:
-        return int(environment["LOCAL_RANK"]) or int(environment.get("NODE_RANK", "0"))
-    if int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return int(environment.get("SLURM_PROCID", "0"))
-    return int(environment.get("NODE_RANK", "0"))
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -1,6 +1,7 @@
-"""Lightning's trainers for our devices: the strategy for each choice of devices, and no advice on stderr."""
+"""Lightning's trainers for our devices: the strategy, who starts the processes, and no advice on stderr."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
 from protlm.config import Config
 from protlm.runtime.devices import Devices, best_device
+from protlm.runtime.launch import launcher
 
 
 def training_trainer(
@@ -33,7 +39,7 @@ def training_trainer(
         precision="bf16-mixed" if settings.train.precision == "bf16-mixed" else "32-true",
         accumulate_grad_batches=settings.train.accumulate // devices.total,
         callbacks=list(callbacks),
-        plugins=[checkpoint_io],
+        plugins=[checkpoint_io, cluster_environment(devices)],
         logger=list(loggers),
         num_sanity_val_steps=0,
     )
@@ -41,7 +47,7 @@ def training_trainer(
 
 def inference_trainer(devices: Devices) -> pl.Trainer:
     """Returns a trainer that runs a model without gradients on the given devices."""
-    return pl.Trainer(**_shared_options(devices), logger=False)
+    return pl.Trainer(**_shared_options(devices), plugins=[cluster_environment(devices)], logger=False)
 
 
 def _shared_options(devices: Devices) -> dict[str, Any]:
@@ -68,6 +74,60 @@ def lightning_strategy(devices: Devices) -> Any:
         return "auto"
     # Buffers need no broadcast: all processes draw the same projections from one seed.
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def cluster_environment(devices: Devices) -> ClusterEnvironment:
+    """Returns what tells Lightning of the processes of a run, which it would else guess from the environment alone."""
+    if devices.total == 1:
+        return _OneProcess()
+    by = launcher()
+    if by == "torchrun":
+        return TorchElasticEnvironment()
+    if by == "lightning":
+        return LightningEnvironment()
+    # Lightning accepts several tasks only with this variable, which srun sets where --ntasks-per-node was given.
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices.per_node))
+    return _TasksOfSrun()
+
+
+class _OneProcess(LightningEnvironment):
+    """A run of one process, which reads nothing that a launcher has left in the environment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Also undoes the rank that Lightning took from the environment when it was imported.
+        self.set_global_rank(0)
+        self._port = find_free_network_port()
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """True: there is nothing to start."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """This machine."""
+        return "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        """A free port."""
+        return self._port
+
+    def local_rank(self) -> int:
+        """Returns 0."""
+        return 0
+
+    def node_rank(self) -> int:
+        """Returns 0."""
+        return 0
+
+
+class _TasksOfSrun(SLURMEnvironment):
+    """The tasks that srun started."""
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Checks nothing: `check_processes` has, and what Lightning compares is of the job and not of the step."""
 
 
 @contextmanager

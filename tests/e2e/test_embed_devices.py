@@ -94,7 +94,37 @@ def test_a_second_process_alone_makes_nothing(run_dir, fasta, tmp_path, monkeypa
     """As under torchrun or SLURM, where all processes start at once and only the first one prepares."""
     from protlm.workflows.embed import embed as workflow
 
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"TORCHELASTIC_RUN_ID": "tests", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(workflow, "_join", lambda *_: None)
     assert main(["embed", str(run_dir), str(fasta), "--out", str(tmp_path / "e.h5"), "--devices", "2"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+TASK = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "77", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        TASK, {**TASK, "SLURM_NTASKS_PER_NODE": "4"}, {**TASK, "SLURM_STEP_NUM_TASKS": "4"},
+        {"RANK": "1", "WORLD_SIZE": "4"}, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "gone"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_rank_of_something_else_embeds_into_a_file_of_its_own(
+    variables, run_dir, fasta, one_process, tmp_path, monkeypatch
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["embed", str(run_dir), str(fasta), "--out", str(tmp_path / "e.h5"), *map(str, OPTIONS)]) == 0
+    assert (tmp_path / "e.h5").read_bytes() == one_process
+
+
+def test_processes_that_do_not_fit_the_devices_write_nothing(run_dir, fasta, tmp_path):
+    for process in fork_ranks(2, "embed", run_dir, fasta, "--out", tmp_path / "e.h5"):
+        shown, errors = process.communicate()
+        assert (process.returncode, shown) == (1, "")
+        (line,) = errors.splitlines()
+        assert "torchrun started 2 processes" in line
     assert list(tmp_path.iterdir()) == []

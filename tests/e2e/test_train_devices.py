@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+import socket
 
 import pytest
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from protlm.cli.app import main
+from protlm.pretrained.model_directory import read_description
 from tests.e2e.conftest import SMALL
 from tests.e2e.train_tools import LAUNCHERS, ended, finish, losses, rows, run_on_two, start, train, wait_for_rows
-from tests.forked import fork_ranks
+from tests.forked import Forked, fork_ranks
 
 # Ranks add in another order.
 CLOSE = {"rel": 2e-5}
@@ -84,6 +87,8 @@ def test_a_signal_to_one_process_stops_both_in_the_same_update(dataset, tmp_path
     """Lightning starts the processes, as for every user without torchrun or SLURM."""
     out = tmp_path / "run"
     settings = ["--config", "tiny", *SMALL, "--set", "train.accumulate=2", "--max-steps", 100_000]
+    # They measure the model together only because they are stopped.
+    settings += ["--set", "train.valid_every_steps=100000"]
     process = start("train", dataset, "--out", out, "--devices", 2, *settings)
     wait_for_rows(out, 3)
     os.kill(process.pid, signal.SIGTERM)
@@ -93,6 +98,9 @@ def test_a_signal_to_one_process_stops_both_in_the_same_update(dataset, tmp_path
     assert "--resume" in errors
     saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == len(rows(out)) > 2
+    description = read_description(out / "model")
+    assert (description.step, description.unmeasured) == (len(rows(out)), False)
+    assert description.valid.num_targets > 0
 
 
 def test_rows_that_cannot_be_shared_out_are_refused_with_a_number_that_can(dataset, tmp_path, failure):
@@ -104,17 +112,21 @@ def test_rows_that_cannot_be_shared_out_are_refused_with_a_number_that_can(datas
 def test_a_second_process_changes_nothing_in_the_run(dataset, tmp_path, monkeypatch):
     """As under torchrun or SLURM, where all processes start at once and only the first may replace a run."""
     out = tmp_path / "run"
-    assert train(dataset, out, "--max-steps", 1) == 0
+    assert train(dataset, out, "--max-steps", 1, "--set", "train.accumulate=2") == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     from protlm.workflows.train import train as workflow
 
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(workflow, "_fit", lambda *_: None)
-    assert train(dataset, out, "--max-steps", 3, "--force") == 0
+    second = {"TORCHELASTIC_RUN_ID": "tests", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    with monkeypatch.context() as patch:
+        for name, value in second.items():
+            patch.setenv(name, value)
+        patch.setattr(workflow, "_fit", lambda *_: None)
+        on_two = ["--devices", 2, "--set", "train.accumulate=2"]
+        assert train(dataset, out, "--max-steps", 3, "--force", *on_two) == 0
     # A finished run has nothing to train, for none of them: nobody waits for the others.
-    monkeypatch.undo()
-    monkeypatch.setenv("RANK", "1")
-    assert main(["train", str(dataset), "--out", str(out), "--resume"]) == 0
+    for name, value in second.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(dataset), "--out", str(out), "--resume", "--devices", "2"]) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -127,3 +139,63 @@ def test_what_goes_wrong_in_the_first_process_is_told_once(launcher, dataset, tm
     assert status == 1
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines(), errors
     assert errors.count("\n") == 1
+
+
+IN_A_JOB = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "myjob"}
+A_TASK = {**IN_A_JOB, "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+LEFT_OVER = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "no.such.machine", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        (IN_A_JOB, []), (A_TASK, []), ({**A_TASK, "SLURM_STEP_NUM_TASKS": "4"}, []), (LEFT_OVER, []),
+        ({**A_TASK, **LEFT_OVER}, ["--strategy", "fsdp"]),
+    ],
+    ids=["shell in a job", "task", "task of srun", "left over", "both, fsdp"],
+)  # fmt: skip
+def test_one_device_is_one_process_whatever_the_environment_says(variables, options, dataset, tmp_path, run_dir):
+    out = tmp_path / "run"
+    words = ["--config", "tiny", *SMALL, "--max-steps", 9, *options]
+    process = Forked("train", dataset, "--out", out, *words, variables=variables)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert losses(out) == pytest.approx(losses(run_dir), **CLOSE)
+    assert (out / "model" / "config.json").exists()
+    assert list((out / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_lightning_that_was_imported_as_another_rank_logs_the_run_all_the_same(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert train(dataset, tmp_path / "run", "--max-steps", 1) == 0
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("options", [[], ["--devices", 3], ["--devices", 2, "--num-nodes", 2]], ids=str)
+def test_processes_that_do_not_fit_the_devices_end_before_anything_is_written(options, dataset, tmp_path):
+    words = ["--config", "tiny", *SMALL, "--set", "train.accumulate=12", "--max-steps", 1, *options]
+    ranks = fork_ranks(2, "train", dataset, "--out", tmp_path / "run", *words)
+    for process in ranks:
+        _, errors = process.communicate()
+        assert process.returncode == 1
+        (line,) = errors.splitlines()
+        assert line.startswith("error: --devices")
+        assert "torchrun started 2 processes" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tasks_of_srun_train_what_one_process_does(dataset, one_process, tmp_path):
+    """With the variables that srun sets, and without the one that Lightning wants of --ntasks-per-node."""
+    out = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    job = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0",
+           "SLURM_JOB_NAME": "interactive", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    words = ["--config", "tiny", *SMALL, *SHARED, "--set", "model.dropout=0.1", "--devices", 2]
+    ranks = [
+        Forked("train", dataset, "--out", out, *words, variables={**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in ("0", "1")
+    ]
+    status, _, errors = ended(ranks)
+    assert status == 0, errors
+    assert losses(out) == pytest.approx(losses(one_process), **CLOSE)

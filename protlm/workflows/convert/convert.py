@@ -11,6 +11,7 @@ from protlm.pretrained.model_description import Origin
 from protlm.pretrained.model_directory import save_model
 from protlm.pretrained.model_files import read_description
 from protlm.pretrained.model_names import read_named_model
+from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.convert.request import ConvertRequest, check_request
 
 
@@ -49,15 +50,21 @@ class ConvertReport:
     weights_hash: str | None
 
 
-def convert(request: ConvertRequest) -> ConvertReport:
+def convert(request: ConvertRequest, *, start_progress: StartProgress = no_progress) -> ConvertReport:
     """Writes a model in another format, whole or not at all.
+
+    Args:
+        request: What is asked for.
+        start_progress: Starts the stage `convert`: two steps, to read and to write.
 
     Raises:
         ProtlmError: A model that cannot be read or has no equivalent in the format, or an output that is in the way.
     """
     check_request(request)
     out = Path(os.path.realpath(request.out))
+    advance = start_progress("convert", 2)
     model, description = read_named_model(request.model)
+    advance(1)
     architecture = None
     if request.to == "protlm":
         save_model(out, model, description)
@@ -69,6 +76,7 @@ def convert(request: ConvertRequest) -> ConvertReport:
             files.publish(partial, out)
         finally:
             files.remove(partial)
+    advance(1)
     vocabulary = model.config.tokens()
     return ConvertReport(
         out=request.out,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from protlm.data.embeddings.layouts import LAYOUTS
 from protlm.pretrained.model_files import description_of
-from protlm.runtime.devices import process_rank
+from protlm.runtime.launch import check_processes, process_rank
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, check_start
 from protlm.workflows.embed.inputs import ProteinInputs
 from protlm.workflows.embed.settings import EmbedRequest, check_options
@@ -16,10 +16,12 @@ def check_request(request: EmbedRequest) -> None:
 
     Raises:
         UsageError: Options that contradict each other.
+        ConfigError: There are more or fewer processes than devices.
         ProtlmError: An input that is not there, an output that is in the way, or no such model.
     """
     check_options(request, None)
-    if process_rank() == 0:
+    check_processes(request.devices)
+    if process_rank(request.devices) == 0:
         _check_out(request)
     ProteinInputs(request.inputs, request.split, request.on_bad_record, request.nucleotides)
     check_options(request, description_of(request.model))

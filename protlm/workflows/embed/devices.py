@@ -13,7 +13,8 @@ from protlm.data.storage.protein_store import open_proteins
 from protlm.errors import ProtlmError
 from protlm.inference.row_embeddings import RowEmbedder, Sums
 from protlm.model.performer import Performer
-from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer, process_rank
+from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer
+from protlm.runtime.launch import process_rank
 from protlm.runtime.progress import StartProgress
 from protlm.workflows.embed.folder import EmbedFolder
 from protlm.workflows.embed.plan import Plan
@@ -46,7 +47,7 @@ def compute_on_devices(
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
-            if process_rank():
+            if process_rank(devices):
                 raise OtherProcessError from None
             raise ProtlmError(
                 "another process of this run ended early, and its own message says why; what is finished is kept: go "

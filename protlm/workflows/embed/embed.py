@@ -21,7 +21,8 @@ from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_names import read_named_model
 from protlm.runtime import work_folder
-from protlm.runtime.devices import OtherProcessError, best_device, process_rank
+from protlm.runtime.devices import OtherProcessError, best_device
+from protlm.runtime.launch import check_processes, process_rank
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.vocabulary import RESIDUES, ModelVocabulary
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
@@ -110,9 +111,10 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
         ProtlmError: A model or an input that cannot be read, an output that is in the way, a protein that is too long
             for the model, or an unfinished run with other inputs, options or model.
     """
+    check_processes(request.devices)
     model, description = read_named_model(request.model)
     settings = settings_of(request, description)
-    if process_rank():
+    if process_rank(request.devices):
         _join(request, model, settings)
         return None
     # If OUT is a link, its target is made or replaced, not the link.

@@ -23,10 +23,12 @@ from protlm.data.parsing.text_pieces import PIECE_BYTES, cut_into_pieces
 from protlm.data.records import NUCLEOTIDES
 from protlm.data.storage.dataset import PrepOptions
 from protlm.errors import ProtlmError, RecordError, UsageError
+from protlm.runtime.progress import Advance, StartProgress, no_progress
 from protlm.workflows.prep.folder import InputFile
 
 DEFAULT_IDENTITY = 0.3
 _COVERAGE = "0.8"
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def check_request(program: str | None, identity: float | None, has_clusters: bool, files: Sequence[InputFile]) -> None:
@@ -54,7 +56,14 @@ def check_request(program: str | None, identity: float | None, has_clusters: boo
         raise ProtlmError(f"{program}: not installed; install MMseqs2, or give its clusters with --clusters")
 
 
-def make_clusters(program: str, identity: float | None, files: Sequence[InputFile], options: PrepOptions) -> Labels:
+def make_clusters(
+    program: str,
+    identity: float | None,
+    files: Sequence[InputFile],
+    options: PrepOptions,
+    *,
+    start_progress: StartProgress = no_progress,
+) -> Labels:
     """Returns the clusters that MMseqs2 makes of the records of files, by their sequences.
 
     `easy-linclust` takes time linear in the number of sequences; members cover 80 % of their representative. Memory:
@@ -65,6 +74,7 @@ def make_clusters(program: str, identity: float | None, files: Sequence[InputFil
         identity: Least sequence identity of a member to its representative, by default `DEFAULT_IDENTITY`.
         files: The files.
         options: The options by which records are kept.
+        start_progress: Starts the stages `read for clusters` (sequences) and `cluster`, whose size is unknown.
 
     Raises:
         RecordError: A record that ends the command.
@@ -73,20 +83,24 @@ def make_clusters(program: str, identity: float | None, files: Sequence[InputFil
     ids: list[str] = []
     digests: list[np.ndarray] = []
     seen: set[bytes] = set()
+    advance = start_progress("read for clusters", 0)
     with tempfile.TemporaryDirectory() as folder:
         fasta = Path(folder) / "sequences.fasta"
         with fasta.open("wb") as file:
             for table in (table for input_file in files for table in _tables(input_file.path, options)):
                 residues, bounds = vocabulary.decode(table.tokens).encode(), table.offsets.tolist()
+                num_before = len(ids)
                 for place in _kept(table, options):
                     if (key := table.digests[place].tobytes()) not in seen:
                         seen.add(key)
                         file.write(b">%d\n%s\n" % (len(ids), residues[bounds[place] : bounds[place + 1]]))
                         ids.append(table.ids[place])
                         digests.append(table.digests[place])
+                advance(len(ids) - num_before)
         if not ids:
             raise ProtlmError(f"{program}: no record is left to cluster")
-        pairs = _run(program, DEFAULT_IDENTITY if identity is None else identity, fasta, len(ids))
+        advance = start_progress("cluster", 0)
+        pairs = _run(program, DEFAULT_IDENTITY if identity is None else identity, fasta, len(ids), advance)
     representatives = np.full(len(ids), -1, dtype=np.int64)
     representatives[pairs[:, 1]] = pairs[:, 0]
     return clusters_of_sequences(program, np.stack(digests), representatives, ids)
@@ -120,20 +134,18 @@ def _kept(table: RecordTable, options: PrepOptions) -> list[int]:
     return places
 
 
-def _run(program: str, identity: float, fasta: Path, num_sequences: int) -> np.ndarray:
+def _run(program: str, identity: float, fasta: Path, num_sequences: int, advance: Advance) -> np.ndarray:
     """Returns the numbers of representative and member of each row that MMseqs2 writes, int64 (rows, 2)."""
     command = shutil.which(program)
     assert command is not None
     result = fasta.parent / "clusters"
     # Absolute paths: no file name can be mistaken for an option.
-    done = subprocess.run(
-        [command, "easy-linclust", str(fasta), str(result), str(fasta.parent / "tmp"),
-         "--min-seq-id", str(identity), "-c", _COVERAGE, "--cov-mode", "1"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ProtlmError(f"{program}: ended with status {done.returncode}: {lines[-1] if lines else 'no message'}")
+    words = [command, "easy-linclust", str(fasta), str(result), str(fasta.parent / "tmp"),
+             "--min-seq-id", str(identity), "-c", _COVERAGE, "--cov-mode", "1"]  # fmt: skip
+    status, told, errors = _watched(words, advance)
+    if status:
+        lines = (errors.strip() or told.strip()).splitlines()
+        raise ProtlmError(f"{program}: ended with status {status}: {lines[-1] if lines else 'no message'}")
     try:
         with warnings.catch_warnings():
             # NumPy warns where it meets anything else than a number.
@@ -145,3 +157,19 @@ def _run(program: str, identity: float, fasta: Path, num_sequences: int) -> np.n
     except (OSError, ValueError, DeprecationWarning) as error:
         raise ProtlmError(f"{program}: wrote no clusters of the sequences it was given; is it MMseqs2?") from error
     return pairs
+
+
+def _watched(words: Sequence[str], advance: Advance) -> tuple[int, str, str]:
+    """Returns status, stdout and stderr of a program, and meanwhile reports that it is at work."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while True:
+                try:
+                    told, errors = process.communicate(timeout=_SECONDS_BETWEEN_LOOKS)
+                except subprocess.TimeoutExpired:
+                    advance(0)
+                else:
+                    return process.returncode, told, errors
+        except BaseException:
+            process.kill()
+            raise

@@ -95,7 +95,8 @@ def prepare(
 
     Args:
         request: The dataset that is asked for.
-        start_progress: Starts the stages `read` (bytes on disk) and `write` (residues).
+        start_progress: Starts the stages `read` (bytes on disk) and `write` (residues), and before them, where MMseqs2
+            clusters, those of `make_clusters`.
 
     Returns:
         The dataset that was made; with `part` the files that were read; with `dry_run` the estimate.
@@ -122,7 +123,9 @@ def prepare(
     if request.dry_run:
         return estimate(inputs, target, rules=rules, workers=request.workers)
     if request.cluster_with is not None:
-        clusters = mmseqs.make_clusters(request.cluster_with, request.cluster_identity, inputs.files, options)
+        clusters = mmseqs.make_clusters(
+            request.cluster_with, request.cluster_identity, inputs.files, options, start_progress=start_progress
+        )
         labels = dataclasses.replace(labels, clusters=clusters)
         options = options.model_copy(update={"clusters": label_file(clusters)})
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from protlm import vocabulary
 from protlm.choices import SplitName
 from protlm.data.building.containment import MIN_LENGTH
-from protlm.data.storage.dataset import LENGTH_BIN_STARTS, Manifest, SplitSummary
+from protlm.data.storage.dataset import LENGTH_BIN_STARTS, Manifest, PrepOptions, SplitSummary
 from protlm.workflows.pages.figures import draw
 from protlm.workflows.pages.page import Block, Figure, KeyValues, Page, Section, Table, Text, Warnings, render
 from protlm.workflows.pages.palette import ALL_MARK, BASELINE_MARKS, SPLIT_MARKS
@@ -54,7 +54,9 @@ def warnings_of(manifest: Manifest) -> list[str]:
         )
     for name, split in manifest.splits.items():
         if not split.num_records:
-            warnings.append(f"split '{name}' is empty")
+            warnings.append(f"split '{name}' is empty{_asked_in_vain(manifest.options, name)}")
+        elif split.num_records == 1:
+            warnings.append(f"split '{name}' is a single protein, which says nothing about others")
         if looks_like_dna(split.residue_counts):
             share = math.floor(100 * _nucleotide_share(split.residue_counts))
             warnings.append(
@@ -68,6 +70,14 @@ def warnings_of(manifest: Manifest) -> list[str]:
                 "--split cluster keeps clusters whole"
             )
     return warnings
+
+
+def _asked_in_vain(options: PrepOptions, split: str) -> str:
+    """Returns the end of the warning of an empty split of which a fraction of the records was asked for."""
+    fraction = {"valid": options.valid_fraction, "test": options.test_fraction}.get(split)
+    if not fraction:
+        return ""
+    return f": the dataset is too small for its fraction, {fraction:g}; raise --{split}-fraction or give more proteins"
 
 
 def render_report(manifest: Manifest) -> str:

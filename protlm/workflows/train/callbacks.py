@@ -10,13 +10,15 @@ import pytorch_lightning as pl
 
 from protlm.config import Config
 from protlm.data.batching.batches import Proteins
-from protlm.errors import RunError
-from protlm.inference.metrics import MetricSums
+from protlm.errors import ModelError, RunError
+from protlm.inference.metrics import MetricSums, Score
 from protlm.inference.scoring import score_split
 from protlm.model.health import attention_health
 from protlm.pretrained.model_description import ModelDescription, Targets, ValidScore, targets_of
 from protlm.pretrained.model_directory import save_model
+from protlm.pretrained.model_files import read_description
 from protlm.runtime.devices import OtherProcessError
+from protlm.runtime.progress import StartProgress
 from protlm.workflows.train import run_checkpoints
 from protlm.workflows.train.divergence import diverged, find_fault
 from protlm.workflows.train.run_description import Outcome
@@ -28,6 +30,12 @@ _OTHER_MEASUREMENT = (
     "up to step {step} the valid split was masked as in training, and from now on it is measured on hidden residues, "
     "which are harder: the search for the best model begins anew"
 )
+_SECONDS_TO_MEASURE = 20.0
+"""Most time that a run which is stopped takes to measure its model: SLURM kills a job 30 seconds after SIGTERM."""
+
+
+class _TimeToMeasureIsOverError(Exception):
+    """Ends a measurement in all processes."""
 
 
 class Watch(pl.Callback):
@@ -39,6 +47,7 @@ class Watch(pl.Callback):
         last_step: Number of the latest update.
         best: The measurement of the exported model; None without a valid split.
         outcome: How the run ended; None while it goes on.
+        epoch: Passes over the data that are behind the run; 0 before its first update here.
         notes: Warnings about the files of the run that is resumed.
     """
 
@@ -51,6 +60,7 @@ class Watch(pl.Callback):
         baselines: Callable[[], Mapping[str, float]],
         stop_request: StopRequest,
         first_step: int,
+        start_progress: StartProgress,
     ) -> None:
         self._run_dir = run_dir
         self._config = config
@@ -58,6 +68,7 @@ class Watch(pl.Callback):
         self._describe = describe
         self._baselines = baselines
         self._stop_request = stop_request
+        self._start_progress = start_progress
         self._log: RunLog | None = None
         self._num_without_improvement = 0
         self._update_began = self._batch_asked_for = 0.0
@@ -65,6 +76,7 @@ class Watch(pl.Callback):
         self.last_step = first_step
         self.best: ValidScore | None = None
         self.outcome: Outcome | None = None
+        self.epoch = 0
         self.notes: tuple[str, ...] = ()
 
     @property
@@ -89,7 +101,9 @@ class Watch(pl.Callback):
                 raise OtherProcessError
             raise RunError(f"{self._run_dir}: the processes see different checkpoints; is the folder shared by all?")
         if trainer.is_global_zero:
-            self._log = RunLog(self._run_dir, self._config, self.last_step, trainer.loggers)
+            self._log = RunLog(
+                self._run_dir, self._config, self.last_step, trainer.loggers, start_progress=self._start_progress
+            )
             self.notes += self._log.notes
         self._update_began = self._batch_asked_for = time.perf_counter()
 
@@ -113,6 +127,7 @@ class Watch(pl.Callback):
     def _after_update(self, trainer: pl.Trainer, task: LanguageModelling) -> None:
         step, settings, update = self.last_step, self._config.train, task.last_update
         assert update is not None
+        self.epoch = update.epoch
         seconds = time.perf_counter() - self._update_began
         is_last = step >= settings.max_steps
         is_measured = is_last or step % settings.valid_every_steps == 0
@@ -139,6 +154,8 @@ class Watch(pl.Callback):
         ends = outcome is not None
         if ends or has_improved or self._is_due(step):
             self._save_checkpoints(trainer, has_improved=has_improved)
+            if ends and not is_measured:
+                self._leave_a_model(trainer, task)
             if self._log is not None:
                 self._log.draw_curves(self._baselines, is_last=ends)
         if ends and valid and self.best is None:
@@ -165,10 +182,7 @@ class Watch(pl.Callback):
         if self._valid is None:
             self._export(trainer, task, description)
             return {}, False
-        sums = score_split(
-            task.model, description, self._valid, rank=trainer.global_rank, world_size=trainer.world_size
-        )
-        valid = _valid_score(sums, targets_of(description.objective.hiding_all()))
+        score, valid = self._score(trainer, task, description)
         has_improved = math.isfinite(valid.perplexity) and (
             self.best is None or valid.perplexity < self.best.perplexity
         )
@@ -176,7 +190,6 @@ class Watch(pl.Callback):
         if has_improved:
             self.best = valid
             self._export(trainer, task, description.model_copy(update={"valid": valid}))
-        score = sums["model"].score()
         columns = {
             "valid/loss": score.loss,
             "valid/accuracy": score.accuracy,
@@ -184,9 +197,67 @@ class Watch(pl.Callback):
         }
         return columns, has_improved
 
-    def _export(self, trainer: pl.Trainer, task: LanguageModelling, description: ModelDescription) -> None:
+    def _score(
+        self, trainer: pl.Trainer, task: LanguageModelling, description: ModelDescription, deadline: float = math.inf
+    ) -> tuple[Score, ValidScore]:
+        """Scores the valid split; raises _TimeToMeasureIsOverError, in all processes, at a `time.monotonic()`."""
+        assert self._valid is not None
+
+        def advance(_: int) -> None:
+            if self._log is not None:
+                self._log.measuring()
+            if deadline < math.inf:
+                is_over = time.monotonic() >= deadline
+                if trainer.strategy.reduce_boolean_decision(is_over, all=False):
+                    raise _TimeToMeasureIsOverError
+
+        sums = score_split(
+            task.model,
+            description,
+            self._valid,
+            advance=advance,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        return sums["model"].score(), _valid_score(sums, targets_of(description.objective.hiding_all()))
+
+    def _leave_a_model(self, trainer: pl.Trainer, task: LanguageModelling) -> None:
+        """Exports the model of a run that is stopped between two measurements, unless a measured one is there.
+
+        It is exported as it is, in case that the job is killed meanwhile, and then measured if there is time. Neither
+        tables nor checkpoint know of this, so that a resumed run does what one does that was never stopped.
+        """
+        if self.best is not None:
+            return
+        description = self._describe(self.last_step)
+        if self._valid is None:
+            self._export(trainer, task, description)
+            return
+        earlier = self._score_of_export()
+        self._export(trainer, task, description.model_copy(update={"unmeasured": True}), is_wanted=earlier is None)
+        try:
+            _, valid = self._score(trainer, task, description, time.monotonic() + _SECONDS_TO_MEASURE)
+        except _TimeToMeasureIsOverError:
+            return
+        if not math.isfinite(valid.perplexity):
+            message = f"the perplexity on valid is {valid.perplexity}, and so the exported model is of no use"
+            raise diverged(self.last_step, message, trainer.global_rank)
+        is_better = earlier is None or earlier.targets != valid.targets or valid.perplexity < earlier.perplexity
+        self._export(trainer, task, description.model_copy(update={"valid": valid}), is_wanted=is_better)
+
+    def _score_of_export(self) -> ValidScore | None:
+        """Returns the scores of the model that was exported before; None if there is none or it is unmeasured."""
+        try:
+            return read_description(self._run_dir / "model").valid
+        except ModelError:
+            return None
+
+    def _export(
+        self, trainer: pl.Trainer, task: LanguageModelling, description: ModelDescription, *, is_wanted: bool = True
+    ) -> None:
+        """Writes model/ if it is wanted in the first process; all processes must call it together."""
         state = task.full_state()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and is_wanted:
             save_model(self._run_dir / "model", state, description)
 
     def _save_checkpoints(self, trainer: pl.Trainer, *, has_improved: bool) -> None:
@@ -225,7 +296,7 @@ class Watch(pl.Callback):
         self._num_without_improvement = state_dict["num_without_improvement"]
 
     def close(self) -> None:
-        """Closes the files and the progress bar."""
+        """Closes the files."""
         if self._log is not None:
             self._log.close()
 

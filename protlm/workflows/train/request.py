@@ -18,7 +18,8 @@ from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.pretrained.model_description import ModelDescription, dataset_hash_of
 from protlm.pretrained.model_files import description_of
-from protlm.runtime.devices import Devices, machine_memory_bytes, process_rank
+from protlm.runtime.devices import Devices, machine_memory_bytes
+from protlm.runtime.launch import check_processes, process_rank
 from protlm.workflows.train.memory import check_can_be_built, estimate_memory
 from protlm.workflows.train.run_description import TrainingSet
 from protlm.workflows.train.run_folder import CONFIG_NAME, check_replaceable, resolve_settings
@@ -124,6 +125,8 @@ def check_request(request: TrainRequest, *, runs_here: bool = True) -> CheckedRe
     Raises:
         ProtlmError: The run cannot start.
     """
+    if runs_here:
+        check_processes(request.devices)
     run_dir = request.run_dir
     if not files.is_text(run_dir):
         raise RunError(
@@ -144,7 +147,7 @@ def check_request(request: TrainRequest, *, runs_here: bool = True) -> CheckedRe
         memory = estimate_memory(settings)
         if runs_here:
             check_can_be_built(memory, machine_memory_bytes())
-    if process_rank() == 0:
+    if process_rank(request.devices) == 0:
         check_replaceable(run_dir, resume=request.resume, force=request.force)
     return CheckedRequest(request=request, sets=sets, settings=settings)
 

@@ -35,6 +35,10 @@ Outcome = Literal["finished", "interrupted", "out of time", "out of patience", "
 """How a session ended: `finished` at train.max_steps, or before it for one of the other reasons."""
 
 
+ModelState = Literal["measured", "unmeasured", "without valid split"]
+"""How far the exported model is measured."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -73,7 +77,10 @@ class SessionEnd(_Strict):
         seconds: Duration of the session.
         outcome: How it ended.
         last_step: Updates of the run by then.
-        valid: Scores of the exported model on the valid split; None if there is no model or no valid split.
+        valid: Scores of the exported model on the valid split; None if there is no model or no valid split, and if the
+            model is unmeasured.
+        model: Whether the exported model is `measured` on the valid split; `unmeasured` if the run was stopped before
+            that, `without valid split` if there is none; None if there is no model, or an earlier protlm wrote it.
     """
 
     time: str
@@ -81,6 +88,7 @@ class SessionEnd(_Strict):
     outcome: Outcome
     last_step: Count
     valid: ValidScore | None
+    model: ModelState | None = None
 
 
 class Session(_Strict):
@@ -126,7 +134,7 @@ class RunDescription(_Strict):
     """The content of run.json.
 
     In version 1 a session had no `device`, `threads` and `end`, in version 2 no `lr` and `muon_lr`; before version 4
-    there was no `init_origin`.
+    there was no `init_origin`, and an end had no `model`.
 
     Attributes:
         format: Marks the file as the description of a run.
@@ -203,7 +211,7 @@ def write_run_description(
 
 
 def write_session_end(
-    path: Path, *, seconds: float, outcome: Outcome, last_step: int, valid: ValidScore | None
+    path: Path, *, seconds: float, outcome: Outcome, last_step: int, model: ModelDescription | None
 ) -> None:
     """Writes run.json, whole or not at all, with the end, which is now, of its last session.
 
@@ -212,15 +220,28 @@ def write_session_end(
         seconds: Duration of the session.
         outcome: How it ended.
         last_step: Updates of the run by now.
-        valid: Scores of the exported model; None if there are none.
+        model: Description of the exported model; None if there is none.
 
     Raises:
         RunError: The file is gone or is not a run.json.
     """
     description = read_run_description(path)
-    end = SessionEnd(time=_now(), seconds=round(seconds, 3), outcome=outcome, last_step=last_step, valid=valid)
+    end = SessionEnd(
+        time=_now(),
+        seconds=round(seconds, 3),
+        outcome=outcome,
+        last_step=last_step,
+        valid=None if model is None else model.valid,
+        model=None if model is None else _state_of(model),
+    )
     ended = description.sessions[-1].model_copy(update={"end": end})
     _write(path, description.model_copy(update={"sessions": [*description.sessions[:-1], ended]}))
+
+
+def _state_of(model: ModelDescription) -> ModelState:
+    if model.valid is not None:
+        return "measured"
+    return "unmeasured" if model.unmeasured else "without valid split"
 
 
 def _write(path: Path, description: RunDescription) -> None:

@@ -1,4 +1,4 @@
-"""The log of a run: the tables, the loggers and the progress bar that every update is written to."""
+"""The log of a run: the tables, the loggers and the progress that every update is written to."""
 
 import math
 import resource
@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from pytorch_lightning.loggers import Logger
-from tqdm import tqdm
 
 from protlm.config import Config
 from protlm.model.health import LayerHealth
+from protlm.runtime.progress import StartProgress
 from protlm.workflows.train.curves import plot_curves
 from protlm.workflows.train.run_tables import ADDED_METRICS, HEALTH, METRICS, SPEED, CsvLog
 from protlm.workflows.train.task import Update
@@ -37,13 +36,21 @@ _SECONDS_BETWEEN_CURVES = 60.0
 
 
 class RunLog:
-    """The tables, loggers and progress bar of a run, from the step that it starts from.
+    """The tables, loggers and progress of a run, from the step that it starts from.
 
     Attributes:
         notes: Warnings about the files of the run that is resumed.
     """
 
-    def __init__(self, run_dir: Path, config: Config, first_step: int, loggers: Sequence[Logger]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        first_step: int,
+        loggers: Sequence[Logger],
+        *,
+        start_progress: StartProgress,
+    ) -> None:
         self._run_dir = run_dir
         self._config = config
         self._loggers = loggers
@@ -58,10 +65,8 @@ class RunLog:
         if self._metrics.last_step < first_step:
             missing = f"{self._metrics.last_step + 1} to {first_step}"
             self.notes = (f"{run_dir / 'metrics.csv'}: the rows of steps {missing} are gone, and stay away",)
-        self._progress: tqdm[Any] = tqdm(
-            total=config.train.max_steps, initial=first_step, unit="step", desc="train", disable=None, smoothing=0.05
-        )
-        self._valid_perplexity = "-"
+        self._shown = {"valid": "-"}
+        self._advance = start_progress("train", config.train.max_steps, done=first_step, details=lambda: self._shown)
         self._curves_drawn_at = -math.inf
 
     def update(
@@ -124,30 +129,29 @@ class RunLog:
             self._curves_drawn_at = now
 
     def close(self) -> None:
-        """Closes the files and the progress bar."""
+        """Closes the files."""
         for log in (self._metrics, self._speed, self._health):
             log.close()
-        self._progress.close()
 
     def _log_metrics(self, step: int, numbers: Mapping[str, float | None]) -> None:
         metrics = {name: value for name, value in numbers.items() if value is not None}
         for logger in self._loggers:
             logger.log_metrics(metrics, step=step)
 
+    def measuring(self) -> None:
+        """Shows that the run is still at work, though it makes no update."""
+        self._advance(0)
+
     def _show(self, update: Update, perplexity: float, valid: Mapping[str, float], speed: Mapping[str, float]) -> None:
-        if "valid/perplexity" in valid:
-            self._valid_perplexity = f"{valid['valid/perplexity']:.2f}"
-        self._progress.set_postfix(
-            {
-                "loss": f"{update.loss:.3f}",
-                "perplexity": f"{perplexity:.2f}",
-                "accuracy": f"{update.accuracy:.3f}",
-                "valid": self._valid_perplexity,
-                "residues/s": f"{speed['residues_per_second']:,.0f}",
-            },
-            refresh=False,
-        )
-        self._progress.update()
+        valid_perplexity = f"{valid['valid/perplexity']:.2f}" if "valid/perplexity" in valid else self._shown["valid"]
+        self._shown = {
+            "loss": f"{update.loss:.3f}",
+            "perplexity": f"{perplexity:.2f}",
+            "accuracy": f"{update.accuracy:.3f}",
+            "valid": valid_perplexity,
+            "residues/s": f"{speed['residues_per_second']:,.0f}",
+        }
+        self._advance(1)
 
 
 def _peak_memory_bytes() -> int:

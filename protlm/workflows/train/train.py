@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +14,9 @@ from pytorch_lightning.loggers import Logger
 from protlm.errors import ModelError, RunError
 from protlm.pretrained.model_description import ModelDescription, ValidScore, dataset_hash_of
 from protlm.pretrained.model_files import read_description
-from protlm.runtime.devices import OtherProcessError, is_lost_peer, process_rank
+from protlm.runtime.devices import Devices, OtherProcessError, is_lost_peer
+from protlm.runtime.launch import check_processes, process_rank
+from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.train.callbacks import Watch
 from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.run_checkpoints import WholeCheckpointIO, last_checkpoint, make_last
@@ -29,6 +31,7 @@ from protlm.workflows.train.start import Start, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
 from protlm.workflows.train.valid_baselines import baseline_perplexities
+from protlm.workflows.train.weak_results import weak_results
 from protlm.workflows.trainers import quiet_lightning, training_trainer
 
 
@@ -41,11 +44,12 @@ class TrainReport:
         step: Optimizer updates since step 0.
         interrupted: Whether Ctrl-C or another signal ended the run before max_steps.
         ended_early: Why it ended before max_steps, in words; None if it did not.
-        notes: Warnings about the files of the run that was resumed.
+        notes: Warnings about the files of the run that was resumed, and about a weak result.
         seconds: Wall time of this call.
         num_parameters: Trained parameters of the model.
-        model: The exported model; None if the run was stopped before its first measurement.
-        valid: Scores of that model on the valid split; None without one.
+        model: The exported model; None if there is none.
+        valid: Scores of that model on the valid split; None without one, and while the model is unmeasured.
+        unmeasured: Whether the run was stopped before it could measure that model on its valid split.
     """
 
     run_dir: Path
@@ -57,10 +61,15 @@ class TrainReport:
     num_parameters: int
     model: Path | None
     valid: ValidScore | None
+    unmeasured: bool
 
 
 def train(
-    request: TrainRequest, *, max_seconds: float | None = None, command: Sequence[str] = ()
+    request: TrainRequest,
+    *,
+    max_seconds: float | None = None,
+    command: Sequence[str] = (),
+    start_progress: StartProgress = no_progress,
 ) -> TrainReport | None:
     """Trains a language model and returns the outcome; None in every process of the run but the first.
 
@@ -68,20 +77,26 @@ def train(
         request: The run that is asked for.
         max_seconds: Time after which to stop, with a checkpoint.
         command: Words of the command line, for run.json.
+        start_progress: Starts the stage `train` (steps), in the first process only.
 
     Raises:
         ProtlmError: Bad settings or data, an existing run, or a loss that is not finite.
     """
     with ExitStack() as locked:
-        return _train(request, max_seconds, command, locked)
+        return _train(request, max_seconds, command, start_progress, locked)
 
 
 def _train(
-    request: TrainRequest, max_seconds: float | None, command: Sequence[str], locked: ExitStack
+    request: TrainRequest,
+    max_seconds: float | None,
+    command: Sequence[str],
+    start_progress: StartProgress,
+    locked: ExitStack,
 ) -> TrainReport | None:
     """Trains, with the run directory locked by the first process."""
     started = time.perf_counter()
-    run_dir, is_first = request.run_dir, process_rank() == 0
+    check_processes(request.devices)
+    run_dir, is_first = request.run_dir, process_rank(request.devices) == 0
     # Before anything in it is read: another process may be about to change it.
     is_run = is_first and lock_existing(run_dir, locked)
     start = prepare_start(request)
@@ -103,16 +118,12 @@ def _train(
             settings=settings.train,
         )
         write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.beginning)
+    baselines = _baselines_of(start)
     with StopRequest(max_seconds) as stop_request:
         watch = Watch(
-            run_dir,
-            settings,
-            start.sets.valid,
-            _describer(start),
-            _baselines_of(start),
-            stop_request,
-            start.first_step,
-        )
+            run_dir, settings, start.sets.valid, _describer(start), baselines, stop_request, start.first_step,
+            start_progress,
+        )  # fmt: skip
         if start.resume_point is not None and start.resume_point.note is not None:
             watch.notes += (start.resume_point.note,)
         if has_work:
@@ -122,7 +133,7 @@ def _train(
                 trainer = training_trainer(settings, request.devices, run_dir, [watch], loggers, WholeCheckpointIO())
                 checkpoint = last_checkpoint(run_dir) if start.first_step else None
                 try:
-                    _fit(trainer, task, start.data, checkpoint)
+                    _fit(trainer, task, start.data, checkpoint, request.devices)
                 except OtherProcessError:
                     return None
                 except KeyboardInterrupt:
@@ -134,7 +145,10 @@ def _train(
                         _write_end(run_dir, watch, time.perf_counter() - started)
     if not is_first:
         return None
-    has_model = _has_model(run_dir)
+    model = _exported(run_dir)
+    valid = None if model is None else model.valid
+    if has_work:
+        watch.notes += _weaknesses(start, watch, valid, baselines)
     return TrainReport(
         run_dir=run_dir,
         step=watch.last_step,
@@ -143,25 +157,42 @@ def _train(
         notes=watch.notes,
         seconds=time.perf_counter() - started,
         num_parameters=start.memory.parameters,
-        model=run_dir / "model" if has_model else None,
-        valid=read_description(run_dir / "model").valid if has_model else None,
+        model=None if model is None else run_dir / "model",
+        valid=valid,
+        unmeasured=model is not None and model.unmeasured,
     )
 
 
-def _has_model(run_dir: Path) -> bool:
-    return (run_dir / "model" / "config.json").is_file()
+def _exported(run_dir: Path) -> ModelDescription | None:
+    """Returns the description of the exported model; None if there is none."""
+    folder = run_dir / "model"
+    return read_description(folder) if (folder / "config.json").is_file() else None
+
+
+def _weaknesses(
+    start: Start, watch: Watch, valid: ValidScore | None, baselines: Callable[[], Mapping[str, float]]
+) -> tuple[str, ...]:
+    """Returns a line for each weakness of the result."""
+    lines = weak_results(
+        valid=valid,
+        # They were measured for the last picture of the curves.
+        baselines=baselines() if valid is not None else {},
+        num_training=start.sets.train.num_records,
+        num_valid=None if start.sets.valid is None else start.sets.valid.num_records,
+        epochs=watch.epoch,
+    )
+    return tuple(lines)
 
 
 def _write_end(run_dir: Path, watch: Watch, seconds: float) -> None:
     """Writes the end of this session to run.json; where that fails, it adds a note, and the run's outcome stays."""
     try:
-        valid = read_description(run_dir / "model").valid if _has_model(run_dir) else None
         write_session_end(
             run_dir / RUN_NAME,
             seconds=seconds,
             outcome=watch.outcome or "failed",
             last_step=watch.last_step,
-            valid=valid,
+            model=_exported(run_dir),
         )
     except (ModelError, RunError, OSError) as error:
         watch.notes += (f"the end of this session is not in run.json: {error}",)
@@ -226,7 +257,9 @@ def _tensorboard_folder(run_dir: Path) -> Path:
     return earlier[-1] if earlier else folder / run_dir.name
 
 
-def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, checkpoint: Path | None) -> None:
+def _fit(
+    trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, checkpoint: Path | None, devices: Devices
+) -> None:
     try:
         with _failed_writes_of_threads_untold():
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
@@ -236,7 +269,7 @@ def _fit(trainer: pl.Trainer, task: LanguageModelling, data: TrainingData, check
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        if process_rank():
+        if process_rank(devices):
             raise OtherProcessError from None
         raise RunError(
             "another process of this run ended early, and its own message says why; go on from the last checkpoint "

@@ -169,6 +169,16 @@ def test_the_model_card_says_where_nothing_was_measured_and_what_was_redrawn(mod
     assert "every 100 steps" in card
 
 
+def test_a_model_that_there_was_no_time_to_measure_is_marked_as_unmeasured(model, tmp_path):
+    save_model(tmp_path, model, describe(model, valid=None, unmeasured=True))
+    card = (tmp_path / "README.md").read_text()
+    assert "unmeasured" in card
+    assert "No valid split" not in card
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert (content["valid"], content["unmeasured"]) == (None, True)
+    assert read_model(tmp_path)[1].unmeasured
+
+
 def test_a_run_stands_for_its_model(folder):
     assert find_model(folder.parent) == find_model(folder) == folder
 
@@ -371,6 +381,15 @@ def test_a_model_of_version_3_has_no_origin_and_the_settings_of_ours(folder):
     assert (description.origin, description.trained_residues) == (None, None)
     assert description.valid == VALID
     assert read.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+
+
+def test_a_model_of_version_4_is_none_that_there_was_no_time_to_measure(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    del content["unmeasured"]
+    path.write_text(json.dumps({**content, "format_version": 4}))
+    description = read_model(folder)[1]
+    assert (description.valid, description.unmeasured) == (VALID, False)
 
 
 def test_a_model_from_elsewhere_needs_no_facts_of_its_training_and_its_card_names_the_source(model, tmp_path):

@@ -272,13 +272,28 @@ def test_warnings_name_dna_empty_splits_and_clusters_on_both_sides():
             Shared(first="train", second="valid", num_labels=0), Shared(first="train", second="test", num_labels=3),
         ),
     )  # fmt: skip
-    manifest = manifest_of({"train": split_of("ACGT" * 300), "valid": split_of()}, leakage=leakage)
+    manifest = manifest_of({"train": split_of("ACGT" * 300, "ACG"), "valid": split_of()}, leakage=leakage)
     assert warnings_of(manifest) == [
         "split 'train' looks like DNA: 100 % of its letters are A, C, G, T, U or N; protlm takes protein sequences, "
         "so translate it first",
-        "split 'valid' is empty",
+        "split 'valid' is empty: the dataset is too small for its fraction, 0.01; raise --valid-fraction or give more "
+        "proteins",
         "3 clusters have records in both train and test; --split cluster keeps clusters whole",
     ]
+
+
+def test_a_split_of_one_protein_and_empty_ones_of_which_nothing_was_asked_for_are_warned_of():
+    manifest = manifest_of({"train": split_of("MKV" * 9, "MKWLL"), "valid": split_of("MKVW"), "test": split_of()})
+    of_one = "split 'valid' is a single protein, which says nothing about others"
+    assert warnings_of(manifest) == [
+        of_one,
+        "split 'test' is empty: the dataset is too small for its fraction, 0.01; raise --test-fraction or give more "
+        "proteins",
+    ]
+    for fraction in (None, 0.0):
+        changes = {"valid_fraction": fraction, "test_fraction": fraction}
+        options = manifest.options.model_copy(update=changes)
+        assert warnings_of(manifest.model_copy(update={"options": options})) == [of_one, "split 'test' is empty"]
 
 
 def counts_of_file(path):

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import protlm
-from protlm.config import TrainConfig
+from protlm.config import ModelConfig, TrainConfig
 from protlm.errors import RunError
-from protlm.pretrained.model_description import Origin, ValidScore
+from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
 from protlm.runtime.devices import device_name
+from protlm.vocabulary import RESIDUES
 from protlm.workflows.train import run_description
 from protlm.workflows.train.run_description import (
     Beginning,
@@ -28,6 +29,9 @@ from protlm.workflows.train.run_description import (
 
 VALID = ValidScore(
     targets="hidden", num_targets=9, accuracy=0.3, perplexity=9.5, empirical_accuracy=0.1, empirical_perplexity=17.9
+)
+MODEL = ModelDescription(
+    model=ModelConfig(), mask_rate=0.15, seed=0, step=345, residue_counts=dict.fromkeys(RESIDUES, 1), dataset_hash="ab"
 )
 SETTINGS = TrainConfig()
 DATASETS = [TrainingSet(name="uniref", hash="ab" * 16, num_records=10, num_residues=3000)]
@@ -67,18 +71,29 @@ def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("valid", [None, VALID, VALID.model_copy(update={"perplexity": math.inf})])
-def test_the_end_is_that_of_the_last_session(path, valid):
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        (None, None),
+        ({}, "without valid split"),
+        ({"unmeasured": True}, "unmeasured"),
+        ({"valid": VALID}, "measured"),
+        ({"valid": VALID.model_copy(update={"perplexity": math.inf})}, "measured"),
+    ],
+)
+def test_the_end_is_that_of_the_last_session(path, changes, state):
+    model = None if changes is None else MODEL.model_copy(update=changes)
     write_run_description(path, DATASETS, session())
     write_run_description(path, DATASETS, session(first_step=200))
     before = read_run_description(path)
-    write_session_end(path, seconds=12.34567, outcome="out of time", last_step=345, valid=valid)
+    write_session_end(path, seconds=12.34567, outcome="out of time", last_step=345, model=model)
     killed, ended = read_run_description(path).sessions
     assert killed == before.sessions[0]
     assert ended.model_copy(update={"end": None}) == before.sessions[1]
     assert datetime.now(UTC) - datetime.fromisoformat(ended.end.time) < timedelta(minutes=1)
     end = ended.end
-    assert (end.seconds, end.outcome, end.last_step, end.valid) == (12.346, "out of time", 345, valid)
+    assert (end.seconds, end.outcome, end.last_step) == (12.346, "out of time", 345)
+    assert (end.valid, end.model) == (None if model is None else model.valid, state)
     assert json.loads(path.read_text())["sessions"][0]["end"] is None
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
     # The next start keeps it.
@@ -106,6 +121,15 @@ def test_the_weights_that_a_run_began_with_are_kept_with_their_origin(path):
     write_run_description(path, DATASETS, session(), beginning)
     assert read_run_description(path).beginning == beginning
     assert Beginning.of(None) == Beginning(None, None)
+
+
+def test_an_end_of_version_3_does_not_say_how_far_its_model_is_measured(path):
+    write_run_description(path, DATASETS, session())
+    write_session_end(path, seconds=1, outcome="finished", last_step=3, model=MODEL)
+    content = json.loads(path.read_text())
+    del content["sessions"][0]["end"]["model"]
+    path.write_text(json.dumps({**content, "format_version": 3}))
+    assert read_run_description(path).sessions[0].end.model is None
 
 
 def test_no_folder_host_or_environment_is_written(path, monkeypatch):
