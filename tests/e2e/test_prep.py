@@ -113,7 +113,7 @@ def test_the_report_counts_what_is_in_the_manifest(write, out, capsys):
 
 
 def test_repairs_rejects_and_duplicates_are_told(write, out, capsys):
-    path = write("a", "MKV", "mkv", "MK1", "A")
+    path = write("a", "MKV", "mkv", "MK1", "A", "MKW")
     fractions = ("--valid-fraction", "0", "--test-fraction", "0")
     assert main(["prep", path, "--out", out, "--on-bad-record", "skip", "--min-length", "2", *fractions]) == 0
     told = capsys.readouterr()

@@ -76,5 +76,5 @@ def test_a_best_model_that_was_measured_in_the_same_way_stays(settings, dataset,
     without_the_kind_of_measurement(out)
     capsys.readouterr()
     assert resume(dataset, out, 3) == 0
-    assert "warning" not in capsys.readouterr().err
+    assert "begins anew" not in capsys.readouterr().err
     assert read_model(out)[1].step == 2
