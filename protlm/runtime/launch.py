@@ -64,10 +64,10 @@ def check_processes(devices: "Devices", environment: Mapping[str, str] = os.envi
         source = "LOCAL_RANK is set, and WORLD_SIZE says"
         advice = "unset RANK, LOCAL_RANK and WORLD_SIZE if they are left over from something else"
     if number is not None and number != devices.total:
-        processes = "1 process" if number == 1 else f"{number} processes"
+        expected, found = ("1 process" if count == 1 else f"{count} processes" for count in (devices.total, number))
         raise ConfigError(
-            f"--devices {devices.per_node}, --num-nodes {devices.num_nodes}: expected a process for each of these "
-            f"devices, {devices.total} in all; {source} {processes}; {advice}"
+            f"--devices {devices.per_node}, --num-nodes {devices.num_nodes}: expected {expected}, one for each device; "
+            f"{source} {found}; {advice}"
         )
 
 

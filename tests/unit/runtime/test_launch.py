@@ -68,11 +68,15 @@ def test_a_run_on_one_device_is_one_process_whatever_the_environment_says(enviro
 @pytest.mark.parametrize(
     ("devices", "environment", "words"),
     [
-        (Devices(), torchrun(1, 2), ("--devices 1", "1 in all", "torchrun started 2 processes", "without torchrun")),
+        (
+            Devices(),
+            torchrun(1, 2),
+            ("--devices 1", "expected 1 process,", "torchrun started 2 processes", "without torchrun"),
+        ),
         (TWO, torchrun(0, 1), ("--devices 2", "torchrun started 1 process;")),
-        (TWO_MACHINES, torchrun(0, 2), ("--num-nodes 2", "4 in all", "torchrun started 2 processes")),
+        (TWO_MACHINES, torchrun(0, 2), ("--num-nodes 2", "expected 4 processes,", "torchrun started 2 processes")),
         (TWO, srun(1, 4), ("srun started 4 processes", "as many tasks")),
-        (TWO_MACHINES, srun(1, 3), ("4 in all", "srun started 3 processes")),
+        (TWO_MACHINES, srun(1, 3), ("expected 4 processes,", "srun started 3 processes")),
         (TWO, LEFT_OVER, ("WORLD_SIZE says 4 processes", "unset RANK, LOCAL_RANK and WORLD_SIZE")),
     ],
     ids=str,
