@@ -11,6 +11,7 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from protlm.cli.app import main
 from protlm.pretrained.model_directory import read_description
+from protlm.workflows.train import callbacks
 from tests.e2e.conftest import SMALL
 from tests.e2e.train_tools import LAUNCHERS, ended, finish, losses, rows, run_on_two, start, train, wait_for_rows
 from tests.forked import Forked, fork_ranks
@@ -101,6 +102,21 @@ def test_a_signal_to_one_process_stops_both_in_the_same_update(dataset, tmp_path
     description = read_description(out / "model")
     assert (description.step, description.unmeasured) == (len(rows(out)), False)
     assert description.valid.num_targets > 0
+
+
+def no_time_on_the_second():
+    """The second process finds that there is no time to measure; all others have enough."""
+    if os.environ["RANK"] == "1":
+        callbacks._SECONDS_TO_MEASURE = -1.0
+
+
+def test_processes_give_up_a_measurement_together(dataset, tmp_path):
+    out = tmp_path / "run"
+    words = ["--config", "tiny", *SMALL, *SHARED, "--set", "train.valid_every_steps=1000", "--max-time", "00:00:00"]
+    ranks = fork_ranks(2, "train", dataset, "--out", out, *words, "--devices", 2, prepare=no_time_on_the_second)
+    status, _, errors = ended(ranks)
+    assert status == 0, errors
+    assert read_description(out / "model").unmeasured
 
 
 def test_rows_that_cannot_be_shared_out_are_refused_with_a_number_that_can(dataset, tmp_path, failure):
