@@ -33,6 +33,12 @@ ModelFormat = Literal["protlm", "hf"]
 FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu"]
 """The feature maps of FAVOR."""
 
+AttentionKind = Literal[FeatureMap, "softmax", "local"]
+"""The kinds of attention of a layer: FAVOR with one of its maps, exact attention, or exact attention to near tokens."""
+
+EXACT_KINDS = ("softmax", "local")
+"""The kinds of attention without random features."""
+
 ProjectionKind = Literal["orthogonal", "iid", "simplex"]
 """How the rows of a random projection depend on each other."""
 

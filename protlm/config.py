@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from protlm import files
-from protlm.choices import MOST_TOKENS, DataMode, FeatureMap, Precision, ProjectionKind
+from protlm.choices import EXACT_KINDS, MOST_TOKENS, AttentionKind, DataMode, Precision, ProjectionKind
 from protlm.errors import ConfigError, first_fault
 from protlm.vocabulary import ModelVocabulary
 
@@ -27,6 +27,12 @@ _MOST_FEATURES = 2**20
 """Random features, and the width of the feed-forward layer, past which one matrix fills a device."""
 _WIDEST_MODEL = 2**16
 """Several times the width of the largest language models known."""
+_WIDEST_WINDOW = 2**14
+"""Past this exact attention to the whole protein costs less."""
+_LARGEST_BIAS = 100.0
+"""e^100 times the weight: no other token counts."""
+_LARGEST_TEMPERATURE = 1e4
+"""Logits of ±10⁴, whose softmax is a choice of one token."""
 _LARGEST_FLOAT = 1e30
 """Weights are float32, which ends at 3·10³⁸."""
 _MOST_FILE_BYTES = 1 << 16
@@ -49,6 +55,15 @@ _MOST_MODEL_TOKENS = 4096
 
 SPECIAL_TOKENS_PER_SEGMENT = 2
 """`<cls>` and `<eos>` around the residues of every segment."""
+
+
+def _kinds(value: Any) -> Any:
+    """Returns kinds of attention as a tuple: of one word, of words by comma, or of a list."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",")]
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(value[:1] if all(kind == value[0] for kind in value) else value)
 
 
 class _Section(BaseModel):
@@ -134,21 +149,32 @@ class ModelConfig(_Section):
     """Number of `learned` positions, special tokens included; unused by the other kinds."""
     causal: bool = False
     """Attend to earlier positions only, and learn to predict the next token instead of masked residues."""
-    attention: Literal[FeatureMap, "softmax"] = "positive"
-    """`positive`, `hyperbolic`, `oprf` or `trig` (FAVOR: estimates of softmax attention), `regularised` (FAVOR with a
-    smoother kernel), `relu` (generalised FAVOR) or `softmax` (exact)."""
+    attention: Annotated[tuple[AttentionKind, ...], BeforeValidator(_kinds)] = ("local", "positive", "local")
+    """The kind of every layer, or several that the layers take in turn, over and over: `positive`, `hyperbolic`, `oprf`
+    or `trig` (FAVOR: estimates of softmax attention), `regularised` (FAVOR with a smoother kernel), `relu` (generalised
+    FAVOR), `softmax` (exact) or `local` (exact, to the tokens at most local_window away)."""
+    local_window: Annotated[int, Field(gt=0, le=_WIDEST_WINDOW)] = 32
+    """Tokens on either side that a token sees in `local` layers; causal: before it only."""
+    local_bias: Annotated[float, Field(ge=0, le=_LARGEST_BIAS)] = 0.0
+    """Start of a number that each head of a `softmax` layer learns and adds to the logits of the tokens at most
+    local_window away: 3 favours near tokens from the first step. 0: none. It costs a matrix of the square of a
+    protein's length for each head."""
     num_features: Annotated[int, Field(gt=0, le=_MOST_FEATURES)] = 128
-    """Random features per head: rows of its random matrix. Unused by `softmax` and without a projection."""
+    """Random features per head: rows of its random matrix. Unused by exact kinds and without a projection."""
     projection: Literal[ProjectionKind, "none"] = "orthogonal"
     """How the random matrix is drawn: in `orthogonal` blocks, in `simplex` blocks or with `iid` rows. `none`, for
     `relu` only, applies the ReLU to q and k themselves."""
     qk_norm: bool = True
-    """Normalise q and k per head, with a learned temperature in (0, max_temperature]."""
+    """Normalise q and k per head, with a learned temperature: ‖q/d^¼‖², for FAVOR at most max_temperature."""
     rescale_qk: bool = False
     """Balance q and k: divide each dimension of q, and multiply the same dimension of k, by a factor that makes their
     sizes in a protein equal. q·k does not change, and its estimates have a lower variance."""
     max_temperature: PositiveFloat = 2.0
-    """Upper bound of ‖q/d^¼‖² with qk_norm; training starts at three quarters of it."""
+    """Upper bound of ‖q/d^¼‖² in FAVOR layers with qk_norm, which bounds the variance of the estimates; training starts
+    at three quarters of it."""
+    exact_temperature: Annotated[float, Field(ge=0, le=_LARGEST_TEMPERATURE)] = 6.0
+    """Start of ‖q/d^¼‖² in `softmax` and `local` layers with qk_norm; it is learned without a bound. 0: these layers
+    are bound by max_temperature too, as in models from before protlm had this setting."""
     conv_width: Annotated[int, Field(ge=0, le=127)] = 3
     """Width of the depthwise convolution over q, k and v inside each protein: odd and at most 127, or 0 for none. It
     is centred; in a causal model it covers earlier positions only."""
@@ -184,13 +210,15 @@ class ModelConfig(_Section):
             raise ValueError(
                 f"model_dim: expected an even multiple of num_heads = {self.num_heads}, got {self.model_dim}"
             )
-        if self.projection == "none" and self.attention not in ("relu", "softmax"):
-            raise ValueError(f"projection: expected a random matrix for attention = {self.attention!r}, got 'none'")
+        if not self.attention:
+            raise ValueError("attention: expected at least one kind, got none")
+        if self.projection == "none" and (drawn := self.favor_kinds - {"relu"}):
+            raise ValueError(f"projection: expected a random matrix for attention = {min(drawn)!r}, got 'none'")
         if self.conv_width and self.conv_width % 2 == 0:
             raise ValueError(f"conv_width: expected 0 or an odd number, got {self.conv_width}")
         if self.causal and self.rescale_qk:
             raise ValueError("rescale_qk: expected false with causal = true: it looks at the whole protein")
-        if self.causal and self.attention == "oprf" and not self.qk_norm:
+        if self.causal and "oprf" in self.favor_kinds and not self.qk_norm:
             raise ValueError("qk_norm: expected true with causal oprf, which takes its constant from the temperature")
         if self.qk_norm and self.qk_layer_norm:
             raise ValueError("qk_layer_norm: expected false with qk_norm = true, which normalises q and k itself")
@@ -218,7 +246,26 @@ class ModelConfig(_Section):
     @property
     def has_projection(self) -> bool:
         """Whether the weights include random matrices."""
-        return self.attention != "softmax" and self.projection != "none"
+        return bool(self.favor_kinds) and self.projection != "none"
+
+    @property
+    def kinds(self) -> tuple[AttentionKind, ...]:
+        """The kind of attention of each layer, first layer first."""
+        return tuple(self.attention[layer % len(self.attention)] for layer in range(self.num_layers))
+
+    @property
+    def favor_kinds(self) -> frozenset[AttentionKind]:
+        """The feature maps of the layers with random features; empty if all are exact."""
+        return frozenset(self.kinds) - set(EXACT_KINDS)
+
+    @property
+    def attention_name(self) -> str:
+        """The kinds as a user writes them, such as `positive` or `local,positive,local`."""
+        return ",".join(self.attention)
+
+    @field_serializer("attention")
+    def _as_written(self, attention: tuple[AttentionKind, ...]) -> str | tuple[str, ...]:
+        return attention[0] if len(attention) == 1 else attention
 
 
 class TrainConfig(_Section):
@@ -325,12 +372,14 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     instead_of_file: Mapping[str, Mapping[str, Any]] | None = None,
+    missing: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """Returns the settings from defaults, then a file, then overrides.
 
     Args:
         name_or_file: The name of a shipped configuration, or a path of a TOML file (anything with a `/` or `.toml`).
         instead_of_file: Settings by section, where there is no file.
+        missing: Settings by section that stand before the defaults, where the file has none.
         overrides: Texts `section.key=value`, the value written as in TOML; a bare word is taken as a string.
 
     Raises:
@@ -339,6 +388,9 @@ def load_config(
     settings, source = _read_settings(name_or_file)
     if name_or_file is None and instead_of_file is not None:
         settings = {name: dict(section) for name, section in instead_of_file.items()}
+    for name, section in (missing or {}).items():
+        if isinstance(settings.setdefault(name, {}), dict):
+            settings[name] = {**section, **settings[name]}
     for override in overrides:
         _apply_override(settings, override)
         source = f"{source} with --set" if "--set" not in source else source

@@ -89,7 +89,7 @@ def _of_model(report: "ModelReport") -> list[tuple[str, object]]:
     task = "next tokens" if shape.causal else "masked residues"
     pairs: list[tuple[str, object]] = [
         ("model", report.path),
-        ("attention", shape.attention),
+        ("attention", shape.attention_name),
         ("shape", f"{shape.num_layers} layers, {shape.model_dim} wide, {shape.num_heads} heads, {task}"),
         ("parameters", f"{report.num_parameters:,}"),
         *_source_of(about),

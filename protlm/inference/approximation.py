@@ -22,7 +22,7 @@ from protlm.inference.replaced_attention import (
     kept_projections,
 )
 from protlm.model.attention_calls import AttentionCall
-from protlm.model.health import feature_use
+from protlm.model.health import feature_use, num_features_of
 from protlm.model.performer import Performer
 from protlm.ops.feature_maps import definition_of
 from protlm.runtime.progress import Advance, no_advance
@@ -76,13 +76,13 @@ class ApproximationReport:
     """The approximation of every head of a model.
 
     Attributes:
-        feature_map: The model's map.
+        feature_map: The model's map, or its maps by comma.
         is_softmax_estimate: Whether its weights, before normalisation, are unbiased estimates of those of softmax.
-        num_features: Features of one vector.
+        num_features: Features of one vector; the most of a layer if layers have different maps.
         num_proteins: Proteins that were measured.
         num_draws: Fresh draws for each protein and layer; 0 without a projection.
         seed: Seed of the draws and of the bootstrap.
-        heads: Every head, layer after layer.
+        heads: Every head of the layers that have features, layer after layer.
     """
 
     feature_map: str
@@ -129,27 +129,27 @@ def measure_approximation(
     keys: list[bytes] = []
     by_protein: list[np.ndarray] = []
     for number, protein in enumerate(islice(proteins, max_proteins)):
-        by_layer: list[np.ndarray] = []
+        by_layer: dict[int, np.ndarray] = {}
 
-        def measure(call: AttentionCall, number: int = number, by_layer: list[np.ndarray] = by_layer) -> None:
-            by_layer.append(_measure(call, num_draws, _generator(seed, number, call.layer)))
+        def measure(call: AttentionCall, number: int = number, by_layer: dict[int, np.ndarray] = by_layer) -> None:
+            if not call.attention.is_exact:
+                by_layer[call.layer] = _measure(call, num_draws, _generator(seed, number, call.layer))
 
         visit_protein(model, protein, measure)
         keys.append(protein.tobytes())
-        by_protein.append(np.stack(by_layer))
+        by_protein.append(np.stack(list(by_layer.values())))
         advance(len(protein))
     if not by_protein:
         raise ValueError("proteins: expected at least one, got none")
-    definition = definition_of(model.config.attention)
-    rows = model.config.num_features if model.config.has_projection else model.config.head_dim
+    maps = [definition_of(kind) for kind in sorted(model.config.favor_kinds)]
     return ApproximationReport(
-        feature_map=model.config.attention,
-        is_softmax_estimate=definition.is_softmax_estimate,
-        num_features=rows * (definition.features_per_row if model.config.has_projection else 1),
+        feature_map=",".join(definition.name for definition in maps),
+        is_softmax_estimate=all(definition.is_softmax_estimate for definition in maps),
+        num_features=max(num_features_of(model.config, definition.name) for definition in maps),
         num_proteins=len(by_protein),
         num_draws=num_draws if has_draws(model) else 0,
         seed=seed,
-        heads=_over_proteins(np.stack(by_protein), replicate_weights(keys, seed)),
+        heads=_over_proteins(np.stack(by_protein), list(by_layer), replicate_weights(keys, seed)),
     )
 
 
@@ -214,13 +214,13 @@ def _relative_error(out: Tensor, target: Tensor) -> Tensor:
     return ratios.mean(0)
 
 
-def _over_proteins(numbers: np.ndarray, weights: np.ndarray) -> list[HeadApproximation]:
+def _over_proteins(numbers: np.ndarray, layers: list[int], weights: np.ndarray) -> list[HeadApproximation]:
     """Returns every head from (proteins, layers, heads, numbers) and the weights (proteins, replicates)."""
     heads = []
-    for layer, head in np.ndindex(numbers.shape[1:3]):
-        columns = dict(zip(_NUMBERS, numbers[:, layer, head].T, strict=True))
+    for place, head in np.ndindex(numbers.shape[1:3]):
+        columns = dict(zip(_NUMBERS, numbers[:, place, head].T, strict=True))
         approximation = HeadApproximation(
-            layer=layer + 1,
+            layer=layers[place],
             head=head + 1,
             relative_error=_mean_with_interval(columns["relative_error"], weights),
             redrawn_relative_error=_mean_with_interval(columns["redrawn_relative_error"], weights),

@@ -65,7 +65,7 @@ def weight_tiles(call: AttentionCall, head: int) -> Iterator[tuple[int, Float[Te
     """
     assert len(call.segments.cu_seqlens) == 2, "the tiles are those of one protein"
     length, causal = len(call.q), call.attention.causal
-    weigh = _exact_weights(call, head) if call.attention.kind == "softmax" else _estimated_weights(call, head)
+    weigh = _exact_weights(call, head) if call.attention.is_exact else _estimated_weights(call, head)
     for start in range(0, length, TILE_QUERIES):
         stop = min(start + TILE_QUERIES, length)
         num_keys = stop if causal else length
@@ -84,7 +84,7 @@ def weight_tiles(call: AttentionCall, head: int) -> Iterator[tuple[int, Float[Te
 
 def share_tiles(call: AttentionCall, head: int) -> Iterator[tuple[int, Float[Tensor, "queries length"]]]:
     """Yields the tiles of `weight_tiles` as shares of attention, none of them negative: |w| / Σ|w|."""
-    is_signed = call.attention.kind != "softmax" and definition_of(call.attention.kind).is_signed
+    is_signed = not call.attention.is_exact and definition_of(call.attention.kind).is_signed
     for start, weights in weight_tiles(call, head):
         if is_signed:
             weights = weights.abs_()
@@ -120,13 +120,20 @@ def attention_matrix(model: Performer, protein: np.ndarray, layer: int, head: in
 def _exact_weights(call: AttentionCall, head: int) -> _Weigh:
     """Returns the exponentials exp(q·k/√d − max) of exact attention."""
     q, k = in_float64(call.q[:, head]), in_float64(call.k[:, head])
-    scale = call.attention.head_dim**-0.5
+    attention = call.attention
+    scale = attention.head_dim**-0.5
+    bias = 0.0 if attention.local_bias is None else attention.local_bias[head].item()
 
     def weigh(start: int, stop: int, num_keys: int) -> Tensor:
         scores = q[start:stop] @ k[:num_keys].T * scale
-        if call.attention.causal:
-            hidden = torch.ones_like(scores, dtype=torch.bool).triu(start + 1)
-            scores.masked_fill_(hidden, -math.inf)
+        distances = torch.arange(num_keys, device=q.device) - torch.arange(start, stop, device=q.device).unsqueeze(1)
+        is_near = distances.abs() <= attention.window
+        if bias:
+            scores += bias * is_near
+        if attention.kind == "local":
+            scores.masked_fill_(~is_near, -math.inf)
+        if attention.causal:
+            scores.masked_fill_(distances > 0, -math.inf)
         weights: Tensor = torch.exp(scores - scores.amax(-1, keepdim=True))
         return weights
 
@@ -136,8 +143,7 @@ def _exact_weights(call: AttentionCall, head: int) -> _Weigh:
 def _estimated_weights(call: AttentionCall, head: int) -> _Weigh:
     """Returns the products φ(q)·φ(k), without factors that all keys of a query share."""
     attention = call.attention
-    assert attention.kind != "softmax"
-    definition = definition_of(attention.kind)
+    definition = definition_of(attention.feature_map)
     rows = None if attention.projection is None else in_float64(attention.projection[head])
     oprf_a = attention.oprf_a(call.q, call.k, call.segments)
     a = None if oprf_a is None else in_float64(oprf_a[0, head])

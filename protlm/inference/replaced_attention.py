@@ -88,7 +88,7 @@ def score_replacements(
 
 @contextmanager
 def exact_attention(model: nn.Module) -> Iterator[None]:
-    """Computes exact softmax attention in the place of FAVOR, in every layer, until the end of the block.
+    """Computes exact softmax attention in the place of FAVOR, in every layer that has it, until the end of the block.
 
     Raises:
         ValueError: The model's attention is exact already, or no estimate of softmax attention.
@@ -96,7 +96,7 @@ def exact_attention(model: nn.Module) -> Iterator[None]:
     check_has_features(model)
     if not estimates_softmax(model):
         raise ValueError("model: expected an estimate of softmax attention, got features with a kernel of their own")
-    attentions = _attentions(model)
+    attentions = _with_features(model)
     kinds = [attention.kind for attention in attentions]
     try:
         for attention in attentions:
@@ -118,7 +118,7 @@ def other_draw(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
     if not has_draws(model):
         raise ValueError("model: expected random projections, got none; nothing to draw")
     with kept_projections(model):
-        for attention in _attentions(model):
+        for attention in _with_features(model):
             attention.redraw(generator)
         yield
 
@@ -137,14 +137,14 @@ def kept_projections(model: nn.Module) -> Iterator[None]:
 
 
 def check_has_features(model: nn.Module) -> None:
-    """Raises ValueError for a model with exact attention."""
-    if any(attention.kind == "softmax" for attention in _attentions(model)):
-        raise ValueError("model: expected FAVOR attention, got exact softmax attention; nothing to approximate")
+    """Raises ValueError for a model all of whose layers are exact."""
+    if not _with_features(model):
+        raise ValueError("model: expected FAVOR attention, got exact attention in every layer; nothing to approximate")
 
 
 def estimates_softmax(model: nn.Module) -> bool:
-    """Returns whether the features estimate softmax attention, or a bound of it, in every layer."""
-    return all(definition_of(attention.kind).estimates is not None for attention in _attentions(model))
+    """Returns whether the features estimate softmax attention, or a bound of it, in every layer that has features."""
+    return all(definition_of(attention.kind).estimates is not None for attention in _with_features(model))
 
 
 def has_draws(model: nn.Module) -> bool:
@@ -196,6 +196,10 @@ def _verdict(scores: ReplacementScores) -> str:
 
 def _attentions(model: nn.Module) -> list[SelfAttention]:
     return [module for module in model.modules() if isinstance(module, SelfAttention)]
+
+
+def _with_features(model: nn.Module) -> list[SelfAttention]:
+    return [attention for attention in _attentions(model) if not attention.is_exact]
 
 
 def _spread(values: list[float]) -> Spread | None:

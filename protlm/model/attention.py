@@ -9,38 +9,46 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from protlm.choices import EXACT_KINDS, AttentionKind, FeatureMap
 from protlm.config import ModelConfig
 from protlm.model.convolution import SegmentConvolution
 from protlm.model.positions import rotate
 from protlm.model.qk_norm import normalise, normalise_and_rotate
 from protlm.model.segments import Segments
 from protlm.model.stretches import in_stretches
-from protlm.ops import draw_projection, favor_attention, oprf_parameter
+from protlm.ops import draw_projection, favor_attention, local_attention, oprf_parameter
 from protlm.ops.feature_maps import definition_of
 from protlm.ops.inputs import AttentionInputs
 from protlm.ops.oprf import oprf_a_from_data
 
 _INITIAL_TEMPERATURE = 0.75
-"""Initial temperature of every head, as a share of max_temperature."""
+"""Initial temperature of a head with a bound, as a share of max_temperature."""
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention: FAVOR with any feature map, or exact `softmax`; bidirectional or causal.
+    """Multi-head attention of one kind: FAVOR with a feature map, exact `softmax` or `local`; bidirectional or causal.
 
-    With qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ in (0, max_temperature], which bounds the
-    relative variance of the estimated weights by (e^{4τ} − 1)/num_features. rescale_qk then changes these norms, but
-    never increases the sum of ‖q‖² and ‖k‖².
+    With qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ. FAVOR keeps τ in (0, max_temperature], which
+    bounds the relative variance of the estimated weights by (e^{4τ} − 1)/num_features. rescale_qk then changes these
+    norms, but never increases the sum of ‖q‖² and ‖k‖². Exact kinds have no variance, and their τ no bound.
+
+    Attributes:
+        kind: The kind, of `AttentionKind`.
+        is_exact: Whether the attention has no random features.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: AttentionKind) -> None:
         super().__init__()
-        self.kind = config.attention
-        self.takes_oprf_a = config.attention != "softmax" and definition_of(config.attention).takes_oprf_a
+        self.kind: AttentionKind = kind
+        self.takes_oprf_a = not self.is_exact and definition_of(kind).takes_oprf_a
         self.causal = config.causal
+        self.window = config.local_window
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rescale_qk = config.rescale_qk
         self.projection_kind = config.projection
         self.max_temperature = config.max_temperature
+        self.initial_temperature = config.exact_temperature
+        self.initial_bias = config.local_bias
         self.query, self.key, self.value, self.output = (
             nn.Linear(config.model_dim, config.model_dim) for _ in range(4)
         )
@@ -53,16 +61,41 @@ class SelfAttention(nn.Module):
             if config.conv_width
             else None
         )
-        self.temperature_logit = nn.Parameter(torch.empty(config.num_heads)) if config.qk_norm else None
+        is_free = self.is_exact and config.exact_temperature > 0
+        self.temperature_logit, self.log_temperature, self.local_bias = (
+            nn.Parameter(torch.empty(config.num_heads)) if is_learned else None
+            for is_learned in (
+                config.qk_norm and not is_free,
+                config.qk_norm and is_free,
+                kind == "softmax" and config.local_bias > 0,
+            )
+        )
         shape = (config.num_heads, config.num_features, config.head_dim)
+        has_projection = not self.is_exact and config.projection != "none"
         self.projection: Tensor | None
-        self.register_buffer("projection", torch.empty(shape) if config.has_projection else None)
+        self.register_buffer("projection", torch.empty(shape) if has_projection else None)
         self._uncompiled: Callable[..., Tensor] | None = None
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the attention has no random features."""
+        return self.kind in EXACT_KINDS
+
+    @property
+    def feature_map(self) -> FeatureMap:
+        """The feature map of FAVOR.
+
+        Raises:
+            ValueError: The attention is exact.
+        """
+        if self.kind == "softmax" or self.kind == "local":
+            raise ValueError(f"attention: expected one with features, got {self.kind!r}")
+        return self.kind
+
     def prepare_compile(self) -> None:
-        """Excludes exact attention from compilation: its number of calls depends on the number of segments."""
+        """Excludes exact kinds from compilation: their number of calls depends on the segments and on the length."""
         # Not as a decorator, which would import the compiler even where nothing is compiled.
-        self._uncompiled = torch.compiler.disable(_exact_attention)  # type: ignore[no-untyped-call]
+        self._uncompiled = torch.compiler.disable(self._exact)  # type: ignore[no-untyped-call]
 
     def reset(self, generator: torch.Generator) -> None:
         """Sets the parameters that are not of linear layers, and draws the projection."""
@@ -70,6 +103,10 @@ class SelfAttention(nn.Module):
             self.convolution.reset()
         if self.temperature_logit is not None:
             nn.init.constant_(self.temperature_logit, math.log(_INITIAL_TEMPERATURE / (1 - _INITIAL_TEMPERATURE)))
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.initial_temperature))
+        if self.local_bias is not None:
+            nn.init.constant_(self.local_bias, self.initial_bias)
         self.redraw(generator)
 
     @torch.no_grad()
@@ -98,21 +135,26 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "length heads head_dim"]:
         """Returns the attention of every head, before they are joined and projected."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        if self.kind == "softmax":
-            exact_attention = self._uncompiled or _exact_attention
-            out = exact_attention(q, k, v, segments, self.causal)
+        if self.is_exact:
+            out = (self._uncompiled or self._exact)(q, k, v, segments)
         else:
             out = favor_attention(
                 q,
                 k,
                 v,
                 self.projection,
-                feature_map=self.kind,
+                feature_map=self.feature_map,
                 cu_seqlens=segments.cu_seqlens,
                 causal=self.causal,
                 oprf_a=self.fixed_oprf_a(),
             )
         return out.squeeze(0).transpose(0, 1)
+
+    def _exact(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """Returns the output of an exact kind, (1, heads, length, head_dim) as q, k and v."""
+        if self.kind == "local":
+            return local_attention(q, k, v, window=self.window, cu_seqlens=segments.cu_seqlens, causal=self.causal)
+        return _softmax_attention(q, k, v, segments, self.causal, self.local_bias, self.window)
 
     def queries_keys_values(
         self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
@@ -158,6 +200,8 @@ class SelfAttention(nn.Module):
 
     def _temperature(self) -> Tensor | None:
         """Returns the temperature τ of every head, None without qk_norm."""
+        if self.log_temperature is not None:
+            return self.log_temperature.exp()
         return None if self.temperature_logit is None else self.max_temperature * torch.sigmoid(self.temperature_logit)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,12 +218,20 @@ class SelfAttention(nn.Module):
         return self._prepare(q, rotary).to(v.dtype), self._prepare(k, rotary).to(v.dtype), v
 
     def _prepare(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        if self.temperature_logit is None:
+        lengths = self._lengths()
+        if lengths is None:
             return x if rotary is None else rotate(x, *rotary)
-        # The root of τ·√d via logarithms: for τ near zero τ itself has no gradient, and its root an infinite one.
-        largest = math.sqrt(self.max_temperature * math.sqrt(self.head_dim))
-        lengths = largest * torch.exp(0.5 * F.logsigmoid(self.temperature_logit))
         return normalise(x, lengths) if rotary is None else normalise_and_rotate(x, lengths, rotary)
+
+    def _lengths(self) -> Tensor | None:
+        """Returns ‖q‖ = ‖k‖ of every head, None without qk_norm."""
+        # The root of τ·√d via logarithms: for τ near zero τ itself has no gradient, and its root an infinite one.
+        if self.log_temperature is not None:
+            return float(self.head_dim**0.25) * torch.exp(0.5 * self.log_temperature)
+        if self.temperature_logit is None:
+            return None
+        largest = math.sqrt(self.max_temperature * math.sqrt(self.head_dim))
+        return largest * torch.exp(0.5 * F.logsigmoid(self.temperature_logit))
 
 
 def rescale(
@@ -199,12 +251,27 @@ def rescale(
     return (q * psi).to(q.dtype), (k / psi).to(k.dtype)
 
 
-def _exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, local_bias: Tensor | None, window: int
+) -> Tensor:
     """Returns softmax attention, one segment at a time, without a (length, length) mask over the row."""
-    outs = [
-        F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], is_causal=causal)
-        for start, stop in pairwise(segments.cpu_bounds.tolist())
-        if stop > start
-    ]
+    outs = []
+    for start, stop in pairwise(segments.cpu_bounds.tolist()):
+        if stop == start:
+            continue
+        q_part, k_part, v_part = (x[:, :, start:stop] for x in (q, k, v))
+        if local_bias is None:
+            outs.append(F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=causal))
+        else:
+            biases = _biases(local_bias.to(q.dtype), stop - start, window, causal)
+            outs.append(F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=biases))
     # Concatenated in their memory layout, tokens first.
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
+
+
+def _biases(local_bias: Tensor, length: int, window: int, causal: bool) -> Tensor:
+    """Returns what is added to the logits of a segment (1, heads, length, length)."""
+    places = torch.arange(length, device=local_bias.device)
+    distances = places - places.unsqueeze(1)
+    biases = torch.where(distances.abs() <= window, local_bias.view(1, -1, 1, 1), 0.0)
+    return biases.masked_fill(distances > 0, -torch.inf) if causal else biases

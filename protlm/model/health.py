@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protlm.choices import FeatureMap
+from protlm.config import ModelConfig
 from protlm.model.attention_calls import AttentionCall, visit_attention
 from protlm.model.segments import Segments
 from protlm.ops.feature_maps import definition_of, with_oprf_a
@@ -70,7 +71,7 @@ def _layer_health(call: AttentionCall) -> LayerHealth:
     head_dim = call.attention.head_dim
     q_norms, k_norms = (x.float().square().sum(-1).mean(0) / math.sqrt(head_dim) for x in (call.q, call.k))
     effective, dead = None, None
-    if call.attention.kind != "softmax":
+    if not call.attention.is_exact:
         effective, dead = (numbers.mean().item() for numbers in feature_use(call))
     return LayerHealth(
         layer=call.layer,
@@ -90,8 +91,7 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
         ValueError: The attention is exact.
     """
     attention, segments = call.attention, call.segments
-    if attention.kind == "softmax":
-        raise ValueError("call: expected attention with features, got softmax")
+    feature_map = attention.feature_map
     queries, keys = _sampled_pairs(segments, attention.causal)
     oprf_a = attention.oprf_a(call.q, call.k, segments)
     effective, dead = [], []
@@ -100,7 +100,7 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
         rows = None if attention.projection is None else attention.projection[head].float()
         a = None if oprf_a is None else oprf_a[segments.numbers[queries], head].float().view(-1, 1, 1)
         q_logs, k_logs = (
-            log_features(x[tokens, head].float(), rows, attention.kind, a)
+            log_features(x[tokens, head].float(), rows, feature_map, a)
             for x, tokens in ((call.q, queries.unsqueeze(1)), (call.k, keys))
         )
         # Softmax subtracts the largest logarithm of each pair, so the shares are finite for norms of any size.
@@ -108,6 +108,12 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
         effective.append(shares.square().sum(-1).reciprocal().mean())
         dead.append((shares.amax((0, 1)) < _DEAD_SHARE / shares.shape[-1]).float().mean())
     return torch.stack(effective), torch.stack(dead)
+
+
+def num_features_of(config: ModelConfig, kind: str) -> int:
+    """Returns the number of features of one vector in the layers of a model that have this feature map."""
+    rows = config.num_features if config.has_projection else config.head_dim
+    return rows * definition_of(kind).features_per_row
 
 
 def _sampled_pairs(segments: Segments, causal: bool) -> tuple[Tensor, Tensor]:

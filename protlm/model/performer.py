@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from protlm.choices import AttentionKind
 from protlm.config import ModelConfig
 from protlm.model.attention import SelfAttention
 from protlm.model.feed_forward import activate_and_project
@@ -30,11 +31,11 @@ class EncoderLayer(nn.Module):
     separate matrices, because Muon orthogonalises each matrix by itself.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: AttentionKind) -> None:
         super().__init__()
         self.is_pre_norm = config.layer_norm == "pre"
         self.attention_norm = encoder_norm(config)
-        self.attention = SelfAttention(config)
+        self.attention = SelfAttention(config, kind)
         self.ffn_norm = encoder_norm(config)
         self.ffn_in = nn.Linear(config.model_dim, config.ffn_dim)
         self.ffn_gate = nn.Linear(config.model_dim, config.ffn_dim) if config.ffn == "swiglu" else None
@@ -108,7 +109,7 @@ class Performer(nn.Module):
         self.rotary_frequencies: Tensor | None
         pairs = config.head_dim // 2
         self.register_buffer("rotary_frequencies", torch.empty(pairs) if config.stored_frequencies else None)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, kind) for kind in config.kinds)
         # The last layer of a post-LN encoder ends with a norm of its own.
         self.final_norm = encoder_norm(config) if config.layer_norm == "pre" else None
         self.head = LanguageModelHead(config, len(vocabulary))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import Literal, NamedTuple
 
+from protlm.choices import EXACT_KINDS, AttentionKind
 from protlm.config import ModelConfig
 
 Role = Literal["matrix", "other", "fixed"]
@@ -39,8 +40,8 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, TensorShape]]:
         yield "position_embedding.weight", TensorShape((config.max_positions, dim), "other")
     if config.embedding_norm:
         yield from _norm("embedding_norm", config)
-    for number in range(config.num_layers):
-        for name, tensor in _layer(config):
+    for number, kind in enumerate(config.kinds):
+        for name, tensor in _layer(config, kind):
             yield f"layers.{number}.{name}", tensor
     if config.layer_norm == "pre":
         yield from _norm("final_norm", config)
@@ -53,12 +54,15 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, TensorShape]]:
         yield "head.norm.bias", TensorShape((dim,), "other")
 
 
-def _layer(config: ModelConfig) -> Iterator[tuple[str, TensorShape]]:
-    dim = config.model_dim
+def _layer(config: ModelConfig, kind: AttentionKind) -> Iterator[tuple[str, TensorShape]]:
+    dim, is_exact = config.model_dim, kind in EXACT_KINDS
     yield from _norm("attention_norm", config)
     if config.qk_norm:
-        yield "attention.temperature_logit", TensorShape((config.num_heads,), "other")
-    if config.has_projection:
+        name = "log_temperature" if is_exact and config.exact_temperature else "temperature_logit"
+        yield f"attention.{name}", TensorShape((config.num_heads,), "other")
+    if kind == "softmax" and config.local_bias:
+        yield "attention.local_bias", TensorShape((config.num_heads,), "other")
+    if config.has_projection and not is_exact:
         yield "attention.projection", TensorShape((config.num_heads, config.num_features, config.head_dim), "fixed")
     for name in ("query", "key", "value", "output"):
         yield from _linear(f"attention.{name}", dim, dim)

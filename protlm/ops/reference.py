@@ -68,12 +68,19 @@ def softmax_attention(
     token_mask: Bool[Tensor, "batch length"] | None = None,
     cu_seqlens: Int[Tensor, " bounds"] | None = None,
     causal: bool = False,
+    window: int | None = None,
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """Returns exact attention softmax(q·k/√d)·v in float64, which FAVOR estimates."""
+    """Returns exact attention softmax(q·k/√d)·v in float64, which FAVOR estimates.
+
+    With `window`, each token sees the tokens at most so far away: `local_attention`.
+    """
     # Checked like the inputs of a map that needs no projection.
     AttentionInputs(q, k, v, None, token_mask, cu_seqlens, None, "relu", causal).check()
     q, k, v = (tensor.double() for tensor in (q, k, v))
     allowed = _allowed_pairs(_segment_of_token(q, cu_seqlens), token_mask, causal)
+    if window is not None:
+        places = torch.arange(q.shape[2], device=q.device)
+        allowed = allowed & ((places - places.unsqueeze(1)).abs() <= window)
     scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
     weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)
     return weights @ v

@@ -20,7 +20,7 @@ from protlm.vocabulary import CLS, EOS, MASK, PAD, TOKENS, VOCABULARY_SIZE, Mode
 _NO_LIMIT = 10**30
 """What transformers writes for a tokenizer without a longest input."""
 _WANTED: dict[str, Any] = {
-    "attention": "softmax", "causal": False, "qk_norm": False, "rescale_qk": False, "conv_width": 0, "ffn": "gelu",
+    "local_bias": 0.0, "causal": False, "qk_norm": False, "rescale_qk": False, "conv_width": 0, "ffn": "gelu",
     "norm": "layer", "qk_layer_norm": False, "head": "dense",
 }  # fmt: skip
 """The settings that every architecture of transformers here has."""
@@ -69,6 +69,8 @@ def _check(config: ModelConfig) -> None:
     obstacles = [
         f"{key} = {getattr(config, key)!r}"[:80] for key, value in wanted.items() if getattr(config, key) != value
     ]
+    if config.attention != ("softmax",):
+        obstacles.insert(0, f"attention = {config.attention_name!r}")
     if config.layer_norm == "post" and config.tokens().pad is None:
         obstacles.append("a vocabulary without padding")
     if config.layer_norm == "pre" and config.positions not in ("rotary", "learned"):

@@ -92,7 +92,7 @@ def load_initial_weights(model: Performer, init: InitialModel) -> list[str]:
 
 
 def _is_of_attention(name: str) -> bool:
-    return name.endswith((".projection", ".temperature_logit"))
+    return name.endswith((".projection", ".temperature_logit", ".log_temperature", ".local_bias"))
 
 
 def _is_drawn_alike(name: str, saved: ModelConfig, wanted: ModelConfig) -> bool:

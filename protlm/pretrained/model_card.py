@@ -27,7 +27,8 @@ def model_card(description: ModelDescription) -> str:
         "# A protein language model trained with protlm",
         "",
         f"A {shape.num_layers}-layer {'causal ' if shape.causal else ''}Performer of width {shape.model_dim} with "
-        f"{shape.num_heads} heads and `{shape.attention}` attention" + (f" ({kind})." if shape.has_projection else "."),
+        f"{shape.num_heads} heads and `{shape.attention_name}` attention"
+        + (f" ({kind})." if shape.has_projection else "."),
         f"{_beginning(description)} for {description.step} steps with seed {description.seed} {_task(description)}.",
         _DATA_MODES[description.data_mode].format(window_tokens=description.window_tokens),
         "",
@@ -52,8 +53,8 @@ def _card_of_import(description: ModelDescription, origin: Origin) -> str:
         f"# {origin.source} in protlm",
         "",
         f"The weights of {_name(origin)}, a model of the family {origin.family}, as protlm runs it: "
-        f"{shape.num_layers} layers of width {shape.model_dim} with {shape.num_heads} heads and `{shape.attention}` "
-        "attention. Its numbers are those of the source but for rounding.",
+        f"{shape.num_layers} layers of width {shape.model_dim} with {shape.num_heads} heads and "
+        f"`{shape.attention_name}` attention. Its numbers are those of the source but for rounding.",
         "",
         f"- Licence: {_licence(origin)}",
         f"- Longest protein: {f'{reach:,} residues, which its positions reach' if reach is not None else 'any'}",

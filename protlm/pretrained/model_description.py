@@ -17,8 +17,11 @@ MODEL_FORMAT_VERSION = 5
 READABLE_VERSIONS = (1, 2, 3, 4, 5)
 """In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
 Before version 3 the valid split was masked as in training, and `valid.targets` was missing. Before version 4 protlm had
-trained every model itself: none had an `origin`. Before version 5 none had `fine_tuned_from`, and no model was exported
-`unmeasured`."""
+trained every model itself: none had an `origin`. Before version 5 none had `fine_tuned_from`, no model was exported
+`unmeasured`, all layers of a model had one kind of attention, and the temperature of exact attention had a bound."""
+
+EARLIER_MODEL_SETTINGS: dict[str, Any] = {"exact_temperature": 0.0}
+"""Settings of `ModelConfig` that earlier versions lacked, with the values by which these models were computed."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -181,4 +184,6 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     if version < 3 and isinstance(content.get("valid"), dict):
         without_valid = ModelDescription.model_validate_json(json.dumps({**content, "valid": None}))
         content["valid"] = {**content["valid"], "targets": targets_of(without_valid.objective)}
+    if version < 5 and isinstance(content.get("model"), dict):
+        content["model"] = {**content["model"], **EARLIER_MODEL_SETTINGS}
     return content

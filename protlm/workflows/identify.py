@@ -152,9 +152,8 @@ def _foreign_model(path: Path, *, verify: bool) -> ModelReport:
 
 
 def _run(path: Path, *, verify: bool) -> RunReport:
-    from protlm.config import load_config
     from protlm.workflows.train.run_description import read_run_description
-    from protlm.workflows.train.run_folder import MODEL_NAME
+    from protlm.workflows.train.run_folder import MODEL_NAME, load_saved_settings
 
     about, model = path / "run.json", path / MODEL_NAME
     has_model = (model / "config.json").is_file()
@@ -163,7 +162,7 @@ def _run(path: Path, *, verify: bool) -> RunReport:
     return RunReport(
         path=str(path),
         is_at_work=locks.is_locked(path),
-        max_steps=load_config(path / "config.toml").train.max_steps,
+        max_steps=load_saved_settings(path / "config.toml").train.max_steps,
         description=read_run_description(about) if about.exists() else None,
         model=_model(model, verify=verify) if has_model else None,
     )

@@ -241,7 +241,7 @@ def settings(where: str, **values: Any) -> ModelConfig:
     tokens = tuple(values.pop("vocabulary", ()))
     try:
         return ModelConfig(
-            attention="softmax", qk_norm=False, conv_width=0, vocabulary=() if tokens == TOKENS else tokens, **values
+            attention=("softmax",), qk_norm=False, conv_width=0, vocabulary=() if tokens == TOKENS else tokens, **values
         )
     except ValidationError as error:
         raise ModelError(f"{where}: {validation_fault(error)}") from None

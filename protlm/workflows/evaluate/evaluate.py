@@ -244,7 +244,7 @@ class _Evaluation:
             markov=None if markov is None else _summary_of(markov),
             model_name=short_name(request.model),
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
-            attention=str(description.model.attention),
+            attention=description.model.attention_name,
             weights_hash=description.weights_hash,
             dataset_hash=self._dataset.hash,
             training_dataset_hash=description.dataset_hash,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from protlm import files
 from protlm.config import Config, ModelConfig
 from protlm.errors import RunError
-from protlm.ops.feature_maps import definition_of
+from protlm.model.health import num_features_of
 from protlm.vocabulary import NUM_RESIDUES
 from protlm.workflows.pages.figures import quiet_matplotlib
 from protlm.workflows.pages.log_axis import set_log_scale
@@ -59,12 +59,12 @@ def plot_curves(run_dir: Path, config: Config, baselines: Mapping[str, float] | 
     # The Figure class directly: pyplot would look for a display and keep global state.
     from matplotlib.figure import Figure
 
-    lines = _features_by_layer(run_dir / "health.csv")
+    lines = _shares_by_layer(run_dir / "health.csv", config.model)
     figure = Figure(figsize=(7, 7.5 if lines else 4.5), layout="constrained")
     panels = figure.subplots(2 if lines else 1, squeeze=False, sharex=True)[:, 0]
     _draw_perplexity(panels[0], run_dir / "metrics.csv", config, baselines or {})
     if lines:
-        _draw_features(panels[1], lines, _total_features(config.model))
+        _draw_features(panels[1], lines)
     panels[-1].set_xlabel("training step")
     panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     for axes in panels:
@@ -121,7 +121,7 @@ def _training_targets(config: Config) -> str:
     return f"{settings.mask_share:.0%} hidden, {settings.random_share:.0%} replaced, {visible:.0%} visible"
 
 
-def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]], total: int) -> None:
+def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]]) -> None:
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -130,10 +130,9 @@ def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]], tota
     colors = mpl.colormaps["viridis"].resampled(256)
     scale = Normalize(min(lines), max(lines) + 0.15 * (max(lines) - min(lines)))
     for layer, points in sorted(lines.items()):
-        shares = [(step, features / total) for step, features in points]
-        axes.plot(*zip(*shares, strict=True), color=colors(scale(layer)), linewidth=1.2, label=f"layer {layer}")
+        axes.plot(*zip(*points, strict=True), color=colors(scale(layer)), linewidth=1.2, label=f"layer {layer}")
     axes.set(
-        title=f"Share of the {total} features that carry a layer's attention",
+        title="Share of its features that carry a layer's attention",
         ylabel="effective features / all (higher is better)",
         ylim=(0, 1),
     )
@@ -144,19 +143,14 @@ def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]], tota
     bar.ax.set_ylim(min(lines), max(lines))
 
 
-def _total_features(model: ModelConfig) -> int:
-    """Returns the number of features of a head; the attention is not exact."""
-    assert model.attention != "softmax"
-    rows = model.num_features if model.has_projection else model.head_dim
-    return rows * definition_of(model.attention).features_per_row
-
-
-def _features_by_layer(path: Path) -> dict[int, list[tuple[int, float]]]:
+def _shares_by_layer(path: Path, model: ModelConfig) -> dict[int, list[tuple[int, float]]]:
+    """Returns step and share of the features for each layer that has features."""
     lines: dict[int, list[tuple[int, float]]] = defaultdict(list)
     if path.exists():
         rows = [row for row in read_thinned(path, HEALTH, _MOST_HEALTH_STEPS) if row["effective_features"]]
-        for row, point in zip(rows, _points(path, "effective_features", rows), strict=True):
-            lines[int(row["layer"])].append(point)
+        for row, (step, features) in zip(rows, _points(path, "effective_features", rows), strict=True):
+            layer = int(row["layer"])
+            lines[layer].append((step, features / num_features_of(model, model.kinds[layer - 1])))
     return dict(lines)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from protlm.choices import AttentionKind
 from protlm.config import Config, ModelConfig
 from protlm.errors import ConfigError
 from protlm.model.shapes import tensor_shapes
@@ -126,11 +127,14 @@ def _activations_bytes(config: Config, *, in_place: bool) -> int:
     """Returns the bytes that autograd saves of a row for its backward pass, and of the gradients within that pass."""
     model = config.model
     is_short = config.train.precision == "bf16-mixed"
-    layer = _layer_bytes(model, is_short=is_short, in_place=in_place)
+    longest = min(config.data.longest_segment, config.data.tokens_per_batch)
+    layers = [
+        _layer_bytes(model, kind, longest_segment=longest, is_short=is_short, in_place=in_place) for kind in model.kinds
+    ]
     if config.train.activation_checkpointing:
-        kept = model.num_layers * _FLOAT_BYTES * model.model_dim + layer
+        kept = model.num_layers * _FLOAT_BYTES * model.model_dim + max(layers)
     else:
-        kept = model.num_layers * layer
+        kept = sum(layers)
     working = _FLOAT_BYTES * _GRADIENTS_AT_ONCE * model.model_dim
     # The embedding and the last norm; rotary angles; at each target the head and three rows of logits.
     ends = _FLOAT_BYTES * (2 * model.model_dim + 2 * model.head_dim)
@@ -139,11 +143,15 @@ def _activations_bytes(config: Config, *, in_place: bool) -> int:
     return int(config.data.tokens_per_batch * (kept + working + ends + head))
 
 
-def _layer_bytes(model: ModelConfig, *, is_short: bool, in_place: bool) -> int:
+def _layer_bytes(
+    model: ModelConfig, kind: AttentionKind, *, longest_segment: int, is_short: bool, in_place: bool
+) -> int:
     """Returns the bytes that autograd saves of one token in one layer, except for a few numbers per head.
 
     Args:
         model: The shape of the network.
+        kind: The attention of the layer.
+        longest_segment: Tokens of the longest protein or window.
         is_short: Whether matrix products, and so their inputs and outputs, are bfloat16.
         in_place: Whether the convolution, and QK-norm with rotary positions, keep no intermediate tensors: on a CPU in
             float32.
@@ -153,7 +161,10 @@ def _layer_bytes(model: ModelConfig, *, is_short: bool, in_place: bool) -> int:
     floats = 2 * dim
     # The input of q, k and v (autocast makes a short copy for each of them) and of the feed-forward layer; q, k and v;
     # attention's output, for exact attention also with its heads side by side.
-    products = (3 if is_short else 1) * dim + dim + 3 * dim + (2 if model.attention == "softmax" else 1) * dim
+    products = (3 if is_short else 1) * dim + dim + 3 * dim + (2 if kind == "softmax" else 1) * dim
+    if kind == "softmax" and model.local_bias:
+        # The biased logits and the weights, in the worst case of proteins that fill the row.
+        products += 2 * model.num_heads * longest_segment
     # The input of the activation function (SwiGLU: gate and value). Under autocast also its output (SwiGLU: the SiLU of
     # the gate and the product).
     products += (2 if model.ffn == "swiglu" else 1) * (2 if is_short else 1) * model.ffn_dim

@@ -12,7 +12,7 @@ from typing import Any
 from protlm import files
 from protlm.config import Config, dump_config, load_config, parse_config
 from protlm.errors import ConfigError, ProtlmError, RunError
-from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_description import EARLIER_MODEL_SETTINGS, ModelDescription
 from protlm.pretrained.model_files import MODEL_FILES, remove_left_overs_of_model
 from protlm.runtime import locks, work_folder
 from protlm.workflows.train.resumed_settings import first_difference
@@ -25,6 +25,8 @@ RUN_FILES = frozenset(
     }
 )  # fmt: skip
 """The entries of a run directory; one with any other, such as the log of a job, is resumed but never replaced."""
+_BEFORE = {"model": EARLIER_MODEL_SETTINGS}
+"""What earlier runs did without saying so: their files have every setting of their time."""
 
 
 def resolve_settings(
@@ -47,8 +49,8 @@ def resolve_settings(
         settings = load_config(config, overrides, instead_of_file=None if init is None else _settings_of(init))
         horizon = settings.train.schedule_steps or settings.train.max_steps
         return _with_train(settings, schedule_steps=horizon)
-    saved = load_config(saved_path)
-    asked = load_config(saved_path if config is None else config, overrides)
+    saved = load_saved_settings(saved_path)
+    asked = load_saved_settings(saved_path, overrides) if config is None else load_config(config, overrides)
     asked = _with_train(asked, schedule_steps=asked.train.schedule_steps or saved.train.schedule_steps)
     if any(override.partition("=")[0].strip() == "train.max_steps" for override in overrides):
         saved = _with_train(saved, max_steps=asked.train.max_steps)
@@ -62,6 +64,15 @@ def resolve_settings(
             "only train.max_steps, the time and the devices may change, and train.lr and train.muon_lr become lower"
         )
     return saved
+
+
+def load_saved_settings(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Returns the settings in the config.toml of a run, which an earlier protlm may have written.
+
+    Raises:
+        ConfigError: A file that cannot be read, an unknown key or a value out of range.
+    """
+    return load_config(path, overrides, missing=_BEFORE)
 
 
 def _settings_of(init: ModelDescription) -> dict[str, dict[str, Any]]:
@@ -109,7 +120,7 @@ def check_replaceable(run_dir: Path, *, resume: bool, force: bool) -> None:
     if not (run_dir / CONFIG_NAME).is_file() or (foreign and force):
         holds = f"holds {foreign[0]!r}" if foreign else f"has no {CONFIG_NAME}"
         raise RunError(f"{run_dir}: is no run of protlm train ({holds}); choose another --out")
-    load_config(run_dir / CONFIG_NAME)
+    load_saved_settings(run_dir / CONFIG_NAME)
 
 
 def _foreign(run_dir: Path, *, force: bool) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from protlm.choices import EXACT_KINDS, AttentionKind
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, Config, DataConfig, ModelConfig
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.rows import epoch_size
@@ -81,17 +82,22 @@ def _token_flops(model: ModelConfig, reach: float) -> float:
     matrices = sum(
         tensor.size for name, tensor in shapes.items() if tensor.role == "matrix" and name.startswith("layers.")
     )
+    convolution = 2 * model.conv_width * 3 * model.model_dim
+    attention = sum(_attention_flops(model, kind, reach) for kind in model.kinds)
+    return 2 * matrices + attention + model.num_layers * convolution
+
+
+def _attention_flops(model: ModelConfig, kind: AttentionKind, reach: float) -> float:
+    """Returns those of the attention of one layer, without the products with its weights."""
     dim = model.model_dim
-    if model.attention == "softmax":
+    if kind in EXACT_KINDS:
+        num_keys = reach if kind == "softmax" else min(reach, 2 * model.local_window + 1)
         # Scores and the weighted sum of values, of which a causal model needs half.
-        attention = 4 * dim * reach / (2 if model.causal else 1)
-    else:
-        num_rows = model.num_features if model.has_projection else 0
-        num_features = num_rows * (2 if model.attention in TWO_FEATURES_A_ROW else 1) or model.head_dim
-        # The features of q and k; the state, and what is read from it.
-        attention = 4 * dim * num_rows + 4 * dim * num_features
-    convolution = 2 * model.conv_width * 3 * dim
-    return 2 * matrices + model.num_layers * (attention + convolution)
+        return 4 * dim * num_keys / (2 if model.causal else 1)
+    num_rows = model.num_features if model.has_projection else 0
+    num_features = num_rows * (2 if kind in TWO_FEATURES_A_ROW else 1) or model.head_dim
+    # The features of q and k; the state, and what is read from it.
+    return 4 * dim * num_rows + 4 * dim * num_features
 
 
 def _target_flops(model: ModelConfig) -> float:

@@ -1,0 +1,157 @@
+"""Exact attention to near tokens against its float64 twin, and the laws that it obeys."""
+
+import math
+
+import pytest
+import torch
+
+from protlm.ops import local, local_attention, reference
+from tests.conftest import TOLERANCE, relative_error
+
+LENGTHS = (1, 31, 63, 64, 65, 100, 257, 700)
+WINDOWS = (1, 7, 32, 64, 100)
+PACKED = (0, 1, 0, 3, 20, 64, 65, 1, 300, 0)
+
+
+def draw(batch, length, dtype=torch.float64, heads=2, head_dim=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, length, heads, head_dim)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4)]
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+def bounds(*sizes):
+    return torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
+
+
+def differentiated(attention, q, k, v, grad, **options):
+    """The output and the gradients of q, k and v."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (q, k, v)]
+    out = attention(*leaves, **options)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
+def assert_equals_twin(q, k, v, grad, **options):
+    actual = differentiated(local_attention, q, k, v, grad, **options)
+    expected = differentiated(reference.softmax_attention, q, k, v, grad, **options)
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        # Of a single key dq and dk are zero, in float32 up to rounding.
+        scale = max(theirs.abs().max().item(), 0.1)
+        assert (ours.double() - theirs).abs().max().item() <= TOLERANCE[q.dtype] * scale, (name, q.shape, options)
+
+
+@pytest.fixture
+def small_stretches(monkeypatch):
+    """Cuts rows into stretches of one block each, so that the seams between stretches are tried."""
+    monkeypatch.setattr(local, "_MOST_SCORES", {"cpu": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_output_and_gradients_equal_the_float64_twin(window, causal, dtype):
+    for length in LENGTHS:
+        assert_equals_twin(*draw(2, length, dtype), window=window, causal=causal)
+    q, k, v, grad = draw(1, sum(PACKED), dtype)
+    assert_equals_twin(q, k, v, grad, window=window, causal=causal, cu_seqlens=bounds(*PACKED))
+
+
+@pytest.mark.usefixtures("small_stretches")
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_stretches_of_a_single_block_change_nothing(causal):
+    for window in WINDOWS:
+        q, k, v, grad = draw(1, sum(PACKED))
+        assert_equals_twin(q, k, v, grad, window=window, causal=causal, cu_seqlens=bounds(*PACKED))
+
+
+@pytest.mark.parametrize("content", [0.0, 1e3, -1e30, 1e38])
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_padding_of_any_finite_content_changes_no_output_and_gets_no_gradient(causal, content):
+    q, k, v, grad = draw(2, 150)
+    token_mask = torch.rand((2, 150), generator=torch.Generator().manual_seed(1)) > 0.3
+    token_mask[1, :70] = False
+    padding = ~token_mask[:, None, :, None]
+    options = {"window": 9, "causal": causal, "token_mask": token_mask}
+    expected = differentiated(reference.softmax_attention, q, k, v, grad, **options)
+    filled = [x.masked_fill(padding, content) for x in (q, k, v)]
+    actual = differentiated(local_attention, *filled, grad, **options)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert relative_error(ours, theirs) < TOLERANCE[torch.float64]
+        assert not ours.masked_select(padding).any()
+
+
+def test_a_window_of_the_whole_protein_is_exact_attention():
+    q, k, v, grad = draw(1, 90)
+    ours = differentiated(local_attention, q, k, v, grad, window=90)
+    theirs = differentiated(reference.softmax_attention, q, k, v, grad)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_tokens_out_of_reach_and_other_segments_change_no_output(causal):
+    q, k, v, _ = draw(1, 300)
+    cu_seqlens = bounds(120, 180)
+    out = local_attention(q, k, v, window=16, cu_seqlens=cu_seqlens, causal=causal)
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, :, 150:] = 7.0
+    other = local_attention(*changed, window=16, cu_seqlens=cu_seqlens, causal=causal)
+    # Token 150 is the first that differs: 133 and those before it do not reach it.
+    assert torch.equal(out[:, :, :134], other[:, :, :134])
+    assert torch.equal(out[:, :, :150], other[:, :, :150]) == causal
+
+
+def test_values_of_one_give_one_at_any_norm():
+    q, k, v, _ = draw(1, 200, torch.float32)
+    for scale in (1e-6, 1.0, 1e3, 1e15):
+        out = local_attention(q * scale, k * scale, torch.ones_like(v), window=32)
+        assert (out - 1).abs().max() < 1e-6
+
+
+def test_nan_reaches_the_tokens_that_see_it_alone():
+    q, k, v, _ = draw(1, 200)
+    v[0, 0, 100] = math.nan
+    out = local_attention(q, k, v, window=5)
+    hit = out[0, 0].isnan().any(-1).nonzero().squeeze(1).tolist()
+    assert set(range(95, 106)) <= set(hit)
+    assert not out[0, 1].isnan().any()
+
+
+def test_short_dtypes_and_autocast_compute_in_float32():
+    q, k, v, _ = draw(1, 130, torch.bfloat16)
+    expected = reference.softmax_attention(q, k, v, window=20)
+    out = local_attention(q, k, v, window=20)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, expected) < 5e-3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = local_attention(q.float(), k.float(), v, window=20)
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, out)
+
+
+def test_an_empty_row_gives_an_empty_row():
+    q, k, v, grad = draw(1, 0)
+    assert [x.shape[2] for x in differentiated(local_attention, q, k, v, grad, window=4)] == [0] * 4
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, _ = draw(1, 20)
+    q.requires_grad_()
+    (grad,) = torch.autograd.grad(local_attention(q, k, v, window=4).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), q)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window: expected at least 1, got 0"),
+        ({"window": 4, "cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "cu_seqlens: expected bounds"),
+        ({"window": 4, "token_mask": torch.ones(1, 3, dtype=torch.bool)}, "token_mask: expected shape"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(options, message):
+    q, k, v, _ = draw(1, 20)
+    with pytest.raises(ValueError, match=message):
+        local_attention(q, k, v, **options)
