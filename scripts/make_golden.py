@@ -23,7 +23,7 @@ import typer
 import protlm
 from protlm.cli.app import app, main
 from protlm.data.storage.dataset import open_dataset
-from protlm.ops import favor_cpp
+from protlm.ops import compiled
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_PATH = ROOT / "tests" / "golden" / "golden.json"
@@ -46,7 +46,7 @@ def machine_class() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__.partition("+")[0],
         "instructions of torch": torch.backends.cpu.get_cpu_capability(),
-        "kernel of protlm": favor_cpp.best_kernel() if favor_cpp.why_not() is None else "none",
+        "kernel of protlm": compiled.best_kernel() if compiled.why_not() is None else "none",
     }
 
 

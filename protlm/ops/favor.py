@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from protlm.choices import FeatureMap
-from protlm.ops import context_parallel, favor_cpp, favor_torch, favor_triton
+from protlm.ops import compiled, context_parallel, favor_cpp, favor_torch, favor_triton
 from protlm.ops.derivatives import Attention, gradients, refuse_second_derivative, save_for_backward
 from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from protlm.ops.inputs import AttentionInputs, in_one_dtype, result_like
@@ -33,11 +33,11 @@ _MAX_OPRF_A = 0.125
 def backends() -> dict[str, str]:
     """Returns every backend by name, with one line that describes it or the reason why it cannot run here."""
     descriptions = {"torch": "chunked torch operations with a recomputing backward, on any device"}
-    cpp_why_not, triton_why_not = favor_cpp.why_not(), favor_triton.why_not()
+    cpp_why_not, triton_why_not = compiled.why_not(), favor_triton.why_not()
     descriptions["cpp"] = (
         f"not available: {cpp_why_not}"
         if cpp_why_not
-        else f"compiled kernel for float32 on the CPU ({favor_cpp.best_kernel()}), {_maps_of('cpp')}"
+        else f"compiled kernel for float32 on the CPU ({compiled.best_kernel()}), {_maps_of('cpp')}"
     )
     descriptions["triton"] = (
         f"not available: {triton_why_not}"
@@ -178,7 +178,7 @@ def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
     if backend == "auto":
         if inputs.q.device.type == "cuda":
             return favor_triton if favor_triton.why_not() is None and favor_triton.covers(inputs) else favor_torch
-        return favor_cpp if favor_cpp.covers(inputs) and favor_cpp.why_not() is None else favor_torch
+        return favor_cpp if favor_cpp.covers(inputs) and compiled.why_not() is None else favor_torch
     # Inside the operator, which a compiler does not trace.
     if backend == "triton" and (why_not := favor_triton.why_not()):
         raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")

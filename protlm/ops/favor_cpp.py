@@ -1,4 +1,4 @@
-"""FAVOR on the CPU by a compiled kernel: how the kernel is loaded, and how a call is divided and passed to C++.
+"""FAVOR on the CPU by the compiled kernel: how a call is divided and passed to C++.
 
 The kernel computes in float32. A call is divided into units, consecutive tokens of one segment; the partial states of a
 long segment are merged in their order. No result depends on the number of threads.
@@ -7,8 +7,6 @@ long segment are merged in their order. No result depends on the number of threa
 import ctypes
 import dataclasses
 import functools
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,61 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protlm.ops import compiled
 from protlm.ops.blocks import read_bounds
 from protlm.ops.feature_maps import check_backend
 from protlm.ops.inputs import AttentionInputs, result_like
 
-_EXTENSION = "protlm.ops._favor"
-# As in cpp/favor.cpp.
-_VERSION = 2
 LOG_BASE = 2.0
 """Base of the references and query sums of exponential maps."""
 # Tokens of a segment that one thread processes at a time: enough to make the state they are folded into cheap.
 _UNIT_TOKENS = 2048
 # References of segments without a key, as in favor_torch.
 _LOG_ZERO = -1e30
-
-_Pointer = ctypes.c_void_p
-_Integer = ctypes.c_int64
-
-
-class _Tensor(ctypes.Structure):
-    """The structure `FavorTensor` of cpp/call.h."""
-
-    _fields_ = [("data", _Pointer), *((f"{name}_stride", _Integer) for name in ("batch", "head", "token"))]
-
-
-class _Call(ctypes.Structure):
-    """The structure `FavorCall` of cpp/call.h."""
-
-    _fields_ = [
-        *((name, _Integer) for name in (
-            "heads", "head_dim", "num_tokens", "num_rows", "mirror", "is_exponential", "is_causal",
-            "projection_head_stride",
-        )),
-        ("scale", ctypes.c_double),
-        *((name, _Pointer) for name in ("projection", "oprf_a", "positions", "units", "groups")),
-        *((name, _Integer) for name in ("num_units", "num_groups", "num_slots", "longest_unit")),
-        *((name, _Tensor) for name in ("q", "k", "v", "out")),
-        *((name, _Pointer) for name in ("query_sums", "states", "state_grads", "references")),
-        ("result_bytes", _Integer),
-        *((name, _Tensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
-        ("workspace", _Pointer),
-        ("num_threads", _Integer),
-    ]  # fmt: skip
-
-
-def why_not() -> str | None:
-    """Returns the reason why the kernel cannot be used here, None if it can."""
-    library = _load()
-    return library if isinstance(library, str) else None
-
-
-@functools.cache
-def best_kernel() -> str:
-    """Returns the name of the kernel for this machine: `avx512`, `avx2` or `portable`."""
-    name: bytes = _function(_library(), "protlm_favor_best_kernel", ctypes.c_char_p)()
-    return name.decode()
 
 
 def covers(inputs: AttentionInputs) -> bool:
@@ -154,7 +108,7 @@ class _Run:
     """One call of the kernel: all of its arguments except the results."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
-        _library()
+        compiled.library()
         check_backend(inputs.feature_map, "cpp")
         self._inputs = inputs
         self._heads, self._head_dim = inputs.q.shape[1], inputs.q.shape[-1]
@@ -163,7 +117,7 @@ class _Run:
         self._alive: list[Any] = [plan]
         self._has_empty, self._is_partial = plan.has_empty, plan.positions is not None
         projection, scale = self._projection()
-        self._call = _Call(
+        self._call = compiled.FavorCall(
             heads=self._heads,
             head_dim=self._head_dim,
             num_tokens=inputs.q.shape[2],
@@ -206,7 +160,7 @@ class _Run:
         call.states, call.references = self._pointer(states), self._pointer(references)
         call.query_sums = None if query_sums is None else self._pointer(query_sums)
         call.state_grads = None if state_grads is None else self._pointer(state_grads)
-        functions = _functions(best_kernel())
+        functions = compiled.functions("favor", compiled.best_kernel())
         call.workspace = self._pointer(torch.empty(functions["workspace"](ctypes.byref(call))))
         functions[task](ctypes.byref(call))
 
@@ -245,9 +199,9 @@ class _Run:
             return None
         return self._pointer(a.detach().double().expand(self._inputs.num_segments, -1).contiguous())
 
-    def _strided(self, x: Tensor) -> _Tensor:
+    def _strided(self, x: Tensor) -> compiled.StridedTensor:
         x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        return _Tensor(self._pointer(x), *x.stride()[:3])
+        return compiled.StridedTensor(self._pointer(x), *x.stride()[:3])
 
     def _pointer(self, x: Tensor) -> int:
         self._alive.append(x)
@@ -319,46 +273,3 @@ def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: i
         longest_unit=int(units[:, 3].max(initial=0)),
         has_empty=bool((counts == 0).any()),
     )
-
-
-@functools.cache
-def _functions(kernel: str) -> dict[str, Callable[..., Any]]:
-    """Returns the functions of a kernel; each takes a pointer to a `_Call`."""
-    tasks = ("forward", "backward", "fold", "read", "query_gradients", "key_gradients")
-    returned = {"workspace": _Integer, **dict.fromkeys(tasks)}
-    return {
-        name: _function(_library(), f"protlm_favor_{kernel}_{name}", kind, _Pointer) for name, kind in returned.items()
-    }
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if isinstance(library, str):
-        raise ValueError(f"backend: expected one that was built, got 'cpp': {library}")
-    return library
-
-
-@functools.cache
-def _load() -> ctypes.CDLL | str:
-    """Returns the library, or the reason why there is none."""
-    spec = importlib.util.find_spec(_EXTENSION)
-    if spec is None or spec.origin is None:
-        return "it was not built; install a C++17 compiler with OpenMP such as g++, then install protlm again"
-    try:
-        # torch has already loaded its OpenMP, and the loader gives the kernel the same one.
-        library = ctypes.CDLL(spec.origin)
-        version = (
-            _function(library, "protlm_favor_version", _Integer)(),
-            _function(library, "protlm_favor_call_bytes", _Integer)(),
-        )
-    except (OSError, AttributeError) as error:
-        return f"{spec.origin} cannot be loaded ({error}); install protlm again"
-    if version != (_VERSION, ctypes.sizeof(_Call)):
-        return f"{spec.origin} is not of this version of protlm; install protlm again"
-    return library
-
-
-def _function(library: ctypes.CDLL, name: str, returned: type | None, *arguments: type) -> Callable[..., Any]:
-    function = getattr(library, name)
-    function.restype, function.argtypes = returned, arguments
-    return function  # type: ignore[no-any-return]

@@ -1,10 +1,11 @@
 """The arguments of one call of the attention op as one value, and the conditions under which they fit together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from protlm.ops.blocks import read_bounds
 from protlm.ops.feature_maps import MapDefinition, check_feature_map, definition_of
 
 _DTYPES = {
@@ -116,6 +117,54 @@ class AttentionInputs:
             tensor = getattr(self, name)
             if tensor is not None:
                 _expect(name, f"the device of q, {device}", tensor.device == device, tensor.device)
+
+
+@dataclass(frozen=True)
+class LocalInputs:
+    """The arguments of `local_attention`, which documents them, as its backends take them.
+
+    `before` and `after` are the numbers of tokens that a token sees on either side.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    token_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    before: int
+    after: int
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of scores and sums."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError unless the tensors fit together."""
+        # Like the inputs of a map that needs no projection.
+        AttentionInputs(self.q, self.k, self.v, None, self.token_mask, self.cu_seqlens, None, "relu").check()
+        if self.cu_seqlens is not None:
+            read_bounds(self.cu_seqlens, self.q.shape[2])
+
+    def with_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> "LocalInputs":
+        """Returns the same call of other tensors."""
+        return replace(self, q=q, k=k, v=v)
+
+    def without_tensors(self) -> "LocalInputs":
+        """Returns the call without the memory of its tensors, which autograd keeps itself."""
+        nothing = self.q.new_empty(0)
+        return replace(self, q=nothing, k=nothing, v=nothing)
+
+    def segment_numbers(self) -> Tensor:
+        """Returns the number of every token's segment, int32 (batch · length,); −1 for padding."""
+        batch, _, length, _ = self.q.shape
+        device = self.q.device
+        if self.cu_seqlens is None:
+            numbers = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(length)
+        else:
+            places = torch.arange(length, dtype=torch.int32, device=device)
+            numbers = torch.searchsorted(self.cu_seqlens, places, right=True, out_int32=True)
+        return numbers if self.token_mask is None else numbers.masked_fill(~self.token_mask.flatten(), -1)
 
 
 def check_tensor(name: str, value: object, dtype: str, *, is_optional: bool = False) -> None:

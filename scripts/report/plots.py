@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from protlm.ops import favor_cpp
+from protlm.ops import compiled
 from protlm.runtime.devices import processor_name
 from protlm.workflows.pages.log_axis import set_log_scale
 
@@ -62,8 +62,8 @@ class Line:
 
 def backend_of(dtype: torch.dtype) -> str:
     """Returns the backend that `favor_attention` chooses on this CPU, and the instructions of a compiled one."""
-    if dtype == torch.float32 and favor_cpp.why_not() is None:
-        return f"cpp ({favor_cpp.best_kernel()})"
+    if dtype == torch.float32 and compiled.why_not() is None:
+        return f"cpp ({compiled.best_kernel()})"
     return "torch"
 
 

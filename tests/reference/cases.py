@@ -7,7 +7,7 @@ from itertools import accumulate, cycle
 import torch
 
 from protlm.gpu_check.tolerances import LOOSER_IN_TESTS, NAMES
-from protlm.ops import draw_projection, favor_attention, favor_cpp, favor_torch, reference
+from protlm.ops import compiled, draw_projection, favor_attention, favor_cpp, favor_torch, reference
 from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from tests.conftest import TOLERANCE, relative_error
 
@@ -132,7 +132,7 @@ def computed_of(arguments, backend="auto"):
 
 def backends_of(feature_map, dtype):
     """Returns the backends that compute such a call here."""
-    is_compiled = dtype == torch.float32 and feature_map in maps_on("cpp") and favor_cpp.why_not() is None
+    is_compiled = dtype == torch.float32 and feature_map in maps_on("cpp") and compiled.why_not() is None
     return ("torch", "cpp") if is_compiled else ("torch",)
 
 

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from protlm.ops import favor_cpp
+from protlm.ops import compiled, favor_cpp
 from tests.reference.cases import MIXED, Case, computed_of, draw, maps_on
 
 LAYOUTS = (
@@ -25,9 +25,9 @@ SIZES = (1.0, 30.0, 1e3, 1e6, 1e18, float("inf"), float("nan"))
 
 
 def main(library, kernel):
-    favor_cpp.importlib.util.find_spec = lambda _: type("Spec", (), {"origin": library})
-    favor_cpp.best_kernel = lambda: kernel
-    assert favor_cpp.why_not() is None, favor_cpp.why_not()
+    compiled.importlib.util.find_spec = lambda _: type("Spec", (), {"origin": library})
+    compiled.best_kernel = lambda: kernel
+    assert compiled.why_not() is None, compiled.why_not()
     for options, feature_map, causal, size, unit_tokens in product(
         LAYOUTS, maps_on("cpp"), (False, True), SIZES, (favor_cpp._UNIT_TOKENS, 70)
     ):

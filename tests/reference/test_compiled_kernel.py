@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from protlm.gpu_check.tolerances import NAMES
-from protlm.ops import backends, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
+from protlm.ops import backends, compiled, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE, relative_error
 from tests.reference.cases import (
@@ -29,10 +29,10 @@ from tests.reference.cases import (
 
 SOURCES = Path(favor_cpp.__file__).parent / "cpp"
 COVERED = maps_on("cpp")
-needs_kernel = pytest.mark.skipif(favor_cpp.why_not() is not None, reason=str(favor_cpp.why_not()))
+needs_kernel = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
 
 RUNNABLE = {"avx512": ("portable", "avx2", "avx512"), "avx2": ("portable", "avx2"), "portable": ("portable",)}[
-    favor_cpp.best_kernel() if favor_cpp.why_not() is None else "portable"
+    compiled.best_kernel() if compiled.why_not() is None else "portable"
 ]
 INSTRUCTION_SETS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mfma"]}
 LAYOUTS = {
@@ -65,7 +65,7 @@ def assert_kernel_equals_twin(monkeypatch):
 def test_every_kernel_that_this_machine_can_run_equals_the_float64_twin(kernel, monkeypatch):
     if kernel not in RUNNABLE:
         pytest.skip(f"this machine cannot run the {kernel} kernel")
-    monkeypatch.setattr(favor_cpp, "best_kernel", lambda: kernel)
+    monkeypatch.setattr(compiled, "best_kernel", lambda: kernel)
     assert_kernel_equals_twin(monkeypatch)
 
 
@@ -76,15 +76,15 @@ def test_vectors_of_avx512_taken_apart_for_avx2_equal_the_float64_twin(tmp_path,
     library = tmp_path / "favor.so"
     sources = [str(SOURCES / name) for name in ("favor.cpp", "favor_avx512.cpp")]
     subprocess.run(["g++", *flags, *sources, "-o", str(library)], check=True)
-    monkeypatch.setattr(favor_cpp.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(library)}))
-    monkeypatch.setattr(favor_cpp, "best_kernel", lambda: "avx512")
-    for cached in (favor_cpp._load, favor_cpp._functions):
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(library)}))
+    monkeypatch.setattr(compiled, "best_kernel", lambda: "avx512")
+    for cached in (compiled._load, compiled.functions):
         cached.cache_clear()
     try:
         assert_kernel_equals_twin(monkeypatch)
     finally:
         monkeypatch.undo()
-        for cached in (favor_cpp._load, favor_cpp._functions):
+        for cached in (compiled._load, compiled.functions):
             cached.cache_clear()
 
 
@@ -212,7 +212,7 @@ def test_denormal_numbers_stay_what_they_are():
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
 def test_the_kernel_shares_the_openmp_of_torch():
     # In a process of its own: other packages bring an OpenMP too.
-    program = "from protlm.ops import favor_cpp; print(favor_cpp.why_not()); print(open('/proc/self/maps').read())"
+    program = "from protlm.ops import compiled; print(compiled.why_not()); print(open('/proc/self/maps').read())"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     mapped = {line.split()[-1] for line in shown.splitlines() if "libgomp" in line}
     assert any("_favor" in line for line in shown.splitlines())
@@ -231,10 +231,10 @@ def test_what_the_kernel_does_not_cover_is_left_to_torch():
 
 
 def test_a_kernel_that_was_not_built_is_told_and_left_out(monkeypatch):
-    monkeypatch.setattr(favor_cpp.importlib.util, "find_spec", lambda _: None)
-    favor_cpp._load.cache_clear()
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: None)
+    compiled._load.cache_clear()
     try:
-        assert favor_cpp.why_not().startswith("it was not built; install a C++17 compiler")
+        assert compiled.why_not().startswith("it was not built; install a C++17 compiler")
         assert backends()["cpp"].startswith("not available: it was not built")
         q = torch.randn(1, 2, 20, 8)
         projection = draw_projection(16, 8)
@@ -243,33 +243,33 @@ def test_a_kernel_that_was_not_built_is_told_and_left_out(monkeypatch):
         with pytest.raises(ValueError, match=r"^backend: expected one that was built, got 'cpp': it was not built"):
             favor_attention(q, q, q, projection, backend="cpp")
     finally:
-        favor_cpp._load.cache_clear()
+        compiled._load.cache_clear()
 
 
 def test_a_library_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
     broken = tmp_path / f"_favor{sysconfig.get_config_var('EXT_SUFFIX')}"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(favor_cpp.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(broken)}))
-    favor_cpp._load.cache_clear()
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(broken)}))
+    compiled._load.cache_clear()
     try:
-        assert "cannot be loaded" in favor_cpp.why_not()
+        assert "cannot be loaded" in compiled.why_not()
     finally:
-        favor_cpp._load.cache_clear()
+        compiled._load.cache_clear()
 
 
-class LongerCall(favor_cpp._Call):
-    _fields_ = (("added", favor_cpp._Integer),)
+class LongerCall(compiled.FavorCall):
+    _fields_ = (("added", compiled.Integer),)
 
 
 @needs_kernel
-@pytest.mark.parametrize(("name", "other"), [("_VERSION", -1), ("_Call", LongerCall)])
+@pytest.mark.parametrize(("name", "other"), [("_VERSION", -1), ("FavorCall", LongerCall)])
 def test_a_library_of_another_version_or_layout_is_refused(name, other, monkeypatch):
-    monkeypatch.setattr(favor_cpp, name, other)
-    favor_cpp._load.cache_clear()
+    monkeypatch.setattr(compiled, name, other)
+    compiled._load.cache_clear()
     try:
-        assert favor_cpp.why_not().endswith("is not of this version of protlm; install protlm again")
+        assert compiled.why_not().endswith("is not of this version of protlm; install protlm again")
     finally:
-        favor_cpp._load.cache_clear()
+        compiled._load.cache_clear()
 
 
 @needs_kernel

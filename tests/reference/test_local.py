@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from protlm.ops import local, local_attention, reference
+from protlm.ops import compiled, local_attention, local_cpp, local_torch, reference
 from tests.conftest import TOLERANCE, relative_error
 
 LENGTHS = (1, 31, 63, 64, 65, 100, 257, 700)
@@ -31,8 +31,8 @@ def differentiated(attention, q, k, v, grad, **options):
     return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
 
-def assert_equals_twin(q, k, v, grad, **options):
-    actual = differentiated(local_attention, q, k, v, grad, **options)
+def assert_equals_twin(q, k, v, grad, backend="auto", **options):
+    actual = differentiated(local_attention, q, k, v, grad, backend=backend, **options)
     expected = differentiated(reference.softmax_attention, q, k, v, grad, **options)
     for name, ours, theirs in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         # Of a single key dq and dk are zero, in float32 up to rounding.
@@ -40,28 +40,70 @@ def assert_equals_twin(q, k, v, grad, **options):
         assert (ours.double() - theirs).abs().max().item() <= TOLERANCE[q.dtype] * scale, (name, q.shape, options)
 
 
+BEST = "portable" if compiled.why_not() else compiled.best_kernel()
+KERNELS = ("portable", "avx2", "avx512")[: 1 + ("portable", "avx2", "avx512").index(BEST)]
+needs_kernel = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
+
+
+@pytest.fixture(params=["torch", *(pytest.param(kernel, marks=needs_kernel) for kernel in KERNELS)])
+def backend(request, monkeypatch):
+    """Each backend; of the compiled one each kernel that runs here."""
+    if request.param == "torch":
+        return "torch"
+    monkeypatch.setattr(compiled, "best_kernel", lambda: request.param)
+    return "cpp"
+
+
 @pytest.fixture
 def small_stretches(monkeypatch):
     """Cuts rows into stretches of one block each, so that the seams between stretches are tried."""
-    monkeypatch.setattr(local, "_MOST_SCORES", {"cpu": 1})
+    monkeypatch.setattr(local_torch, "_MOST_SCORES", {"cpu": 1})
+    monkeypatch.setattr(local_cpp, "_UNIT_TOKENS", 32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_output_and_gradients_equal_the_float64_twin(window, causal, dtype):
-    for length in LENGTHS:
-        assert_equals_twin(*draw(2, length, dtype), window=window, causal=causal)
-    q, k, v, grad = draw(1, sum(PACKED), dtype)
-    assert_equals_twin(q, k, v, grad, window=window, causal=causal, cu_seqlens=bounds(*PACKED))
+def test_output_and_gradients_equal_the_float64_twin(window, causal, backend):
+    for dtype in (torch.float32, torch.float64)[: 2 if backend == "torch" else 1]:
+        for length in LENGTHS:
+            assert_equals_twin(*draw(2, length, dtype), window=window, causal=causal, backend=backend)
+        options = {"window": window, "causal": causal, "cu_seqlens": bounds(*PACKED), "backend": backend}
+        assert_equals_twin(*draw(1, sum(PACKED), dtype), **options)
+
+
+@needs_kernel
+def test_the_compiled_kernel_takes_every_head_dim_and_any_strides():
+    for head_dim in (1, 2, 17, 32, 60, 64, 128, 200):
+        q, k, v, grad = draw(1, 100, torch.float32, head_dim=head_dim)
+        assert_equals_twin(q, k, v, grad, window=20, backend="cpp")
+        strided = [torch.stack((x, x), -1).select(-1, 0) for x in (q, k, v, grad)]
+        assert_equals_twin(*strided, window=20, backend="cpp")
 
 
 @pytest.mark.usefixtures("small_stretches")
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-def test_stretches_of_a_single_block_change_nothing(causal):
+def test_stretches_of_a_single_block_change_nothing(causal, backend):
     for window in WINDOWS:
-        q, k, v, grad = draw(1, sum(PACKED))
-        assert_equals_twin(q, k, v, grad, window=window, causal=causal, cu_seqlens=bounds(*PACKED))
+        q, k, v, grad = draw(1, sum(PACKED), torch.float32)
+        options = {"window": window, "causal": causal, "cu_seqlens": bounds(*PACKED), "backend": backend}
+        assert_equals_twin(q, k, v, grad, **options)
+
+
+@needs_kernel
+def test_company_and_threads_change_no_bit_of_the_compiled_kernel():
+    q, k, v, grad = draw(1, 700, torch.float32)
+    alone = differentiated(local_attention, q, k, v, grad, window=40)
+    others = draw(1, 133, torch.float32, seed=1)
+    joined = [torch.cat((x, y), 2) for x, y in zip(others, (q, k, v, grad), strict=True)]
+    beside = differentiated(local_attention, *joined, window=40, cu_seqlens=bounds(133, 700))
+    torch.set_num_threads(2)
+    try:
+        threaded = differentiated(local_attention, q, k, v, grad, window=40)
+    finally:
+        torch.set_num_threads(1)
+    for ours, theirs, many in zip(alone, beside, threaded, strict=True):
+        assert torch.equal(ours, theirs[:, :, 133:])
+        assert torch.equal(ours, many)
 
 
 @pytest.mark.parametrize("content", [0.0, 1e3, -1e30, 1e38])
@@ -89,32 +131,34 @@ def test_a_window_of_the_whole_protein_is_exact_attention():
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-def test_tokens_out_of_reach_and_other_segments_change_no_output(causal):
-    q, k, v, _ = draw(1, 300)
+def test_tokens_out_of_reach_and_other_segments_change_no_output(causal, backend):
+    q, k, v, _ = draw(1, 300, torch.float32)
     cu_seqlens = bounds(120, 180)
-    out = local_attention(q, k, v, window=16, cu_seqlens=cu_seqlens, causal=causal)
+    options = {"window": 16, "cu_seqlens": cu_seqlens, "causal": causal, "backend": backend}
+    out = local_attention(q, k, v, **options)
     changed = [x.clone() for x in (q, k, v)]
     for x in changed:
         x[:, :, 150:] = 7.0
-    other = local_attention(*changed, window=16, cu_seqlens=cu_seqlens, causal=causal)
+    other = local_attention(*changed, **options)
     # Token 150 is the first that differs: 133 and those before it do not reach it.
     assert torch.equal(out[:, :, :134], other[:, :, :134])
     assert torch.equal(out[:, :, :150], other[:, :, :150]) == causal
 
 
-def test_values_of_one_give_one_at_any_norm():
+def test_values_of_one_give_one_at_any_norm(backend):
     q, k, v, _ = draw(1, 200, torch.float32)
     for scale in (1e-6, 1.0, 1e3, 1e15):
-        out = local_attention(q * scale, k * scale, torch.ones_like(v), window=32)
+        out = local_attention(q * scale, k * scale, torch.ones_like(v), window=32, backend=backend)
         assert (out - 1).abs().max() < 1e-6
 
 
-def test_nan_reaches_the_tokens_that_see_it_alone():
-    q, k, v, _ = draw(1, 200)
-    v[0, 0, 100] = math.nan
-    out = local_attention(q, k, v, window=5)
+@pytest.mark.parametrize("which", range(3), ids="qkv".__getitem__)
+def test_nan_reaches_every_token_that_sees_it_and_no_other_head(which, backend):
+    tensors = draw(1, 200, torch.float32)[:3]
+    tensors[which][0, 0, 100] = math.nan
+    out = local_attention(*tensors, window=5, backend=backend)
     hit = out[0, 0].isnan().any(-1).nonzero().squeeze(1).tolist()
-    assert set(range(95, 106)) <= set(hit)
+    assert set(range(95, 106) if which else [100]) <= set(hit)
     assert not out[0, 1].isnan().any()
 
 
@@ -147,6 +191,7 @@ def test_a_second_derivative_is_refused():
     ("options", "message"),
     [
         ({"window": 0}, "window: expected at least 1, got 0"),
+        ({"window": 4, "backend": "triton"}, "backend: expected 'auto', 'torch' or 'cpp', got 'triton'"),
         ({"window": 4, "cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "cu_seqlens: expected bounds"),
         ({"window": 4, "token_mask": torch.ones(1, 3, dtype=torch.bool)}, "token_mask: expected shape"),
     ],

@@ -39,7 +39,7 @@ def test_overrides_beat_the_file_which_beats_the_defaults(write):
     path = write("[train]\nlr = 0.5\nmax_steps = 7\n[model]\nconv_width = 5\n")
     config = load_config(path, ["train.max_steps=9", "model.attention=relu", "train.max_steps=10"])
     assert (config.train.lr, config.train.max_steps, config.model.conv_width) == (0.5, 10, 5)
-    assert config.model.attention == "relu"
+    assert config.model.attention == ("relu",)
     assert config.data == DataConfig()
 
 

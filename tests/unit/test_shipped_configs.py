@@ -36,4 +36,4 @@ def test_the_papers_models_are_its_own():
         assert (config.train.lr, config.train.betas, config.train.eps) == (1e-3, (0.9, 0.98), 1e-9)
         assert (config.train.clip_norm, config.train.weight_decay, config.model.dropout) == (0.5, 0.1, 0.1)
         assert (config.train.schedule, config.train.warmup_steps) == ("constant", 0)
-        assert (config.model.attention, config.model.num_features) == ("relu", 256)
+        assert (config.model.attention, config.model.num_features) == (("relu",), 256)

@@ -27,7 +27,9 @@ SEQUENCES = ["MKTAYIAKQR", "W", "ACDEFGHIKLMNPQRSTVWY", "GGGG", "MKTAYIAKQR", "A
 
 
 def save(folder, seed=0):
-    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=16, num_features=8)
+    )
     model.reset(seed)
     description = ModelDescription(
         model=model.config, mask_rate=0.15, redraw_every_steps=0, seed=0, step=1, dataset_hash="",

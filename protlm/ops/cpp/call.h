@@ -1,4 +1,4 @@
-// The arguments of one call of the op, as favor_cpp.py passes them: plain structures of pointers, strides and counts.
+// The arguments of one call of an op, as favor_cpp.py and local_cpp.py pass them: plain structures of pointers, strides and counts.
 //
 // Every size is in floats or in counts. The caller owns all memory; results of tokens that no unit names are not written.
 
@@ -52,6 +52,25 @@ struct FavorCall {
     std::int64_t result_bytes;  // of `out` and of each gradient that is written; each is contiguous
     FavorTensor out_grad, q_grad, k_grad, v_grad;
 
+    float* workspace;
+    std::int64_t num_threads;
+};
+
+// Consecutive tokens of one segment, which one thread processes at a time.
+struct LocalUnit {
+    std::int64_t row;                           // of the batch
+    std::int64_t segment_first, segment_count;  // tokens of the row
+    std::int64_t first, count;                  // tokens of the segment; `first` is a multiple of 32
+};
+
+struct LocalCall {
+    std::int64_t heads, head_dim, num_tokens;
+    std::int64_t before, after;  // how far a token sees
+    const LocalUnit* units;
+    std::int64_t num_units, longest_unit;
+    FavorTensor q, k, v, out;
+    float* log_sums;  // (batch, heads, tokens), to base 2
+    FavorTensor out_grad, q_grad, k_grad, v_grad;
     float* workspace;
     std::int64_t num_threads;
 };

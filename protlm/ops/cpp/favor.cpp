@@ -4,10 +4,11 @@
 
 extern "C" {
 
-// Python compares both with its own values: after an update an older library may still be in place. Raise the version
+// Python compares these with its own values: after an update an older library may still be in place. Raise the version
 // when the meaning of a member changes and the size does not.
-std::int64_t protlm_favor_version() { return 2; }
+std::int64_t protlm_favor_version() { return 3; }
 std::int64_t protlm_favor_call_bytes() { return sizeof(FavorCall); }
+std::int64_t protlm_local_call_bytes() { return sizeof(LocalCall); }
 
 const char* protlm_favor_best_kernel() {
 #if defined(__x86_64__)

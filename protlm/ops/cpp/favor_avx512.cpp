@@ -3,6 +3,7 @@
 #define PROTLM_LANES 16
 #define PROTLM_NAMESPACE favor_avx512
 
+#include "local.h"
 #include "run.h"
 
 using namespace PROTLM_NAMESPACE;
@@ -16,5 +17,9 @@ void protlm_favor_avx512_fold(const FavorCall* call) { run(*call, Task::kFold); 
 void protlm_favor_avx512_read(const FavorCall* call) { run(*call, Task::kRead); }
 void protlm_favor_avx512_query_gradients(const FavorCall* call) { run(*call, Task::kQueryGradients); }
 void protlm_favor_avx512_key_gradients(const FavorCall* call) { run(*call, Task::kKeyGradients); }
+
+std::int64_t protlm_local_avx512_workspace(const LocalCall* call) { return local_workspace(*call); }
+void protlm_local_avx512_forward(const LocalCall* call) { run_local(*call, false); }
+void protlm_local_avx512_backward(const LocalCall* call) { run_local(*call, true); }
 
 }  // extern "C"

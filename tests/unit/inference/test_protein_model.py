@@ -14,7 +14,9 @@ from protlm.vocabulary import RESIDUES
 
 @pytest.fixture(scope="module")
 def model():
-    performer = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    performer = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8)
+    )
     performer.reset(0)
     description = ModelDescription(
         model=performer.config, mask_rate=0.15, redraw_every_steps=0, seed=0, step=1, dataset_hash="",

@@ -16,7 +16,9 @@ from tests.unit.workflows.evaluate.eval_cases import InMemory, random_sequences
 
 @pytest.fixture
 def model():
-    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=16, num_features=8)
+    )
     model.reset(0)
     return model.eval()
 

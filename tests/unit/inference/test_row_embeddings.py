@@ -13,7 +13,9 @@ KINDS = ("per-residue", "mean", "cls", "logits")
 
 @pytest.fixture(scope="module")
 def model():
-    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=32, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=32, num_features=8)
+    )
     model.reset(0)
     return model.eval()
 

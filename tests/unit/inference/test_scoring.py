@@ -45,7 +45,9 @@ def random_proteins(num_records=30, seed=0):
 
 @pytest.fixture
 def model():
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8)
+    )
     model.reset(0)
     return model.eval()
 
@@ -126,7 +128,9 @@ def test_the_budget_of_a_row_changes_nothing_and_the_seed_does(model):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_mode_of_the_model_is_restored_and_dropout_is_off(training):
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8, dropout=0.5))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, num_features=8, dropout=0.5)
+    )
     model.reset(0)
     model.train(training)
     first, second = (scores_of(score_model(model, random_proteins(5), masked(0.5), {})) for _ in range(2))
@@ -150,7 +154,9 @@ def test_a_loss_beyond_what_exp_can_hold_is_an_infinite_perplexity(model):
 
 
 def test_the_next_residue_is_scored_at_every_residue():
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8)
+    )
     model.reset(0)
     proteins = random_proteins()
     sums = score_model(model, proteins, NEXT_TOKEN, {}, tokens_per_batch=100)["model"]
@@ -179,7 +185,9 @@ ODD_BUDGET = 120
 def score_in_a_process(rank, world_size, folder):
     """Scores in one of several processes and saves the result."""
     process_groups.join(rank, world_size, folder)
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8)
+    )
     model.reset(0)
     num_passes = []
     model.register_forward_hook(lambda *_: num_passes.append(1))
@@ -209,7 +217,11 @@ def test_the_number_of_processes_changes_no_bit_and_all_make_as_many_passes(tmp_
 
 def test_a_residue_that_a_model_lacks_is_scored_by_the_token_that_stands_for_it():
     vocabulary = ("<pad>", "<mask>", "<cls>", "<eos>", "<unk>", *RESIDUES[:20], "extra")
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8, vocabulary=vocabulary))
+    model = Performer(
+        ModelConfig(
+            attention="positive", num_layers=1, model_dim=16, num_heads=2, num_features=8, vocabulary=vocabulary
+        )
+    )
     model.reset(0)
     proteins = InMemory("MKBLLX", "ACD")
     (row,) = evaluation_rows(proteins, 64, 0, masked(1.0).hiding_all())

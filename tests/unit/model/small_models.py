@@ -7,14 +7,19 @@ from protlm.model import attention as attention_module
 from protlm.model.performer import Performer
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE
 
-KINDS = ("positive", "hyperbolic", "regularised", "oprf", "relu", "softmax")
+KINDS = ("positive", "hyperbolic", "regularised", "oprf", "relu", "softmax", "local")
+EXACT = ("softmax", "local")
 # Three tokens are `<cls>`, one residue and `<eos>`.
 SIZES = (3, 40, 3, 17, 90, 41, 3)
 
 
 def build(seed=0, **options):
-    """Returns a small model in evaluation mode whose weights are all away from what they start as."""
+    """Returns a small model in evaluation mode, of FAVOR layers unless told otherwise.
+
+    All its weights are away from what they start as.
+    """
     sizes = {"num_layers": 2, "model_dim": 32, "num_heads": 2, "ffn_dim": 48, "num_features": 24}
+    sizes["attention"] = "positive"
     model = Performer(ModelConfig(**{**sizes, **options}))
     model.reset(seed)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -14,7 +14,7 @@ from protlm.model.positions import rotary_angles
 from protlm.model.segments import Segments
 from protlm.ops import oprf_parameter, reference
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.small_models import KINDS, SIZES, attended, bounds, build, proteins
+from tests.unit.model.small_models import EXACT, KINDS, SIZES, attended, bounds, build, proteins
 
 FLOAT32 = TOLERANCE[torch.float32]
 
@@ -36,17 +36,40 @@ def test_qk_norm_gives_the_squared_norm_of_a_bounded_temperature(logits, monkeyp
 
 
 def test_temperatures_start_at_three_quarters_of_their_bound():
-    model = Performer(ModelConfig(max_temperature=2.0))
+    model = Performer(ModelConfig(attention="positive", max_temperature=2.0))
     model.reset(0)
     for layer in model.layers:
         assert (2 * torch.sigmoid(layer.attention.temperature_logit) - 1.5).abs().max() < 1e-6
 
 
-def test_the_temperature_is_learned():
-    model = build()
+@pytest.mark.parametrize("kind", EXACT)
+def test_temperatures_of_exact_kinds_have_a_start_and_no_bound(kind, monkeypatch):
+    model = Performer(ModelConfig(attention=kind, num_heads=2, model_dim=32, exact_temperature=6.0))
+    model.reset(0)
+    learned = model.layers[0].attention.log_temperature
+    assert relative_error(learned.exp(), torch.full((2,), 6.0)) < FLOAT32
+    torch.nn.init.constant_(learned, math.log(50))
+    name = "local_attention" if kind == "local" else "_softmax_attention"
+    q, k, _, _ = attended(model, proteins(30)[0], bounds(30), monkeypatch, name)
+    for x in (q, k):
+        assert relative_error(x.square().sum(-1), torch.full((1, 2, 30), 50 * math.sqrt(16))) < FLOAT32
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_exact_kinds_can_have_the_bound_of_favor(kind):
+    model = build(attention=kind, exact_temperature=0.0, max_temperature=3.0)
+    assert {name for name in model.state_dict() if "temperature" in name} == {
+        f"layers.{layer}.attention.temperature_logit" for layer in range(2)
+    }
+
+
+@pytest.mark.parametrize("kind", ["positive", *EXACT])
+def test_the_temperature_is_learned(kind):
+    model = build(attention=kind)
     model(proteins(30)[0], bounds(30)).square().sum().backward()
-    for layer in model.layers:
-        assert layer.attention.temperature_logit.grad.abs().min() > 0
+    learned = [parameter for name, parameter in model.named_parameters() if "temperature" in name]
+    assert len(learned) == 2
+    assert all(parameter.grad.abs().min() > 0 for parameter in learned)
 
 
 @pytest.mark.parametrize("logit", [-100.0, 100.0])
@@ -68,11 +91,11 @@ def test_without_qk_norm_q_keeps_its_norms(monkeypatch):
 @pytest.mark.parametrize("sizes", [(30,), (3, 20, 7)])
 def test_softmax_attention_equals_its_float64_twin(sizes, monkeypatch):
     model = build(attention="softmax")
-    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "_exact_attention")
+    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "_softmax_attention")
     assert relative_error(out, reference.softmax_attention(q, k, v, cu_seqlens=bounds(*sizes))) < FLOAT32
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "softmax"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in EXACT])
 def test_favor_attention_is_given_the_saved_projection_of_its_head(kind, monkeypatch):
     model = build(attention=kind)
     q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
@@ -81,7 +104,7 @@ def test_favor_attention_is_given_the_saved_projection_of_its_head(kind, monkeyp
     assert relative_error(out, expected) < FLOAT32
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("softmax", "oprf")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*EXACT, "oprf")])
 def test_causal_favor_equals_its_float64_twin(kind, monkeypatch):
     model = build(attention=kind, causal=True)
     q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
@@ -92,9 +115,44 @@ def test_causal_favor_equals_its_float64_twin(kind, monkeypatch):
 
 def test_causal_exact_attention_equals_its_float64_twin(monkeypatch):
     model = build(attention="softmax", causal=True)
-    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch, "_exact_attention")
+    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch, "_softmax_attention")
     expected = reference.softmax_attention(q, k, v, cu_seqlens=bounds(3, 25), causal=True)
     assert relative_error(out, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_local_attention_sees_the_tokens_of_its_window(causal, monkeypatch):
+    model = build(attention="local", local_window=5, causal=causal)
+    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch, "local_attention")
+    expected = reference.softmax_attention(q, k, v, cu_seqlens=bounds(3, 25), causal=causal, window=5)
+    assert relative_error(out, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_a_local_bias_favours_near_tokens(causal, monkeypatch):
+    model = build(attention="softmax", local_window=4, local_bias=3.0, causal=causal)
+    biases = model.layers[0].attention.local_bias
+    assert (biases - 3).abs().max() < 1.5
+    sizes = (3, 25)
+    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "_softmax_attention")
+    scores = (q @ k.mT).double() / 4
+    places = torch.arange(28)
+    scores += biases.double().view(2, 1, 1) * ((places - places.unsqueeze(1)).abs() <= 4)
+    segment = (places >= 3).long()
+    hidden = segment != segment.unsqueeze(1)
+    hidden = hidden | (places > places.unsqueeze(1)) if causal else hidden
+    expected = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ v.double()
+    assert relative_error(out, expected) < FLOAT32
+    model(torch.cat(proteins(*sizes)), bounds(*sizes)).square().sum().backward()
+    assert all(layer.attention.local_bias.grad.abs().min() > 0 for layer in model.layers)
+
+
+def test_layers_take_the_kinds_in_turn():
+    model = build(num_layers=5, attention=("local", "relu", "softmax"))
+    assert [layer.attention.kind for layer in model.layers] == ["local", "relu", "softmax", "local", "relu"]
+    assert [name for name in model.state_dict() if "projection" in name] == [
+        "layers.1.attention.projection", "layers.4.attention.projection"
+    ]  # fmt: skip
 
 
 def test_causal_oprf_takes_its_constant_from_the_temperature(monkeypatch):
@@ -115,7 +173,7 @@ def test_causal_oprf_takes_its_constant_from_the_temperature(monkeypatch):
 
 
 def test_attention_without_rotary_positions_leaves_q_unturned():
-    attention = SelfAttention(ModelConfig(num_heads=2, model_dim=16, qk_norm=False, conv_width=0))
+    attention = SelfAttention(ModelConfig(num_heads=2, model_dim=16, qk_norm=False, conv_width=0), "positive")
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     x = torch.ones(5, 16)
@@ -134,8 +192,9 @@ def test_autocast_makes_what_enters_attention_short(conv_width):
     assert {x.dtype for x in actual} == {torch.bfloat16}
 
 
-def test_attention_copes_with_one_token_and_with_a_segment_of_length_zero():
-    attention = SelfAttention(ModelConfig(num_heads=2, model_dim=16))
+@pytest.mark.parametrize("kind", ["positive", "local", "softmax"])
+def test_attention_copes_with_one_token_and_with_a_segment_of_length_zero(kind):
+    attention = SelfAttention(ModelConfig(num_heads=2, model_dim=16), kind)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     attention.redraw(torch.Generator().manual_seed(0))

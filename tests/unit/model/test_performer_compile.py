@@ -20,7 +20,8 @@ from protlm.model.performer import Performer
 
 torch.set_num_threads(1)
 torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
-model = Performer(ModelConfig(num_layers=2, model_dim=32, num_heads=2, ffn_dim=48, num_features=24))
+kinds = ("positive", "local")
+model = Performer(ModelConfig(attention=kinds, num_layers=2, model_dim=32, num_heads=2, ffn_dim=48, num_features=24))
 model.reset(0)
 
 def row(*sizes):

@@ -71,7 +71,11 @@ def test_hidden_states_are_those_of_whole_rows(monkeypatch, settings):
 
 def test_without_gradients_the_widest_tensors_are_never_of_a_whole_row(monkeypatch):
     monkeypatch.setattr(stretches, "STRETCH_TOKENS", 16)
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=64, num_features=8, conv_width=0))
+    model = Performer(
+        ModelConfig(
+            attention="positive", num_layers=1, model_dim=16, num_heads=2, ffn_dim=64, num_features=8, conv_width=0
+        )
+    )
     model.reset(0)
     seen = []
     (layer,) = model.layers

@@ -20,7 +20,16 @@ from protlm.config import ModelConfig
 from protlm.inference import approximation, attention_weights, replaced_attention
 from protlm.model import health
 from protlm.model.performer import Performer
-from protlm.ops import draw_projection, favor, favor_cpp, favor_torch, favor_triton, random_features, reference
+from protlm.ops import (
+    compiled,
+    draw_projection,
+    favor,
+    favor_cpp,
+    favor_torch,
+    favor_triton,
+    random_features,
+    reference,
+)
 from protlm.ops.feature_maps import DEFINITIONS, MapDefinition, definition_of
 from protlm.ops.inputs import AttentionInputs
 from protlm.ops.torch_maps import torch_map
@@ -57,7 +66,9 @@ def make_cuda_call():
 
 
 def model_with(kind):
-    model = Performer(ModelConfig(num_layers=1, model_dim=8, num_heads=2, ffn_dim=8, num_features=6))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=8, num_heads=2, ffn_dim=8, num_features=6)
+    )
     model.reset(0)
     model.layers[0].attention.kind = kind
     return model
@@ -79,7 +90,7 @@ def measure_error():
     approximation.measure_approximation(model_with(MADE_UP), [np.array(PROTEIN, dtype=np.uint8)])
 
 
-NEEDS_CPP = pytest.mark.skipif(favor_cpp.why_not() is not None, reason="the compiled kernel was not built")
+NEEDS_CPP = pytest.mark.skipif(compiled.why_not() is not None, reason="the compiled kernel was not built")
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 PLACES = {
     "the op": attend("auto"),

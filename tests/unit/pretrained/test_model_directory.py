@@ -43,7 +43,9 @@ def describe(model, /, **changes):
 
 @pytest.fixture
 def model():
-    model = Performer(ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+    )
     model.reset(0)
     return model.eval()
 
@@ -346,7 +348,9 @@ def test_a_model_of_version_1_reads_as_packed_with_berts_masking(folder):
     assert description.objective == Objective(causal=False, rates=MaskRates(0.15, 0.8, 0.1))
     assert (description.data_mode, description.window_tokens, description.max_residues) == ("packed", None, None)
     assert description.valid.targets == "mixture"
-    assert read.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+    assert read.config == ModelConfig(
+        attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,7 +384,9 @@ def test_a_model_of_version_3_has_no_origin_and_the_settings_of_ours(folder):
     read, description = read_model(folder)
     assert (description.origin, description.trained_residues) == (None, None)
     assert description.valid == VALID
-    assert read.config == ModelConfig(num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+    assert read.config == ModelConfig(
+        attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8
+    )
 
 
 def test_a_model_of_version_4_is_none_that_there_was_no_time_to_measure(folder):
@@ -507,11 +513,13 @@ def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "kept"),
     [
-        ({"attention": "softmax"}, {}, ["projection"]),
+        ({"attention": "softmax"}, {}, ["projection", "temperature_logit"]),
         ({"attention": "softmax", "qk_norm": False}, {}, ["projection", "temperature_logit"]),
+        ({"attention": "local"}, {}, ["projection", "temperature_logit"]),
+        ({"attention": "local"}, {"attention": "softmax", "local_bias": 3.0}, ["local_bias"]),
         ({"num_features": 16}, {}, ["projection"]),
         ({"projection": "iid"}, {}, ["projection"]),
-        ({}, {"attention": "softmax"}, []),
+        ({}, {"attention": "softmax"}, ["log_temperature"]),
         ({"attention": "relu"}, {"attention": "hyperbolic"}, []),
     ],
 )

@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 def save_ours(folder):
     """Writes a model directory of protlm."""
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_features=8))
+    model = Performer(ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, num_features=8))
     model.reset(0)
     save_model(folder, model, ModelDescription(model=model.config, mask_rate=0.15, step=250, **EMPTY))
 

@@ -82,7 +82,15 @@ def prepare(folder: Path, splits: dict, clusters=None, families=None) -> Path:
 
 def save_new_model(folder: Path, residue_counts=None, weights=None, description=None, **shape) -> Path:
     """Saves a small model; `weights` changes it before."""
-    config = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "ffn_dim": 16, "num_features": 8, **shape}
+    config = {
+        "num_layers": 1,
+        "model_dim": 16,
+        "num_heads": 2,
+        "ffn_dim": 16,
+        "attention": "positive",
+        "num_features": 8,
+        **shape,
+    }
     model = Performer(ModelConfig(**config))
     model.reset(0)
     if weights is not None:

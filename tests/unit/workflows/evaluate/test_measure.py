@@ -15,7 +15,9 @@ from tests.unit.workflows.evaluate.eval_cases import InMemory, random_sequences
 
 @pytest.fixture
 def model():
-    model = Performer(ModelConfig(num_layers=1, model_dim=8, num_heads=1, ffn_dim=8, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=8, num_heads=1, ffn_dim=8, num_features=8)
+    )
     model.reset(0)
     return model
 

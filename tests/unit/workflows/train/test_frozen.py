@@ -8,7 +8,7 @@ from protlm.workflows.train.frozen import freeze
 from protlm.workflows.train.memory import estimate_memory
 from protlm.workflows.train.optimizer import build_optimizer
 
-SHAPE = ModelConfig(num_layers=3, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+SHAPE = ModelConfig(attention="positive", num_layers=3, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
 
 
 def model():

@@ -109,12 +109,15 @@ def saved_bytes(model, num_tokens, short):
         {"conv_width": 0, "rescale_qk": True},
         {"conv_width": 0, "ffn": "swiglu"},
         {"conv_width": 0, "attention": "softmax"},
+        {"conv_width": 0, "attention": "local"},
+        {"conv_width": 0, "attention": "softmax", "local_bias": 3.0},
         {"conv_width": 0, "causal": True, "layer_norm": "post"},
     ],
     ids=lambda options: ",".join(map(str, options.values())) or "default",
 )
 def test_the_activations_of_a_layer_are_those_that_autograd_saves(short, options):
-    num_tokens, shape = 768, {"model_dim": 128, "num_heads": 4, "ffn_dim": 384, "num_features": 16, **options}
+    num_tokens, shape = 768, {"model_dim": 128, "num_heads": 4, "ffn_dim": 384, "num_features": 16}
+    shape |= {"attention": "positive", **options}
     sizes = []
     for num_layers in (1, 3):
         model = Performer(ModelConfig(num_layers=num_layers, **shape))

@@ -93,7 +93,9 @@ def test_orthogonalise_does_not_depend_on_scale_or_batch_mates_and_keeps_zero():
 
 
 def build(optimizer="muon", **options):
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=24, num_features=8))
+    model = Performer(
+        ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, ffn_dim=24, num_features=8)
+    )
     model.reset(0)
     return model, build_optimizer(model, TrainConfig(optimizer=optimizer, **options))
 

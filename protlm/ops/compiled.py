@@ -1,0 +1,120 @@
+"""The compiled library of the CPU: how it is found and loaded, and the structures that its functions take."""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+_EXTENSION = "protlm.ops._favor"
+# As in cpp/favor.cpp.
+_VERSION = 3
+_TASKS = {
+    "favor": ("forward", "backward", "fold", "read", "query_gradients", "key_gradients"),
+    "local": ("forward", "backward"),
+}
+"""The functions of each op, besides that which returns the floats of its workspace."""
+
+Pointer = ctypes.c_void_p
+Integer = ctypes.c_int64
+
+
+class StridedTensor(ctypes.Structure):
+    """The structure `FavorTensor` of cpp/call.h."""
+
+    _fields_ = [("data", Pointer), *((f"{name}_stride", Integer) for name in ("batch", "head", "token"))]
+
+
+class FavorCall(ctypes.Structure):
+    """The structure `FavorCall` of cpp/call.h."""
+
+    _fields_ = [
+        *((name, Integer) for name in (
+            "heads", "head_dim", "num_tokens", "num_rows", "mirror", "is_exponential", "is_causal",
+            "projection_head_stride",
+        )),
+        ("scale", ctypes.c_double),
+        *((name, Pointer) for name in ("projection", "oprf_a", "positions", "units", "groups")),
+        *((name, Integer) for name in ("num_units", "num_groups", "num_slots", "longest_unit")),
+        *((name, StridedTensor) for name in ("q", "k", "v", "out")),
+        *((name, Pointer) for name in ("query_sums", "states", "state_grads", "references")),
+        ("result_bytes", Integer),
+        *((name, StridedTensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
+        ("workspace", Pointer),
+        ("num_threads", Integer),
+    ]  # fmt: skip
+
+
+class LocalCall(ctypes.Structure):
+    """The structure `LocalCall` of cpp/call.h."""
+
+    _fields_ = [
+        *((name, Integer) for name in ("heads", "head_dim", "num_tokens", "before", "after")),
+        ("units", Pointer),
+        *((name, Integer) for name in ("num_units", "longest_unit")),
+        *((name, StridedTensor) for name in ("q", "k", "v", "out")),
+        ("log_sums", Pointer),
+        *((name, StridedTensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
+        ("workspace", Pointer),
+        ("num_threads", Integer),
+    ]
+
+
+def why_not() -> str | None:
+    """Returns the reason why the library cannot be used here, None if it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def best_kernel() -> str:
+    """Returns the name of the kernels for this machine: `avx512`, `avx2` or `portable`."""
+    name: bytes = _function(library(), "protlm_favor_best_kernel", ctypes.c_char_p)()
+    return name.decode()
+
+
+@functools.cache
+def functions(op: str, kernel: str) -> dict[str, Callable[..., Any]]:
+    """Returns the functions of an op, `favor` or `local`; each takes a pointer to the structure of its calls."""
+    returned = {"workspace": Integer, **dict.fromkeys(_TASKS[op])}
+    return {
+        name: _function(library(), f"protlm_{op}_{kernel}_{name}", kind, Pointer) for name, kind in returned.items()
+    }
+
+
+def library() -> ctypes.CDLL:
+    """Returns the library.
+
+    Raises:
+        ValueError: There is none; the message says why.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise ValueError(f"backend: expected one that was built, got 'cpp': {loaded}")
+    return loaded
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """Returns the library, or the reason why there is none."""
+    spec = importlib.util.find_spec(_EXTENSION)
+    if spec is None or spec.origin is None:
+        return "it was not built; install a C++17 compiler with OpenMP such as g++, then install protlm again"
+    try:
+        # torch has already loaded its OpenMP, and the loader gives the kernel the same one.
+        loaded = ctypes.CDLL(spec.origin)
+        version = tuple(
+            _function(loaded, name, Integer)()
+            for name in ("protlm_favor_version", "protlm_favor_call_bytes", "protlm_local_call_bytes")
+        )
+    except (OSError, AttributeError) as error:
+        return f"{spec.origin} cannot be loaded ({error}); install protlm again"
+    if version != (_VERSION, ctypes.sizeof(FavorCall), ctypes.sizeof(LocalCall)):
+        return f"{spec.origin} is not of this version of protlm; install protlm again"
+    return loaded
+
+
+def _function(loaded: ctypes.CDLL, name: str, returned: type | None, *arguments: type) -> Callable[..., Any]:
+    function = getattr(loaded, name)
+    function.restype, function.argtypes = returned, arguments
+    return function  # type: ignore[no-any-return]

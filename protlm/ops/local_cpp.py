@@ -1,0 +1,84 @@
+"""Exact attention to near tokens by the compiled kernel: how a call is divided into units and passed to C++."""
+
+import ctypes
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protlm.ops import compiled
+from protlm.ops.inputs import LocalInputs, result_like
+
+_UNIT_TOKENS = 512
+"""Tokens of a unit, a multiple of the block of 32 queries: their keys are packed once, and those within reach of a seam
+twice."""
+
+
+def covers(inputs: LocalInputs) -> bool:
+    """Returns whether the kernel can compute a call; the others go to `local_torch`."""
+    return inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32 and inputs.token_mask is None
+
+
+def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor]:
+    """Returns the output, and for the backward the logarithms of the sums of weights, to base 2."""
+    out, log_sums = result_like(inputs.v), inputs.q.new_empty(inputs.q.shape[:3])
+    _run("forward", inputs, log_sums, {"out": out})
+    return out, log_sums
+
+
+def backward(inputs: LocalInputs, out_grad: Tensor, out: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v; the weights are computed again."""
+    q_grad, k_grad, v_grad = (result_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
+    _run("backward", inputs, log_sums, tensors)
+    return q_grad, k_grad, v_grad
+
+
+def _run(task: str, inputs: LocalInputs, log_sums: Tensor, tensors: dict[str, Tensor]) -> None:
+    batch, heads, length, head_dim = inputs.q.shape
+    units = _units_of_rows(batch, length) if inputs.cu_seqlens is None else _units(inputs.cu_seqlens.tolist())
+    # The call holds only pointers: what they point to must live until it is over.
+    alive: list[Any] = [units]
+
+    def strided(x: Tensor) -> compiled.StridedTensor:
+        alive.append(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous())
+        return compiled.StridedTensor(alive[-1].data_ptr(), *alive[-1].stride()[:3])
+
+    call = compiled.LocalCall(
+        heads=heads,
+        head_dim=head_dim,
+        num_tokens=length,
+        before=min(inputs.before, length),
+        after=min(inputs.after, length),
+        units=units.ctypes.data,
+        num_units=len(units),
+        longest_unit=int(units[:, 4].max(initial=0)),
+        log_sums=log_sums.data_ptr(),
+        num_threads=torch.get_num_threads(),
+        **{name: strided(x) for name, x in ({"q": inputs.q, "k": inputs.k, "v": inputs.v} | tensors).items()},
+    )
+    functions = compiled.functions("local", compiled.best_kernel())
+    workspace = torch.empty(functions["workspace"](ctypes.byref(call)))
+    call.workspace = workspace.data_ptr()
+    functions[task](ctypes.byref(call))
+
+
+@functools.lru_cache(maxsize=64)
+def _units_of_rows(batch: int, length: int) -> np.ndarray:
+    units = np.tile(_units([0, length]), (batch, 1))
+    units[:, 0] = np.repeat(np.arange(batch), len(units) // max(batch, 1))
+    return units
+
+
+def _units(bounds: list[int]) -> np.ndarray:
+    """Returns the units of the segments of one row, int64, rows of `LocalUnit`."""
+    starts, counts = np.array(bounds[:-1], dtype=np.int64), np.diff(bounds)
+    num_units = -(-counts // _UNIT_TOKENS)
+    segment = np.repeat(np.arange(len(counts)), num_units)
+    index = np.arange(len(segment)) - np.repeat(np.cumsum(num_units) - num_units, num_units)
+    first = index * _UNIT_TOKENS
+    count = np.minimum(counts[segment] - first, _UNIT_TOKENS)
+    columns = (np.zeros_like(segment), starts[segment], counts[segment], first, count)
+    return np.ascontiguousarray(np.stack(columns, 1), dtype=np.int64)
