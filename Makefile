@@ -56,6 +56,7 @@ check: lint types imports docs test
 
 bench: setup
 	$(BIN)/python scripts/bench/attention.py
+	$(BIN)/python scripts/bench/local.py
 	$(BIN)/python scripts/bench/fasta.py
 	$(BIN)/python scripts/bench/prep.py
 	$(BIN)/python scripts/bench/train_step.py

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlm.ops import backends
+from protlm.ops import backends, compiled
 from scripts.attention_calls import BOTH, FEATURES, FORWARD, HEADS
 from scripts.bench import attention, attention_figures, attention_implementations, attention_measurements
+from scripts.bench import local as local_bench
 from scripts.measuring import can_measure_memory
 
 ROOT = Path(__file__).parents[2]
@@ -140,3 +141,23 @@ def test_figures_are_ratios_of_medians_with_the_range_of_the_repeats():
     slopes = {str(length): {FORWARD: [length / 1e3] * 2, BOTH: [length**2 / 1e6] * 2} for length in (100, 200, 400)}
     values = [figure.value for figure in attention_figures.figures({"slope": slopes})]
     assert values == pytest.approx([1.0, 2.0])
+
+
+def test_a_tiny_run_of_the_local_benchmark_reports_every_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_bench, "in_a_process", lambda _, function, **arguments: function(**arguments))
+    out = tmp_path / "figures.json"
+    sizes = ["--lengths", "128", "--slope-lengths", "128", "256", "--memory-length", "256", "--window", "8"]
+    local_bench.main([*sizes, "--threads", "1", "--repeats", "2", "--json", str(out)])
+    figures = json.loads(out.read_text())["figures"]
+    expected = {"exact (SDPA) / local attention", "log-log slope of time against length, local attention"}
+    expected |= {"its torch backend / local attention"} if compiled.why_not() is None else set()
+    expected |= {"peak memory above inputs and outputs"} if can_measure_memory() else set()
+    assert {figure["measured"] for figure in figures} == expected
+    assert all(math.isfinite(figure["value"]) for figure in figures)
+
+
+def test_the_local_benchmark_reports_nothing_after_a_wrong_result(monkeypatch, capsys):
+    monkeypatch.setattr(local_bench, "local_attention", lambda q, k, v, **_: v)
+    with pytest.raises(SystemExit, match="differs from the float64 twin by .*; nothing is reported"):
+        local_bench.main(["--threads", "1", "--repeats", "1"])
+    assert capsys.readouterr().out == ""

@@ -21,7 +21,7 @@ from tests.e2e.conftest import write_fasta
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "RESULTS.md"
 BOTH_SIDES = (evaluate_measurements.EVAL, evaluate_measurements.FORWARD)
-SCRIPTS = ("attention", "embed", "evaluate", "fasta", "prep", "train_step")
+SCRIPTS = ("attention", "embed", "evaluate", "fasta", "local", "prep", "train_step")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ SCRIPTS = ("attention", "embed", "evaluate", "fasta", "prep", "train_step")
     [
         *((script, options) for script in SCRIPTS for options in (["--repeats", "0"], ["--json", "--rows"])),
         *((script, ["--repeats", "4", "--rows"]) for script in SCRIPTS),
-        *((script, ["--only", "nothing"]) for script in ("attention", "embed", "train_step")),
+        *((script, ["--only", "nothing"]) for script in ("attention", "embed", "local", "train_step")),
         ("attention", ["--only", "slope", "--plot", "x.png"]),
         ("attention", ["--slope-lengths", "64", "64"]),
         ("embed", ["--growth", "20", "20"]),
