@@ -158,6 +158,6 @@ def test_a_tiny_run_of_the_local_benchmark_reports_every_figure(tmp_path, monkey
 
 def test_the_local_benchmark_reports_nothing_after_a_wrong_result(monkeypatch, capsys):
     monkeypatch.setattr(local_bench, "local_attention", lambda q, k, v, **_: v)
-    with pytest.raises(SystemExit, match="differs from the float64 twin by .*; nothing is reported"):
+    with pytest.raises(SystemExit, match=r"differs from the float64 twin by .*; nothing is reported"):
         local_bench.main(["--threads", "1", "--repeats", "1"])
     assert capsys.readouterr().out == ""
