@@ -9,7 +9,14 @@ from setuptools.command.build_ext import build_ext
 # What a source is compiled for beyond the machine that every installation has; the kernels are chosen at run time.
 _INSTRUCTION_SETS = {
     "favor_avx2.cpp": ["-mavx2", "-mfma"],
-    "favor_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mfma", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
+    "favor_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512dq",
+        "-mfma",
+        "-mprefer-vector-width=512",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ],
 }
 _KERNELS = Path("protlm/ops/cpp")
 

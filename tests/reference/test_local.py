@@ -57,7 +57,7 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def small_stretches(monkeypatch):
     """Cuts rows into stretches of one block each, so that the seams between stretches are tried."""
-    monkeypatch.setattr(local_torch, "_MOST_SCORES", {"cpu": 1})
+    monkeypatch.setitem(local_torch._MOST_SCORES, "cpu", 1)
     monkeypatch.setattr(local_cpp, "_UNIT_TOKENS", 32)
 
 

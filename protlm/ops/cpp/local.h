@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <initializer_list>
+
 #include <omp.h>
 
 #include "call.h"
@@ -140,8 +142,8 @@ struct LocalWork {
                     // Distances are below 2^24, so that floats hold them.
                     const Vec low = all(static_cast<float>(query - call.before - key));
                     const Vec high = all(static_cast<float>(farthest - key));
-                    left = lanes < low | lanes > high ? all(kHidden) : left;
-                    right = lanes + kLanes < low | lanes + kLanes > high ? all(kHidden) : right;
+                    left = (lanes < low) | (lanes > high) ? all(kHidden) : left;
+                    right = (lanes + kLanes < low) | (lanes + kLanes > high) ? all(kHidden) : right;
                 }
                 take(t, (p * block.count + t) * kPanel, left, right);
             });
