@@ -43,6 +43,17 @@ def test_overrides_beat_the_file_which_beats_the_defaults(write):
     assert config.data == DataConfig()
 
 
+@pytest.mark.parametrize("text", ["local,positive", " local, positive ", '["local", "positive"]'])
+def test_kinds_of_attention_are_words_by_comma_or_a_list(text):
+    model = load_config(None, [f"model.attention={text}", "model.num_layers=3"]).model
+    assert model.kinds == ("local", "positive", "local")
+    assert model.attention_name == "local,positive"
+
+
+def test_equal_kinds_are_one_kind():
+    assert load_config(None, ["model.attention=softmax,softmax"]) == load_config(None, ["model.attention=softmax"])
+
+
 def test_override_values_are_toml_or_bare_words():
     overrides = [
         "train.lr=1e-3",
@@ -78,7 +89,10 @@ def test_a_shipped_configuration_is_found_by_name():
         ("[train]\nmask_rate = 0.0", "train.mask_rate: input should be greater than 0"),
         ("[train]\nmask_rate = 1.01", "train.mask_rate: input should be less than or equal to 1"),
         ("[train]\nbetas = [0.9]", "train.betas"),
-        ("[model]\nattention = 'linear'", "model.attention: input should be 'positive', 'hyperbolic', 'trig', "),
+        ("[model]\nattention = 'linear'", "model.attention.0: input should be 'positive', 'hyperbolic', "),
+        ("[model]\nattention = []", "model.attention: expected at least one kind, got none"),
+        ("[model]\nattention = ['local', 'loca']", "model.attention.1: input should be 'positive', 'hyperbolic', "),
+        ("[model]\nlocal_window = 0", "model.local_window: input should be greater than 0"),
         (
             "[model]\nattention = 'oprf'\nprojection = 'none'",
             "model.projection: expected a random matrix for attention = 'oprf', got 'none'",

@@ -44,11 +44,15 @@ def test_log_features_without_a_projection_are_of_the_vector_itself():
     assert relative_error(log_features(x, None, "relu"), kernel_features(x, None, feature_map="relu").log()) < 1e-6
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"attention": "oprf"}, {"attention": "softmax"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"attention": "oprf"}, {"attention": ("softmax", "local")}], ids=str
+)
 def test_norms_are_the_temperature_under_qk_norm(options):
     model = build(max_temperature=3.0, **options)
     for layer, health in zip(model.layers, measured(model), strict=True):
-        temperatures = 3.0 * torch.sigmoid(layer.attention.temperature_logit)
+        attention = layer.attention
+        bounded, free = attention.temperature_logit, attention.log_temperature
+        temperatures = free.exp() if bounded is None else 3.0 * torch.sigmoid(bounded)
         assert health.q_norm == pytest.approx(temperatures.mean().item(), rel=1e-4)
         assert health.k_norm == pytest.approx(temperatures.mean().item(), rel=1e-4)
         assert health.max_q_norm == pytest.approx(temperatures.max().item(), rel=1e-4)
