@@ -76,7 +76,7 @@ def _as_row(x: Tensor, inputs: LocalInputs) -> Tensor:
 
 def _as_batch(x: Tensor, inputs: LocalInputs) -> Tensor:
     """Returns (batch, heads, length, head_dim), zero at padding."""
-    batch = x.view(len(x), inputs.q.shape[0], inputs.q.shape[2], -1).transpose(0, 1)
+    batch = x.view(len(x), inputs.q.shape[0], inputs.q.shape[2], x.shape[2]).transpose(0, 1)
     return batch if inputs.token_mask is None else batch.masked_fill(~inputs.token_mask[:, None, :, None], 0.0)
 
 
@@ -149,7 +149,7 @@ class _Blocks:
         for offset in range(0, self.reach.width, _BLOCK):
             part = values[:, :, offset : offset + _BLOCK]
             first = self.start + offset
-            target = sums[:, first : first + self.count * _BLOCK].view(len(sums), self.count, _BLOCK, -1)
+            target = sums[:, first : first + self.count * _BLOCK].view(len(sums), self.count, _BLOCK, sums.shape[2])
             target[:, :, : part.shape[2]] += part
 
 
