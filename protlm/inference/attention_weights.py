@@ -143,7 +143,7 @@ def _exact_weights(call: AttentionCall, head: int) -> _Weigh:
 def _estimated_weights(call: AttentionCall, head: int) -> _Weigh:
     """Returns the products φ(q)·φ(k), without factors that all keys of a query share."""
     attention = call.attention
-    definition = definition_of(attention.feature_map)
+    definition = definition_of(attention.kind)
     rows = None if attention.projection is None else in_float64(attention.projection[head])
     oprf_a = attention.oprf_a(call.q, call.k, call.segments)
     a = None if oprf_a is None else in_float64(oprf_a[0, head])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,11 @@ from protlm.ops.oprf import oprf_a_from_data
 
 _INITIAL_TEMPERATURE = 0.75
 """Initial temperature of a head with a bound, as a share of max_temperature."""
+
+
+def has_features(kind: str) -> TypeGuard[FeatureMap]:
+    """Returns whether a kind of attention is FAVOR with a feature map, and not exact."""
+    return kind not in EXACT_KINDS
 
 
 class SelfAttention(nn.Module):
@@ -79,18 +85,7 @@ class SelfAttention(nn.Module):
     @property
     def is_exact(self) -> bool:
         """Whether the attention has no random features."""
-        return self.kind in EXACT_KINDS
-
-    @property
-    def feature_map(self) -> FeatureMap:
-        """The feature map of FAVOR.
-
-        Raises:
-            ValueError: The attention is exact.
-        """
-        if self.kind == "softmax" or self.kind == "local":
-            raise ValueError(f"attention: expected one with features, got {self.kind!r}")
-        return self.kind
+        return not has_features(self.kind)
 
     def prepare_compile(self) -> None:
         """Excludes exact kinds from compilation: their number of calls depends on the segments and on the length."""
@@ -135,7 +130,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "length heads head_dim"]:
         """Returns the attention of every head, before they are joined and projected."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        if self.is_exact:
+        if not has_features(self.kind):
             out = (self._uncompiled or self._exact)(q, k, v, segments)
         else:
             out = favor_attention(
@@ -143,7 +138,7 @@ class SelfAttention(nn.Module):
                 k,
                 v,
                 self.projection,
-                feature_map=self.feature_map,
+                feature_map=self.kind,
                 cu_seqlens=segments.cu_seqlens,
                 causal=self.causal,
                 oprf_a=self.fixed_oprf_a(),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from protlm.choices import FeatureMap
 from protlm.config import ModelConfig
+from protlm.model.attention import has_features
 from protlm.model.attention_calls import AttentionCall, visit_attention
 from protlm.model.segments import Segments
 from protlm.ops.feature_maps import definition_of, with_oprf_a
@@ -91,7 +92,8 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
         ValueError: The attention is exact.
     """
     attention, segments = call.attention, call.segments
-    feature_map = attention.feature_map
+    if not has_features(attention.kind):
+        raise ValueError(f"call: expected attention with features, got {attention.kind!r}")
     queries, keys = _sampled_pairs(segments, attention.causal)
     oprf_a = attention.oprf_a(call.q, call.k, segments)
     effective, dead = [], []
@@ -100,7 +102,7 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
         rows = None if attention.projection is None else attention.projection[head].float()
         a = None if oprf_a is None else oprf_a[segments.numbers[queries], head].float().view(-1, 1, 1)
         q_logs, k_logs = (
-            log_features(x[tokens, head].float(), rows, feature_map, a)
+            log_features(x[tokens, head].float(), rows, attention.kind, a)
             for x, tokens in ((call.q, queries.unsqueeze(1)), (call.k, keys))
         )
         # Softmax subtracts the largest logarithm of each pair, so the shares are finite for norms of any size.

@@ -64,7 +64,7 @@ def plot_curves(run_dir: Path, config: Config, baselines: Mapping[str, float] | 
     panels = figure.subplots(2 if lines else 1, squeeze=False, sharex=True)[:, 0]
     _draw_perplexity(panels[0], run_dir / "metrics.csv", config, baselines or {})
     if lines:
-        _draw_features(panels[1], lines)
+        _draw_features(panels[1], lines, config.model)
     panels[-1].set_xlabel("training step")
     panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     for axes in panels:
@@ -121,7 +121,7 @@ def _training_targets(config: Config) -> str:
     return f"{settings.mask_share:.0%} hidden, {settings.random_share:.0%} replaced, {visible:.0%} visible"
 
 
-def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]]) -> None:
+def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]], model: ModelConfig) -> None:
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -129,10 +129,11 @@ def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]]) -> N
     # The end of the colour map would be too pale on white.
     colors = mpl.colormaps["viridis"].resampled(256)
     scale = Normalize(min(lines), max(lines) + 0.15 * (max(lines) - min(lines)))
+    totals = " or ".join(map(str, sorted({num_features_of(model, model.kinds[layer - 1]) for layer in lines})))
     for layer, points in sorted(lines.items()):
         axes.plot(*zip(*points, strict=True), color=colors(scale(layer)), linewidth=1.2, label=f"layer {layer}")
     axes.set(
-        title="Share of its features that carry a layer's attention",
+        title=f"Share of the {totals} features that carry a layer's attention",
         ylabel="effective features / all (higher is better)",
         ylim=(0, 1),
     )
@@ -149,9 +150,17 @@ def _shares_by_layer(path: Path, model: ModelConfig) -> dict[int, list[tuple[int
     if path.exists():
         rows = [row for row in read_thinned(path, HEALTH, _MOST_HEALTH_STEPS) if row["effective_features"]]
         for row, (step, features) in zip(rows, _points(path, "effective_features", rows), strict=True):
-            layer = int(row["layer"])
+            layer = _layer(path, row["layer"], model)
             lines[layer].append((step, features / num_features_of(model, model.kinds[layer - 1])))
     return dict(lines)
+
+
+def _layer(path: Path, text: str, model: ModelConfig) -> int:
+    """Returns the number of a layer that has features."""
+    names = [str(layer) for layer, kind in enumerate(model.kinds, start=1) if kind in model.favor_kinds]
+    if text not in names:
+        raise RunError(f"{path}: layer: expected one with features, got {text!r:.40}; move the file away")
+    return int(text)
 
 
 def _points(path: Path, column: str, rows: list[dict[str, str]]) -> list[tuple[int, float]]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from protlm.choices import FeatureMap
+from protlm.choices import EXACT_KINDS, FeatureMap
 from protlm.config import ModelConfig
 from protlm.inference import approximation, attention_weights, replaced_attention
 from protlm.model import health
@@ -156,8 +156,8 @@ def test_every_map_that_users_can_choose_has_its_definition():
     assert tuple(DEFINITIONS) == get_args(FeatureMap)
     assert all(definition_of(name).name == name for name in DEFINITIONS)
     # Twice the same annotation would make two names for a map.
-    configured = ModelConfig.model_json_schema()["properties"]["attention"]["enum"]
-    assert configured == [*DEFINITIONS, "softmax"]
+    configured = ModelConfig.model_json_schema()["properties"]["attention"]["items"]["enum"]
+    assert configured == [*DEFINITIONS, *EXACT_KINDS]
 
 
 def test_backends_are_those_of_the_op_and_compute_what_they_did():

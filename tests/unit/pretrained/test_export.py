@@ -57,6 +57,8 @@ def test_an_exported_model_reads_back_with_equal_tensors(kind, tmp_path):
     ("changes", "words"),
     [
         ({}, ["attention = 'positive'", "qk_norm = True", "conv_width = 3"]),
+        ({**EXACT, "attention": ("local", "softmax")}, ["attention = 'local,softmax'"]),
+        ({**EXACT, "local_bias": 3.0}, ["local_bias = 3.0"]),
         ({**EXACT, "ffn": "swiglu"}, ["ffn = 'swiglu'"]),
         ({**EXACT, "norm": "rms"}, ["norm = 'rms'"]),
         ({**EXACT, "causal": True}, ["causal = True"]),
@@ -67,7 +69,7 @@ def test_an_exported_model_reads_back_with_equal_tensors(kind, tmp_path):
     ],
 )
 def test_what_transformers_has_not_is_named(changes, words, tmp_path):
-    model = Performer(ModelConfig(num_layers=1, model_dim=16, num_heads=2, **changes))
+    model = Performer(ModelConfig(**{"attention": "positive", "num_layers": 1, "model_dim": 16, "num_heads": 2, **changes}))
     with pytest.raises(ModelError, match="no architecture with") as caught:
         exported(model, tmp_path / "out")
     assert all(word in str(caught.value) for word in words), caught.value

@@ -349,7 +349,7 @@ def test_a_model_of_version_1_reads_as_packed_with_berts_masking(folder):
     assert (description.data_mode, description.window_tokens, description.max_residues) == ("packed", None, None)
     assert description.valid.targets == "mixture"
     assert read.config == ModelConfig(
-        attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8
+        attention="positive", exact_temperature=0.0, num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8
     )
 
 
@@ -385,7 +385,7 @@ def test_a_model_of_version_3_has_no_origin_and_the_settings_of_ours(folder):
     assert (description.origin, description.trained_residues) == (None, None)
     assert description.valid == VALID
     assert read.config == ModelConfig(
-        attention="positive", num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8
+        attention="positive", exact_temperature=0.0, num_layers=2, model_dim=16, num_heads=2, ffn_dim=24, num_features=8
     )
 
 
@@ -483,6 +483,19 @@ def test_the_model_card_says_how_its_figures_were_measured_and_what_they_compare
     assert "of models that predict the next residue" in causal
 
 
+def test_exact_attention_of_version_4_keeps_the_bound_of_its_temperature(tmp_path):
+    exact = network(attention="softmax", exact_temperature=0.0)
+    save_model(tmp_path, exact, describe(exact))
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key in ("exact_temperature", "local_window", "local_bias"):
+        del content["model"][key]
+    (tmp_path / "config.json").write_text(json.dumps({**content, "format_version": 4}))
+    read, _ = read_model(tmp_path)
+    assert read.config == exact.config
+    with torch.no_grad():
+        assert torch.equal(read(TOKENS_OF_A_ROW, BOUNDS), exact(TOKENS_OF_A_ROW, BOUNDS))
+
+
 def test_one_dataset_stands_for_itself_and_several_for_their_order():
     assert dataset_hash_of(["a" * 32]) == "a" * 32
     both = dataset_hash_of(["a" * 32, "b" * 32])
@@ -492,6 +505,7 @@ def test_one_dataset_stands_for_itself_and_several_for_their_order():
 
 def network(seed=5, **changes):
     shape = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "ffn_dim": 24, "num_features": 8}
+    shape["attention"] = "positive"
     model = Performer(ModelConfig(**{**shape, **changes}))
     model.reset(seed)
     return model.eval()
@@ -553,7 +567,7 @@ def test_another_network_is_refused_and_left_as_it_is(tmp_path, before, after, m
 
 def test_a_model_that_does_not_fit_into_memory_is_refused_before_its_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
-    edit(folder, model={"num_layers": 2, "model_dim": 2**16, "num_features": 2**20})
+    edit(folder, model={"attention": "positive", "num_layers": 2, "model_dim": 2**16, "num_features": 2**20})
     assert_refused(folder, f"{folder}: to read this model needs 704.9 GB of memory, and this machine has ")
 
 

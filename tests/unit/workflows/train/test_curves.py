@@ -8,7 +8,7 @@ from protlm.errors import RunError
 from protlm.workflows.train.curves import plot_curves
 from protlm.workflows.train.run_tables import HEALTH, METRICS, CsvLog
 
-CONFIG = load_config("tiny")
+CONFIG = load_config("tiny", ["model.attention=positive", "model.num_layers=36"])
 TRAINING = "training, average: 80% hidden, 10% replaced, 10% visible"
 UNIFORM = "uniform: a guess among 25 letters (25)"
 
@@ -159,6 +159,26 @@ def test_many_layers_get_colours_and_no_long_legend(tmp_path, drawn):
     _, axes = drawn()
     assert axes.get_legend() is None
     assert len({line.get_color() for line in axes.get_lines()}) == 36
+
+
+def test_layers_without_features_have_no_line_and_cannot_have_one(tmp_path, drawn):
+    write_metrics(tmp_path, 2)
+    write_health(tmp_path, (2,))
+    _, axes = drawn(config=load_config("tiny"))
+    assert [line.get_label() for line in axes.get_lines()] == ["layer 2"]
+    for layer in (1, 4):
+        (tmp_path / "health.csv").unlink()
+        write_health(tmp_path, (layer,))
+        with pytest.raises(RunError, match=r"health\.csv: layer: expected one with features, got"):
+            plot_curves(tmp_path, load_config("tiny"))
+
+
+def test_maps_with_other_numbers_of_features_have_shares_of_their_own(tmp_path, drawn):
+    write_metrics(tmp_path, 2)
+    write_health(tmp_path, (1, 2))
+    _, axes = drawn(config=load_config("tiny", ["model.attention=positive,hyperbolic"]))
+    assert [line.get_ydata()[0] for line in axes.get_lines()] == [3.0 / 128, 3.0 / 256]
+    assert "the 128 or 256 features" in axes.get_title()
 
 
 def test_a_single_layer_is_drawn(tmp_path, drawn):

@@ -110,7 +110,6 @@ def saved_bytes(model, num_tokens, short):
         {"conv_width": 0, "ffn": "swiglu"},
         {"conv_width": 0, "attention": "softmax"},
         {"conv_width": 0, "attention": "local"},
-        {"conv_width": 0, "attention": "softmax", "local_bias": 3.0},
         {"conv_width": 0, "causal": True, "layer_norm": "post"},
     ],
     ids=lambda options: ",".join(map(str, options.values())) or "default",
@@ -151,6 +150,14 @@ def test_parameters_and_the_optimizers_state_are_counted_exactly(kind):
     assert memory.total == memory.state_bytes + memory.activations_bytes
 
 
+def test_biased_logits_are_counted_for_a_protein_that_fills_the_row():
+    exact = ["model.attention=softmax", "data.tokens_per_batch=700"]
+    plain, biased = (estimate_memory(load_config("tiny", [*exact, f"model.local_bias={bias}"])) for bias in (0, 3))
+    # Two matrices of float32 for each of 3 layers and 4 heads, and a bias for each head.
+    assert biased.activations_bytes - plain.activations_bytes == pytest.approx(2 * 4 * 3 * 4 * 700**2)
+    assert biased.parameters - plain.parameters == 3 * 4
+
+
 def test_checkpointing_keeps_little_more_than_a_layer_and_a_gpu_more_than_a_cpu():
     deep = ["model.num_layers=24"]
     whole = estimate_memory(load_config("tiny", deep))
@@ -186,6 +193,7 @@ def test_a_model_whose_weights_the_machine_cannot_hold_is_refused_whatever_the_d
 
 def test_the_largest_model_that_settings_can_ask_for_is_estimated_and_refused():
     widest = {"model_dim": 2**16, "num_heads": 2**15, "ffn_dim": 2**20, "num_features": 2**20, "num_layers": 2}
+    widest["attention"] = "positive"
     memory = estimate_memory(Config(model=ModelConfig(**widest)))
     with pytest.raises(ConfigError, match=r"weights need 1,803\.9 GB"):
         check_can_be_built(memory, 2**40)
