@@ -69,7 +69,8 @@ def test_an_exported_model_reads_back_with_equal_tensors(kind, tmp_path):
     ],
 )
 def test_what_transformers_has_not_is_named(changes, words, tmp_path):
-    model = Performer(ModelConfig(**{"attention": "positive", "num_layers": 1, "model_dim": 16, "num_heads": 2, **changes}))
+    shape = {"attention": "positive", "num_layers": 1, "model_dim": 16, "num_heads": 2}
+    model = Performer(ModelConfig(**{**shape, **changes}))
     with pytest.raises(ModelError, match="no architecture with") as caught:
         exported(model, tmp_path / "out")
     assert all(word in str(caught.value) for word in words), caught.value
