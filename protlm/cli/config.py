@@ -27,7 +27,7 @@ def config_command(
     source = context.get_parameter_source("name")
     if is_list and source is not None and source.name != "DEFAULT":
         raise typer.BadParameter(f"lists all configurations, so it takes no name; got {name!r}", param_hint="--list")
-    from protlm.config import explain_config, load_config, shipped_summaries
+    from protlm.config_files import explain_config, load_config, shipped_summaries
 
     summaries = shipped_summaries()
     if is_list:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from protlm.config import load_config
+from protlm.config_files import load_config
 from protlm.data.batching.batches import evaluation_rows
 from protlm.data.batching.masking import Objective
 from protlm.data.storage.dataset import Dataset, open_dataset

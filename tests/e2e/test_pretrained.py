@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import protlm
 from protlm.cli.app import main
-from protlm.config import load_config
+from protlm.config_files import load_config
 from protlm.pretrained import foreign
 from protlm.pretrained.checkpoint_files import SafetensorsFiles, file_hash
 from protlm.pretrained.foreign import read_folder

@@ -98,7 +98,7 @@ def test_workers_change_no_loss(dataset, run_dir, tmp_path):
 def test_accumulated_rows_are_weighted_by_their_targets(dataset, tmp_path):
     # Without clipping and noise, one update over two rows equals the update over their targets together: the loss of
     # step 1 is the mean over both rows, which a mean of means would miss.
-    from protlm.config import load_config
+    from protlm.config_files import load_config
     from protlm.data.batching.batches import training_batch
     from protlm.data.batching.draws import Draws
     from protlm.data.batching.masking import MaskRates, Objective

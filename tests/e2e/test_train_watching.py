@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from protlm.cli.app import main
-from protlm.config import load_config
+from protlm.config_files import load_config
 from protlm.data.batching.draws import Draws
 from protlm.data.batching.rows import training_rows
 from protlm.data.storage.dataset import open_dataset

@@ -7,17 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protlm.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    check_keys,
-    dump_config,
-    load_config,
-    parse_config,
-    shipped_configs,
-)
+from protlm.config import Config, DataConfig, ModelConfig, TrainConfig
+from protlm.config_files import check_keys, dump_config, load_config, parse_config, shipped_configs
 from protlm.errors import ConfigError
 
 

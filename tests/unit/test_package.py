@@ -12,7 +12,7 @@ import protlm
 import protlm.ops
 from protlm import __version__
 from protlm.cli.app import app, main
-from protlm.config import load_config, shipped_configs
+from protlm.config_files import load_config, shipped_configs
 from protlm.model.performer import Performer
 from protlm.ops import backends
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlm.config import load_config, shipped_configs
+from protlm.config_files import load_config, shipped_configs
 from protlm.model.performer import Performer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

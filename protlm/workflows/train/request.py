@@ -12,7 +12,8 @@ from itertools import compress
 from pathlib import Path
 
 from protlm import files
-from protlm.config import Config, check_keys
+from protlm.config import Config
+from protlm.config_files import check_keys
 from protlm.data.storage.dataset import Dataset, open_dataset
 from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError, ProtlmError, RunError

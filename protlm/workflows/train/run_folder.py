@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from protlm import files
-from protlm.config import Config, dump_config, load_config, parse_config
+from protlm.config import Config
+from protlm.config_files import dump_config, load_config, parse_config
 from protlm.errors import ConfigError, ProtlmError, RunError
 from protlm.pretrained.model_description import EARLIER_MODEL_SETTINGS, ModelDescription
 from protlm.pretrained.model_files import MODEL_FILES, remove_left_overs_of_model

@@ -4,7 +4,8 @@ import tomllib
 import pytest
 
 from protlm.cli.app import main
-from protlm.config import Config, load_config, shipped_configs
+from protlm.config import Config
+from protlm.config_files import load_config, shipped_configs
 
 
 def printed(capsys, *arguments):

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from protlm.config import ModelConfig, load_config, shipped_configs
+from protlm.config import ModelConfig
+from protlm.config_files import load_config, shipped_configs
 from protlm.model.performer import Performer
 from protlm.model.shapes import tensor_shapes
 from protlm.vocabulary import TOKENS

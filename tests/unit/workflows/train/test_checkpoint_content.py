@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from protlm.config import load_config
+from protlm.config_files import load_config
 from protlm.errors import CheckpointError
 from protlm.workflows.train import checkpoint_content
 from protlm.workflows.train.checkpoint_content import DamagedCheckpointError, most_bytes, read_step

@@ -3,7 +3,7 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from protlm.config import load_config
+from protlm.config_files import load_config
 from protlm.errors import RunError
 from protlm.workflows.train.curves import plot_curves
 from protlm.workflows.train.run_tables import HEALTH, METRICS, CsvLog

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlm.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
+from protlm.config import Config, DataConfig, ModelConfig, TrainConfig
+from protlm.config_files import load_config
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
 from protlm.workflows.train.memory import check_can_be_built, check_fits, estimate_memory
@@ -21,7 +22,7 @@ RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD
 STEP = """
 import json, sys, torch
 from pathlib import Path
-from protlm.config import load_config
+from protlm.config_files import load_config
 from protlm.model.performer import Performer
 from protlm.workflows.train.optimizer import build_optimizer
 
