@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from protlm.cli import output
 
 if TYPE_CHECKING:
-    from protlm.data.storage.dataset import Manifest
+    from protlm.data.storage.manifest import Manifest
 
 
 def print_summary(manifest: "Manifest") -> None:

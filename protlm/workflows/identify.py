@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from protlm.data.embeddings.layouts import LAYOUTS, OutputSummary
-from protlm.data.storage.dataset import is_dataset
+from protlm.data.storage.manifest import is_dataset
 from protlm.errors import ModelError, ShardError, UsageError
 from protlm.model.shapes import tensor_shapes
 from protlm.pretrained.model_files import is_checkpoint_file, is_foreign, read_description

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from protlm.data.storage import dataset
 from protlm.data.storage.dataset import Dataset, Split
+from protlm.data.storage.manifest import Leakage, Manifest, PrepOptions, SourceSummary
 from protlm.errors import ShardError
 from protlm.runtime.progress import StartProgress, no_progress
 
@@ -42,14 +43,14 @@ class DatasetSummary:
     path: str
     hash: str
     splits: dict[str, SplitCounts]
-    sources: tuple[dataset.SourceSummary, ...]
-    options: dataset.PrepOptions
+    sources: tuple[SourceSummary, ...]
+    options: PrepOptions
     duplicates_within_split: int
     duplicates_across_splits: int
     repairs: dict[str, int]
     rejects: dict[str, int]
     nucleic_acids: int
-    leakage: dataset.Leakage
+    leakage: Leakage
     verified: bool
 
 
@@ -66,7 +67,7 @@ class InspectReport:
 
     path: str
     hash: str
-    manifest: dataset.Manifest
+    manifest: Manifest
     verified: bool
 
     @property
@@ -75,7 +76,7 @@ class InspectReport:
         return summarise(self.path, self.hash, self.manifest, verified=self.verified)
 
 
-def summarise(path: str, digest: str, manifest: dataset.Manifest, *, verified: bool = False) -> DatasetSummary:
+def summarise(path: str, digest: str, manifest: Manifest, *, verified: bool = False) -> DatasetSummary:
     """Returns the summary of a dataset from its folder, hash and manifest."""
     return DatasetSummary(
         path=path,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from protlm.data.embeddings.kinds import KINDS
-from protlm.data.storage.dataset import Manifest
+from protlm.data.storage.manifest import Manifest
 from protlm.data.storage.shards import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, TOKENS
 from protlm.pretrained.model_description import ModelDescription
 from protlm.workflows.evaluate.report import EvalReport, SplitReport

@@ -10,7 +10,7 @@ import xxhash
 from protlm.choices import SplitName
 from protlm.data.building import containment
 from protlm.data.splits import SPLIT_NAMES
-from protlm.data.storage.dataset import Contained, Leakage, Shared
+from protlm.data.storage.manifest import Contained, Leakage, Shared
 from protlm.data.storage.shards import ShardReader
 
 LabelColumn = Literal["cluster_id", "family"]

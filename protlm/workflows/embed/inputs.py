@@ -12,7 +12,8 @@ from protlm.data.nucleotides import is_nucleic_acid, refusal
 from protlm.data.parsing.reader import RecordReader
 from protlm.data.parsing.sources import STDIN, expand_inputs
 from protlm.data.records import NUCLEOTIDES, Nucleotides, OnBadRecord, shown
-from protlm.data.storage.dataset import is_dataset, open_dataset
+from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.manifest import is_dataset
 from protlm.data.storage.protein_store import ProteinStore, write_proteins
 from protlm.errors import ProtlmError, RecordError
 from protlm.inference.long_proteins import Cut

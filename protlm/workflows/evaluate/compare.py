@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from protlm import files
-from protlm.data.storage.dataset import is_dataset
+from protlm.data.storage.manifest import is_dataset
 from protlm.errors import ProtlmError, UsageError
 from protlm.pretrained.model_files import is_checkpoint_file, short_name
 from protlm.workflows.evaluate.comparison import Comparison, check_related, comparison_of

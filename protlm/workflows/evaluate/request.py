@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from protlm.choices import SplitName
 from protlm.data.batching.masking import EVALUATION_SEED
-from protlm.data.storage.dataset import MANIFEST_NAME, Dataset, Split, open_dataset
+from protlm.data.storage.dataset import Dataset, Split, open_dataset
+from protlm.data.storage.manifest import MANIFEST_NAME
 from protlm.errors import ProtlmError, UsageError
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_files import description_of

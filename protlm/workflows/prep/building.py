@@ -18,7 +18,19 @@ from protlm.data.building import assembly, leakage, selection
 from protlm.data.building.assembly import ShardPlan
 from protlm.data.building.pieces import Piece, PieceFile
 from protlm.data.building.selection import Rules, Selection
-from protlm.data.storage import dataset
+from protlm.data.storage.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MULTIQC_NAME,
+    REJECTS_NAME,
+    REPORT_NAME,
+    DuplicatesRemoved,
+    Manifest,
+    PrepOptions,
+    SourceSummary,
+    summarise_split,
+    write_manifest,
+)
 from protlm.data.storage.shards import FinishedShard, ShardReader
 from protlm.errors import ProtlmError
 from protlm.runtime.progress import StartProgress
@@ -71,7 +83,7 @@ class _Shards(Sequence[ShardReader]):
 
 def build_dataset(
     folder: PrepFolder,
-    options: dataset.PrepOptions,
+    options: PrepOptions,
     requested: Sequence[SplitName],
     workers: Workers,
     *,
@@ -120,14 +132,14 @@ def build_dataset(
         split: _Shards([folder.dataset_path / shard.info.name for shard in shards])
         for split, shards in finished.items()
     }
-    manifest = dataset.Manifest(
-        format=dataset.FORMAT,
-        format_version=dataset.FORMAT_VERSION,
+    manifest = Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
         vocabulary=vocabulary.TOKENS,
         sources=_source_summaries(folder, sources),
         options=options,
-        splits={split: dataset.summarise_split(finished.get(split, [])) for split in requested},
-        duplicates_removed=dataset.DuplicatesRemoved(
+        splits={split: summarise_split(finished.get(split, [])) for split in requested},
+        duplicates_removed=DuplicatesRemoved(
             within_split=chosen.counts[selection.DUPLICATE_WITHIN], across_splits=across
         ),
         leakage=leakage.look_for_leaks(readers, across, substrings=check_leaks),
@@ -135,10 +147,10 @@ def build_dataset(
         repairs=dict(sorted(repairs.items())),
         nucleic_acids=chosen.num_nucleotides,
     )
-    for name, render in ((dataset.REPORT_NAME, render_report), (dataset.MULTIQC_NAME, render_multiqc)):
+    for name, render in ((REPORT_NAME, render_report), (MULTIQC_NAME, render_multiqc)):
         with files.written_whole(folder.dataset_path / name) as path:
             path.write_text(render(manifest), encoding="utf-8")
-    dataset.write_manifest(folder.dataset_path, manifest)
+    write_manifest(folder.dataset_path, manifest)
     return Outcome(chosen.num_unclustered, notes)
 
 
@@ -153,9 +165,9 @@ def _finished_sources(folder: PrepFolder) -> list[FinishedSource]:
     return [source for source in sources if source is not None]
 
 
-def _source_summaries(folder: PrepFolder, sources: Sequence[FinishedSource]) -> tuple[dataset.SourceSummary, ...]:
+def _source_summaries(folder: PrepFolder, sources: Sequence[FinishedSource]) -> tuple[SourceSummary, ...]:
     return tuple(
-        dataset.SourceSummary(
+        SourceSummary(
             role=input_file.role,
             name=source.name,
             format=source.format,
@@ -166,7 +178,7 @@ def _source_summaries(folder: PrepFolder, sources: Sequence[FinishedSource]) -> 
     )
 
 
-def _rules(options: dataset.PrepOptions) -> Rules:
+def _rules(options: PrepOptions) -> Rules:
     return Rules(
         method=options.split,
         seed=options.seed or 0,
@@ -214,7 +226,7 @@ def _write_rejects(
     sources: Sequence[FinishedSource],
     by_source: Sequence[Sequence[PieceFile]],
     chosen: Selection,
-    options: dataset.PrepOptions,
+    options: PrepOptions,
 ) -> Counter[str]:
     """Writes source, line, id and reason of all rejected records, duplicates apart, in the order of the input.
 
@@ -224,7 +236,7 @@ def _write_rejects(
     rejects = Counter({reason: count for code, reason in selection.REASONS.items() if (count := chosen.counts[code])})
     is_any_left_out = bool(rejects)
     number = 0
-    path = folder.dataset_path / dataset.REJECTS_NAME
+    path = folder.dataset_path / REJECTS_NAME
     with files.written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write("source\tline\tid\treason\n")
         for source, pieces in zip(sources, by_source, strict=True):

@@ -15,7 +15,15 @@ from protlm.data.building.pieces import PieceFile, open_piece_file
 from protlm.data.parsing.sources import STDIN
 from protlm.data.records import Format
 from protlm.data.storage import dataset
-from protlm.data.storage.dataset import InputRole
+from protlm.data.storage.manifest import (
+    MANIFEST_NAME,
+    MULTIQC_NAME,
+    REJECTS_NAME,
+    REPORT_NAME,
+    SHARD_NAME_PATTERN,
+    InputRole,
+    is_dataset,
+)
 from protlm.errors import ProtlmError
 from protlm.runtime import locks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
@@ -250,11 +258,11 @@ def check_replaceable(out: Path, *, force: bool) -> None:
     if not force:
         raise ProtlmError(f"{out}: exists already; choose another --out, or replace it with --force")
     entries = sorted(os.listdir(out))
-    if entries and not dataset.is_dataset(out):
+    if entries and not is_dataset(out):
         raise ProtlmError(f"{out}: not a protlm dataset, so --force does not replace it; choose another --out")
-    own = (dataset.MANIFEST_NAME, dataset.REPORT_NAME, dataset.MULTIQC_NAME, dataset.REJECTS_NAME)
+    own = (MANIFEST_NAME, REPORT_NAME, MULTIQC_NAME, REJECTS_NAME)
     for entry in entries:
-        if entry not in own and not re.search(dataset.SHARD_NAME_PATTERN, entry):
+        if entry not in own and not re.search(SHARD_NAME_PATTERN, entry):
             raise ProtlmError(f"{out}: holds {entry!r}, which is no part of a dataset, so --force does not replace it")
 
 

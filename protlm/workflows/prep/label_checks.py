@@ -10,7 +10,7 @@ from protlm.data.building.selection import FIRST_REJECT, NO_SPLIT, NOT_LISTED, S
 from protlm.data.labels.labels import Labels
 from protlm.data.labels.mismatch import mismatch_of
 from protlm.data.records import shown
-from protlm.data.storage.dataset import PrepOptions
+from protlm.data.storage.manifest import PrepOptions
 from protlm.errors import ProtlmError, RecordError
 from protlm.workflows.prep.reading import LabelFiles
 

@@ -21,7 +21,7 @@ from protlm.data.parsing.record_table import RecordTable
 from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.parsing.text_pieces import PIECE_BYTES, cut_into_pieces
 from protlm.data.records import NUCLEOTIDES
-from protlm.data.storage.dataset import PrepOptions
+from protlm.data.storage.manifest import PrepOptions
 from protlm.errors import ProtlmError, RecordError, UsageError
 from protlm.runtime.progress import Advance, StartProgress, no_progress
 from protlm.workflows.prep.folder import InputFile

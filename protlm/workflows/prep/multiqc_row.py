@@ -2,7 +2,7 @@
 
 import re
 
-from protlm.data.storage.dataset import Manifest
+from protlm.data.storage.manifest import Manifest
 from protlm.workflows.pages.multiqc import Column, general_statistics
 
 _SUFFIXES = re.compile(r"(\.(fasta|fa|faa|a3m|dat|txt|xml))?(\.(gz|bz2|xz|zst))?$")

@@ -14,8 +14,7 @@ from protlm.data import splits
 from protlm.data.labels.labels import Labels, read_clusters, read_families, read_splits
 from protlm.data.parsing.sources import STDIN, expand_inputs
 from protlm.data.records import Nucleotides, OnBadRecord
-from protlm.data.storage import dataset
-from protlm.data.storage.dataset import InputRole
+from protlm.data.storage.manifest import InputRole, LabelFile, PrepOptions
 from protlm.data.storage.shards import DEFAULT_SHARD_RESIDUES
 from protlm.errors import ProtlmError, UsageError, validation_fault
 from protlm.workflows.prep.folder import InputFile, Start
@@ -184,7 +183,7 @@ def read_labels(request: PrepRequest) -> LabelFiles:
     )
 
 
-def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) -> dataset.PrepOptions:
+def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) -> PrepOptions:
     """Returns the options that shape the content, checked; those that do not apply to the kind of split are None.
 
     Raises:
@@ -211,7 +210,7 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
     if bool(request.ood_families) != (split == "family"):
         raise UsageError("ood_families: wanted with split 'family', and only with it")
     try:
-        return dataset.PrepOptions(
+        return PrepOptions(
             split="ready-made" if is_ready_made else split,
             seed=request.seed if is_drawn else None,
             valid_fraction=default if valid_fraction is None else valid_fraction,
@@ -232,12 +231,12 @@ def resolve_options(inputs: Inputs, labels: LabelFiles, request: PrepRequest) ->
         raise UsageError(validation_fault(error)) from error
 
 
-def label_file(labels: Labels | None) -> dataset.LabelFile | None:
+def label_file(labels: Labels | None) -> LabelFile | None:
     """Returns the manifest's entry of a label file."""
-    return None if labels is None else dataset.LabelFile(name=labels.file_name, sha256=labels.sha256)
+    return None if labels is None else LabelFile(name=labels.file_name, sha256=labels.sha256)
 
 
-def requested_splits(inputs: Inputs, options: dataset.PrepOptions) -> list[SplitName]:
+def requested_splits(inputs: Inputs, options: PrepOptions) -> list[SplitName]:
     """Returns the splits that the dataset should have; if one stays empty, the user is warned."""
     is_drawn = options.valid_fraction is not None
     is_requested = {

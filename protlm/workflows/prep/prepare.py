@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protlm.data.storage import dataset
+from protlm.data.storage.manifest import Manifest
 from protlm.errors import UsageError
 from protlm.runtime import work_folder
 from protlm.runtime.progress import StartProgress, no_progress
@@ -56,7 +57,7 @@ class PrepReport:
 
     out: str
     hash: str
-    manifest: dataset.Manifest
+    manifest: Manifest
     num_unclustered: int
     label_notes: tuple[str, ...]
     left_out: tuple[str, ...]

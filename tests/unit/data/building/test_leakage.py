@@ -2,7 +2,7 @@ import pytest
 
 from protlm.data.building import leakage
 from protlm.data.records import Record
-from protlm.data.storage.dataset import Contained, Shared
+from protlm.data.storage.manifest import Contained, Shared
 from tests.unit.data.building.leak_cases import PROTEIN, shards, write
 
 

@@ -11,8 +11,8 @@ import pytest
 import xxhash
 
 from protlm import vocabulary
-from protlm.data.storage import dataset
-from protlm.data.storage.dataset import is_dataset, open_dataset
+from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.manifest import is_dataset
 from protlm.errors import ShardError
 from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
@@ -53,7 +53,8 @@ def test_records_are_reached_by_their_number_over_all_shards(path):
 def test_opening_a_dataset_and_reading_from_it_imports_no_parser(path):
     code = f"""
 import sys
-from protlm.data.storage.dataset import is_dataset, open_dataset
+from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.manifest import is_dataset
 from protlm.data.storage.mixture import Mixture
 split = open_dataset({str(path)!r}).split("train")
 split.shard(0).verify()
@@ -197,12 +198,12 @@ def test_a_shard_of_another_split_is_refused(path):
 
 
 def test_only_a_folder_that_says_so_is_a_dataset(path):
-    assert dataset.is_dataset(path)
-    assert not dataset.is_dataset(path.parent)
+    assert is_dataset(path)
+    assert not is_dataset(path.parent)
     edit(path, lambda manifest: manifest.update(format_version=99))
-    assert dataset.is_dataset(path)
+    assert is_dataset(path)
     edit(path, lambda manifest: manifest.update(format="other"))
-    assert not dataset.is_dataset(path)
+    assert not is_dataset(path)
 
 
 def test_labels_are_those_of_the_record_in_every_shard(tmp_path):

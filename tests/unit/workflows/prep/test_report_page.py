@@ -6,7 +6,7 @@ import pytest
 
 from protlm import vocabulary
 from protlm.data.parsing.reader import read_records
-from protlm.data.storage.dataset import (
+from protlm.data.storage.manifest import (
     LENGTH_BIN_STARTS,
     LENGTH_QUANTILES,
     Contained,
