@@ -79,9 +79,16 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Block:
-    """Segments that are computed together, and the stretches of their positions, first positions first."""
+    """Segments that are computed together.
+
+    Attributes:
+        segments: Their numbers.
+        whole: All their positions.
+        stretches: The same in stretches, first positions first.
+    """
 
     segments: Tensor
+    whole: Stretch
     stretches: tuple[Stretch, ...]
 
 
@@ -111,7 +118,7 @@ def cut_into_blocks(
     for first in range(0, batch, rows_per_block):
         rows = slice(first, min(first + rows_per_block, batch))
         whole = _rectangle(rows, 0, length, token_mask)
-        yield Block(torch.arange(rows.start, rows.stop, device=q.device), _cut(whole, step))
+        yield Block(torch.arange(rows.start, rows.stop, device=q.device), whole, _cut(whole, step))
 
 
 def _rectangle(rows: slice, start: int, stop: int, mask: Tensor | None) -> Stretch:
@@ -156,7 +163,7 @@ def _packed_blocks(
             whole = _rectangle(slice(0, 1), start, start + longest, token_mask)
         else:
             whole = _gathered([bounds[i : i + 2] for i in members], longest, token_mask, device)
-        yield Block(torch.tensor(members, device=device), _cut(whole, step))
+        yield Block(torch.tensor(members, device=device), whole, _cut(whole, step))
         first = last
 
 

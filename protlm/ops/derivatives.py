@@ -10,28 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NUM_ARGUMENTS = 11
+# The arguments of `protlm::favor`, and the places of its parameters among them.
+_NUM_ARGUMENTS = 13
+_PROJECTION, _FEATURE_BIAS = 3, 11
 _ONLY_ONCE = "favor_attention has first derivatives in reverse mode only (backward, torch.func.grad, vjp and jacrev)"
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what `gradients` needs."""
-    *tensors, ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name, feature_bias, ctx.near_block = inputs
+    ctx.mark_non_differentiable(*output[1:3])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, feature_bias, *output)
 
 
-def gradients(ctx: Any, out_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of q, k and v, and None for every other argument."""
-    if out_grad is None:
+def gradients(
+    ctx: Any, out_grad: Tensor | None, _states: None, _references: None, sums_grad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of q, k, v, the projection and the feature bias, and None for every other argument."""
+    if out_grad is None and sums_grad is None:
         return (None,) * _NUM_ARGUMENTS
-    names = (ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name)
+    saved = ctx.saved_tensors
+    out_grad = torch.zeros_like(saved[2]) if out_grad is None else out_grad
+    learns = ctx.needs_input_grad[_PROJECTION] or ctx.needs_input_grad[_FEATURE_BIAS]
+    options = (ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name, ctx.near_block, learns)
     if torch.compiler.is_compiling():
-        grads = torch.ops.protlm.favor_backward(out_grad, *ctx.saved_tensors, *names)
+        grads = torch.ops.protlm.favor_backward(out_grad, sums_grad, *saved, *options)
     else:
-        grads = _Gradients.apply(out_grad, *ctx.saved_tensors, *names)  # type: ignore[no-untyped-call]
-    return (*grads, *(None,) * (_NUM_ARGUMENTS - 3))
+        grads = _Gradients.apply(out_grad, sums_grad, *saved, *options)  # type: ignore[no-untyped-call]
+    of_all: list[Tensor | None] = [None] * _NUM_ARGUMENTS
+    of_all[:3] = grads[:3]
+    if ctx.needs_input_grad[_PROJECTION]:
+        of_all[_PROJECTION] = grads[3]
+    if ctx.needs_input_grad[_FEATURE_BIAS]:
+        of_all[_FEATURE_BIAS] = grads[4]
+    return tuple(of_all)
 
 
 def refuse_second_derivative(ctx: Any, *grad_outputs: Any) -> Any:

@@ -6,8 +6,9 @@ added to `_BACKENDS`, to `backends` and to the definitions of the maps that it c
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,7 @@ from protlm.ops import compiled, context_parallel, favor_cpp, favor_torch, favor
 from protlm.ops.derivatives import Attention, gradients, refuse_second_derivative, save_for_backward
 from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from protlm.ops.inputs import AttentionInputs, in_one_dtype, result_like
+from protlm.ops.log_normaliser import absolute_logarithm
 from protlm.ops.oprf import oprf_a_from_data
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
@@ -52,6 +54,46 @@ def _maps_of(backend: str) -> str:
     return f"every feature map but {', '.join(others)}" if others else "every feature map"
 
 
+@overload
+def favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor | None,
+    *,
+    feature_map: FeatureMap = ...,
+    token_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    causal: bool = ...,
+    oprf_a: Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    near_block: int = ...,
+    feature_bias: Tensor | None = ...,
+    return_log_normaliser: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor | None,
+    *,
+    feature_map: FeatureMap = ...,
+    token_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    causal: bool = ...,
+    oprf_a: Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    near_block: int = ...,
+    feature_bias: Tensor | None = ...,
+    return_log_normaliser: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def favor_attention(
     q: Float[Tensor, "batch heads length head_dim"],
     k: Float[Tensor, "batch heads length head_dim"],
@@ -64,8 +106,14 @@ def favor_attention(
     causal: bool = False,
     oprf_a: Float[Tensor, "*segments heads"] | None = None,
     process_group: ProcessGroup | None = None,
+    near_block: int = 0,
+    feature_bias: Float[Tensor, "*bias_heads features"] | None = None,
+    return_log_normaliser: bool = False,
     backend: Backend = "auto",
-) -> Float[Tensor, "batch heads length head_dim"]:
+) -> (
+    Float[Tensor, "batch heads length head_dim"]
+    | tuple[Float[Tensor, "batch heads length head_dim"], Float[Tensor, "batch heads length"]]
+):
     """Returns FAVOR attention: D⁻¹(φ(q)·(φ(k)ᵀv)) with D the row sums of φ(q)·φ(k)ᵀ.
 
     These are equations 3 and 4 of arXiv 2009.14794, for causal attention its section 2.5.1, with φ of
@@ -74,18 +122,29 @@ def favor_attention(
     added: exponents are kept in log space relative to references that cancel, and nothing overflows for norms of q and
     k up to 1e14. (The renormaliser of `trig` is a sum of signed terms and can come close to 0: its outputs may be of
     any size.) Exponents, maxima and sums are float32 for float32 and shorter inputs, also under autocast, and float64
-    for float64. Gradients flow to q, k and v only, by `backward` and by torch.func.grad, vjp and jacrev; second
-    derivatives and forward mode are errors. The backward recomputes features.
+    for float64. Gradients flow to q, k, v, the projection and the feature bias, by `backward` and by torch.func.grad,
+    vjp and jacrev; second derivatives and forward mode are errors. The backward recomputes features.
+
+    With `near_block` = W the weights of near tokens are exact. Segments are cut into blocks of W tokens from their
+    start, padding counted; near are the tokens of a query's own block and of the two neighbouring ones (causal: of them
+    those that it sees), far are the rest of its segment:
+
+        out_i = [Σ_near e^(q_i·k_l/√d) v_l + Σ_far φ(q_i)·φ(k_l) v_l] / [Σ_near e^(q_i·k_l/√d) + Σ_far φ(q_i)·φ(k_l)]
+
+    Numerator and denominator stay unbiased, with fewer random terms. If W is at least the length this is exact softmax
+    attention. Near and far are merged in log space, and nothing overflows.
 
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one stretch of
-    features beside the inputs and the output; the causal backward keeps `features` numbers for every stretch.
+    features beside the inputs and the output; the causal backward keeps `features` numbers for every stretch. With
+    `near_block` time O(length · (W · head_dim + features · head_dim)) and memory O((W + features) · head_dim) for each
+    of a bounded number of blocks, and O(W²) for their exact weights.
 
     Args:
         q: Queries, any strides.
         k: Keys.
         v: Values. Under autocast q, k and v may differ in dtype; the longest is then taken.
-        projection: Rows ω, shared by the heads or one set per head, without a gradient; None (for `relu` only) applies
-            ReLU to q and k.
+        projection: Rows ω, shared by the heads or one set per head; None (for `relu` only) applies ReLU to q and k. One
+            that requires a gradient gets it, but not in a process group.
         feature_map: `positive`, `hyperbolic`, `trig` and `oprf` estimate softmax attention, `regularised` a smoother
             kernel; `relu` is the paper's generalised attention. `hyperbolic` and `trig` give two features per row.
         token_mask: True at real tokens. Padding may hold any finite value: it changes no real output, gets no gradient,
@@ -101,43 +160,73 @@ def favor_attention(
             ranks; `cu_seqlens` are the `local_bounds` of all segments. All other arguments are the same on all ranks,
             and all ranks call the op, and its backward, in the same order. They exchange states, whose size does not
             depend on the length. torch.compile runs the call in eager torch. None means one process.
+        near_block: Tokens of a block; 0 for no near field. For `positive`, `hyperbolic` and `oprf` only: `regularised`
+            estimates another kernel, whose weights have another unit than exact ones. Not in a process group.
+        feature_bias: c_j, (features) or (heads, features), one for each row of the projection, for exponential maps: the
+            product of a query's feature j and a key's gets the factor exp(c_j), which is Σ_j e^(c_j) φ_j(q)·φ_j(k) in
+            place of φ(q)·φ(k). Rows ω' = ω + μ with c = −μ·ω − ‖μ‖²/2 keep the estimate unbiased for any μ; with
+            μ = q̄/d^¼ + k̄/d^¼ `positive` is as exact as if q and k were centred. One that requires a gradient gets it,
+            but not in a process group.
+        return_log_normaliser: Whether to return the logarithm of the divisor too, through which gradients flow: with it
+            attentions over different keys can be merged. For exponential maps only, not in a process group.
         backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
             `trig`, if it was built; `triton` for bfloat16 and float16 on CUDA, bidirectional, head_dim up to 128 and
             every map but `trig`, if Triton is installed; else `torch`. Calls that `cpp` or `triton` do not cover
-            (other devices, dtypes and maps, causal attention in a process group) run on `torch`.
+            (other devices, dtypes and maps, causal attention in a process group, near_block, feature_bias,
+            return_log_normaliser, gradients of the projection) run on `torch`.
 
     Returns:
-        Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates.
+        Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates. With
+        return_log_normaliser also log Σ of the weights (batch, heads, length), the unit of which is e^(q·k/√d), in
+        float32, or float64 for float64; zero for padding.
 
     Raises:
         TypeError: An argument is no tensor.
-        ValueError: An argument does not fit, the projection or oprf_a requires a gradient, this process is not in the
+        ValueError: An argument does not fit, one requires a gradient that it cannot get, this process is not in the
             group, or the named backend cannot run here.
         RuntimeError: A derivative of forward mode or of second order.
     """
     group_name = context_parallel.group_name_of(process_group)
     given = v
     q, k, v = in_one_dtype(q, k, v)
-    AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal).check()
-    _check_no_gradient(projection=projection, oprf_a=oprf_a)
+    inputs = AttentionInputs(
+        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name, feature_bias, near_block
+    )
+    inputs.check()
+    if return_log_normaliser:
+        inputs.check_log_normaliser()
+    _check_no_gradient(oprf_a=oprf_a)
+    if group_name:
+        _check_no_gradient(projection=projection, feature_bias=feature_bias)
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
-    arguments = (q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, backend, group_name)
-    call: Callable[..., Tensor] = _attention
+    if return_log_normaliser or _needs_gradient(projection) or _needs_gradient(feature_bias):
+        backend = "torch"
+    masks = (token_mask, cu_seqlens, oprf_a)
+    arguments = (q, k, v, projection, *masks, feature_map, causal, backend, group_name, feature_bias, near_block)
+    call: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = _attention
     if torch.compiler.is_compiling() and (group_name or forward_ad._current_level >= 0):
         # A compiler treats the operators as functions of their arguments: it drops those of empty tensors, for which
         # the other ranks would wait, and orders them by sizes, which differ from rank to rank. And it would trace
         # forward mode through them to tangents of zero, without an error.
         reason = "the ranks of a process group wait for each other" if group_name else "forward mode is refused"
         call = torch.compiler.disable(_attention, reason=reason)  # type: ignore[no-untyped-call]
-    return call(*arguments).to(given.dtype)
+    out, query_sums, used_a = call(*arguments)
+    out = out.to(given.dtype)
+    if not return_log_normaliser:
+        return out
+    if near_block:
+        return out, query_sums
+    return out, absolute_logarithm(replace(inputs, oprf_a=used_a), query_sums)
+
+
+def _needs_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _check_no_gradient(**tensors: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if _needs_gradient(tensor):
             raise ValueError(
                 f"{name}: expected a tensor that requires no gradient, as it gets none, got one that does; "
                 f"pass {name}.detach()"
@@ -156,7 +245,10 @@ def _attention(
     causal: bool,
     backend: str,
     group_name: str,
-) -> Tensor:
+    feature_bias: Tensor | None,
+    near_block: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the output, the query sums and the A of `oprf`."""
     definition = definition_of(feature_map)
     if definition.takes_oprf_a and oprf_a is None:
         oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens, group_name)
@@ -166,9 +258,10 @@ def _attention(
         projection = projection.to(dtype)
         q, k, v = q.float(), k.float(), v.float()
     masks = (token_mask, cu_seqlens, oprf_a)
-    arguments = (q, k, v, projection, *masks, feature_map, causal, backend, group_name)
+    arguments = (q, k, v, projection, *masks, feature_map, causal, backend, group_name, feature_bias, near_block)
     call: Callable[..., tuple[Tensor, ...]] = _favor if torch.compiler.is_compiling() else Attention.apply
-    return call(*arguments)[0].to(dtype)
+    out, _, _, query_sums = call(*arguments)
+    return out.to(dtype), query_sums, oprf_a
 
 
 def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
@@ -219,11 +312,15 @@ def _favor(
     causal: bool,
     backend: str,
     group_name: str = "",
+    feature_bias: Tensor | None = None,
+    near_block: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the output, and for the backward the states, their references and the query sums."""
     if oprf_a is not None:
         _check_oprf_a(oprf_a)
-    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name)
+    inputs = AttentionInputs(
+        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name, feature_bias, near_block
+    )
     chosen = _module(backend, inputs)
     # Autocast would round the exponents and sums of the operations inside.
     with torch.autocast(q.device.type, enabled=False):
@@ -236,6 +333,7 @@ def _favor(
 @torch.library.custom_op("protlm::favor_backward", mutates_args=())
 def _favor_backward(
     out_grad: Tensor,
+    sums_grad: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -243,6 +341,7 @@ def _favor_backward(
     token_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     oprf_a: Tensor | None,
+    feature_bias: Tensor | None,
     out: Tensor,
     states: Tensor,
     references: Tensor,
@@ -251,15 +350,25 @@ def _favor_backward(
     causal: bool,
     backend: str,
     group_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name)
+    near_block: int,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v, and with `learns` of the parameters: of the projection, the feature bias."""
+    inputs = AttentionInputs(
+        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name, feature_bias, near_block
+    )
     chosen = _module(backend, inputs)
     saved = (out_grad, out, states, references, query_sums)
+    projection_grad = bias_grad = None
     with torch.autocast(q.device.type, enabled=False):
         if group_name:
-            return context_parallel.backward_in_group(chosen, inputs, *saved)
-        result: tuple[Tensor, Tensor, Tensor] = chosen.backward(inputs, *saved)
-    return result
+            grads = context_parallel.backward_in_group(chosen, inputs, *saved)
+        elif chosen is favor_torch:
+            *grads, projection_grad, bias_grad = favor_torch.all_gradients(inputs, *saved, sums_grad, learns=learns)
+        else:
+            grads = chosen.backward(inputs, *saved)
+    projection_grad, bias_grad = (q.new_empty(0) if grad is None else grad for grad in (projection_grad, bias_grad))
+    return *grads, projection_grad, bias_grad
 
 
 @_favor.register_fake
@@ -275,8 +384,12 @@ def _(
     causal: bool,
     backend: str,
     group_name: str = "",
+    feature_bias: Tensor | None = None,
+    near_block: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
+    inputs = AttentionInputs(
+        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name, feature_bias, near_block
+    )
     out = result_like(v)
     # Ranks exchange states of one form, the same for all backends.
     makes_own_states = not group_name and _module(backend, inputs) is favor_triton
@@ -285,9 +398,16 @@ def _(
 
 
 @_favor_backward.register_fake
-def _(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    out_grad: Tensor, sums_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, projection: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q_grad, k_grad, v_grad = (result_like(x) for x in (q, k, v))
-    return q_grad, k_grad, v_grad
+    feature_bias, learns = rest[3], rest[-1]
+    projection_grad, bias_grad = (
+        q.new_empty(0) if parameter is None or not learns else parameter.new_empty(parameter.shape)
+        for parameter in (projection, feature_bias)
+    )
+    return q_grad, k_grad, v_grad, projection_grad, bias_grad
 
 
 _favor.register_autograd(gradients, setup_context=save_for_backward)

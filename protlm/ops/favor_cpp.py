@@ -31,7 +31,7 @@ def covers(inputs: AttentionInputs) -> bool:
     """Returns whether the kernel can compute a call; the others go to `favor_torch`."""
     is_causal_in_group = inputs.causal and bool(inputs.group_name)
     is_float32 = inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32
-    return is_float32 and "cpp" in inputs.map_definition.backends and not is_causal_in_group
+    return is_float32 and inputs.is_plain and "cpp" in inputs.map_definition.backends and not is_causal_in_group
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

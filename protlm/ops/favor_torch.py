@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from protlm.ops import near_far_torch
 from protlm.ops.blocks import Block, Stretch, cut_into_blocks
 from protlm.ops.inputs import AttentionInputs, result_like
 from protlm.ops.torch_maps import TorchMap, torch_map
+from protlm.ops.torch_states import LOG_ZERO, Saved, State, add_product, product
 
 # Features of one stretch, all heads together: large enough for the matrix multiply, small enough for the cache.
 _STRETCH_FEATURES = 1 << 20
@@ -22,12 +24,8 @@ _MIN_STRETCH_TOKENS = 64
 _CAUSAL_STRETCH_LENGTH = 128
 LOG_BASE = math.e
 """Base of the references and query sums of exponential maps."""
-# Stands for log 0 where a state has seen no key: finite, so that differences of it are not NaN.
-_LOG_ZERO = -1e30
 # A causal stretch ends before a key whose exponent is this far above its references; exp(2 · 40) is finite in float32.
 _MAX_RISE = 40.0
-# Query sums that make the features, or the gradient, of a token that is not real vanish.
-_NOT_REAL = 1e30
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,8 +34,11 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns:
         out, like v; the states (segments, heads, features, head_dim + 1) of whole segments, Σ φ(k)·[v, 1]; their
         references (segments, heads, features or 1); the query sums (batch, heads, length): the renormaliser of each
-        query, for exponential maps its logarithm.
+        query, for exponential maps its logarithm. With a near field the states are empty, and the logarithms absolute.
     """
+    if inputs.near_block:
+        out, log_normalisers = near_far_torch.forward(inputs)
+        return out, *empty_states(inputs), log_normalisers
     run = _Run(inputs)
     states, references = empty_states(inputs)
     out, query_sums = run.empty_outputs()
@@ -54,17 +55,39 @@ def backward(
     inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; features are computed again."""
+    return all_gradients(inputs, out_grad, out, states, references, query_sums)[:3]
+
+
+def all_gradients(
+    inputs: AttentionInputs,
+    out_grad: Tensor,
+    out: Tensor,
+    states: Tensor,
+    references: Tensor,
+    query_sums: Tensor,
+    sums_grad: Tensor | None = None,
+    *,
+    learns: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns the gradients of q, k and v, and with `learns` of the projection and the feature bias.
+
+    `sums_grad` is the gradient of the query sums, which are logarithms; None for zero.
+    """
+    saved = Saved(out_grad, out, query_sums, sums_grad)
+    if inputs.near_block:
+        return near_far_torch.backward(inputs, saved, learns=learns)
     run = _Run(inputs)
-    saved = _Saved(out_grad, out, query_sums)
+    if learns:
+        run.map.learn()
     q_grad, k_grad, v_grad = (result_like(x, is_zeroed=True) for x in (inputs.q, inputs.k, inputs.v))
     for block in run.blocks():
         if inputs.causal:
             run.causal_gradients(block, run.empty_state(block), saved, q_grad, k_grad, v_grad)
         else:
-            state = _State.taken(states, references, block)
+            state = State.taken(states, references, block)
             state_grad = run.query_gradients(block, state, saved, q_grad)
             run.key_gradients(block, state_grad, k_grad, v_grad)
-    return q_grad, k_grad, v_grad
+    return q_grad, k_grad, v_grad, *run.map.parameter_gradients(inputs)
 
 
 def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -87,7 +110,7 @@ def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[T
     run = _Run(inputs)
     out, query_sums = run.empty_outputs()
     for block in run.blocks():
-        run.write_outputs(block, _State.taken(states, references, block), out, query_sums)
+        run.write_outputs(block, State.taken(states, references, block), out, query_sums)
     return out, query_sums
 
 
@@ -96,10 +119,10 @@ def query_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of q and of the states: the first half of the bidirectional `backward`."""
     run = _Run(inputs)
-    saved = _Saved(out_grad, out, query_sums)
+    saved = Saved(out_grad, out, query_sums)
     q_grad, state_grads = result_like(inputs.q, is_zeroed=True), torch.zeros_like(states)
     for block in run.blocks():
-        state_grad = run.query_gradients(block, _State.taken(states, references, block), saved, q_grad)
+        state_grad = run.query_gradients(block, State.taken(states, references, block), saved, q_grad)
         state_grads[block.segments] = state_grad.sums.transpose(0, 1)
     return q_grad, state_grads
 
@@ -111,7 +134,7 @@ def key_gradients(
     run = _Run(inputs)
     k_grad, v_grad = result_like(inputs.k, is_zeroed=True), result_like(inputs.v, is_zeroed=True)
     for block in run.blocks():
-        run.key_gradients(block, _State.taken(state_grad, references, block), k_grad, v_grad)
+        run.key_gradients(block, State.taken(state_grad, references, block), k_grad, v_grad)
     return k_grad, v_grad
 
 
@@ -120,11 +143,11 @@ def causal_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v, and of the states that were given to a causal `read`."""
     run = _Run(inputs)
-    saved = _Saved(out_grad, out, query_sums)
+    saved = Saved(out_grad, out, query_sums)
     q_grad, k_grad, v_grad = (result_like(x, is_zeroed=True) for x in (inputs.q, inputs.k, inputs.v))
     state_grads = torch.zeros_like(states)
     for block in run.blocks():
-        before = _State.taken(states, references, block)
+        before = State.taken(states, references, block)
         state_grad = run.causal_gradients(block, before, saved, q_grad, k_grad, v_grad)
         shrink = torch.exp(references[block.segments].transpose(0, 1) - state_grad.references)
         state_grads[block.segments] = (state_grad.sums * shrink.unsqueeze(-1)).transpose(0, 1)
@@ -133,60 +156,12 @@ def causal_gradients(
 
 def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Returns states and references of no key, in the shapes of `forward`."""
+    if inputs.near_block:
+        return inputs.q.new_zeros(0, dtype=inputs.compute_dtype), inputs.q.new_zeros(0, dtype=inputs.compute_dtype)
     heads, head_dim = inputs.q.shape[1], inputs.q.shape[-1]
     sizes = (inputs.num_segments, heads, inputs.num_features)
     states = inputs.q.new_zeros((*sizes, head_dim + 1), dtype=inputs.compute_dtype)
-    return states, states.new_full((*sizes[:2], sizes[2] if inputs.is_exponential else 1), _LOG_ZERO)
-
-
-@dataclass
-class _State:
-    """Sums over keys whose features are relative to the references.
-
-    Attributes:
-        sums: (heads, segments, features, head_dim + 1).
-        references: (heads, segments, features or 1), logarithms.
-    """
-
-    sums: Tensor
-    references: Tensor
-
-    @classmethod
-    def taken(cls, states: Tensor, references: Tensor, block: Block) -> "_State":
-        """Returns a copy of the states of the segments of a block."""
-        return cls(states[block.segments].transpose(0, 1), references[block.segments].transpose(0, 1))
-
-    def put(self, states: Tensor, references: Tensor, block: Block) -> None:
-        """Writes the state of a block to the states of all segments."""
-        states[block.segments] = self.sums.transpose(0, 1)
-        references[block.segments] = self.references.transpose(0, 1)
-
-    def move_to(self, references: Tensor) -> None:
-        """Makes the sums relative to other references."""
-        self.sums.mul_(torch.exp(self.references - references).unsqueeze(-1))
-        self.references = references
-
-    def add(self, features: Tensor, values: Tensor) -> None:
-        """Adds Σ features ⊗ values over positions."""
-        _add_product(self.sums, features.transpose(2, 3), values)
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """The tensors along the length that the backward gets from the forward, and the gradient of the output."""
-
-    out_grad: Tensor
-    out: Tensor
-    query_sums: Tensor
-
-    def take(self, stretch: Stretch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns the gradient of the output, followed by minus its inner product with the output; and query sums."""
-        out_grad = stretch.take(self.out_grad, dtype, only_valid=True)
-        inner = (out_grad * stretch.take(self.out, dtype)).sum(-1, keepdim=True).neg_()
-        sums = stretch.take(self.query_sums.unsqueeze(-1), dtype)
-        if stretch.valid is not None:
-            sums = sums.masked_fill(~stretch.valid[..., None], _NOT_REAL)
-        return torch.cat((out_grad, inner), -1), sums
+    return states, states.new_full((*sizes[:2], sizes[2] if inputs.is_exponential else 1), LOG_ZERO)
 
 
 class _Run:
@@ -205,26 +180,26 @@ class _Run:
             self.map.enter(block.segments)
             yield block
 
-    def empty_state(self, block: Block) -> _State:
+    def empty_state(self, block: Block) -> State:
         """Returns the state of no key."""
         heads, members, head_dim = self.inputs.q.shape[1], len(block.segments), self.inputs.q.shape[-1]
         shape = (heads, members, self.map.num_features, head_dim + 1)
         sums = torch.zeros(shape, dtype=self.map.dtype, device=self.inputs.q.device)
-        return _State(sums, sums.new_full((heads, members, self.map.num_references), _LOG_ZERO))
+        return State(sums, sums.new_full((heads, members, self.map.num_references), LOG_ZERO))
 
     def empty_outputs(self) -> tuple[Tensor, Tensor]:
         """Returns an output and query sums that are zero."""
         q = self.inputs.q
         return result_like(self.inputs.v, is_zeroed=True), q.new_zeros(q.shape[:3], dtype=self.map.dtype)
 
-    def write_outputs(self, block: Block, state: _State, out: Tensor, query_sums: Tensor) -> None:
+    def write_outputs(self, block: Block, state: State, out: Tensor, query_sums: Tensor) -> None:
         """Writes the output and the query sums of a block."""
         outputs = self.causal_outputs(block, state) if self.inputs.causal else self.outputs(block, state)
         for stretch, stretch_out, stretch_sums in outputs:
             stretch.put(out, stretch_out)
             stretch.put(query_sums.unsqueeze(-1), stretch_sums)
 
-    def fold(self, block: Block, state: _State) -> None:
+    def fold(self, block: Block, state: State) -> None:
         """Adds all keys of a block to the state."""
         for stretch in block.stretches:
             k, values = self._keys(stretch)
@@ -233,45 +208,45 @@ class _Run:
             features = self.map.key_features(k, exponents.sub_(state.references.unsqueeze(2)))
             state.add(features, values)
 
-    def outputs(self, block: Block, state: _State) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+    def outputs(self, block: Block, state: State) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
         """Yields each stretch with its output and its query sums, read from the state of all keys."""
         for stretch in block.stretches:
             features, offsets = self.map.query_features(self._queries(stretch), state.references)
-            yield stretch, *_normalised(_matmul(features, state.sums), offsets)
+            yield stretch, *_normalised(product(features, state.sums), offsets)
 
-    def causal_outputs(self, block: Block, state: _State) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+    def causal_outputs(self, block: Block, state: State) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
         """Yields each stretch with its output and its query sums, folding its keys into the state on the way."""
         for step in self._causal_steps(block, state):
             features, offsets = self.map.query_features(self._queries(step.stretch), state.references)
-            weights = _matmul(features, step.features.transpose(2, 3)).tril_()
+            weights = product(features, step.features.transpose(2, 3)).tril_()
             # Zero times a value that is not finite would reach back to earlier tokens; it reaches the later ones only.
-            sums = _matmul(weights, step.values.nan_to_num(0.0, 0.0, 0.0))
-            _add_product(sums, features, state.sums)
+            sums = product(weights, step.values.nan_to_num(0.0, 0.0, 0.0))
+            add_product(sums, features, state.sums)
             sums.add_((step.values - step.values).cumsum(2))
             out, query_sums = _normalised(sums, offsets)
             yield step.stretch.narrow(0, step.count), out[:, :, : step.count], query_sums[:, :, : step.count]
 
-    def query_gradients(self, block: Block, state: _State, saved: _Saved, q_grad: Tensor) -> _State:
+    def query_gradients(self, block: Block, state: State, saved: Saved, q_grad: Tensor) -> State:
         """Writes the gradients of the queries of a block; returns the gradient of the state."""
-        state_grad = _State(torch.zeros_like(state.sums, memory_format=torch.contiguous_format), state.references)
+        state_grad = State(torch.zeros_like(state.sums, memory_format=torch.contiguous_format), state.references)
         for stretch in block.stretches:
-            features, pulled = self._pulled(stretch, saved, state.references)
+            q, features, pulled = self._pulled(stretch, saved, state.references)
             grads = self._features_grad(pulled, state.sums.transpose(2, 3))
             state_grad.add(features, pulled)
-            stretch.put(q_grad, self.map.query_gradient(features, grads))
+            stretch.put(q_grad, self.map.query_gradient(q, features, grads))
         return state_grad
 
-    def key_gradients(self, block: Block, state_grad: _State, k_grad: Tensor, v_grad: Tensor) -> None:
+    def key_gradients(self, block: Block, state_grad: State, k_grad: Tensor, v_grad: Tensor) -> None:
         """Writes the gradients of the keys and values of a block."""
         for stretch in block.stretches:
             k, values, features = self._keys_and_features(stretch, state_grad.references)
-            stretch.put(v_grad, _matmul(features, state_grad.sums[..., :-1]))
+            stretch.put(v_grad, product(features, state_grad.sums[..., :-1]))
             grads = self._features_grad(values, state_grad.sums.transpose(2, 3))
             stretch.put(k_grad, self.map.key_gradient(k, features, grads))
 
     def causal_gradients(
-        self, block: Block, state: _State, saved: _Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
-    ) -> _State:
+        self, block: Block, state: State, saved: Saved, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
+    ) -> State:
         """Writes the gradients of a block: of queries in the order of the stretches, then of keys in reverse order.
 
         The reverse pass carries the gradient of the state, Σ over later queries. It is relative to the references that
@@ -284,30 +259,30 @@ class _Run:
         for step in self._causal_steps(block, state):
             stretch = step.stretch.narrow(0, step.count)
             k_features, values = step.features[:, :, : step.count], step.values[:, :, : step.count]
-            features, pulled = self._pulled(stretch, saved, state.references)
+            q, features, pulled = self._pulled(stretch, saved, state.references)
             grads = self._features_grad(pulled, state.sums.transpose(2, 3))
-            weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
-            _add_product(grads, weights_grad, k_features)
-            stretch.put(q_grad, self.map.query_gradient(features, grads))
+            weights_grad = product(pulled, values.transpose(2, 3)).tril_()
+            add_product(grads, weights_grad, k_features)
+            stretch.put(q_grad, self.map.query_gradient(q, features, grads))
             steps.append((stretch, state.references))
         state_grad, later = torch.zeros_like(state.sums), state.references
         for stretch, references in reversed(steps):
             state_grad.mul_(torch.exp(references - later).unsqueeze(-1))
             later = references
             k, values, k_features = self._keys_and_features(stretch, references)
-            features, pulled = self._pulled(stretch, saved, references)
-            weights = _matmul(features, k_features.transpose(2, 3)).tril_()
-            weights_grad = _matmul(pulled, values.transpose(2, 3)).tril_()
-            stretch_v_grad = _matmul(k_features, state_grad[..., :-1])
-            _add_product(stretch_v_grad, weights.transpose(2, 3), pulled[..., :-1])
+            _, features, pulled = self._pulled(stretch, saved, references)
+            weights = product(features, k_features.transpose(2, 3)).tril_()
+            weights_grad = product(pulled, values.transpose(2, 3)).tril_()
+            stretch_v_grad = product(k_features, state_grad[..., :-1])
+            add_product(stretch_v_grad, weights.transpose(2, 3), pulled[..., :-1])
             stretch.put(v_grad, stretch_v_grad)
             grads = self._features_grad(values, state_grad.transpose(2, 3))
-            _add_product(grads, weights_grad.transpose(2, 3), features)
-            _add_product(state_grad, features.transpose(2, 3), pulled)
+            add_product(grads, weights_grad.transpose(2, 3), features)
+            add_product(state_grad, features.transpose(2, 3), pulled)
             stretch.put(k_grad, self.map.key_gradient(k, k_features, grads))
-        return _State(state_grad, later)
+        return State(state_grad, later)
 
-    def _causal_steps(self, block: Block, state: _State) -> Iterator["_CausalStep"]:
+    def _causal_steps(self, block: Block, state: State) -> Iterator["_CausalStep"]:
         """Yields each stretch in order while the state holds the tokens before it, then adds its keys to the state.
 
         References are the largest exponents of the earlier keys and of the first key of a step: every query of the step
@@ -344,11 +319,12 @@ class _Run:
         exponents = self.map.key_exponents(k, stretch.valid)
         return k, values, self.map.key_features(k, exponents.sub_(references.unsqueeze(2)))
 
-    def _pulled(self, stretch: Stretch, saved: _Saved, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns query features, and the gradient of Σ features·state, still to be multiplied by either factor."""
-        pulled, query_sums = saved.take(stretch, self.map.dtype)
-        features, divisor = self.map.scaled_query_features(self._queries(stretch), references, query_sums)
-        return features, pulled if divisor is None else pulled.div_(divisor)
+    def _pulled(self, stretch: Stretch, saved: Saved, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns q, its features, and the gradient of Σ features·state, still to be multiplied by either factor."""
+        q, pulled = self._queries(stretch), saved.pulled(stretch, self.map.dtype)
+        query_sums = saved.sums(stretch, self.map.dtype)
+        features, divisor = self.map.scaled_query_features(q, references, query_sums)
+        return q, features, pulled if divisor is None else pulled.div_(divisor)
 
     def _features_grad(self, a: Tensor, b: Tensor) -> Tensor:
         """Returns the product a·b in a buffer: the gradient of features through the state."""
@@ -385,13 +361,3 @@ def _normalised(sums: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns outputs and query sums from Σ features·[context, key sums]."""
     totals = sums[..., -1:]
     return sums[..., :-1] / totals, totals if offsets is None else totals.log().add_(offsets)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a·b for two leading axes taken as one batch."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:2], a.shape[2], b.shape[-1])
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a·b to out, for two leading axes taken as one batch."""
-    out.view(-1, *out.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))

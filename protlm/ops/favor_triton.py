@@ -80,6 +80,7 @@ def covers(inputs: AttentionInputs) -> bool:
     dtypes = (torch.bfloat16, torch.float16, *((torch.float32,) if is_interpreted else ()))
     return (
         inputs.q.dtype in dtypes
+        and inputs.is_plain
         and inputs.q.shape[-1] <= MAX_DIM
         and "triton" in inputs.map_definition.backends
         # Features that are not exponentials have no bound, and would leave the range of float16.

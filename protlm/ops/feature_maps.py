@@ -56,6 +56,11 @@ class MapDefinition:
         """Whether φ(q)·φ(k) is an unbiased estimate of exp(q·k/√d)."""
         return self.estimates == "softmax"
 
+    @property
+    def joins_exact_weights(self) -> bool:
+        """Whether estimates can stand beside exact weights exp(q·k/√d) in one sum: unbiased, and never negative."""
+        return self.is_exponential and self.is_softmax_estimate
+
     def rescaled(self, projection: Tensor) -> Tensor:
         """Returns the rows (…, rows, head_dim) with the length that the map gives them."""
         return to_common_length(projection) if self.rescales_rows else projection
@@ -63,6 +68,18 @@ class MapDefinition:
     def mirrored(self, projection: Tensor) -> Tensor:
         """Returns the rows, followed by −ω of each row ω where the map mirrors rows."""
         return torch.cat((projection, -projection), -2) if self.mirrors_rows else projection
+
+    def projection_gradient(self, projection: Tensor, rows_grad: Tensor) -> Tensor:
+        """Returns the gradient of the projection from that of its rows, `mirrored` after `rescaled`."""
+        if self.mirrors_rows:
+            of_rows, of_opposites = rows_grad.chunk(2, -2)
+            rows_grad = of_rows - of_opposites
+        if not self.rescales_rows:
+            return rows_grad
+        norms = torch.linalg.vector_norm(projection, dim=-1, keepdim=True)
+        directions = projection / norms
+        along = (rows_grad * directions).sum(-1, keepdim=True) * directions
+        return (rows_grad - along) * (math.sqrt(projection.shape[-1]) / norms)
 
     def apply(self, scores: Tensor) -> Tensor:
         """Returns log f of the scores for exponential maps, f for others.
@@ -189,6 +206,11 @@ def definition_of(feature_map: str) -> MapDefinition:
     if feature_map not in DEFINITIONS:
         raise ValueError(f"feature_map: expected one of {tuple(DEFINITIONS)}, got {feature_map!r}")
     return DEFINITIONS[feature_map]
+
+
+def map_names(accepts: Callable[[MapDefinition], bool]) -> tuple[str, ...]:
+    """Returns the names of the maps whose definitions are accepted."""
+    return tuple(name for name, definition in DEFINITIONS.items() if accepts(definition))
 
 
 def check_feature_map(feature_map: str, *, has_projection: bool, has_oprf_a: bool) -> None:

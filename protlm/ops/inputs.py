@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from protlm.ops.blocks import read_bounds
-from protlm.ops.feature_maps import MapDefinition, check_feature_map, definition_of
+from protlm.ops.feature_maps import MapDefinition, check_feature_map, definition_of, map_names
 
 _DTYPES = {
-    **dict.fromkeys(("q", "k", "v", "projection", "oprf_a"), ""),
+    **dict.fromkeys(("q", "k", "v", "projection", "oprf_a", "feature_bias"), ""),
     "token_mask": ", dtype=torch.bool",
     "cu_seqlens": ", dtype=torch.int32",
 }
@@ -33,6 +33,8 @@ class AttentionInputs:
     feature_map: str = "positive"
     causal: bool = False
     group_name: str = ""
+    feature_bias: Tensor | None = None
+    near_block: int = 0
 
     @property
     def map_definition(self) -> MapDefinition:
@@ -55,6 +57,11 @@ class AttentionInputs:
     def is_exponential(self) -> bool:
         """Whether features are exponentials, so that a state has a reference for each feature."""
         return self.map_definition.is_exponential
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the call has neither a near field nor a feature bias: what every backend computes."""
+        return self.near_block == 0 and self.feature_bias is None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -96,7 +103,15 @@ class AttentionInputs:
             _expect("cu_seqlens", "dtype torch.int32", cu_seqlens.dtype == torch.int32, cu_seqlens.dtype)
             _expect("q", "batch = 1 with cu_seqlens", batch == 1, batch)
         self._check_oprf_a(heads)
+        self._check_feature_bias(heads)
+        self._check_near_block()
         self._check_devices()
+
+    def check_log_normaliser(self) -> None:
+        """Raises ValueError unless the logarithm of the normaliser can be returned."""
+        maps, is_fitting = map_names(lambda definition: definition.is_exponential), self.is_exponential
+        _expect("feature_map", f"one of {maps} with return_log_normaliser", is_fitting, repr(self.feature_map))
+        _expect("process_group", "None with return_log_normaliser", not self.group_name, "a group")
 
     def _check_oprf_a(self, heads: int) -> None:
         a = self.oprf_a
@@ -111,9 +126,33 @@ class AttentionInputs:
         _expect("oprf_a", f"shape {allowed[0]} or {allowed[1]}", fits, shape)
         _expect("oprf_a", "a floating dtype", a.is_floating_point(), a.dtype)
 
+    def _check_feature_bias(self, heads: int) -> None:
+        bias, projection = self.feature_bias, self.projection
+        if bias is None:
+            return
+        maps, is_fitting = map_names(lambda definition: definition.is_exponential), self.is_exponential
+        _expect("feature_map", f"one of {maps} with feature_bias", is_fitting, repr(self.feature_map))
+        assert projection is not None
+        shape, rows = tuple(bias.shape), projection.shape[-2]
+        fits = shape == (rows,) or shape == (heads, rows)
+        _expect("feature_bias", f"shape {(rows,)} or {(heads, rows)}", fits, shape)
+        _expect("feature_bias", "a floating dtype", bias.is_floating_point(), bias.dtype)
+
+    def _check_near_block(self) -> None:
+        near_block = self.near_block
+        is_number = isinstance(near_block, int) and not isinstance(near_block, bool)
+        _expect("near_block", "an integer of at least 0", is_number and near_block >= 0, repr(near_block))
+        if near_block == 0:
+            return
+        maps = map_names(lambda definition: definition.joins_exact_weights)
+        is_fitting = self.map_definition.joins_exact_weights
+        _expect("feature_map", f"one of {maps} with near_block > 0", is_fitting, repr(self.feature_map))
+        expected = "None with near_block > 0, as a block may lie on two ranks"
+        _expect("process_group", expected, not self.group_name, "a group")
+
     def _check_devices(self) -> None:
         device = self.q.device
-        for name in ("k", "v", "projection", "token_mask", "cu_seqlens", "oprf_a"):
+        for name in ("k", "v", "projection", "token_mask", "cu_seqlens", "oprf_a", "feature_bias"):
             tensor = getattr(self, name)
             if tensor is not None:
                 _expect(name, f"the device of q, {device}", tensor.device == device, tensor.device)

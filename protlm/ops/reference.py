@@ -36,28 +36,41 @@ def favor_attention(
     cu_seqlens: Int[Tensor, " bounds"] | None = None,
     causal: bool = False,
     oprf_a: Float[Tensor, "*segments heads"] | None = None,
+    near_block: int = 0,
+    feature_bias: Float[Tensor, "*bias_heads features"] | None = None,
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """Returns FAVOR attention in float64 by forming the (length, length) matrix of estimated weights.
+    """Returns FAVOR attention in float64 by forming the (length, length) matrix of estimated, and near exact, weights.
 
     Works inside the range of float64 exponents: norms of q and k up to about 30. Cost: O(length²).
     """
-    inputs = AttentionInputs(q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal)
-    inputs.check()
-    q, k, v = (tensor.double() for tensor in (q, k, v))
-    segment = _segment_of_token(q, cu_seqlens)
-    allowed = _allowed_pairs(segment, token_mask, causal)
-    token_a = None
-    if inputs.map_definition.takes_oprf_a:
-        if oprf_a is None:
-            token_a = _oprf_a_from_pairs(q, k, segment, allowed)
-        else:
-            token_a = oprf_a.detach().double().expand(inputs.num_segments, -1)[segment].transpose(1, 2)
-        token_a = token_a.unsqueeze(-1)
-    q_features = kernel_features(q, projection, feature_map=feature_map, oprf_a=token_a)
-    k_features = kernel_features(k, projection, feature_map=feature_map, oprf_a=token_a)
-    weights = torch.where(allowed, q_features @ k_features.transpose(-1, -2), 0.0)
+    inputs = AttentionInputs(
+        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, "", feature_bias, near_block
+    )
+    weights = _weights(inputs)
     totals = weights.sum(-1, keepdim=True)
-    return (weights @ v.masked_fill(~allowed.any(-2).unsqueeze(-1), 0.0)) / torch.where(totals == 0, 1.0, totals)
+    is_seen = _allowed_pairs(_segment_of_token(q, cu_seqlens), token_mask, causal).any(-2).unsqueeze(-1)
+    return (weights @ v.double().masked_fill(~is_seen, 0.0)) / torch.where(totals == 0, 1.0, totals)
+
+
+def log_normaliser(
+    q: Float[Tensor, "batch heads length head_dim"],
+    k: Float[Tensor, "batch heads length head_dim"],
+    projection: Float[Tensor, "*heads features head_dim"],
+    *,
+    feature_map: FeatureMap = "positive",
+    token_mask: Bool[Tensor, "batch length"] | None = None,
+    cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    causal: bool = False,
+    oprf_a: Float[Tensor, "*segments heads"] | None = None,
+    near_block: int = 0,
+    feature_bias: Float[Tensor, "*bias_heads features"] | None = None,
+) -> Float[Tensor, "batch heads length"]:
+    """Returns the logarithm of the sum of each query's weights in `favor_attention`, zero for padding."""
+    inputs = AttentionInputs(
+        q, k, k, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, "", feature_bias, near_block
+    )
+    totals = _weights(inputs).sum(-1)
+    return torch.where(totals == 0, 1.0, totals).log()
 
 
 def softmax_attention(
@@ -84,6 +97,41 @@ def softmax_attention(
     scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
     weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)
     return weights @ v
+
+
+def _weights(inputs: AttentionInputs) -> Tensor:
+    """Returns the weight of every key for every query (batch, heads, length, length), zero where it sees none."""
+    inputs.check()
+    q, k = inputs.q.double(), inputs.k.double()
+    segment = _segment_of_token(q, inputs.cu_seqlens)
+    allowed = _allowed_pairs(segment, inputs.token_mask, inputs.causal)
+    token_a = None
+    if inputs.map_definition.takes_oprf_a:
+        if inputs.oprf_a is None:
+            token_a = _oprf_a_from_pairs(q, k, segment, allowed)
+        else:
+            token_a = inputs.oprf_a.detach().double().expand(inputs.num_segments, -1)[segment].transpose(1, 2)
+        token_a = token_a.unsqueeze(-1)
+    q_features, k_features = (
+        kernel_features(x, inputs.projection, feature_map=inputs.feature_map, oprf_a=token_a) for x in (q, k)
+    )
+    if inputs.feature_bias is not None:
+        factors = inputs.feature_bias.double().exp().unsqueeze(-2)
+        q_features = q_features * torch.cat([factors] * inputs.map_definition.features_per_row, -1)
+    weights = q_features @ k_features.transpose(-1, -2)
+    if inputs.near_block:
+        exact = torch.exp(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)
+        weights = torch.where(_near_pairs(inputs, segment), exact, weights)
+    return torch.where(allowed, weights, 0.0)
+
+
+def _near_pairs(inputs: AttentionInputs, segment: Tensor) -> Tensor:
+    """Returns True where the blocks of two tokens are the same or neighbours, if their segments are the same."""
+    positions = torch.arange(segment.shape[1], device=segment.device)
+    if inputs.cu_seqlens is not None:
+        positions = positions - inputs.cu_seqlens[segment[0]]
+    blocks = positions // inputs.near_block
+    return (blocks[:, None] - blocks[None, :]).abs() <= 1
 
 
 def _segment_of_token(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:

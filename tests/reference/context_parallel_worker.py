@@ -368,6 +368,31 @@ def check_bounds_of_the_whole_row_are_refused_before_anything_is_exchanged():
         expect(exchanged.numbers == [])
 
 
+def check_a_feature_bias_equals_one_process():
+    for feature_map, causal in product(("positive", "hyperbolic", "oprf"), (False, True)):
+        arguments = drawn(LAYOUTS["masked segments"], feature_map=feature_map, causal=causal)
+        generator = torch.Generator().manual_seed(1)
+        arguments[-1]["feature_bias"] = torch.randn(arguments[4].shape[-2], generator=generator, dtype=torch.float64)
+        assert_equals_one_process(arguments, splits(sum(SEGMENTS))[0], (feature_map, causal))
+
+
+def check_what_a_group_does_not_compute_is_refused_before_anything_is_exchanged():
+    *tensors, projection, options = part_of(drawn(LAYOUTS["rows"]), splits(157)[0])
+    options = {**options, "process_group": dist.group.WORLD}
+    expected = {
+        "process_group: expected None with near_block > 0": (projection, {"near_block": 4}),
+        "process_group: expected None with return_log_normaliser": (projection, {"return_log_normaliser": True}),
+        "projection: expected a tensor that requires no gradient": (projection.clone().requires_grad_(), {}),
+    }
+    for message, (rows, changes) in expected.items():
+        with Exchanged() as exchanged:
+            told = told_by(
+                lambda rows=rows, changes=changes: favor_attention(*tensors[:3], rows, **{**options, **changes})
+            )
+        expect(told.startswith(message), told)
+        expect(not exchanged.numbers, exchanged.numbers)
+
+
 def told_by(call):
     try:
         call()

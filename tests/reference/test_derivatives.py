@@ -33,7 +33,7 @@ def of(case):
     return arguments, (q, k, v), lambda q, k, v: favor_attention(q, k, v, projection, **options)
 
 
-def test_only_q_k_and_v_get_gradients():
+def test_q_k_and_v_get_gradients():
     _, (q, k, v), op = of(Case(length=5, feature_map="oprf", a_axes="heads"))
     for tensor in (q, k, v):
         tensor.requires_grad_()
@@ -44,23 +44,21 @@ def test_only_q_k_and_v_get_gradients():
     assert q.grad is not None
 
 
-@pytest.mark.parametrize("name", ["projection", "oprf_a"])
-def test_a_gradient_that_would_not_come_is_a_value_error(name):
+def test_a_gradient_that_would_not_come_is_a_value_error():
     q, k, v, _, projection, options = draw(Case(length=5, feature_map="oprf", a_axes="heads"), torch.float32)
-    tensors = {"projection": projection, "oprf_a": options["oprf_a"]}
-    tensors[name].requires_grad_()
-    message = rf"^{name}: expected a tensor that requires no gradient, as it gets none.* pass {name}\.detach\(\)$"
+    oprf_a = options["oprf_a"].requires_grad_()
+    message = r"^oprf_a: expected a tensor that requires no gradient, as it gets none.* pass oprf_a\.detach\(\)$"
 
-    def call(tensor):
-        return favor_attention(q, k, v, **{**options, **tensors, name: tensor}).sum()
+    def call(oprf_a):
+        return favor_attention(q, k, v, projection, **{**options, "oprf_a": oprf_a}).sum()
 
     with pytest.raises(ValueError, match=message):
-        call(tensors[name])
+        call(oprf_a)
     with pytest.raises(ValueError, match=message):
-        torch.func.grad(call)(tensors[name].detach())
-    expected = call(tensors[name].detach())
+        torch.func.grad(call)(oprf_a.detach())
+    expected = call(oprf_a.detach())
     with torch.no_grad():
-        assert torch.equal(call(tensors[name]), expected)
+        assert torch.equal(call(oprf_a), expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from protlm.ops import favor, reference
 from protlm.ops.feature_maps import DEFINITIONS
+from protlm.ops.inputs import AttentionInputs
 
 favor_attention = inspect.unwrap(favor.favor_attention)
 
@@ -141,6 +142,37 @@ BAD_ARGUMENTS = {
         "process_group: expected a torch.distributed.ProcessGroup that this process is in, got ",
     ),
     "backend": ({"backend": "cuda"}, "backend: expected 'auto' or one of "),
+    "near_block below 0": ({"near_block": -1}, "near_block: expected an integer of at least 0, got -1"),
+    "near_block of another type": ({"near_block": 2.0}, "near_block: expected an integer of at least 0, got 2.0"),
+    "near_block of a map of another kernel": (
+        {"near_block": 4, "feature_map": "regularised"},
+        "feature_map: expected one of ('positive', 'hyperbolic', 'oprf') with near_block > 0, got 'regularised'",
+    ),
+    "near_block of a signed map": (
+        {"near_block": 4, "feature_map": "trig"},
+        "feature_map: expected one of ('positive', 'hyperbolic', 'oprf') with near_block > 0, got 'trig'",
+    ),
+    "feature_bias of a map without exponents": (
+        {"feature_bias": torch.zeros(6), "feature_map": "relu"},
+        "feature_map: expected one of ('positive', 'hyperbolic', 'regularised', 'oprf') with feature_bias, got 'relu'",
+    ),
+    "feature_bias shape": (
+        {"feature_bias": torch.zeros(5)},
+        "feature_bias: expected shape (6,) or (3, 6), got (5,)",
+    ),
+    "feature_bias dtype": (
+        {"feature_bias": torch.zeros(6, dtype=torch.int64)},
+        "feature_bias: expected a floating dtype, got torch.int64",
+    ),
+    "feature_bias device": (
+        {"feature_bias": torch.zeros(6, device="meta")},
+        "feature_bias: expected the device of q, cpu, got meta",
+    ),
+    "return_log_normaliser of a map without exponents": (
+        {"return_log_normaliser": True, "feature_map": "relu"},
+        "feature_map: expected one of ('positive', 'hyperbolic', 'regularised', 'oprf') with return_log_normaliser, "
+        "got 'relu'",
+    ),
 }
 
 
@@ -231,5 +263,20 @@ def test_arguments_that_fit_are_accepted():
         *({"feature_map": name} for name in DEFINITIONS),
         {"projection": torch.zeros(6, 4).double()},
         {"backend": "torch"},
+        {"near_block": 2},
+        {"near_block": 2, "backend": "cpp", "feature_map": "hyperbolic"},
+        {"feature_bias": torch.zeros(6)},
+        {"feature_bias": torch.zeros(3, 6), "feature_map": "regularised"},
     ):
         assert favor_attention(**{**fitting(), **changes}).shape == SHAPE
+
+
+def test_a_near_field_or_a_log_normaliser_in_a_group_is_a_value_error():
+    q = torch.zeros(SHAPE)
+    inputs = AttentionInputs(q, q, q, torch.zeros(6, 4), group_name="0", near_block=2)
+    message = "process_group: expected None with near_block > 0, as a block may lie on two ranks, got a group"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        inputs.check()
+    message = "process_group: expected None with return_log_normaliser, got a group"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        inputs.check_log_normaliser()

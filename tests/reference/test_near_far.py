@@ -1,0 +1,264 @@
+"""Near-far attention, feature biases, learned projections and the log-normaliser against the float64 twin."""
+
+import inspect
+import re
+from itertools import product
+
+import pytest
+import torch
+
+from protlm.ops import favor_attention, near_far_blocks, near_far_torch, reference
+from tests.conftest import TOLERANCE, relative_error
+from tests.reference.cases import MAPS, MIXED, Case, draw, segments_of
+
+DTYPES = (torch.float32, torch.float64)
+JOINING = ("positive", "hyperbolic", "oprf")
+EXPONENTIAL = (*JOINING, "regularised")
+LENGTHS = (1, 31, 32, 33, 63, 100, 500)
+MODES = ("plain", "mask", "packed", "packed mask")
+
+
+def drawn(case, dtype, *, has_bias=True, bias_axes=2):
+    """Returns q, k, v, cotangents of the output and the log-normaliser, projection, bias and options of a case."""
+    q, k, v, out_grad, projection, options = draw(case, dtype)
+    generator = torch.Generator().manual_seed(1)
+    shape = (case.heads, case.rows)[2 - bias_axes :]
+    bias = 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) if has_bias else None
+    log_grad = torch.randn(q.shape[:3], generator=generator, dtype=torch.float64).to(dtype)
+    if "token_mask" in options:
+        # The twin's logarithm of padding is a constant too.
+        log_grad = log_grad.masked_fill(~options["token_mask"].unsqueeze(1), 0.0)
+    return q, k, v, out_grad, log_grad, projection, bias, options
+
+
+def twin(q, k, v, projection, *, return_log_normaliser, **options):
+    assert return_log_normaliser
+    return reference.favor_attention(q, k, v, projection, **options), reference.log_normaliser(
+        q, k, projection, **options
+    )
+
+
+def differentiate(attention, q, k, v, out_grad, log_grad, projection, bias, options, near_block):
+    """Returns by name the output, the log-normaliser, and the gradients of all that can have one."""
+    leaves = {"q": q, "k": k, "v": v, "projection": projection, "bias": bias}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items() if x is not None}
+    out, log_normaliser = attention(
+        *(leaves[name] for name in ("q", "k", "v", "projection")),
+        feature_bias=leaves.get("bias"),
+        near_block=near_block,
+        return_log_normaliser=True,
+        **options,
+    )
+    grads = torch.autograd.grad((out, log_normaliser), tuple(leaves.values()), (out_grad, log_grad))
+    named = zip(leaves, grads, strict=True)
+    return {"out": out.detach(), "log": log_normaliser.detach()} | {f"{name}_grad": grad for name, grad in named}
+
+
+def assert_equals_twin(case, dtype, near_block, **changes):
+    arguments = drawn(case, dtype, **changes)
+    doubles = [x if x is None else x.double() for x in arguments[:-1]]
+    actual = differentiate(favor_attention, *arguments, near_block)
+    expected = differentiate(twin, *doubles, arguments[-1], near_block)
+    scale = expected["v_grad"].abs().max().item() if expected["v_grad"].numel() else 0.0
+    for name, b in expected.items():
+        a = actual[name]
+        assert a.dtype == (torch.promote_types(dtype, torch.float32) if name == "log" else dtype)
+        told = f"{name} of {case}, {dtype}, near_block {near_block}"
+        if b.numel() and b.abs().max() < 1e-12 * scale:
+            assert a.abs().max().item() <= TOLERANCE[dtype] * scale, told
+        else:
+            assert relative_error(a, b) <= TOLERANCE[dtype], told
+
+
+def case_of(feature_map, mode, causal, length):
+    return Case(
+        length=length,
+        head_dim=(8, 24)[length % 2],
+        feature_map=feature_map,
+        causal=causal,
+        padding="some" if "mask" in mode else "",
+        segments=segments_of(length) if "packed" in mode else (),
+        batch=1 if length == 500 else 2,
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feature_map", JOINING)
+def test_output_log_normaliser_and_every_gradient_equal_the_twin(feature_map, mode, causal):
+    for dtype, (number, length) in product(DTYPES, enumerate(LENGTHS)):
+        near_block = (8, 32, 5)[number % 3] if length < 500 else 8
+        assert_equals_twin(case_of(feature_map, mode, causal, length), dtype, near_block)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("feature_map", EXPONENTIAL)
+@pytest.mark.parametrize("segments", [(), MIXED], ids=["rows", "segments"])
+def test_without_a_near_field_they_equal_the_twin_too(feature_map, segments, causal):
+    for dtype in DTYPES:
+        case = Case(feature_map=feature_map, causal=causal, segments=segments, padding="some", a_axes="segments")
+        assert_equals_twin(case, dtype, 0)
+        assert_equals_twin(case, dtype, 0, has_bias=False)
+
+
+SHAPES = {
+    "one projection and one bias for all heads": ({"per_head": False, "heads": 3}, {"bias_axes": 1}),
+    "no bias": ({}, {"has_bias": False}),
+    "strided": ({"is_strided": True, "padding": "some", "head_dim": 24, "length": 257}, {}),
+    "one feature": ({"num_features": 1}, {}),
+    "one head": ({"heads": 1}, {}),
+    "a row that is all padding": ({"padding": "row", "batch": 3}, {}),
+    "left padding": ({"padding": "left", "length": 257}, {}),
+    "no token at all": ({"segments": (0,)}, {}),
+    "mixed segments": ({"segments": MIXED, "is_strided": True}, {}),
+    "masked segments": ({"segments": MIXED, "padding": "some"}, {}),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("feature_map", JOINING)
+@pytest.mark.parametrize(("options", "changes"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("near_block", [1, 7])
+def test_every_layout_equals_the_twin(options, changes, near_block, feature_map, causal, monkeypatch):
+    # Spans of two blocks, groups of one head, and later states that are folded once more.
+    monkeypatch.setattr(near_far_torch, "_SPAN_BLOCKS", 2)
+    monkeypatch.setattr(near_far_torch, "_SPAN_FEATURES", 600)
+    monkeypatch.setattr(near_far_torch, "_KEPT_SPANS", 3)
+    case = Case(feature_map=feature_map, causal=causal, a_axes="segments", **options)
+    for dtype in DTYPES:
+        assert_equals_twin(case, dtype, near_block, **changes)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("feature_map", JOINING)
+def test_keys_and_queries_of_very_different_size_equal_the_twin(feature_map, causal):
+    """Blocks then no longer share references: what one sees may be far below what another sees."""
+    case = Case(feature_map=feature_map, causal=causal, length=150, batch=1, head_dim=16)
+    q, k, v, out_grad, log_grad, projection, bias, options = drawn(case, torch.float64)
+    sizes = torch.ones(150, 1, dtype=torch.float64)
+    sizes[40:60], sizes[100:103] = 9.0, 0.01
+    arguments = q * sizes.flip(0), k * sizes, v, out_grad, log_grad, projection, bias, options
+    actual = differentiate(favor_attention, *arguments, 8)
+    expected = differentiate(twin, *arguments, 8)
+    for name, b in expected.items():
+        assert relative_error(actual[name], b) <= TOLERANCE[torch.float64], name
+
+
+def test_blocks_share_references_only_where_nothing_is_lost(monkeypatch):
+    """The case above meets both ways, and one of them alone is wrong there."""
+    found = []
+    may_share = near_far_blocks.FarStates._may_share
+    monkeypatch.setattr(
+        near_far_blocks.FarStates, "_may_share", lambda self: found.append(may_share(self)) or found[-1]
+    )
+    test_keys_and_queries_of_very_different_size_equal_the_twin("positive", False)
+    assert set(found) == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_short_floats_give_what_float64_gives_for_the_same_values(causal, dtype):
+    case = Case(head_dim=32, num_features=256, segments=(100, 3, 40), causal=causal)
+    q, k, v, out_grad, log_grad, projection, bias, options = drawn(case, dtype)
+    arguments = q, k, v, out_grad, log_grad.float(), projection, bias, options
+    actual = differentiate(favor_attention, *arguments, 8)
+    doubles = [x.double() for x in arguments[:-1]]
+    expected = differentiate(twin, *doubles, options, 8)
+    for name, b in expected.items():
+        assert relative_error(actual[name], b) <= TOLERANCE[torch.bfloat16], name
+
+
+@pytest.mark.parametrize("feature_map", [name for name in MAPS if name != "bare relu"])
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_a_projection_of_every_map_gets_its_gradient(feature_map, causal):
+    for dtype in DTYPES:
+        case = Case(length=60, feature_map=feature_map, causal=causal, a_axes="heads", padding="some")
+        q, k, v, out_grad, projection, options = draw(case, dtype)
+        rows = projection.requires_grad_()
+        (actual,) = torch.autograd.grad(favor_attention(q, k, v, rows, **options), rows, out_grad)
+        rows = projection.detach().double().requires_grad_()
+        out = reference.favor_attention(*(x.double() for x in (q, k, v)), rows, **options)
+        (expected,) = torch.autograd.grad(out, rows, out_grad.double())
+        looser = {"trig": 10, "relu": 10}.get(feature_map, 1)
+        assert relative_error(actual, expected) <= looser * TOLERANCE[dtype]
+
+
+def test_gradients_through_the_log_normaliser_alone():
+    q, k, v, _, log_grad, projection, bias, options = drawn(Case(), torch.float64)
+    for near_block in (0, 8):
+        leaves = [x.clone().requires_grad_() for x in (q, k)]
+        _, logs = favor_attention(*leaves, v, projection, return_log_normaliser=True, near_block=near_block, **options)
+        actual = torch.autograd.grad(logs, leaves, log_grad)
+        expected = torch.autograd.grad(
+            reference.log_normaliser(*leaves, projection, near_block=near_block, **options), leaves, log_grad
+        )
+        for a, b in zip(actual, expected, strict=True):
+            assert relative_error(a, b) <= TOLERANCE[torch.float64]
+
+
+NEAR_CASES = [
+    *(Case(length=40, feature_map=name, causal=causal) for name in JOINING for causal in (False, True)),
+    Case(length=40, padding="some"),
+    Case(segments=(4, 0, 36), padding="some", causal=True),
+    Case(length=40, feature_map="oprf", a_axes="segments"),
+]
+attention = inspect.unwrap(favor_attention)
+
+
+@pytest.mark.parametrize("case", NEAR_CASES, ids=str)
+def test_the_op_passes_opcheck(case):
+    q, k, v, _, _, projection, bias, options = drawn(case, torch.float32)
+    tensors = [x.requires_grad_() for x in (q, k, v, projection)]
+    masks = (options.get(name) for name in ("token_mask", "cu_seqlens", "oprf_a"))
+    settings = (options["feature_map"], case.causal, "torch", "", bias.requires_grad_(), 4)
+    torch.library.opcheck(torch.ops.protlm.favor.default, (*tensors, *masks, *settings))
+
+
+@pytest.mark.parametrize("near_block", [0, 4])
+@pytest.mark.parametrize("case", NEAR_CASES, ids=str)
+def test_the_op_compiles_as_one_graph_forward_and_backward(case, near_block):
+    torch._dynamo.reset()
+    arguments = drawn(case, torch.float32)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    actual = differentiate(compiled, *arguments, near_block)
+    for name, expected in differentiate(attention, *arguments, near_block).items():
+        assert relative_error(actual[name], expected) <= 1e-6, name
+
+
+def test_one_graph_gives_output_and_gradients_at_every_length():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (19, 40, 33):
+            arguments = drawn(Case(length=length), torch.float32)
+            actual = differentiate(compiled, *arguments, 4)
+            for name, expected in differentiate(attention, *arguments, 4).items():
+                assert relative_error(actual[name], expected) <= 1e-6, name
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_autocast_rounds_nothing_inside(causal):
+    arguments = drawn(Case(length=300, batch=1, causal=causal), torch.float32)
+    for near_block in (0, 16):
+        expected = differentiate(favor_attention, *arguments, near_block)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = differentiate(favor_attention, *arguments, near_block)
+        for name, wanted in expected.items():
+            assert torch.equal(actual[name], wanted), name
+
+
+def test_torch_func_gives_the_gradients_of_backward():
+    q, k, v, _, _, projection, bias, options = drawn(Case(length=40), torch.float64)
+
+    def loss(*tensors):
+        *others, bias = tensors
+        out, logs = favor_attention(*others, feature_bias=bias, near_block=4, return_log_normaliser=True, **options)
+        return out.square().sum() + logs.sin().sum()
+
+    tensors = (q, k, v, projection, bias)
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3, 4))(*tensors)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    for a, b in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match=re.escape("got a tangent of forward mode")):
+        torch.func.jvp(loss, tensors, tensors)
