@@ -162,11 +162,10 @@ def favor_attention(
             depend on the length. torch.compile runs the call in eager torch. None means one process.
         near_block: Tokens of a block; 0 for no near field. For `positive`, `hyperbolic` and `oprf` only: `regularised`
             estimates another kernel, whose weights have another unit than exact ones. Not in a process group.
-        feature_bias: c_j, (features) or (heads, features), one for each row of the projection, for exponential maps: the
-            product of a query's feature j and a key's gets the factor exp(c_j), which is Σ_j e^(c_j) φ_j(q)·φ_j(k) in
-            place of φ(q)·φ(k). Rows ω' = ω + μ with c = −μ·ω − ‖μ‖²/2 keep the estimate unbiased for any μ; with
-            μ = q̄/d^¼ + k̄/d^¼ `positive` is as exact as if q and k were centred. One that requires a gradient gets it,
-            but not in a process group.
+        feature_bias: c_j, (features) or (heads, features), one for each row of the projection, for exponential maps:
+            Σ_j e^(c_j) φ_j(q)·φ_j(k) takes the place of φ(q)·φ(k). Rows ω' = ω + μ with c = −μ·ω − ‖μ‖²/2 keep the
+            estimate unbiased for any μ; with μ = q̄/d^¼ + k̄/d^¼ `positive` errs as if q and k were centred. One that
+            requires a gradient gets it, but not in a process group.
         return_log_normaliser: Whether to return the logarithm of the divisor too, through which gradients flow: with it
             attentions over different keys can be merged. For exponential maps only, not in a process group.
         backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
@@ -359,16 +358,18 @@ def _favor_backward(
     )
     chosen = _module(backend, inputs)
     saved = (out_grad, out, states, references, query_sums)
+    assert not learns or chosen is favor_torch
     projection_grad = bias_grad = None
     with torch.autocast(q.device.type, enabled=False):
         if group_name:
-            grads = context_parallel.backward_in_group(chosen, inputs, *saved)
+            q_grad, k_grad, v_grad = context_parallel.backward_in_group(chosen, inputs, *saved)
         elif chosen is favor_torch:
-            *grads, projection_grad, bias_grad = favor_torch.all_gradients(inputs, *saved, sums_grad, learns=learns)
+            results = favor_torch.all_gradients(inputs, *saved, sums_grad, learns=learns)
+            q_grad, k_grad, v_grad, projection_grad, bias_grad = results
         else:
-            grads = chosen.backward(inputs, *saved)
-    projection_grad, bias_grad = (q.new_empty(0) if grad is None else grad for grad in (projection_grad, bias_grad))
-    return *grads, projection_grad, bias_grad
+            q_grad, k_grad, v_grad = chosen.backward(inputs, *saved)
+    of_parameters = [q.new_empty(0) if grad is None else grad for grad in (projection_grad, bias_grad)]
+    return q_grad, k_grad, v_grad, of_parameters[0], of_parameters[1]
 
 
 @_favor.register_fake

@@ -76,9 +76,9 @@ class MapDefinition:
             rows_grad = of_rows - of_opposites
         if not self.rescales_rows:
             return rows_grad
-        norms = torch.linalg.vector_norm(projection, dim=-1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(projection, dim=-1, keepdim=True)
         directions = projection / norms
-        along = (rows_grad * directions).sum(-1, keepdim=True) * directions
+        along: Tensor = (rows_grad * directions).sum(-1, keepdim=True) * directions
         return (rows_grad - along) * (math.sqrt(projection.shape[-1]) / norms)
 
     def apply(self, scores: Tensor) -> Tensor:

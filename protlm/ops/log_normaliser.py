@@ -17,7 +17,7 @@ def absolute_logarithm(inputs: AttentionInputs, query_sums: Tensor) -> Tensor:
             exp(−‖q‖²/(2√d)) and, for both features of a product, 1/√(number of features) and (1−4A)^(d/4).
     """
     q, head_dim = inputs.q.to(query_sums.dtype), inputs.q.shape[-1]
-    logarithm = query_sums - q.square().sum(-1) * (0.5 * head_dim**-0.5) - math.log(inputs.num_features)
+    logarithm: Tensor = query_sums - q.square().sum(-1) * (0.5 * head_dim**-0.5) - math.log(inputs.num_features)
     if inputs.oprf_a is not None:
         factor = 0.5 * head_dim * torch.log1p(-4 * _a_of_tokens(inputs, inputs.oprf_a))
         logarithm = logarithm + factor.to(logarithm.dtype)
@@ -33,4 +33,5 @@ def _a_of_tokens(inputs: AttentionInputs, oprf_a: Tensor) -> Tensor:
         return a.unsqueeze(-1)
     positions = torch.arange(inputs.q.shape[2], device=a.device, dtype=inputs.cu_seqlens.dtype)
     segments = torch.searchsorted(inputs.cu_seqlens, positions, right=True) - 1
-    return a[segments].T.unsqueeze(0)
+    of_tokens: Tensor = a[segments].T
+    return of_tokens.unsqueeze(0)

@@ -3,6 +3,7 @@
 Axes are (heads, segments, blocks, positions of a block, …), or with blocks and positions as one axis of positions.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +13,8 @@ from torch.nn.functional import pad
 from protlm.ops.blocks import Stretch
 from protlm.ops.torch_states import LOG_ZERO, State
 
-# Blocks of one span share their references unless a block sees nothing that comes this near to them.
-_MAX_FALL = 40.0
+# The blocks of a span share their references unless those of one are this far below; exp(2 · 30) is finite in float32.
+_MAX_FALL = 30.0
 
 
 @dataclass(frozen=True)
@@ -86,121 +87,116 @@ class Span:
 
 def in_blocks(x: Tensor, width: int) -> Tensor:
     """Returns (heads, segments, blocks, width, …) from (heads, segments, positions, …)."""
-    return x.unflatten(2, (-1, width))
-
-
-def block_states(exponents: Tensor, values: Tensor, width: int) -> tuple[Tensor, State]:
-    """Returns features relative to references of their block, and the state of each block.
-
-    Args:
-        exponents: (heads, segments, positions, features), −∞ where a token is not real; overwritten by the features.
-        values: (heads, segments, positions, head_dim + 1).
-        width: Positions of a block.
-
-    Returns:
-        The features; sums (heads, segments, blocks, features, head_dim + 1) and references without the last axis.
-    """
-    blocks, values = in_blocks(exponents, width), in_blocks(values, width)
-    references = blocks.amax(3).clamp_(min=LOG_ZERO)
-    features = blocks.sub_(references.unsqueeze(3)).exp_()
-    sums = torch.bmm(features.flatten(0, 2).transpose(1, 2), values.flatten(0, 2))
-    return exponents, State(sums.view(*references.shape, -1), references)
+    return x.view(*x.shape[:2], -1, width, *x.shape[3:])
 
 
 class FarStates:
     """The states of a span's blocks without what is near: a block reads the columns that are not its own neighbours.
 
     Columns are all that comes before the first near block, every block of the span and one on either side, and all that
-    comes after. Of a span of B blocks, block r reads the columns up to r and from r + 4; and a row r = B would read
-    what comes before the next span.
+    comes after. Of a span of B blocks, block r reads the columns up to r and from r + 4; and a row r = B reads what
+    comes before the next span and is far of it.
+
+    Attributes:
+        features: (heads, segments, positions, features), relative to the references of their block.
+        references: The references (heads, segments, blocks, features).
     """
 
-    def __init__(self, before: State | None, blocks: State, after: State | None, *, is_causal: bool = False) -> None:
-        """Merges columns.
+    def __init__(
+        self,
+        before: State | None,
+        exponents: Tensor,
+        values: Tensor,
+        after: State | None,
+        width: int,
+        *,
+        is_causal: bool = False,
+    ) -> None:
+        """Folds every block.
 
         Args:
             before: The state before the blocks, (heads, segments, features, head_dim + 1); None if nothing is read of
                 what comes before a block.
-            blocks: The state of every block, those on either side of the span included.
+            exponents: (heads, segments, positions, features) of all blocks, also those on either side of the span; −∞
+                where a token is not real. Overwritten by the features.
+            values: (heads, segments, positions, head_dim + 1).
             after: The state after the blocks; None if nothing is read of what comes after a block.
+            width: Positions of a block.
             is_causal: Whether no bit may depend on a column that is not read, whatever it holds.
         """
-        none = torch.full_like(blocks.references[:, :, :1], LOG_ZERO)
-        parts = (
-            none if before is None else before.references.unsqueeze(2),
-            blocks.references,
-            none if after is None else after.references.unsqueeze(2),
-        )
-        self._before, self._blocks, self._after = before, blocks, after
-        self._references = torch.cat(parts, 2)
-        self._is_causal = is_causal
-        num_columns = self._references.shape[2]
-        rows, columns = torch.meshgrid(torch.arange(num_columns - 3), torch.arange(num_columns), indexing="ij")
-        self._is_read = torch.zeros_like(rows, dtype=torch.bool)
-        if before is not None:
-            self._is_read |= columns <= rows
-        if after is not None:
-            self._is_read |= columns >= rows + 4
-        self._is_read = self._is_read.to(none.device)
-        self._largest = self._largest_that_is_read()
-        self._shared = self._references.amax(2, keepdim=True)
+        blocks, values = in_blocks(exponents, width), in_blocks(values, width)
+        largest = blocks.amax(3).clamp_(min=LOG_ZERO)
+        self._before, self._after, self._is_causal = before, after, is_causal
+        self._is_read = _read_columns(largest.shape[2], before is not None, after is not None).to(largest.device)
+        none = torch.full_like(largest[:, :, :1], LOG_ZERO)
+        outer = [none if state is None else state.references.unsqueeze(2) for state in (before, after)]
+        self._columns = torch.cat((outer[0], largest, outer[1]), 2)
+        self._shared = self._columns.amax(2, keepdim=True)
         self._is_shared = not is_causal and self._may_share()
-        self._columns = self._relative_columns() if self._is_shared else self._plain_columns()
+        self.references = self._shared.expand_as(largest) if self._is_shared else largest
+        self.features = exponents
+        features = blocks.sub_(self.references.unsqueeze(3)).exp_()
+        sums = torch.bmm(features.flatten(0, 2).transpose(1, 2), values.flatten(0, 2))
+        self._sums = sums.view(*largest.shape, -1)
 
     def of_blocks(self) -> State:
         """Returns the state that each block of the span reads (heads, segments, blocks, features, head_dim + 1)."""
-        return self._merged(slice(0, -1))
+        return self._merged(slice(0, -1), self._after)
 
     def carried(self) -> State:
         """Returns the state that is before the next span."""
-        state = self._merged(slice(-1, None))
+        state = self._merged(slice(-1, None), None)
         return State(state.sums.squeeze(2), state.references.squeeze(2))
 
-    def _largest_that_is_read(self) -> Tensor:
-        """Returns the largest reference of all columns that a row reads (heads, segments, rows, features)."""
+    def _may_share(self) -> bool:
+        """Returns whether all columns stay in range relative to one reference for each feature."""
+        return bool(((self._columns >= self._shared - _MAX_FALL) | (self._columns <= LOG_ZERO)).all())
+
+    @functools.cached_property
+    def _largest_read(self) -> Tensor:
+        """Returns the largest reference of the columns that a row reads (heads, segments, rows, features)."""
         num_rows = len(self._is_read)
-        largest = torch.full_like(self._references[:, :, :num_rows], LOG_ZERO)
+        largest = torch.full_like(self._columns[:, :, :num_rows], LOG_ZERO)
         if self._before is not None:
-            largest = self._references.cummax(2).values[:, :, :num_rows]
+            largest = self._columns.cummax(2).values[:, :, :num_rows]
         if self._after is not None:
-            following = self._references.flip(2).cummax(2).values.flip(2)[:, :, 4:]
+            following = self._columns.flip(2).cummax(2).values.flip(2)[:, :, 4:]
             largest = torch.maximum(largest, pad(following, (0, 0, 0, 1), value=LOG_ZERO))
         return largest
 
-    def _may_share(self) -> bool:
-        """Returns whether what every row reads stays in range relative to references that all columns share."""
-        return bool(((self._largest >= self._shared - _MAX_FALL) | (self._largest <= LOG_ZERO)).all())
+    def _merged(self, rows: slice, after: State | None) -> State:
+        is_read, largest = self._is_read[rows], self._largest_read[:, :, rows]
+        if not self._is_shared:
+            return State(self._merged_one_by_one(is_read, largest, rows), largest)
+        lanes = self._sums.flatten(3).flatten(0, 1)
+        sums = torch.bmm(is_read[:, 1:-1].to(lanes.dtype).expand(len(lanes), -1, -1), lanes)
+        sums = sums.view(*largest.shape, -1)
+        shared = self._shared.squeeze(2)
+        for outer in (self._before, after):
+            if outer is not None:
+                sums += (outer.sums * torch.exp(outer.references - shared).unsqueeze(-1)).unsqueeze(2)
+        # What reads nothing keeps log 0: its shared references would hide the exact weights.
+        return State(sums, torch.where(largest <= LOG_ZERO, largest, self._shared))
 
-    def _relative_columns(self) -> Tensor:
-        """Returns the sums of all columns relative to the shared references."""
-        factors = torch.exp(self._references - self._shared).unsqueeze(-1)
-        columns = self._blocks.sums.new_empty((*self._references.shape, self._blocks.sums.shape[-1]))
-        torch.mul(self._blocks.sums, factors[:, :, 1:-1], out=columns[:, :, 1:-1])
-        for place, outer in ((0, self._before), (-1, self._after)):
-            columns[:, :, place] = 0.0 if outer is None else outer.sums * factors[:, :, place]
-        return columns
-
-    def _plain_columns(self) -> Tensor:
-        """Returns the sums of all columns, each relative to its own references."""
-        nothing = torch.zeros_like(self._blocks.sums[:, :, 0])
-        outer = [nothing if state is None else state.sums for state in (self._before, self._after)]
-        return torch.cat((outer[0].unsqueeze(2), self._blocks.sums, outer[1].unsqueeze(2)), 2)
-
-    def _merged(self, rows: slice) -> State:
-        largest, is_read = self._largest[:, :, rows], self._is_read[rows]
-        if self._is_shared:
-            lanes = self._columns.flatten(3).flatten(0, 1)
-            sums = torch.bmm(is_read.to(lanes.dtype).expand(len(lanes), -1, -1), lanes)
-            references = torch.where(largest <= LOG_ZERO, largest, self._shared)
-            return State(sums.view(*largest.shape, -1), references)
-        exponents = self._references.unsqueeze(2) - largest.unsqueeze(3)
+    def _merged_one_by_one(self, is_read: Tensor, largest: Tensor, rows: slice) -> Tensor:
+        """Returns the sums that rows read, with a weight for every column, row and feature."""
+        exponents = self._columns.unsqueeze(2) - largest.unsqueeze(3)
         weights = exponents.masked_fill_(~is_read.unsqueeze(-1), -torch.inf).exp_()
-        columns = self._columns.nan_to_num(0.0, 0.0, 0.0) if self._is_causal else self._columns
-        sums = torch.einsum("hmrcf,hmcfx->hmrfx", weights, columns)
-        if self._is_causal:
-            # Zero times a value that is not finite would reach back to earlier tokens; it reaches the later ones only.
-            sums += (self._columns - self._columns).cumsum(2)[:, :, : len(self._is_read)][:, :, rows]
-        return State(sums, largest)
+        nothing = torch.zeros_like(self._sums[:, :, 0])
+        outer = [nothing if state is None else state.sums for state in (self._before, self._after)]
+        columns = torch.cat((outer[0].unsqueeze(2), self._sums, outer[1].unsqueeze(2)), 2)
+        if not self._is_causal:
+            return torch.einsum("hmrcf,hmcfx->hmrfx", weights, columns)
+        # Zero times a value that is not finite would reach back to earlier tokens; it reaches the later ones only.
+        sums = torch.einsum("hmrcf,hmcfx->hmrfx", weights, columns.nan_to_num(0.0, 0.0, 0.0))
+        return sums.add_((columns - columns).cumsum(2)[:, :, : len(self._is_read)][:, :, rows])
+
+
+@functools.cache
+def _read_columns(num_blocks: int, reads_before: bool, reads_after: bool) -> Tensor:
+    """Returns True where a row reads a column (rows, columns), for so many blocks, those on either side included."""
+    rows, columns = torch.arange(num_blocks - 1).unsqueeze(1), torch.arange(num_blocks + 2)
+    return ((columns <= rows) & reads_before) | ((columns >= rows + 4) & reads_after)
 
 
 class NearWeights:

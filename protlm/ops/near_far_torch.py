@@ -1,7 +1,7 @@
 """Exact attention to near tokens and FAVOR to far ones under one normaliser, in plain torch.
 
-Segments are cut into blocks of `near_block` tokens. A query takes the keys of its own block and of the neighbouring ones
-by exact weights, and all others through the state of its block: the sum of the states of the blocks that are not near.
+Segments are cut into blocks of `near_block` tokens. A query takes the keys of its own block and of the neighbouring
+ones by exact weights, and all others by the state of its block: the sum of the states of the blocks that are not near.
 Blocks are computed in spans of many, together with the blocks on either side of them. One sweep folds what comes after
 each span, from the last one to the first; another goes from the first to the last, carries what came before, and merges
 near and far. So no state is subtracted from another, and all exponents are absolute: exact weights and estimates
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protlm.ops.blocks import Block, cut_into_blocks
 from protlm.ops.inputs import AttentionInputs, result_like
-from protlm.ops.near_far_blocks import FarStates, NearWeights, Span, block_states, in_blocks
+from protlm.ops.near_far_blocks import FarStates, NearWeights, Span, in_blocks
 from protlm.ops.torch_maps import ExponentialMap
 from protlm.ops.torch_states import LOG_ZERO, NOT_REAL, Saved, State
 
@@ -136,8 +136,8 @@ class _Run:
         maxima = near.maxima()
         if not span.has_far:
             return near.sums(maxima, values), maxima, before
-        _, blocks = block_states(self.map.key_exponents(k, wide.valid(k.device)), values, span.width)
-        far = FarStates(before, blocks, after, is_causal=causal)
+        key_exponents = self.map.key_exponents(k, wide.valid(k.device))
+        far = FarStates(before, key_exponents, values, after, span.width, is_causal=causal)
         state = far.of_blocks()
         exponents = in_blocks(self.map.absolute_query_exponents(self._take(span, self.inputs.q)), span.width)
         exponents.add_(state.references.unsqueeze(3))
@@ -180,21 +180,19 @@ class _Run:
         causal, width, own = self.inputs.causal, span.width, slice(span.width, -span.width)
         wide = span.widened(1)
         (q_exponents, pulled), (k_exponents, values) = self._queries(wide), self._keys(wide)
-        q_features, q_blocks = block_states(q_exponents, pulled, width)
-        k_features, k_blocks = block_states(k_exponents, values, width)
-        far_queries = FarStates(None if causal else before[0], q_blocks, after[0])
-        far_keys = FarStates(before[1], k_blocks, None if causal else after[1])
-        q_features, k_features, pulled, values = (x[:, :, own] for x in (q_features, k_features, pulled, values))
+        queries = FarStates(None if causal else before[0], q_exponents, pulled, after[0], width)
+        keys = FarStates(before[1], k_exponents, values, None if causal else after[1], width)
 
-        sums = _relative_to_readers(far_keys.of_blocks(), q_blocks)
-        grads = self._features_grad(in_blocks(pulled, width), sums)
-        q_grad = self.map.absolute_query_gradient(self._take(span, self.inputs.q), q_features, grads)
+        sums = _relative_to_readers(keys, queries)
+        grads = self._features_grad(in_blocks(pulled[:, :, own], width), sums)
+        q = self._take(span, self.inputs.q)
+        q_grad = self.map.absolute_query_gradient(q, queries.features[:, :, own], grads)
 
-        sums = _relative_to_readers(far_queries.of_blocks(), k_blocks)
+        sums, k_features = _relative_to_readers(queries, keys), keys.features[:, :, own]
         v_grad = _product(in_blocks(k_features, width), sums[..., :-1]).flatten(2, 3)
-        grads = self._features_grad(in_blocks(values, width), sums)
+        grads = self._features_grad(in_blocks(values[:, :, own], width), sums)
         k_grad = self.map.key_gradient(self._take(span, self.inputs.k), k_features, grads)
-        return (q_grad, k_grad, v_grad), (before[0] if causal else far_queries.carried(), far_keys.carried())
+        return (q_grad, k_grad, v_grad), (before[0] if causal else queries.carried(), keys.carried())
 
     def _spans_and_what_follows(self, group: Block, sides: Sequence[_Side]) -> Iterator[tuple[Span, list[State]]]:
         """Yields the spans of a group, first ones first, with the state of each side after the span and far of it."""
@@ -282,10 +280,10 @@ def _product(features: Tensor, sums: Tensor) -> Tensor:
     return torch.bmm(features.flatten(0, 2), sums.flatten(0, 2)).view(*features.shape[:-1], sums.shape[-1])
 
 
-def _relative_to_readers(state: State, readers: State) -> Tensor:
-    """Returns the sums of far states for features that are relative to references of the readers' own blocks.
+def _relative_to_readers(states: FarStates, readers: FarStates) -> Tensor:
+    """Returns the sums of far states, for the readers' features, which are relative to references of their blocks.
 
-    A share of a weight in its normaliser is at most 1: nothing overflows.
+    Nothing overflows: a weight is at most 1 relative to the normaliser.
     """
-    references = readers.references[:, :, 1:-1]
-    return state.sums.mul_(torch.exp(references + state.references).unsqueeze(-1))
+    state = states.of_blocks()
+    return state.sums.mul_(torch.exp(readers.references[:, :, 1:-1] + state.references).unsqueeze(-1))

@@ -46,7 +46,7 @@ def favor_attention(
     inputs = AttentionInputs(
         q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, "", feature_bias, near_block
     )
-    weights = _weights(inputs)
+    weights = _weights(inputs, feature_map)
     totals = weights.sum(-1, keepdim=True)
     is_seen = _allowed_pairs(_segment_of_token(q, cu_seqlens), token_mask, causal).any(-2).unsqueeze(-1)
     return (weights @ v.double().masked_fill(~is_seen, 0.0)) / torch.where(totals == 0, 1.0, totals)
@@ -69,7 +69,7 @@ def log_normaliser(
     inputs = AttentionInputs(
         q, k, k, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, "", feature_bias, near_block
     )
-    totals = _weights(inputs).sum(-1)
+    totals = _weights(inputs, feature_map).sum(-1)
     return torch.where(totals == 0, 1.0, totals).log()
 
 
@@ -99,7 +99,7 @@ def softmax_attention(
     return weights @ v
 
 
-def _weights(inputs: AttentionInputs) -> Tensor:
+def _weights(inputs: AttentionInputs, feature_map: FeatureMap) -> Tensor:
     """Returns the weight of every key for every query (batch, heads, length, length), zero where it sees none."""
     inputs.check()
     q, k = inputs.q.double(), inputs.k.double()
@@ -113,7 +113,7 @@ def _weights(inputs: AttentionInputs) -> Tensor:
             token_a = inputs.oprf_a.detach().double().expand(inputs.num_segments, -1)[segment].transpose(1, 2)
         token_a = token_a.unsqueeze(-1)
     q_features, k_features = (
-        kernel_features(x, inputs.projection, feature_map=inputs.feature_map, oprf_a=token_a) for x in (q, k)
+        kernel_features(x, inputs.projection, feature_map=feature_map, oprf_a=token_a) for x in (q, k)
     )
     if inputs.feature_bias is not None:
         factors = inputs.feature_bias.double().exp().unsqueeze(-2)

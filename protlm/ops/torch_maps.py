@@ -167,7 +167,7 @@ class ExponentialMap(TorchMap):
         """Returns the gradients of the projection and of the feature bias since `learn`, of the heads of the inputs."""
         rows_grad, constants_grad, bias, bias_grad = self._rows_grad, self._constants_grad, inputs.feature_bias, None
         if bias is not None and constants_grad is not None:
-            bias_grad = constants_grad.sum(1).unflatten(-1, (-1, bias.shape[-1])).sum(1)
+            bias_grad = constants_grad.sum(1).view(len(constants_grad), -1, bias.shape[-1]).sum(1)
             bias_grad = (bias_grad if bias.dim() == 2 else bias_grad.sum(0)).to(bias.dtype)
         if inputs.oprf_a is not None and rows_grad is not None and constants_grad is not None:
             # Of 2A‖ω‖², where the rows are ω/d^¼.
