@@ -32,7 +32,9 @@ def gradients(
         return (None,) * _NUM_ARGUMENTS
     saved = ctx.saved_tensors
     out_grad = torch.zeros_like(saved[2]) if out_grad is None else out_grad
-    learns = ctx.needs_input_grad[_PROJECTION] or ctx.needs_input_grad[_FEATURE_BIAS]
+    # A compiler leaves out trailing arguments that have their defaults.
+    is_needed = (*ctx.needs_input_grad, *(False,) * _NUM_ARGUMENTS)
+    learns = is_needed[_PROJECTION] or is_needed[_FEATURE_BIAS]
     options = (ctx.feature_map, ctx.causal, ctx.backend, ctx.group_name, ctx.near_block, learns)
     if torch.compiler.is_compiling():
         grads = torch.ops.protlm.favor_backward(out_grad, sums_grad, *saved, *options)
@@ -40,9 +42,9 @@ def gradients(
         grads = _Gradients.apply(out_grad, sums_grad, *saved, *options)  # type: ignore[no-untyped-call]
     of_all: list[Tensor | None] = [None] * _NUM_ARGUMENTS
     of_all[:3] = grads[:3]
-    if ctx.needs_input_grad[_PROJECTION]:
+    if is_needed[_PROJECTION]:
         of_all[_PROJECTION] = grads[3]
-    if ctx.needs_input_grad[_FEATURE_BIAS]:
+    if is_needed[_FEATURE_BIAS]:
         of_all[_FEATURE_BIAS] = grads[4]
     return tuple(of_all)
 

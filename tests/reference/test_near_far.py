@@ -134,7 +134,8 @@ def errors_for_sizes(feature_map, causal):
     case = Case(feature_map=feature_map, causal=causal, length=150, batch=1, head_dim=16)
     q, k, v, out_grad, log_grad, projection, bias, options = drawn(case, torch.float64)
     sizes = torch.ones(150, 1, dtype=torch.float64)
-    sizes[40:64], sizes[104:112], sizes[128:144] = 9.0, 0.01, 20.0
+    # The twin has the range of float64.
+    sizes[40:64], sizes[104:112], sizes[128:144] = 9.0, 0.01, 11.0
     arguments = q * sizes.flip(0), k * sizes, v, out_grad, log_grad, projection, bias, options
     actual, expected = (differentiate(op, *arguments, 8) for op in (favor_attention, twin))
     return {name: relative_error(actual[name], wanted) for name, wanted in expected.items()}
@@ -148,6 +149,20 @@ def test_keys_and_queries_of_very_different_size_equal_the_twin(feature_map, cau
         assert error <= TOLERANCE[torch.float64], name
 
 
+def keys_along_a_row(size):
+    """Returns two near blocks whose keys are along the only row, far ones against it, and the error of the output."""
+    head_dim, generator = 256, torch.Generator().manual_seed(0)
+    row = torch.randn(1, head_dim, generator=generator)
+    row *= 16 / row.norm()
+    along = row * head_dim**0.25
+    k = torch.cat((0.5 * along.expand(16, -1), size * along.expand(16, -1))).view(1, 1, 32, head_dim)
+    q, v = (0.5 * along).expand_as(k), torch.randn(k.shape, generator=generator)
+    out = favor_attention(q, k, v, row, near_block=8)
+    # Of the first block, which sees them both.
+    expected = reference.favor_attention(q, k, v, row, near_block=8)
+    return relative_error(out[:, :, :8], expected[:, :, :8])
+
+
 def test_blocks_share_references_only_where_nothing_is_lost(monkeypatch):
     found, may_share = [], near_far_blocks.FarStates._may_share
 
@@ -156,15 +171,14 @@ def test_blocks_share_references_only_where_nothing_is_lost(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(near_far_blocks.FarStates, "_may_share", counted)
-    errors_for_sizes("positive", causal=False)
-    assert not all(found)
-    found.clear()
-    assert_equals_twin(Case(length=500, batch=1), torch.float64, 8)
+    assert_equals_twin(Case(length=500, batch=1), torch.float32, 8)
     assert all(found)
-    # Sharing is no mere choice of speed.
+    found.clear()
+    # Estimates are larger than exact weights here: what is far counts, though its features nearly vanish.
+    assert keys_along_a_row(-0.1) < 1e-4
+    assert not any(found)
     monkeypatch.setattr(near_far_blocks.FarStates, "_may_share", lambda _: True)
-    errors = errors_for_sizes("positive", causal=False).values()
-    assert not all(error <= TOLERANCE[torch.float64] for error in errors)
+    assert not keys_along_a_row(-0.1) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
