@@ -2,12 +2,17 @@
 
 import inspect
 import re
+import weakref
 from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from protlm.ops import favor_attention, near_far_blocks, near_far_torch, reference
+from protlm.ops.inputs import AttentionInputs
+from protlm.ops.torch_states import Saved
 from tests.conftest import TOLERANCE, relative_error
 from tests.reference.cases import MAPS, MIXED, Case, draw, segments_of
 
@@ -220,6 +225,46 @@ def test_gradients_through_the_log_normaliser_alone():
         )
         for a, b in zip(actual, expected, strict=True):
             assert relative_error(a, b) <= TOLERANCE[torch.float64]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes that operations take and still hold, but for those of given tensors; `peak` is the most."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self._sizes = {x.untyped_storage()._cdata: 0 for x in given}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        results = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self._sizes:
+                self._sizes[key] = x.untyped_storage().nbytes()
+                self.live += self._sizes[key]
+                weakref.finalize(x.untyped_storage(), self._forget, key)
+        self.peak = max(self.peak, self.live)
+        return results
+
+    def _forget(self, key):
+        self.live -= self._sizes.pop(key)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_memory_beside_inputs_and_outputs_does_not_grow_with_the_length(causal, monkeypatch):
+    monkeypatch.setattr(near_far_torch, "_KEPT_SPANS", 8)
+
+    def peak(length):
+        q = torch.ones(1, 2, length, 8)
+        inputs = AttentionInputs(q, q, q, torch.ones(16, 8), causal=causal, near_block=8)
+        with LiveBytes(q, inputs.projection) as forward:
+            out, logs = near_far_torch.forward(inputs)
+        with LiveBytes(q, inputs.projection, out, logs) as backward:
+            grads = near_far_torch.backward(inputs, Saved(q, out, logs), learns=False)
+        results = (out, logs), grads[:3]
+        return [run.peak - sum(x.nbytes for x in made) for run, made in zip((forward, backward), results, strict=True)]
+
+    for short, long in zip(peak(2_000), peak(6_000), strict=True):
+        assert 0 < long < 1.1 * short
 
 
 NEAR_CASES = [
