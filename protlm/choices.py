@@ -33,8 +33,12 @@ ModelFormat = Literal["protlm", "hf"]
 FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "relu"]
 """The feature maps of FAVOR."""
 
-AttentionKind = Literal[FeatureMap, "softmax", "local"]
-"""The kinds of attention of a layer: FAVOR with one of its maps, exact attention, or exact attention to near tokens."""
+NearFarMap = Literal["positive", "hyperbolic", "oprf"]
+"""The feature maps whose weights have the unit of exact ones, and so can stand beside them in one sum."""
+
+AttentionKind = Literal[FeatureMap, "near-far", "softmax", "local"]
+"""The kinds of attention of a layer: FAVOR with one of its maps, FAVOR with exact weights of near tokens, exact
+attention, or exact attention to near tokens alone."""
 
 EXACT_KINDS = ("softmax", "local")
 """The kinds of attention without random features."""

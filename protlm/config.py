@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
 
-from protlm.choices import EXACT_KINDS, MOST_TOKENS, AttentionKind, DataMode, Precision, ProjectionKind
+from protlm.choices import MOST_TOKENS, AttentionKind, DataMode, FeatureMap, NearFarMap, Precision, ProjectionKind
 from protlm.vocabulary import ModelVocabulary
 
 _MOST_STEPS = 10**12
@@ -138,9 +138,14 @@ class ModelConfig(_Section):
     attention: Annotated[tuple[AttentionKind, ...], BeforeValidator(_kinds)] = ("local", "positive", "local")
     """The kind of every layer, or several that the layers take in turn, over and over: `positive`, `hyperbolic`, `oprf`
     or `trig` (FAVOR: estimates of softmax attention), `regularised` (FAVOR with a smoother kernel), `relu` (generalised
-    FAVOR), `softmax` (exact) or `local` (exact, to the tokens at most local_window away)."""
+    FAVOR), `near-far` (exact weights of near tokens and estimates of all others in one sum), `softmax` (exact) or
+    `local` (exact, to the tokens at most local_window away)."""
     local_window: Annotated[int, Field(gt=0, le=_WIDEST_WINDOW)] = 32
     """Tokens on either side that a token sees in `local` layers; causal: before it only."""
+    near_block: Annotated[int, Field(gt=0, le=_WIDEST_WINDOW)] = 32
+    """Tokens of a block in `near-far` layers: weights are exact within a block and for the two beside it."""
+    near_map: NearFarMap = "positive"
+    """The feature map that estimates the other weights of `near-far` layers."""
     local_bias: Annotated[float, Field(ge=0, le=_LARGEST_BIAS)] = 0.0
     """Start of a number that each head of a `softmax` layer learns and adds to the logits of the tokens at most
     local_window away: 3 favours near tokens from the first step. 0: none. It costs a matrix of the square of a
@@ -198,13 +203,13 @@ class ModelConfig(_Section):
             )
         if not self.attention:
             raise ValueError("attention: expected at least one kind, got none")
-        if self.projection == "none" and (drawn := self.favor_kinds - {"relu"}):
+        if self.projection == "none" and (drawn := self.feature_maps - {"relu"}):
             raise ValueError(f"projection: expected a random matrix for attention = {min(drawn)!r}, got 'none'")
         if self.conv_width and self.conv_width % 2 == 0:
             raise ValueError(f"conv_width: expected 0 or an odd number, got {self.conv_width}")
         if self.causal and self.rescale_qk:
             raise ValueError("rescale_qk: expected false with causal = true: it looks at the whole protein")
-        if self.causal and "oprf" in self.favor_kinds and not self.qk_norm:
+        if self.causal and "oprf" in self.feature_maps and not self.qk_norm:
             raise ValueError("qk_norm: expected true with causal oprf, which takes its constant from the temperature")
         if self.qk_norm and self.qk_layer_norm:
             raise ValueError("qk_layer_norm: expected false with qk_norm = true, which normalises q and k itself")
@@ -232,17 +237,24 @@ class ModelConfig(_Section):
     @property
     def has_projection(self) -> bool:
         """Whether the weights include random matrices."""
-        return bool(self.favor_kinds) and self.projection != "none"
+        return bool(self.feature_maps) and self.projection != "none"
 
     @property
     def kinds(self) -> tuple[AttentionKind, ...]:
         """The kind of attention of each layer, first layer first."""
         return tuple(self.attention[layer % len(self.attention)] for layer in range(self.num_layers))
 
+    def feature_map_of(self, kind: AttentionKind) -> FeatureMap | None:
+        """Returns the feature map of the layers of a kind; None for exact ones."""
+        if kind == "softmax" or kind == "local":
+            return None
+        return self.near_map if kind == "near-far" else kind
+
     @property
-    def favor_kinds(self) -> frozenset[AttentionKind]:
-        """The feature maps of the layers with random features; empty if all are exact."""
-        return frozenset(self.kinds) - set(EXACT_KINDS)
+    def feature_maps(self) -> frozenset[FeatureMap]:
+        """The feature maps of all layers; empty if all are exact."""
+        maps = (self.feature_map_of(kind) for kind in self.kinds)
+        return frozenset(feature_map for feature_map in maps if feature_map is not None)
 
     @property
     def attention_name(self) -> str:

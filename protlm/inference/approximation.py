@@ -141,11 +141,11 @@ def measure_approximation(
         advance(len(protein))
     if not by_protein:
         raise ValueError("proteins: expected at least one, got none")
-    maps = [definition_of(kind) for kind in sorted(model.config.favor_kinds)]
+    maps = {feature_map: definition_of(feature_map) for feature_map in sorted(model.config.feature_maps)}
     return ApproximationReport(
-        feature_map=",".join(definition.name for definition in maps),
-        is_softmax_estimate=all(definition.is_softmax_estimate for definition in maps),
-        num_features=max(num_features_of(model.config, definition.name) for definition in maps),
+        feature_map=",".join(maps),
+        is_softmax_estimate=all(definition.is_softmax_estimate for definition in maps.values()),
+        num_features=max(num_features_of(model.config, feature_map) for feature_map in maps),
         num_proteins=len(by_protein),
         num_draws=num_draws if has_draws(model) else 0,
         seed=seed,

@@ -17,6 +17,7 @@ from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batching.batches import pack_row
 from protlm.model.attention_calls import AttentionCall, visit_attention
 from protlm.model.performer import Performer
+from protlm.ops import kernel_features
 from protlm.ops.feature_maps import MapDefinition, definition_of, with_oprf_a
 from protlm.vocabulary import are_residues
 
@@ -84,7 +85,8 @@ def weight_tiles(call: AttentionCall, head: int) -> Iterator[tuple[int, Float[Te
 
 def share_tiles(call: AttentionCall, head: int) -> Iterator[tuple[int, Float[Tensor, "queries length"]]]:
     """Yields the tiles of `weight_tiles` as shares of attention, none of them negative: |w| / Σ|w|."""
-    is_signed = not call.attention.is_exact and definition_of(call.attention.kind).is_signed
+    feature_map = call.attention.feature_map
+    is_signed = not call.attention.is_exact and feature_map is not None and definition_of(feature_map).is_signed
     for start, weights in weight_tiles(call, head):
         if is_signed:
             weights = weights.abs_()
@@ -143,10 +145,14 @@ def _exact_weights(call: AttentionCall, head: int) -> _Weigh:
 def _estimated_weights(call: AttentionCall, head: int) -> _Weigh:
     """Returns the products φ(q)·φ(k), without factors that all keys of a query share."""
     attention = call.attention
-    definition = definition_of(attention.kind)
+    assert attention.feature_map is not None
+    definition = definition_of(attention.feature_map)
     rows = None if attention.projection is None else in_float64(attention.projection[head])
     oprf_a = attention.oprf_a(call.q, call.k, call.segments)
     a = None if oprf_a is None else in_float64(oprf_a[0, head])
+    if attention.near_block:
+        assert rows is not None
+        return _near_far_weights(call, head, rows, a)
     (q_values, _), (k_values, k_norms) = (
         _values_and_norms(in_float64(x[:, head]), rows, definition, a) for x in (call.q, call.k)
     )
@@ -165,6 +171,25 @@ def _estimated_weights(call: AttentionCall, head: int) -> _Weigh:
         references = k_logs[:num_keys].amax(0)
         q_logs = q_values[start:stop] + references
         return torch.exp(q_logs - q_logs.amax(-1, keepdim=True)) @ torch.exp(k_logs[:num_keys] - references).T
+
+    return weigh
+
+
+def _near_far_weights(call: AttentionCall, head: int, rows: Tensor, oprf_a: Tensor | None) -> _Weigh:
+    """Returns exp(q·k/√d) of near keys and φ(q)·φ(k) of the others."""
+    attention = call.attention
+    assert attention.feature_map is not None
+    q, k = in_float64(call.q[:, head]), in_float64(call.k[:, head])
+    q_features, k_features = (
+        kernel_features(x, rows, feature_map=attention.feature_map, oprf_a=oprf_a) for x in (q, k)
+    )
+    blocks = torch.arange(len(q), device=q.device) // attention.near_block
+    scale = attention.head_dim**-0.5
+
+    def weigh(start: int, stop: int, num_keys: int) -> Tensor:
+        is_near = (blocks[start:stop].unsqueeze(1) - blocks[:num_keys]).abs() <= 1
+        exact = torch.exp(q[start:stop] @ k[:num_keys].T * scale)
+        return torch.where(is_near, exact, q_features[start:stop] @ k_features[:num_keys].T)
 
     return weigh
 

@@ -144,7 +144,8 @@ def check_has_features(model: nn.Module) -> None:
 
 def estimates_softmax(model: nn.Module) -> bool:
     """Returns whether the features estimate softmax attention, or a bound of it, in every layer that has features."""
-    return all(definition_of(attention.kind).estimates is not None for attention in _with_features(model))
+    maps = (attention.feature_map for attention in _with_features(model))
+    return all(feature_map is not None and definition_of(feature_map).estimates is not None for feature_map in maps)
 
 
 def has_draws(model: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +25,8 @@ _INITIAL_TEMPERATURE = 0.75
 """Initial temperature of a head with a bound, as a share of max_temperature."""
 
 
-def has_features(kind: str) -> TypeGuard[FeatureMap]:
-    """Returns whether a kind of attention is FAVOR with a feature map, and not exact."""
-    return kind not in EXACT_KINDS
-
-
 class SelfAttention(nn.Module):
-    """Multi-head attention of one kind: FAVOR with a feature map, exact `softmax` or `local`; bidirectional or causal.
+    """Multi-head attention of one kind: FAVOR, `near-far`, exact `softmax` or `local`; bidirectional or causal.
 
     With qk_norm every head has ‖q‖² = ‖k‖² = τ·√head_dim with a learned τ. FAVOR keeps τ in (0, max_temperature], which
     bounds the relative variance of the estimated weights by (e^{4τ} − 1)/num_features. rescale_qk then changes these
@@ -40,13 +34,16 @@ class SelfAttention(nn.Module):
 
     Attributes:
         kind: The kind, of `AttentionKind`.
+        feature_map: The feature map of FAVOR; None where there is none.
         is_exact: Whether the attention has no random features.
     """
 
     def __init__(self, config: ModelConfig, kind: AttentionKind) -> None:
         super().__init__()
         self.kind: AttentionKind = kind
-        self.takes_oprf_a = not self.is_exact and definition_of(kind).takes_oprf_a
+        self.feature_map: FeatureMap | None = config.feature_map_of(kind)
+        self.takes_oprf_a = self.feature_map is not None and definition_of(self.feature_map).takes_oprf_a
+        self.near_block = config.near_block if kind == "near-far" else 0
         self.causal = config.causal
         self.window = config.local_window
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
@@ -85,7 +82,7 @@ class SelfAttention(nn.Module):
     @property
     def is_exact(self) -> bool:
         """Whether the attention has no random features."""
-        return not has_features(self.kind)
+        return self.kind in EXACT_KINDS
 
     def prepare_compile(self) -> None:
         """Excludes exact kinds from compilation: their number of calls depends on the segments and on the length."""
@@ -130,7 +127,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "length heads head_dim"]:
         """Returns the attention of every head, before they are joined and projected."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        if not has_features(self.kind):
+        if self.is_exact or self.feature_map is None:
             out = (self._uncompiled or self._exact)(q, k, v, segments)
         else:
             out = favor_attention(
@@ -138,10 +135,11 @@ class SelfAttention(nn.Module):
                 k,
                 v,
                 self.projection,
-                feature_map=self.kind,
+                feature_map=self.feature_map,
                 cu_seqlens=segments.cu_seqlens,
                 causal=self.causal,
                 oprf_a=self.fixed_oprf_a(),
+                near_block=self.near_block,
             )
         return out.squeeze(0).transpose(0, 1)
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from protlm.choices import FeatureMap
 from protlm.config import ModelConfig
-from protlm.model.attention import has_features
 from protlm.model.attention_calls import AttentionCall, visit_attention
 from protlm.model.segments import Segments
 from protlm.ops.feature_maps import definition_of, with_oprf_a
@@ -92,7 +91,7 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
         ValueError: The attention is exact.
     """
     attention, segments = call.attention, call.segments
-    if not has_features(attention.kind):
+    if attention.is_exact or attention.feature_map is None:
         raise ValueError(f"call: expected attention with features, got {attention.kind!r}")
     queries, keys = _sampled_pairs(segments, attention.causal)
     oprf_a = attention.oprf_a(call.q, call.k, segments)
@@ -102,7 +101,7 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
         rows = None if attention.projection is None else attention.projection[head].float()
         a = None if oprf_a is None else oprf_a[segments.numbers[queries], head].float().view(-1, 1, 1)
         q_logs, k_logs = (
-            log_features(x[tokens, head].float(), rows, attention.kind, a)
+            log_features(x[tokens, head].float(), rows, attention.feature_map, a)
             for x, tokens in ((call.q, queries.unsqueeze(1)), (call.k, keys))
         )
         # Softmax subtracts the largest logarithm of each pair, so the shares are finite for norms of any size.
@@ -112,10 +111,10 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
     return torch.stack(effective), torch.stack(dead)
 
 
-def num_features_of(config: ModelConfig, kind: str) -> int:
+def num_features_of(config: ModelConfig, feature_map: FeatureMap) -> int:
     """Returns the number of features of one vector in the layers of a model that have this feature map."""
     rows = config.num_features if config.has_projection else config.head_dim
-    return rows * definition_of(kind).features_per_row
+    return rows * definition_of(feature_map).features_per_row
 
 
 def _sampled_pairs(segments: Segments, causal: bool) -> tuple[Tensor, Tensor]:

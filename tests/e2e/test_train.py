@@ -207,7 +207,14 @@ def test_a_start_that_cannot_succeed_leaves_the_old_run(dataset, tmp_path, failu
     (damaged / "valid-00000.h5").unlink()
     assert "valid-00000.h5" in failure("train", damaged, "--out", out, "--force")
     assert "betas" in failure("train", dataset, "--out", out, "--force", "--set", "train.betas=[0.9, 1.0]")
-    huge = ["--set", "model.num_features=1048576", "--set", "model.model_dim=65536"]
+    huge = [
+        "--set",
+        "model.num_features=1048576",
+        "--set",
+        "model.model_dim=65536",
+        "--set",
+        "model.attention=positive",
+    ]
     assert "its weights need 1,048.8 GB" in failure("train", dataset, "--out", out, "--force", *huge)
     assert sorted(path.name for path in out.rglob("*")) == before
 

@@ -84,9 +84,10 @@ def test_the_health_of_every_layer_is_measured(dataset, tmp_path):
     health = rows(out, "health.csv")
     assert [(row["step"], row["layer"]) for row in health] == [(step, layer) for step in "24" for layer in "123"]
     for row in health:
-        assert 1 <= float(row["effective_features"]) <= 16
-        # The start of the temperature, three quarters of its bound.
-        assert float(row["q_norm"]) == pytest.approx(1.5, abs=0.2)
+        # Local layers have no features. Of the temperatures, that of FAVOR starts at three quarters of its bound.
+        is_local = row["layer"] in "13"
+        assert row["effective_features"] == "" if is_local else 1 <= float(row["effective_features"]) <= 16
+        assert float(row["q_norm"]) == pytest.approx(6 if is_local else 1.5, rel=0.13)
 
 
 def test_health_and_loggers_change_no_loss(dataset, run_dir, tmp_path):

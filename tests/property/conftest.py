@@ -2,7 +2,7 @@
 
 import pytest
 
-from protlm.ops import favor_cpp
+from protlm.ops import compiled
 from tests.conftest import empty_figures
 
 ATTENTION = ("test_causality.py", "test_favor_laws.py")
@@ -19,9 +19,9 @@ def _backend(request):
     backend = getattr(request, "param", None)
     with pytest.MonkeyPatch.context() as patch:
         if backend == "torch":
-            patch.setattr(favor_cpp, "why_not", lambda: "a test takes torch")
-        elif backend == "cpp" and favor_cpp.why_not():
-            pytest.skip(favor_cpp.why_not())
+            patch.setattr(compiled, "why_not", lambda: "a test takes torch")
+        elif backend == "cpp" and compiled.why_not():
+            pytest.skip(compiled.why_not())
         yield
 
 

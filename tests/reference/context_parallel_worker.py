@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from protlm.gpu_check.tolerances import LOOSER_IN_TESTS, NAMES
 from protlm.ops import (
+    compiled,
     context_parallel,
     draw_projection,
     favor,
@@ -243,7 +244,7 @@ def check_two_runs_give_the_same_bits():
 
 
 def check_all_ranks_have_the_same_merged_state():
-    for backend in (favor_torch, favor_cpp) if favor_cpp.why_not() is None else (favor_torch,):
+    for backend in (favor_torch, favor_cpp) if compiled.why_not() is None else (favor_torch,):
         q, k, v, _, projection, options = part_of(drawn(LAYOUTS["masked segments"], torch.float32), splits(203)[0])
         masks = options["token_mask"], options["cu_seqlens"]
         inputs = AttentionInputs(q, k, v, projection, *masks, group_name=dist.group.WORLD.group_name)
@@ -275,7 +276,7 @@ def check_nothing_later_changes_a_bit_of_an_earlier_causal_output():
 
 def check_a_token_that_is_not_a_number_reaches_the_ranks_it_should():
     expect_nan_where_one_process_has_it("torch", torch.float64)
-    if favor_cpp.why_not() is None:
+    if compiled.why_not() is None:
         expect_nan_where_one_process_has_it("cpp", torch.float32)
 
 
@@ -337,7 +338,7 @@ def check_a_part_of_all_processes_is_a_group():
 
 
 def check_ranks_may_take_different_backends():
-    if favor_cpp.why_not() is None:
+    if compiled.why_not() is None:
         for feature_map in ("positive", "relu"):
             arguments = draw(Case(segments=SEGMENTS, padding="some", feature_map=feature_map), torch.float32)
             split = splits(sum(SEGMENTS))[0]

@@ -99,7 +99,7 @@ def check_options(request: EvalRequest, description: ModelDescription) -> None:
             "this model predicts the next token and hides nothing: --masks, --mask-rate, --as-trained and "
             "--pseudo-perplexity are for masked models"
         )
-    if request.approximation and not description.model.favor_kinds:
+    if request.approximation and not description.model.feature_maps:
         raise UsageError("--approximation is for FAVOR models; the attention of this model is exact")
     if description.window_tokens is not None and request.pseudo_perplexity:
         raise UsageError("--pseudo-perplexity takes proteins one by one, and this model reads windows of several")

@@ -129,7 +129,7 @@ def _draw_features(axes: "Axes", lines: dict[int, list[tuple[int, float]]], mode
     # The end of the colour map would be too pale on white.
     colors = mpl.colormaps["viridis"].resampled(256)
     scale = Normalize(min(lines), max(lines) + 0.15 * (max(lines) - min(lines)))
-    totals = " or ".join(map(str, sorted({num_features_of(model, model.kinds[layer - 1]) for layer in lines})))
+    totals = " or ".join(map(str, sorted({_num_features(model, layer) for layer in lines})))
     for layer, points in sorted(lines.items()):
         axes.plot(*zip(*points, strict=True), color=colors(scale(layer)), linewidth=1.2, label=f"layer {layer}")
     axes.set(
@@ -151,13 +151,20 @@ def _shares_by_layer(path: Path, model: ModelConfig) -> dict[int, list[tuple[int
         rows = [row for row in read_thinned(path, HEALTH, _MOST_HEALTH_STEPS) if row["effective_features"]]
         for row, (step, features) in zip(rows, _points(path, "effective_features", rows), strict=True):
             layer = _layer(path, row["layer"], model)
-            lines[layer].append((step, features / num_features_of(model, model.kinds[layer - 1])))
+            lines[layer].append((step, features / _num_features(model, layer)))
     return dict(lines)
+
+
+def _num_features(model: ModelConfig, layer: int) -> int:
+    """Returns the number of features of a layer that has features."""
+    feature_map = model.feature_map_of(model.kinds[layer - 1])
+    assert feature_map is not None
+    return num_features_of(model, feature_map)
 
 
 def _layer(path: Path, text: str, model: ModelConfig) -> int:
     """Returns the number of a layer that has features."""
-    names = [str(layer) for layer, kind in enumerate(model.kinds, start=1) if kind in model.favor_kinds]
+    names = [str(layer) for layer, kind in enumerate(model.kinds, start=1) if model.feature_map_of(kind)]
     if text not in names:
         raise RunError(f"{path}: layer: expected one with features, got {text!r:.40}; move the file away")
     return int(text)

@@ -95,9 +95,10 @@ def _attention_flops(model: ModelConfig, kind: AttentionKind, reach: float) -> f
         # Scores and the weighted sum of values, of which a causal model needs half.
         return 4 * dim * num_keys / (2 if model.causal else 1)
     num_rows = model.num_features if model.has_projection else 0
-    num_features = num_rows * (2 if kind in TWO_FEATURES_A_ROW else 1) or model.head_dim
+    num_features = num_rows * (2 if model.feature_map_of(kind) in TWO_FEATURES_A_ROW else 1) or model.head_dim
+    near = 4 * dim * min(reach, 3 * model.near_block) if kind == "near-far" else 0
     # The features of q and k; the state, and what is read from it.
-    return 4 * dim * num_rows + 4 * dim * num_features
+    return 4 * dim * num_rows + 4 * dim * num_features + near
 
 
 def _target_flops(model: ModelConfig) -> float:

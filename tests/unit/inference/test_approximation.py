@@ -70,7 +70,9 @@ def test_the_numbers_are_their_definitions_on_one_protein(options):
         generator = torch.Generator().manual_seed(int(word) >> 1)
         drawn = [draw_projection(24, 16, num_heads=2, generator=generator) for _ in range(3)]
         saved, *errors = (
-            reference.favor_attention(q, k, v, each, feature_map=call.attention.kind, causal=model.config.causal)[0]
+            reference.favor_attention(
+                q, k, v, each, feature_map=call.attention.feature_map, causal=model.config.causal
+            )[0]
             - exact
             for each in (call.attention.projection, *drawn)
         )
@@ -154,3 +156,22 @@ def test_what_cannot_be_measured_is_an_error():
         measure_approximation(build(), PROTEINS, num_draws=1)
     with pytest.raises(ValueError, match="proteins: expected at least one"):
         measure_approximation(build(), [])
+
+
+def test_only_layers_with_features_are_measured_under_their_own_numbers():
+    model, protein = build(num_layers=4, attention=("local", "positive", "softmax", "hyperbolic")), random_protein(30)
+    report = measure_approximation(model, [protein], num_draws=2)
+    assert [(head.layer, head.head) for head in report.heads] == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert (report.feature_map, report.num_features) == ("hyperbolic,positive", 48)
+
+
+def test_near_far_is_nearer_to_exact_attention_than_its_features_alone():
+    protein = random_protein(90)
+    errors = [
+        np.mean([head.relative_error.value for head in report.heads])
+        for report in (
+            measure_approximation(build(attention=kind, near_block=8), [protein], num_draws=2)
+            for kind in ("positive", "near-far")
+        )
+    ]
+    assert errors[1] < errors[0]

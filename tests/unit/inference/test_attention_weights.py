@@ -40,9 +40,10 @@ def dense_twin(call):
                 k,
                 v,
                 call.attention.projection,
-                feature_map=call.attention.kind,
+                feature_map=call.attention.feature_map,
                 causal=call.attention.causal,
                 oprf_a=call.attention.fixed_oprf_a(),
+                near_block=call.attention.near_block,
             )
         columns.append(out[0, :, :, : stop - start])
     return torch.cat(columns, -1)
@@ -53,7 +54,7 @@ def dense_twin(call):
 @pytest.mark.parametrize("tile_queries", [7, 128])
 def test_the_tiles_are_the_weights_of_the_float64_twin(kind, causal, tile_queries, monkeypatch):
     monkeypatch.setattr(attention_weights, "TILE_QUERIES", tile_queries)
-    model = build(attention=kind, causal=causal, local_window=9)
+    model = build(attention=kind, causal=causal, local_window=9, near_block=8)
     # The A of oprf comes from sums in float32.
     tolerance = 1e-6 if kind == "oprf" else 1e-9
     for call in calls_of(model, random_protein(43)):

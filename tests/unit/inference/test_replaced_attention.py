@@ -50,6 +50,16 @@ def test_exact_attention_makes_a_softmax_model_of_the_same_weights(kind, causal)
     assert torch.equal(logits_of(model), before)
 
 
+def test_exact_attention_leaves_exact_layers_as_they_are():
+    model = build(num_layers=3, attention=("local", "positive", "near-far"), near_block=4)
+    before = logits_of(model)
+    with exact_attention(model):
+        assert [layer.attention.kind for layer in model.layers] == ["local", "softmax", "softmax"]
+        assert relative_error(logits_of(model), before) > 1e-4
+    assert [layer.attention.kind for layer in model.layers] == ["local", "positive", "near-far"]
+    assert torch.equal(logits_of(model), before)
+
+
 def test_the_proteins_of_a_row_stay_apart_under_every_replacement():
     model = build()
     for replace in (lambda: exact_attention(model), lambda: other_draw(model, torch.Generator().manual_seed(1))):

@@ -7,7 +7,7 @@ from protlm.model import attention as attention_module
 from protlm.model.performer import Performer
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE
 
-KINDS = ("positive", "hyperbolic", "regularised", "oprf", "relu", "softmax", "local")
+KINDS = ("positive", "hyperbolic", "regularised", "oprf", "relu", "near-far", "softmax", "local")
 EXACT = ("softmax", "local")
 # Three tokens are `<cls>`, one residue and `<eos>`.
 SIZES = (3, 40, 3, 17, 90, 41, 3)

@@ -95,21 +95,35 @@ def test_softmax_attention_equals_its_float64_twin(sizes, monkeypatch):
     assert relative_error(out, reference.softmax_attention(q, k, v, cu_seqlens=bounds(*sizes))) < FLOAT32
 
 
+def of_kind(kind):
+    """The options of the op for a kind with features, in blocks of 4."""
+    return {"feature_map": "positive", "near_block": 4} if kind == "near-far" else {"feature_map": kind}
+
+
+def test_near_far_layers_may_have_another_map(monkeypatch):
+    model = build(attention="near-far", near_block=4, near_map="hyperbolic")
+    q, k, v, out = attended(model, proteins(25)[0], bounds(25), monkeypatch)
+    projection = model.state_dict()["layers.0.attention.projection"]
+    expected = reference.favor_attention(q, k, v, projection, feature_map="hyperbolic", near_block=4)
+    assert relative_error(out, expected) < FLOAT32
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in EXACT])
 def test_favor_attention_is_given_the_saved_projection_of_its_head(kind, monkeypatch):
-    model = build(attention=kind)
+    model = build(attention=kind, near_block=4)
     q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
     projection = model.state_dict()["layers.0.attention.projection"]
-    expected = reference.favor_attention(q, k, v, projection, feature_map=kind, cu_seqlens=bounds(3, 25))
+    expected = reference.favor_attention(q, k, v, projection, cu_seqlens=bounds(3, 25), **of_kind(kind))
     assert relative_error(out, expected) < FLOAT32
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*EXACT, "oprf")])
 def test_causal_favor_equals_its_float64_twin(kind, monkeypatch):
-    model = build(attention=kind, causal=True)
+    model = build(attention=kind, causal=True, near_block=4)
     q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch)
     projection = model.layers[0].attention.projection
-    expected = reference.favor_attention(q, k, v, projection, feature_map=kind, cu_seqlens=bounds(3, 25), causal=True)
+    options = {"cu_seqlens": bounds(3, 25), "causal": True, **of_kind(kind)}
+    expected = reference.favor_attention(q, k, v, projection, **options)
     assert relative_error(out, expected) < FLOAT32
 
 

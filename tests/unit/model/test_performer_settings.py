@@ -92,7 +92,7 @@ CAUSAL = [
     {"attention": kind, "conv_width": width, "positions": positions, "layer_norm": norm, "ffn": ffn}
     for (kind, width, positions), (norm, ffn) in zip(
         product((*KINDS, "trig"), (0, 3, 5), POSITIONS),
-        [("pre", "gelu"), ("post", "gelu"), ("pre", "swiglu")] * 32,
+        [("pre", "gelu"), ("post", "gelu"), ("pre", "swiglu")] * 36,
         strict=True,
     )
 ]

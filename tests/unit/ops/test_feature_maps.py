@@ -70,7 +70,7 @@ def model_with(kind):
         ModelConfig(attention="positive", num_layers=1, model_dim=8, num_heads=2, ffn_dim=8, num_features=6)
     )
     model.reset(0)
-    model.layers[0].attention.kind = kind
+    model.layers[0].attention.feature_map = kind
     return model
 
 
@@ -80,7 +80,7 @@ def measure_health():
 
 def weigh_keys():
     def weigh(call):
-        call.attention.kind = MADE_UP
+        call.attention.feature_map = MADE_UP
         next(attention_weights.weight_tiles(call, 0))
 
     attention_weights.visit_protein(model_with("positive"), np.array(PROTEIN, dtype=np.uint8), weigh)
@@ -157,7 +157,7 @@ def test_every_map_that_users_can_choose_has_its_definition():
     assert all(definition_of(name).name == name for name in DEFINITIONS)
     # Twice the same annotation would make two names for a map.
     configured = ModelConfig.model_json_schema()["properties"]["attention"]["items"]["enum"]
-    assert configured == [*DEFINITIONS, *EXACT_KINDS]
+    assert configured == [*DEFINITIONS, "near-far", *EXACT_KINDS]
 
 
 def test_backends_are_those_of_the_op_and_compute_what_they_did():

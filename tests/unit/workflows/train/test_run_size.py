@@ -10,7 +10,15 @@ from protlm.ops.feature_maps import DEFINITIONS
 from protlm.workflows.train.run_size import TWO_FEATURES_A_ROW, size_of
 from tests.unit.data.batching.batch_cases import InMemory
 
-SHAPE = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "ffn_dim": 48, "num_features": 16, "conv_width": 0}
+SHAPE = {
+    "attention": "positive",
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 4,
+    "ffn_dim": 48,
+    "num_features": 16,
+    "conv_width": 0,
+}
 LENGTH, NUM_PROTEINS = 98, 6
 
 
@@ -55,6 +63,16 @@ def test_features_cost_by_their_number_and_exact_attention_by_the_length():
     assert both - base == pytest.approx(3 * tokens * layers * 4 * 16 * dim)
     assert {name for name, definition in DEFINITIONS.items() if definition.features_per_row == 2} == TWO_FEATURES_A_ROW
     assert {definition.features_per_row for definition in DEFINITIONS.values()} == {1, 2}
+
+
+def test_local_attention_costs_by_its_window_and_near_far_by_its_blocks():
+    tokens, layers, dim = 300, 2, 32
+    local = [row_flops({"attention": "local", "local_window": window}) for window in (8, 9)]
+    assert local[1] - local[0] == pytest.approx(3 * tokens * layers * 4 * 2 * dim)
+    exact = row_flops({"attention": "softmax"})
+    assert row_flops({"attention": "local", "local_window": LENGTH}) == pytest.approx(exact)
+    near = row_flops({"attention": "near-far", "near_block": 5}) - row_flops()
+    assert near == pytest.approx(3 * tokens * layers * 4 * 15 * dim)
 
 
 def test_a_checkpointed_step_costs_a_pass_more_and_targets_cost_the_head():
