@@ -88,7 +88,7 @@ def test_the_counts_are_those_of_an_epoch():
 
 
 def test_long_proteins_reach_as_far_as_their_window_and_joined_ones_as_theirs():
-    short = Config(data=DATA, model=ModelConfig(**SHAPE, attention="softmax"))
+    short = Config(data=DATA, model=ModelConfig(**SHAPE | {"attention": "softmax"}))
     long = Proteins(*[10 * LENGTH] * NUM_PROTEINS)
     wide = short.model_copy(update={"data": DataConfig(tokens_per_batch=300, max_length=298)})
     cut = short.model_copy(update={"data": DataConfig(tokens_per_batch=300, max_length=98)})
