@@ -54,6 +54,7 @@ class LocalCall(ctypes.Structure):
         *((name, Integer) for name in ("num_units", "longest_unit")),
         *((name, StridedTensor) for name in ("q", "k", "v", "out")),
         ("log_sums", Pointer),
+        ("result_bytes", Integer),
         *((name, StridedTensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
         ("workspace", Pointer),
         ("num_threads", Integer),

@@ -56,6 +56,7 @@ def _run(task: str, inputs: LocalInputs, log_sums: Tensor, tensors: dict[str, Te
         num_units=len(units),
         longest_unit=int(units[:, 4].max(initial=0)),
         log_sums=log_sums.data_ptr(),
+        result_bytes=inputs.q.numel() * inputs.q.element_size(),
         num_threads=torch.get_num_threads(),
         **{name: strided(x) for name, x in ({"q": inputs.q, "k": inputs.k, "v": inputs.v} | tensors).items()},
     )

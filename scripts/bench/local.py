@@ -9,7 +9,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,101 +20,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # As in protlm itself: waiting threads sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from protlm.ops import backends, compiled, local_attention, reference
+from protlm.ops import backends
 from scripts.attention_calls import BOTH, FORWARD
 from scripts.bench import harness
+from scripts.bench import local_measurements as measurements
 from scripts.bench.harness import Figure, ratio
+from scripts.bench.local_measurements import HEAD_DIM, HEADS, LOCAL
 from scripts.measuring import (
     MEBIBYTE,
     RETURN_FREED_MEMORY,
-    WARM_UP_LENGTH,
     Times,
     can_measure_memory,
     in_a_process,
-    peak_during,
-    resident_bytes,
     take_turns,
-    timed,
     using_threads,
 )
 from scripts.report.approximation import log_log_slope
 
-HEADS, HEAD_DIM = 8, 32
-LOCAL, TORCH, EXACT = "local attention", "its torch backend", "exact (SDPA)"
 MEASUREMENTS = ("speed", "slope", "memory")
-
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def implementations(window: int) -> dict[str, Call]:
-    """Returns what takes turns, by name."""
-    calls: dict[str, Call] = {LOCAL: partial(local_attention, window=window), EXACT: scaled_dot_product_attention}
-    if compiled.why_not() is None:
-        calls[TORCH] = partial(local_attention, window=window, backend="torch")
-    return calls
-
-
-def draw(length: int) -> list[Tensor]:
-    """Returns q, k, v and the gradient of the output, of unit variance, with the heads of a token side by side."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn((1, length, HEADS, HEAD_DIM), generator=generator).transpose(1, 2) for _ in range(4)]
-    return [tensor.requires_grad_() for tensor in tensors[:3]] + tensors[3:]
-
-
-def outputs(call: Call, tensors: Sequence[Tensor], work: str) -> tuple[Tensor, ...]:
-    """Returns the output, for `BOTH` with the gradients of q, k and v."""
-    *leaves, grad = tensors
-    if work == FORWARD:
-        with torch.no_grad():
-            return (call(*leaves),)
-    out = call(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad)
-
-
-def both_passes(call: Call, tensors: Sequence[Tensor]) -> dict[str, float]:
-    """Returns the seconds of each pass."""
-    return timed(partial(outputs, call, tensors, FORWARD), FORWARD) | timed(partial(outputs, call, tensors, BOTH), BOTH)
-
-
-def check_values(window: int) -> None:
-    """Ends the program if local attention differs from its float64 twin."""
-    tensors = draw(300)
-    expected = outputs(partial(reference.softmax_attention, window=window), [x.double() for x in tensors], FORWARD)[0]
-    for name, call in implementations(window).items():
-        error = (outputs(call, tensors, FORWARD)[0] - expected).abs().max() / expected.abs().max()
-        if name != EXACT and not error < 1e-5:
-            raise SystemExit(f"{name}: differs from the float64 twin by {error:.1e}; nothing is reported")
-
-
-def peak_here(window: int, length: int) -> int:
-    """Returns the peak of one forward and backward in this process, in bytes above inputs and outputs."""
-    call = implementations(window)[LOCAL]
-    outputs(call, draw(WARM_UP_LENGTH), BOTH)
-    tensors = draw(length)
-    before = resident_bytes()
-    peak, results = peak_during(lambda: outputs(call, tensors, BOTH))
-    return peak - before - sum(result.nbytes for result in results)
 
 
 def measure(arguments: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Any]:
     """Returns the results of the wanted measurements, by name."""
-    calls, measured = implementations(arguments.window), {}
+    calls = measurements.implementations(arguments.window)
+    measured: dict[str, Any] = {}
     if "speed" in wanted:
-        measured["speed"] = {
-            length: take_turns({name: partial(both_passes, call, draw(length)) for name, call in calls.items()},
-                               arguments.repeats)
-            for length in arguments.lengths
-        }  # fmt: skip
+        measured["speed"] = {}
+        for length in arguments.lengths:
+            tensors = measurements.draw(length)
+            turns = {name: partial(measurements.both_passes, call, tensors) for name, call in calls.items()}
+            measured["speed"][length] = take_turns(turns, arguments.repeats)
     if "slope" in wanted:
-        slopes = {str(length): partial(both_passes, calls[LOCAL], draw(length)) for length in arguments.slope_lengths}
+        slopes = {
+            str(length): partial(measurements.both_passes, calls[LOCAL], measurements.draw(length))
+            for length in arguments.slope_lengths
+        }
         measured["slope"] = take_turns(slopes, arguments.repeats)
     if "memory" in wanted:
         length = arguments.memory_length
-        peak = in_a_process(RETURN_FREED_MEMORY, peak_here, window=arguments.window, length=length)
+        peak = in_a_process(RETURN_FREED_MEMORY, measurements.peak_here, window=arguments.window, length=length)
         measured["memory"] = {"length": length, "peak_bytes": peak}
     return measured
 
@@ -163,7 +108,7 @@ def main(words: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     arguments = parse(words)
     with using_threads(arguments.threads):
-        check_values(arguments.window)
+        measurements.check_values(arguments.window)
         wanted = harness.possible(
             arguments.only, lambda name: [harness.NEEDS_LINUX] if name == "memory" and not can_measure_memory() else []
         )

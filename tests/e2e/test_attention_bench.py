@@ -10,7 +10,13 @@ import torch
 
 from protlm.ops import backends, compiled
 from scripts.attention_calls import BOTH, FEATURES, FORWARD, HEADS
-from scripts.bench import attention, attention_figures, attention_implementations, attention_measurements
+from scripts.bench import (
+    attention,
+    attention_figures,
+    attention_implementations,
+    attention_measurements,
+    local_measurements,
+)
 from scripts.bench import local as local_bench
 from scripts.measuring import can_measure_memory
 
@@ -157,7 +163,7 @@ def test_a_tiny_run_of_the_local_benchmark_reports_every_figure(tmp_path, monkey
 
 
 def test_the_local_benchmark_reports_nothing_after_a_wrong_result(monkeypatch, capsys):
-    monkeypatch.setattr(local_bench, "local_attention", lambda q, k, v, **_: v)
+    monkeypatch.setattr(local_measurements, "local_attention", lambda q, k, v, **_: v)
     with pytest.raises(SystemExit, match=r"differs from the float64 twin by .*; nothing is reported"):
         local_bench.main(["--threads", "1", "--repeats", "1"])
     assert capsys.readouterr().out == ""

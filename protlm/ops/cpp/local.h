@@ -267,6 +267,8 @@ inline Index local_workspace(const LocalCall& call) { return call.num_threads * 
 
 inline void run_local(const LocalCall& call, bool is_backward) {
     const LocalSizes sizes(call);
+    for (const FavorTensor* result : {&call.out, &call.q_grad, &call.k_grad, &call.v_grad})
+        if (is_backward == (result != &call.out)) ask_for_huge_pages(*result, call.result_bytes);
 #pragma omp parallel num_threads(static_cast<int>(call.num_threads))
     {
         const LocalScratch scratch(call.workspace + omp_get_thread_num() * LocalScratch::floats(sizes), sizes);

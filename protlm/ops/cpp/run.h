@@ -6,10 +6,6 @@
 #include <initializer_list>
 
 #include <omp.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "bidirectional.h"
 #include "causal.h"
 
@@ -181,20 +177,6 @@ struct Team {
     }
 };
 
-// Requests pages of 2 MiB for a large result that is about to be written for the first time: a page fault for every
-// 4 KiB costs as much as a tenth of the attention. A call need not have every result.
-inline void ask_for_huge_pages(const FavorCall& call, const FavorTensor& result) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (!result.data) return;
-    constexpr std::uintptr_t page = std::uintptr_t{1} << 21;
-    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(result.data);
-    const std::uintptr_t first = (begin + page - 1) / page * page;
-    const std::uintptr_t last = (begin + call.result_bytes) / page * page;
-    // Only advice: without such pages the results are the same.
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // The task of a call: all of forward or backward, or a half of the bidirectional ones. Between two halves states are
 // complete, so that the caller can combine those of several processes.
 enum class Task { kForward, kBackward, kFold, kRead, kQueryGradients, kKeyGradients };
@@ -216,9 +198,9 @@ void run_team(const FavorCall& call, Task task) {
     const Workspace workspace(call);
     const bool is_backward = task == Task::kBackward || task == Task::kQueryGradients || task == Task::kKeyGradients;
     if (is_backward)
-        for (const FavorTensor* grad : {&call.q_grad, &call.k_grad, &call.v_grad}) ask_for_huge_pages(call, *grad);
+        for (const FavorTensor* grad : {&call.q_grad, &call.k_grad, &call.v_grad}) ask_for_huge_pages(*grad, call.result_bytes);
     else
-        ask_for_huge_pages(call, call.out);
+        ask_for_huge_pages(call.out, call.result_bytes);
 #pragma omp parallel num_threads(static_cast<int>(call.num_threads))
     {
         const Team<kExponential> team{call, workspace};
