@@ -113,8 +113,8 @@ def eval_command(
     known. A causal model is scored at every residue, given those before it.
 
     A good value depends on the proteins: the model of `make demo` has a perplexity of 6.76 on random members of the
-    families that it learned, 12.07 on distant ones, where the frequencies have 17.2. In the paper the same model has
-    9.24 on a random split of TrEMBL and 12.41 on families kept out of training.
+    families that it learned, 12.07 on distant ones, where the frequencies have 17.2. The paper's Performer with softmax
+    features has 9.24 on a random split of TrEMBL and 12.41 on families kept out of training.
 
     \b
     Examples:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PathArgument = Annotated[
     Path,
-    typer.Argument(metavar="PATH", help="A dataset, an output of embed in any layout, a run, or any model."),
+    typer.Argument(metavar="PATH", help="A dataset, an output of embed in any layout, a run, or a model on disk."),
 ]
 
 

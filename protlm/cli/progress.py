@@ -68,7 +68,8 @@ class Progress:
             nonlocal done
             done += amount
             now = time.monotonic()
-            if now >= self._line_is_due_at:
+            # Without a stderr, print would take stdout.
+            if now >= self._line_is_due_at and sys.stderr is not None:
                 self._line_is_due_at = now + _SECONDS_BETWEEN_LINES
                 parts = [
                     *_progress(unit, size, done, rate=(done - first) / max(now - began, 1e-9), seconds=now - began),

@@ -65,13 +65,15 @@ DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Print parameters, memory, steps and the time of a step; train nothing."),
 ]
+_TIMING_SECONDS = 60.0
 TimingSecondsOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--timing-seconds",
         metavar="N",
         min=0.0,
-        help="With --dry-run: time a step only if that takes no longer, as far as can be foreseen; else estimate it.",
+        help="With --dry-run: time a step only if that takes no longer, as far as can be foreseen, else estimate it; "
+        f"default: {_TIMING_SECONDS:g}.",
     ),
 ]
 ForOption = Annotated[
@@ -105,7 +107,7 @@ def train_command(
     resume: ResumeOption = False,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
-    timing_seconds: TimingSecondsOption = 60.0,
+    timing_seconds: TimingSecondsOption = None,
     device: ForOption = None,
     find_batch: FindBatchOption = False,
     as_json: JsonOption = False,
@@ -128,12 +130,13 @@ def train_command(
     """  # noqa: D301  \b must reach Typer as a backspace
     if resume and force:
         raise typer.BadParameter("--resume continues a run and --force replaces it: give one of them")
-    for name, is_given in (("--find-batch", find_batch), ("--for", device is not None)):
+    only_dry = {"--find-batch": find_batch, "--for": device is not None, "--timing-seconds": timing_seconds is not None}
+    for name, is_given in only_dry.items():
         if is_given and not dry_run:
             raise typer.BadParameter(f"{name} trains nothing: give it together with --dry-run")
-    if device is not None and (find_batch or (devices, num_nodes) != (1, 1)):
+    if device is not None and (find_batch or timing_seconds is not None or (devices, num_nodes) != (1, 1)):
         raise typer.BadParameter(
-            "--for names the devices, as in h100x8: leave out --devices, --num-nodes, --find-batch"
+            "--for names the devices, as in h100x8: leave out --devices, --num-nodes, --find-batch, --timing-seconds"
         )
     max_seconds = _seconds(max_time)
     named = {"max_steps": max_steps, "seed": seed, "precision": precision}
@@ -154,7 +157,8 @@ def train_command(
         from protlm.cli.dry_run import print_on_devices, print_pace_here
 
         if kind is None:
-            print_pace_here(checked, find_batch=find_batch, timing_seconds=timing_seconds, as_json=as_json)
+            seconds = _TIMING_SECONDS if timing_seconds is None else timing_seconds
+            print_pace_here(checked, find_batch=find_batch, timing_seconds=seconds, as_json=as_json)
         else:
             print_on_devices(checked, kind, as_json=as_json)
         return

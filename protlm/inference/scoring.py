@@ -22,6 +22,8 @@ from protlm.model.token_table import TokenTable
 from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.progress import Advance, no_advance
 
+_ROUNDS_BETWEEN_MERGES = 64
+
 
 def score_rows(
     model: Performer,
@@ -154,18 +156,42 @@ def score_model(
         proteins, tokens_per_batch, seed, objective, window_tokens=window_tokens, max_residues=max_residues
     )
     names = ("model", *baselines)
-    own = [
-        np.stack([_row_sums(scores), *(_row_sums(scores.predicted_as(predict(row))) for predict in baselines.values())])
-        for row, scores in score_rows(model, rows, advance=advance, rank=rank, world_size=world_size)
-    ]
-    everyone = [own] if world_size == 1 else _gathered(own, world_size)
-    total = np.zeros((len(names), NUM_SUMS))
-    # The rows in the order of the split, and a sum over them from first to last.
-    for turn in zip_longest(*everyone):
-        for sums in turn:
-            if sums is not None:
-                total += sums
-    return {name: MetricSums.of(sums) for name, sums in zip(names, total, strict=True)}
+    in_order = _SumsInOrder(len(names), world_size, advance)
+    for row, scores in score_rows(model, rows, advance=in_order.after_round, rank=rank, world_size=world_size):
+        predicted = [scores, *(scores.predicted_as(predict(row)) for predict in baselines.values())]
+        in_order.own.append(np.stack([_row_sums(each) for each in predicted]))
+    in_order.merge()
+    return {name: MetricSums.of(sums) for name, sums in zip(names, in_order.total, strict=True)}
+
+
+class _SumsInOrder:
+    """Adds the sums of rows from the first row of a split to the last, whichever process has computed them.
+
+    Attributes:
+        own: Sums of this process's rows that are not in the total yet.
+        total: float64 (predictions, NUM_SUMS), the same in all processes.
+    """
+
+    def __init__(self, num_predictions: int, world_size: int, advance: Advance) -> None:
+        self.own: list[np.ndarray] = []
+        self.total = np.zeros((num_predictions, NUM_SUMS))
+        self._world_size, self._advance, self._num_rounds = world_size, advance, 0
+
+    def after_round(self, amount: int) -> None:
+        """Merges now and then, in the same rounds in all processes, so that few rows are kept."""
+        self._num_rounds += 1
+        if self._num_rounds % _ROUNDS_BETWEEN_MERGES == 0:
+            self.merge()
+        self._advance(amount)
+
+    def merge(self) -> None:
+        """Adds the rows since the last merge; all processes must call it together."""
+        everyone = [self.own] if self._world_size == 1 else _gathered(self.own, self._world_size)
+        for turn in zip_longest(*everyone):
+            for sums in turn:
+                if sums is not None:
+                    self.total += sums
+        self.own = []
 
 
 def _row_sums(scores: ResidueScores) -> np.ndarray:

@@ -6,12 +6,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from protlm.ops import compiled, local_cpp, local_torch
 from protlm.ops.inputs import LocalInputs, in_one_dtype
 
 LocalBackend = Literal["auto", "torch", "cpp"]
+
+_ONLY_ONCE = "local_attention has first derivatives in reverse mode only (backward, torch.func.grad and vjp)"
 
 
 def local_attention(
@@ -28,7 +29,8 @@ def local_attention(
     """Returns exact softmax attention of every token to the tokens at most `window` away, in its segment.
 
     The weights are softmax(q·k/√d) over these tokens. Scores and sums are float32, for float64 inputs float64, also
-    under autocast. Gradients flow to q, k and v, once; the backward recomputes the scores.
+    under autocast. Gradients flow to q, k and v, by `backward` and by torch.func.grad and vjp; second derivatives and
+    forward mode are errors. The backward recomputes the scores.
 
     Cost per head: time O(length · window · head_dim), memory O(length · head_dim) and a bounded number of scores.
 
@@ -46,22 +48,26 @@ def local_attention(
             else `torch`. A call that `cpp` does not cover runs on `torch`.
 
     Returns:
-        Shape and dtype of v. NaN in a real token propagates, also to tokens somewhat beyond the window.
+        Shape and dtype of v. NaN in a real token propagates, with `cpp` also to tokens of its segment that are not far
+        beyond the window.
 
     Raises:
         TypeError: An argument is no tensor.
         ValueError: An argument does not fit, or the named backend cannot run here.
+        RuntimeError: A derivative of forward mode or of second order.
     """
     given = v
     q, k, v = in_one_dtype(q, k, v)
-    if window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"window: expected an integer of at least 1, got {window!r}")
     if backend not in ("auto", "torch", "cpp"):
         raise ValueError(f"backend: expected 'auto', 'torch' or 'cpp', got {backend!r}")
     inputs = LocalInputs(q, k, v, token_mask, cu_seqlens, before=window, after=0 if causal else window)
     inputs.check()
     with torch.autocast(q.device.type, enabled=False):
-        out: Tensor = _LocalAttention.apply(q, k, v, inputs, _module(backend, inputs))  # type: ignore[no-untyped-call]
+        out: Tensor = _LocalAttention.apply(  # type: ignore[no-untyped-call]
+            q, k, v, inputs.without_tensors(), _module(backend, inputs)
+        )[0]
     return out.to(given.dtype)
 
 
@@ -74,18 +80,47 @@ def _module(backend: LocalBackend, inputs: LocalInputs) -> ModuleType:
 
 
 class _LocalAttention(torch.autograd.Function):
-    """The op as a function of q, k and v; a backend computes it."""
+    """The op as a function of q, k and v, with what its backward needs; a backend computes it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, inputs: LocalInputs, module: ModuleType) -> Tensor:
-        inputs = inputs.with_tensors(q, k, v)
-        out, log_sums = module.forward(inputs)
-        ctx.save_for_backward(q, k, v, out, log_sums)
-        ctx.inputs, ctx.module = inputs.without_tensors(), module
-        return out  # type: ignore[no-any-return]
+    def forward(q: Tensor, k: Tensor, v: Tensor, inputs: LocalInputs, module: ModuleType) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = module.forward(inputs.with_tensors(q, k, v))
+        return result
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, log_sums = ctx.saved_tensors
-        return *ctx.module.backward(ctx.inputs.with_tensors(q, k, v), grad, out, log_sums), None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, ctx.inputs, ctx.module = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return *_LocalGradients.apply(grad, *ctx.saved_tensors, ctx.inputs, ctx.module), None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(f"{_ONLY_ONCE}, got a tangent of forward mode")
+
+
+class _LocalGradients(torch.autograd.Function):
+    """The gradients of the op, which have none themselves."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, inputs: LocalInputs,
+        module: ModuleType,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        result: tuple[Tensor, Tensor, Tensor] = module.backward(inputs.with_tensors(q, k, v), grad, out, log_sums)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{_ONLY_ONCE}, got a second derivative")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(f"{_ONLY_ONCE}, got a tangent of forward mode")

@@ -25,16 +25,23 @@ def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor]:
     reach = _Reach(inputs.before, inputs.after)
     q, k, v = (_as_row(x, inputs) for x in (inputs.q, inputs.k, inputs.v))
     numbers = inputs.segment_numbers()
+    v, is_bad = _without_bad(v)
     out = _like_tokens(v)
     dtype = inputs.compute_dtype
     log_sums = q.new_empty(q.shape[:2], dtype=dtype)
     band = reach.band(q.device)
     for blocks in _cut(q, reach):
-        scores = _scores(blocks, q, k, numbers, band, dtype)
+        hidden = blocks.hidden(numbers, band)
+        scores = _scores(blocks, q, k, hidden, dtype)
         largest = scores.amax(-1, keepdim=True)
         weights = scores.sub_(largest).exp_()
         totals = weights.sum(-1, keepdim=True)
-        blocks.put(out, _product(weights, blocks.windows(v, dtype)).div_(totals))
+        sums = _product(weights, blocks.windows(v, dtype))
+        if is_bad is not None:
+            # Not through weights of zero, which would carry it to tokens that do not see it.
+            reached = (~hidden & blocks.windows(is_bad, torch.bool).unsqueeze(2)).any(-1)
+            sums.masked_fill_(reached.unsqueeze(-1), torch.nan)
+        blocks.put(out, sums.div_(totals))
         blocks.put(log_sums, totals.log_().add_(largest).squeeze(-1))
     return _as_batch(out, inputs), log_sums
 
@@ -54,7 +61,7 @@ def backward(inputs: LocalInputs, out_grad: Tensor, out: Tensor, log_sums: Tenso
     k_sums, v_sums = (q.new_zeros((len(q), size, q.shape[2]), dtype=dtype) for _ in range(2))
     band = reach.band(q.device)
     for blocks in _cut(q, reach):
-        weights = _scores(blocks, q, k, numbers, band, dtype)
+        weights = _scores(blocks, q, k, blocks.hidden(numbers, band), dtype)
         weights.sub_(blocks.queries(log_sums, dtype).unsqueeze(-1)).exp_()
         grads, queries = blocks.queries(grad, dtype), blocks.queries(q, dtype)
         score_grads = _product(grads, blocks.windows(v, dtype).mT)
@@ -162,10 +169,19 @@ def _cut(x: Tensor, reach: _Reach) -> Iterator[_Blocks]:
         yield _Blocks(start, min(start + tokens, length), reach)
 
 
-def _scores(blocks: _Blocks, q: Tensor, k: Tensor, numbers: Tensor, band: Tensor, dtype: torch.dtype) -> Tensor:
+def _without_bad(v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns values with zeros in place of what is not finite, and where that is (heads, length); None if nowhere."""
+    is_bad = ~v.isfinite().all(-1)
+    # Not on a GPU, where the host would have to wait for the answer.
+    if v.device.type == "cpu" and not bool(is_bad.any()):
+        return v, None
+    return v.masked_fill(is_bad.unsqueeze(-1), 0.0), is_bad
+
+
+def _scores(blocks: _Blocks, q: Tensor, k: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns q·k/√d (heads, blocks, block, width), −∞ where a query does not see a key."""
     scores = _product(blocks.queries(q, dtype).mul_(_scale(q)), blocks.windows(k, dtype).mT)
-    return scores.masked_fill_(blocks.hidden(numbers, band), -torch.inf)
+    return scores.masked_fill_(hidden, -torch.inf)
 
 
 def _scale(q: Tensor) -> float:

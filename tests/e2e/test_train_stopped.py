@@ -8,8 +8,9 @@ import signal
 import pytest
 
 from protlm.cli.app import main
-from protlm.pretrained.model_directory import read_description
+from protlm.pretrained.model_files import read_description
 from protlm.workflows.train import callbacks
+from protlm.workflows.train import train as train_module
 from protlm.workflows.train.run_log import RunLog
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_train_watching import scores_of
@@ -43,6 +44,11 @@ def stopped(dataset, tmp_path, monkeypatch):
 def no_time(monkeypatch):
     """There is no time to measure."""
     monkeypatch.setattr(callbacks, "_SECONDS_TO_MEASURE", -1.0)
+
+
+def no_baselines(*_):
+    """A stand-in for `baseline_perplexities`, which may take as long as the split is large."""
+    raise AssertionError("a stopped run measures no baselines")
 
 
 def end_of(run_dir):
@@ -106,6 +112,12 @@ def test_an_unmeasured_model_takes_the_place_of_no_measured_one_but_of_an_unmeas
     assert (description.step, description.unmeasured) == (2, True)
     _, description = stopped(4, *NEVER, "--resume")
     assert (description.step, description.unmeasured) == (4, True)
+
+
+def test_a_stopped_run_spends_no_time_on_baselines(stopped, monkeypatch):
+    monkeypatch.setattr(train_module, "baseline_perplexities", no_baselines)
+    _, description = stopped(3, *NEVER)
+    assert description.step == 3
 
 
 def test_without_a_valid_split_the_latest_model_is_left(fasta, tmp_path, stopped):

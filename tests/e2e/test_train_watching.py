@@ -348,7 +348,8 @@ def test_a_dry_run_of_every_shipped_configuration(name, dataset, tmp_path, capsy
 def test_the_search_for_the_largest_row_needs_a_gpu(dataset, tmp_path, failure):
     message = failure("train", dataset, "--out", tmp_path / "run", "--dry-run", "--find-batch")
     assert "GPU" in message
-    assert main(["train", str(dataset), "--out", str(tmp_path / "run"), "--find-batch"]) == 2
+    for words in (["--find-batch"], ["--timing-seconds", "5"], ["--dry-run", "--for", "h100", "--timing-seconds", "5"]):
+        assert main(["train", str(dataset), "--out", str(tmp_path / "run"), *words]) == 2
 
 
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_written(dataset, tmp_path, failure):

@@ -53,11 +53,11 @@ def test_a_run_of_hundreds_of_epochs_is_told(one_valid, tmp_path, capsys):
     ]
     words += ["--set", "train.checkpoint_every_steps=1000"]
     assert train(one_valid, tmp_path / "run", *words, "--max-steps", 20) == 0
-    assert not [line for line in warnings(capsys) if "times over" in line]
+    assert not [line for line in warnings(capsys) if "by heart" in line]
     assert train(one_valid, tmp_path / "run", *words, "--max-steps", 120, "--force") == 0
-    (line,) = [line for line in warnings(capsys) if "times over" in line]
-    assert "over the 4 proteins of the training split" in line
-    assert int(line.split()[3]) >= 100
+    (line,) = [line for line in warnings(capsys) if "by heart" in line]
+    assert "the 4 proteins of its training split" in line
+    assert int(line.split()[5]) >= 100
 
 
 def test_a_model_below_a_baseline_is_told_at_the_end_of_train_and_by_eval(dataset, run_dir, tmp_path, capsys):

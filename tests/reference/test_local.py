@@ -162,6 +162,32 @@ def test_nan_reaches_every_token_that_sees_it_and_no_other_head(which, backend):
     assert not out[0, 1].isnan().any()
 
 
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_segment(content, backend):
+    q, k, v, _ = draw(1, 130, torch.float32)
+    clean = local_attention(q, k, v, window=9, cu_seqlens=bounds(60, 70), backend=backend)
+    v[0, :, 61] = content
+    out = local_attention(q, k, v, window=9, cu_seqlens=bounds(60, 70), backend=backend)
+    assert torch.equal(out[:, :, :60], clean[:, :, :60])
+    assert not out[0, :, 61:71].isfinite().any()
+    # The torch backend is exact to the token: the compiled one knows a segment, and a block of keys.
+    assert out[0, :, (71 if backend == "torch" else 124) :].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_torch_func_differentiates_it_once(backend):
+    q, k, v, grad = draw(1, 50, torch.float32)
+    expected = differentiated(local_attention, q, k, v, grad, window=6, backend=backend)[1:]
+
+    def loss(q, k, v):
+        return (local_attention(q, k, v, window=6, backend=backend) * grad).sum()
+
+    for ours, theirs in zip(torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(RuntimeError, match="local_attention has first derivatives in reverse mode only"):
+        torch.func.jvp(loss, (q, k, v), (q, k, v))
+
+
 def test_short_dtypes_and_autocast_compute_in_float32():
     q, k, v, _ = draw(1, 130, torch.bfloat16)
     expected = reference.softmax_attention(q, k, v, window=20)
@@ -183,14 +209,16 @@ def test_a_second_derivative_is_refused():
     q, k, v, _ = draw(1, 20)
     q.requires_grad_()
     (grad,) = torch.autograd.grad(local_attention(q, k, v, window=4).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="got a second derivative"):
         torch.autograd.grad(grad.sum(), q)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window: expected at least 1, got 0"),
+        ({"window": 0}, "window: expected an integer of at least 1, got 0"),
+        ({"window": 2.5}, "window: expected an integer of at least 1, got 2.5"),
+        ({"window": True}, "window: expected an integer of at least 1, got True"),
         ({"window": 4, "backend": "triton"}, "backend: expected 'auto', 'torch' or 'cpp', got 'triton'"),
         ({"window": 4, "cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "cu_seqlens: expected bounds"),
         ({"window": 4, "token_mask": torch.ones(1, 3, dtype=torch.bool)}, "token_mask: expected shape"),

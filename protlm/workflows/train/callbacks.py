@@ -46,6 +46,7 @@ class Watch(pl.Callback):
     Attributes:
         last_step: Number of the latest update.
         best: The measurement of the exported model; None without a valid split.
+        baselines: Perplexities of the baselines on the valid split, as the latest picture has them; empty without.
         outcome: How the run ended; None while it goes on.
         epoch: Passes over the data that are behind the run; 0 before its first update here.
         notes: Warnings about the files of the run that is resumed.
@@ -66,7 +67,8 @@ class Watch(pl.Callback):
         self._config = config
         self._valid = valid
         self._describe = describe
-        self._baselines = baselines
+        self._measure_baselines = baselines
+        self.baselines: Mapping[str, float] = {}
         self._stop_request = stop_request
         self._start_progress = start_progress
         self._log: RunLog | None = None
@@ -154,10 +156,12 @@ class Watch(pl.Callback):
         ends = outcome is not None
         if ends or has_improved or self._is_due(step):
             self._save_checkpoints(trainer, has_improved=has_improved)
-            if ends and not is_measured:
+            is_stopped = ends and not is_measured
+            if is_stopped:
                 self._leave_a_model(trainer, task)
             if self._log is not None:
-                self._log.draw_curves(self._baselines, is_last=ends)
+                # Who is stopped has no time to measure baselines, which takes as long as the valid split is large.
+                self._log.draw_curves(self._drawn if is_stopped else self._measured, is_last=ends)
         if ends and valid and self.best is None:
             message = f"the perplexity on valid is {valid['valid/perplexity']}, and so no model was exported"
             raise diverged(step, message, trainer.global_rank)
@@ -165,6 +169,13 @@ class Watch(pl.Callback):
         self.outcome = outcome
         if ends:
             trainer.should_stop = True
+
+    def _drawn(self) -> Mapping[str, float]:
+        return self.baselines
+
+    def _measured(self) -> Mapping[str, float]:
+        self.baselines = self._measure_baselines()
+        return self.baselines
 
     def _is_due(self, step: int) -> bool:
         settings = self._config.train

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from protlm.choices import Precision
 from protlm.config import Config
-from protlm.errors import ConfigError
+from protlm.errors import ConfigError, UsageError
 from protlm.runtime.devices import Devices
 from protlm.workflows.train.run_size import RunSize
 
@@ -77,11 +77,12 @@ def parse_devices(text: str) -> tuple[str, int]:
     """Returns the name of a kind of device and how many of it, from a text such as `h100x8`.
 
     Raises:
-        ConfigError: An unknown device, or a number that is none.
+        UsageError: An unknown device, or a number that is none.
     """
     name, _, number = (text, "", "1") if text in DEVICES else text.rpartition("x")
-    if name not in DEVICES or not (number.isascii() and number.isdecimal() and 0 < int(number[:9]) <= _MOST_DEVICES):
-        raise ConfigError(
+    is_number = number.isascii() and number.isdecimal() and len(number) < 9
+    if name not in DEVICES or not (is_number and 0 < int(number) <= _MOST_DEVICES):
+        raise UsageError(
             f"--for {text[:40]}: expected {', '.join(DEVICES)}, alone or with a number of devices as in h100x8"
         )
     return name, int(number)
@@ -108,7 +109,7 @@ def estimate_on(name: str, devices: Devices, settings: Config, size: RunSize) ->
         device=name,
         num_devices=devices.total,
         memory_bytes=-(-size.memory.state_bytes // shares) + size.memory.activations_bytes,
-        available_bytes=device.gigabytes * 10**9,
+        available_bytes=device.gigabytes * 2**30,
         peak_flops=peak,
         assumed_utilisation=ASSUMED_UTILISATION,
         seconds_per_step=seconds,

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -148,7 +148,7 @@ def _train(
     model = _exported(run_dir)
     valid = None if model is None else model.valid
     if has_work:
-        watch.notes += _weaknesses(start, watch, valid, baselines)
+        watch.notes += _weaknesses(start, watch, valid)
     return TrainReport(
         run_dir=run_dir,
         step=watch.last_step,
@@ -169,14 +169,11 @@ def _exported(run_dir: Path) -> ModelDescription | None:
     return read_description(folder) if (folder / "config.json").is_file() else None
 
 
-def _weaknesses(
-    start: Start, watch: Watch, valid: ValidScore | None, baselines: Callable[[], Mapping[str, float]]
-) -> tuple[str, ...]:
+def _weaknesses(start: Start, watch: Watch, valid: ValidScore | None) -> tuple[str, ...]:
     """Returns a line for each weakness of the result."""
     lines = weak_results(
         valid=valid,
-        # They were measured for the last picture of the curves.
-        baselines=baselines() if valid is not None else {},
+        baselines=watch.baselines,
         num_training=start.sets.train.num_records,
         num_valid=None if start.sets.valid is None else start.sets.valid.num_records,
         epochs=watch.epoch,

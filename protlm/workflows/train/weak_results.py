@@ -34,8 +34,8 @@ def weak_results(
         lines.append("the valid split is a single protein, and so its scores say nothing about others")
     if epochs >= MANY_EPOCHS:
         lines.append(
-            f"the run went {epochs:,} times over the {num_training:,} proteins of the training split, and may know "
-            "them by heart; train on more proteins, or for fewer steps"
+            f"the run went on for {epochs:,} epochs, and may know the {num_training:,} proteins of its training split "
+            "by heart; train on more proteins, or for fewer steps"
         )
     return lines
 

@@ -89,6 +89,15 @@ def test_a_stage_of_unknown_size_has_no_time_left_and_one_that_counts_nothing_te
     ]
 
 
+def test_without_a_stderr_nothing_goes_to_stdout(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress({"train": "step"}) as shown:
+        advance = shown.start("train", 50)
+        clock(100)
+        advance(5)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_terminal_gets_a_bar_at_once_and_no_lines(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress({"train": "step"}) as shown:

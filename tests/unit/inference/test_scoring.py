@@ -7,6 +7,7 @@ import torch
 from protlm.config import ModelConfig
 from protlm.data.batching.batches import evaluation_rows
 from protlm.data.batching.masking import MaskRates, Objective
+from protlm.inference import scoring
 from protlm.inference.baselines import empirical
 from protlm.inference.metrics import Score
 from protlm.inference.scoring import score_model, score_rows
@@ -183,7 +184,8 @@ ODD_BUDGET = 120
 
 
 def score_in_a_process(rank, world_size, folder):
-    """Scores in one of several processes and saves the result."""
+    """Scores in one of several processes, which merge after every second round, and saves the result."""
+    scoring._ROUNDS_BETWEEN_MERGES = 2
     process_groups.join(rank, world_size, folder)
     model = Performer(
         ModelConfig(attention="positive", num_layers=1, model_dim=16, num_heads=2, ffn_dim=16, num_features=8)

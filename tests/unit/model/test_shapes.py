@@ -17,6 +17,8 @@ SETTINGS = [
     {"positions": "sinusoidal", "causal": True, "conv_width": 5},
     {"positions": "none", "head": "linear", "tied_head": False},
     {"stored_frequencies": True, "qk_layer_norm": True, "qk_norm": False, "token_dropout": True},
+    {"num_layers": 4, "attention": ("local", "near-far", "softmax", "oprf"), "local_bias": 3.0},
+    {"attention": ("softmax", "positive"), "exact_temperature": 0.0},
     {"vocabulary": ("<pad>", "<unk>", *TOKENS[:1], *TOKENS[2:3], *TOKENS[4:24], "<mask>"), "norm": "rms"},
 ]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from protlm.config import Config, TrainConfig
-from protlm.errors import ConfigError
+from protlm.errors import ConfigError, UsageError
 from protlm.runtime.devices import Devices
 from protlm.workflows.train.device_estimate import ASSUMED_UTILISATION, DEVICES, estimate_on, parse_devices
 from protlm.workflows.train.memory import MemoryEstimate
@@ -32,10 +32,11 @@ def test_devices_are_a_name_and_a_number(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["h999", "a100", "", "x8", "h100x", "h100x0", "h100x-1", "h100x2x2", "h100x" + "9" * 9]
+    "text",
+    ["h999", "a100", "", "x8", "h100x", "h100x0", "h100x-1", "h100x2x2", "h100x" + "9" * 9, "h100x" + "0" * 9 + "1"],
 )
 def test_an_unknown_device_names_the_known_ones(text):
-    with pytest.raises(ConfigError, match=r"h100, .*as in h100x8") as caught:
+    with pytest.raises(UsageError, match=r"h100, .*as in h100x8") as caught:
         parse_devices(text)
     assert all(name in str(caught.value) for name in DEVICES)
 
@@ -58,4 +59,4 @@ def test_fsdp_shares_the_state_and_not_the_row():
     whole = estimate_on("h100", Devices(4), settings, SIZE)
     shared = estimate_on("h100", Devices(4, strategy="fsdp"), settings, SIZE)
     assert (whole.memory_bytes, shared.memory_bytes) == (1160, 1040)
-    assert whole.available_bytes == 80 * 10**9
+    assert whole.available_bytes == 80 * 2**30

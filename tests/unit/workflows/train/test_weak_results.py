@@ -57,6 +57,6 @@ def test_what_is_not_measured_or_measured_otherwise_is_not_compared():
 def test_splits_of_one_protein_and_many_epochs_are_told():
     told = lines(num_training=1, num_valid=1, epochs=312)
     assert [line.split(" is ")[0] for line in told[:2]] == ["the training split", "the valid split"]
-    assert "312 times over the 1 proteins" in told[2]
+    assert "312 epochs, and may know the 1 proteins" in told[2]
     assert len(told) == 3
-    assert "100 times" in lines(epochs=100)[0]
+    assert "100 epochs" in lines(epochs=100)[0]
