@@ -116,7 +116,7 @@ def test_an_unmeasured_model_takes_the_place_of_no_measured_one_but_of_an_unmeas
 
 def test_a_stopped_run_spends_no_time_on_baselines(stopped, monkeypatch):
     monkeypatch.setattr(train_module, "baseline_perplexities", no_baselines)
-    _, description = stopped(3, *NEVER)
+    _, description = stopped(3, *NEVER, "--set", "train.checkpoint_every_steps=1000")
     assert description.step == 3
 
 
