@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+import torch.utils._device
 
 # Not from a module of the ops: those have to be imported after pytest has added the checks of annotations.
 from protlm.gpu_check.tolerances import TOLERANCE
@@ -17,6 +18,9 @@ from protlm.gpu_check.tolerances import TOLERANCE
 __all__ = ["TOLERANCE", "relative_error"]
 
 SLOW_TIMEOUT_SECONDS = 1800
+
+# `with torch.device(…)` knows these functions from its first use on, which must not be while a test has replaced some.
+torch.utils._device._device_constructors()
 
 # The machine may be doing something else; and threads split sums, which would make results depend on the machine.
 torch.set_num_threads(1)

@@ -53,7 +53,7 @@ class LocalCall(ctypes.Structure):
         ("units", Pointer),
         *((name, Integer) for name in ("num_units", "longest_unit")),
         *((name, StridedTensor) for name in ("q", "k", "v", "out")),
-        ("log_sums", Pointer),
+        *((name, Pointer) for name in ("maxima", "factors")),
         ("result_bytes", Integer),
         *((name, StridedTensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
         ("workspace", Pointer),

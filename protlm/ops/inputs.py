@@ -1,6 +1,6 @@
 """The arguments of one call of the attention op as one value, and the conditions under which they fit together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -184,15 +184,6 @@ class LocalInputs:
         AttentionInputs(self.q, self.k, self.v, None, self.token_mask, self.cu_seqlens, None, "relu").check()
         if self.cu_seqlens is not None:
             read_bounds(self.cu_seqlens, self.q.shape[2])
-
-    def with_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> "LocalInputs":
-        """Returns the same call of other tensors."""
-        return replace(self, q=q, k=k, v=v)
-
-    def without_tensors(self) -> "LocalInputs":
-        """Returns the call without the memory of its tensors, which autograd keeps itself."""
-        nothing = self.q.new_empty(0)
-        return replace(self, q=nothing, k=nothing, v=nothing)
 
     def segment_numbers(self) -> Tensor:
         """Returns the number of every token's segment, int32 (batch · length,); −1 for padding."""

@@ -62,11 +62,13 @@ def local_attention(
         raise ValueError(f"window: expected an integer of at least 1, got {window!r}")
     if backend not in ("auto", "torch", "cpp"):
         raise ValueError(f"backend: expected 'auto', 'torch' or 'cpp', got {backend!r}")
-    inputs = LocalInputs(q, k, v, token_mask, cu_seqlens, before=window, after=0 if causal else window)
-    inputs.check()
+    LocalInputs(q, k, v, token_mask, cu_seqlens, window, window).check()
+    # No token is farther away.
+    reach = min(window, q.shape[2])
+    inputs = LocalInputs(q, k, v, token_mask, cu_seqlens, before=reach, after=0 if causal else reach)
     with torch.autocast(q.device.type, enabled=False):
         out: Tensor = _LocalAttention.apply(  # type: ignore[no-untyped-call]
-            q, k, v, inputs.without_tensors(), _module(backend, inputs)
+            q, k, v, token_mask, cu_seqlens, inputs.before, inputs.after, _module(backend, inputs)
         )[0]
     return out.to(given.dtype)
 
@@ -80,22 +82,27 @@ def _module(backend: LocalBackend, inputs: LocalInputs) -> ModuleType:
 
 
 class _LocalAttention(torch.autograd.Function):
-    """The op as a function of q, k and v, with what its backward needs; a backend computes it."""
+    """The op as a function of its tensors, with what its backward needs; a backend computes it."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, inputs: LocalInputs, module: ModuleType) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = module.forward(inputs.with_tensors(q, k, v))
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *call, module = arguments
+        result: tuple[Tensor, Tensor, Tensor] = module.forward(LocalInputs(*call))
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, ctx.inputs, ctx.module = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, *output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.before, ctx.after, ctx.module = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        # Masks and bounds too: autograd then sees if somebody changes them before the backward.
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return *_LocalGradients.apply(grad, *ctx.saved_tensors, ctx.inputs, ctx.module), None, None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = _LocalGradients.apply(  # type: ignore[no-untyped-call]
+            grad, *ctx.saved_tensors, ctx.before, ctx.after, ctx.module
+        )
+        return *grads, *(None,) * 5
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -106,11 +113,10 @@ class _LocalGradients(torch.autograd.Function):
     """The gradients of the op, which have none themselves."""
 
     @staticmethod
-    def forward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, inputs: LocalInputs,
-        module: ModuleType,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        result: tuple[Tensor, Tensor, Tensor] = module.backward(inputs.with_tensors(q, k, v), grad, out, log_sums)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, k, v, token_mask, cu_seqlens, *results, before, after, module = arguments
+        inputs = LocalInputs(q, k, v, token_mask, cu_seqlens, before, after)
+        result: tuple[Tensor, Tensor, Tensor] = module.backward(inputs, grad, *results)
         return result
 
     @staticmethod

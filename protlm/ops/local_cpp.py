@@ -21,22 +21,24 @@ def covers(inputs: LocalInputs) -> bool:
     return inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32 and inputs.token_mask is None
 
 
-def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor]:
-    """Returns the output, and for the backward the logarithms of the sums of weights, to base 2."""
-    out, log_sums = result_like(inputs.v), inputs.q.new_empty(inputs.q.shape[:3])
-    _run("forward", inputs, log_sums, {"out": out})
-    return out, log_sums
+def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the output, and for the backward the largest score of each query, to base 2, and one by the sum."""
+    out, (maxima, factors) = result_like(inputs.v), (inputs.q.new_empty(inputs.q.shape[:3]) for _ in range(2))
+    _run("forward", inputs, maxima, factors, {"out": out})
+    return out, maxima, factors
 
 
-def backward(inputs: LocalInputs, out_grad: Tensor, out: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    inputs: LocalInputs, out_grad: Tensor, out: Tensor, maxima: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; the weights are computed again."""
     q_grad, k_grad, v_grad = (result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
-    _run("backward", inputs, log_sums, tensors)
+    _run("backward", inputs, maxima, factors, tensors)
     return q_grad, k_grad, v_grad
 
 
-def _run(task: str, inputs: LocalInputs, log_sums: Tensor, tensors: dict[str, Tensor]) -> None:
+def _run(task: str, inputs: LocalInputs, maxima: Tensor, factors: Tensor, tensors: dict[str, Tensor]) -> None:
     batch, heads, length, head_dim = inputs.q.shape
     units = _units_of_rows(batch, length) if inputs.cu_seqlens is None else _units(inputs.cu_seqlens.tolist())
     # The call holds only pointers: what they point to must live until it is over.
@@ -50,12 +52,13 @@ def _run(task: str, inputs: LocalInputs, log_sums: Tensor, tensors: dict[str, Te
         heads=heads,
         head_dim=head_dim,
         num_tokens=length,
-        before=min(inputs.before, length),
-        after=min(inputs.after, length),
+        before=inputs.before,
+        after=inputs.after,
         units=units.ctypes.data,
         num_units=len(units),
         longest_unit=int(units[:, 4].max(initial=0)),
-        log_sums=log_sums.data_ptr(),
+        maxima=maxima.data_ptr(),
+        factors=factors.data_ptr(),
         result_bytes=inputs.q.numel() * inputs.q.element_size(),
         num_threads=torch.get_num_threads(),
         **{name: strided(x) for name, x in ({"q": inputs.q, "k": inputs.k, "v": inputs.v} | tensors).items()},

@@ -20,15 +20,18 @@ _MOST_SCORES = {"cpu": 1 << 19, "cuda": 1 << 25}
 """Scores that exist at a time: on a CPU they stay in its cache."""
 
 
-def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor]:
-    """Returns the output, and for the backward the logarithms of the sums of weights (heads, batch · length)."""
+def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the output, and for the backward the largest score of each query and the sum of its weights.
+
+    Both are (heads, batch · length). Of a large score their sum as logarithms would keep only the score.
+    """
     reach = _Reach(inputs.before, inputs.after)
     q, k, v = (_as_row(x, inputs) for x in (inputs.q, inputs.k, inputs.v))
     numbers = inputs.segment_numbers()
     v, is_bad = _without_bad(v)
     out = _like_tokens(v)
     dtype = inputs.compute_dtype
-    log_sums = q.new_empty(q.shape[:2], dtype=dtype)
+    maxima, sums = (q.new_empty(q.shape[:2], dtype=dtype) for _ in range(2))
     band = reach.band(q.device)
     for blocks in _cut(q, reach):
         hidden = blocks.hidden(numbers, band)
@@ -36,17 +39,20 @@ def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor]:
         largest = scores.amax(-1, keepdim=True)
         weights = scores.sub_(largest).exp_()
         totals = weights.sum(-1, keepdim=True)
-        sums = _product(weights, blocks.windows(v, dtype))
+        result = _product(weights, blocks.windows(v, dtype))
         if is_bad is not None:
             # Not through weights of zero, which would carry it to tokens that do not see it.
             reached = (~hidden & blocks.windows(is_bad, torch.bool).unsqueeze(2)).any(-1)
-            sums.masked_fill_(reached.unsqueeze(-1), torch.nan)
-        blocks.put(out, sums.div_(totals))
-        blocks.put(log_sums, totals.log_().add_(largest).squeeze(-1))
-    return _as_batch(out, inputs), log_sums
+            result.masked_fill_(reached.unsqueeze(-1), torch.nan)
+        blocks.put(out, result.div_(totals))
+        blocks.put(maxima, largest.squeeze(-1))
+        blocks.put(sums, totals.squeeze(-1))
+    return _as_batch(out, inputs), maxima, sums
 
 
-def backward(inputs: LocalInputs, out_grad: Tensor, out: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    inputs: LocalInputs, out_grad: Tensor, out: Tensor, maxima: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; the weights are computed again.
 
     With P the weights, g the gradient of the output and D = Σ g·out of each query, the gradient of the scores is
@@ -62,7 +68,8 @@ def backward(inputs: LocalInputs, out_grad: Tensor, out: Tensor, log_sums: Tenso
     band = reach.band(q.device)
     for blocks in _cut(q, reach):
         weights = _scores(blocks, q, k, blocks.hidden(numbers, band), dtype)
-        weights.sub_(blocks.queries(log_sums, dtype).unsqueeze(-1)).exp_()
+        weights.sub_(blocks.queries(maxima, dtype).unsqueeze(-1)).exp_()
+        weights.div_(blocks.queries(sums, dtype, 1.0).unsqueeze(-1))
         grads, queries = blocks.queries(grad, dtype), blocks.queries(q, dtype)
         score_grads = _product(grads, blocks.windows(v, dtype).mT)
         score_grads.sub_(blocks.queries(dots, dtype).unsqueeze(-1)).mul_(weights)

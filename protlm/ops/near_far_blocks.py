@@ -279,7 +279,10 @@ class NearWeights:
         """Returns the windows (windows, near blocks · width, …)."""
         row = self._row(x)
         num_windows = len(row) - self._num_near + 1
-        return row.as_strided((num_windows, self._num_near * self._width, row.shape[-1]), row.stride())
+        # Blocks lie one after the other. The stride of an axis of one token says nothing.
+        step = row.stride(0)
+        size = (num_windows, self._num_near * self._width, row.shape[-1])
+        return row.as_strided(size, (step, step // self._width, row.stride(2)))
 
     def _queries(self, x: Tensor) -> Tensor:
         """Returns the blocks whose windows they are (windows, width, …): the second block of each."""

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from protlm.config import ModelConfig
 from protlm.errors import ModelError
 from protlm.model.performer import Performer
@@ -46,8 +49,9 @@ def find_initial_model(name: str | Path) -> InitialModel:
 def load_initial_weights(model: Performer, init: InitialModel) -> list[str]:
     """Copies the weights of a saved model into a network, whose kind of attention may be another.
 
-    Projections and temperatures depend on the kind of attention: the network keeps its own where the saved model has
-    none that fit. So a Performer can start from the weights of a softmax Transformer, and the other way round.
+    Projections, temperatures and local biases depend on the kind of attention: the network keeps its own where the
+    saved model has none that fit. So a Performer can start from the weights of a softmax Transformer, and the other way
+    round. A temperature with a bound and one without are translated into each other, as far as the bound allows.
 
     Args:
         model: A network that is initialised already.
@@ -63,7 +67,8 @@ def load_initial_weights(model: Performer, init: InitialModel) -> list[str]:
     if saved is None:
         saved, description = read_named_model(init.name)
     where = f"{init.name}: cannot start this model"
-    source, target = saved.state_dict(), model.state_dict()
+    target = model.state_dict()
+    source = _translated(saved.state_dict(), description.model, model.config, target)
     if description.model.num_heads != model.config.num_heads:
         raise ModelError(
             f"{where}: model.num_heads: expected {description.model.num_heads} as in the saved one, "
@@ -89,6 +94,23 @@ def load_initial_weights(model: Performer, init: InitialModel) -> list[str]:
             )
     model.load_state_dict({**target, **{name: source[name] for name in target if name not in kept}})
     return kept
+
+
+def _translated(
+    source: dict[str, Tensor], saved: ModelConfig, wanted: ModelConfig, target: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the saved tensors, with the temperatures in the form that the network has them in."""
+    translated = dict(source)
+    for name in target:
+        layer, _, form = name.rpartition(".")
+        bounded, free = f"{layer}.temperature_logit", f"{layer}.log_temperature"
+        if form == "log_temperature" and bounded in source:
+            translated[name] = (saved.max_temperature * torch.sigmoid(translated.pop(bounded))).log()
+        elif form == "temperature_logit" and free in source:
+            share = translated.pop(free).exp() / wanted.max_temperature
+            if bool((share < 1).all()):
+                translated[name] = torch.logit(share)
+    return translated
 
 
 def _is_of_attention(name: str) -> bool:

@@ -4,7 +4,7 @@ It reads what torchrun, SLURM and Lightning leave in the environment, and loads 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Literal
 
 from protlm.errors import ConfigError
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Launcher = Literal["torchrun", "srun", "lightning"]
 """Who starts the processes of a run on several devices. Lightning does it from the first process of each machine, and
 whoever sets its variables, such as LOCAL_RANK, by hand stands for it."""
+
+
+_READ_BY_LIGHTNING = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
@@ -40,8 +43,10 @@ def process_rank(devices: "Devices", environment: Mapping[str, str] = os.environ
     return machine * devices.per_node + (_number(environment, "LOCAL_RANK") or 0)
 
 
-def check_processes(devices: "Devices", environment: Mapping[str, str] = os.environ) -> None:
+def check_processes(devices: "Devices", environment: MutableMapping[str, str] = os.environ) -> None:
     """Checks that there are as many processes as devices, before any of them writes.
+
+    Ranks that are no numbers are taken out of the environment: Lightning would fail while it is loaded.
 
     The tasks of srun may be programs that have nothing to do with each other, and so each may be a run on one device.
     The processes of torchrun are one program.
@@ -49,6 +54,9 @@ def check_processes(devices: "Devices", environment: Mapping[str, str] = os.envi
     Raises:
         ConfigError: There are more or fewer processes than devices.
     """
+    for name in _READ_BY_LIGHTNING:
+        if name in environment and _number(environment, name) is None:
+            del environment[name]
     by = launcher(environment)
     if by == "torchrun":
         number, source = _number(environment, "WORLD_SIZE"), "torchrun started"
@@ -89,4 +97,4 @@ def _num_tasks(environment: Mapping[str, str]) -> int:
 def _number(environment: Mapping[str, str], name: str) -> int | None:
     """Returns the value of a variable; None if it is missing, or no number."""
     text = environment.get(name, "")
-    return int(text) if text.isascii() and text.isdecimal() else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None

@@ -185,7 +185,7 @@ def test_what_needs_no_torch_is_done_without_it(dataset, run_dir, tmp_path):
     dry = ("train", dataset, "--out", tmp_path / "run", "--dry-run", "--set", "train.accumulate=8")
     (first, second) = run_all([(*dry, "--for", "h100x8"), (*dry, "--for", "h100x8", "--json")], tmp_path)
     assert first[0] == second[0] == 0
-    for word in ("parameters", "an epoch", "the run", "8 × h100", "not measured: 30% of 67 TFLOP/s", "74.51 GiB"):
+    for word in ("parameters", "an epoch", "the run", "8 × h100", "not measured: 30% of 67 TFLOP/s", "80.00 GiB"):
         assert word in first[1]
     report = json.loads(second[1])
     assert report["on_devices"]["num_devices"] == 8

@@ -42,6 +42,22 @@ def test_a_run_without_the_columns_of_today_goes_on_and_counts_what_it_can(datas
     assert losses(out) == losses(whole)
 
 
+def test_exact_attention_of_before_goes_on_with_its_bound_whatever_configuration_is_named(dataset, tmp_path):
+    out, own = tmp_path / "run", tmp_path / "own.toml"
+    exact = ["--set", "model.attention=softmax", "--set", "model.exact_temperature=0"]
+    assert train(dataset, out, "--max-steps", 2, *exact) == 0
+    text = (out / "config.toml").read_text()
+    new = ("exact_temperature", "local_window", "local_bias", "near_block", "near_map")
+    before = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(new))
+    for path in (out / "config.toml", own):
+        path.write_text(before)
+    assert main(["train", str(dataset), "--out", str(out), "--config", str(own), "--resume", "--max-steps", "3"]) == 0
+    assert resume(dataset, out, 4) == 0
+    whole = tmp_path / "whole"
+    assert train(dataset, whole, "--max-steps", 4, "--set", "train.schedule_steps=2", *exact) == 0
+    assert losses(out) == losses(whole)
+
+
 def test_events_go_on_where_they_were(dataset, tmp_path):
     out = tmp_path / "run"
     assert train(dataset, out, "--max-steps", 2) == 0

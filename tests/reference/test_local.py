@@ -188,6 +188,39 @@ def test_torch_func_differentiates_it_once(backend):
         torch.func.jvp(loss, (q, k, v), (q, k, v))
 
 
+@pytest.mark.parametrize("name", ["cu_seqlens", "q"])
+def test_a_tensor_that_changes_before_the_backward_is_told(name, backend):
+    q, k, v, _ = draw(1, 40, torch.float32)
+    tensors = {"q": q.clone(), "cu_seqlens": bounds(20, 20)}
+    k.requires_grad_()
+    out = local_attention(tensors["q"], k, v, window=3, cu_seqlens=tensors["cu_seqlens"], backend=backend)
+    tensors[name].add_(5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("factor", [1e2, 3e3, 1e5])
+def test_equal_keys_share_a_weight_at_scores_of_any_size(factor, backend):
+    q = draw(1, 20, torch.float32, head_dim=64)[0][:, :, :1].expand(-1, -1, 20, -1) * factor**0.5
+    v, grad = draw(1, 20, torch.float32, head_dim=64, seed=1)[:2]
+    _, _, _, actual = differentiated(local_attention, q, q, v, grad, window=4, backend=backend)
+    _, _, _, expected = differentiated(reference.softmax_attention, q, q, v, grad, window=4)
+    assert relative_error(actual, expected) < TOLERANCE[torch.float32]
+
+
+def test_a_window_of_any_size_costs_no_more_than_the_row():
+    q, k, v, _ = draw(1, 5)
+    whole = local_attention(q, k, v, window=5)
+    assert torch.equal(local_attention(q, k, v, window=2**62), whole)
+
+
+@needs_kernel
+def test_every_nan_is_one_to_the_compiled_kernel():
+    q, k, v, _ = draw(1, 40, torch.float32)
+    q[0, 0, 7, 0] = torch.tensor([0x7FC00155], dtype=torch.int32).view(torch.float32)[0]
+    assert local_attention(q, k, v, window=4, backend="cpp")[0, 0, 7].isnan().all()
+
+
 def test_short_dtypes_and_autocast_compute_in_float32():
     q, k, v, _ = draw(1, 130, torch.bfloat16)
     expected = reference.softmax_attention(q, k, v, window=20)

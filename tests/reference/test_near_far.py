@@ -186,6 +186,21 @@ def test_blocks_share_references_only_where_nothing_is_lost(monkeypatch):
     assert not keys_along_a_row(-0.1) < 0.1
 
 
+@pytest.mark.parametrize("near_block", [1, 2, 5])
+def test_heads_that_lie_side_by_side_equal_the_twin_one_head_at_a_time(near_block, monkeypatch):
+    monkeypatch.setattr(near_far_torch, "_SPAN_FEATURES", 1)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 60, 3, 8, generator=generator, dtype=torch.float64).transpose(1, 2) for _ in range(4)]
+    projection = torch.randn(3, 16, 8, generator=generator, dtype=torch.float64)
+    results = []
+    for attention in (favor_attention, reference.favor_attention):
+        leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+        out = attention(*leaves, projection, near_block=near_block)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, tensors[3])))
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < TOLERANCE[torch.float64]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_short_floats_give_what_float64_gives_for_the_same_values(causal, dtype):

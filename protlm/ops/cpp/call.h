@@ -69,7 +69,7 @@ struct LocalCall {
     const LocalUnit* units;
     std::int64_t num_units, longest_unit;
     FavorTensor q, k, v, out;
-    float* log_sums;            // (batch, heads, tokens), to base 2
+    float *maxima, *factors;    // (batch, heads, tokens): the largest score, to base 2; one by the sum of weights
     std::int64_t result_bytes;  // of `out` and of each gradient that is written
     FavorTensor out_grad, q_grad, k_grad, v_grad;
     float* workspace;

@@ -88,8 +88,8 @@ struct LocalWork {
         return tensor.data + unit.row * tensor.batch_stride + head * tensor.head_stride +
                (unit.segment_first + token) * tensor.token_stride;
     }
-    float* log_sum(Index token) const {
-        return call.log_sums + (unit.row * call.heads + head) * call.num_tokens + unit.segment_first + token;
+    Index number_of(Index token) const {
+        return (unit.row * call.heads + head) * call.num_tokens + unit.segment_first + token;
     }
 
     // Copies vectors, times a factor, to contiguous rows.
@@ -152,8 +152,9 @@ struct LocalWork {
 
     // exp2 of scores less a number, 0 where hidden; NaN stays.
     PROTLM_INLINE static Vec weight(Vec score, float less) {
-        const Vec result = exp2(score - less);
-        return score <= all(kHidden) ? Vec{} : result;
+        const Vec difference = score - less, result = exp2(difference);
+        // exp2 works on bits, and so not on every NaN.
+        return score <= all(kHidden) ? Vec{} : difference == difference ? result : difference;
     }
 
     void forward() const {
@@ -182,7 +183,9 @@ struct LocalWork {
             }
             const float sum = sum_of(sums);
             scratch.numbers[t] = 1.0f / sum;
-            *log_sum(block.query + t) = less + std::log2(sum);
+            // Not as one logarithm, which beside a large score would lose the sum.
+            call.maxima[number_of(block.query + t)] = less;
+            call.factors[number_of(block.query + t)] = scratch.numbers[t];
         }
         for (Index c = 0; c < padded_dim; c += kPanel)
             product(block.count, from_panels(scratch.weights, block.count, block.columns()),
@@ -220,9 +223,10 @@ struct LocalWork {
         for (Index t = 0; t < block.count; ++t)
             scratch.numbers[t] = dot(scratch.grads + t * dim, at(call.out, block.query + t), dim);
         scores(block, [&](Index t, Index place, Vec left, Vec right) {
-            const float less = *log_sum(block.query + t);
-            store(scratch.weights + place, weight(left, less));
-            store(scratch.weights + place + kLanes, weight(right, less));
+            const Index number = number_of(block.query + t);
+            const float less = call.maxima[number], factor = call.factors[number];
+            store(scratch.weights + place, weight(left, less) * factor);
+            store(scratch.weights + place + kLanes, weight(right, less) * factor);
         });
         for (Index p = 0; p < block.num_panels; ++p)
             product(block.count, row_major(scratch.grads, dim), scratch.value_columns + (block.panel + p) * kPanel * dim,

@@ -5,6 +5,7 @@ It appears with its settings in one step, in place of an old one if there is any
 
 import contextlib
 import errno
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def resolve_settings(
         horizon = settings.train.schedule_steps or settings.train.max_steps
         return _with_train(settings, schedule_steps=horizon)
     saved = load_saved_settings(saved_path)
-    asked = load_saved_settings(saved_path, overrides) if config is None else load_config(config, overrides)
+    asked = load_config(saved_path if config is None else config, overrides, missing=_missing_in(saved_path))
     asked = _with_train(asked, schedule_steps=asked.train.schedule_steps or saved.train.schedule_steps)
     if any(override.partition("=")[0].strip() == "train.max_steps" for override in overrides):
         saved = _with_train(saved, max_steps=asked.train.max_steps)
@@ -62,18 +63,25 @@ def resolve_settings(
         key, ours, theirs = difference
         raise ConfigError(
             f"{saved_path}: {key} is {ours!r} in this run and cannot become {theirs!r} on --resume; "
-            "only train.max_steps, the time and the devices may change, and train.lr and train.muon_lr become lower"
+            "only train.max_steps, the time and the devices may change, and train.lr and train.muon_lr become lower; "
+            "without --config a run goes on with its own settings"
         )
     return saved
 
 
-def load_saved_settings(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_saved_settings(path: Path) -> Config:
     """Returns the settings in the config.toml of a run, which an earlier protlm may have written.
 
     Raises:
         ConfigError: A file that cannot be read, an unknown key or a value out of range.
     """
-    return load_config(path, overrides, missing=_BEFORE)
+    return load_config(path, missing=_BEFORE)
+
+
+def _missing_in(saved_path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the settings that a run was started without, as they were then: nobody could ask for others."""
+    written = tomllib.loads(saved_path.read_text(encoding="utf-8")).get("model", {})
+    return {"model": {key: value for key, value in EARLIER_MODEL_SETTINGS.items() if key not in written}}
 
 
 def _settings_of(init: ModelDescription) -> dict[str, dict[str, Any]]:

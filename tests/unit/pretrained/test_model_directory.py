@@ -533,7 +533,6 @@ def test_the_same_network_starts_with_all_weights_of_the_saved_one(tmp_path):
         ({"attention": "local"}, {"attention": "softmax", "local_bias": 3.0}, ["local_bias"]),
         ({"num_features": 16}, {}, ["projection"]),
         ({"projection": "iid"}, {}, ["projection"]),
-        ({}, {"attention": "softmax"}, ["log_temperature"]),
         ({"attention": "relu"}, {"attention": "hyperbolic"}, []),
     ],
 )
@@ -544,6 +543,24 @@ def test_weights_start_another_kind_of_attention_that_keeps_its_own_draw(tmp_pat
     for name, tensor in target.state_dict().items():
         origin = fresh if name in names else source
         assert torch.equal(tensor, origin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"attention": "softmax"}),
+        ({"attention": "softmax", "exact_temperature": 0.0}, {"attention": "softmax"}),
+        ({"attention": "local", "exact_temperature": 1.2}, {}),
+        ({"attention": "local", "exact_temperature": 1.2}, {"max_temperature": 5.0}),
+    ],
+)
+def test_temperatures_are_translated_between_their_forms(tmp_path, before, after):
+    source, target = saved(tmp_path, **before), network(**after)
+    kept = load_initial_weights(target, find_initial_model(tmp_path))
+    assert not [name for name in kept if "temperature" in name]
+    for mine, theirs in zip(target.layers, source.layers, strict=True):
+        actual, expected = mine.attention._temperature(), theirs.attention._temperature()
+        assert (actual - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

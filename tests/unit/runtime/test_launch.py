@@ -65,6 +65,14 @@ def test_a_run_on_one_device_is_one_process_whatever_the_environment_says(enviro
     assert process_rank(Devices(), environment) == 0
 
 
+@pytest.mark.parametrize("rank", ["", "abc", "-1", "9" * 5000])
+def test_a_rank_that_is_no_number_is_taken_out_before_lightning_reads_it(rank):
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "SLURM_PROCID": rank, "PATH": "kept"}
+    check_processes(Devices(), environment)
+    assert environment == {"PATH": "kept"}
+    assert process_rank(TWO, {"LOCAL_RANK": rank}) == 0
+
+
 @pytest.mark.parametrize(
     ("devices", "environment", "words"),
     [
