@@ -1,4 +1,4 @@
-"""Times one training step of protlm against performer-pytorch, ESM of transformers, and itself without attention.
+"""Times one training step of protlm against performer-pytorch, ESM, itself without attention and with other layers.
 
 A step is forward, loss, backward and an AdamW update, the same AdamW for all; the models take turns within each repeat.
 protlm computes logits at the targets, as in training; the peers, as they do by themselves, at every position. Nothing
@@ -26,6 +26,7 @@ from scripts.bench import train_step_figures as figures
 from scripts.bench import train_step_measurements as measurements
 from scripts.bench.models import Sizes
 from scripts.bench.train_step_models import (
+    CYCLE,
     ESM_PEER,
     NO_ATTENTION,
     PERFORMER_PEER,
@@ -41,6 +42,7 @@ MODELS = {
     "malloc": (PROTLM, PROTLM_CONVOLVED, PERFORMER_PEER),
     "esm": (PROTLM, ESM_PEER),
     "ceiling": (PROTLM, NO_ATTENTION),
+    "cycle": (PROTLM, CYCLE),
     "memory": (PROTLM, PERFORMER_PEER),
     "data": (PROTLM,),
 }
@@ -66,6 +68,7 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
         ("malloc", (short,)),
         ("esm", (short, long)),
         ("ceiling", (short, long)),
+        ("cycle", (short, long)),
     ):
         if name in wanted:
             time_all = measurements.tuned_malloc if name == "malloc" else measurements.speed

@@ -5,7 +5,7 @@ from typing import Any
 
 from scripts.bench.harness import Figure, ratio, ratio_of_rates
 from scripts.bench.train_step_measurements import STEP
-from scripts.bench.train_step_models import NO_ATTENTION, PERFORMER_PEER, PROTLM, PROTLM_CONVOLVED
+from scripts.bench.train_step_models import CYCLE, NO_ATTENTION, PERFORMER_PEER, PROTLM, PROTLM_CONVOLVED
 from scripts.measuring import MEBIBYTE
 
 OURS = (PROTLM, PROTLM_CONVOLVED)
@@ -18,6 +18,7 @@ def figures(measured: Mapping[str, Any]) -> list[Figure]:
         for timed in measured.get(name, ()):
             rows += _against_peer(timed, suffix)
     rows += [_share_of_ceiling(timed) for timed in measured.get("ceiling", ())]
+    rows += [_of_cycle(timed) for timed in measured.get("cycle", ())]
     if "memory" in measured:
         rows += _memory(measured["memory"])
     if "data" in measured:
@@ -44,6 +45,11 @@ def _share_of_ceiling(timed: Mapping[str, Any]) -> Figure:
     where, seconds = _steps(timed)
     measured = f"share of the speed with {NO_ATTENTION}, {PROTLM}"
     return ratio(measured, where, seconds[NO_ATTENTION], seconds[PROTLM], factor=100, unit="%")
+
+
+def _of_cycle(timed: Mapping[str, Any]) -> Figure:
+    where, seconds = _steps(timed)
+    return ratio(f"time of {CYCLE} / {PROTLM}", where, seconds[CYCLE], seconds[PROTLM])
 
 
 def _memory(measured: Mapping[str, Any]) -> list[Figure]:

@@ -18,6 +18,7 @@ from scripts.bench import models
 from scripts.bench.models import Sizes, building_a_peer, esm_config
 
 PROTLM, PROTLM_CONVOLVED = "protlm", "protlm, conv_width 3"
+CYCLE = "protlm, layers local, positive, local"
 NO_ATTENTION = "attention removed"
 PERFORMER_PEER, ESM_PEER = "performer-pytorch PerformerLM", "transformers EsmForMaskedLM (SDPA)"
 PEER_MODULES = {PERFORMER_PEER: "performer_pytorch", ESM_PEER: "transformers"}
@@ -105,7 +106,8 @@ def build(name: str, sizes: Sizes, length: int) -> Learner:
     if name == ESM_PEER:
         return _esm(sizes, length)
     conv_width = 3 if name == PROTLM_CONVOLVED else 0
-    model = models.performer(sizes, attention="positive", qk_norm=True, conv_width=conv_width)
+    attention = ("local", "positive", "local") if name == CYCLE else ("positive",)
+    model = models.performer(sizes, attention=attention, qk_norm=True, conv_width=conv_width)
     return Learner(model, LOSSES[name])
 
 
@@ -163,6 +165,7 @@ def _loss_without_attention(model: Performer, task: Task) -> Tensor:
 LOSSES: dict[str, Callable[[Performer, Task], Tensor]] = {
     PROTLM: _loss_at_targets,
     PROTLM_CONVOLVED: _loss_at_targets,
+    CYCLE: _loss_at_targets,
     NO_ATTENTION: _loss_without_attention,
 }
 """The losses of our models."""

@@ -31,8 +31,8 @@ def test_tiny_learns_protein_families(families_run):
     protlm("eval", families_run / "run", families_run / "dataset", "--split", "test", "--split", "ood", "--out", out)
     splits = json.loads((out / "report.json").read_text())["splits"]
     # Of hidden residues, with the intervals of model and baseline apart.
-    assert splits["test"]["scores"]["model"]["accuracy"] >= 0.36
-    assert splits["ood"]["scores"]["model"]["accuracy"] >= 0.18
+    assert splits["test"]["scores"]["model"]["accuracy"] >= 0.42
+    assert splits["ood"]["scores"]["model"]["accuracy"] >= 0.23
     for split in splits.values():
         for baseline in ("empirical", "markov"):
             assert split["scores"]["model"]["perplexity_high"] < split["scores"][baseline]["perplexity_low"]
