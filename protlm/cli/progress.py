@@ -81,7 +81,7 @@ class Progress:
 
 
 def _progress(unit: str, size: int, done: int, *, rate: float, seconds: float) -> list[str]:
-    """Returns what is done, the rate in a second, and the time that is left."""
+    """Returns the parts of a line: the amount of work done, the amount a second, and the time that is left."""
     units = unit if unit == "B" else f"{unit}s"
     if not rate and not done:
         return [f"at work for {_clock(seconds)}"]

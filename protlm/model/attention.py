@@ -263,7 +263,7 @@ def _softmax_attention(
 
 
 def _biases(local_bias: Tensor, length: int, window: int, causal: bool) -> Tensor:
-    """Returns what is added to the logits of a segment (1, heads, length, length)."""
+    """Returns the biases of a segment's logits, −∞ for keys that a query must not see (1, heads, length, length)."""
     places = torch.arange(length, device=local_bias.device)
     distances = places - places.unsqueeze(1)
     biases = torch.where(distances.abs() <= window, local_bias.view(1, -1, 1, 1), 0.0)

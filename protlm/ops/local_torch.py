@@ -177,7 +177,10 @@ def _cut(x: Tensor, reach: _Reach) -> Iterator[_Blocks]:
 
 
 def _without_bad(v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns values with zeros in place of what is not finite, and where that is (heads, length); None if nowhere."""
+    """Returns the values, zeros for tokens that hold NaN or infinities, and a mask of these tokens (heads, length).
+
+    The mask is None if there are no such tokens.
+    """
     is_bad = ~v.isfinite().all(-1)
     # Not on a GPU, where the host would have to wait for the answer.
     if v.device.type == "cpu" and not bool(is_bad.any()):

@@ -1,4 +1,4 @@
-"""The logarithm of a normaliser: what the query sums of a backend leave out, as it cancels in the output."""
+"""The logarithm of a normaliser, from query sums without the factors that cancel in the output."""
 
 import math
 

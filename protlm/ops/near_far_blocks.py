@@ -91,11 +91,11 @@ def in_blocks(x: Tensor, width: int) -> Tensor:
 
 
 class FarStates:
-    """The states of a span's blocks without what is near: a block reads the columns that are not its own neighbours.
+    """The states of the far keys of a span's blocks: the sums of the columns that are not a block's own neighbours.
 
-    Columns are all that comes before the first near block, every block of the span and one on either side, and all that
-    comes after. Of a span of B blocks, block r reads the columns up to r and from r + 4; and a row r = B reads what
-    comes before the next span and is far of it.
+    A column is the state of some keys: of all blocks before the first near one, of each block of the span and of one on
+    either side, and of all blocks after these. Of a span of B blocks, block r reads the columns up to r and from r + 4;
+    a row r = B reads the blocks before the next span that are far from it.
 
     Attributes:
         features: (heads, segments, positions, features), relative to the references of their block.

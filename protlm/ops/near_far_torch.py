@@ -237,7 +237,7 @@ class _Run:
         return self.map.key_exponents(k, span.valid(k.device)), self._values(span)
 
     def _queries(self, span: Span) -> tuple[Tensor, Tensor]:
-        """Returns the exponents of queries less the logarithms of their normalisers, and what they pull with."""
+        """Returns the exponents of queries less the logarithms of normalisers, and the gradients of their sums."""
         exponents = self.map.absolute_query_exponents(self._take(span, self.inputs.q))
         return exponents.sub_(self._log_normalisers(span)), self._pulled(span)
 
@@ -271,7 +271,7 @@ class _Run:
 
 
 def _of_heads(parameter: Tensor | None, heads: slice, axes: int) -> Tensor | None:
-    """Returns what these heads have of a parameter, which they share if it has an axis less."""
+    """Returns the rows of a parameter for these heads: all of it if it has an axis less and the heads share it."""
     return parameter if parameter is None or parameter.dim() < axes else parameter[heads]
 
 

@@ -1,4 +1,4 @@
-"""What passes between steps in plain torch: states that stay in range, what the backward is given, and products."""
+"""The values that steps in plain torch hand on: states that stay in range, the inputs of a backward, and products."""
 
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ class Saved:
         return torch.cat((out_grad, inner), -1)
 
     def sums(self, stretch: Stretch, dtype: torch.dtype) -> Tensor:
-        """Returns the query sums (…, positions, 1), those of what is no real token so that its features vanish."""
+        """Returns the query sums (…, positions, 1); those of padding make its features vanish."""
         sums = stretch.take(self.query_sums.unsqueeze(-1), dtype)
         return sums if stretch.valid is None else sums.masked_fill(~stretch.valid[..., None], NOT_REAL)
 

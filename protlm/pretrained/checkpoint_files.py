@@ -232,8 +232,7 @@ def read_pickle(path: Path, *, allows_namespace: bool = False) -> Any:
             f"{path}: refused: its pickle asks for {found[1]}, and protlm reads only tensors and plain values "
             "from one; save the weights as safetensors"
         ) from None
-    # Foreign bytes make an unpickler raise errors of every kind.
-    except Exception as error:
+    except Exception as error:  # foreign bytes make an unpickler raise errors of every kind
         raise ModelError(
             f"{path}: not a checkpoint of torch, or a damaged one ({type(error).__name__}); fetch it anew"
         ) from None
@@ -289,8 +288,7 @@ def _check_archive(path: Path) -> None:
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
                     raise ModelError(f"{path}: expected an archive of torch, got one with compressed members")
-    # ValueError: a name that is no UTF-8; NotImplementedError: a later version of the format.
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # a name no UTF-8; a later format
         raise ModelError(f"{path}: a damaged archive: {_short(error)}; fetch it anew") from None
 
 

@@ -72,10 +72,10 @@ def check_processes(devices: "Devices", environment: MutableMapping[str, str] = 
         source = "LOCAL_RANK is set, and WORLD_SIZE says"
         advice = "unset RANK, LOCAL_RANK and WORLD_SIZE if they are left over from something else"
     if number is not None and number != devices.total:
-        expected, found = ("1 process" if count == 1 else f"{count} processes" for count in (devices.total, number))
+        expected, started = ("1 process" if count == 1 else f"{count} processes" for count in (devices.total, number))
         raise ConfigError(
             f"--devices {devices.per_node}, --num-nodes {devices.num_nodes}: expected {expected}, one for each device; "
-            f"{source} {found}; {advice}"
+            f"{source} {started}; {advice}"
         )
 
 

@@ -77,7 +77,7 @@ def lightning_strategy(devices: Devices) -> Any:
 
 
 def cluster_environment(devices: Devices) -> ClusterEnvironment:
-    """Returns what tells Lightning of the processes of a run, which it would else guess from the environment alone."""
+    """Returns the environment by which Lightning knows the processes of a run, lest it guess them from variables."""
     if devices.total == 1:
         return _OneProcess()
     by = launcher()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from protlm.ops import draw_projection, favor_attention, near_far_blocks, reference, torch_maps
 from tests.conftest import TOLERANCE, relative_error
+from tests.property.padding_law import assert_padding_changes_nothing
 
 HEADS, HEAD_DIM, FEATURES = 2, 6, 8
 FLOAT64 = TOLERANCE[torch.float64]
@@ -97,13 +98,7 @@ def test_padding_of_any_finite_content_changes_no_output_and_no_gradient(
     options = {**of(feature_map, near_block, causal), "token_mask": token_mask}
     if is_packed:
         options["cu_seqlens"] = bounds(length // 3, 0, length - length // 3)
-    is_padding = ~token_mask[:, None, :, None]
-    plain = differentiate(q, k, v, projection, out_grad, **options)
-    filled = (tensor.masked_fill(is_padding, content) for tensor in (q, k, v))
-    padded = differentiate(*filled, projection, out_grad.masked_fill(is_padding, content), **options)
-    for a, b in zip(padded, plain, strict=True):
-        assert torch.equal(a, b)
-        assert not a.masked_select(is_padding).any()
+    assert_padding_changes_nothing(differentiate, q, k, v, projection, out_grad, content, **options)
 
 
 @laws

@@ -60,7 +60,7 @@ struct FavorCall {
 struct LocalUnit {
     std::int64_t row;                           // of the batch
     std::int64_t segment_first, segment_count;  // tokens of the row
-    std::int64_t first, count;                  // tokens of the segment; `first` is a multiple of 32
+    std::int64_t first, count;                  // tokens of the segment; `first` is a multiple of kQueries
 };
 
 struct LocalCall {

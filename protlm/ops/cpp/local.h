@@ -19,6 +19,7 @@ namespace PROTLM_NAMESPACE {
 
 // Queries that are computed together.
 constexpr Index kQueries = 32;
+static_assert(kQueries % kPanel == 0, "blocks begin where panels of keys begin");
 // What a query does not see; scores of arithmetic are larger, or not finite.
 constexpr float kHidden = -3.0e38f;
 

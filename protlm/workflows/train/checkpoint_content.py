@@ -92,8 +92,7 @@ def _read(path: Path, largest: int) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:
-        # Whatever a parser makes of bytes that nobody vouches for: there is no list of its errors.
+    except Exception as error:  # bytes that nobody vouches for: a parser has no list of its errors
         raise DamagedCheckpointError(f"unreadable: {type(error).__name__}") from None
 
 

@@ -52,8 +52,7 @@ class NpzLayout(Layout):
                     return False
             with zipfile.ZipFile(out) as archive:
                 return archive.comment.startswith(_MARK)
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-            # ValueError: a name that is no UTF-8; NotImplementedError: a later version of the format.
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # a name no UTF-8; a later format
             return False
 
     def summary(self, out: Path) -> OutputSummary:
