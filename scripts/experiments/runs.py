@@ -1,0 +1,181 @@
+"""One training run: hides how its processor time and its curve are measured, and what is kept of it."""
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from protlm import files
+from protlm.choices import SplitName
+from protlm.errors import ProtlmError
+from protlm.runtime.progress import Advance, Details, no_details
+from protlm.workflows.evaluate.evaluate import evaluate
+from protlm.workflows.evaluate.report import SplitReport
+from protlm.workflows.evaluate.request import EvalRequest
+from protlm.workflows.train.request import TrainRequest
+from protlm.workflows.train.train import train
+from scripts.environment import environment
+from scripts.experiments.plan import Result, Run
+
+FORMAT_VERSION = 1
+SCORED: Mapping[str, SplitName] = {"iid": "test", "held": "ood"}
+"""The splits that are scored at the end, by their names on the page."""
+NUM_POINTS = 16
+"""Points of a curve, or one a step in shorter runs."""
+NUM_MASKS = 3
+"""How often a protein is scored at the end, each time with other residues hidden."""
+NUM_REPLICATES = 200
+"""Replicates of the bootstrap that are kept, the first of those of the evaluation."""
+_UNMEASURED = "train.checkpoint_every_steps=1000000", "train.health_every_steps=0"
+
+
+def read_result(path: Path, settings: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the result of an earlier run; None if there is none.
+
+    Args:
+        path: Its file.
+        settings: Those that it has to have been made with.
+
+    Raises:
+        ProtlmError: A file that is no result, or one of a run with other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = result["settings"]
+    except (ValueError, KeyError, TypeError):  # no JSON, or that of another program
+        raise ProtlmError(f"{path}: expected the result of a run, got something else; move it away") from None
+    if found != list(settings):
+        other = ", ".join(sorted(set(found) ^ set(settings)))
+        raise ProtlmError(f"{path}: a run with other settings ({other}); move it away or choose another --out")
+    return result
+
+
+def perform(run: Run, settings: Sequence[str], dataset: Path, work: Path) -> dict[str, Any]:
+    """Trains and scores a model, and returns its result; what a stopped run left in the folder is replaced.
+
+    Args:
+        run: The run.
+        settings: Its settings, `section.key=value`, over those of the configuration tiny.
+        dataset: The dataset of its task.
+        work: Folder for the run and the report.
+
+    Raises:
+        ProtlmError: A run whose loss is no number any more, and whatever else ends training.
+    """
+    steps = int(next(word for word in settings if word.startswith("train.max_steps=")).partition("=")[2])
+    every = max(1, steps // NUM_POINTS)
+    clock = _Clock(every)
+    request = TrainRequest(
+        dataset_paths=[dataset], run_dir=work / "run", config="tiny",
+        overrides=[*settings, f"train.valid_every_steps={every}", *_UNMEASURED], force=True,
+    )  # fmt: skip
+    report = train(request, start_progress=clock.start)
+    assert report is not None
+    if report.interrupted:
+        raise KeyboardInterrupt
+    seconds = clock.seconds()
+    scored = evaluate(
+        EvalRequest(
+            model=work / "run", dataset=dataset, splits=tuple(SCORED.values()), out=work / "report",
+            num_masks=NUM_MASKS, force=True,
+        )
+    )  # fmt: skip
+    return {
+        "format_version": FORMAT_VERSION,
+        "task": run.task, "kind": run.kind, "seed": run.seed, "budget": run.budget,
+        "settings": list(settings),
+        "steps": report.step,
+        "num_parameters": report.num_parameters,
+        "training_seconds": round(seconds[-1], 2),
+        "curve": _curve(work / "run" / "metrics.csv", seconds),
+        "splits": {name: _kept(scored.splits[split]) for name, split in SCORED.items()},
+        "environment": environment(),
+    }  # fmt: skip
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Writes the file of a run, which appears complete or not at all."""
+    with files.written_whole(path) as partial:
+        partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def remove_work(work: Path) -> None:
+    """Removes the folder of a run whose result is written."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+class _Clock:
+    """Processor seconds of this process at each update, without the measurements between the updates.
+
+    An update with a measurement behind it, and the one after that, which began with its checkpoint, count as much as
+    the mean of the others; so does the first, which loads libraries.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._seconds: list[float] = []
+        self._last = 0.0
+
+    def start(self, _stage: str, _size: int, /, *, done: int = 0, details: Details = no_details) -> Advance:
+        """Starts the stage of training."""
+        self._last = time.process_time()
+        return self._advance
+
+    def _advance(self, done: int, /) -> None:
+        if done:
+            now = time.process_time()
+            self._seconds.append(now - self._last)
+            self._last = now
+
+    def seconds(self) -> list[float]:
+        """Returns the processor seconds of training up to each update, the first one first."""
+        is_clean = [step > 1 and step % self._every and (step - 1) % self._every for step in self._steps()]
+        is_clean[-1] = False
+        clean = [seconds for seconds, counts in zip(self._seconds, is_clean, strict=True) if counts]
+        # Where a run is so short that every update is measured.
+        mean = sum(clean or self._seconds) / len(clean or self._seconds)
+        total, sums = 0.0, []
+        for seconds, counts in zip(self._seconds, is_clean, strict=True):
+            total += seconds if counts else mean
+            sums.append(total)
+        return sums
+
+    def _steps(self) -> range:
+        return range(1, len(self._seconds) + 1)
+
+
+def _curve(path: Path, seconds: Sequence[float]) -> list[dict[str, float]]:
+    """Returns the measurements on the valid split, of hidden residues, with the processor time before each."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["valid/accuracy"]]
+    return [
+        {
+            "step": int(row["step"]),
+            "seconds": round(seconds[int(row["step"]) - 1], 2),
+            "accuracy": round(float(row["valid/accuracy"]), 5),
+            "perplexity": round(float(row["valid/perplexity"]), 4),
+        }
+        for row in rows
+    ]
+
+
+def _kept(report: SplitReport) -> dict[str, Any]:
+    """Returns what is kept of the scores on a split: the model with its intervals and some replicates."""
+    row = report.scores["model"]
+    kept: dict[str, Any] = {"num_records": report.num_records, "num_targets": report.num_targets}
+    for metric in ("accuracy", "perplexity"):
+        kept |= {name: _rounded(row[name]) for name in (metric, f"{metric}_low", f"{metric}_high")}
+    for name in ("empirical", "two_sided"):
+        if name in report.scores:
+            kept[name] = _rounded(report.scores[name]["accuracy"])
+    kept["replicates"] = [round(value, 5) for value in report.replicates["accuracy"][:NUM_REPLICATES]]
+    return kept
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
