@@ -4,7 +4,6 @@
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -14,16 +13,14 @@ from pathlib import Path
 # Run as a file, Python looks for imports beside it, not in the folder that holds the package `scripts`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# One thread a run: the processor time of several also counts what they wait for each other. Waiting ones sleep.
-os.environ.update(OMP_NUM_THREADS="1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+from protlm import files
 from protlm.errors import ProtlmError
-from scripts.experiments.plan import KINDS, VARIANTS, Result, Run, needed_by, planned_runs, settings_of
+from scripts.experiments.plan import KINDS, SEEDS, VARIANTS, Result, Run, needed_by, planned_runs, settings_of
 from scripts.experiments.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = ROOT / "docs" / "what_trains" / "runs"
+PAGE = ROOT / "docs" / "what_trains.md"
+RUNS = PAGE.with_suffix("") / "runs"
 DATA = ROOT.parent / "shared" / "data"
 WORK = Path(tempfile.gettempdir()) / "protlm-learning"
 
@@ -46,18 +43,16 @@ class Runner:
             ProtlmError: A file of another run in its place, data that is not there, a loss that is no number.
         """
         # Lightning takes seconds to import: after all that can be wrong with the command line.
-        from scripts.experiments.runs import perform, read_result, remove_work, write_result
+        from scripts.experiments.runs import earlier_result, perform, remove_work, write_result
         from scripts.experiments.tasks import prepare_task
 
         if run.name in self.results:
             return
         for needed in needed_by(run):
             self.complete(needed)
-        settings = list(settings_of(run, self.results))
-        if self._arguments.steps is not None:
-            settings[-1] = f"train.max_steps={self._arguments.steps}"
+        settings = settings_of(run, self.results, self._arguments.steps)
         path = self._arguments.out / f"{run.name}.json"
-        result = read_result(path, settings)
+        result = earlier_result(path, settings)
         if result is None:
             began = time.process_time()
             work = self._arguments.work / run.name
@@ -104,6 +99,27 @@ def make_runs(arguments: argparse.Namespace) -> None:
         sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}")
 
 
+def make_page(arguments: argparse.Namespace) -> None:
+    """Makes the tables and pictures of the page anew."""
+    from scripts.experiments.curves import draw_pictures
+    from scripts.experiments.results import read_results
+    from scripts.experiments.tables import with_tables
+
+    page: Path = arguments.page
+    if not page.is_file():
+        raise ProtlmError(f"{page}: no such page; give one that has the marks of tables with --page")
+    results = read_results(arguments.runs)
+    if not results:
+        raise ProtlmError(f"{arguments.runs}: holds no runs; make some with `run`, or choose another --runs")
+    text = with_tables(page.read_text(encoding="utf-8"), results)
+    pictures = page.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    for path in draw_pictures(results, pictures):
+        print(path)
+    files.write_each_whole(page.parent, {page.name: text})
+    print(page)
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,20 +127,33 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     run = commands.add_parser("run", help="make the runs that are not there yet")
     run.add_argument("--task", action="append", choices=TASKS, help="only these tasks (repeatable)")
     run.add_argument("--kind", action="append", choices=[*KINDS, *VARIANTS], help="only these kinds (repeatable)")
-    run.add_argument("--seed", action="append", type=int, help="only these seeds (repeatable)")
+    run.add_argument("--seed", action="append", type=int, choices=SEEDS, help="only these seeds (repeatable)")
     run.add_argument("--minutes", type=float, help="of processor time, after which no further run begins")
     run.add_argument("--steps", type=int, help="updates of every run, in place of those of the plan")
     run.add_argument("--proteins", type=int, help="most proteins of a split; default: all")
     run.add_argument("--out", type=Path, default=RUNS, help="folder of the files (default: %(default)s)")
     run.add_argument("--data", type=Path, default=DATA, help="folder of the proteins (default: %(default)s)")
     run.add_argument("--work", type=Path, default=WORK, help="folder for datasets and runs (default: %(default)s)")
+    page = commands.add_parser("page", help="draw the tables and figures from the files of the runs")
+    page.add_argument("--runs", type=Path, default=RUNS, help="folder of the files (default: %(default)s)")
+    page.add_argument(
+        "--page", type=Path, default=PAGE,
+        help="page whose tables are replaced; the figures go into the folder beside it (default: %(default)s)",
+    )  # fmt: skip
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Does what the command line asks for."""
     arguments = parse(words)
-    make_runs(arguments)
+    try:
+        make_runs(arguments) if arguments.command == "run" else make_page(arguments)
+    except ProtlmError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        # What is whole is written; the run that was at work begins anew.
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ SEEDS = (0, 1)
 CYCLE = "cycle"
 TARGET = "families-long"
 """The task of the comparison at equal time, and of the sweep."""
-MAIN_TASKS = (TARGET, "families", "copies")
+MAIN_TASKS = (TARGET, "copies", "families")
 WINDOW_TASKS = ("concat-4096", "concat-8192")
 VARIANT_TASK = "copies"
 TEMPERATURES = (3, 6, 12)
@@ -110,7 +110,8 @@ def planned_runs() -> Iterator[Run]:
     fast_variants = [kind for kind in VARIANTS if not kind.startswith(SLOW)]
     yield from (Run(VARIANT_TASK, kind, SEEDS[0]) for kind in fast_variants)
     for seed in SEEDS:
-        yield from (Run(task, kind, seed) for task in WINDOW_TASKS for kind in fast)
+        yield from (Run(task, kind, seed) for task in WINDOW_TASKS for kind in fast if kind != "exact-prior")
+    yield from (Run("copies-varied", kind, SEEDS[0]) for kind in (CYCLE, "exact", "exact-prior"))
     for seed in SEEDS:
         yield from (Run(task, SLOW, seed) for task in MAIN_TASKS)
     yield from (Run(VARIANT_TASK, kind, SEEDS[0]) for kind in VARIANTS if kind.startswith(SLOW))
@@ -125,21 +126,21 @@ def needed_by(run: Run) -> Iterator[Run]:
         yield from (Run(TARGET, run.kind, SEEDS[0], "sweep", temperature) for temperature in TEMPERATURES)
 
 
-def settings_of(run: Run, results: Results) -> tuple[str, ...]:
+def settings_of(run: Run, results: Results, steps: int | None = None) -> tuple[str, ...]:
     """Returns the settings of a run, `section.key=value`, over those of the configuration tiny.
 
     Args:
         run: The run.
         results: Those of the runs that it needs, at least.
+        steps: Updates in place of those of the plan.
     """
     temperature = run.temperature
     if run.definition.is_exact and temperature is None:
         temperature = best_temperature(run.kind, results)
     exact = () if temperature is None else (f"model.exact_temperature={temperature}",)
-    steps = _steps_of(run, results)
     return (
         *TASKS[run.task].overrides, *run.definition.overrides, *exact, f"train.seed={run.seed}",
-        f"train.max_steps={steps}",
+        f"train.max_steps={steps or _steps_of(run, results)}",
     )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.train import train
 from scripts.environment import environment
 from scripts.experiments.plan import Result, Run
+from scripts.experiments.results import FORMAT_VERSION, read_result
+from scripts.measuring import using_threads
 
-FORMAT_VERSION = 1
 SCORED: Mapping[str, SplitName] = {"iid": "test", "held": "ood"}
 """The splits that are scored at the end, by their names on the page."""
 NUM_POINTS = 16
@@ -29,10 +30,10 @@ NUM_MASKS = 3
 """How often a protein is scored at the end, each time with other residues hidden."""
 NUM_REPLICATES = 200
 """Replicates of the bootstrap that are kept, the first of those of the evaluation."""
-_UNMEASURED = "train.checkpoint_every_steps=1000000", "train.health_every_steps=0"
+_NOT_MEASURED = "train.checkpoint_every_steps=1000000", "train.health_every_steps=0"
 
 
-def read_result(path: Path, settings: Sequence[str]) -> dict[str, Any] | None:
+def earlier_result(path: Path, settings: Sequence[str]) -> Result | None:
     """Returns the result of an earlier run; None if there is none.
 
     Args:
@@ -44,13 +45,9 @@ def read_result(path: Path, settings: Sequence[str]) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = result["settings"]
-    except (ValueError, KeyError, TypeError):  # no JSON, or that of another program
-        raise ProtlmError(f"{path}: expected the result of a run, got something else; move it away") from None
-    if found != list(settings):
-        other = ", ".join(sorted(set(found) ^ set(settings)))
+    result = read_result(path)
+    if result["settings"] != list(settings):
+        other = ", ".join(sorted(set(result["settings"]) ^ set(settings)))
         raise ProtlmError(f"{path}: a run with other settings ({other}); move it away or choose another --out")
     return result
 
@@ -67,35 +64,39 @@ def perform(run: Run, settings: Sequence[str], dataset: Path, work: Path) -> dic
     Raises:
         ProtlmError: A run whose loss is no number any more, and whatever else ends training.
     """
-    steps = int(next(word for word in settings if word.startswith("train.max_steps=")).partition("=")[2])
-    every = max(1, steps // NUM_POINTS)
-    clock = _Clock(every)
-    request = TrainRequest(
-        dataset_paths=[dataset], run_dir=work / "run", config="tiny",
-        overrides=[*settings, f"train.valid_every_steps={every}", *_UNMEASURED], force=True,
-    )  # fmt: skip
-    report = train(request, start_progress=clock.start)
-    assert report is not None
-    if report.interrupted:
-        raise KeyboardInterrupt
-    seconds = clock.seconds()
-    scored = evaluate(
-        EvalRequest(
-            model=work / "run", dataset=dataset, splits=tuple(SCORED.values()), out=work / "report",
-            num_masks=NUM_MASKS, force=True,
-        )
-    )  # fmt: skip
-    return {
-        "format_version": FORMAT_VERSION,
-        "task": run.task, "kind": run.kind, "seed": run.seed, "budget": run.budget,
-        "settings": list(settings),
-        "steps": report.step,
-        "num_parameters": report.num_parameters,
-        "training_seconds": round(seconds[-1], 2),
-        "curve": _curve(work / "run" / "metrics.csv", seconds),
-        "splits": {name: _kept(scored.splits[split]) for name, split in SCORED.items()},
-        "environment": environment(),
-    }  # fmt: skip
+    # The processor time of several threads also counts what they wait for each other.
+    with using_threads(1):
+        steps = int(dict(setting.split("=") for setting in settings)["train.max_steps"])
+        clock = _Clock(max(1, steps // NUM_POINTS))
+        measured = f"train.valid_every_steps={clock.every}"
+        report = train(
+            TrainRequest(
+                dataset_paths=[dataset], run_dir=work / "run", config="tiny",
+                overrides=[*settings, measured, *_NOT_MEASURED], force=True,
+            ),
+            start_progress=clock.start,
+        )  # fmt: skip
+        assert report is not None
+        if report.interrupted:
+            raise KeyboardInterrupt
+        scored = evaluate(
+            EvalRequest(
+                model=work / "run", dataset=dataset, splits=tuple(SCORED.values()), out=work / "report",
+                num_masks=NUM_MASKS, force=True,
+            )
+        )  # fmt: skip
+        seconds = clock.seconds()
+        return {
+            "format_version": FORMAT_VERSION,
+            "task": run.task, "kind": run.kind, "seed": run.seed, "budget": run.budget,
+            "settings": list(settings),
+            "steps": report.step,
+            "num_parameters": report.num_parameters,
+            "training_seconds": round(seconds[-1], 2),
+            "curve": _curve(work / "run" / "metrics.csv", seconds),
+            "splits": {name: _kept(scored.splits[split]) for name, split in SCORED.items()},
+            "environment": environment(),
+        }  # fmt: skip
 
 
 def write_result(path: Path, result: Result) -> None:
@@ -114,10 +115,13 @@ class _Clock:
 
     An update with a measurement behind it, and the one after that, which began with its checkpoint, count as much as
     the mean of the others; so does the first, which loads libraries.
+
+    Attributes:
+        every: Updates from one measurement to the next.
     """
 
     def __init__(self, every: int) -> None:
-        self._every = every
+        self.every = every
         self._seconds: list[float] = []
         self._last = 0.0
 
@@ -134,7 +138,7 @@ class _Clock:
 
     def seconds(self) -> list[float]:
         """Returns the processor seconds of training up to each update, the first one first."""
-        is_clean = [step > 1 and step % self._every and (step - 1) % self._every for step in self._steps()]
+        is_clean = [step > 1 and step % self.every and (step - 1) % self.every for step in self._steps()]
         is_clean[-1] = False
         clean = [seconds for seconds, counts in zip(self._seconds, is_clean, strict=True) if counts]
         # Where a run is so short that every update is measured.

@@ -25,8 +25,10 @@ LONG_FAMILIES = ("F01", "F02", "F03")
 """Families of long proteins that are trained on: three of eleven, which a processor learns in minutes."""
 SUBSTITUTED = 0.3
 """Share of the residues of a diverged copy that differ from the protein before it."""
-COPIED_LENGTHS = (150, 300)
-"""Residues of a protein that is copied, and so the distance to the copy of a residue."""
+COPIED_RESIDUES = 200
+"""Residues of a window of a protein that is copied, and so the distance of each residue from its copy."""
+VARIED_RESIDUES = (150, 300)
+"""The same, where it is another one for each protein."""
 UNSEEN_FAMILIES = 4
 """Families of which no member is trained on, where homologues stand side by side."""
 KEPT_MEMBERS = 40
@@ -105,27 +107,38 @@ def families(folder: str, num_valid: int, only: Collection[str] = ()) -> Callabl
     return make
 
 
-def copies(data: Path) -> Splits:
-    """Returns proteins of Swiss-Prot, each followed by its diverged copy, as one record.
+def copies(shortest: int, longest: int) -> Callable[[Path], Splits]:
+    """Returns the maker of the task of copies: windows of Swiss-Prot's proteins, each followed by its diverged copy.
 
-    Held ones are of families of which train has no member.
+    Both are one record. Held ones are of families of which train has no member.
+
+    Args:
+        shortest: Fewest residues of a window.
+        longest: Most residues, equally likely as any number between them.
     """
-    files: dict[SplitName, tuple[str, int]] = {
+    files: Mapping[SplitName, tuple[str, int]] = {
         "train": ("train_100k", 6000), "valid": ("valid_cluster_5k", 48), "test": ("test_random_5k", 120),
         "ood": ("ood_pfam24", 120),
     }  # fmt: skip
-    shortest, longest = COPIED_LENGTHS
-    splits: dict[SplitName, list[Protein]] = {}
-    for name, (file, count) in files.items():
-        proteins = [
-            protein
-            for protein in _read(data / "swissprot" / f"{file}.fasta.gz")
-            if shortest <= len(protein[1]) <= longest and set(protein[1]) <= set(STANDARD)
-        ]
-        generator = _generator(f"copies {name}")
-        chosen = _shuffled(proteins, f"copied {name}")[:count]
-        splits[name] = [(record_id, sequence + diverged(sequence, generator)) for record_id, sequence in chosen]
-    return splits
+
+    def make(data: Path) -> Splits:
+        splits: dict[SplitName, list[Protein]] = {}
+        for name, (file, count) in files.items():
+            proteins = [
+                protein
+                for protein in _read(data / "swissprot" / f"{file}.fasta.gz")
+                if len(protein[1]) >= longest and set(protein[1]) <= set(STANDARD)
+            ]
+            generator = _generator(f"copies {name}")
+            splits[name] = []
+            for record_id, sequence in _shuffled(proteins, f"copied {name}")[:count]:
+                size = int(generator.integers(shortest, longest + 1))
+                start = int(generator.integers(len(sequence) - size + 1))
+                window = sequence[start : start + size]
+                splits[name].append((record_id, window + diverged(window, generator)))
+        return splits
+
+    return make
 
 
 def diverged(sequence: str, generator: np.random.Generator, share: float = SUBSTITUTED) -> str:
@@ -186,10 +199,11 @@ TASKS: Mapping[str, Task] = {
     "families-long": Task(
         "proteins of 400–1,022 residues", families("families_long", 24, LONG_FAMILIES), 600, packed(2048)
     ),
-    "families": Task("proteins of 80–192 residues", families("families", 64), 600, packed(2048)),
-    "copies": Task("a protein and its diverged copy", copies, 600, packed(2048)),
-    "concat-4096": Task("homologues in windows of 4,096", side_by_side(4096), 150, concatenated(4096)),
-    "concat-8192": Task("homologues in windows of 8,192", side_by_side(8192), 75, concatenated(8192)),
+    "families": Task("proteins of 80–192 residues", families("families", 64), 400, packed(2048)),
+    "copies": Task("a protein and its diverged copy", copies(COPIED_RESIDUES, COPIED_RESIDUES), 300, packed(2048)),
+    "copies-varied": Task("the same at varied distances", copies(*VARIED_RESIDUES), 300, packed(2048)),
+    "concat-4096": Task("homologues in windows of 4,096", side_by_side(4096), 120, concatenated(4096)),
+    "concat-8192": Task("homologues in windows of 8,192", side_by_side(8192), 60, concatenated(8192)),
 }
 """The tasks by name."""
 

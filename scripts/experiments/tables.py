@@ -1,0 +1,190 @@
+"""The tables of what_trains.md, and how they are put into its text: hides the marks that a table stands between."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from protlm.errors import ProtlmError
+from protlm.inference.metrics import Estimate
+from scripts.experiments import results as figures
+from scripts.experiments.plan import (
+    CYCLE,
+    KINDS,
+    SEEDS,
+    TARGET,
+    VARIANT_TASK,
+    VARIANTS,
+    Kind,
+    Result,
+    Results,
+    Run,
+    best_temperature,
+    needed_by,
+    planned_runs,
+)
+from scripts.experiments.runs import SCORED
+from scripts.experiments.tasks import TASKS
+from scripts.report.page import table
+
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str, results: Results) -> str:
+    """Returns the text of the page with each table between its marks made anew.
+
+    Raises:
+        ProtlmError: A mark of a table that there is not.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[2]
+        if name in TASKS:
+            return match[1] + task_table(results, name)
+        if name not in TABLES:
+            raise ProtlmError(f"<!-- table: {name} -->: expected one of {', '.join([*TASKS, *TABLES])}")
+        return match[1] + TABLES[name](results)
+
+    return _BLOCK.sub(replaced, text)
+
+
+def task_table(results: Results, task: str, kinds: Mapping[str, Kind] = KINDS) -> str:
+    """Returns the table of a task: each of these kinds with the same number of updates."""
+    named = {kind.title: figures.of_kind(results, task, name) for name, kind in kinds.items()}
+    return _scores({title: runs for title, runs in named.items() if runs})
+
+
+def variants_table(results: Results) -> str:
+    """Returns the cycle beside its variants."""
+    return task_table(results, VARIANT_TASK, {CYCLE: KINDS[CYCLE], **VARIANTS})
+
+
+def equal_time_table(results: Results) -> str:
+    """Returns the cycle beside exact attention that was trained as long, on long proteins."""
+    named = {KINDS[CYCLE].title: figures.of_kind(results, TARGET, CYCLE)}
+    named |= {kind.title: figures.of_kind(results, TARGET, name, "time") for name, kind in _opponents().items()}
+    return _scores({title: runs for title, runs in named.items() if runs})
+
+
+def target_table(results: Results) -> str:
+    """Returns the cycle minus exact attention, at equal time and at equal steps, on long proteins."""
+    rows = []
+    cycle = figures.of_kind(results, TARGET, CYCLE)
+    for budget, words in (("time", "equal time"), ("steps", "equal steps")):
+        for name, kind in _opponents().items():
+            others = figures.of_kind(results, TARGET, name, budget)
+            rows += _difference_rows(f"{kind.title}, {words}", cycle, others)
+    return table(["the cycle minus", "proteins", "seeds", "accuracy", "verdict"], rows)
+
+
+def differences_table(results: Results) -> str:
+    """Returns the cycle minus each other kind at equal steps, on every task."""
+    rows = []
+    for task in TASKS:
+        for name, kind in KINDS.items():
+            if name != CYCLE:
+                cycle, others = (figures.of_kind(results, task, of) for of in (CYCLE, name))
+                rows += [[TASKS[task].title, *row] for row in _difference_rows(kind.title, cycle, others)]
+    return table(["task", "the cycle minus", "proteins", "seeds", "accuracy", "verdict"], rows)
+
+
+def sweep_table(results: Results) -> str:
+    """Returns the sweep over the temperature at which exact attention starts."""
+    rows = []
+    for name, kind in _opponents().items():
+        best = None
+        for run in needed_by(Run(TARGET, name, SEEDS[0])):
+            if run.name in results:
+                best = best or _best(name, results)
+                end = results[run.name]["curve"][-1]
+                mark = "best" if run.temperature == best else ""
+                rows.append([kind.title, run.temperature, f"{end['accuracy']:.3f}", f"{end['perplexity']:.2f}", mark])
+    return table(["attention", "start", "accuracy on valid", "perplexity", ""], rows)
+
+
+def curves_table(results: Results) -> str:
+    """Returns the accuracy on valid at the processor time that the cycle took for all its updates, read off curves."""
+    rows = []
+    for task in TASKS:
+        cycle = figures.of_kind(results, task, CYCLE)
+        for name, kind in KINDS.items():
+            cells = []
+            for run, base in _pairs(figures.of_kind(results, task, name), cycle):
+                value = figures.at_seconds(run, base["training_seconds"])
+                cells.append("done before" if value is None else f"{value:.3f}")
+            if cells:
+                rows.append([TASKS[task].title, kind.title, " / ".join(cells)])
+    return table(["task", "attention", "accuracy on valid"], rows)
+
+
+def conditions(results: Results) -> str:
+    """Returns a paragraph about the runs: how many there are, how long they took, where and with which code."""
+    planned = [run.name for run in planned_runs()]
+    planned += [needed.name for run in planned_runs() for needed in needed_by(run)]
+    missing = [name for name in dict.fromkeys(planned) if name not in results]
+    minutes = sum(result["training_seconds"] for result in results.values()) / 60
+    machines = {
+        f"{result['environment']['processor']}, {result['environment']['threads']} thread, "
+        f"torch {result['environment']['torch']}, commit {result['environment']['commit']}"
+        for result in results.values()
+    }
+    text = f"{len(results)} runs, {minutes:.0f} minutes of processor time in training: {'; '.join(sorted(machines))}."
+    if missing:
+        text += f" Of the plan {len(missing)} runs are not there: {', '.join(missing)}."
+    return text
+
+
+TABLES: Mapping[str, Callable[[Results], str]] = {
+    "conditions": conditions, "target": target_table, "equal-time": equal_time_table, "sweep": sweep_table,
+    "variants": variants_table,
+    "differences": differences_table, "curves": curves_table,
+}  # fmt: skip
+"""What stands between marks by their names, beside the tables of the tasks."""
+
+
+def _opponents() -> dict[str, Kind]:
+    return {name: kind for name, kind in KINDS.items() if kind.is_exact}
+
+
+def _best(kind: str, results: Results) -> float | None:
+    """Returns the best temperature of the sweep; None before all of it is there."""
+    sweep = (run for run in needed_by(Run(TARGET, kind, SEEDS[0])))
+    return best_temperature(kind, results) if all(run.name in results for run in sweep) else None
+
+
+def _scores(rows: Mapping[str, Sequence[Result]]) -> str:
+    cells = []
+    for title, runs in rows.items():
+        row = [title, str(len(runs))]
+        for split in SCORED:
+            row += [_interval(figures.accuracy(runs, split)), f"{figures.mean_of(runs, split, 'perplexity'):.2f}"]
+        steps = sum(run["steps"] for run in runs) / len(runs)
+        seconds = sum(run["training_seconds"] for run in runs) / len(runs)
+        cells.append([*row, f"{steps:.0f}", f"{seconds:.0f}", f"{1000 * seconds / steps:.0f}"])
+    columns = [word for split in SCORED for word in (f"{split} accuracy", "perplexity")]
+    return table(["attention", "seeds", *columns, "updates", "CPU s", "ms an update"], cells)
+
+
+def _difference_rows(title: str, first: Sequence[Result], second: Sequence[Result]) -> list[list[str]]:
+    rows = []
+    for split in SCORED:
+        difference = figures.difference(first, second, split)
+        if difference is not None:
+            seeds = {run["seed"] for run in first} & {run["seed"] for run in second}
+            rows.append([title, split, str(len(seeds)), _interval(difference, signed=True), _verdict(difference)])
+    return rows
+
+
+def _interval(value: Estimate, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    text = f"{value.value:{sign}.3f}"
+    return text if value.low is None else f"{text} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+
+
+def _verdict(value: Estimate) -> str:
+    if value.low is None or value.high is None:
+        return "too few proteins"
+    return "above" if value.low > 0 else "below" if value.high < 0 else "not told apart"
+
+
+def _pairs(runs: Sequence[Result], others: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Returns the runs that have the same seed."""
+    return [(run, other) for run in runs for other in others if run["seed"] == other["seed"]]
