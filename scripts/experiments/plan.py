@@ -21,7 +21,7 @@ TARGET = "families-long"
 MAIN_TASKS = (TARGET, "copies", "families")
 WINDOW_TASKS = ("concat-4096", "concat-8192")
 VARIANT_TASK = "copies"
-TEMPERATURES = (3, 6, 12)
+TEMPERATURES = (3, 6, 12, 24)
 SWEEP_STEPS = 300
 
 

@@ -62,7 +62,7 @@ for script in scripts:
 
 
 def test_every_script_runs_as_a_file_in_any_folder(tmp_path):
-    names = [*(f"bench/{script}.py" for script in SCRIPTS), "attention_report.py", "demo.py"]
+    names = [*(f"bench/{script}.py" for script in SCRIPTS), "attention_report.py", "demo.py", "learning.py"]
     command = [sys.executable, "-c", RUN_AS_FILES, *(str(ROOT / "scripts" / name) for name in names)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stderr.split() == ["0"] * len(names)
