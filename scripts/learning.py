@@ -111,8 +111,8 @@ def make_page(arguments: argparse.Namespace) -> None:
     results = read_results(arguments.runs)
     if not results:
         raise ProtlmError(f"{arguments.runs}: holds no runs; make some with `run`, or choose another --runs")
-    text = with_tables(page.read_text(encoding="utf-8"), results)
     pictures = page.with_suffix("")
+    text = with_tables(page.read_text(encoding="utf-8"), results, pictures.name)
     pictures.mkdir(exist_ok=True)
     for path in draw_pictures(results, pictures):
         print(path)

@@ -69,9 +69,12 @@ def difference(first: Sequence[Result], second: Sequence[Result], split: str) ->
 
 
 def at_seconds(run: Result, seconds: float) -> float | None:
-    """Returns the accuracy on the valid split at a processor time, between the points of the curve; None outside it."""
+    """Returns the accuracy on the valid split at a processor time: between the points of the curve, or at its end.
+
+    None before the first point.
+    """
     times = [point["seconds"] for point in run["curve"]]
-    if not times[0] <= seconds <= times[-1]:
+    if seconds < times[0]:
         return None
     return float(np.interp(seconds, times, [point["accuracy"] for point in run["curve"]]))
 

@@ -1,11 +1,13 @@
 """The tables of what_trains.md, and how they are put into its text: hides the marks that a table stands between."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from protlm.errors import ProtlmError
 from protlm.inference.metrics import Estimate
 from scripts.experiments import results as figures
+from scripts.experiments.curves import planned_pictures
 from scripts.experiments.plan import (
     CYCLE,
     KINDS,
@@ -25,23 +27,29 @@ from scripts.experiments.runs import SCORED
 from scripts.experiments.tasks import TASKS
 from scripts.report.page import table
 
-_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def with_tables(text: str, results: Results) -> str:
-    """Returns the text of the page with each table between its marks made anew.
+def with_tables(text: str, results: Results, folder: str = "what_trains") -> str:
+    """Returns the text of the page with each table between its marks made anew, and its picture below it.
+
+    Args:
+        text: The page.
+        results: The runs.
+        folder: The path of the pictures from the page.
 
     Raises:
         ProtlmError: A mark of a table that there is not.
     """
+    pictures = planned_pictures(results)
 
     def replaced(match: re.Match[str]) -> str:
         name = match[2]
-        if name in TASKS:
-            return match[1] + task_table(results, name)
-        if name not in TABLES:
+        if name not in TASKS and name not in TABLES:
             raise ProtlmError(f"<!-- table: {name} -->: expected one of {', '.join([*TASKS, *TABLES])}")
-        return match[1] + TABLES[name](results)
+        made = task_table(results, name) if name in TASKS else TABLES[name](results)
+        picture = f"\n\n![Curves: {pictures[name].title}]({folder}/{name}.png)" if name in pictures else ""
+        return f"{match[1]}\n{made}{picture}\n\n"
 
     return _BLOCK.sub(replaced, text)
 
@@ -109,7 +117,7 @@ def curves_table(results: Results) -> str:
             cells = []
             for run, base in _pairs(figures.of_kind(results, task, name), cycle):
                 value = figures.at_seconds(run, base["training_seconds"])
-                cells.append("done before" if value is None else f"{value:.3f}")
+                cells.append("–" if value is None else f"{value:.3f}")
             if cells:
                 rows.append([TASKS[task].title, kind.title, " / ".join(cells)])
     return table(["task", "attention", "accuracy on valid"], rows)
@@ -121,14 +129,18 @@ def conditions(results: Results) -> str:
     planned += [needed.name for run in planned_runs() for needed in needed_by(run)]
     missing = [name for name in dict.fromkeys(planned) if name not in results]
     minutes = sum(result["training_seconds"] for result in results.values()) / 60
-    machines = {
-        f"{result['environment']['processor']}, {result['environment']['threads']} thread, "
-        f"torch {result['environment']['torch']}, commit {result['environment']['commit']}"
-        for result in results.values()
-    }
-    text = f"{len(results)} runs, {minutes:.0f} minutes of processor time in training: {'; '.join(sorted(machines))}."
+    machines: dict[str, set[str]] = {}
+    for result in results.values():
+        facts = result["environment"]
+        machine = f"{facts['processor']}, {facts['threads']} thread, torch {facts['torch']}"
+        machines.setdefault(machine, set()).add(facts["commit"])
+    where = "; ".join(f"{machine}, commits {', '.join(sorted(commits))}" for machine, commits in machines.items())
+    text = f"{len(results)} runs, {minutes:.0f} minutes of processor time in training: {where}."
     if missing:
-        text += f" Of the plan {len(missing)} runs are not there: {', '.join(missing)}."
+        counts = Counter(name.partition(".")[0] for name in missing)
+        text += (
+            f" Not there are {len(missing)} runs of the plan: {', '.join(f'{n} of {t}' for t, n in counts.items())}."
+        )
     return text
 
 
@@ -151,6 +163,8 @@ def _best(kind: str, results: Results) -> float | None:
 
 
 def _scores(rows: Mapping[str, Sequence[Result]]) -> str:
+    if not rows:
+        return "No such run is there yet."
     cells = []
     for title, runs in rows.items():
         row = [title, str(len(runs))]
