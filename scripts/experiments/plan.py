@@ -49,9 +49,9 @@ def _layers(title: str, attention: str, *, is_exact: bool = False, **settings: f
 KINDS: Mapping[str, Kind] = {
     CYCLE: _layers("local, FAVOR, local", "local,positive,local"),
     "exact": _layers("exact", "softmax", is_exact=True),
-    "local": _layers("local", "local"),
-    "favor": _layers("FAVOR", "positive"),
     "exact-prior": _layers("exact, local prior", "softmax", is_exact=True, local_bias=3),
+    "favor": _layers("FAVOR", "positive"),
+    "local": _layers("local", "local"),
     "near-far": _layers("near-far", "near-far"),
 }
 """The kinds that are compared on every task; the cycle first, whose time others are given."""
