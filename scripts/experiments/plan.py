@@ -21,7 +21,7 @@ TARGET = "families-long"
 MAIN_TASKS = (TARGET, "copies", "families")
 WINDOW_TASKS = ("concat-4096", "concat-8192")
 VARIANT_TASK = "copies"
-TEMPERATURES: Mapping[str, tuple[float, ...]] = {"exact": (3, 6, 12, 24), "exact-prior": (6, 12, 24)}
+TEMPERATURES = (3, 6, 12, 24)
 """Where exact kinds start in the sweep."""
 SWEEP_STEPS = 300
 
@@ -124,7 +124,7 @@ def needed_by(run: Run) -> Iterator[Run]:
         yield Run(run.task, CYCLE, run.seed)
         yield replace(run, budget="steps")
     if run.definition.is_exact and run.budget != "sweep":
-        yield from (Run(TARGET, run.kind, SEEDS[0], "sweep", temperature) for temperature in TEMPERATURES[run.kind])
+        yield from (Run(TARGET, run.kind, SEEDS[0], "sweep", temperature) for temperature in TEMPERATURES)
 
 
 def settings_of(run: Run, results: Results, steps: int | None = None) -> tuple[str, ...]:
