@@ -73,10 +73,10 @@ def equal_time_table(results: Results) -> str:
 
 
 def target_table(results: Results) -> str:
-    """Returns the cycle minus exact attention, at equal time and at equal steps, on long proteins."""
+    """Returns the cycle minus exact attention, at equal time and at equal updates, on long proteins."""
     rows = []
     cycle = figures.of_kind(results, TARGET, CYCLE)
-    for budget, words in (("time", "equal time"), ("steps", "equal steps")):
+    for budget, words in (("time", "equal time"), ("steps", "equal updates")):
         for name, kind in _opponents().items():
             others = figures.of_kind(results, TARGET, name, budget)
             rows += _difference_rows(f"{kind.title}, {words}", cycle, others)
@@ -84,7 +84,7 @@ def target_table(results: Results) -> str:
 
 
 def differences_table(results: Results) -> str:
-    """Returns the cycle minus each other kind at equal steps, on every task."""
+    """Returns the cycle minus each other kind at equal updates, on every task."""
     rows = []
     for task in TASKS:
         for name, kind in KINDS.items():
