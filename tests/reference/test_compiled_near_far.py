@@ -98,15 +98,17 @@ def test_every_kernel_that_this_machine_can_run_equals_the_float64_twin(kernel, 
     if kernel not in RUNNABLE:
         pytest.skip(f"this machine cannot run the {kernel} kernel")
     monkeypatch.setattr(compiled, "best_kernel", lambda: kernel)
-    for (name, options), feature_map, causal in product(LAYOUTS.items(), JOINING, MODES):
+    cases = product(LAYOUTS.items(), JOINING, MODES)
+    for number, ((name, options), feature_map, causal) in enumerate(cases):
         case = Case(feature_map=feature_map, causal=causal, **options)
         arguments = drawn(case)
-        for near_block in (1, 8, 32, 45):
-            expected = expected_of(*arguments, near_block)
-            for blocks in (None, 4):
-                with monkeypatch.context() as patch:
-                    cut_into_units(patch, blocks)
-                    assert_close(computed(*arguments, near_block), expected, f"{name}, {case}, {near_block}, {blocks}")
+        # Each layout meets all four, with one map or another.
+        near_block = (1, 8, 32, 45)[number % 4]
+        expected = expected_of(*arguments, near_block)
+        for blocks in (None, 4):
+            with monkeypatch.context() as patch:
+                cut_into_units(patch, blocks)
+                assert_close(computed(*arguments, near_block), expected, f"{name}, {case}, {near_block}, {blocks}")
 
 
 @pytest.mark.parametrize("causal", MODES, ids=MODE_NAMES)
