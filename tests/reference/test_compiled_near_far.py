@@ -122,6 +122,15 @@ def test_units_of_every_size_equal_the_float64_twin(blocks, causal, monkeypatch)
 
 
 @pytest.mark.parametrize("causal", MODES, ids=MODE_NAMES)
+def test_heads_that_are_computed_in_several_rounds_equal_the_torch_backend(causal, monkeypatch):
+    """The states of 30 units of a head are more than are held at once."""
+    cut_into_units(monkeypatch, 4)
+    arguments = drawn(Case(length=950, heads=3, batch=1, head_dim=64, num_features=700, causal=causal))
+    expected = {name: x.double() for name, x in computed(*arguments, 8, "torch").items()}
+    assert_close(computed(*arguments, 8), expected)
+
+
+@pytest.mark.parametrize("causal", MODES, ids=MODE_NAMES)
 @pytest.mark.parametrize("blocks", [None, 4])
 @pytest.mark.parametrize("feature_map", JOINING)
 def test_keys_and_queries_of_very_different_size_equal_the_float64_twin(feature_map, blocks, causal, monkeypatch):
@@ -199,21 +208,31 @@ def test_auto_takes_the_kernel_for_a_near_field_and_a_bias_and_torch_for_gradien
     assert [name.rsplit(".")[-1] for name in tasks] == ["favor_cpp", "favor_torch"]
 
 
-def test_memory_beside_inputs_and_results_stays_below_32_mib(monkeypatch):
-    """Of 2 threads, for titin and 8 heads of 32 with 128 features."""
+def workspace_bytes(monkeypatch, length, head_dim, num_features):
+    """Returns the memory that a backward of 8 heads takes from 2 threads beside inputs and results."""
     sizes = []
 
     def remember(size, empty=torch.empty):
         sizes.append(size)
         return empty(size)
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    q = torch.zeros(1, 8, 34_350, 32, requires_grad=True)
-    out = favor_attention(q, q, q, torch.zeros(128, 32), near_block=32)
+    q = torch.zeros(1, 8, length, head_dim, requires_grad=True)
     with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        out = favor_attention(q, q, q, torch.zeros(num_features, head_dim), near_block=32)
         patch.setattr(torch, "empty", remember)
         out.backward(torch.zeros_like(out))
-    assert 0 < max(sizes) * 4 <= 32 << 20
+    return max(sizes) * 4
+
+
+def test_memory_beside_inputs_and_results_stays_below_32_mib_for_titin(monkeypatch):
+    assert 0 < workspace_bytes(monkeypatch, 34_350, 32, 128) <= 32 << 20
+
+
+def test_memory_beside_inputs_and_results_hardly_grows_with_the_length(monkeypatch):
+    """Of long segments the states of some units are held, for as many heads at once as fit."""
+    short, long = (workspace_bytes(monkeypatch, length, 64, 256) for length in (4_000, 32_000))
+    assert short <= long <= short + (12 << 20)
 
 
 def planned(plan, fault):

@@ -43,6 +43,35 @@ void sum_outer(const NearFarWorkspace& workspace, const FavorGroup& group, Index
 
 inline Index near_far_workspace(const NearFarCall& call) { return NearFarWorkspace::floats(call); }
 
+// The work of one thread on the heads from first to before last. Every loop is divided among the threads of the parallel
+// region around it, and ends when all of them have finished.
+inline void run_heads(const NearFarWorkspace& workspace, const NearFarScratch& scratch, Index first, Index last) {
+    const NearFarCall& call = workspace.call;
+    const bool is_backward = workspace.sizes.is_backward;
+    const Index heads = last - first;
+    const auto work_at = [&](Index i) {
+        return NearFarBlocks{call, call.units[i / heads], first + i % heads, workspace, scratch};
+    };
+#pragma omp for schedule(dynamic)
+    for (Index i = 0; i < call.num_units * heads; ++i) {
+        const NearFarBlocks work = work_at(i);
+        if (work.unit.slot < 0) continue;
+        is_backward ? work.fold_unit<Layout::kByColumn>(false) : work.fold_unit<Layout::kByFeature>(false);
+        if (is_backward) work.fold_unit<Layout::kByFeature>(true);
+    }
+#pragma omp for schedule(dynamic)
+    for (Index i = 0; i < call.favor.num_groups * heads; ++i) {
+        const FavorGroup& group = call.favor.groups[i / heads];
+        const Index head = first + i % heads;
+        is_backward ? sum_outer<Layout::kByColumn>(workspace, group, head, false, scratch.spare[0])
+                    : sum_outer<Layout::kByFeature>(workspace, group, head, false, scratch.spare[0]);
+        if (is_backward) sum_outer<Layout::kByFeature>(workspace, group, head, true, scratch.spare[0]);
+    }
+#pragma omp for schedule(dynamic)
+    for (Index i = 0; i < call.num_units * heads; ++i)
+        is_backward ? NearFarBackward{work_at(i)}.run() : NearFarForward{work_at(i)}.run();
+}
+
 inline void run_near_far(const NearFarCall& call) {
     const NearFarWorkspace workspace(call);
     const bool is_backward = workspace.sizes.is_backward;
@@ -55,28 +84,8 @@ inline void run_near_far(const NearFarCall& call) {
 #pragma omp for schedule(static)
         for (Index i = 0; i < workspace.sizes.favor.projections; ++i)
             pack_projection(call.favor, workspace.sizes.favor, i, is_backward, workspace.projection(i));
-#pragma omp for schedule(dynamic)
-        for (Index i = 0; i < call.num_units * heads; ++i) {
-            const NearFarBlocks work{call, call.units[i / heads], i % heads, workspace, scratch};
-            if (work.unit.slot < 0) continue;
-            if (is_backward) work.fold_unit<Layout::kByFeature>(true), work.fold_unit<Layout::kByColumn>(false);
-            else work.fold_unit<Layout::kByFeature>(false);
-        }
-#pragma omp for schedule(dynamic)
-        for (Index i = 0; i < call.favor.num_groups * heads; ++i) {
-            const FavorGroup& group = call.favor.groups[i / heads];
-            if (is_backward) {
-                sum_outer<Layout::kByFeature>(workspace, group, i % heads, true, scratch.spare[0]);
-                sum_outer<Layout::kByColumn>(workspace, group, i % heads, false, scratch.spare[0]);
-            } else {
-                sum_outer<Layout::kByFeature>(workspace, group, i % heads, false, scratch.spare[0]);
-            }
-        }
-#pragma omp for schedule(dynamic)
-        for (Index i = 0; i < call.num_units * heads; ++i) {
-            const NearFarBlocks work{call, call.units[i / heads], i % heads, workspace, scratch};
-            is_backward ? NearFarBackward{work}.run() : NearFarForward{work}.run();
-        }
+        for (Index head = 0; head < heads; head += workspace.round)
+            run_heads(workspace, scratch, head, head + workspace.round < heads ? head + workspace.round : heads);
     }
 }
 

@@ -94,24 +94,34 @@ struct UnitStates {
     State at(Part part) const { return {memory + part * sizes.state_floats(), sizes}; }
 };
 
+// Of the states of all units that are held at once: more heads are computed in several rounds.
+constexpr Index kUnitStateFloats = Index{2} << 20;
+
 struct NearFarWorkspace {
     const NearFarCall& call;
     const NearFarSizes sizes;
+    const Index round;  // heads that are computed at once
     float *projections, *slots, *threads;
 
     explicit NearFarWorkspace(const NearFarCall& of_call)
-        : call(of_call), sizes(of_call), projections(of_call.favor.workspace) {
+        : call(of_call), sizes(of_call), round(heads_of_round()), projections(of_call.favor.workspace) {
         slots = projections + round_up(sizes.favor.projections * sizes.favor.projection_floats(), 16);
-        threads = slots + round_up((1 + sizes.is_backward) * call.favor.num_slots * sizes.favor.heads * unit_floats(), 16);
+        threads = slots + round_up(round * head_floats(), 16);
     }
 
     Index unit_floats() const { return UnitStates::kNumParts * sizes.favor.state_floats(); }
+    // Of the units of one head, of keys and in a backward of queries.
+    Index head_floats() const { return (1 + sizes.is_backward) * call.favor.num_slots * unit_floats(); }
+    Index heads_of_round() const {
+        const Index heads = sizes.favor.heads, most = head_floats() ? kUnitStateFloats / head_floats() : heads;
+        return most < 1 ? 1 : most < heads ? most : heads;
+    }
     Projection projection(Index head) const {
         return {projections + (sizes.favor.projections > 1 ? head : 0) * sizes.favor.projection_floats(), sizes.favor};
     }
     // Of the keys, or of the queries.
     UnitStates unit_states(Index slot, Index head, bool of_queries) const {
-        const Index place = (of_queries * call.favor.num_slots + slot) * sizes.favor.heads + head;
+        const Index place = (of_queries * call.favor.num_slots + slot) * round + head % round;
         return {slots + place * unit_floats(), sizes.favor};
     }
     float* thread(Index index) const { return threads + index * NearFarScratch::floats(sizes); }
