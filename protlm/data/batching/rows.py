@@ -15,6 +15,11 @@ from protlm.data.batching.draws import Draws
 
 Segment = TypeVar("Segment")
 
+ROWS_PER_PORTION = 16
+"""Rows that one process computes before it writes their results, where work is done in portions."""
+
+_MOST_PORTION_RECORDS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Row:
@@ -76,6 +81,26 @@ def packed_in_order(
         used += size
     if row:
         yield row
+
+
+def portion_bounds(costs: np.ndarray, budget: int) -> np.ndarray:
+    """Returns the bounds of the portions of some records: each has as many as the budget allows, but at least one.
+
+    Args:
+        costs: The cost of each record, int64.
+        budget: Most that the records of a portion may cost together.
+
+    Returns:
+        The first record of each portion, then the number of records, int64.
+    """
+    ends = np.cumsum(costs)
+    bounds, start, used = [0], 0, 0
+    while start < len(ends):
+        stop = int(ends.searchsorted(used + budget, side="right"))
+        start = min(max(start + 1, stop), start + _MOST_PORTION_RECORDS)
+        used = int(ends[start - 1])
+        bounds.append(start)
+    return np.array(bounds, dtype=np.int64)
 
 
 def training_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, first_row: int = 0) -> Iterator[Row]:
