@@ -17,6 +17,8 @@ from protlm.cli.options import (
     NumNodesOption,
     OnBadRecordOption,
     ResumeOption,
+    TokensPerBatchOption,
+    WindowOption,
     one_of,
     seed_option,
     some_of,
@@ -68,26 +70,6 @@ DtypeOption = Annotated[
         "--dtype",
         metavar=one_of(Dtype),
         help="Type of the stored numbers; default: float32, and float16 for the layout uniprot.",
-    ),
-]
-TokensPerBatchOption = Annotated[
-    int | None,
-    typer.Option(
-        "--tokens-per-batch",
-        metavar="N",
-        min=3,
-        max=MOST_TOKENS,
-        help="Budget of one forward pass; default: a number that suits the device.",
-    ),
-]
-WindowOption = Annotated[
-    int | None,
-    typer.Option(
-        "--window",
-        metavar="N",
-        min=2,
-        max=MOST_TOKENS,
-        help="Compute longer proteins in overlapping windows of N residues.",
     ),
 ]
 TruncateOption = Annotated[

@@ -1,7 +1,6 @@
 """The dry run of embed: sizes are counted from the inputs, and the time is extrapolated from a sample of proteins."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from protlm.data.embeddings.layouts import LAYOUTS
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError
+from protlm.files import free_bytes
 from protlm.inference.long_proteins import Cut
 from protlm.inference.pace import pace_of
 from protlm.runtime.devices import best_device
@@ -151,7 +151,7 @@ def _estimate(
         **asdict(counts),
         out_bytes=out_bytes,
         peak_bytes=_peak_bytes(settings, proteins, kept, is_first, out_bytes) + store_bytes,
-        free_bytes=shutil.disk_usage(_existing(out)).free,
+        free_bytes=free_bytes(out),
         seconds=seconds,
         residues_per_second=counts.num_computed_residues / seconds,
         num_nucleotides=inputs.num_nucleotides,
@@ -174,9 +174,3 @@ def _peak_bytes(
     largest = max(plan.num_residues(portion) for portion in range(plan.num_portions))
     share = (sum(held) + largest) / max(1, int(kept[is_first].sum()))
     return out_bytes + int(portion_bytes * min(1.0, share))
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
