@@ -1,4 +1,4 @@
-"""Rows in which one residue of a protein is hidden at a time: pseudo-perplexity, exact and expensive.
+"""Proteins of a split whose residues are hidden one at a time: pseudo-perplexity, exact and expensive.
 
 The pseudo-perplexity of a protein is exp(−1/L Σ_i log P(x_i | x without x_i)) (Salazar et al., arXiv 1910.14659). It
 takes a forward pass of the protein for each of its residues, so it is measured on a sample of a split.

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protlm.choices import EXACT_KINDS, AttentionKind, FeatureMap
@@ -111,10 +111,23 @@ class SelfAttention(nn.Module):
             self.projection.copy_(drawn)
 
     def forward(
-        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
-    ) -> Float[Tensor, "length model_dim"]:
-        """Returns the output of the attention for one packed row; without `rotary`, q and k are not rotated."""
+        self,
+        x: Float[Tensor, "length model_dim"],
+        segments: Segments,
+        rotary: tuple[Tensor, Tensor] | None,
+        kept: Int[Tensor, " kept"] | None = None,
+    ) -> Float[Tensor, "kept_or_length model_dim"]:
+        """Returns the output of the attention for one packed row; without `rotary`, q and k are not rotated.
+
+        Args:
+            x: The row.
+            segments: Its segments.
+            rotary: The angles of rotary positions.
+            kept: Positions of the row whose output is wanted; None: all.
+        """
         out = self.attend(*self.queries_keys_values(x, segments, rotary), segments)
+        if kept is not None:
+            out = out.index_select(0, kept)
         (result,) = in_stretches(lambda out: (self.output(out),), out.flatten(1))
         return result
 

@@ -51,6 +51,7 @@ def draw_heat_map(path: Path, scores: np.ndarray, protein: str, *, title: str, o
     num_positions = values.shape[1]
     columns = min(_BAND, num_positions)
     num_bands = -(-num_positions // columns)
+    height = 1.2 + num_bands * (len(_ROWS) * _CELL_INCHES + 0.65)
 
     def plot(figure: "Figure") -> None:
         bands = figure.subplots(num_bands, squeeze=False)[:, 0]
@@ -63,16 +64,12 @@ def draw_heat_map(path: Path, scores: np.ndarray, protein: str, *, title: str, o
         figure.suptitle(title, fontsize=10)
         bar = figure.colorbar(
             images[0], ax=list(bands), location="top", extend="both", shrink=min(1.0, 60 / columns), aspect=45,
+            fraction=0.3 / height, pad=0.1 / height,
             label="score: below 0 less likely than the wild type (dot), above 0 likelier",
         )  # fmt: skip
         bar.outline.set_visible(False)
 
-    save(
-        plot,
-        path,
-        width=max(6.0, columns * _CELL_INCHES + 1.0),
-        height=1.2 + num_bands * (len(_ROWS) * _CELL_INCHES + 0.65),
-    )
+    save(plot, path, width=max(6.0, columns * _CELL_INCHES + 1.0), height=height)
 
 
 def _draw_band(axes: "Axes", values: np.ndarray, protein: str, first: int, columns: int, limit: float) -> "AxesImage":
