@@ -1,6 +1,5 @@
 """`protlm score`: options in, a table of scores, a summary out."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +23,7 @@ from protlm.cli.options import (
 from protlm.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from protlm.workflows.score.estimate import ScoreCounts, ScoreEstimate
+    from protlm.workflows.score.estimate import ScoreCounts
     from protlm.workflows.score.report import AssayReport, Benchmark, ScoreReport
 
 _UNITS = {"read": "B", "score": "residue", "write": "variant"}
@@ -160,7 +159,8 @@ def score_command(
     if report.rejects:
         output.warn("skipped " + ", ".join(f"{count} rows ({reason})" for reason, count in report.rejects.items()))
     if isinstance(report, ScoreEstimate):
-        _print_estimate(report, as_json)
+        rate = ("passes a second, in a sample", f"{report.passes_per_second:,.3g}")
+        output.print_time_and_disk(report, rate, as_json=as_json)
     elif as_json:
         output.print_json(report)
     else:
@@ -259,14 +259,7 @@ def _pairs(report: "ScoreReport", column: str) -> list[tuple[str, object]]:
     return pairs
 
 
-_LONGEST_NAME = len("disk bytes while at work, about")
-
-
 def _tell(counts: "ScoreCounts", as_json: bool) -> None:
-    """Prints the counts of a dry run as soon as they are known; JSON is printed once, at the end."""
-    if as_json:
-        return
-    print("dry run")
     pairs = [
         ("proteins", f"{counts.num_proteins:,}"),
         ("variants", f"{counts.num_variants:,}"),
@@ -275,17 +268,4 @@ def _tell(counts: "ScoreCounts", as_json: bool) -> None:
         ("residues that they see", f"{counts.num_computed_residues:,}"),
         ("residues of the longest", f"{counts.longest:,}"),
     ]
-    output.print_pairs(pairs, width=_LONGEST_NAME)
-    sys.stdout.flush()
-
-
-def _print_estimate(estimate: "ScoreEstimate", as_json: bool) -> None:
-    pairs = [
-        ("output bytes, about", f"{estimate.out_bytes:,}"),
-        ("disk bytes while at work, about", f"{estimate.peak_bytes:,}"),
-        ("free disk bytes", f"{estimate.free_bytes:,}"),
-        ("passes a second, in a sample", f"{estimate.passes_per_second:,.3g}"),
-        ("seconds, about", f"{estimate.seconds:,.0f}"),
-    ]
-    # The title stands above the counts.
-    output.print_estimate(estimate, pairs, as_json=as_json, title=None)
+    output.print_counts(pairs, as_json=as_json)

@@ -83,9 +83,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Checks, measures and reports."""
     words = sys.argv[1:] if words is None else words
     arguments = parse(words)
-    sizes = Sizes(
-        arguments.layers, arguments.model_dim, arguments.heads, 4 * arguments.model_dim, arguments.features
-    )
+    sizes = Sizes(arguments.layers, arguments.model_dim, arguments.heads, 4 * arguments.model_dim, arguments.features)
     wanted = harness.possible(
         arguments.only, lambda name: [models.why_missing("transformers") if name == "speed" else ""]
     )
