@@ -2,8 +2,10 @@
 
 Both have the same weights, and nothing is timed unless both give the same scores. Every position of the protein has its
 19 mutants; each side hides the positions one by one. The sides take turns within each repeat; ratios of medians, with
-the ranges of the repeats, are printed with the machine, the threads, the versions and the commit. `cost` times single
-passes of a FAVOR model of the same shape, which tell what masked and wild-type marginals of longer proteins take.
+the ranges of the repeats, are printed with the machine, the threads, the versions and the commit. The shape is by
+default that of `tiny`; `--layers 6 --model-dim 320 --heads 20 --features 64` is that of the smallest ESM-2. `cost`
+times single passes of a FAVOR model of the same shape, which tell what masked and wild-type marginals of longer
+proteins take.
 """
 
 import argparse
@@ -74,7 +76,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=300, help="residues of the protein of `speed`")
     parser.add_argument("--cost-lengths", type=int, nargs="+", default=[300, 2000, 34_350], help="of `cost`")
     parser.add_argument("--tokens-per-batch", type=int, help="budget of a row; by default that of protlm score")
-    for name, default in (("layers", 6), ("model-dim", 320), ("heads", 20), ("features", 64)):
+    for name, default in (("layers", 3), ("model-dim", 128), ("heads", 4), ("features", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return harness.parse(parser, words)
 

@@ -1,6 +1,7 @@
 """protlm score by its real command: what the table holds, what is told of it, and what is refused."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -241,3 +242,48 @@ def test_in_windows_as_the_library_does(model, run_dir, protein, tmp_path):
     assert score(run_dir, protein, "--all-singles", "--window", 11, "--out", out) == 0
     expected = model.score(PROTEIN, [row["mutant"] for row in rows(out)], window=11)
     np.testing.assert_allclose([float(row["score"]) for row in rows(out)], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("strategy", ["masked-marginals", "wt-marginals", "pseudo-perplexity"])
+def test_the_protein_itself_scores_nothing(strategy, run_dir, tmp_path):
+    given = write_fasta(tmp_path / "v.fasta", [("wt", PROTEIN), ("same", PROTEIN), ("again", PROTEIN.lower() + "*")])
+    out = tmp_path / "s.csv"
+    assert score(run_dir, given, "--wild-type", "wt", "--strategy", strategy, "--out", out) == 0
+    assert [row["score"] for row in rows(out)] == ["0", "0"]
+
+
+def test_proteins_may_come_through_the_standard_input(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b">a\nmkv\n>b\nM1\n")))
+    out = tmp_path / "s.csv"
+    assert score(run_dir, "-", "--all-singles", "--out", out, "--on-bad-record", "skip", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_variants"], report["rejects"]) == (57, {"illegal_character": 1})
+    assert report["repairs"] == {"lower_case": 3}
+
+
+def test_progress_tells_all_that_is_computed(run_dir, protein, tmp_path):
+    from protlm.workflows.score.request import ScoreRequest
+    from protlm.workflows.score.score import score as workflow
+
+    for number, options in enumerate(({}, {"window": 11}, {"strategy": "wt-marginals", "window": 11})):
+        stages = {}
+
+        def start(stage, size, stages=stages, **_):
+            stages[stage] = [size, 0]
+
+            def advance(amount):
+                stages[stage][1] += amount
+
+            return advance
+
+        request = ScoreRequest(
+            model=run_dir,
+            input=protein,
+            out=tmp_path / f"{number}.csv",
+            all_singles=True,
+            tokens_per_batch=100,
+            **options,
+        )
+        workflow(request, start_progress=start)
+        assert list(stages) == ["read", "score", "write"]
+        assert all(size == done > 0 for size, done in stages.values()), stages

@@ -11,9 +11,7 @@ import numpy as np
 
 from protlm import vocabulary
 from protlm.data.mutations import Substitution
-from protlm.data.parsing.alignment import count_alignment
 from protlm.data.storage.protein_store import ProteinStore
-from protlm.errors import ProtlmError
 from protlm.inference.blosum import STANDARD_RESIDUES, blosum62_score
 from protlm.inference.marginals import marginal_score, perplexity_score
 from protlm.inference.site_frequencies import SiteFrequencies
@@ -22,7 +20,6 @@ from protlm.workflows.score.inputs import Assay, Variant, read_variants, substit
 from protlm.workflows.score.plan import Plan
 from protlm.workflows.score.request import BASELINE_COLUMNS, ScoreRequest
 
-_BLOSUM62, _SITE_FREQUENCIES = BASELINE_COLUMNS
 _MANY_ROWS = 4096
 
 
@@ -69,35 +66,29 @@ class AssayScores:
 
 
 class Scorer:
-    """The score of each row by the log-probabilities at the sites."""
+    """The score of each row by the log-probabilities at the sites, and those of the baselines.
+
+    Attributes:
+        protein: The residues of the protein that was turned to.
+        baselines: The names of the baselines.
+    """
 
     def __init__(
-        self, proteins: ProteinStore, plan: Plan, log_probabilities: np.ndarray, request: ScoreRequest
+        self, proteins: ProteinStore, plan: Plan, log_probabilities: np.ndarray, frequencies: SiteFrequencies | None
     ) -> None:
         self._proteins, self._plan, self._logs = proteins, plan, log_probabilities
         self._target = -1
         self.protein = ""
         self._losses = _losses(plan, log_probabilities) if plan.num_columns == 1 else None
-        self._alignment = None if request.alignment is None else count_alignment(request.alignment)
-        self._frequencies: SiteFrequencies | None = None
-        self._path = request.alignment
-        self.baselines = (_BLOSUM62,) if request.alignment is None else BASELINE_COLUMNS
+        self._frequencies = frequencies
+        self.baselines = BASELINE_COLUMNS[: 1 if frequencies is None else 2]
 
     def turn_to(self, target: int) -> None:
-        """Prepares for the rows of a protein.
-
-        Raises:
-            ProtlmError: The alignment is not of this protein.
-        """
+        """Prepares for the rows of a protein."""
         if target == self._target:
             return
         self._target = target
         self.protein = vocabulary.decode(self._proteins.tokens(target))
-        if self._alignment is not None:
-            try:
-                self._frequencies = SiteFrequencies(self._alignment, self.protein)
-            except ValueError as error:
-                raise ProtlmError(f"{self._path}: {error}") from None  # now with the file
         if self._losses is None:
             leader = int(self._proteins.first[target])
             start, stop = self._plan.protein_bounds[leader : leader + 2]

@@ -13,10 +13,12 @@ import numpy as np
 
 from protlm import vocabulary
 from protlm.data.mutations import mutant_name, mutated, parse_mutant
+from protlm.data.parsing.alignment import count_alignment
 from protlm.data.parsing.sources import STDIN
 from protlm.data.storage.protein_store import ProteinStore, write_proteins
 from protlm.data.strings import bounds_of
 from protlm.errors import ProtlmError, RecordError
+from protlm.inference.site_frequencies import SiteFrequencies
 from protlm.runtime.progress import Advance, StartProgress, no_progress
 from protlm.vocabulary import ModelVocabulary
 from protlm.workflows.score.folder import write_read_inputs
@@ -96,6 +98,7 @@ class ScoreInputs:
         left_out: Files of a folder that are no assays, each with the reason.
         num_variants: Rows that were kept.
         num_proteins: Proteins that they are variants of.
+        frequencies: Those of the alignment, once the protein is known; None without one.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class ScoreInputs:
         self.repairs: Counter[str] = Counter()
         self.left_out: list[str] = []
         self.num_variants = self.num_proteins = 0
+        self.frequencies: SiteFrequencies | None = None
         self._request = request
         self._is_of_sequences = request.strategy == "pseudo-perplexity"
         self._limits = Limits(tokens.lacked, self._is_of_sequences, request.offset)
@@ -158,7 +162,7 @@ class ScoreInputs:
                 if isinstance(each, WildType):
                     target, protein = number, each.residues
                     number += 1
-                    self._check_heat_map(each)
+                    self._note_protein(each)
                     yield each.id, vocabulary.encode(protein.encode())
                     continue
                 sequence: int | str = ""
@@ -172,17 +176,23 @@ class ScoreInputs:
                     mask[[substitution.position for substitution in each.substitutions or ()]] = True
                 self._write(writer, each, target, sequence)
 
-    def _check_heat_map(self, wild_type: WildType) -> None:
+    def _note_protein(self, wild_type: WildType) -> None:
+        """Counts a protein, and prepares and checks what can be of one protein only, before anything is computed."""
         self.num_proteins += 1
-        if self._request.heat_map is None:
-            return
-        if self.num_proteins > 1:
-            raise ProtlmError("--heat-map: expected one protein, got several; choose one with --wild-type")
-        if len(wild_type.residues) > MOST_POSITIONS:
+        alignment, heat_map = self._request.alignment, self._request.heat_map
+        for name, value in (("--alignment", alignment), ("--heat-map", heat_map)):
+            if value is not None and self.num_proteins > 1:
+                raise ProtlmError(f"{name}: expected one protein, got several; choose one with --wild-type")
+        if heat_map is not None and len(wild_type.residues) > MOST_POSITIONS:
             raise ProtlmError(
                 f"--heat-map: expected a protein of at most {MOST_POSITIONS:,} residues, which a reader can look at, "
                 f"got {len(wild_type.residues):,}; leave it out"
             )
+        if alignment is not None:
+            try:
+                self.frequencies = SiteFrequencies(count_alignment(alignment), wild_type.residues)
+            except ValueError as error:
+                raise ProtlmError(f"{alignment}: {error}") from None  # now with the file
 
     def _write(self, writer: Any, row: Row, target: int, sequence: int | str) -> None:
         mutant = _INDEL if row.substitutions is None else mutant_name(row.substitutions)

@@ -44,8 +44,7 @@ class Plan:
         self._context = CONTEXTS[strategy]
         self.num_columns = 1 if strategy == "pseudo-perplexity" else VOCABULARY_SIZE
         counts = np.diff(self.protein_bounds)
-        sizes = np.asarray(proteins.lengths) if cut.window is None else np.minimum(proteins.lengths, cut.window)
-        tokens = sizes + SPECIAL_TOKENS_PER_SEGMENT
+        tokens = self._sizes(np.asarray(proteins.lengths)) + SPECIAL_TOKENS_PER_SEGMENT
         budget = ROWS_PER_PORTION * tokens_per_batch
         if self._context == "masked":
             self.bounds = portion_bounds(np.repeat(tokens, counts), budget)
@@ -66,17 +65,32 @@ class Plan:
 
     def num_residues(self, portion: int) -> int:
         """Returns the residues that the passes of a portion see."""
-        return sum(len(each.tokens) for each in self._passes(portion))
+        stretches = list(self._stretches(portion))
+        records = [record for record, _, _ in stretches]
+        counts = [stop - start for _, start, stop in stretches]
+        lengths = np.asarray(self._proteins.lengths)[records]
+        if self._context == "masked":
+            return int((self._sizes(lengths) * counts).sum())
+        return int(self._cut.sizes(lengths).sum())
 
     def _passes(self, portion: int) -> Iterator[Pass]:
+        for record, start, stop in self._stretches(portion):
+            positions = np.asarray(self.positions[start:stop])
+            yield from passes_of(record, self._proteins.tokens(record), positions, self._context, self._cut)
+
+    def _stretches(self, portion: int) -> Iterator[tuple[int, int, int]]:
+        """Yields the proteins of a portion, each with its first site in it and the end of its sites in it."""
         start, stop = int(self.bounds[portion]), int(self.bounds[portion + 1])
         record = int(np.searchsorted(self.protein_bounds, start, side="right")) - 1
         while start < stop:
             end = min(int(self.protein_bounds[record + 1]), stop)
             if end > start:
-                tokens = self._proteins.tokens(record)
-                yield from passes_of(record, tokens, np.asarray(self.positions[start:end]), self._context, self._cut)
+                yield record, start, end
             start, record = end, record + 1
+
+    def _sizes(self, lengths: np.ndarray) -> np.ndarray:
+        """Returns the residues that a pass sees of proteins of these lengths."""
+        return lengths if self._cut.window is None else np.minimum(lengths, self._cut.window)
 
     def pass_sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the residues of each kind of pass, and how often it is made, int64; for an estimate of the time."""
@@ -84,7 +98,6 @@ class Plan:
         touched = counts > 0
         lengths = np.asarray(self._proteins.lengths)[touched]
         if self._context == "masked":
-            sizes = lengths if self._cut.window is None else np.minimum(lengths, self._cut.window)
-            return sizes, counts[touched]
+            return self._sizes(lengths), counts[touched]
         sizes = self._cut.sizes(lengths)
         return sizes, np.ones(len(sizes), dtype=np.int64)

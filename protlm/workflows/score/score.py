@@ -5,7 +5,6 @@ the scores follow from them in the order of the input. All of this stays in `OUT
 """
 
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from protlm.workflows.score.heat_map import draw_heat_map
 from protlm.workflows.score.inputs import Assay, ScoreInputs
 from protlm.workflows.score.plan import Plan
 from protlm.workflows.score.portions import ScoreWork, joined_portions
-from protlm.workflows.score.report import ScoreReport, assay_report, benchmark_of, write_benchmark
+from protlm.workflows.score.report import AssayReport, ScoreReport, assay_report, benchmark_of, write_benchmark
 from protlm.workflows.score.request import SCORES_NAME, ScoreRequest, check_model, check_options, check_replaceable
 
 
@@ -68,27 +67,20 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
     with folder.locked(), folder.kept_or_removed():
         if not folder.is_finished:
             folder.keep_inputs(inputs.read(folder.new_proteins_path))
-            _make(folder, inputs, model, description, request, tokens_per_batch, start_progress)
+            proteins = open_proteins(folder.store_path)
+            plan = Plan(proteins, folder.sites(), request.strategy, request.cut, tokens_per_batch)
+            check_lengths(proteins, plan, request, description)
+            folder.drop_unusable(plan.portion_sizes(), plan.num_columns)
+            _compute(_work(folder, model, request, tokens_per_batch), model, request, start_progress)
+            reports = _assemble(folder, proteins, plan, inputs, request, start_progress)
+            _finish(folder, _report(request, proteins, plan, inputs, description, reports), request)
         report = ScoreReport.of(folder.report())
         work_folder.remove_finished(folder.path)
     return report
 
 
-def _make(
-    folder: ScoreFolder,
-    inputs: ScoreInputs,
-    model: Performer,
-    description: ModelDescription,
-    request: ScoreRequest,
-    tokens_per_batch: int,
-    start_progress: StartProgress,
-) -> None:
-    """Computes what is left, and puts the output in its place."""
-    proteins = open_proteins(folder.store_path)
-    plan = Plan(proteins, folder.sites(), request.strategy, request.cut, tokens_per_batch)
-    check_lengths(proteins, plan, request, description)
-    folder.drop_unusable(plan.portion_sizes(), plan.num_columns)
-    work = _work(folder, model, request, tokens_per_batch)
+def _compute(work: ScoreWork, model: Performer, request: ScoreRequest, start_progress: StartProgress) -> None:
+    """Computes the unfinished portions."""
     if request.devices.total > 1:
         # Imported here because importing Lightning takes seconds, and a single device does not need it.
         from protlm.workflows.portion_devices import compute_on_devices
@@ -97,34 +89,31 @@ def _make(
     else:
         model.to(best_device())
         compute_here(work, start_progress)
+
+
+def _assemble(
+    folder: ScoreFolder,
+    proteins: ProteinStore,
+    plan: Plan,
+    inputs: ScoreInputs,
+    request: ScoreRequest,
+    start_progress: StartProgress,
+) -> list[AssayReport]:
+    """Writes the output into the folder, and the picture; returns the report of each assay."""
     assays = [Assay(**assay) for assay in folder.assays()["assays"]]
     files.remove(folder.output_path)
     is_folder = request.kind == "benchmark"
-    paths = output_paths(folder.output_path, assays, SCORES_NAME if is_folder else None)
     if is_folder:
         (folder.output_path / SCORES_NAME).mkdir(parents=True)
-    scorer = Scorer(proteins, plan, joined_portions(folder, plan), request)
+    paths = output_paths(folder.output_path, assays, SCORES_NAME if is_folder else None)
+    scorer = Scorer(proteins, plan, joined_portions(folder, plan), inputs.frequencies)
     advance = start_progress("write", inputs.num_variants)
     reports = []
     for scores in write_scores(folder.variants_path, assays, scorer, proteins, request, paths, advance):
         protein = proteins.id(scores.target)
         reports.append(assay_report(scores, protein, int(proteins.lengths[scores.target]), request.seed))
         _draw(scores, proteins, request)
-    report = ScoreReport(
-        out=str(request.out),
-        heat_map=None if request.heat_map is None else str(request.heat_map),
-        strategy=request.strategy,
-        **_counts(proteins, plan, inputs, description),
-        rejects=dict(inputs.rejects),
-        repairs=dict(inputs.repairs),
-        left_out=inputs.left_out,
-        assays=reports,
-        benchmark=benchmark_of(reports, request.seed) if is_folder else None,
-    )
-    if is_folder:
-        write_benchmark(folder.output_path, report)
-    check_replaceable(request)
-    folder.put_in_place(asdict(report))
+    return reports
 
 
 def _work(folder: ScoreFolder, model: Performer, request: ScoreRequest, tokens_per_batch: int) -> ScoreWork:
@@ -159,14 +148,36 @@ def _draw(scores: AssayScores, proteins: ProteinStore, request: ScoreRequest) ->
     )
 
 
-def _counts(proteins: ProteinStore, plan: Plan, inputs: ScoreInputs, description: ModelDescription) -> dict[str, Any]:
-    """Returns the counts of a report."""
+def _report(
+    request: ScoreRequest,
+    proteins: ProteinStore,
+    plan: Plan,
+    inputs: ScoreInputs,
+    description: ModelDescription,
+    assays: list[AssayReport],
+) -> ScoreReport:
     sizes, counts = plan.pass_sizes()
     trained = description.trained_residues
-    return {
-        "num_proteins": inputs.num_proteins,
-        "num_variants": inputs.num_variants,
-        "num_passes": int(counts.sum()),
-        "num_beyond_training": 0 if trained is None else int((sizes > trained).sum()),
-        "trained_residues": trained,
-    }
+    return ScoreReport(
+        out=str(request.out),
+        heat_map=None if request.heat_map is None else str(request.heat_map),
+        strategy=request.strategy,
+        num_proteins=inputs.num_proteins,
+        num_variants=inputs.num_variants,
+        num_passes=int(counts.sum()),
+        num_beyond_training=0 if trained is None else int((sizes > trained).sum()),
+        trained_residues=trained,
+        rejects=dict(inputs.rejects),
+        repairs=dict(inputs.repairs),
+        left_out=inputs.left_out,
+        assays=assays,
+        benchmark=benchmark_of(assays, request.seed) if request.kind == "benchmark" else None,
+    )
+
+
+def _finish(folder: ScoreFolder, report: ScoreReport, request: ScoreRequest) -> None:
+    """Puts the complete output in its place."""
+    if request.kind == "benchmark":
+        write_benchmark(folder.output_path, report)
+    check_replaceable(request)
+    folder.put_in_place(asdict(report))
