@@ -18,14 +18,15 @@ SUBJECTS = {
     "oprf": ("#009e73", "^"),
     "trig": ("#d55e00", "s"),
     "relu": ("#56b4e9", "X"),
+    "near-far": ("#882255", "d"),
     "exact": ("#5b2a86", "D"),
     "formed": ("#b8860b", "v"),
     "peer": ("#e69f00", "*"),
     "relu peer": ("#8c510a", "h"),
     "reference": ("#808080", ""),
 }
-"""Colour and marker of a feature map; of exact attention, by a fused kernel and with its matrix formed; of another
-library; of a line that is no measurement of ours."""
+"""Colour and marker of a feature map; of FAVOR with exact near weights; of exact attention, by a fused kernel and with
+its matrix formed; of another library; of a line that is no measurement of ours."""
 
 DASHES: Mapping[str, Any] = {
     "orthogonal": "solid", "iid": (0, (5, 2)), "simplex": (0, (1, 1)),
