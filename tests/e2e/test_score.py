@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.metrics
 
 import protlm
 from protlm.cli.app import main
@@ -287,3 +288,33 @@ def test_progress_tells_all_that_is_computed(run_dir, protein, tmp_path):
         workflow(request, start_progress=start)
         assert list(stages) == ["read", "score", "write"]
         assert all(size == done > 0 for size, done in stages.values()), stages
+
+
+def test_fit_variants_are_told_by_the_threshold_of_the_reference_file_or_by_the_median(
+    run_dir, model, tmp_path, capsys
+):
+    path, mutants, values = proteingym_file(tmp_path, "a.csv", PROTEIN, lambda m: np.arange(len(m)) % 11)
+    given = [{name: row[name] for name in ("mutant", "mutated_sequence", "DMS_score")} for row in rows(path)]
+    table(path, list(given[0]), [row.values() for row in given])
+    columns = ["DMS_filename", "UniProt_ID", "coarse_selection_type", "DMS_binarization_cutoff"]
+    reference = table(tmp_path / "r.csv", columns, [["a.csv", "A", "Binding", 7.5]])
+    scores = model.score(PROTEIN, mutants)
+    for options, fit_by, is_fit in (
+        (["--reference", reference], "threshold", values > 7.5),
+        ([], "median", values > np.median(values)),
+    ):
+        assert score(run_dir, path, "--out", tmp_path / "s.csv", "--force", "--json", *options) == 0
+        (assay,) = json.loads(capsys.readouterr().out)["assays"]
+        assert assay["fit_by"] == fit_by
+        expected = sklearn.metrics.roc_auc_score(is_fit, scores)
+        assert assay["metrics"]["model"]["auc"]["value"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_rows_without_a_measurement_are_scored_and_not_counted(run_dir, protein, tmp_path, capsys):
+    given = table(tmp_path / "m.csv", ["mutant", "DMS_score"], [["M1A", 1], ["K2A", ""], ["V3A", "NaN"], ["L4A", 2]])
+    assert score(run_dir, protein, "--mutations", given, "--out", tmp_path / "s.csv", "--json") == 0
+    (assay,) = json.loads(capsys.readouterr().out)["assays"]
+    assert (assay["num_variants"], assay["num_measured"]) == (4, 2)
+    assert all(row["score"] for row in rows(tmp_path / "s.csv"))
+    assert assay["metrics"]["model"]["spearman"] == {"value": None, "low": None, "high": None}
+    assert assay["verdict"].startswith("There is no Spearman correlation: fewer than three")

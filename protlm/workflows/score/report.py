@@ -239,7 +239,7 @@ def _verdict(metrics: Mapping[str, Mapping[str, Interval]], gains: Mapping[str, 
     """Returns a sentence that says whether the model predicts the measurements better than every baseline."""
     value = metrics[MODEL]["spearman"]["value"]
     if value is None:
-        return "The scores or the measurements are all equal: they have no Spearman correlation."
+        return "There is no Spearman correlation: fewer than three measurements, or all scores or measurements equal."
     if not gains:
         return f"The model has a Spearman of {value:.3f}; no baseline scores all of these variants."
     known = {name: gain for name, gain in gains.items() if gain["value"] is not None}
