@@ -160,7 +160,8 @@ def favor_attention(
             and all gradients are those of the rank's own tokens, which may be none. Rows and segments continue across
             ranks; `cu_seqlens` are the `local_bounds` of all segments. All other arguments are the same on all ranks,
             and all ranks call the op, and its backward, in the same order. Without near_block they exchange states,
-            whose size does not depend on the length. torch.compile runs the call in eager torch. None means one process.
+            whose size does not depend on the length. torch.compile runs the call in eager torch. None means one
+            process.
         near_block: Tokens of a block; 0 for no near field. For `positive`, `hyperbolic` and `oprf` only: `regularised`
             estimates another kernel, whose weights have another unit than exact ones. In a process group the ranks
             exchange their tokens for heads, and each computes some heads of all tokens: at most as many ranks as heads
