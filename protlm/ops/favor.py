@@ -138,7 +138,7 @@ def favor_attention(
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one stretch of
     features beside the inputs and the output; the causal backward keeps `features` numbers for every stretch. With
     `near_block` time O(length · (W + features) · head_dim), and memory O(W² + (W + features) · head_dim) for each of a
-    fixed number of blocks; besides that one state for every thousand blocks.
+    fixed number of blocks; besides that a few states for every unit of blocks that is held at once.
 
     Args:
         q: Queries, any strides.

@@ -106,4 +106,5 @@ def _figure(path: Path, found: dict[tuple[str, int], list[float]], settings: Set
         path, lines, x_label="near_block", y_label="relative error of the output (median of draws)",
         title=f"Near-far attention and FAVOR against exact attention, L = {settings.near_length:,}, {SIMILAR}",
         foot=conditions(torch.float64), x_ticks={block: str(block) for block in settings.near_blocks},
+        legend_above=True,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def conditions(dtype: torch.dtype) -> str:
 
 def plot(
     path: Path, lines: Sequence[Line], *, x_label: str, y_label: str, title: str, foot: str, x_log: bool = True,
-    y_log: bool = True, x_ticks: Mapping[float, str] | None = None,
+    y_log: bool = True, x_ticks: Mapping[float, str] | None = None, legend_above: bool = False,
 ) -> None:  # fmt: skip
     """Writes a PNG of curves, with a line on how it was made at its foot."""
     # The figure class is used directly: pyplot would look for a display and keep global state.
@@ -109,6 +109,9 @@ def plot(
     axes.set_title(title, fontsize=10.5)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8.5, framealpha=0.9, handlelength=3.2)
+    if legend_above:
+        figure.legend(fontsize=8.5, handlelength=3.2, ncols=2, loc="outside upper center")
+    else:
+        axes.legend(fontsize=8.5, framealpha=0.9, handlelength=3.2)
     figure.text(0.99, 0.008, foot, ha="right", va="bottom", fontsize=7, color="#555555")
     figure.savefig(path)
