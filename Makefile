@@ -61,6 +61,7 @@ bench: setup
 	$(BIN)/python scripts/bench/prep.py
 	$(BIN)/python scripts/bench/train_step.py
 	$(BIN)/python scripts/bench/embed.py
+	$(BIN)/python scripts/bench/score.py
 	$(BIN)/python scripts/bench/evaluate.py
 
 # The four commands on families of real proteins: make demo FASTA=my.fasta runs them on yours.

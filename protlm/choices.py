@@ -48,3 +48,10 @@ ProjectionKind = Literal["orthogonal", "iid", "simplex"]
 
 MOST_TOKENS = 2**24
 """Most tokens of a row: bounds of segments are int32, and the activations of a longer row fit on no device."""
+
+ScoreStrategy = Literal["masked-marginals", "wt-marginals", "pseudo-perplexity"]
+"""How mutants are scored: by the probabilities of the wild type's residues, hidden or seen, or by those of each whole
+sequence."""
+
+ResidueContext = Literal["masked", "wild-type"]
+"""Whether a residue is hidden where its probabilities are asked for, or seen."""

@@ -37,6 +37,13 @@ def is_text(path: Path) -> bool:
     return as_text(str(path)) == str(path)
 
 
+def free_bytes(path: Path) -> int:
+    """Returns the free space of the disk on which a path lies, or will lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; the file written there is renamed to `path` on success, else removed."""

@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from protlm.errors import ModelError
-from protlm.inference.protein_model import ProteinModel, load_model, residues_of
+from protlm.inference.protein_model import ProteinModel, load_model
+from protlm.inference.sequences import residues_of
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin

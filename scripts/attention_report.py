@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from scripts.environment import environment
-from scripts.report import attention_sections, cost_section, kernel_sections, page
+from scripts.report import attention_sections, cost_section, kernel_sections, near_far_section, page
 from scripts.report.page import Section
 from scripts.report.plots import backend_of
 from scripts.report.settings import Settings, quick_settings
@@ -34,6 +34,7 @@ SECTIONS: tuple[Callable[[Settings, Path], Section], ...] = (
     attention_sections.outputs,
     attention_sections.layers,
     attention_sections.epsilon,
+    near_far_section.near_far,
     cost_section.cost,
 )
 

@@ -16,6 +16,7 @@ from protlm.cli.evaluate import eval_command
 from protlm.cli.help import Command
 from protlm.cli.inspect import inspect_command
 from protlm.cli.prep import prep_command
+from protlm.cli.score import score_command
 from protlm.cli.terminal import filtered_output, on_one_line
 from protlm.cli.train import train_command
 from protlm.cli.versions import print_versions
@@ -37,7 +38,7 @@ class _Command(Command):
 
 app = typer.Typer(
     name="protlm",
-    help="Protein language models with linear-cost Performer attention: prepare, train, evaluate, embed.",
+    help="Protein language models with linear-cost Performer attention: prepare, train, evaluate, embed, score.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -48,6 +49,7 @@ app.command("config", cls=_Command)(config_command)
 app.command("train", cls=_Command)(train_command)
 app.command("eval", cls=_Command)(eval_command)
 app.command("embed", cls=_Command)(embed_command)
+app.command("score", cls=_Command)(score_command)
 app.command("convert", cls=_Command)(convert_command)
 
 

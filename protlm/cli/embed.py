@@ -1,6 +1,5 @@
 """`protlm embed`: options in, embeddings, a summary out."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -17,6 +16,8 @@ from protlm.cli.options import (
     NumNodesOption,
     OnBadRecordOption,
     ResumeOption,
+    TokensPerBatchOption,
+    WindowOption,
     one_of,
     seed_option,
     some_of,
@@ -28,7 +29,7 @@ from protlm.errors import ProtlmError
 
 if TYPE_CHECKING:
     from protlm.workflows.embed.embed import EmbedReport
-    from protlm.workflows.embed.estimate import EmbedCounts, EmbedEstimate
+    from protlm.workflows.embed.estimate import EmbedCounts
 
 _UNITS = {"read": "B", "embed": "residue", "write": "protein"}
 _SHOWN_SKIPPED = 20
@@ -68,26 +69,6 @@ DtypeOption = Annotated[
         "--dtype",
         metavar=one_of(Dtype),
         help="Type of the stored numbers; default: float32, and float16 for the layout uniprot.",
-    ),
-]
-TokensPerBatchOption = Annotated[
-    int | None,
-    typer.Option(
-        "--tokens-per-batch",
-        metavar="N",
-        min=3,
-        max=MOST_TOKENS,
-        help="Budget of one forward pass; default: a number that suits the device.",
-    ),
-]
-WindowOption = Annotated[
-    int | None,
-    typer.Option(
-        "--window",
-        metavar="N",
-        min=2,
-        max=MOST_TOKENS,
-        help="Compute longer proteins in overlapping windows of N residues.",
     ),
 ]
 TruncateOption = Annotated[
@@ -185,7 +166,8 @@ def embed_command(
             "leave them out with --nucleotides skip"
         )
     if isinstance(report, EmbedEstimate):
-        _print_estimate(report, as_json)
+        rate = ("residues a second, in a sample", f"{report.residues_per_second:,.0f}")
+        output.print_time_and_disk(report, rate, as_json=as_json)
     else:
         if chosen_layout == "biotrainer" and report.repairs:
             output.warn(_REPAIRED.format(sum(report.repairs.values())))
@@ -242,14 +224,7 @@ def _pairs(report: "EmbedReport") -> list[tuple[str, str]]:
     return pairs
 
 
-_LONGEST_NAME = len("disk bytes while at work, about")
-
-
 def _tell(counts: "EmbedCounts", as_json: bool) -> None:
-    """Prints the counts of a dry run as soon as they are known; JSON is printed once, at the end."""
-    if as_json:
-        return
-    print("dry run")
     pairs = [
         ("proteins", f"{counts.num_records:,}"),
         ("different sequences", f"{counts.num_sequences:,}"),
@@ -257,17 +232,4 @@ def _tell(counts: "EmbedCounts", as_json: bool) -> None:
         ("residues to compute", f"{counts.num_computed_residues:,}"),
         ("residues of the longest", f"{counts.longest:,}"),
     ]
-    output.print_pairs(pairs, width=_LONGEST_NAME)
-    sys.stdout.flush()
-
-
-def _print_estimate(estimate: "EmbedEstimate", as_json: bool) -> None:
-    pairs = [
-        ("output bytes, about", f"{estimate.out_bytes:,}"),
-        ("disk bytes while at work, about", f"{estimate.peak_bytes:,}"),
-        ("free disk bytes", f"{estimate.free_bytes:,}"),
-        ("residues a second, in a sample", f"{estimate.residues_per_second:,.0f}"),
-        ("seconds, about", f"{estimate.seconds:,.0f}"),
-    ]
-    # The title stands above the counts.
-    output.print_estimate(estimate, pairs, as_json=as_json, title=None)
+    output.print_counts(pairs, as_json=as_json)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from protlm.choices import MOST_TOKENS
 from protlm.data.records import Nucleotides, OnBadRecord
 
 
@@ -58,6 +59,26 @@ DevicesOption = Annotated[
 ]
 NumNodesOption = Annotated[
     int, typer.Option("--num-nodes", metavar="N", min=1, max=65536, help="Machines; all must see the folder of --out.")
+]
+TokensPerBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens-per-batch",
+        metavar="N",
+        min=3,
+        max=MOST_TOKENS,
+        help="Budget of one forward pass; default: a number that suits the device.",
+    ),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        metavar="N",
+        min=2,
+        max=MOST_TOKENS,
+        help="Compute longer proteins in overlapping windows of N residues.",
+    ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.")]

@@ -13,6 +13,11 @@ _MIN_NAME_WIDTH = 10
 """Pairs of names as short as most are aligned alike in all commands."""
 
 
+_DISK_NAME = "disk bytes while at work, about"
+_ESTIMATE_WIDTH = len(_DISK_NAME)
+"""The longest name in an estimate, so that the pairs of both its parts are aligned."""
+
+
 def print_json(report: Any) -> None:
     """Prints a report, a dataclass or a dictionary, as one JSON object on stdout."""
     content = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report  # type: ignore[arg-type]
@@ -55,6 +60,36 @@ def print_scores(split: str, *, model: tuple[float, float], baseline: tuple[floa
         for name, (accuracy, perplexity) in (("model", model), ("empirical baseline", baseline))
     ]
     print_table((f"{split} split", "accuracy", "perplexity"), rows)
+
+
+def print_counts(pairs: Iterable[tuple[str, object]], *, as_json: bool) -> None:
+    """Prints the counts of a dry run as soon as they are known; JSON is printed once, at the end."""
+    if as_json:
+        return
+    print("dry run")
+    print_pairs(pairs, width=_ESTIMATE_WIDTH)
+    sys.stdout.flush()
+
+
+def print_time_and_disk(estimate: Any, rate: tuple[str, object], *, as_json: bool) -> None:
+    """Prints the rest of the estimate of a dry run, below its counts.
+
+    Args:
+        estimate: Has `out_bytes`, `peak_bytes`, `free_bytes` and `seconds`.
+        rate: The pace, as a pair.
+        as_json: Whether to print the whole estimate as JSON.
+
+    Raises:
+        ProtlmError: As `print_estimate`.
+    """
+    pairs = [
+        ("output bytes, about", f"{estimate.out_bytes:,}"),
+        (_DISK_NAME, f"{estimate.peak_bytes:,}"),
+        ("free disk bytes", f"{estimate.free_bytes:,}"),
+        rate,
+        ("seconds, about", f"{estimate.seconds:,.0f}"),
+    ]
+    print_estimate(estimate, pairs, as_json=as_json, title=None)
 
 
 def print_estimate(

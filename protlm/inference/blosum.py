@@ -1,11 +1,14 @@
-"""How far a similarity of amino acids agrees with BLOSUM62."""
+"""BLOSUM62: how far a similarity of amino acids agrees with it, and the score that it gives a mutant."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from Bio.Align import substitution_matrices
 
+from protlm.data.mutations import Substitution
+from protlm.inference.correlation import pearson, spearman
 from protlm.vocabulary import NUM_STANDARD_RESIDUES, RESIDUES
 
 STANDARD_RESIDUES = RESIDUES[:NUM_STANDARD_RESIDUES]
@@ -34,8 +37,8 @@ def compare_with_blosum62(similarity: np.ndarray) -> BlosumAgreement:
     is_finite = np.isfinite(values)
     values, scores = values[is_finite], scores[is_finite]
     return BlosumAgreement(
-        pearson=_correlation(values, scores),
-        spearman=_correlation(_ranks(values), _ranks(scores)),
+        pearson=pearson(values, scores),
+        spearman=spearman(values, scores),
         num_pairs=len(values),
     )
 
@@ -49,15 +52,15 @@ def blosum62() -> np.ndarray:
     return scores
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Returns the rank of every value; equal values share their mean rank."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    means = np.cumsum(counts) - (counts - 1) / 2
-    ranks: np.ndarray = means[places]
-    return ranks
+def blosum62_score(substitutions: Iterable[Substitution]) -> float:
+    """Returns Σ_i (B(wild type_i, mutant_i) − B(wild type_i, wild type_i)) with B = BLOSUM62, in half bits.
 
-
-def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
+    Like the score of a model it is 0 for the wild type. NaN for a letter that is no standard residue.
+    """
+    matrix = blosum62()
+    total = 0.0
+    for _, wild_type, mutant in substitutions:
+        before, after = RESIDUES.index(wild_type), RESIDUES.index(mutant)
+        is_standard = max(before, after) < NUM_STANDARD_RESIDUES
+        total += float(matrix[before, after] - matrix[before, before]) if is_standard else np.nan
+    return total

@@ -1,24 +1,32 @@
 """The Python interface of a trained model: sequences in, NumPy arrays out; tokens, packing and devices stay inside."""
 
-import numbers
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from protlm import vocabulary
+from protlm.choices import ResidueContext, ScoreStrategy
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
+from protlm.data.batching.rows import packed_in_order
 from protlm.data.embeddings.kinds import KINDS, Kind, absolute_layer
-from protlm.data.records import shown
+from protlm.data.mutations import Substitution, mutated, parse_mutant
+from protlm.inference.long_proteins import Cut
+from protlm.inference.marginals import (
+    CONTEXTS,
+    lacked_mutant,
+    marginal_score,
+    marginals,
+    perplexity_score,
+    pseudo_losses,
+)
 from protlm.inference.row_embeddings import RowEmbedder, default_tokens_per_batch, merge_windows
+from protlm.inference.sequences import described, each_tokens, tokens_of
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.devices import best_device
-
-_SPECIAL_TOKEN = re.compile("|".join(re.escape(token) for token in vocabulary.TOKENS if len(token) > 1))
-_SHOWN_BYTES = 60
 
 
 class ProteinModel:
@@ -69,24 +77,175 @@ class ProteinModel:
         if isinstance(include, str) or not include or not set(include) <= set(KINDS):
             raise ValueError(f"include: expected some of {', '.join(map(repr, KINDS))}, got {include!r}")
         number = absolute_layer(layer, self.num_layers)
-        proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
+        _check_budget(tokens_per_batch)
+        proteins = each_tokens(sequences, self.description.max_residues)
         return self._compute(proteins, tuple(dict.fromkeys(include)), number, tokens_per_batch)
 
     def logits(self, sequences: Iterable[str], *, tokens_per_batch: int | None = None) -> Iterator[np.ndarray]:
-        """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33), without masking.
+        """Returns an iterator over the logits of each sequence, in order: float32 (num_residues, 33).
+
+        Args:
+            sequences: Residues as text, as for `embed`; `<mask>` hides one, as in `MK<mask>V`. Nothing else is hidden.
+            tokens_per_batch: Budget of one forward pass; None: a default for the device.
 
         Raises:
-            ValueError: A sequence that `embed` would not take either.
+            ValueError: A sequence that `embed` would not take without its `<mask>` either.
         """
-        proteins = _tokens(sequences, tokens_per_batch, self.description.max_residues)
+        _check_budget(tokens_per_batch)
+        proteins = each_tokens(sequences, self.description.max_residues, may_be_masked=True)
         by_kind = self._compute(proteins, ("logits",), self.num_layers, tokens_per_batch)
         return (arrays["logits"] for arrays in by_kind)
+
+    def log_probabilities(
+        self,
+        sequence: str,
+        positions: Sequence[int] | np.ndarray | None = None,
+        strategy: ResidueContext = "masked",
+        *,
+        window: int | None = None,
+        tokens_per_batch: int | None = None,
+    ) -> np.ndarray:
+        """Returns the natural logarithms of the probabilities of all tokens at some positions, float32 (positions, 33).
+
+        A column that the model lacks a token for is −∞; a residue that the model reads as another one, such as U as X,
+        has the probability of that one at its own position.
+
+        Args:
+            sequence: Residues as text.
+            positions: Positions counted from 0, in any order; None: all.
+            strategy: `masked`: each position is hidden, alone, which takes a pass of the protein for each;
+                `wild-type`: nothing is hidden, and one pass gives all positions.
+            window: See a longer protein in overlapping windows of so many residues; a position is computed in the one
+                whose middle is nearest to it.
+            tokens_per_batch: Budget of a packed row of passes; None: a default for the device. It changes no result
+                beyond rounding.
+
+        Raises:
+            ValueError: No sequence of residues, a position outside it, an unknown strategy, a model that predicts the
+                next residue and so hides none, or a protein or window that its learned positions do not reach.
+        """
+        if strategy not in get_args(ResidueContext):
+            raise ValueError(f"strategy: expected {_one_of(ResidueContext)}, got {strategy!r}")
+        self._check_masked()
+        _check_budget(tokens_per_batch)
+        tokens = tokens_of(sequence, "sequence", self._reach(window))
+        wanted = _positions(positions, len(tokens))
+        needed, rows = np.unique(wanted, return_inverse=True)
+        budget = tokens_per_batch or default_tokens_per_batch()
+        return marginals(self._model, tokens, needed, strategy, Cut(window=window), budget)[rows]
+
+    def score(
+        self,
+        sequence: str,
+        mutations: Iterable[str],
+        strategy: ScoreStrategy = "masked-marginals",
+        *,
+        offset: int = 0,
+        window: int | None = None,
+        tokens_per_batch: int | None = None,
+    ) -> np.ndarray:
+        """Returns the score of each mutant of a protein, float64 (mutations,); above 0: likelier than the wild type.
+
+        `masked-marginals` and `wt-marginals` give Σ_i (log P(mutant_i) − log P(wild type_i)) over the substitutions of
+        a mutant (`log_probabilities`, masked or wild-type; Meier et al., bioRxiv 2021.07.09.450648): the score of a
+        multiple mutant is the sum of those of its substitutions. Only positions that a mutation touches are computed.
+        `pseudo-perplexity` gives log PPPL(wild type) − log PPPL(mutant), with the pseudo-perplexity of each whole
+        sequence (Salazar et al., arXiv 1910.14659): a pass of a sequence for each of its residues.
+
+        Args:
+            sequence: The wild type, residues as text.
+            mutations: Mutants such as `A42G`, or `A42G:K51E` for several substitutions, with positions from 1.
+            strategy: How mutants are scored.
+            offset: Added to a position of the protein, counted from 1, it gives the number in a mutation.
+            window: As for `log_probabilities`.
+            tokens_per_batch: As for `log_probabilities`.
+
+        Raises:
+            ValueError: As `log_probabilities`; with its place in `mutations`, one that is no mutation of this protein,
+                or to a residue that the model has no token for.
+        """
+        if strategy not in get_args(ScoreStrategy):
+            raise ValueError(f"strategy: expected {_one_of(ScoreStrategy)}, got {strategy!r}")
+        self._check_masked()
+        _check_budget(tokens_per_batch)
+        tokens = tokens_of(sequence, "sequence", self._reach(window))
+        protein = vocabulary.decode(tokens)
+        mutants = self._mutants(protein, mutations, offset)
+        cut, budget = Cut(window=window), tokens_per_batch or default_tokens_per_batch()
+        if strategy == "pseudo-perplexity":
+            sequences = (protein, *(mutated(protein, mutant) for mutant in mutants))
+            encoded = (vocabulary.encode(sequence.encode()) for sequence in sequences)
+            losses = pseudo_losses(self._model, encoded, cut, budget)
+            wild_type = next(losses)
+            return np.array([perplexity_score(wild_type, loss) for loss in losses], dtype=np.float64)
+        needed = np.unique(np.array([s.position for mutant in mutants for s in mutant], dtype=np.int64))
+        logs = marginals(self._model, tokens, needed, CONTEXTS[strategy], cut, budget)
+        return np.array([marginal_score(logs, needed, mutant) for mutant in mutants], dtype=np.float64)
+
+    def pseudo_perplexity(
+        self, sequences: Iterable[str], *, window: int | None = None, tokens_per_batch: int | None = None
+    ) -> Iterator[float]:
+        """Returns an iterator over the pseudo-perplexity of each sequence, exp(−1/L Σ_i log P(x_i | x without x_i)).
+
+        It takes a pass of the sequence for each of its residues (Salazar et al., arXiv 1910.14659). 1 is a model that
+        is certain and right, 33 a guess among all tokens.
+
+        Args:
+            sequences: Residues as text.
+            window: As for `log_probabilities`.
+            tokens_per_batch: As for `log_probabilities`.
+
+        Raises:
+            ValueError: A sequence that `embed` would not take either, or a model that predicts the next residue.
+        """
+        self._check_masked()
+        _check_budget(tokens_per_batch)
+        proteins = each_tokens(sequences, self._reach(window))
+        budget = tokens_per_batch or default_tokens_per_batch()
+        losses = pseudo_losses(self._model, proteins, Cut(window=window), budget)
+        return (float(np.exp(loss)) for loss in losses)
+
+    def _check_masked(self) -> None:
+        if self.description.model.causal:
+            raise ValueError(
+                "model: expected one that was trained on hidden residues, got a causal one, which predicts the next "
+                "residue from those before"
+            )
+
+    def _reach(self, window: int | None) -> int | None:
+        """Returns the residues that a sequence may have; None: any number."""
+        limit = self.description.max_residues
+        if window is None:
+            return limit
+        if window < 2 or (limit is not None and window > limit):
+            reach = (
+                "" if limit is None else f", and at most the {limit} residues that the positions of this model reach"
+            )
+            raise ValueError(f"window: expected at least 2{reach}, got {window}")
+        return None
+
+    def _mutants(self, protein: str, mutations: Iterable[str], offset: int) -> list[tuple[Substitution, ...]]:
+        if isinstance(mutations, str | bytes) or not isinstance(mutations, Iterable):
+            got = "a single str; put it into a list" if isinstance(mutations, str) else described(mutations)
+            raise ValueError(f"mutations: expected several, such as a list of str, got {got}")
+        mutants = []
+        for index, text in enumerate(mutations):
+            name = f"mutations[{index}]"
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: expected a mutation as str, got {described(text)}")
+            try:
+                mutants.append(parse_mutant(text, protein, offset))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None  # with the place in the caller's list
+            if letter := lacked_mutant(mutants[-1], self.description.model.tokens()):
+                raise ValueError(f"{name}: {text!r}: this model has no token for {letter}, and so no probability")
+        return mutants
 
     def _compute(
         self, proteins: Iterable[np.ndarray], kinds: Sequence[Kind], layer: int, tokens_per_batch: int | None
     ) -> Iterator[dict[str, np.ndarray]]:
         embedder = RowEmbedder(self._model, kinds, (layer,))
-        for row in _rows(proteins, tokens_per_batch or default_tokens_per_batch()):
+        for row in packed_in_order(proteins, _num_tokens, tokens_per_batch or default_tokens_per_batch()):
             for protein, sums in zip(row, embedder(row), strict=True):
                 # A vector that the caller keeps must not keep the whole row in memory.
                 yield {kind: array.copy() for (kind, _), array in merge_windows([sums], len(protein)).items()}
@@ -111,77 +270,30 @@ def load_model(
     return ProteinModel(model.to(best_device()), description)
 
 
-def residues_of(sequence: object, name: str) -> bytes:
-    """Returns the cleaned residues of a sequence that a caller passed.
-
-    Args:
-        sequence: What was passed.
-        name: Its name for messages, such as `sequences[3]`.
-
-    Raises:
-        ValueError: No `str`, no residue in it, or something else than residues.
-    """
-    if not isinstance(sequence, str):
-        raise ValueError(f"{name}: expected a sequence as str, got {_described(sequence)}")
-    if special := _SPECIAL_TOKEN.search(sequence):
-        raise ValueError(
-            f"{name}: expected residues only, got the special token {special[0]!r} at position {special.start() + 1}; "
-            "write X for an unknown residue, and leave the ends to protlm"
-        )
-    try:
-        # Half a surrogate pair is no text, but an illegal character like any other.
-        residues, _ = vocabulary.clean(sequence.encode(errors="surrogatepass"))
-    except vocabulary.IllegalLetterError as error:
-        raise ValueError(f"{name}: {error}; expected the letters of residues, {vocabulary.RESIDUES}") from None
-    if not residues:
-        raise ValueError(f"{name}: expected at least one residue, got {shown(sequence)}")
-    return residues
+def _num_tokens(protein: np.ndarray) -> int:
+    return len(protein) + SPECIAL_TOKENS_PER_SEGMENT
 
 
-def _described(value: object) -> str:
-    """Returns what something is that is no sequence, with the next step where it is clear."""
-    text = shown(str(value))[1:-1]
-    if value is None or isinstance(value, numbers.Number):
-        return text
-    kind = type(value).__name__
-    if isinstance(value, bytes | bytearray):
-        return f"{kind} {bytes(value[:_SHOWN_BYTES])!r}; decode it"
-    if isinstance(value, tuple | list):
-        return f"{kind} {text}; pass the sequence alone"
-    return kind
-
-
-def _tokens(sequences: Iterable[str], tokens_per_batch: int | None, max_residues: int | None) -> Iterator[np.ndarray]:
-    """Returns an iterator over the tokens of each sequence; checks the other arguments at once."""
-    # The keys of a mapping would be taken for the sequences.
-    if isinstance(sequences, str | bytes | bytearray | Mapping) or not isinstance(sequences, Iterable):
-        got = "a single str; put it into a list" if isinstance(sequences, str) else _described(sequences)
-        raise ValueError(f"sequences: expected several, such as a list of str, got {got}")
+def _check_budget(tokens_per_batch: int | None) -> None:
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
-    return (_encode(sequence, f"sequences[{index}]", max_residues) for index, sequence in enumerate(sequences))
 
 
-def _encode(sequence: str, name: str, max_residues: int | None) -> np.ndarray:
-    residues = residues_of(sequence, name)
-    if max_residues is not None and len(residues) > max_residues:
+def _one_of(choices: object) -> str:
+    return " or ".join(map(repr, get_args(choices)))
+
+
+def _positions(positions: Sequence[int] | np.ndarray | None, num_residues: int) -> np.ndarray:
+    """Returns the positions that a caller asked for, int64."""
+    if positions is None:
+        return np.arange(num_residues)
+    wanted = np.asarray(positions)
+    if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+        raise ValueError(f"positions: expected whole numbers in one dimension, got {wanted.dtype} {wanted.shape}")
+    wrong = np.flatnonzero((wanted < 0) | (wanted >= num_residues))
+    if len(wrong):
         raise ValueError(
-            f"{name}: expected at most {max_residues} residues, which the positions of this model reach, "
-            f"got {len(residues)}"
+            f"positions[{wrong[0]}]: expected 0 to {num_residues - 1}, the positions of the sequence counted from 0, "
+            f"got {wanted[wrong[0]]}"
         )
-    return vocabulary.encode(residues)
-
-
-def _rows(proteins: Iterable[np.ndarray], tokens_per_batch: int) -> Iterator[list[np.ndarray]]:
-    """Yields rows of proteins, in order: as many as the budget allows, or a single longer one."""
-    row: list[np.ndarray] = []
-    used = 0
-    for protein in proteins:
-        size = len(protein) + SPECIAL_TOKENS_PER_SEGMENT
-        if row and used + size > tokens_per_batch:
-            yield row
-            row, used = [], 0
-        row.append(protein)
-        used += size
-    if row:
-        yield row
+    return wanted.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Rows in which one residue of a protein is hidden at a time: pseudo-perplexity, exact and expensive.
+"""Proteins of a split whose residues are hidden one at a time: pseudo-perplexity, exact and expensive.
 
 The pseudo-perplexity of a protein is exp(−1/L Σ_i log P(x_i | x without x_i)) (Salazar et al., arXiv 1910.14659). It
 takes a forward pass of the protein for each of its residues, so it is measured on a sample of a split.
@@ -7,12 +7,11 @@ takes a forward pass of the protein for each of its residues, so it is measured 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 import xxhash
 
-from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.batching.batches import Batch, EvaluationRow, Proteins, pack_row
-from protlm.vocabulary import MASK
+from protlm.data.batching.batches import EvaluationRow, Proteins
+from protlm.inference.long_proteins import Cut
+from protlm.inference.marginals import packed_passes, passes_of, row_of
 
 
 def sample_of(proteins: Proteins, num_proteins: int, seed: int, max_residues: int | None = None) -> list[int]:
@@ -41,20 +40,5 @@ def single_residue_rows(proteins: Proteins, records: Sequence[int], tokens_per_b
     """
     for record in records:
         tokens = np.asarray(proteins.tokens(record))
-        size = len(tokens) + SPECIAL_TOKENS_PER_SEGMENT
-        per_row = max(1, tokens_per_batch // size)
-        for start in range(0, len(tokens), per_row):
-            positions = np.arange(start, min(start + per_row, len(tokens)))
-            copies = np.repeat(tokens[None], len(positions), axis=0)
-            copies[np.arange(len(positions)), positions] = MASK
-            row, bounds = pack_row(list(copies))
-            batch = Batch(
-                tokens=row,
-                cu_seqlens=bounds,
-                # One `<cls>` stands before each copy.
-                target_positions=torch.from_numpy(np.arange(len(positions)) * size + positions + 1),
-                targets=torch.from_numpy(tokens[positions].astype(np.int64)),
-                epoch=0,
-                num_residues=copies.size,
-            )
-            yield EvaluationRow(batch, np.full(len(positions), record, dtype=np.int64), positions)
+        passes = passes_of(record, tokens, np.arange(len(tokens)), "masked", Cut())
+        yield from map(row_of, packed_passes(passes, tokens_per_batch))

@@ -1,4 +1,4 @@
-"""A row of proteins becomes embeddings: pooling, the copy to the CPU, and smaller rows where memory runs out."""
+"""A row of proteins becomes embeddings: pooling, and the copy to the CPU."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,13 +9,12 @@ from torch import Tensor
 from protlm.data.batching.batches import pack_row
 from protlm.data.embeddings.kinds import RESIDUE_KINDS, Kind
 from protlm.data.embeddings.layouts import Column, columns_of
+from protlm.inference.memory import computed_by_halves
 from protlm.model.performer import Performer
 from protlm.runtime.devices import best_device
 
 Sums = dict[Column, np.ndarray]
 """The results of one window: float32 (num_residues, dim) or (dim,); for a mean the sum over its residues, float64."""
-
-_NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
 
 
 def default_tokens_per_batch() -> int:
@@ -69,26 +68,8 @@ class RowEmbedder:
 
         A protein that does not fit into memory even alone gives None.
         """
-        sums = self._unless_memory_runs_out(proteins, cores)
-        if sums is not None:
-            yield from sums
-        elif len(proteins) == 1:
-            yield None
-        else:
-            half = len(proteins) // 2
-            yield from self.compute_by_halves(proteins[:half], cores[:half])
-            yield from self.compute_by_halves(proteins[half:], cores[half:])
-
-    def _unless_memory_runs_out(self, proteins: Sequence[np.ndarray], cores: Sequence[slice]) -> list[Sums] | None:
-        try:
-            return self(proteins, cores)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Not inside `except`, where the traceback would keep the tensors alive.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
+        windows = list(zip(proteins, cores, strict=True))
+        yield from computed_by_halves(lambda some: self(*map(list, zip(*some, strict=True))), windows)
 
     def _compute(
         self, column: Column, states: Mapping[int, Tensor], kept: Sequence[slice], bounds: Tensor
@@ -125,10 +106,3 @@ def merge_windows(windows: Sequence[Sums], num_residues: int) -> dict[Column, np
             total = np.stack(arrays).sum(0, dtype=np.float64)
             embeddings[column] = (total / (num_residues if kind == "mean" else len(arrays))).astype(np.float32)
     return embeddings
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error means that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_CPU_MEMORY)

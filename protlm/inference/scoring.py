@@ -47,21 +47,31 @@ def score_rows(
     """
     was_training = model.training
     model.eval()
-    device = model.embedding.weight.device
     try:
         while round_of_rows := list(islice(rows, world_size)):
             # At the end there may be fewer rows than processes: who has none joins in the computation of another's.
             row = round_of_rows[min(rank, len(round_of_rows) - 1)]
-            batch = row.batch
-            # Not inference_mode: tensors of a model in shards that are made in it could not be trained with afterwards.
-            with torch.no_grad():
-                logits = model(batch.tokens.to(device), batch.cu_seqlens.to(device), batch.target_positions.to(device))
-                log_probabilities = _in_columns(model.token_table, torch.log_softmax(logits.float(), dim=-1), batch)
+            scores = score_row(model, row)
             if rank < len(round_of_rows):
-                yield row, ResidueScores(row.records, row.positions, batch.targets.numpy(), log_probabilities)
+                yield row, scores
             advance(sum(member.batch.num_residues for member in round_of_rows))
     finally:
         model.train(was_training)
+
+
+def score_row(model: Performer, row: EvaluationRow) -> ResidueScores:
+    """Returns the scores of the targets of one row.
+
+    Args:
+        model: In evaluation mode, on any device.
+        row: The row.
+    """
+    batch, device = row.batch, model.embedding.weight.device
+    # Not inference_mode: tensors of a model in shards that are made in it could not be trained with afterwards.
+    with torch.no_grad():
+        logits = model(batch.tokens.to(device), batch.cu_seqlens.to(device), batch.target_positions.to(device))
+        log_probabilities = _in_columns(model.token_table, torch.log_softmax(logits.float(), dim=-1), batch)
+    return ResidueScores(row.records, row.positions, batch.targets.numpy(), log_probabilities)
 
 
 def _in_columns(table: TokenTable, log_probabilities: Tensor, batch: Batch) -> np.ndarray:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protlm.choices import EXACT_KINDS, AttentionKind, FeatureMap
@@ -111,10 +111,25 @@ class SelfAttention(nn.Module):
             self.projection.copy_(drawn)
 
     def forward(
-        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
-    ) -> Float[Tensor, "length model_dim"]:
-        """Returns the output of the attention for one packed row; without `rotary`, q and k are not rotated."""
-        out = self.attend(*self.queries_keys_values(x, segments, rotary), segments)
+        self,
+        x: Float[Tensor, "length model_dim"],
+        segments: Segments,
+        rotary: tuple[Tensor, Tensor] | None,
+        kept: Int[Tensor, " kept"] | None = None,
+    ) -> Float[Tensor, "kept_or_length model_dim"]:
+        """Returns the output of the attention for one packed row; without `rotary`, q and k are not rotated.
+
+        Args:
+            x: The row.
+            segments: Its segments.
+            rotary: The angles of rotary positions.
+            kept: Positions of the row whose output is wanted; None: all.
+        """
+        if kept is not None and self._is_plain_softmax:
+            out = self._attend_from(x, segments, rotary, kept)
+        else:
+            out = self.attend(*self.queries_keys_values(x, segments, rotary), segments)
+            out = out if kept is None else out.index_select(0, kept)
         (result,) = in_stretches(lambda out: (self.output(out),), out.flatten(1))
         return result
 
@@ -142,6 +157,36 @@ class SelfAttention(nn.Module):
                 near_block=self.near_block,
             )
         return out.squeeze(0).transpose(0, 1)
+
+    @property
+    def _is_plain_softmax(self) -> bool:
+        """Whether a query depends on its own token alone, and attends to all tokens of its segment alike."""
+        is_free = self.convolution is None and not self.rescale_qk and not self.causal
+        return self.kind == "softmax" and self.local_bias is None and is_free
+
+    def _attend_from(
+        self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor] | None, kept: Tensor
+    ) -> Float[Tensor, "kept heads head_dim"]:
+        """Returns plain softmax attention from some positions of the row only."""
+        heads = (-1, self.num_heads, self.head_dim)
+
+        def keys_and_values(x: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+            k = self.key(x) if self.key_norm is None else self.key_norm(self.key(x))
+            return self._prepare(k.view(heads), (angles[0], angles[1]) if angles else None), self.value(x).view(heads)
+
+        k, v = in_stretches(keys_and_values, x, *(rotary or ()))
+        own = self.query(x[kept]) if self.query_norm is None else self.query_norm(self.query(x[kept]))
+        q = self._prepare(own.view(heads), None if rotary is None else (rotary[0][kept], rotary[1][kept]))
+        # To the dtype of v, which is shorter under autocast.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        numbers = segments.numbers[kept].tolist()
+        out = torch.empty_like(q)
+        for number in set(numbers):
+            start, stop = segments.cpu_bounds[number : number + 2].tolist()
+            places = [place for place, other in enumerate(numbers) if other == number]
+            queries, keys, values = (y.transpose(0, 1) for y in (q[places], k[start:stop], v[start:stop]))
+            out[places] = F.scaled_dot_product_attention(queries, keys, values).transpose(0, 1)
+        return out
 
     def _exact(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """Returns the output of an exact kind, (1, heads, length, head_dim) as q, k and v."""

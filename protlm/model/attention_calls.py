@@ -51,11 +51,14 @@ def visit_attention(
     attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
     layers = {attention: number for number, attention in enumerate(attentions, start=1)}
 
-    def visit_call(attention: nn.Module, arguments: tuple[Tensor, Segments, tuple[Tensor, Tensor] | None]) -> None:
+    def visit_call(
+        attention: nn.Module, arguments: tuple[Tensor, Segments, tuple[Tensor, Tensor] | None, Tensor | None]
+    ) -> None:
         assert isinstance(attention, SelfAttention)
+        x, segments, rotary, _ = arguments
         # While a layer runs, its weights are complete even if devices share them.
-        q, k, v = attention.queries_keys_values(*arguments)
-        visit(AttentionCall(layers[attention], attention, q, k, v, arguments[1]))
+        q, k, v = attention.queries_keys_values(x, segments, rotary)
+        visit(AttentionCall(layers[attention], attention, q, k, v, segments))
 
     handles = [attention.register_forward_pre_hook(visit_call) for attention in attentions]
     try:

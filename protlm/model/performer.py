@@ -43,13 +43,19 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
-    ) -> Float[Tensor, "length model_dim"]:
-        """Returns the residual stream after this layer."""
-        if self.is_pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), segments, rotary))
-        else:
-            x = self.attention_norm(x + self.dropout(self.attention(x, segments, rotary)))
+        self,
+        x: Float[Tensor, "length model_dim"],
+        segments: Segments,
+        rotary: tuple[Tensor, Tensor] | None,
+        kept: Int[Tensor, " kept"] | None = None,
+    ) -> Float[Tensor, "kept_or_length model_dim"]:
+        """Returns the residual stream after this layer, at the `kept` positions of the row or at all of them."""
+        attended = self.attention(self.attention_norm(x) if self.is_pre_norm else x, segments, rotary, kept)
+        if kept is not None:
+            x = x.index_select(0, kept)
+        x = x + self.dropout(attended)
+        if not self.is_pre_norm:
+            x = self.attention_norm(x)
         (x,) = in_stretches(self._with_feed_forward, x)
         return x
 
@@ -168,6 +174,12 @@ class Performer(nn.Module):
         unknown = sorted(set(layers) - set(range(self.config.num_layers + 1)))
         if unknown:
             raise ValueError(f"layers: expected numbers from 0 to {self.config.num_layers}, got {unknown}")
+        return self._states(tokens, cu_seqlens, layers, None)
+
+    def _states(
+        self, tokens: Tensor, cu_seqlens: Tensor, layers: Collection[int], kept: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Returns hidden states; that after the last layer only at the `kept` positions, unless that is None."""
         segments = Segments.from_bounds(cu_seqlens)
         x = self._embed(tokens, segments)
         states = {0: x} if 0 in layers else {}
@@ -175,11 +187,14 @@ class Performer(nn.Module):
         if self.config.positions == "rotary":
             rotary = rotary_angles(segments.positions, self.config.head_dim, x.dtype, self.rotary_frequencies)
         for number, layer in enumerate(self._encoder_layers(), start=1):
+            is_last = number == self.config.num_layers
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, segments, rotary, use_reentrant=False)
+            elif is_last and kept is not None:
+                x = layer(x, segments, rotary, kept)
             else:
                 x = layer(x, segments, rotary)
-            if number == self.config.num_layers and self.final_norm is not None:
+            if is_last and self.final_norm is not None:
                 x = self.final_norm(x)
             if number in layers:
                 states[number] = x
@@ -197,8 +212,10 @@ class Performer(nn.Module):
             ValueError: A segment is longer than the learned positions.
         """
         last = self.config.num_layers
-        x = self.hidden_states(tokens, cu_seqlens, (last,))[last]
-        if target_positions is not None:
+        # Without gradients the feed-forward part of the last layer, too, is computed at the targets only.
+        kept = None if torch.is_grad_enabled() else target_positions
+        x = self._states(tokens, cu_seqlens, (last,), kept)[last]
+        if target_positions is not None and kept is None:
             x = x.index_select(0, target_positions)
         logits: Tensor = self.head(x, self.embedding.weight)
         return logits

@@ -8,10 +8,11 @@ from typing import Any
 
 _EXTENSION = "protlm.ops._favor"
 # As in cpp/favor.cpp.
-_VERSION = 3
+_VERSION = 4
 _TASKS = {
     "favor": ("forward", "backward", "fold", "read", "query_gradients", "key_gradients"),
     "local": ("forward", "backward"),
+    "near_far": ("forward", "backward"),
 }
 """The functions of each op, besides that which returns the floats of its workspace."""
 
@@ -34,7 +35,9 @@ class FavorCall(ctypes.Structure):
             "projection_head_stride",
         )),
         ("scale", ctypes.c_double),
-        *((name, Pointer) for name in ("projection", "oprf_a", "positions", "units", "groups")),
+        *((name, Pointer) for name in ("projection", "oprf_a", "feature_bias")),
+        ("feature_bias_head_stride", Integer),
+        *((name, Pointer) for name in ("positions", "units", "groups")),
         *((name, Integer) for name in ("num_units", "num_groups", "num_slots", "longest_unit")),
         *((name, StridedTensor) for name in ("q", "k", "v", "out")),
         *((name, Pointer) for name in ("query_sums", "states", "state_grads", "references")),
@@ -61,6 +64,19 @@ class LocalCall(ctypes.Structure):
     ]
 
 
+class NearFarCall(ctypes.Structure):
+    """The structure `NearFarCall` of cpp/call.h."""
+
+    _fields_ = [
+        ("favor", FavorCall),
+        *((name, Pointer) for name in ("sums_grad", "bounds", "units")),
+        *((name, Integer) for name in ("num_units", "longest_unit", "widest_block")),
+    ]
+
+
+_CALLS: dict[str, type[ctypes.Structure]] = {"favor": FavorCall, "local": LocalCall, "near_far": NearFarCall}
+
+
 def why_not() -> str | None:
     """Returns the reason why the library cannot be used here, None if it can."""
     loaded = _load()
@@ -76,7 +92,7 @@ def best_kernel() -> str:
 
 @functools.cache
 def functions(op: str, kernel: str) -> dict[str, Callable[..., Any]]:
-    """Returns the functions of an op, `favor` or `local`; each takes a pointer to the structure of its calls."""
+    """Returns the functions of an op, a key of `_TASKS`; each takes a pointer to the structure of its calls."""
     returned = {"workspace": Integer, **dict.fromkeys(_TASKS[op])}
     return {
         name: _function(library(), f"protlm_{op}_{kernel}_{name}", kind, Pointer) for name, kind in returned.items()
@@ -104,13 +120,11 @@ def _load() -> ctypes.CDLL | str:
     try:
         # torch has already loaded its OpenMP, and the loader gives the kernel the same one.
         loaded = ctypes.CDLL(spec.origin)
-        version = tuple(
-            _function(loaded, name, Integer)()
-            for name in ("protlm_favor_version", "protlm_favor_call_bytes", "protlm_local_call_bytes")
-        )
+        names = ("favor_version", *(f"{op}_call_bytes" for op in _CALLS))
+        version = tuple(_function(loaded, f"protlm_{name}", Integer)() for name in names)
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be loaded ({error}); install protlm again"
-    if version != (_VERSION, ctypes.sizeof(FavorCall), ctypes.sizeof(LocalCall)):
+    if version != (_VERSION, *map(ctypes.sizeof, _CALLS.values())):
         return f"{spec.origin} is not of this version of protlm; install protlm again"
     return loaded
 

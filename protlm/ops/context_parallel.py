@@ -6,6 +6,8 @@ merge their states into one, and sum its gradients. Causal ranks gather states, 
 the ranks before it; in the backward each sends the gradient of the state that it began with, and sums those of the
 ranks after it.
 
+Near-far attention exchanges heads instead (`head_parallel`).
+
 A backend contributes the halves of its forward, `fold` and `read`, and of its backward, `query_gradients` and
 `key_gradients`; the backends of the ranks may differ. Causal attention always runs on `favor_torch`.
 """
@@ -18,10 +20,11 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
 
 from protlm.ops import favor_torch
+from protlm.ops.head_parallel import backward_by_heads, forward_by_heads
 from protlm.ops.inputs import AttentionInputs
+from protlm.ops.process_groups import group_of
 
 
 def local_bounds(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
@@ -42,26 +45,13 @@ def local_bounds(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
     return cu_seqlens.clamp(start, stop) - start
 
 
-def group_name_of(process_group: ProcessGroup | None) -> str:
-    """Returns the name by which an operator can look a group up, empty for one process.
-
-    Raises:
-        ValueError: An object that is no group, or a group that this process is not in.
-    """
-    if process_group is None:
-        return ""
-    if not isinstance(process_group, ProcessGroup):
-        raise ValueError(
-            f"process_group: expected a torch.distributed.ProcessGroup that this process is in, got {process_group!r}"
-        )
-    return process_group.group_name if process_group.size() > 1 else ""
-
-
 def forward_in_group(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the output and the tensors that `backward_in_group` needs, like the `forward` of a backend.
 
     The states are those of whole segments, for causal attention those of the tokens on the ranks before this one.
     """
+    if inputs.near_block:
+        return forward_by_heads(backend, inputs)
     if inputs.causal:
         states, references = _states_before(inputs)
     else:
@@ -78,8 +68,15 @@ def backward_in_group(
     states: Tensor,
     references: Tensor,
     query_sums: Tensor,
+    sums_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v of this rank's tokens."""
+    """Returns the gradients of q, k and v of this rank's tokens.
+
+    `sums_grad` is the gradient of the query sums of near-far attention; None for zero.
+    """
+    if inputs.near_block:
+        return backward_by_heads(backend, inputs, out_grad, out, states, references, query_sums, sums_grad)
+    assert sums_grad is None
     saved = (out_grad, out, states, references, query_sums)
     if inputs.causal:
         return _causal_backward(inputs, *saved)
@@ -108,7 +105,7 @@ class _Shared:
     @classmethod
     def of(cls, inputs: AttentionInputs) -> "_Shared":
         """Returns the last segment of every rank but the last: only these can continue on another rank."""
-        others = _group(inputs.group_name).size() - 1
+        others = group_of(inputs.group_name).size() - 1
         if inputs.cu_seqlens is None or inputs.num_segments <= others:
             return cls(None)
         # A rank without a token names the first segment, whose values then stay correct.
@@ -134,20 +131,14 @@ def _edges(inputs: AttentionInputs) -> Tensor:
     numbers = torch.arange(inputs.num_segments, device=has_token.device)
     first, last = torch.where(has_token, numbers, len(numbers)).amin(), torch.where(has_token, numbers, -1).amax()
     own = torch.stack((first, last))
-    group = _group(inputs.group_name)
+    group = group_of(inputs.group_name)
     edges = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(edges, own, group)
     return torch.stack(edges)
 
 
-def _group(name: str) -> ProcessGroup:
-    # As torch's functional collectives do; there is no public way from a name to its group.
-    group: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    return group
-
-
 def _reduce(x: Tensor, operation: dist.ReduceOp.RedOpType, inputs: AttentionInputs) -> None:
-    dist.all_reduce(x, operation, _group(inputs.group_name))
+    dist.all_reduce(x, operation, group_of(inputs.group_name))
 
 
 def _merged_states(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -231,7 +222,7 @@ class _Links:
     @classmethod
     def of(cls, inputs: AttentionInputs) -> "_Links":
         """Returns the links, by a collective; a rank without a token has none, and any segments for the shapes."""
-        group = _group(inputs.group_name)
+        group = group_of(inputs.group_name)
         rank, size = group.rank(), group.size()
         if inputs.cu_seqlens is None:
             return cls(slice(None), slice(None), list(range(rank)), list(range(rank + 1, size)))
@@ -271,7 +262,7 @@ def _tokens_of(x: Tensor, inputs: AttentionInputs, segments: slice) -> Tensor:
 
 def _gathered(tensors: tuple[Tensor, Tensor], group_name: str) -> tuple[Tensor, Tensor]:
     """Returns two tensors of every rank (ranks, …), gathered by one collective."""
-    group = _group(group_name)
+    group = group_of(group_name)
     own = torch.cat([tensor.flatten() for tensor in tensors])
     gathered = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(gathered, own, group)

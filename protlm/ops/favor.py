@@ -23,6 +23,7 @@ from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from protlm.ops.inputs import AttentionInputs, in_one_dtype, result_like
 from protlm.ops.log_normaliser import absolute_logarithm
 from protlm.ops.oprf import oprf_a_from_data
+from protlm.ops.process_groups import group_name_of
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
 
@@ -137,7 +138,7 @@ def favor_attention(
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one stretch of
     features beside the inputs and the output; the causal backward keeps `features` numbers for every stretch. With
     `near_block` time O(length · (W + features) · head_dim), and memory O(W² + (W + features) · head_dim) for each of a
-    fixed number of blocks; besides that one state for every thousand blocks.
+    fixed number of blocks; besides that a few states for every unit of blocks that is held at once.
 
     Args:
         q: Queries, any strides.
@@ -158,21 +159,25 @@ def favor_attention(
         process_group: The length is split over the ranks of this group, in their order: q, k, v, token_mask, the output
             and all gradients are those of the rank's own tokens, which may be none. Rows and segments continue across
             ranks; `cu_seqlens` are the `local_bounds` of all segments. All other arguments are the same on all ranks,
-            and all ranks call the op, and its backward, in the same order. They exchange states, whose size does not
-            depend on the length. torch.compile runs the call in eager torch. None means one process.
+            and all ranks call the op, and its backward, in the same order. Without near_block they exchange states,
+            whose size does not depend on the length. torch.compile runs the call in eager torch. None means one
+            process.
         near_block: Tokens of a block; 0 for no near field. For `positive`, `hyperbolic` and `oprf` only: `regularised`
-            estimates another kernel, whose weights have another unit than exact ones. Not in a process group.
+            estimates another kernel, whose weights have another unit than exact ones. In a process group the ranks
+            exchange their tokens for heads, and each computes some heads of all tokens: at most as many ranks as heads
+            have work.
         feature_bias: c_j, (features) or (heads, features), one for each row of the projection, for exponential maps:
             Σ_j e^(c_j) φ_j(q)·φ_j(k) takes the place of φ(q)·φ(k). Rows ω' = ω + μ with c = −μ·ω − ‖μ‖²/2 keep the
             estimate unbiased for any μ; with μ = q̄/d^¼ + k̄/d^¼ `positive` errs as if q and k were centred. One that
             requires a gradient gets it, but not in a process group.
         return_log_normaliser: Whether to return the logarithm of the divisor too, through which gradients flow: with it
-            attentions over different keys can be merged. For exponential maps only, not in a process group.
+            attentions over different keys can be merged. For exponential maps only; in a process group with near_block.
         backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
             `trig`, if it was built; `triton` for bfloat16 and float16 on CUDA, bidirectional, head_dim up to 128 and
             every map but `trig`, if Triton is installed; else `torch`. Calls that `cpp` or `triton` do not cover
-            (other devices, dtypes and maps, causal attention in a process group, near_block, feature_bias,
-            return_log_normaliser, gradients of the projection) run on `torch`.
+            (other devices, dtypes and maps, causal attention in a process group, return_log_normaliser without
+            near_block, gradients of the projection and of the feature bias; for `triton` also near_block and
+            feature_bias) run on `torch`.
 
     Returns:
         Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates. With
@@ -185,7 +190,7 @@ def favor_attention(
             group, or the named backend cannot run here.
         RuntimeError: A derivative of forward mode or of second order.
     """
-    group_name = context_parallel.group_name_of(process_group)
+    group_name = group_name_of(process_group)
     given = v
     q, k, v = in_one_dtype(q, k, v)
     inputs = AttentionInputs(
@@ -199,7 +204,7 @@ def favor_attention(
         _check_no_gradient(projection=projection, feature_bias=feature_bias)
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
-    if return_log_normaliser or _needs_gradient(projection) or _needs_gradient(feature_bias):
+    if (return_log_normaliser and not near_block) or _needs_gradient(projection) or _needs_gradient(feature_bias):
         backend = "torch"
     masks = (token_mask, cu_seqlens, oprf_a)
     arguments = (q, k, v, projection, *masks, feature_map, causal, backend, group_name, feature_bias, near_block)
@@ -362,10 +367,12 @@ def _favor_backward(
     projection_grad = bias_grad = None
     with torch.autocast(q.device.type, enabled=False):
         if group_name:
-            q_grad, k_grad, v_grad = context_parallel.backward_in_group(chosen, inputs, *saved)
+            q_grad, k_grad, v_grad = context_parallel.backward_in_group(chosen, inputs, *saved, sums_grad)
         elif chosen is favor_torch:
             results = favor_torch.all_gradients(inputs, *saved, sums_grad, learns=learns)
             q_grad, k_grad, v_grad, projection_grad, bias_grad = results
+        elif chosen is favor_cpp:
+            q_grad, k_grad, v_grad = favor_cpp.backward(inputs, *saved, sums_grad)
         else:
             q_grad, k_grad, v_grad = chosen.backward(inputs, *saved)
     of_parameters = [q.new_empty(0) if grad is None else grad for grad in (projection_grad, bias_grad)]

@@ -4,20 +4,16 @@ The kernel computes in float32. A call is divided into units, consecutive tokens
 long segment are merged in their order. No result depends on the number of threads.
 """
 
-import ctypes
-import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.ops import compiled
-from protlm.ops.blocks import read_bounds
-from protlm.ops.feature_maps import check_backend
-from protlm.ops.inputs import AttentionInputs, result_like
+from protlm.ops import near_far_cpp
+from protlm.ops.call_arguments import CallArguments, Segments
+from protlm.ops.inputs import AttentionInputs
 
 LOG_BASE = 2.0
 """Base of the references and query sums of exponential maps."""
@@ -29,13 +25,15 @@ _LOG_ZERO = -1e30
 
 def covers(inputs: AttentionInputs) -> bool:
     """Returns whether the kernel can compute a call; the others go to `favor_torch`."""
-    is_causal_in_group = inputs.causal and bool(inputs.group_name)
+    is_causal_in_group = inputs.causal and bool(inputs.group_name) and not inputs.near_block
     is_float32 = inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32
-    return is_float32 and inputs.is_plain and "cpp" in inputs.map_definition.backends and not is_causal_in_group
+    return is_float32 and "cpp" in inputs.map_definition.backends and not is_causal_in_group
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the tensors of `favor_torch.forward`, with logarithms to base 2."""
+    """Returns the tensors of `favor_torch.forward`, with logarithms to base 2 unless they are absolute."""
+    if inputs.near_block:
+        return near_far_cpp.forward(inputs)
     run = _Run(inputs)
     out, query_sums = run.empty_outputs()
     states, references = run.empty_states()
@@ -44,9 +42,21 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def backward(
-    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
+    inputs: AttentionInputs,
+    out_grad: Tensor,
+    out: Tensor,
+    states: Tensor,
+    references: Tensor,
+    query_sums: Tensor,
+    sums_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v; features are computed again."""
+    """Returns the gradients of q, k and v; features are computed again.
+
+    `sums_grad` is the gradient of absolute query sums, those of a near field; None for zero.
+    """
+    if inputs.near_block:
+        return near_far_cpp.backward(inputs, out_grad, out, query_sums, sums_grad)
+    assert sums_grad is None
     run = _Run(inputs)
     q_grad, k_grad, v_grad = (run.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
@@ -108,40 +118,13 @@ class _Run:
     """One call of the kernel: all of its arguments except the results."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
-        compiled.library()
-        check_backend(inputs.feature_map, "cpp")
-        self._inputs = inputs
-        self._heads, self._head_dim = inputs.q.shape[1], inputs.q.shape[-1]
-        # The call holds only pointers: what they point to must live until it is over.
         plan = _plan_of(inputs)
-        self._alive: list[Any] = [plan]
-        self._has_empty, self._is_partial = plan.has_empty, plan.positions is not None
-        projection, scale = self._projection()
-        self._call = compiled.FavorCall(
-            heads=self._heads,
-            head_dim=self._head_dim,
-            num_tokens=inputs.q.shape[2],
-            num_rows=projection.shape[-2],
-            mirror=inputs.map_definition.mirrors_rows,
-            is_exponential=inputs.is_exponential,
-            is_causal=inputs.causal,
-            projection_head_stride=projection[0].numel() if projection.dim() == 3 else 0,
-            scale=scale,
-            projection=self._pointer(projection),
-            oprf_a=self._oprf_a(),
-            positions=plan.positions.ctypes.data if plan.positions is not None else None,
-            units=plan.units.ctypes.data,
-            groups=plan.groups.ctypes.data,
-            num_units=len(plan.units),
-            num_groups=len(plan.groups),
-            num_slots=plan.num_slots,
-            longest_unit=plan.longest_unit,
-            q=self._strided(inputs.q),
-            k=self._strided(inputs.k),
-            v=self._strided(inputs.v),
-            result_bytes=inputs.q.numel() * inputs.q.element_size(),
-            num_threads=torch.get_num_threads(),
-        )
+        self._inputs, self._arguments = inputs, CallArguments(inputs, plan.positions)
+        self._has_empty = plan.has_empty
+        self._call = self._arguments.call
+        self._call.units, self._call.groups = map(self._arguments.pointer, (plan.units, plan.groups))
+        self._call.num_units, self._call.num_groups = len(plan.units), len(plan.groups)
+        self._call.num_slots, self._call.longest_unit = plan.num_slots, plan.longest_unit
 
     def __call__(
         self,
@@ -154,58 +137,28 @@ class _Run:
         state_grads: Tensor | None = None,
     ) -> None:
         """Runs one task of the kernel on the other tensors that it reads or writes; `tensors` lie along the length."""
-        call = self._call
-        for name, tensor in tensors.items():
-            setattr(call, name, self._strided(tensor))
-        call.states, call.references = self._pointer(states), self._pointer(references)
-        call.query_sums = None if query_sums is None else self._pointer(query_sums)
-        call.state_grads = None if state_grads is None else self._pointer(state_grads)
-        functions = compiled.functions("favor", compiled.best_kernel())
-        call.workspace = self._pointer(torch.empty(functions["workspace"](ctypes.byref(call))))
-        functions[task](ctypes.byref(call))
+        named = {"states": states, "references": references, "query_sums": query_sums, "state_grads": state_grads}
+        self._arguments.enter(tensors, {name: x for name, x in named.items() if x is not None})
+        self._arguments.run("favor", task, self._call, self._call)
 
     def result_like(self, x: Tensor) -> Tensor:
         """Returns a tensor for results along the length, zeroed if the kernel does not write all of it."""
-        return result_like(x, is_zeroed=self._is_partial)
+        return self._arguments.result_like(x)
 
     def empty_outputs(self) -> tuple[Tensor, Tensor]:
         """Returns tensors for the output and the query sums, zeroed if the kernel does not write all of them."""
-        q = self._inputs.q
-        query_sums = (q.new_zeros if self._is_partial else q.new_empty)(q.shape[:3])
-        return self.result_like(self._inputs.v), query_sums
+        return self._arguments.empty_outputs()
 
     def empty_states(self) -> tuple[Tensor, Tensor]:
         """Returns tensors for states and references, filled with those of no key if a segment has no token."""
         inputs = self._inputs
-        sizes = (inputs.num_segments, self._heads, inputs.num_features)
-        states = inputs.q.new_empty((*sizes, self._head_dim + 1))
+        sizes = (inputs.num_segments, inputs.q.shape[1], inputs.num_features)
+        states = inputs.q.new_empty((*sizes, inputs.q.shape[-1] + 1))
         references = inputs.q.new_empty((*sizes[:2], sizes[2] if inputs.is_exponential else 1))
         if self._has_empty:
             states.zero_()
             references.fill_(_LOG_ZERO)
         return states, references
-
-    def _projection(self) -> tuple[Tensor, float]:
-        """Returns the rows for the kernel, and the factor by which it multiplies them."""
-        projection = self._inputs.projection
-        if projection is None:
-            return torch.eye(self._head_dim), 1.0
-        rows = self._inputs.map_definition.rescaled(projection.float())
-        return rows.contiguous(), self._head_dim**-0.25
-
-    def _oprf_a(self) -> int | None:
-        a = self._inputs.oprf_a
-        if a is None:
-            return None
-        return self._pointer(a.detach().double().expand(self._inputs.num_segments, -1).contiguous())
-
-    def _strided(self, x: Tensor) -> compiled.StridedTensor:
-        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        return compiled.StridedTensor(self._pointer(x), *x.stride()[:3])
-
-    def _pointer(self, x: Tensor) -> int:
-        self._alive.append(x)
-        return x.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,17 +186,9 @@ def _plan_of(inputs: AttentionInputs) -> _Plan:
     batch, length = inputs.q.shape[0], inputs.q.shape[2]
     if inputs.cu_seqlens is None and inputs.token_mask is None:
         return _plan_of_rows(batch, length, _UNIT_TOKENS)
-    is_packed = inputs.cu_seqlens is not None
-    if inputs.cu_seqlens is None:
-        bounds = np.arange(batch + 1, dtype=np.int64) * length
-    else:
-        bounds = np.asarray(read_bounds(inputs.cu_seqlens, length), dtype=np.int64)
-    if inputs.token_mask is None:
-        return _plan(bounds[:-1], np.diff(bounds), is_packed, _UNIT_TOKENS)
-    real = np.flatnonzero(inputs.token_mask.contiguous().numpy())
-    bounds = np.searchsorted(real, bounds)
-    plan = _plan(bounds[:-1], np.diff(bounds), is_packed, _UNIT_TOKENS)
-    return dataclasses.replace(plan, positions=(real % max(length, 1)).astype(np.int32))
+    segments = Segments.of(inputs)
+    bounds = segments.places(segments.starts)
+    return _plan(bounds, segments.places(segments.stops) - bounds, segments.is_packed, _UNIT_TOKENS, segments.positions)
 
 
 @functools.lru_cache(maxsize=64)
@@ -251,7 +196,9 @@ def _plan_of_rows(batch: int, length: int, unit_tokens: int) -> _Plan:
     return _plan(np.zeros(batch, dtype=np.int64), np.full(batch, length, dtype=np.int64), False, unit_tokens)
 
 
-def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: int) -> _Plan:
+def _plan(
+    first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: int, positions: np.ndarray | None = None
+) -> _Plan:
     """Returns the plan for segments, given the place of the first token of each and the number of its tokens."""
     num_units = -(-counts // unit_tokens)
     segment = np.repeat(np.arange(len(counts)), num_units)
@@ -272,4 +219,5 @@ def _plan(first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: i
         num_slots=int(slots.sum()),
         longest_unit=int(units[:, 3].max(initial=0)),
         has_empty=bool((counts == 0).any()),
+        positions=positions,
     )

@@ -52,10 +52,16 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def backward(
-    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
+    inputs: AttentionInputs,
+    out_grad: Tensor,
+    out: Tensor,
+    states: Tensor,
+    references: Tensor,
+    query_sums: Tensor,
+    sums_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; features are computed again."""
-    return all_gradients(inputs, out_grad, out, states, references, query_sums)[:3]
+    return all_gradients(inputs, out_grad, out, states, references, query_sums, sums_grad)[:3]
 
 
 def all_gradients(

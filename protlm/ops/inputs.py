@@ -111,7 +111,8 @@ class AttentionInputs:
         """Raises ValueError unless the logarithm of the normaliser can be returned."""
         maps, is_fitting = map_names(lambda definition: definition.is_exponential), self.is_exponential
         _expect("feature_map", f"one of {maps} with return_log_normaliser", is_fitting, repr(self.feature_map))
-        _expect("process_group", "None with return_log_normaliser", not self.group_name, "a group")
+        is_one_process = not self.group_name or self.near_block > 0
+        _expect("process_group", "None with return_log_normaliser and no near_block", is_one_process, "a group")
 
     def _check_oprf_a(self, heads: int) -> None:
         a = self.oprf_a
@@ -147,8 +148,6 @@ class AttentionInputs:
         maps = map_names(lambda definition: definition.joins_exact_weights)
         is_fitting = self.map_definition.joins_exact_weights
         _expect("feature_map", f"one of {maps} with near_block > 0", is_fitting, repr(self.feature_map))
-        expected = "None with near_block > 0, as a block may lie on two ranks"
-        _expect("process_group", expected, not self.group_name, "a group")
 
     def _check_devices(self) -> None:
         device = self.q.device

@@ -1,4 +1,4 @@
-"""The calls of the benchmark of local attention, and what is measured of each."""
+"""The calls of the benchmark of attention with exact weights of near tokens, and what is measured of each."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,22 +7,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from protlm.ops import compiled, local_attention, reference
+from protlm.ops import compiled, draw_projection, favor_attention, local_attention, reference
 from scripts.attention_calls import BOTH, FORWARD
 from scripts.measuring import WARM_UP_LENGTH, peak_during, resident_bytes, timed
 
-HEADS, HEAD_DIM = 8, 32
-LOCAL, TORCH, EXACT = "local attention", "its torch backend", "exact (SDPA)"
+HEADS, HEAD_DIM, NUM_FEATURES = 8, 32, 128
+LOCAL, NEAR_FAR = "local attention", "near-far attention"
+TORCH, EXACT, FAVOR = "its torch backend", "exact (SDPA)", "FAVOR"
+SUBJECTS = {"local": LOCAL, "near-far": NEAR_FAR}
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def implementations(window: int) -> dict[str, Call]:
-    """Returns what takes turns, by name."""
-    calls: dict[str, Call] = {LOCAL: partial(local_attention, window=window), EXACT: scaled_dot_product_attention}
+def implementations(subject: str, window: int) -> dict[str, Call]:
+    """Returns what takes turns, by name; the subject is the first. `window` is near_block of near-far attention."""
+    if subject == LOCAL:
+        of_subject: Callable[..., Tensor] = partial(local_attention, window=window)
+        others: dict[str, Call] = {}
+    else:
+        projection = _projection()
+        of_subject = partial(favor_attention, projection=projection, near_block=window)
+        others = {FAVOR: partial(favor_attention, projection=projection)}
+    calls: dict[str, Call] = {subject: of_subject, EXACT: scaled_dot_product_attention, **others}
     if compiled.why_not() is None:
-        calls[TORCH] = partial(local_attention, window=window, backend="torch")
+        calls[TORCH] = partial(of_subject, backend="torch")
     return calls
+
+
+def _projection() -> Tensor:
+    return draw_projection(NUM_FEATURES, HEAD_DIM, num_heads=HEADS, generator=torch.Generator().manual_seed(1))
 
 
 def draw(length: int) -> list[Tensor]:
@@ -47,19 +60,23 @@ def both_passes(call: Call, tensors: Sequence[Tensor]) -> dict[str, float]:
     return timed(partial(outputs, call, tensors, FORWARD), FORWARD) | timed(partial(outputs, call, tensors, BOTH), BOTH)
 
 
-def check_values(window: int) -> None:
-    """Ends the program if local attention differs from its float64 twin."""
+def check_values(subject: str, window: int) -> None:
+    """Ends the program if the subject differs from its float64 twin."""
     tensors = draw(300)
-    expected = outputs(partial(reference.softmax_attention, window=window), [x.double() for x in tensors], FORWARD)[0]
-    for name, call in implementations(window).items():
+    twins = {
+        LOCAL: partial(reference.softmax_attention, window=window),
+        NEAR_FAR: partial(reference.favor_attention, projection=_projection().double(), near_block=window),
+    }
+    expected = outputs(twins[subject], [x.double() for x in tensors], FORWARD)[0]
+    for name, call in implementations(subject, window).items():
         error = (outputs(call, tensors, FORWARD)[0] - expected).abs().max() / expected.abs().max()
-        if name != EXACT and not error < 1e-5:
+        if name in (subject, TORCH) and not error < 1e-5:
             raise SystemExit(f"{name}: differs from the float64 twin by {error:.1e}; nothing is reported")
 
 
-def peak_here(window: int, length: int) -> int:
+def peak_here(subject: str, window: int, length: int) -> int:
     """Returns the peak of one forward and backward in this process, in bytes above inputs and outputs."""
-    call = implementations(window)[LOCAL]
+    call = implementations(subject, window)[subject]
     outputs(call, draw(WARM_UP_LENGTH), BOTH)
     tensors = draw(length)
     before = resident_bytes()

@@ -11,12 +11,18 @@ from protlm.ops import favor_attention
 from scripts.attention_calls import BOTH, FORWARD, HEAD_DIM, Attention, draw_inputs, exact, peak_above_inputs
 from scripts.measuring import RETURN_FREED_MEMORY, SECONDS, in_a_process, take_turns, timed
 
+NEAR_BLOCK = 32
+_LABELS = {
+    "favor": "FAVOR", "near-far": "near-far", "exact": "exact (SDPA)", "formed": "exact, matrix formed",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Case:
-    """A measurement: `favor`, `exact` (torch SDPA) or `formed`, whether it is causal, and whether gradients are made.
+    """A measurement: of which implementation, whether it is causal, and whether gradients are made.
 
-    `formed` is exact attention as the formula reads: the matrix of all pairs is in memory.
+    `favor` is FAVOR, `near-far` FAVOR with exact weights in blocks of `NEAR_BLOCK`, `exact` is SDPA. `formed` is exact
+    attention as the formula reads: the matrix of all pairs is in memory.
     """
 
     implementation: str
@@ -26,8 +32,7 @@ class Case:
     @property
     def name(self) -> str:
         """For tables and plots."""
-        label = {"favor": "FAVOR", "exact": "exact (SDPA)", "formed": "exact, matrix formed"}[self.implementation]
-        return f"{label}, {'causal' if self.causal else 'bidirectional'}"
+        return f"{_LABELS[self.implementation]}, {'causal' if self.causal else 'bidirectional'}"
 
     @property
     def work(self) -> str:
@@ -39,14 +44,18 @@ class Case:
         """The function that is called."""
         if self.implementation == "formed":
             return _with_matrix_formed
+        if self.implementation == "near-far":
+            return partial(favor_attention, causal=self.causal, near_block=NEAR_BLOCK)
         return partial(favor_attention if self.implementation == "favor" else exact, causal=self.causal)
 
 
 CASES = [
     Case(name, causal, backward)
     for backward in (False, True)
-    for name, causal in (("favor", False), ("favor", True), ("exact", False), ("exact", True), ("formed", False))
-]
+    for name, causal in (
+        ("favor", False), ("favor", True), ("near-far", False), ("exact", False), ("exact", True), ("formed", False),
+    )
+]  # fmt: skip
 
 
 def seconds(cases: Sequence[Case], length: int, repeats: int) -> dict[Case, list[float]]:

@@ -1,4 +1,4 @@
-"""Section 8: time and memory against length."""
+"""Section 9: time and memory against length."""
 
 import statistics
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from scripts.attention_calls import FEATURES, HEAD_DIM, HEADS
 from scripts.measuring import MEBIBYTE, PAGE_BYTES, can_measure_memory
 from scripts.report.approximation import log_log_slope
-from scripts.report.cost import CASES, Case, peak_bytes, seconds
+from scripts.report.cost import CASES, NEAR_BLOCK, Case, peak_bytes, seconds
 from scripts.report.page import Section, table
 from scripts.report.plots import Line, conditions, plot
 from scripts.report.settings import Settings
@@ -21,7 +21,12 @@ TARGET_LENGTH = 65_536
 
 def cost(settings: Settings, folder: Path) -> Section:
     """Measures all cases and fits their slopes."""
-    lengths = {"favor": settings.lengths, "exact": settings.exact_lengths, "formed": settings.formed_lengths}
+    lengths = {
+        "favor": settings.lengths,
+        "near-far": settings.lengths,
+        "exact": settings.exact_lengths,
+        "formed": settings.formed_lengths,
+    }
     times: dict[Case, dict[int, list[float]]] = {case: {} for case in CASES}
     for length in settings.lengths:
         due = [case for case in CASES if length in lengths[case.implementation]]
@@ -48,7 +53,8 @@ def cost(settings: Settings, folder: Path) -> Section:
             "Section 3.1: O(L·M·d) time, where exact attention takes O(L²·d). Memory above inputs and outputs: FAVOR "
             "keeps one state of M × (d + 1) numbers a head and a stretch of features; the causal backward keeps M "
             "numbers a head for every stretch. `exact (SDPA)` is torch's fused attention, which forms no matrix of "
-            "pairs; `matrix formed` is the formula as it is written. (The paper's Figure 3.)",
+            "pairs; `matrix formed` is the formula as it is written. (The paper's Figure 3.) `near-far` is FAVOR with "
+            f"exact weights in blocks of {NEAR_BLOCK} tokens.",
             f"B 1, H {HEADS}, d {HEAD_DIM}, M {FEATURES}, `positive`. {conditions(torch.float32)}. Medians of "
             f"{settings.repeats} calls, taken in turns. A peak is that of the process's resident memory during one "
             "call in a process apart, less what was resident before and less the outputs. Slopes are those of a line "
@@ -99,7 +105,7 @@ def _plots(
 ) -> list[tuple[str, str]]:
     made = []
     foot = f"{HEADS} heads of {HEAD_DIM}, {FEATURES} features; {conditions(torch.float32)}"
-    subjects = {"favor": "positive", "exact": "exact", "formed": "formed"}
+    subjects = {"favor": "positive", "near-far": "near-far", "exact": "exact", "formed": "formed"}
     for backward in (False, True):
         cases = [case for case in CASES if case.backward == backward]
         work = cases[0].work

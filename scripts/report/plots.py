@@ -18,14 +18,15 @@ SUBJECTS = {
     "oprf": ("#009e73", "^"),
     "trig": ("#d55e00", "s"),
     "relu": ("#56b4e9", "X"),
+    "near-far": ("#882255", "d"),
     "exact": ("#5b2a86", "D"),
     "formed": ("#b8860b", "v"),
     "peer": ("#e69f00", "*"),
     "relu peer": ("#8c510a", "h"),
     "reference": ("#808080", ""),
 }
-"""Colour and marker of a feature map; of exact attention, by a fused kernel and with its matrix formed; of another
-library; of a line that is no measurement of ours."""
+"""Colour and marker of a feature map; of FAVOR with exact near weights; of exact attention, by a fused kernel and with
+its matrix formed; of another library; of a line that is no measurement of ours."""
 
 DASHES: Mapping[str, Any] = {
     "orthogonal": "solid", "iid": (0, (5, 2)), "simplex": (0, (1, 1)),
@@ -78,7 +79,7 @@ def conditions(dtype: torch.dtype) -> str:
 
 def plot(
     path: Path, lines: Sequence[Line], *, x_label: str, y_label: str, title: str, foot: str, x_log: bool = True,
-    y_log: bool = True, x_ticks: Mapping[float, str] | None = None,
+    y_log: bool = True, x_ticks: Mapping[float, str] | None = None, legend_above: bool = False,
 ) -> None:  # fmt: skip
     """Writes a PNG of curves, with a line on how it was made at its foot."""
     # The figure class is used directly: pyplot would look for a display and keep global state.
@@ -108,6 +109,9 @@ def plot(
     axes.set_title(title, fontsize=10.5)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8.5, framealpha=0.9, handlelength=3.2)
+    if legend_above:
+        figure.legend(fontsize=8.5, handlelength=3.2, ncols=2, loc="outside upper center")
+    else:
+        axes.legend(fontsize=8.5, framealpha=0.9, handlelength=3.2)
     figure.text(0.99, 0.008, foot, ha="right", va="bottom", fontsize=7, color="#555555")
     figure.savefig(path)

@@ -24,7 +24,10 @@ class Settings:
         layer_length: Its tokens.
         layer_draws: Its draws of weights, inputs and projections.
         epsilon_draws: Draws of section 7.
-        lengths: Lengths of FAVOR in section 8.
+        near_length: Tokens of section 8.
+        near_blocks: Its near_block.
+        near_features: Its numbers of features, three.
+        lengths: Lengths of FAVOR in section 9.
         exact_lengths: Of torch's exact attention.
         formed_lengths: Of exact attention with its matrix in memory.
         repeats: Timed calls of each.
@@ -46,6 +49,9 @@ class Settings:
     layer_length: int = 512
     layer_draws: int = 5
     epsilon_draws: int = 15
+    near_length: int = 1024
+    near_blocks: tuple[int, ...] = (8, 16, 32, 64, 128)
+    near_features: tuple[int, int, int] = (32, 128, 512)
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
     exact_lengths: tuple[int, ...] = (2048, 4096, 8192)
     formed_lengths: tuple[int, ...] = (2048, 4096)
@@ -58,5 +64,6 @@ def quick_settings(seed: int) -> Settings:
         seed, mean_draws=4_000, error_draws=20_000, kind_draws=500, kind_directions=4, uniform_length=128,
         uniform_features=(64, 256, 1024), uniform_lengths=(64, 256), draws=8, output_length=512,
         output_features=(16, 64, 256), norms=(0.5, 2.0, 8.0), layers=3, layer_length=128, layer_draws=2,
-        epsilon_draws=3, lengths=(256, 512, 1024), exact_lengths=(256, 512), formed_lengths=(256, 512), repeats=1,
+        epsilon_draws=3, near_length=256, near_blocks=(8, 32), near_features=(16, 64, 256),
+        lengths=(256, 512, 1024), exact_lengths=(256, 512), formed_lengths=(256, 512), repeats=1,
     )  # fmt: skip

@@ -63,7 +63,7 @@ def test_a_report_has_every_section_with_its_verdict_and_plots(settings, tmp_pat
     attention_report.main()
     content = json.loads((out / "results.json").read_text())
     verdicts = [section["verdict"] for section in content["sections"]]
-    assert verdicts == ["pass"] * 7 + ["reported"]
+    assert verdicts == ["pass"] * 8 + ["reported"]
     page = (out / "README.md").read_text()
     for section in content["sections"]:
         assert section["title"] in page

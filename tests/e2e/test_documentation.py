@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from protlm import read_records
 from protlm.cli.app import app, main
 from protlm.workflows.train import dry_run as train_dry_run
 from tests.e2e.conftest import write_fasta
@@ -53,6 +54,7 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
         rows = [(labels[number % 6], record_id) for number, (record_id, _) in enumerate(chosen)]
         lines = ["\t".join(row if is_label_first else row[::-1]) for row in rows]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
+    _write_mutants(tmp_path)
     for document in DOCUMENTS:
         names: dict[str, object] = {"__name__": "__main__"}
         for number, (language, text) in enumerate(blocks(document), start=1):
@@ -63,6 +65,20 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
             for words in commands(text):
                 limit = TRAINING_LIMIT if words[0] == "train" else []
                 assert main([*words, *limit]) == 0, f"{document.name}: protlm {shlex.join(words)}"
+
+
+def _write_mutants(folder):
+    """Writes what a reader has in a clone, and what the page on scoring tells them to have."""
+    (folder / "data").symlink_to(ROOT / "data")
+    (record,) = read_records(ROOT / "data" / "tem1.fasta")
+    short = record.sequence[60:90]
+    write_fasta(folder / "my_variants.fasta", [("P62593", short), ("gone", short[:5] + short[6:])])
+    (folder / "assays").mkdir()
+    lines = [f"{letter}{number}G,{short[:number - 1]}G{short[number:]},{number % 7}" for number, letter in
+             enumerate(short, start=1) if letter != "G"]  # fmt: skip
+    (folder / "assays" / "a.csv").write_text("\n".join(["mutant,mutated_sequence,DMS_score", *lines]))
+    reference = "DMS_id,DMS_filename,UniProt_ID,coarse_selection_type\na,a.csv,A,Stability\n"
+    (folder / "DMS_substitutions.csv").write_text(reference)
 
 
 def test_the_attention_of_the_readme_is_a_good_estimate_with_the_error_it_names(capsys):

@@ -377,12 +377,45 @@ def check_a_feature_bias_equals_one_process():
         assert_equals_one_process(arguments, splits(sum(SEGMENTS))[0], (feature_map, causal))
 
 
+def check_near_far_attention_equals_one_process():
+    for number, (name, feature_map, causal) in enumerate(product(LAYOUTS, ("positive", "oprf"), (False, True))):
+        for dtype in (torch.float32, torch.float64):
+            # With one head all ranks but one have none.
+            heads = (1, 2, 5)[number % 3]
+            arguments = drawn(LAYOUTS[name], dtype, feature_map=feature_map, causal=causal, heads=heads, a_axes="heads")
+            arguments[-1]["near_block"] = 8
+            split = splits(arguments[0].shape[2])[number % 2]
+            assert_equals_one_process(arguments, split, (name, feature_map, causal, dtype), "auto")
+
+
+def check_the_log_normaliser_of_near_far_attention_equals_one_process():
+    arguments = drawn(LAYOUTS["masked segments"], torch.float32)
+    split = splits(sum(SEGMENTS))[0]
+    start, stop = split[dist.get_rank() : dist.get_rank() + 2]
+
+    def computed(tensors, projection, options, part):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        options = {**options, "near_block": 8, "return_log_normaliser": True}
+        _, logs = favor_attention(*leaves, projection, **options)
+        weights = torch.arange(sum(SEGMENTS), dtype=torch.float32)[part]
+        return logs.detach(), *torch.autograd.grad((logs * weights).sum(), leaves[:2])
+
+    *parts, _, projection, options = part_of(arguments, split)
+    options = {**options, "process_group": dist.group.WORLD}
+    actual = computed(parts, projection, options, slice(start, stop))
+    whole = computed(arguments[:3], *arguments[4:], slice(None))
+    for mine, all_of_it in zip(actual, whole, strict=True):
+        expect(torch.allclose(mine, all_of_it[:, :, start:stop], rtol=1e-5, atol=1e-6))
+
+
 def check_what_a_group_does_not_compute_is_refused_before_anything_is_exchanged():
     *tensors, projection, options = part_of(drawn(LAYOUTS["rows"]), splits(157)[0])
     options = {**options, "process_group": dist.group.WORLD}
     expected = {
-        "process_group: expected None with near_block > 0": (projection, {"near_block": 4}),
-        "process_group: expected None with return_log_normaliser": (projection, {"return_log_normaliser": True}),
+        "process_group: expected None with return_log_normaliser and no near_block": (
+            projection,
+            {"return_log_normaliser": True},
+        ),
         "projection: expected a tensor that requires no gradient": (projection.clone().requires_grad_(), {}),
     }
     for message, (rows, changes) in expected.items():

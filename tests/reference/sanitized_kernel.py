@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from protlm.ops import compiled, favor_cpp, local_attention, local_cpp
+from protlm.ops import compiled, favor_attention, favor_cpp, local_attention, local_cpp, near_far_cpp
 from tests.reference.cases import MIXED, Case, computed_of, draw, maps_on
 
 LAYOUTS = (
@@ -39,6 +39,18 @@ def main(library, kernel):
             # One token at the edge among others that are not.
             edge.detach()[..., edge.shape[-2] // 2, :] *= size
         computed_of((q, k, v, out_grad, *rest), "cpp")
+    for options, feature_map, causal, size, (near_block, unit_bytes) in product(
+        LAYOUTS, ("positive", "hyperbolic"), (False, True), SIZES, ((1, 1), (8, near_far_cpp._UNIT_BYTES), (40, 1))
+    ):
+        near_far_cpp._UNIT_BYTES = unit_bytes
+        q, k, v, out_grad, projection, others = draw(
+            Case(feature_map=feature_map, causal=causal, **options), torch.float32
+        )
+        for edge in (q, k):
+            edge[..., edge.shape[-2] // 2, :] *= size
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = favor_attention(*leaves, projection, near_block=near_block, backend="cpp", **others)
+        torch.autograd.grad(out, leaves, out_grad)
     for shape, window, causal, size, unit_tokens in product(
         LOCAL_SHAPES, (1, 9, 32, 5000), (False, True), SIZES, (local_cpp._UNIT_TOKENS, 32)
     ):

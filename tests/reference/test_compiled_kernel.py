@@ -257,14 +257,17 @@ def test_a_library_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
         compiled._load.cache_clear()
 
 
-class LongerCall(compiled.FavorCall):
+class LongerCall(compiled.NearFarCall):
     _fields_ = (("added", compiled.Integer),)
 
 
 @needs_kernel
-@pytest.mark.parametrize(("name", "other"), [("_VERSION", -1), ("FavorCall", LongerCall)])
-def test_a_library_of_another_version_or_layout_is_refused(name, other, monkeypatch):
-    monkeypatch.setattr(compiled, name, other)
+@pytest.mark.parametrize("changed", ["version", "favor", "local", "near_far"])
+def test_a_library_of_another_version_or_layout_is_refused(changed, monkeypatch):
+    if changed == "version":
+        monkeypatch.setattr(compiled, "_VERSION", -1)
+    else:
+        monkeypatch.setitem(compiled._CALLS, changed, LongerCall)
     compiled._load.cache_clear()
     try:
         assert compiled.why_not().endswith("is not of this version of protlm; install protlm again")

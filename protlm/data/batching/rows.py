@@ -4,13 +4,21 @@ A training run is one endless stream of rows that is a function of (seed, length
 place by planning the stream again. No protein is read for it, and no torch is needed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, DataConfig
 from protlm.data.batching.draws import Draws
+
+Segment = TypeVar("Segment")
+
+ROWS_PER_PORTION = 16
+"""Rows that one process computes before it writes their results, where work is done in portions."""
+
+_MOST_PORTION_RECORDS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,49 @@ def pack(num_residues: np.ndarray, tokens_per_batch: int) -> Iterator[slice]:
         stop = max(start + 1, int(ends.searchsorted(used + tokens_per_batch, side="right")))
         yield slice(start, stop)
         start, used = stop, int(ends[stop - 1])
+
+
+def packed_in_order(
+    segments: Iterable[Segment], num_tokens: Callable[[Segment], int], tokens_per_batch: int
+) -> Iterator[list[Segment]]:
+    """Yields the segments of each row, in order, reading no further than a row: `pack` for a stream.
+
+    Args:
+        segments: The segments.
+        num_tokens: Returns the tokens of a segment, special ones included.
+        tokens_per_batch: Budget of a row; a segment beyond it has a row of its own.
+    """
+    row: list[Segment] = []
+    used = 0
+    for segment in segments:
+        size = num_tokens(segment)
+        if row and used + size > tokens_per_batch:
+            yield row
+            row, used = [], 0
+        row.append(segment)
+        used += size
+    if row:
+        yield row
+
+
+def portion_bounds(costs: np.ndarray, budget: int) -> np.ndarray:
+    """Returns the bounds of the portions of some records: each has as many as the budget allows, but at least one.
+
+    Args:
+        costs: The cost of each record, int64.
+        budget: Most that the records of a portion may cost together.
+
+    Returns:
+        The first record of each portion, then the number of records, int64.
+    """
+    ends = np.cumsum(costs)
+    bounds, start, used = [0], 0, 0
+    while start < len(ends):
+        stop = int(ends.searchsorted(used + budget, side="right"))
+        start = min(max(start + 1, stop), start + _MOST_PORTION_RECORDS)
+        used = int(ends[start - 1])
+        bounds.append(start)
+    return np.array(bounds, dtype=np.int64)
 
 
 def training_rows(draws: Draws, lengths: np.ndarray, config: DataConfig, first_row: int = 0) -> Iterator[Row]:

@@ -23,6 +23,16 @@ constexpr float kLargestFall = 32.0f;
 constexpr float kWidestSpread = 32.0f;
 constexpr float kLogZero = -1e30f;
 
+// What the exponents of a query and a key have together beside those of each, to base 2: the constant of `oprf`, for its
+// A, and the bias of the feature.
+inline float feature_constant(const Tokens& tokens, const Projection& projection, double a, Index j) {
+    const FavorCall& call = tokens.call;
+    const float constant = a == 0 ? 0.0f : static_cast<float>(2 * a * kLog2E * projection.squares[j]);
+    if (!call.feature_bias) return constant;
+    const float* const biases = call.feature_bias + tokens.head * call.feature_bias_head_stride;
+    return constant + static_cast<float>(kLog2E) * biases[j < call.num_rows ? j : j - call.num_rows];
+}
+
 // The computations on one unit of tokens of one head.
 template <bool kExponential>
 struct Work {
@@ -167,14 +177,13 @@ struct Work {
         }
     }
 
-    // Writes what queries add for each feature, its reference and the constant of `oprf`; returns the largest.
+    // Writes what queries add for each feature, its reference and its constant; returns the largest.
     float prepare_query_references(const float* references) const {
         float largest = -INFINITY;
         for (Index j = 0; j < padded; ++j) {
             float reference = kLogZero;
             if (j < sizes.features) {
-                reference = references[j];
-                if (a != 0) reference += static_cast<float>(2 * a * kLog2E * projection.squares[j]);
+                reference = references[j] + feature_constant(tokens, projection, a, j);
                 if (reference > largest) largest = reference;
             }
             scratch.query_references[j] = reference;

@@ -1,4 +1,4 @@
-// The arguments of one call of an op, as favor_cpp.py and local_cpp.py pass them: plain structures of pointers, strides and counts.
+// The arguments of one call of an op, as favor_cpp.py, near_far_cpp.py and local_cpp.py pass them: plain structures of pointers, strides and counts.
 //
 // Every size is in floats or in counts. The caller owns all memory; results of tokens that no unit names are not written.
 
@@ -38,6 +38,8 @@ struct FavorCall {
 
     const float* projection;
     const double* oprf_a;  // (segments, heads), or null
+    const float* feature_bias;            // (rows) or (heads, rows), or null
+    std::int64_t feature_bias_head_stride;  // 0: shared by the heads
     const std::int32_t* positions;
     const FavorUnit* units;
     const FavorGroup* groups;
@@ -74,6 +76,24 @@ struct LocalCall {
     FavorTensor out_grad, q_grad, k_grad, v_grad;
     float* workspace;
     std::int64_t num_threads;
+};
+
+// Consecutive blocks of one segment, which one thread processes at a time.
+struct NearFarUnit {
+    std::int64_t segment, row;             // row of the batch
+    std::int64_t first_bound, num_blocks;  // of the segment, in `bounds`
+    std::int64_t first, count;             // blocks of the segment
+    std::int64_t slot;                     // where its states are stored; -1 if the segment is this one unit
+};
+
+// A call of the op with a near field. Of `favor` the units, the states and the references are not read; the groups are
+// those of the units below, and the query sums absolute natural logarithms.
+struct NearFarCall {
+    FavorCall favor;
+    const float* sums_grad;      // the gradient of the query sums, as these; or null
+    const std::int64_t* bounds;  // of the blocks of every segment, one more than it has blocks: as `first` of FavorUnit
+    const NearFarUnit* units;
+    std::int64_t num_units, longest_unit, widest_block;
 };
 
 }  // extern "C"

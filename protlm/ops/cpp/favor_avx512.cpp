@@ -4,6 +4,7 @@
 #define PROTLM_NAMESPACE favor_avx512
 
 #include "local.h"
+#include "near_far.h"
 #include "run.h"
 
 using namespace PROTLM_NAMESPACE;
@@ -21,5 +22,9 @@ void protlm_favor_avx512_key_gradients(const FavorCall* call) { run(*call, Task:
 std::int64_t protlm_local_avx512_workspace(const LocalCall* call) { return local_workspace(*call); }
 void protlm_local_avx512_forward(const LocalCall* call) { run_local(*call, false); }
 void protlm_local_avx512_backward(const LocalCall* call) { run_local(*call, true); }
+
+std::int64_t protlm_near_far_avx512_workspace(const NearFarCall* call) { return near_far_workspace(*call); }
+void protlm_near_far_avx512_forward(const NearFarCall* call) { run_near_far(*call); }
+void protlm_near_far_avx512_backward(const NearFarCall* call) { run_near_far(*call); }
 
 }  // extern "C"

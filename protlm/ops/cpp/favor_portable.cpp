@@ -4,6 +4,7 @@
 #define PROTLM_NAMESPACE favor_portable
 
 #include "local.h"
+#include "near_far.h"
 #include "run.h"
 
 using namespace PROTLM_NAMESPACE;
@@ -21,5 +22,9 @@ void protlm_favor_portable_key_gradients(const FavorCall* call) { run(*call, Tas
 std::int64_t protlm_local_portable_workspace(const LocalCall* call) { return local_workspace(*call); }
 void protlm_local_portable_forward(const LocalCall* call) { run_local(*call, false); }
 void protlm_local_portable_backward(const LocalCall* call) { run_local(*call, true); }
+
+std::int64_t protlm_near_far_portable_workspace(const NearFarCall* call) { return near_far_workspace(*call); }
+void protlm_near_far_portable_forward(const NearFarCall* call) { run_near_far(*call); }
+void protlm_near_far_portable_backward(const NearFarCall* call) { run_near_far(*call); }
 
 }  // extern "C"

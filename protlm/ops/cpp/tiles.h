@@ -133,6 +133,32 @@ PROTLM_INLINE void product_with_triangle(Index rows, const Operand& a, const flo
     });
 }
 
+struct Factors {
+    Operand a;
+    const float* b;
+};
+
+// The same for the sum of several products.
+template <class Take>
+PROTLM_INLINE void sum_of_products(Index rows, const Factors* factors, int count, Take&& take) {
+    for_each_tile(rows, [&](Index first, auto size) __attribute__((always_inline)) {
+        constexpr int R = decltype(size)::value;
+        Vec c[R][2] = {};
+        for (int i = 0; i < count; ++i) {
+            if (factors[i].a.num_panels <= kLongestChain) {
+                multiply<R>(c, factors[i].a.from_row(first), factors[i].b);
+                continue;
+            }
+            // A variable of its own, so that c need not have an address.
+            Vec sums[R][2] = {};
+            multiply_in_blocks<R>(sums, factors[i].a.from_row(first), factors[i].b);
+            for (int j = 0; j < R; ++j) c[j][0] += sums[j][0], c[j][1] += sums[j][1];
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < R; ++i) take(first + i, c[i][0], c[i][1]);
+    });
+}
+
 // Adds a * b to `sums`, rows of one panel.
 PROTLM_INLINE void add_product(Index rows, const Operand& a, const float* b, float* sums) {
     for_each_tile(rows, [&](Index first, auto size) __attribute__((always_inline)) {

@@ -45,16 +45,27 @@ PROTLM_INLINE float sum_of(Vec x) {
     return sum;
 }
 
-PROTLM_INLINE float largest_of(Vec x) {
-    float largest = x[0];
-    for (int i = 1; i < kLanes; ++i) largest = x[i] > largest || x[i] != x[i] ? x[i] : largest;
-    return largest;
-}
-
 PROTLM_INLINE bool any(Ints x) {
+#if PROTLM_LANES == 16 && defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif PROTLM_LANES == 8 && defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
     std::int32_t bits = 0;
     for (int i = 0; i < kLanes; ++i) bits |= x[i];
     return bits != 0;
+#endif
+}
+
+// NaN if a lane is.
+PROTLM_INLINE float largest_of(Vec x) {
+#if PROTLM_LANES == 16 && defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) ? NAN : _mm512_reduce_max_ps(x);
+#else
+    float largest = x[0];
+    for (int i = 1; i < kLanes; ++i) largest = x[i] > largest || x[i] != x[i] ? x[i] : largest;
+    return largest;
+#endif
 }
 
 PROTLM_INLINE bool all_of(Ints x) {

@@ -6,7 +6,7 @@ from pathlib import Path
 from protlm.data.embeddings.layouts import LAYOUTS
 from protlm.pretrained.model_files import description_of
 from protlm.runtime.launch import check_processes, process_rank
-from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, check_start
+from protlm.workflows.embed.folder import EmbedFolder, check_replaceable
 from protlm.workflows.embed.inputs import ProteinInputs
 from protlm.workflows.embed.settings import EmbedRequest, check_options
 
@@ -34,5 +34,4 @@ def _check_out(request: EmbedRequest) -> None:
     if folder.is_finished:
         return
     check_replaceable(folder, LAYOUTS[request.layout], out, force=request.force)
-    if not request.resume:
-        check_start(folder, "", {}, resume=False, force=request.force)
+    folder.check_not_in_use(resume=request.resume, force=request.force)

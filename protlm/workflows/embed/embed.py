@@ -6,7 +6,6 @@ assembled in the order of the input. All of this stays in `OUT.partial` until th
 
 import os
 from collections.abc import Mapping
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +15,20 @@ from protlm.data.embeddings.kinds import Dtype
 from protlm.data.residue_counts import count_residues
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.inference.long_proteins import Cut
-from protlm.inference.row_embeddings import RowEmbedder
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_names import read_named_model
 from protlm.runtime import work_folder
-from protlm.runtime.devices import OtherProcessError, best_device
+from protlm.runtime.devices import best_device
 from protlm.runtime.launch import check_processes, process_rank
+from protlm.runtime.portion_work import compute_here
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.vocabulary import RESIDUES, ModelVocabulary
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
-from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, open_embed_folder
+from protlm.workflows.embed.folder import EmbedFolder, check_replaceable
 from protlm.workflows.embed.inputs import ProteinInputs, check_lengths, read_proteins
 from protlm.workflows.embed.plan import Plan
-from protlm.workflows.embed.portions import PortionRows, PortionWriter
+from protlm.workflows.embed.portions import EmbedWork
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
 
 
@@ -122,7 +121,9 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
     EmbedFolder(out).complete_killed_run(resume=request.resume)
     check_replaceable(EmbedFolder(out), settings.layout, out, force=request.force)
     inputs = ProteinInputs(request.inputs, request.split, request.on_bad_record, request.nucleotides, start_progress)
-    folder = open_embed_folder(out, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
+    folder = EmbedFolder.opened(
+        out, settings.weights_hash, settings.options, resume=request.resume, force=request.force
+    )
     with folder.locked(), folder.kept_or_removed():
         proteins = folder.keep_proteins(read_proteins(folder.new_proteins_path, inputs))
         check_lengths(proteins, settings.cut, description)
@@ -132,7 +133,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
             folder.drop_unusable(settings.columns)
             if not can_go_on(folder, proteins, plan, settings):
                 folder.forget_output()
-            _compute(folder, proteins, plan, model, settings, request, start_progress)
+            _compute(folder, model, settings, request, start_progress)
             assemble(folder, proteins, plan, settings, start_progress)
             check_replaceable(folder, settings.layout, out, force=request.force)
             folder.put_in_place(settings.layout)
@@ -143,16 +144,13 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
 
 def _join(request: EmbedRequest, model: Performer, settings: EmbedSettings) -> None:
     """Computes this process's share of a run that the first process prepares and finishes."""
-    from protlm.workflows.embed.devices import compute_on_devices
+    from protlm.workflows.portion_devices import join
 
-    with suppress(OtherProcessError):
-        compute_on_devices(EmbedFolder(request.out), model, settings, request.devices, no_progress)
+    join(model, EmbedWork(EmbedFolder(request.out), model, settings), request.devices)
 
 
 def _compute(
     folder: EmbedFolder,
-    proteins: ProteinStore,
-    plan: Plan,
     model: Performer,
     settings: EmbedSettings,
     request: EmbedRequest,
@@ -161,16 +159,11 @@ def _compute(
     """Computes the unfinished portions."""
     if request.devices.total > 1:
         # Imported here because importing Lightning takes seconds, and a single device does not need it.
-        from protlm.workflows.embed.devices import compute_on_devices
+        from protlm.workflows.portion_devices import compute_on_devices
 
-        compute_on_devices(folder, model, settings, request.devices, start_progress)
-        return
-    rows = PortionRows(plan, proteins, folder.unfinished_portions(plan.num_portions))
-    advance = start_progress("embed", rows.num_residues)
-    embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
-    with closing(PortionWriter(folder, proteins, plan, settings, advance)) as writer:
-        for row in rows:
-            writer.add(row, row.compute(embedder))
+        compute_on_devices(model, EmbedWork(folder, model, settings), request.devices, start_progress)
+    else:
+        compute_here(EmbedWork(folder, model.to(best_device()), settings), start_progress)
 
 
 def _report(

@@ -1,24 +1,23 @@
 """The dry run of embed: sizes are counted from the inputs, and the time is extrapolated from a sample of proteins."""
 
 import os
-import shutil
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.embeddings.layouts import LAYOUTS
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.errors import ProtlmError
+from protlm.files import free_bytes
 from protlm.inference.long_proteins import Cut
+from protlm.inference.pace import pace_of
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import StartProgress, no_progress
-from protlm.workflows.embed.folder import EmbedFolder, check_replaceable, check_start
+from protlm.workflows.embed.folder import EmbedFolder, check_replaceable
 from protlm.workflows.embed.inputs import ProteinInputs, check_lengths, read_proteins
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
@@ -26,11 +25,6 @@ from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, setting
 if TYPE_CHECKING:
     from protlm.inference.row_embeddings import RowEmbedder
 
-_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The lengths that are timed: these quantiles of all residues, sorted by the length of their protein or window."""
-
-_SAMPLE_TOKENS = 4096
-_SAMPLE_SECONDS = 30.0
 _STORE_BYTES = 64
 """Bytes of a protein in the store besides its id and its residues, about."""
 
@@ -109,7 +103,7 @@ def estimate(
 
         model, description = read_named_model(request.model)
         settings = settings_of(request, description)
-        check_start(folder, settings.weights_hash, settings.options, resume=request.resume, force=request.force)
+        folder.check_start(settings.weights_hash, settings.options, resume=request.resume, force=request.force)
         check_lengths(proteins, settings.cut, description)
         settings.layout.check_ids(proteins.ids)
         embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
@@ -139,9 +133,16 @@ def _estimate(
     kept = settings.cut.kept(proteins.lengths)
     is_first = proteins.first == np.arange(proteins.num_records)
     sizes = settings.cut.sizes(proteins.lengths[is_first])
-    fixed, growing = _seconds_per_token(embedder, proteins, sizes, settings.tokens_per_batch)
-    tokens = sizes + SPECIAL_TOKENS_PER_SEGMENT
-    seconds = float((tokens * (fixed + growing * sizes)).sum()) / request.devices.total
+
+    def compute(row: Sequence[np.ndarray]) -> bool:
+        return None not in embedder.compute_by_halves(row, [slice(0, len(protein)) for protein in row])
+
+    letters = np.concatenate([proteins.tokens(record) for record in range(min(64, proteins.num_records))])
+    try:
+        pace = pace_of(compute, letters, sizes, settings.tokens_per_batch)
+    except MemoryError as error:
+        raise ProtlmError(f"{error}; take --window, --truncate or fewer --layers") from None  # one line says it all
+    seconds = pace.seconds(sizes) / request.devices.total
     id_bytes = len(proteins.ids.text)
     store_bytes = id_bytes + _STORE_BYTES * proteins.num_records + int(proteins.lengths.sum())
     out_bytes = settings.num_bytes(proteins.num_records, counts.num_residues) + id_bytes
@@ -150,7 +151,7 @@ def _estimate(
         **asdict(counts),
         out_bytes=out_bytes,
         peak_bytes=_peak_bytes(settings, proteins, kept, is_first, out_bytes) + store_bytes,
-        free_bytes=shutil.disk_usage(_existing(out)).free,
+        free_bytes=free_bytes(out),
         seconds=seconds,
         residues_per_second=counts.num_computed_residues / seconds,
         num_nucleotides=inputs.num_nucleotides,
@@ -173,44 +174,3 @@ def _peak_bytes(
     largest = max(plan.num_residues(portion) for portion in range(plan.num_portions))
     share = (sum(held) + largest) / max(1, int(kept[is_first].sum()))
     return out_bytes + int(portion_bytes * min(1.0, share))
-
-
-def _seconds_per_token(
-    embedder: "RowEmbedder", proteins: ProteinStore, sizes: np.ndarray, tokens_per_batch: int
-) -> tuple[float, float]:
-    """Returns the seconds that a token takes, as a constant and a factor of the residues of its protein.
-
-    The factor is the quadratic cost of exact attention; it is near zero for FAVOR.
-    """
-    rising = np.sort(sizes)
-    shares = np.cumsum(rising) / rising.sum()
-    lengths = sorted({int(rising[np.searchsorted(shares, quantile)]) for quantile in _QUANTILES})
-    letters = np.concatenate([proteins.tokens(record) for record in range(min(64, proteins.num_records))])
-    seconds, begun = [], time.perf_counter()
-    for length in lengths:
-        size = length + SPECIAL_TOKENS_PER_SEGMENT
-        row = [np.resize(letters, length)] * max(1, min(tokens_per_batch, _SAMPLE_TOKENS) // size)
-        cores = [slice(0, length)] * len(row)
-        if None in embedder.compute_by_halves(row, cores):
-            break
-        start = time.perf_counter()
-        list(embedder.compute_by_halves(row, cores))
-        seconds.append((time.perf_counter() - start) / (len(row) * size))
-        if time.perf_counter() - begun > _SAMPLE_SECONDS:
-            break
-    if not seconds:
-        raise ProtlmError(
-            f"proteins of {lengths[0]:,} residues do not fit into memory; take --window, --truncate or fewer --layers"
-        )
-    if len(seconds) < 2:
-        return float(np.mean(seconds)), 0.0
-    growing, fixed = np.polyfit(lengths[: len(seconds)], seconds, 1)
-    if growing <= 0 or fixed <= 0:
-        return float(np.mean(seconds)), 0.0
-    return float(fixed), float(growing)
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
-from protlm.data.batching.rows import pack
+from protlm.data.batching.rows import ROWS_PER_PORTION, pack, portion_bounds
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.inference.long_proteins import Cut, Window
 from protlm.workflows.embed.settings import EmbedSettings
 
-_ROWS_PER_PORTION = 16
 _PORTION_BYTES = 128 << 20
-_PORTION_RECORDS = 1 << 16
 
 
 class Plan:
@@ -44,8 +42,8 @@ class Plan:
         self._cut, self._tokens_per_batch = cut, tokens_per_batch
         self._kept = cut.kept(lengths)
         most_residues = _PORTION_BYTES // max(1, bytes_per_residue)
-        budget = max(tokens_per_batch, min(_ROWS_PER_PORTION * tokens_per_batch, most_residues))
-        self.bounds = _portion_bounds(self._costs(), budget)
+        budget = max(tokens_per_batch, min(ROWS_PER_PORTION * tokens_per_batch, most_residues))
+        self.bounds = portion_bounds(self._costs(), budget)
         self.num_portions = len(self.bounds) - 1
 
     @classmethod
@@ -93,15 +91,3 @@ class Plan:
         sizes = np.array([window.stop - window.start for window in windows], dtype=np.int64)
         for row in pack(sizes, self._tokens_per_batch):
             yield windows[row]
-
-
-def _portion_bounds(costs: np.ndarray, budget: int) -> np.ndarray:
-    """Returns the bounds of the portions: each takes as many records as the budget allows, but at least one."""
-    ends = np.cumsum(costs)
-    bounds, start, used = [0], 0, 0
-    while start < len(ends):
-        stop = int(ends.searchsorted(used + budget, side="right"))
-        start = min(max(start + 1, stop), start + _PORTION_RECORDS)
-        used = int(ends[start - 1])
-        bounds.append(start)
-    return np.array(bounds, dtype=np.int64)

@@ -9,12 +9,13 @@ import numpy as np
 from protlm import files
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Contents
 from protlm.data.records import shown
-from protlm.data.storage.protein_store import ProteinStore
+from protlm.data.storage.protein_store import ProteinStore, open_proteins
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Window
 from protlm.inference.row_embeddings import RowEmbedder, Sums, merge_windows
-from protlm.runtime.progress import Advance
+from protlm.model.performer import Performer
+from protlm.runtime.progress import Advance, StartProgress
 from protlm.workflows.embed.folder import EmbedFolder
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.settings import EmbedSettings
@@ -150,6 +151,52 @@ class PortionWriter:
             raise ProtlmError(
                 f"{shown(self._proteins.id(record))}: its embedding is not finite; the model is of no use"
             )
+
+
+class EmbedWork:
+    """The share of one process: a `PortionWork`."""
+
+    def __init__(self, folder: EmbedFolder, model: Performer, settings: EmbedSettings) -> None:
+        """Prepares.
+
+        Args:
+            folder: The folder, which the first process fills with the proteins.
+            model: The network.
+            settings: The settings of the run.
+        """
+        self._folder, self._settings = folder, settings
+        self._embedder = RowEmbedder(model, settings.kinds, settings.layers)
+        self._proteins: ProteinStore
+        self._plan: Plan
+        self._writer: PortionWriter | None = None
+
+    def waiting(self) -> list[int]:
+        """Returns the portions that are neither computed nor in the output."""
+        self._proteins = open_proteins(self._folder.proteins_path)
+        self._plan = Plan.of(self._proteins, self._settings)
+        return self._folder.unfinished_portions(self._plan.num_portions)
+
+    def start(self, portions: Sequence[int], start_progress: StartProgress) -> Iterator[PortionRow]:
+        """Starts the stage `embed` (residues), and returns an iterator over the rows of some portions."""
+        rows = PortionRows(self._plan, self._proteins, portions)
+        advance = start_progress("embed", rows.num_residues)
+        self._writer = PortionWriter(self._folder, self._proteins, self._plan, self._settings, advance)
+        return iter(rows)
+
+    def compute(self, row: PortionRow) -> list[Sums | None]:
+        """Returns the sums of each window of a row."""
+        return row.compute(self._embedder)
+
+    def add(self, row: PortionRow, results: Sequence[Sums | None]) -> None:
+        """Passes the sums of a row to the writer."""
+        assert self._writer is not None
+        self._writer.add(row, results)
+
+    def close(self) -> None:
+        """Waits until the last portion is written."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 def contents_of(proteins: ProteinStore, settings: EmbedSettings, records: np.ndarray | None) -> Contents:

@@ -9,12 +9,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NewType
 from xml.etree import ElementTree
 
 import numpy as np
 import xxhash
 
+from protlm import files
 from protlm.workflows.pages.palette import LIGHT, NUM_LEVELS
 
 if TYPE_CHECKING:
@@ -76,6 +78,29 @@ def draw(plot: Callable[["Figure"], None], label: str, *, height: float = 2.8, w
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _page_svg(buffer.getvalue(), label)
+
+
+def save(
+    plot: Callable[["Figure"], None], path: Path, *, height: float, width: float, dots_per_inch: int = 120
+) -> None:
+    """Writes a drawing into a file of its own, on white, which appears whole or not at all.
+
+    Args:
+        plot: Draws on the empty figure, as for `draw`.
+        path: The file; its suffix is the format, `.png` or `.svg`.
+        height: Height in inches.
+        width: Width in inches.
+        dots_per_inch: Resolution of pixels.
+    """
+    with _matplotlib_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor=LIGHT["page"])
+        plot(figure)
+        kind = path.suffix.lower().removeprefix(".")
+        metadata = {"Date": None} if kind == "svg" else {}
+        with files.written_whole(path) as partial:
+            figure.savefig(partial, format=kind, dpi=dots_per_inch, facecolor=LIGHT["page"], metadata=metadata)
 
 
 def heat_map(*, diverging: bool = False) -> "ListedColormap":

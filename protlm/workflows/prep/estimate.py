@@ -1,6 +1,5 @@
 """The dry run of prep: the size and duration of a dataset, estimated from samples that are read and thrown away."""
 
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from protlm.data.parsing.sources import SourceBlocks
 from protlm.data.parsing.text_pieces import cut_into_pieces
 from protlm.data.records import NUCLEOTIDES
 from protlm.errors import UsageError
+from protlm.files import free_bytes
 from protlm.workflows.prep.options import Inputs
 from protlm.workflows.prep.reading import FaultRules, raise_first_fault
 
@@ -97,7 +97,7 @@ def estimate(inputs: Inputs, target: Path, *, rules: FaultRules, workers: int) -
         num_residues=round(sample.num_residues * scale),
         dataset_bytes=dataset_bytes,
         peak_bytes=2 * dataset_bytes,
-        free_bytes=shutil.disk_usage(_existing(target)).free,
+        free_bytes=free_bytes(target),
         seconds=seconds * scale * (1 + _WORK_AFTER_READING) / speed_up,
         rejects=dict(sorted(rejects.items())),
         left_out=inputs.left_out,
@@ -135,9 +135,3 @@ def _add_sample(sample: _Sample, path: str, piece_path: Path, rules: FaultRules,
     sample.num_records += len(parsed.table)
     sample.num_residues += len(parsed.table.tokens)
     sample.piece_bytes += piece_path.stat().st_size
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -37,7 +37,6 @@ def model():
         (np.bytes_(b"MKV"), r"expected a sequence as str, got bytes_ .*; decode it"),
         (("sp|P1", "MKV"), r"expected a sequence as str, got tuple \('sp\|P1', 'MKV'\); pass the sequence alone"),
         (["MKV"], r"expected a sequence as str, got list \['MKV'\]; pass the sequence alone"),
-        ("MK<mask>V", "expected residues only, got the special token '<mask>' at position 3; write X"),
         ("<cls>MKV<eos>", "expected residues only, got the special token '<cls>' at position 1"),
         ("MK<unk>", "expected residues only, got the special token '<unk>' at position 3; write X"),
         ("MK1T", "illegal character '1' at position 3; expected the letters of residues"),
@@ -52,6 +51,25 @@ def test_a_sequence_that_is_none_is_named_by_its_place_in_the_list(model, wrong,
         for tokens_per_batch in (None, 3):
             with pytest.raises(ValueError, match=r"^sequences\[2\]: " + message):
                 list(compute(["MKV", "W", wrong, "MK"], tokens_per_batch=tokens_per_batch))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("<cls>M<mask>", "expected residues and <mask> only, got the special token '<cls>' at position 1; write X"),
+        ("M<mask>1", "illegal character '1' at position 8; expected the letters of residues"),
+        ("M*<mask>K", r"illegal character '\*' at position 2"),
+        ("M<mask>K*V", r"illegal character '\*' at position 9"),
+    ],
+)
+def test_only_residues_and_masks_stand_in_a_masked_sequence(model, wrong, message):
+    with pytest.raises(ValueError, match=r"^sequences\[1\]: " + message):
+        list(model.logits(["M<mask>", wrong]))
+
+
+def test_only_logits_take_masked_residues(model):
+    with pytest.raises(ValueError, match=r"^sequences\[0\]: expected residues only, got the special token '<mask>'"):
+        list(model.embed(["MK<mask>V"]))
 
 
 def test_the_place_counts_those_of_a_generator_too(model):

@@ -5,7 +5,8 @@ import torch
 from protlm.config import ModelConfig
 from protlm.data.batching.batches import pack_row
 from protlm.data.embeddings.layouts import columns_of
-from protlm.inference.row_embeddings import RowEmbedder, is_out_of_memory, merge_windows
+from protlm.inference.memory import is_out_of_memory
+from protlm.inference.row_embeddings import RowEmbedder, merge_windows
 from protlm.model.performer import Performer
 
 KINDS = ("per-residue", "mean", "cls", "logits")

@@ -98,7 +98,7 @@ def test_effective_features_are_the_mean_over_all_pairs_of_a_short_row():
     actual = attention_health(model, tokens, cu_seqlens)[0]
     attention = model.layers[0].attention
     with torch.no_grad():
-        q, k, _ = attention.queries_keys_values(*seen[0])
+        q, k, _ = attention.queries_keys_values(*seen[0][:3])
         parts = [
             kernel_features(x.transpose(0, 1).double(), attention.projection.double(), feature_map="positive")
             for x in (q, k)

@@ -262,3 +262,17 @@ def test_activation_checkpointing_computes_each_layer_twice_in_training_only(mon
     model.eval()
     gradients(model, True)
     assert len(calls) == 6 + 2 + 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_logits_at_targets_are_those_of_the_whole_row(kind, norm):
+    """Without gradients the last layer computes its feed-forward part at the targets only."""
+    model = build(attention=kind, layer_norm=norm)
+    tokens, cu_seqlens = torch.cat(proteins(30, 3, 17)), bounds(30, 3, 17)
+    targets = torch.tensor([4, 49, 31, 4, 0])
+    with torch.no_grad():
+        expected = model(tokens, cu_seqlens)[targets]
+        assert relative_error(model(tokens, cu_seqlens, targets), expected) < 1e-6
+        assert model(tokens, cu_seqlens, targets[:0]).shape == (0, expected.shape[1])
+    torch.testing.assert_close(model(tokens, cu_seqlens, targets).detach(), expected, atol=1e-5, rtol=1e-5)

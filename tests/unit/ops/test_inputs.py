@@ -271,12 +271,9 @@ def test_arguments_that_fit_are_accepted():
         assert favor_attention(**{**fitting(), **changes}).shape == SHAPE
 
 
-def test_a_near_field_or_a_log_normaliser_in_a_group_is_a_value_error():
+def test_a_log_normaliser_without_a_near_field_in_a_group_is_a_value_error():
     q = torch.zeros(SHAPE)
-    inputs = AttentionInputs(q, q, q, torch.zeros(6, 4), group_name="0", near_block=2)
-    message = "process_group: expected None with near_block > 0, as a block may lie on two ranks, got a group"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        inputs.check()
-    message = "process_group: expected None with return_log_normaliser, got a group"
+    inputs = AttentionInputs(q, q, q, torch.zeros(6, 4), group_name="0")
+    message = "process_group: expected None with return_log_normaliser and no near_block, got a group"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         inputs.check_log_normaliser()

@@ -1,0 +1,1 @@
+"""protlm score: a model and mutants to scores, beside baselines and measurements."""

@@ -1,0 +1,96 @@
+"""The folder `OUT.partial` of score: what it keeps beside its portions, and how the outputs take their places."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from protlm.data.storage.protein_store import ProteinStore
+from protlm.runtime import work_folder
+from protlm.runtime.portion_folder import PortionFolder
+from protlm.runtime.work_folder import read_json, write_json
+
+_VARIANTS, _SITES, _BOUNDS, _ASSAYS = "variants.csv", "sites.npy", "site_bounds.npy", "assays.json"
+_HASHED_BYTES = 1 << 20
+
+
+class ScoreFolder(PortionFolder):
+    """The folder `OUT.partial`, beside the place of the output; a portion is an array of log-probabilities."""
+
+    command = "score"
+    format = "protlm-score"
+    format_version = 1
+    portions_name = "portions"
+    portion_suffix = ".npy"
+
+    @property
+    def store_path(self) -> Path:
+        """The proteins that are computed; beside them lies what else was read."""
+        return self.proteins_path / "store"
+
+    @property
+    def variants_path(self) -> Path:
+        """The rows to score, one after the other, as `inputs.VariantsWriter` writes them."""
+        return self.proteins_path / _VARIANTS
+
+    def keep_inputs(self, new: ProteinStore) -> None:
+        """Moves what was just read, in the folder of new proteins, to its place.
+
+        Raises:
+            ProtlmError: It is not that of the unfinished run that is resumed.
+        """
+        content_hash = xxhash.xxh3_128(new.hash.encode())
+        for name in (_VARIANTS, _SITES, _BOUNDS, _ASSAYS):
+            with (self.new_proteins_path / name).open("rb") as file:
+                while block := file.read(_HASHED_BYTES):
+                    content_hash.update(block)
+        self.note_inputs(content_hash.hexdigest(), new.num_records)
+        shutil.rmtree(self.proteins_path, ignore_errors=True)
+        self.new_proteins_path.rename(self.proteins_path)
+
+    def sites(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the positions that are computed of all proteins, and the bounds of each protein in them, int64."""
+        return (
+            np.load(self.proteins_path / _SITES, mmap_mode="r", allow_pickle=False),
+            np.load(self.proteins_path / _BOUNDS, allow_pickle=False),
+        )
+
+    def assays(self) -> Any:
+        """Returns the descriptions of the assays, as they were written."""
+        return read_json(self.proteins_path / _ASSAYS)
+
+    def drop_unusable(self, sizes: list[int], num_columns: int) -> None:
+        """Removes portions that are damaged.
+
+        Args:
+            sizes: The number of sites in each portion.
+            num_columns: Numbers of each site.
+        """
+        for path in list(self._portions()):
+            number = int(path.stem)
+            try:
+                shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+            except (OSError, ValueError, EOFError):
+                shape = None  # cut short by a crash of the machine
+            if number >= len(sizes) or shape != (sizes[number], num_columns):
+                path.unlink()
+
+    def put_in_place(self, report: dict[str, Any]) -> None:
+        """Moves the complete output into its place; the report is kept for a run that is killed meanwhile."""
+        work_folder.put_in_place(self.path, [(self.output_path, self._out)], {"report": report})
+
+    def report(self) -> dict[str, Any]:
+        """Returns the report of the complete output."""
+        note = work_folder.finished_note(self.path)
+        assert note is not None, "the output is complete"
+        report: dict[str, Any] = note["report"]
+        return report
+
+
+def write_read_inputs(path: Path, positions: np.ndarray, bounds: np.ndarray, assays: list[dict[str, Any]]) -> None:
+    """Writes what was read beside the proteins and variants into the folder of new proteins."""
+    np.save(path / _SITES, positions)
+    np.save(path / _BOUNDS, bounds)
+    write_json(path / _ASSAYS, {"assays": assays})

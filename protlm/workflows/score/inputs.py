@@ -1,0 +1,304 @@
+"""What is scored is read once: proteins into a store, rows into a file, and the positions that the rows touch."""
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from protlm import vocabulary
+from protlm.data.mutations import mutant_name, mutated, parse_mutant
+from protlm.data.parsing.alignment import count_alignment
+from protlm.data.parsing.sources import STDIN
+from protlm.data.storage.protein_store import ProteinStore, write_proteins
+from protlm.data.strings import bounds_of
+from protlm.errors import ProtlmError, RecordError
+from protlm.inference.site_frequencies import SiteFrequencies
+from protlm.runtime.progress import Advance, StartProgress, no_progress
+from protlm.vocabulary import ModelVocabulary
+from protlm.workflows.score.folder import write_read_inputs
+from protlm.workflows.score.heat_map import MOST_POSITIONS
+from protlm.workflows.score.reference import ReferenceRow, read_reference
+from protlm.workflows.score.request import BASELINE_COLUMNS, ScoreRequest
+from protlm.workflows.score.sources import (
+    Limits,
+    ProteinFile,
+    Row,
+    VariantTable,
+    WildType,
+    chosen_protein,
+    sequence_variants,
+    single_substitutions,
+)
+
+_ID, _MUTANT = "id", "mutant"
+_INDEL = "indel"
+_SUFFIXES = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Assay:
+    """The rows that become one table of scores.
+
+    Attributes:
+        name: Name of its file; empty for the only one of a run.
+        columns: The columns of its rows.
+        has_measured: Whether it has measurements.
+        fit_by: How fit variants are told.
+        protein: Name of its protein in the reference file of the benchmark; None without one.
+        function: Type of function there.
+    """
+
+    name: str
+    columns: list[str]
+    has_measured: bool = False
+    fit_by: str = "median"
+    protein: str | None = None
+    function: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffixes."""
+        return _SUFFIXES.sub("", self.name)
+
+
+class Variant(NamedTuple):
+    """A row as it was kept.
+
+    Attributes:
+        assay: Number of its assay.
+        target: Number of its protein in the store.
+        mutant: Its substitutions in the numbering from 1, or None for insertions and deletions.
+        sequence: Number of its own sequence in the store; None where that is not computed.
+        measured: Its measurement.
+        is_fit: Whether that counts as fit.
+        fields: Its fields in the output.
+    """
+
+    assay: int
+    target: int
+    mutant: str | None
+    sequence: int | None
+    measured: float | None
+    is_fit: bool | None
+    fields: list[str]
+
+
+class ScoreInputs:
+    """Reads everything that a request names, once.
+
+    Attributes:
+        rejects: Number of skipped records and rows, by reason.
+        repairs: Number of repaired letters of protein files, by rule.
+        left_out: Files of a folder that are no assays, each with the reason.
+        num_variants: Rows that were kept.
+        num_proteins: Proteins that they are variants of.
+        frequencies: Those of the alignment, once the protein is known; None without one.
+    """
+
+    def __init__(
+        self, request: ScoreRequest, tokens: ModelVocabulary, start_progress: StartProgress = no_progress
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            request: The options of the run.
+            tokens: The vocabulary of the model.
+            start_progress: Starts the stage `read` (bytes).
+        """
+        self.rejects: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()
+        self.left_out: list[str] = []
+        self.num_variants = self.num_proteins = 0
+        self.frequencies: SiteFrequencies | None = None
+        self._request = request
+        self._is_of_sequences = request.strategy == "pseudo-perplexity"
+        self._limits = Limits(tokens.lacked, self._is_of_sequences, request.offset)
+        self._start_progress = start_progress
+        self._assays: list[Assay] = []
+        self._touched: dict[int, np.ndarray] = {}
+
+    def read(self, folder: Path) -> ProteinStore:
+        """Reads into a new folder: the proteins, the rows, the positions, and the assays that the rows are of.
+
+        Raises:
+            ProtlmError: An input that cannot be used, or nothing to score.
+        """
+        folder.mkdir(parents=True)
+        with (folder / "variants.csv").open("w", newline="", encoding="utf-8") as file:
+            proteins = write_proteins(folder / "store", self._proteins(file))
+        if not self.num_variants:
+            raise ProtlmError(f"{self._request.mutations or self._request.input}: no usable mutant; nothing to score")
+        positions, bounds = self._sites(proteins)
+        write_read_inputs(folder, positions, bounds, [asdict(assay) for assay in self._assays])
+        return proteins
+
+    def _sites(self, proteins: ProteinStore) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the positions to compute of each protein, and their bounds; of equal proteins the first has them."""
+        first = np.asarray(proteins.first)
+        touched: dict[int, np.ndarray] = {}
+        for record in range(proteins.num_records):
+            leader = int(first[record])
+            mask = self._touched.get(record)
+            if self._is_of_sequences and leader == record:
+                touched[record] = np.ones(int(proteins.lengths[record]), dtype=bool)
+            elif not self._is_of_sequences and mask is not None:
+                touched[leader] = touched[leader] | mask if leader in touched else mask
+        none = np.zeros(0, dtype=np.int64)
+        each = [np.flatnonzero(touched[record]) if record in touched else none for record in range(len(first))]
+        return np.concatenate([none, *each]), bounds_of([len(positions) for positions in each])
+
+    def _proteins(self, file: TextIO) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the proteins to compute, and writes the rows meanwhile."""
+        writer = csv.writer(file)
+        number, target, protein = 0, 0, ""
+        for source in self._sources():
+            for each in source:
+                if isinstance(each, WildType):
+                    target, protein = number, each.residues
+                    number += 1
+                    self._note_protein(each)
+                    yield each.id, vocabulary.encode(protein.encode())
+                    continue
+                sequence: int | str = ""
+                if self._is_of_sequences:
+                    residues = each.sequence or mutated(protein, each.substitutions or ())
+                    sequence, number = number, number + 1
+                    # No id of a file has a space.
+                    yield f"variant {sequence}", vocabulary.encode(residues.encode())
+                else:
+                    mask = self._touched.setdefault(target, np.zeros(len(protein), dtype=bool))
+                    mask[[substitution.position for substitution in each.substitutions or ()]] = True
+                self._write(writer, each, target, sequence)
+
+    def _note_protein(self, wild_type: WildType) -> None:
+        """Counts a protein, and prepares and checks what can be of one protein only, before anything is computed."""
+        self.num_proteins += 1
+        alignment, heat_map = self._request.alignment, self._request.heat_map
+        for name, value in (("--alignment", alignment), ("--heat-map", heat_map)):
+            if value is not None and self.num_proteins > 1:
+                raise ProtlmError(f"{name}: expected one protein, got several; choose one with --wild-type")
+        if heat_map is not None and len(wild_type.residues) > MOST_POSITIONS:
+            raise ProtlmError(
+                f"--heat-map: expected a protein of at most {MOST_POSITIONS:,} residues, which a reader can look at, "
+                f"got {len(wild_type.residues):,}; leave it out"
+            )
+        if alignment is not None:
+            try:
+                self.frequencies = SiteFrequencies(count_alignment(alignment), wild_type.residues)
+            except ValueError as error:
+                raise ProtlmError(f"{alignment}: {error}") from None  # now with the file
+
+    def _write(self, writer: Any, row: Row, target: int, sequence: int | str) -> None:
+        mutant = _INDEL if row.substitutions is None else mutant_name(row.substitutions)
+        measured = "" if row.measured is None else repr(row.measured)
+        is_fit = "" if row.is_fit is None else int(row.is_fit)
+        writer.writerow([len(self._assays) - 1, target, mutant, sequence, measured, is_fit, *row.fields])
+        self.num_variants += 1
+
+    def _sources(self) -> Iterator[Iterator[WildType | Row]]:
+        """Yields the rows of each assay behind their wild types."""
+        request, kind = self._request, self._request.kind
+        if kind == "benchmark":
+            yield from self._benchmark(Path(request.input))
+        elif kind == "assay":
+            reference = {} if request.reference is None else read_reference(request.reference)
+            path = Path(request.input)
+            yield self._of_table(path, None, reference.get(path.name), "", self._start([path]))
+        elif kind == "mutations":
+            assert request.mutations is not None
+            advance = self._start([Path(request.input), request.mutations])
+            wild_type = chosen_protein(iter(self._file(advance)), request.input, request.wild_type)
+            yield self._of_table(request.mutations, wild_type, None, "", advance)
+        else:
+            self._assays.append(Assay("", [_ID, _MUTANT]))
+            yield self._singles() if kind == "singles" else self._variants()
+
+    def _singles(self) -> Iterator[WildType | Row]:
+        wanted, some = self._request.wild_type, False
+        for record in self._file(self._start([Path(self._request.input)])):
+            if wanted is not None and record.id != wanted:
+                continue
+            some = True
+            wild_type = WildType(record.id, record.sequence)
+            yield wild_type
+            yield from single_substitutions(wild_type, self._request.offset)
+        if wanted is not None and not some:
+            chosen_protein(iter(()), self._request.input, wanted)
+
+    def _variants(self) -> Iterator[WildType | Row]:
+        path = self._request.input
+        advance = self._start([Path(path)] * 2)
+        wild_type = chosen_protein(iter(self._file(advance)), path, self._request.wild_type)
+        # What was skipped on the way is met again.
+        self.rejects.clear()
+        self.repairs.clear()
+        yield wild_type
+        yield from sequence_variants(iter(self._file(advance)), path, wild_type, self._limits, self._reject)
+
+    def _benchmark(self, folder: Path) -> Iterator[Iterator[WildType | Row]]:
+        reference = None if self._request.reference is None else read_reference(self._request.reference)
+        paths = []
+        for entry in sorted(folder.iterdir()):
+            if not entry.is_file() or not _SUFFIXES.search(entry.name):
+                self.left_out.append(f"{entry}: no table .csv or .tsv")
+            elif reference is not None and entry.name not in reference:
+                self.left_out.append(f"{entry}: not in {self._request.reference}")
+            else:
+                paths.append(entry)
+        advance = self._start(paths)
+        for path in paths:
+            yield self._of_table(path, None, None if reference is None else reference[path.name], path.name, advance)
+
+    def _of_table(
+        self, path: Path, wild_type: WildType | None, row: ReferenceRow | None, name: str, advance: Advance
+    ) -> Iterator[WildType | Row]:
+        table = VariantTable(path, wild_type, self._limits, self._reject, advance, row)
+        clash = next((column for column in (self._request.column, *BASELINE_COLUMNS) if column in table.columns), None)
+        if clash is not None:
+            raise ProtlmError(
+                f"{path}: has a column {clash} already; name that of the scores with --column, or rename the other"
+            )
+        protein, function = (None, None) if row is None else (row.protein, row.function)
+        self._assays.append(Assay(name, table.columns, table.has_measured, table.fit_by, protein, function))
+        return iter(table)
+
+    def _file(self, advance: Advance) -> ProteinFile:
+        skips = self._request.on_bad_record == "skip"
+        file = ProteinFile(self._request.input, self._reject, advance, skips=skips)
+        # The counts of both go on while the file is read.
+        file.reader.rejects, file.reader.repairs = self.rejects, self.repairs
+        return file
+
+    def _reject(self, error: RecordError) -> None:
+        if self._request.on_bad_record == "error":
+            raise error
+        self.rejects[error.reason] += 1
+
+    def _start(self, paths: list[Path]) -> Advance:
+        return self._start_progress("read", sum(os.stat(path).st_size for path in paths if str(path) != STDIN))
+
+
+def read_variants(path: Path) -> Iterator[Variant]:
+    """Yields the rows that were kept, in order."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for assay, target, mutant, sequence, measured, is_fit, *fields in csv.reader(file):
+            yield Variant(
+                assay=int(assay),
+                target=int(target),
+                mutant=None if mutant == _INDEL else mutant,
+                sequence=int(sequence) if sequence else None,
+                measured=float(measured) if measured else None,
+                is_fit=None if is_fit == "" else is_fit == "1",
+                fields=fields,
+            )
+
+
+def substitutions_of(variant: Variant, protein: str) -> Any:
+    """Returns the substitutions of a kept row; none for the protein itself."""
+    return parse_mutant(variant.mutant, protein) if variant.mutant else ()
