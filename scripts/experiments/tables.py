@@ -173,8 +173,21 @@ def _scores(rows: Mapping[str, Sequence[Result]]) -> str:
         steps = sum(run["steps"] for run in runs) / len(runs)
         seconds = sum(run["training_seconds"] for run in runs) / len(runs)
         cells.append([*row, f"{steps:.0f}", f"{seconds:.0f}", f"{1000 * seconds / steps:.0f}"])
+    cells += _baseline_rows(next(iter(rows.values()))[0])
     columns = [word for split in SCORED for word in (f"{split} accuracy", "perplexity")]
     return table(["attention", "seeds", *columns, "updates", "CPU s", "ms an update"], cells)
+
+
+_BASELINES = {"empirical": "baseline: composition", "two_sided": "baseline: Markov, both sides"}
+
+
+def _baseline_rows(result: Result) -> list[list[str]]:
+    """Returns rows for the baselines that need no training: the same for every run of a task."""
+    return [
+        [title, "–", *(cell for split in SCORED for cell in (f"{result['splits'][split][name]:.3f}", "–")), *("–",) * 3]
+        for name, title in _BASELINES.items()
+        if all(result["splits"][split].get(name) is not None for split in SCORED)
+    ]
 
 
 def _difference_rows(title: str, first: Sequence[Result], second: Sequence[Result]) -> list[list[str]]:
