@@ -242,10 +242,10 @@ def _pairs(report: "ScoreReport", column: str) -> list[tuple[str, object]]:
         (sum(assay.num_indels for assay in report.assays), "with insertions or deletions"),
     ):
         if count:
-            pairs.append(("of them", f"{count:,} {what}"))
+            pairs.append(("of them", f"{what}: {count:,}"))
     if report.num_beyond_training:
         longest = f"longer than any that the model was trained on ({report.trained_residues:,} residues)"
-        pairs.append(("of these", f"{report.num_beyond_training:,} of the proteins are {longest}"))
+        pairs.append(("of these", f"proteins {longest}: {report.num_beyond_training:,}"))
     pairs += [("repaired", f"{count:,} letters ({rule})") for rule, count in report.repairs.items()]
     for assay in report.assays if report.benchmark is None else ():
         for name, value in assay.agreement.items():

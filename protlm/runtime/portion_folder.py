@@ -138,7 +138,7 @@ class PortionFolder:
             shutil.rmtree(self.new_proteins_path)
             then = before.get("num_records") if isinstance(before, dict) else None
             raise ProtlmError(
-                f"{self.path}: made from other proteins than these ({then or 'an unknown number'} then, "
+                f"{self.path}: made from other inputs than these ({then or 'an unknown number'} then, "
                 f"{num_records} now); give the same inputs, or start afresh with --force"
             )
 

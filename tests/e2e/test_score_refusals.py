@@ -154,7 +154,8 @@ def test_a_causal_model_and_too_long_windows_and_proteins_are_refused(dataset, p
 def test_wrong_usage_and_missing_files_are_told_before_torch_is_loaded(run_dir, tmp_path):
     protein = write_fasta(tmp_path / "protein.fasta", [("wt", PROTEIN)])
     (tmp_path / "assays").mkdir()
-    out = ("--out", tmp_path / "new.csv")
+    out, existing = ("--out", tmp_path / "new.csv"), tmp_path / "existing.csv"
+    existing.write_text("mine")
     singles = ("score", run_dir, protein, "--all-singles", *out)
     assert_refused(
         [
@@ -172,7 +173,43 @@ def test_wrong_usage_and_missing_files_are_told_before_torch_is_loaded(run_dir, 
             (("score", run_dir, "-", "--wild-type", "x", *out), "not the standard input"),
             (("score", run_dir, tmp_path / "assays", "--all-singles", *out), "a folder; expected a protein file"),
             (("score", run_dir, tmp_path / "assays", *out, "--heat-map", "map.png"), "--heat-map is for one protein"),
-            (("score", run_dir, protein, "--all-singles", "--out", protein), "exists already"),
+            (("score", run_dir, protein, "--all-singles", "--out", protein), "is an input"),
+            (("score", run_dir, protein, "--all-singles", "--out", existing), "exists already"),
         ],
         tmp_path,
     )
+
+
+def test_an_output_that_is_an_input_or_names_a_column_twice_is_refused(run_dir, protein, tmp_path, capsys):
+    picture, table = tmp_path / "protein.png", tmp_path / "s.csv"
+    picture.write_bytes(protein.read_bytes())
+    before = protein.read_bytes()
+    refused = {
+        "--out: ": (protein, "--out", protein, "--force"),
+        "--heat-map: ": (picture, "--out", table, "--heat-map", picture, "--force"),
+        "--column: the output has a column mutant already": (protein, "--out", table, "--column", "mutant"),
+    }
+    for message, words in refused.items():
+        assert main([str(word) for word in ("score", run_dir, *words, "--all-singles")]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"Error: Invalid value: {message}")
+    assert picture.read_bytes() == protein.read_bytes() == before
+
+
+def test_assays_that_differ_in_their_suffix_only_are_refused(run_dir, tmp_path, failure):
+    assays = tmp_path / "assays"
+    assays.mkdir()
+    for name in ("x.csv", "X.tsv"):
+        separator = "," if name.endswith("csv") else "\t"
+        mutated = f"A{PROTEIN[1:]}"
+        (assays / name).write_text(
+            f"mutant{separator}mutated_sequence{separator}DMS_score\n{PROTEIN[0]}1A{separator}{mutated}{separator}1\n"
+        )
+    line = failure("score", run_dir, assays, "--out", tmp_path / "out")
+    assert "but for its suffix; rename one of them" in line
+
+
+def test_the_folder_of_a_picture_is_made(run_dir, protein, tmp_path):
+    picture = tmp_path / "new" / "folder" / "map.png"
+    words = ["score", run_dir, protein, "--all-singles", "--strategy", "wt-marginals", "--out", tmp_path / "s.csv"]
+    assert main([*map(str, words), "--heat-map", str(picture)]) == 0
+    assert picture.stat().st_size > 1000

@@ -96,7 +96,7 @@ def test_an_unfinished_run_is_resumed_by_its_own_command_only(
     assert "--window (left out), not 9" in failure(*words, "--resume", "--window", 9)
     other = write_fasta(tmp_path / "other.fasta", PROTEINS[:1])
     words[2] = other
-    assert "made from other proteins than these" in failure(*words, "--resume")
+    assert "made from other inputs than these" in failure(*words, "--resume")
     assert score(run_dir, inputs, out, "--force") == 0
     other.unlink()
     assert content(tmp_path) == expected
@@ -113,7 +113,7 @@ def test_mutants_are_part_of_the_inputs(run_dir, inputs, tmp_path, monkeypatch, 
         with pytest.raises(Killed):
             main([str(word) for word in words])
     mutations.write_text("mutant\nM1A\nS2C\n")
-    assert "made from other proteins than these" in failure(*words, "--resume")
+    assert "made from other inputs than these" in failure(*words, "--resume")
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -32,7 +32,7 @@ class ScoreFolder(PortionFolder):
 
     @property
     def variants_path(self) -> Path:
-        """The rows to score, one after the other, as `inputs.VariantsWriter` writes them."""
+        """The rows to score, one after the other, as `inputs.ScoreInputs` writes them."""
         return self.proteins_path / _VARIANTS
 
     def keep_inputs(self, new: ProteinStore) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+_NOTHING = "#8a8f98"
+"""Where there is no score: a grey far from both colours of the scale."""
 MOST_POSITIONS = 5000
 """The longest protein that is drawn: fifty bands."""
 
@@ -76,7 +78,7 @@ def _draw_band(axes: "Axes", values: np.ndarray, protein: str, first: int, colum
     """Draws consecutive positions, the first of which has the number `first`."""
     num_rows, num_positions = values.shape
     axes.grid(visible=False)
-    colors = heat_map(diverging=True).with_extremes(bad=LIGHT["rule"])
+    colors = heat_map(diverging=True).with_extremes(bad=_NOTHING)
     image = axes.imshow(
         np.ma.masked_invalid(values), cmap=colors, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest",
         extent=(first - 0.5, first + num_positions - 0.5, num_rows - 0.5, -0.5),

@@ -97,7 +97,7 @@ class ScoreInputs:
         repairs: Number of repaired letters of protein files, by rule.
         left_out: Files of a folder that are no assays, each with the reason.
         num_variants: Rows that were kept.
-        num_proteins: Proteins that they are variants of.
+        lengths: Of each protein that they are variants of.
         frequencies: Those of the alignment, once the protein is known; None without one.
     """
 
@@ -114,7 +114,8 @@ class ScoreInputs:
         self.rejects: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
         self.left_out: list[str] = []
-        self.num_variants = self.num_proteins = 0
+        self.num_variants = 0
+        self.lengths: list[int] = []
         self.frequencies: SiteFrequencies | None = None
         self._request = request
         self._is_of_sequences = request.strategy == "pseudo-perplexity"
@@ -122,6 +123,11 @@ class ScoreInputs:
         self._start_progress = start_progress
         self._assays: list[Assay] = []
         self._touched: dict[int, np.ndarray] = {}
+
+    @property
+    def num_proteins(self) -> int:
+        """Number of proteins that the kept rows are variants of."""
+        return len(self.lengths)
 
     def read(self, folder: Path) -> ProteinStore:
         """Reads into a new folder: the proteins, the rows, the positions, and the assays that the rows are of.
@@ -178,7 +184,7 @@ class ScoreInputs:
 
     def _note_protein(self, wild_type: WildType) -> None:
         """Counts a protein, and prepares and checks what can be of one protein only, before anything is computed."""
-        self.num_proteins += 1
+        self.lengths.append(len(wild_type.residues))
         alignment, heat_map = self._request.alignment, self._request.heat_map
         for name, value in (("--alignment", alignment), ("--heat-map", heat_map)):
             if value is not None and self.num_proteins > 1:
@@ -209,6 +215,10 @@ class ScoreInputs:
         elif kind == "assay":
             reference = {} if request.reference is None else read_reference(request.reference)
             path = Path(request.input)
+            if reference and path.name not in reference:
+                raise ProtlmError(
+                    f"{request.reference}: lists no {path.name}; leave --reference out, or keep the file's name"
+                )
             yield self._of_table(path, None, reference.get(path.name), "", self._start([path]))
         elif kind == "mutations":
             assert request.mutations is not None
@@ -251,9 +261,24 @@ class ScoreInputs:
                 self.left_out.append(f"{entry}: not in {self._request.reference}")
             else:
                 paths.append(entry)
+        self._check_names(paths)
+        if reference is not None and (lacking := sorted(set(reference) - {path.name for path in paths})):
+            self.left_out.append(
+                f"{len(lacking)} of the {len(reference)} assays of {self._request.reference} are not in {folder}, such "
+                f"as {lacking[0]}: the means are not those of the whole benchmark"
+            )
         advance = self._start(paths)
         for path in paths:
             yield self._of_table(path, None, None if reference is None else reference[path.name], path.name, advance)
+
+    def _check_names(self, paths: list[Path]) -> None:
+        """Raises ProtlmError if two assays would be written to one file."""
+        seen: dict[str, Path] = {}
+        for path in paths:
+            # Some file systems do not tell the case of letters.
+            other = seen.setdefault(Assay(path.name, []).stem.casefold(), path)
+            if other is not path:
+                raise ProtlmError(f"{path}: named like {other.name} but for its suffix; rename one of them")
 
     def _of_table(
         self, path: Path, wild_type: WildType | None, row: ReferenceRow | None, name: str, advance: Advance

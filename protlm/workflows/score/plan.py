@@ -71,7 +71,7 @@ class Plan:
         lengths = np.asarray(self._proteins.lengths)[records]
         if self._context == "masked":
             return int((self._sizes(lengths) * counts).sum())
-        return int(self._cut.sizes(lengths).sum())
+        return sum(len(each.tokens) for each in self._passes(portion))
 
     def _passes(self, portion: int) -> Iterator[Pass]:
         for record, start, stop in self._stretches(portion):
@@ -99,5 +99,6 @@ class Plan:
         lengths = np.asarray(self._proteins.lengths)[touched]
         if self._context == "masked":
             return self._sizes(lengths), counts[touched]
-        sizes = self._cut.sizes(lengths)
-        return sizes, np.ones(len(sizes), dtype=np.int64)
+        # Windows without a position are not computed.
+        seen = [len(each.tokens) for portion in range(self.num_portions) for each in self._passes(portion)]
+        return np.array(seen, dtype=np.int64), np.ones(len(seen), dtype=np.int64)

@@ -143,6 +143,15 @@ def check_options(request: ScoreRequest) -> None:
         raise UsageError(f"--heat-map: expected a name that ends in {' or '.join(_PICTURES)}, got {request.heat_map}")
     if request.heat_map is not None and os.path.realpath(request.heat_map) == os.path.realpath(request.out):
         raise UsageError("--heat-map and --out are the same file")
+    given = [
+        path for path in (request.mutations, request.alignment, request.reference, request.input) if path is not None
+    ]
+    for option, path in (("--out", request.out), ("--heat-map", request.heat_map)):
+        for other in given:
+            if path is not None and os.path.realpath(path) == os.path.realpath(other):
+                raise UsageError(f"{option}: {path} is an input; choose another file")
+    if kind in ("singles", "variants") and request.column in ("id", "mutant"):
+        raise UsageError(f"--column: the output has a column {request.column} already; choose another name")
     if not request.column.strip() or request.column in BASELINE_COLUMNS:
         raise UsageError(f"--column: expected another name, which no baseline has, got {request.column!r}")
 

@@ -110,8 +110,11 @@ def _assemble(
     advance = start_progress("write", inputs.num_variants)
     reports = []
     for scores in write_scores(folder.variants_path, assays, scorer, proteins, request, paths, advance):
-        protein = proteins.id(scores.target)
-        reports.append(assay_report(scores, protein, int(proteins.lengths[scores.target]), request.seed))
+        # An assay of which all rows were skipped has none.
+        protein, length = (
+            (proteins.id(scores.target), int(proteins.lengths[scores.target])) if scores.scores else ("", 0)
+        )
+        reports.append(assay_report(scores, protein, length, request.seed))
         _draw(scores, proteins, request)
     return reports
 
@@ -139,6 +142,7 @@ def _draw(scores: AssayScores, proteins: ProteinStore, request: ScoreRequest) ->
     if request.heat_map is None:
         return
     assert scores.singles is not None
+    request.heat_map.parent.mkdir(parents=True, exist_ok=True)
     draw_heat_map(
         request.heat_map,
         scores.singles,
@@ -156,8 +160,10 @@ def _report(
     description: ModelDescription,
     assays: list[AssayReport],
 ) -> ScoreReport:
-    sizes, counts = plan.pass_sizes()
+    _, counts = plan.pass_sizes()
     trained = description.trained_residues
+    # What the model sees of each.
+    seen = [length if request.window is None else min(length, request.window) for length in inputs.lengths]
     return ScoreReport(
         out=str(request.out),
         heat_map=None if request.heat_map is None else str(request.heat_map),
@@ -165,7 +171,7 @@ def _report(
         num_proteins=inputs.num_proteins,
         num_variants=inputs.num_variants,
         num_passes=int(counts.sum()),
-        num_beyond_training=0 if trained is None else int((sizes > trained).sum()),
+        num_beyond_training=0 if trained is None else sum(length > trained for length in seen),
         trained_residues=trained,
         rejects=dict(inputs.rejects),
         repairs=dict(inputs.repairs),

@@ -149,7 +149,8 @@ def sequence_variants(
             substitutions = _differences(wild_type.residues, record.sequence)
             limits.check(substitutions)
         except ValueError as error:
-            reject(RecordError(path, record.line, f"record {shown(record.id)} {error}", reason="indel"))
+            reason = "indel" if len(record.sequence) != len(wild_type.residues) else "no_token"
+            reject(RecordError(path, record.line, f"record {shown(record.id)} {error}", reason=reason))
             continue
         name = "" if substitutions is None else mutant_name(substitutions, limits.offset)
         yield Row(substitutions, record.sequence, None, None, [record.id, name])

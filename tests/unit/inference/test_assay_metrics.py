@@ -23,13 +23,14 @@ def assay(size, seed=0, *, ties=False, noise=1.0):
 
 
 def ndcg(measured, scores):
-    """By the words of the definition, variant by variant."""
+    """By the words of the definition, variant by variant; those of one score have their mean gain."""
     low, high = min(measured), max(measured)
     gains = [(value - low) / (high - low) for value in measured]
     top = math.floor(len(measured) * 0.1)
     by_score = sorted(range(len(scores)), key=lambda place: -scores[place])[:top]
     best = sorted(gains, reverse=True)[:top]
-    found = sum(gains[place] / math.log2(rank + 1) for rank, place in enumerate(by_score, start=1))
+    shared = {score: np.mean([gains[n] for n in range(len(scores)) if scores[n] == score]) for score in set(scores)}
+    found = sum(shared[scores[place]] / math.log2(rank + 1) for rank, place in enumerate(by_score, start=1))
     return found / sum(gain / math.log2(rank + 1) for rank, gain in enumerate(best, start=1))
 
 
@@ -45,6 +46,16 @@ def test_values_are_those_of_well_known_programs(size, ties):
     upper = scores >= np.median(scores)
     assert metrics["mcc"] == pytest.approx(sklearn.metrics.matthews_corrcoef(is_fit, upper))
     assert metrics["ndcg"] == pytest.approx(ndcg(measured, scores))
+
+
+def test_the_order_of_the_rows_changes_no_metric():
+    measured, is_fit, scores = assay(200, ties=True)
+    found = [
+        measure(measured[order], is_fit[order], {"model": scores[order]}, 0, 5).metrics["model"]
+        for order in (np.arange(200), np.arange(200)[::-1], np.random.default_rng(0).permutation(200))
+    ]
+    for other in found[1:]:
+        assert [other[name].value for name in other] == pytest.approx([found[0][name].value for name in other])
 
 
 def test_a_known_function_of_the_measurement_has_the_known_spearman():

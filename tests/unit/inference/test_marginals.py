@@ -15,7 +15,13 @@ from protlm.pretrained.model_description import ModelDescription
 from protlm.vocabulary import CLS, EOS, MASK, RESIDUES, TOKEN_IDS, encode
 
 PROTEIN = "MKVLAAGHWQEDRSTYPFNICMKVLXAAGU"
-KINDS = ("positive", "softmax", "local")
+KINDS = {
+    "positive": {"attention": "positive"},
+    "softmax": {"attention": "softmax"},
+    # Without the convolution the last layer is computed at the targets only.
+    "plain softmax": {"attention": "softmax", "conv_width": 0},
+    "local": {"attention": "local"},
+}
 
 
 def protein_model(**options):
@@ -33,9 +39,9 @@ def protein_model(**options):
     return ProteinModel(performer, description), performer
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def models(request):
-    return protein_model(attention=request.param)
+    return protein_model(**request.param)
 
 
 def naive(performer, protein, hidden=None):
