@@ -203,6 +203,9 @@ def _print_benchmark(benchmark: "Benchmark") -> None:
         for name, values in by_name.items()
     ]
     output.print_table((what, *_HEADER), rows)
+    for name, assays in benchmark.lacking.items():
+        some = f"{assays[0]}" if len(assays) == 1 else f"{assays[0]} and {len(assays) - 1} more"
+        print(f"no mean of {_name(name)}, which has no score for variants of {some}")
     print()
 
 

@@ -318,3 +318,27 @@ def test_rows_without_a_measurement_are_scored_and_not_counted(run_dir, protein,
     assert all(row["score"] for row in rows(tmp_path / "s.csv"))
     assert assay["metrics"]["model"]["spearman"] == {"value": None, "low": None, "high": None}
     assert assay["verdict"].startswith("There is no Spearman correlation: fewer than three")
+
+
+def test_a_benchmark_tells_what_it_lacks(assays, run_dir, tmp_path, capsys):
+    folder, reference = assays
+    name = list(ASSAYS)[-1]
+    lines = (folder / name).read_text().splitlines()
+    mutant, _, _ = lines[1].partition(",")
+    unknown = f"{mutant[:-1]}X"
+    protein = ASSAYS[name][2]
+    place = int(mutant[1:-1]) - 1
+    header = lines[0].split(",")
+    values = {
+        "mutant": unknown,
+        "mutated_sequence": f"{protein[:place]}X{protein[place + 1 :]}",
+        "DMS_score": "0.5",
+        "DMS_score_bin": "1",
+    }
+    (folder / name).write_text("\n".join([*lines, ",".join(values.get(column, "") for column in header)]) + "\n")
+    (folder / next(iter(ASSAYS))).unlink()
+    assert score(run_dir, folder, "--reference", reference, "--out", tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    assert f"1 of the 3 assays of {reference} are not in {folder}, such as {next(iter(ASSAYS))}" in captured.err
+    assert f"no mean of BLOSUM62, which has no score for variants of {name}" in captured.out
+    assert "NDCG" in captured.out

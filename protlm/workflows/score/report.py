@@ -69,12 +69,14 @@ class Benchmark:
         num_assays: Assays with measurements.
         metrics: Of the model and each baseline that scores all of them.
         by_function: The same for each type of function, without intervals.
+        lacking: Of each baseline that scores only some, the assays that it has no score for.
     """
 
     rule: str
     num_assays: int
     metrics: dict[str, dict[str, Interval]]
     by_function: dict[str, dict[str, dict[str, float | None]]]
+    lacking: dict[str, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,11 @@ def benchmark_of(reports: Sequence[AssayReport], seed: int) -> Benchmark | None:
         num_assays=len(with_metrics),
         metrics=metrics,
         by_function=by_function,
+        lacking={
+            name: [report.name for report in with_metrics if name not in report.metrics]
+            for name in NAMES
+            if name not in names and any(name in report.metrics for report in with_metrics)
+        },
     )
 
 
