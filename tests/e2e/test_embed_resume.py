@@ -189,7 +189,7 @@ def test_only_the_same_run_goes_on(run_dir, inputs, proteins, unfinished, failur
     assert "--layers" in failure(*command, "--layers", "0")
     assert "--tokens-per-batch 60, not 70" in failure(*command, "--tokens-per-batch", 70)
     other = write_fasta(tmp_path / "other.fasta", proteins[:41])
-    assert "other proteins" in failure("embed", run_dir, other, *command[3:])
+    assert "other inputs" in failure("embed", run_dir, other, *command[3:])
     other.unlink()
     assert "--resume" in failure(*[word for word in command if word != "--resume"])
     assert content(tmp_path) == before

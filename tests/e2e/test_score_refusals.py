@@ -35,6 +35,8 @@ TABLES = {
     "a huge field": (b"mutant,x\nM1A," + b"x" * 200_000 + b"\n", "t.csv:2: no row of a table: field larger than"),
     "a huge line": (b"mutant" + b"," * (5 << 20), "t.csv:1: a line of 4,194,304 bytes and more"),
     "taken": (b"mutant,score\nM1A,1\n", "has a column score already; name that of the scores with --column"),
+    "an open quote": (b'mutant,x\nM1A,a\nM1A,"b\nK2A,c\n', "t.csv:3: no row of a table: unexpected end of data"),
+    "a row of many lines": (b'mutant,x\nM1A,"' + b"\n" * 2000 + b'"\n', "t.csv:2: no row of a table: it has more than"),
     "damaged": (gzip.compress(b"mutant\nM1A\n" * 1000)[:-20], "t.csv: "),
 }  # fmt: skip
 

@@ -12,6 +12,8 @@ from protlm.runtime.progress import Advance, no_advance
 
 _SEPARATORS = "\t;,"
 _MOST_LINE_BYTES = 4 << 20
+_MOST_LINES = 1000
+"""Of one row: fields in quotes may have line ends."""
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _SHOWN_COLUMNS = 12
 
@@ -36,7 +38,7 @@ class Table:
         """
         self.path = path
         self._file = io.BufferedReader(_Stream(SourceBlocks(path, advance=advance)))
-        self._num_lines = 0
+        self._num_lines = self._rows_end = 0
         header = (self._next_line() or "").removeprefix("\ufeff")
         if "\r" in header.rstrip("\r\n"):
             raise ProtlmError(f"{path}: line ends of old Macs (CR alone); save the table with others")
@@ -47,15 +49,19 @@ class Table:
         twice = next((name for name in self.columns if self.columns.count(name) > 1), None)
         if twice is not None:
             raise ProtlmError(f"{path}: expected columns of different names, got {shown(twice)} twice")
-        self._reader = csv.reader(iter(self._next_line, None), delimiter=separator)
+        # Strict, so that a quote without its end does not take all rows after it.
+        self._reader = csv.reader(iter(self._next_line, None), delimiter=separator, strict=True)
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
         try:
+            self._rows_end = self._num_lines
             for fields in self._reader:
+                self._rows_end = self._num_lines
                 if fields:
                     yield self._num_lines, fields
         except csv.Error as error:
-            raise RecordError(self.path, self._num_lines, f"no row of a table: {error}; mend or remove it") from None
+            first = self._rows_end + 1
+            raise RecordError(self.path, first, f"no row of a table: {error}; mend or remove it") from None
 
     def place(self, name: str) -> int | None:
         """Returns the place of a column; None if there is none of that name."""
@@ -88,6 +94,9 @@ class Table:
         if not line:
             return None
         self._num_lines += 1
+        if self._rows_end and self._num_lines - self._rows_end > _MOST_LINES:
+            message = f"no row of a table: it has more than {_MOST_LINES:,} lines; a quote may lack its end"
+            raise RecordError(self.path, self._rows_end + 1, message)
         if len(line) == _MOST_LINE_BYTES:
             message = f"a line of {_MOST_LINE_BYTES:,} bytes and more; expected a table, CSV or TSV"
             raise RecordError(self.path, self._num_lines, message)

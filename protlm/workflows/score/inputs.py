@@ -255,7 +255,9 @@ class ScoreInputs:
         reference = None if self._request.reference is None else read_reference(self._request.reference)
         paths = []
         for entry in sorted(folder.iterdir()):
-            if not entry.is_file() or not _SUFFIXES.search(entry.name):
+            if entry.name.startswith("."):
+                self.left_out.append(f"{entry}: hidden")
+            elif not entry.is_file() or not _SUFFIXES.search(entry.name):
                 self.left_out.append(f"{entry}: no table .csv or .tsv")
             elif reference is not None and entry.name not in reference:
                 self.left_out.append(f"{entry}: not in {self._request.reference}")
