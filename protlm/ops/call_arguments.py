@@ -44,7 +44,7 @@ class CallArguments:
             mirror=inputs.map_definition.mirrors_rows,
             is_exponential=inputs.is_exponential,
             is_causal=inputs.causal,
-            projection_head_stride=projection[0].numel() if projection.dim() == 3 else 0,
+            projection_head_stride=projection.shape[-2:].numel() if projection.dim() == 3 else 0,
             scale=scale,
             projection=self.pointer(projection),
             oprf_a=self._oprf_a(),
@@ -68,7 +68,10 @@ class CallArguments:
     def run(self, op: str, task: str, argument: ctypes.Structure, holder: compiled.FavorCall) -> None:
         """Runs a task of an op on its structure; `holder` is the part of it that points to the workspace."""
         functions = compiled.functions(op, compiled.best_kernel())
-        holder.workspace = self.pointer(torch.empty(functions["workspace"](ctypes.byref(argument))))
+        # Of this type whatever the default of the program is.
+        holder.workspace = self.pointer(
+            torch.empty(functions["workspace"](ctypes.byref(argument)), dtype=torch.float32)
+        )
         functions[task](ctypes.byref(argument))
 
     def pointer(self, x: Tensor | np.ndarray) -> int:
@@ -90,7 +93,7 @@ class CallArguments:
         """Returns the rows for the kernel, and the factor by which it multiplies them."""
         projection, head_dim = self._inputs.projection, self._inputs.q.shape[-1]
         if projection is None:
-            return torch.eye(head_dim), 1.0
+            return torch.eye(head_dim, dtype=torch.float32), 1.0
         rows = self._inputs.map_definition.rescaled(projection.float())
         return rows.contiguous(), head_dim**-0.25
 
@@ -103,6 +106,68 @@ class CallArguments:
     def _strided(self, x: Tensor) -> compiled.StridedTensor:
         x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         return compiled.StridedTensor(self.pointer(x), *x.stride()[:3])
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a call, consecutive tokens or blocks of one segment, the longest first; int64.
+
+    Attributes:
+        segment: The segment of each.
+        first: Its first token or block in the segment.
+        count: How many it has.
+        slot: The place of its partial state; −1 if the segment is this one unit.
+        first_slot: That of the first unit of the segment.
+        groups: Rows of `FavorGroup`: the segments of several units.
+        num_slots: Number of partial states.
+    """
+
+    segment: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    slot: np.ndarray
+    first_slot: np.ndarray
+    groups: np.ndarray
+    num_slots: int
+
+    @classmethod
+    def of(cls, counts: np.ndarray, most: int, *, is_even: bool = True) -> "Units":
+        """Returns the units of segments of so many tokens or blocks.
+
+        Args:
+            counts: Of each segment.
+            most: The most of one unit.
+            is_even: Whether the units of a segment are of nearly equal size, and not all but the last one full, so that
+                no unit depends on what comes after it.
+        """
+        num_units = -(-counts // most)
+        segment = np.repeat(np.arange(len(counts)), num_units)
+        index = np.arange(len(segment)) - np.repeat(np.cumsum(num_units) - num_units, num_units)
+        size = counts[segment]
+        bounds = (
+            [size * (index + end) // num_units[segment] for end in (0, 1)]
+            if is_even
+            else [np.minimum((index + end) * most, size) for end in (0, 1)]
+        )
+        is_cut = num_units > 1
+        slots = np.where(is_cut, num_units, 0)
+        first_slot = np.where(is_cut, np.cumsum(slots) - slots, -1)
+        slot = np.where(is_cut[segment], first_slot[segment] + index, -1)
+        order = np.argsort(bounds[0] - bounds[1], kind="stable")
+        groups = np.stack((np.arange(len(counts)), first_slot, num_units), 1)[is_cut]
+        return cls(
+            segment=segment[order],
+            first=bounds[0][order],
+            count=(bounds[1] - bounds[0])[order],
+            slot=slot[order],
+            first_slot=first_slot[segment][order],
+            groups=np.ascontiguousarray(groups, dtype=np.int64),
+            num_slots=int(slots.sum()),
+        )
+
+    def table(self, *columns: np.ndarray) -> np.ndarray:
+        """Returns columns of the units as the rows of a structure, int64."""
+        return np.ascontiguousarray(np.stack(columns, 1), dtype=np.int64)
 
 
 @dataclass(frozen=True)

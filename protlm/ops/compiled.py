@@ -8,7 +8,7 @@ from typing import Any
 
 _EXTENSION = "protlm.ops._favor"
 # As in cpp/favor.cpp.
-_VERSION = 4
+_VERSION = 5
 _TASKS = {
     "favor": ("forward", "backward", "fold", "read", "query_gradients", "key_gradients"),
     "local": ("forward", "backward"),
@@ -69,7 +69,7 @@ class NearFarCall(ctypes.Structure):
 
     _fields_ = [
         ("favor", FavorCall),
-        *((name, Pointer) for name in ("sums_grad", "bounds", "units")),
+        *((name, Pointer) for name in ("offsets", "factors", "sums_grad", "bounds", "units")),
         *((name, Integer) for name in ("num_units", "longest_unit", "widest_block")),
     ]
 

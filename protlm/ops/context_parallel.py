@@ -106,6 +106,9 @@ class _Shared:
     def of(cls, inputs: AttentionInputs) -> "_Shared":
         """Returns the last segment of every rank but the last: only these can continue on another rank."""
         others = group_of(inputs.group_name).size() - 1
+        if inputs.near_block:
+            # Every rank computes some heads of all segments.
+            return cls(None)
         if inputs.cu_seqlens is None or inputs.num_segments <= others:
             return cls(None)
         # A rank without a token names the first segment, whose values then stay correct.

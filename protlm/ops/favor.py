@@ -1,14 +1,8 @@
-"""The one public attention op: how arguments are checked, a backend is chosen and gradients are registered with torch.
-
-A backend is a module with the functions of `protlm.ops.favor_torch`: `forward` and `backward`, and their halves `fold`,
-`read`, `query_gradients` and `key_gradients`, between which the ranks of a process group exchange states. A new one is
-added to `_BACKENDS`, to `backends` and to the definitions of the maps that it computes.
-"""
+"""The public attention op: how its arguments are checked before `operators` computes it."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,20 +11,14 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from protlm.choices import FeatureMap
-from protlm.ops import compiled, context_parallel, favor_cpp, favor_torch, favor_triton
-from protlm.ops.derivatives import Attention, gradients, refuse_second_derivative, save_for_backward
+from protlm.ops import compiled, favor_triton, operators
+from protlm.ops.derivatives import Attention
 from protlm.ops.feature_maps import DEFINITIONS, definition_of
-from protlm.ops.inputs import AttentionInputs, in_one_dtype, result_like
+from protlm.ops.inputs import AttentionInputs, in_one_dtype
 from protlm.ops.log_normaliser import absolute_logarithm
-from protlm.ops.oprf import oprf_a_from_data
 from protlm.ops.process_groups import group_name_of
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
-
-_BACKENDS: dict[str, ModuleType] = {"torch": favor_torch, "cpp": favor_cpp, "triton": favor_triton}
-
-# From this value on the variance of the estimate is infinite.
-_MAX_OPRF_A = 0.125
 
 
 def backends() -> dict[str, str]:
@@ -202,8 +190,8 @@ def favor_attention(
     _check_no_gradient(oprf_a=oprf_a)
     if group_name:
         _check_no_gradient(projection=projection, feature_bias=feature_bias)
-    if backend not in ("auto", *_BACKENDS):
-        raise ValueError(f"backend: expected 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
+    if backend not in ("auto", *operators.BACKENDS):
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(operators.BACKENDS)}, got {backend!r}")
     if (return_log_normaliser and not near_block) or _needs_gradient(projection) or _needs_gradient(feature_bias):
         backend = "torch"
     masks = (token_mask, cu_seqlens, oprf_a)
@@ -255,7 +243,7 @@ def _attention(
     """Returns the output, the query sums and the A of `oprf`."""
     definition = definition_of(feature_map)
     if definition.takes_oprf_a and oprf_a is None:
-        oprf_a = _oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens, group_name)
+        oprf_a = operators.oprf_a(q.detach(), k.detach(), token_mask, cu_seqlens, group_name, near_block)
     dtype = v.dtype
     if definition.is_signed and dtype in (torch.float16, torch.bfloat16) and projection is not None:
         # The backward reads the output, and the small renormaliser would amplify the rounding of the output.
@@ -263,160 +251,6 @@ def _attention(
         q, k, v = q.float(), k.float(), v.float()
     masks = (token_mask, cu_seqlens, oprf_a)
     arguments = (q, k, v, projection, *masks, feature_map, causal, backend, group_name, feature_bias, near_block)
-    call: Callable[..., tuple[Tensor, ...]] = _favor if torch.compiler.is_compiling() else Attention.apply
+    call: Callable[..., tuple[Tensor, ...]] = operators.favor if torch.compiler.is_compiling() else Attention.apply
     out, _, _, query_sums = call(*arguments)
     return out.to(dtype), query_sums, oprf_a
-
-
-def _module(backend: str, inputs: AttentionInputs) -> ModuleType:
-    """Returns the backend of a call, the same for its forward and its backward."""
-    if backend == "torch":
-        return favor_torch
-    if backend == "auto":
-        if inputs.q.device.type == "cuda":
-            return favor_triton if favor_triton.why_not() is None and favor_triton.covers(inputs) else favor_torch
-        return favor_cpp if favor_cpp.covers(inputs) and compiled.why_not() is None else favor_torch
-    # Inside the operator, which a compiler does not trace.
-    if backend == "triton" and (why_not := favor_triton.why_not()):
-        raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
-    chosen = favor_cpp if backend == "cpp" else favor_triton
-    return chosen if chosen.covers(inputs) else favor_torch
-
-
-def _check_oprf_a(oprf_a: Tensor) -> None:
-    if oprf_a.device.type == "cuda":
-        # The host would have to wait for the answer.
-        torch._assert_async((oprf_a < _MAX_OPRF_A).all(), "oprf_a: expected values below 1/8")
-    elif bool((oprf_a >= _MAX_OPRF_A).any()):
-        raise ValueError(f"oprf_a: expected values below 1/8, got up to {oprf_a.max().item()}")
-
-
-@torch.library.custom_op("protlm::oprf_a", mutates_args=())
-def _oprf_a(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, group_name: str) -> Tensor:
-    """Returns the A of each segment and head (segments, heads) from the data; an operator, so that it compiles."""
-    return oprf_a_from_data(AttentionInputs(q, k, q, None, token_mask, cu_seqlens, group_name=group_name))
-
-
-@_oprf_a.register_fake
-def _(q: Tensor, k: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None, group_name: str) -> Tensor:
-    inputs = AttentionInputs(q, k, q, None, token_mask, cu_seqlens)
-    return q.new_empty((inputs.num_segments, q.shape[1]), dtype=torch.float64)
-
-
-@torch.library.custom_op("protlm::favor", mutates_args=())
-def _favor(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor | None,
-    token_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    oprf_a: Tensor | None,
-    feature_map: str,
-    causal: bool,
-    backend: str,
-    group_name: str = "",
-    feature_bias: Tensor | None = None,
-    near_block: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output, and for the backward the states, their references and the query sums."""
-    if oprf_a is not None:
-        _check_oprf_a(oprf_a)
-    inputs = AttentionInputs(
-        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name, feature_bias, near_block
-    )
-    chosen = _module(backend, inputs)
-    # Autocast would round the exponents and sums of the operations inside.
-    with torch.autocast(q.device.type, enabled=False):
-        if group_name:
-            return context_parallel.forward_in_group(chosen, inputs)
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = chosen.forward(inputs)
-    return result
-
-
-@torch.library.custom_op("protlm::favor_backward", mutates_args=())
-def _favor_backward(
-    out_grad: Tensor,
-    sums_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor | None,
-    token_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    oprf_a: Tensor | None,
-    feature_bias: Tensor | None,
-    out: Tensor,
-    states: Tensor,
-    references: Tensor,
-    query_sums: Tensor,
-    feature_map: str,
-    causal: bool,
-    backend: str,
-    group_name: str,
-    near_block: int,
-    learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v, and with `learns` of the parameters: of the projection, the feature bias."""
-    inputs = AttentionInputs(
-        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name, feature_bias, near_block
-    )
-    chosen = _module(backend, inputs)
-    saved = (out_grad, out, states, references, query_sums)
-    assert not learns or chosen is favor_torch
-    projection_grad = bias_grad = None
-    with torch.autocast(q.device.type, enabled=False):
-        if group_name:
-            q_grad, k_grad, v_grad = context_parallel.backward_in_group(chosen, inputs, *saved, sums_grad)
-        elif chosen is favor_torch:
-            results = favor_torch.all_gradients(inputs, *saved, sums_grad, learns=learns)
-            q_grad, k_grad, v_grad, projection_grad, bias_grad = results
-        elif chosen is favor_cpp:
-            q_grad, k_grad, v_grad = favor_cpp.backward(inputs, *saved, sums_grad)
-        else:
-            q_grad, k_grad, v_grad = chosen.backward(inputs, *saved)
-    of_parameters = [q.new_empty(0) if grad is None else grad for grad in (projection_grad, bias_grad)]
-    return q_grad, k_grad, v_grad, of_parameters[0], of_parameters[1]
-
-
-@_favor.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor | None,
-    token_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    oprf_a: Tensor | None,
-    feature_map: str,
-    causal: bool,
-    backend: str,
-    group_name: str = "",
-    feature_bias: Tensor | None = None,
-    near_block: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = AttentionInputs(
-        q, k, v, projection, token_mask, cu_seqlens, oprf_a, feature_map, causal, group_name, feature_bias, near_block
-    )
-    out = result_like(v)
-    # Ranks exchange states of one form, the same for all backends.
-    makes_own_states = not group_name and _module(backend, inputs) is favor_triton
-    states, references = (favor_triton if makes_own_states else favor_torch).empty_states(inputs)
-    return out, states, references, q.new_empty(q.shape[:3], dtype=inputs.compute_dtype)
-
-
-@_favor_backward.register_fake
-def _(
-    out_grad: Tensor, sums_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, projection: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q_grad, k_grad, v_grad = (result_like(x) for x in (q, k, v))
-    feature_bias, learns = rest[3], rest[-1]
-    projection_grad, bias_grad = (
-        q.new_empty(0) if parameter is None or not learns else parameter.new_empty(parameter.shape)
-        for parameter in (projection, feature_bias)
-    )
-    return q_grad, k_grad, v_grad, projection_grad, bias_grad
-
-
-_favor.register_autograd(gradients, setup_context=save_for_backward)
-_favor_backward.register_autograd(refuse_second_derivative)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.ops import near_far_cpp
-from protlm.ops.call_arguments import CallArguments, Segments
+from protlm.ops import favor_torch, near_far_cpp
+from protlm.ops.call_arguments import CallArguments, Segments, Units
 from protlm.ops.inputs import AttentionInputs
 
 LOG_BASE = 2.0
@@ -55,13 +55,18 @@ def backward(
     `sums_grad` is the gradient of absolute query sums, those of a near field; None for zero.
     """
     if inputs.near_block:
-        return near_far_cpp.backward(inputs, out_grad, out, query_sums, sums_grad)
+        return near_far_cpp.backward(inputs, out_grad, out, states, references, query_sums, sums_grad)
     assert sums_grad is None
     run = _Run(inputs)
     q_grad, k_grad, v_grad = (run.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
     run("backward", tensors, query_sums=query_sums, states=states, references=references)
     return q_grad, k_grad, v_grad
+
+
+def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Returns tensors in the shapes of the states and references of `forward`."""
+    return near_far_cpp.empty_states(inputs) if inputs.near_block else favor_torch.empty_states(inputs)
 
 
 def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -185,39 +190,36 @@ class _Plan:
 def _plan_of(inputs: AttentionInputs) -> _Plan:
     batch, length = inputs.q.shape[0], inputs.q.shape[2]
     if inputs.cu_seqlens is None and inputs.token_mask is None:
-        return _plan_of_rows(batch, length, _UNIT_TOKENS)
+        return _plan_of_rows(batch, length, _UNIT_TOKENS, inputs.causal)
     segments = Segments.of(inputs)
-    bounds = segments.places(segments.starts)
-    return _plan(bounds, segments.places(segments.stops) - bounds, segments.is_packed, _UNIT_TOKENS, segments.positions)
+    first = segments.places(segments.starts)
+    counts = segments.places(segments.stops) - first
+    return _plan(first, counts, segments.is_packed, _UNIT_TOKENS, inputs.causal, segments.positions)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_of_rows(batch: int, length: int, unit_tokens: int) -> _Plan:
-    return _plan(np.zeros(batch, dtype=np.int64), np.full(batch, length, dtype=np.int64), False, unit_tokens)
+def _plan_of_rows(batch: int, length: int, unit_tokens: int, causal: bool) -> _Plan:
+    counts = np.full(batch, length, dtype=np.int64)
+    return _plan(np.zeros(batch, dtype=np.int64), counts, False, unit_tokens, causal)
 
 
 def _plan(
-    first: np.ndarray, counts: np.ndarray, is_packed: bool, unit_tokens: int, positions: np.ndarray | None = None
+    first: np.ndarray,
+    counts: np.ndarray,
+    is_packed: bool,
+    unit_tokens: int,
+    causal: bool,
+    positions: np.ndarray | None = None,
 ) -> _Plan:
     """Returns the plan for segments, given the place of the first token of each and the number of its tokens."""
-    num_units = -(-counts // unit_tokens)
-    segment = np.repeat(np.arange(len(counts)), num_units)
-    index = np.arange(len(segment)) - np.repeat(np.cumsum(num_units) - num_units, num_units)
-    starts = counts[segment] * index // num_units[segment]
-    stops = counts[segment] * (index + 1) // num_units[segment]
-    is_cut = num_units > 1
-    slots = np.where(is_cut, num_units, 0)
-    first_slot = np.where(is_cut, np.cumsum(slots) - slots, -1)
-    slot = np.where(is_cut[segment], first_slot[segment] + index, -1)
-    row = np.zeros_like(segment) if is_packed else segment
-    columns = (segment, row, first[segment] + starts, stops - starts, slot, first_slot[segment])
-    units = np.stack(columns, 1)[np.argsort(starts - stops, kind="stable")]
-    groups = np.stack((np.arange(len(counts)), first_slot, num_units), 1)[is_cut]
+    units = Units.of(counts, unit_tokens, is_even=not causal)
+    row = np.zeros_like(units.segment) if is_packed else units.segment
+    places = first[units.segment] + units.first
     return _Plan(
-        units=np.ascontiguousarray(units, dtype=np.int64),
-        groups=np.ascontiguousarray(groups, dtype=np.int64),
-        num_slots=int(slots.sum()),
-        longest_unit=int(units[:, 3].max(initial=0)),
+        units=units.table(units.segment, row, places, units.count, units.slot, units.first_slot),
+        groups=units.groups,
+        num_slots=units.num_slots,
+        longest_unit=int(units.count.max(initial=0)),
         has_empty=bool((counts == 0).any()),
         positions=positions,
     )

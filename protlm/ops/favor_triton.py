@@ -110,9 +110,16 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def backward(
-    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, states: Tensor, references: Tensor, query_sums: Tensor
+    inputs: AttentionInputs,
+    out_grad: Tensor,
+    out: Tensor,
+    states: Tensor,
+    references: Tensor,
+    query_sums: Tensor,
+    sums_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v; features are computed again."""
+    """Returns the gradients of q, k and v; features are computed again. Query sums are never returned here."""
+    assert sums_grad is None
     call = _call(inputs)
     q_grad, k_grad, v_grad = grads = result_like(inputs.q), result_like(inputs.k), result_like(inputs.v)
     if call.takes_short("short_backward", out_grad, out, *grads):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from protlm.ops import favor_torch
+from protlm.ops.blocks import read_bounds
 from protlm.ops.inputs import AttentionInputs
 from protlm.ops.process_groups import group_of
 
@@ -21,8 +21,7 @@ from protlm.ops.process_groups import group_of
 def forward_by_heads(backend: ModuleType, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the output, empty states and references, and the log-normalisers of this rank's tokens."""
     shares = _Shares.of(inputs)
-    module = _that_takes_no_heads(backend, shares)
-    out, states, references, log_normalisers = module.forward(shares.inputs_of_heads(inputs))
+    out, states, references, log_normalisers = backend.forward(shares.inputs_of_heads(inputs))
     return shares.to_tokens(out), states, references, shares.to_tokens(log_normalisers.unsqueeze(-1)).squeeze(-1)
 
 
@@ -41,17 +40,12 @@ def backward_by_heads(
     along = [out_grad, out, log_normalisers.unsqueeze(-1)]
     along += [] if sums_grad is None else [sums_grad.unsqueeze(-1)]
     out_grad, out, log_normalisers, *further = (shares.to_heads(x) for x in along)
-    grads = _that_takes_no_heads(backend, shares).backward(
+    grads = backend.backward(
         shares.inputs_of_heads(inputs), out_grad, out, states, references, log_normalisers.squeeze(-1),
         further[0].squeeze(-1) if further else None,
     )  # fmt: skip
     q_grad, k_grad, v_grad = (shares.to_tokens(grad) for grad in grads)
     return q_grad, k_grad, v_grad
-
-
-def _that_takes_no_heads(backend: ModuleType, shares: "_Shares") -> ModuleType:
-    """Returns the backend; for a rank without heads, one that may be called all the same."""
-    return favor_torch if shares.own_heads.start == shares.own_heads.stop else backend
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,13 @@ class _Shares:
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> "_Shares":
-        """Returns the shares, by a collective."""
+        """Returns the shares, by a collective.
+
+        Raises:
+            ValueError: Bounds that do not fit this rank's own tokens.
+        """
+        if inputs.cu_seqlens is not None:
+            read_bounds(inputs.cu_seqlens, inputs.q.shape[2])
         group, num_heads, length = group_of(inputs.group_name), inputs.q.shape[1], inputs.q.shape[2]
         ranks = group.size()
         lengths = [int(x) for x in _gathered(torch.tensor([length], device=inputs.q.device), group)]

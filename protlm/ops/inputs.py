@@ -143,6 +143,7 @@ class AttentionInputs:
         near_block = self.near_block
         is_number = isinstance(near_block, int) and not isinstance(near_block, bool)
         _expect("near_block", "an integer of at least 0", is_number and near_block >= 0, near_block)
+        _expect("near_block", "an integer below 2^63", near_block < 1 << 63, near_block)
         if near_block == 0:
             return
         maps = map_names(lambda definition: definition.joins_exact_weights)

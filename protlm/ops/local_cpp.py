@@ -64,7 +64,7 @@ def _run(task: str, inputs: LocalInputs, maxima: Tensor, factors: Tensor, tensor
         **{name: strided(x) for name, x in ({"q": inputs.q, "k": inputs.k, "v": inputs.v} | tensors).items()},
     )
     functions = compiled.functions("local", compiled.best_kernel())
-    workspace = torch.empty(functions["workspace"](ctypes.byref(call)))
+    workspace = torch.empty(functions["workspace"](ctypes.byref(call)), dtype=torch.float32)
     call.workspace = workspace.data_ptr()
     functions[task](ctypes.byref(call))
 

@@ -7,31 +7,46 @@ import numpy as np
 from torch import Tensor
 
 from protlm.ops import compiled
-from protlm.ops.call_arguments import CallArguments, Segments
+from protlm.ops.call_arguments import CallArguments, Segments, Units
 from protlm.ops.inputs import AttentionInputs
 
 # States of the blocks of one unit. A thread holds them for the keys, in a backward also for the queries; the states of
 # a segment that has more are computed twice.
 _UNIT_BYTES = 5 << 20
+# Of a unit of a longer segment, whose first and last block are neighbours of other units: more than 2.
 _FEWEST_BLOCKS = 4
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the tensors of `near_far_torch`: the output, empty states and references, the log-normalisers."""
+    """Returns the output, for the backward the offsets and factors of `NearFarCall`, and the log-normalisers."""
     run = _Run(inputs)
     out, log_normalisers = run.arguments.empty_outputs()
-    run("forward", {"out": out}, log_normalisers)
-    return out, out.new_zeros(0), out.new_zeros(0), log_normalisers
+    offsets, factors = empty_states(inputs)
+    run("forward", {"out": out}, log_normalisers, offsets, factors)
+    return out, offsets, factors, log_normalisers
+
+
+def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Returns tensors for the offsets and factors."""
+    offsets, factors = (inputs.q.new_empty(inputs.q.shape[:3]) for _ in range(2))
+    return offsets, factors
 
 
 def backward(
-    inputs: AttentionInputs, out_grad: Tensor, out: Tensor, log_normalisers: Tensor, sums_grad: Tensor | None
+    inputs: AttentionInputs,
+    out_grad: Tensor,
+    out: Tensor,
+    offsets: Tensor,
+    factors: Tensor,
+    log_normalisers: Tensor,
+    sums_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; `sums_grad` is that of the log-normalisers, None for zero."""
     run = _Run(inputs)
     q_grad, k_grad, v_grad = (run.arguments.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
-    run("backward", tensors, log_normalisers, None if sums_grad is None else sums_grad.contiguous())
+    sums_grad = None if sums_grad is None else sums_grad.contiguous()
+    run("backward", tensors, log_normalisers, offsets, factors, sums_grad)
     return q_grad, k_grad, v_grad
 
 
@@ -47,13 +62,21 @@ class _Run:
         self._plan = plan
 
     def __call__(
-        self, task: str, tensors: dict[str, Tensor], log_normalisers: Tensor, sums_grad: Tensor | None = None
+        self,
+        task: str,
+        tensors: dict[str, Tensor],
+        log_normalisers: Tensor,
+        offsets: Tensor,
+        factors: Tensor,
+        sums_grad: Tensor | None = None,
     ) -> None:
         """Runs a task on the other tensors that it reads or writes."""
         plan = self._plan
         self.arguments.enter(tensors, {"query_sums": log_normalisers})
         call = compiled.NearFarCall(
             favor=self.arguments.call,
+            offsets=self.arguments.pointer(offsets),
+            factors=self.arguments.pointer(factors),
             sums_grad=None if sums_grad is None else self.arguments.pointer(sums_grad),
             bounds=self.arguments.pointer(plan.bounds),
             units=self.arguments.pointer(plan.units),
@@ -109,23 +132,14 @@ def _plan(segments: Segments, width: int, most_blocks: int) -> _Plan:
     if segments.real is None and not segments.is_packed:
         bounds = bounds - starts[of_bound]
 
-    num_units = -(-num_blocks // most_blocks)
-    segment = np.repeat(np.arange(len(starts)), num_units)
-    index = np.arange(len(segment)) - np.repeat(np.cumsum(num_units) - num_units, num_units)
-    first = num_blocks[segment] * index // num_units[segment]
-    last = num_blocks[segment] * (index + 1) // num_units[segment]
-    is_cut = num_units > 1
-    slots = np.where(is_cut, num_units, 0)
-    first_slot = np.where(is_cut, np.cumsum(slots) - slots, -1)
-    slot = np.where(is_cut[segment], first_slot[segment] + index, -1)
+    units = Units.of(num_blocks, most_blocks)
+    segment = units.segment
     row = np.zeros_like(segment) if segments.is_packed else segment
-    columns = (segment, row, first_bound[segment], num_blocks[segment], first, last - first, slot)
-    units = np.stack(columns, 1)[np.argsort(first - last, kind="stable")]
-    groups = np.stack((np.arange(len(starts)), first_slot, num_units), 1)[is_cut]
+    columns = (segment, row, first_bound[segment], num_blocks[segment], units.first, units.count, units.slot)
     return _Plan(
         bounds=np.ascontiguousarray(bounds, dtype=np.int64),
-        units=np.ascontiguousarray(units, dtype=np.int64),
-        groups=np.ascontiguousarray(groups, dtype=np.int64),
-        num_slots=int(slots.sum()),
+        units=units.table(*columns),
+        groups=units.groups,
+        num_slots=units.num_slots,
         positions=segments.positions,
     )

@@ -147,7 +147,7 @@ class PortionFolder:
         (self.path / work_folder.FINISHED_NAME).unlink(missing_ok=True)
 
     def complete_killed_run(self, *, resume: bool) -> None:
-        """Completes what a killed run had begun to do with its finished output; unless resumed, the folder then goes.
+        """Publishes the finished output of a killed run, as that had begun to; unless resumed, removes the folder then.
 
         Raises:
             ProtlmError: Another run is at work, or something else has come to the place of the output.

@@ -7,7 +7,7 @@ from protlm.runtime.progress import StartProgress
 
 
 class PortionWork(Protocol):
-    """The share of one process: it reads what the first process prepared, and writes each portion when it is complete.
+    """The portions that one process computes: read from the prepared inputs, each written when it is complete.
 
     A row is computed in one forward pass; rows come portion by portion.
     """

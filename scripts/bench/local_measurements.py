@@ -1,4 +1,4 @@
-"""The calls of the benchmark of attention with exact weights of near tokens, and what is measured of each."""
+"""The calls of the benchmark of local and near-far attention: their inputs, values, times and peak memory."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

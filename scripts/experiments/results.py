@@ -37,12 +37,12 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 def of_kind(results: Results, task: str, kind: str, budget: Budget = "steps") -> list[Result]:
     """Returns the results of a kind on a task, ordered by seed; those there are."""
-    found = [
+    of_seeds = [
         results[run.name]
         for run in planned_runs()
         if (run.task, run.kind, run.budget) == (task, kind, budget) and run.name in results
     ]
-    return sorted(found, key=lambda result: int(result["seed"]))
+    return sorted(of_seeds, key=lambda result: int(result["seed"]))
 
 
 def mean_of(runs: Sequence[Result], split: str, metric: str = "accuracy") -> float:

@@ -362,7 +362,7 @@ def check_bounds_of_the_whole_row_are_refused_before_anything_is_exchanged():
     arguments = drawn(LAYOUTS["segments"])
     *tensors, projection, options = part_of(arguments, splits(sum(SEGMENTS))[0])
     options = {**options, "cu_seqlens": arguments[-1]["cu_seqlens"] + 0, "process_group": dist.group.WORLD}
-    for changes in ({}, {"causal": True}, {"feature_map": "oprf"}):
+    for changes in ({}, {"causal": True}, {"feature_map": "oprf"}, {"near_block": 4}):
         with Exchanged() as exchanged:
             told = told_by(lambda changes=changes: favor_attention(*tensors[:3], projection, **{**options, **changes}))
         expect(told.startswith("cu_seqlens: expected bounds that rise from 0 to the length "), told)
@@ -382,7 +382,14 @@ def check_near_far_attention_equals_one_process():
         for dtype in (torch.float32, torch.float64):
             # With one head all ranks but one have none.
             heads = (1, 2, 5)[number % 3]
-            arguments = drawn(LAYOUTS[name], dtype, feature_map=feature_map, causal=causal, heads=heads, a_axes="heads")
+            arguments = drawn(
+                LAYOUTS[name],
+                dtype,
+                feature_map=feature_map,
+                causal=causal,
+                heads=heads,
+                a_axes="heads" if causal else "data",
+            )
             arguments[-1]["near_block"] = 8
             split = splits(arguments[0].shape[2])[number % 2]
             assert_equals_one_process(arguments, split, (name, feature_map, causal, dtype), "auto")

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from protlm.gpu_check.tolerances import NAMES
-from protlm.ops import backends, compiled, draw_projection, favor, favor_attention, favor_cpp, favor_torch, reference
+from protlm.ops import (
+    backends,
+    compiled,
+    draw_projection,
+    favor_attention,
+    favor_cpp,
+    favor_torch,
+    operators,
+    reference,
+)
 from protlm.ops.inputs import AttentionInputs
 from tests.conftest import TOLERANCE, relative_error
 from tests.reference.cases import (
@@ -104,6 +113,16 @@ def test_the_number_of_threads_changes_no_bit(feature_map, causal, monkeypatch):
 
 
 @needs_kernel
+def test_tokens_behind_a_causal_segment_change_no_bit_wherever_it_is_cut(monkeypatch):
+    monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", 64)
+    q, k, v, _, projection, options = draw(Case(length=400, batch=1, causal=True, head_dim=16), torch.float32)
+    whole = favor_attention(q, k, v, projection, backend="cpp", **options)
+    for length in (64, 65, 150, 399):
+        part = favor_attention(*(x[:, :, :length] for x in (q, k, v)), projection, backend="cpp", **options)
+        assert torch.equal(part, whole[:, :, :length]), length
+
+
+@needs_kernel
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("rise", [50.0, 100.0, -100.0])
 def test_exponents_far_from_every_guess_equal_the_float64_twin(rise, causal, monkeypatch):
@@ -184,9 +203,9 @@ def test_strided_inputs_are_read_where_they_lie():
 def test_memory_beside_the_results_does_not_grow_with_short_sequences_and_hardly_with_long_ones(monkeypatch):
     sizes = []
 
-    def remember(size, empty=torch.empty):
+    def remember(size, empty=torch.empty, **options):
         sizes.append(size)
-        return empty(size)
+        return empty(size, **options)
 
     for length in (256, 2048, 32768):
         q = torch.zeros(1, 1, length, 64)
@@ -279,10 +298,10 @@ def test_a_library_of_another_version_or_layout_is_refused(changed, monkeypatch)
 def test_auto_takes_the_kernel_for_float32_on_the_cpu():
     q = torch.zeros(1, 1, 4, 8)
     inputs = AttentionInputs(q, q, q, torch.zeros(4, 8))
-    assert favor._module("auto", inputs) is favor_cpp
-    assert favor._module("torch", inputs) is favor_torch
+    assert operators.backend_of("auto", inputs) is favor_cpp
+    assert operators.backend_of("torch", inputs) is favor_torch
     doubles = AttentionInputs(q.double(), q.double(), q.double(), torch.zeros(4, 8))
-    assert favor._module("auto", doubles) is favor_torch
+    assert operators.backend_of("auto", doubles) is favor_torch
 
 
 @pytest.mark.slow

@@ -9,11 +9,12 @@ import torch
 from protlm.ops import (
     compiled,
     draw_projection,
-    favor,
     favor_attention,
     favor_cpp,
     favor_torch,
+    local_attention,
     near_far_cpp,
+    operators,
     reference,
 )
 from protlm.ops.inputs import AttentionInputs
@@ -161,6 +162,125 @@ def test_a_query_whose_features_are_far_above_its_exact_weights_equals_the_twin(
     assert relative_error(out, expected) < 10 * FLOAT32
 
 
+def far_along_a_row(size, num_far, values):
+    """Returns near keys of zero behind far ones along the only row, with queries along it in the last block."""
+    head_dim, generator = 256, torch.Generator().manual_seed(0)
+    row = torch.randn(1, head_dim, generator=generator)
+    row *= 16 / row.norm()
+    along = size * row[0] / 16 * head_dim**0.25
+    k = torch.zeros(1, 1, num_far + 64, head_dim)
+    q = k.clone()
+    k[:, :, :num_far] = along
+    q[:, :, num_far:] = along
+    return q, k, values * torch.randn(k.shape, generator=generator), row
+
+
+@pytest.mark.parametrize("causal", MODES, ids=MODE_NAMES)
+@pytest.mark.parametrize(("size", "num_far", "values"), [(2.85, 512, 1.0), (2.84, 64, 100.0), (2.8, 64, 1000.0)])
+def test_features_of_queries_and_keys_at_the_edge_of_both_ranges_equal_the_twin(size, num_far, values, causal):
+    q, k, v, row = far_along_a_row(size, num_far, values)
+    out = favor_attention(q, k, v, row, near_block=32, causal=causal, backend="cpp")
+    expected = reference.favor_attention(q, k, v, row, near_block=32, causal=causal)
+    assert relative_error(out, expected) < FLOAT32
+
+
+def test_a_state_that_has_vanished_beside_another_adds_nothing():
+    head_dim, generator = 256, torch.Generator().manual_seed(0)
+    row = torch.randn(1, head_dim, generator=generator)
+    row *= 16 / row.norm()
+    along = row[0] / 16 * head_dim**0.25
+    other = torch.randn(head_dim, generator=generator)
+    other -= (other @ along) / (along @ along) * along
+    other *= head_dim**0.25 / other.norm()
+    # Far below by its norm, and with values that are large.
+    lost = 2.86 * along + (577 - 2.86**2) ** 0.5 * other
+    blocks = [lost.expand(8, -1), (-1.3 * along).expand(8, -1), *[torch.zeros(8, head_dim)] * 2]
+    k = torch.cat(blocks).view(1, 1, 32, head_dim)
+    q = torch.zeros_like(k)
+    q[:, :, -8:] = 1.5 * along
+    v = torch.randn(k.shape, generator=generator)
+    v[:, :, :8] *= 1000
+    out = favor_attention(q, k, v, row, near_block=8, backend="cpp")
+    assert relative_error(out, reference.favor_attention(q, k, v, row, near_block=8)) < FLOAT32
+
+
+@pytest.mark.parametrize("norm", [1e2, 1e3, 1e4, 1e5, 1e7])
+def test_large_scores_lose_nothing_of_the_gradients(norm):
+    """Where all weights are exact; the float64 twin has no such range, but local attention is the same."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 2, 64, 32, generator=generator) for _ in range(4)]
+    q, k = (norm * x / x.norm(dim=-1, keepdim=True) for x in tensors[:2])
+    results = []
+    for attention in (
+        lambda *x: favor_attention(*x, draw_projection(16, 32), near_block=64, backend="cpp"),
+        lambda *x: local_attention(*x, window=64, backend="cpp"),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, tensors[2])]
+        out = attention(*leaves)
+        results.append((out.detach(), torch.autograd.grad(out, leaves, tensors[3])[2]))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("causal", MODES, ids=MODE_NAMES)
+@pytest.mark.parametrize("norm", [3e3, 3e4, 1e5, 1e6])
+def test_weights_of_large_scores_are_no_larger_than_one(norm, causal):
+    """The gradient of v is a sum of weights here, of at most 200 queries."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = [torch.randn(1, 2, 200, 64, generator=generator) for _ in range(3)]
+        q, k = (norm * x / x.norm(dim=-1, keepdim=True) for x in tensors[:2])
+        leaves = [x.clone().requires_grad_() for x in (q, k, tensors[2])]
+        projection = draw_projection(32, 64, generator=generator)
+        out = favor_attention(*leaves, projection, near_block=8, causal=causal, backend="cpp")
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        assert all(grad.isfinite().all() for grad in grads)
+        assert -1e-3 < grads[2].min() <= grads[2].max() < 201
+
+
+@pytest.mark.parametrize("which", ["one", "all"])
+@pytest.mark.parametrize("causal", MODES, ids=MODE_NAMES)
+def test_a_bias_of_minus_infinity_switches_a_feature_off(causal, which):
+    arguments = drawn(Case(length=100, batch=1, causal=causal))
+    bias = arguments[-1]["feature_bias"]
+    if which == "one":
+        bias[:, 3] = -torch.inf
+    else:
+        bias[:] = -torch.inf
+    assert_close(computed(*arguments, 8), expected_of(*arguments, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
+def test_the_default_dtype_of_a_program_changes_nothing(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 100, 16, generator=generator)
+    projection = draw_projection(16, 16, generator=generator)
+
+    def results():
+        return (
+            favor_attention(q, q, q, projection, near_block=8, backend="cpp"),
+            favor_attention(q, q, q, projection, backend="cpp"),
+            favor_attention(q, q, q, None, feature_map="relu", backend="cpp"),
+            local_attention(q, q, q, window=8, backend="cpp"),
+        )
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        actual = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_no_head_and_no_token_are_empty_results():
+    for heads, length in ((0, 20), (2, 0)):
+        q = torch.randn(1, heads, length, 8, requires_grad=True)
+        out = favor_attention(q, q, q, torch.randn(heads, 4, 8), near_block=4, backend="cpp")
+        out.sum().backward()
+        assert out.shape == q.grad.shape == (1, heads, length, 8)
+
+
 @pytest.mark.parametrize("causal", MODES, ids=MODE_NAMES)
 def test_the_number_of_threads_changes_no_bit(causal, monkeypatch):
     cut_into_units(monkeypatch, 4)
@@ -194,7 +314,7 @@ def test_a_feature_bias_without_a_near_field_equals_the_twin(segments, feature_m
 def test_auto_takes_the_kernel_for_a_near_field_and_a_bias_and_torch_for_gradients_of_parameters(monkeypatch):
     q, rows = torch.randn(1, 1, 40, 8), draw_projection(16, 8)
     inputs = AttentionInputs(q, q, q, rows, near_block=4, feature_bias=torch.zeros(16))
-    assert favor._module("auto", inputs) is favor_cpp
+    assert operators.backend_of("auto", inputs) is favor_cpp
     tasks = []
     for module in (favor_cpp, favor_torch):
 
@@ -212,9 +332,9 @@ def workspace_bytes(monkeypatch, length, head_dim, num_features):
     """Returns the memory that a backward of 8 heads takes from 2 threads beside inputs and results."""
     sizes = []
 
-    def remember(size, empty=torch.empty):
+    def remember(size, empty=torch.empty, **options):
         sizes.append(size)
-        return empty(size)
+        return empty(size, **options)
 
     q = torch.zeros(1, 8, length, head_dim, requires_grad=True)
     with monkeypatch.context() as patch:

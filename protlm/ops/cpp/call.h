@@ -90,7 +90,10 @@ struct NearFarUnit {
 // those of the units below, and the query sums absolute natural logarithms.
 struct NearFarCall {
     FavorCall favor;
-    const float* sums_grad;      // the gradient of the query sums, as these; or null
+    // As the query sums: to base 2 the number that weights are relative to, one by their sum, and the gradient of the query
+    // sums, or null.
+    float *offsets, *factors;
+    const float* sums_grad;
     const std::int64_t* bounds;  // of the blocks of every segment, one more than it has blocks: as `first` of FavorUnit
     const NearFarUnit* units;
     std::int64_t num_units, longest_unit, widest_block;

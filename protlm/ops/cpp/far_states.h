@@ -28,13 +28,16 @@ inline void copy(const Sizes& sizes, const State& to, const State& from) {
     std::memcpy(to.context, from.context, sizeof(float) * sizes.state_floats());
 }
 
+// 2^fall, nothing for what lies too far below to count: sums of a state may be large where it is.
+PROTLM_INLINE Vec shrinkage(Vec fall) { return fall < kSmallestExponent ? Vec{} : exp2(fall); }
+
 // Multiplies, for kPanel features from j on, two states by their weights and adds them.
 template <Layout kLayout>
 void add_weighted(const Sizes& sizes, Index j, const State& to, const State& a, const State& b) {
     float of_a[kPanel], of_b[kPanel];
     for (Index i = 0; i < kPanel; i += kLanes) {
         const Vec left = load(a.references + j + i), right = load(b.references + j + i), largest = larger(left, right);
-        const Vec a_weight = exp2(left - largest), b_weight = exp2(right - largest);
+        const Vec a_weight = shrinkage(left - largest), b_weight = shrinkage(right - largest);
         store(of_a + i, a_weight), store(of_b + i, b_weight);
         store(to.sums + j + i, load(a.sums + j + i) * a_weight + load(b.sums + j + i) * b_weight);
         store(to.references + j + i, largest);

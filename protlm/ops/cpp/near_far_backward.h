@@ -30,10 +30,9 @@ struct NearFarBackward : NearFarBlocks {
     void query_gradients(Index block, Index from, Index number, const State* far, bool is_own) const {
         gather(call.favor.q, from, number, scratch.queries);
         gather(call.favor.out_grad, from, number, scratch.grads);
+        load_normalisers(from, number, scratch.grads);
         pack(scratch.queries, number, padded_dim, scratch.query_panels);
         pack(scratch.grads, number, padded_dim, scratch.grad_panels);
-        inner_products(from, number, scratch.grads);
-        for (Index t = 0; t < number; ++t) scratch.offsets[t] = log_normaliser(from + t);
         Factors factors[4];
         int terms = 0;
         const float* const inner = scratch.inner;
@@ -92,18 +91,17 @@ struct NearFarBackward : NearFarBlocks {
             }
     }
 
-    // A feature times one of the state it meets is at most 1, and the largest of the latter not below 2^-kLargestFall.
-    // Only the rounding of exponents beyond 2^24 can lead further.
+    // A feature of a query is in range, or the largest of the state it meets is not below 2^-kLargestFall; one of a key
+    // times one of a query is at most 2. Only the rounding of exponents beyond 2^24 can lead further.
     PROTLM_INLINE static Vec bounded_feature(Vec exponent) {
         return exp2(exponent > kLargestFall + 8 ? all(kLargestFall + 8) : exponent);
     }
 
     // Writes the gradients of the exponents of a tile of queries, and in `one_row` their sums.
     void exponent_gradients(Index number, const State& far) const {
-        query_norms(number);
-        for (Index t = 0; t < number; ++t) scratch.norms[t] += scratch.offsets[t];
+        write_norms(number, shift);
         load_references(far.references);
-        const float *const norms = scratch.norms, *const inner = scratch.inner;
+        const float *const norms = scratch.norms, *const offsets = scratch.offsets, *const inner = scratch.inner;
         float* const totals = scratch.one_row;
         for (Index j = 0; j < padded; j += kPanel) {
             float* const features = scratch.features + j * number;
@@ -111,8 +109,8 @@ struct NearFarBackward : NearFarBlocks {
             const Vec right_reference = load(scratch.query_references + j + kLanes);
             product(number, row_by_row(scratch.queries), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
                 left = left * factor + (left_reference - norms[t]), right = right * factor + (right_reference - norms[t]);
-                store(features + t * kPanel, bounded_feature(left));
-                store(features + t * kPanel + kLanes, bounded_feature(right));
+                store(features + t * kPanel, bounded_feature(left - offsets[t]));
+                store(features + t * kPanel + kLanes, bounded_feature(right - offsets[t]));
             });
             const Vec left_sum = load(far.sums + j), right_sum = load(far.sums + j + kLanes);
             product(number, row_by_row(scratch.grads), far.context + j * dim, [&](Index t, Vec left, Vec right) {

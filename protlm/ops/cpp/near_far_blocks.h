@@ -6,6 +6,10 @@
 
 namespace PROTLM_NAMESPACE {
 
+// The most by which exponents of features may exceed what they are relative to. A state and a query both have some: 2^30
+// twice, times the tokens of a segment and their values, stays far below the largest float.
+constexpr float kFarRange = 30.0f;
+
 // The computations on one unit of blocks of one head. Tokens are counted as in `bounds`, blocks in the segment.
 struct NearFarBlocks {
     const NearFarCall& call;
@@ -51,11 +55,11 @@ struct NearFarBlocks {
     }
     Operand row_by_row(const float* rows) const { return {rows, padded_dim, 1, dim}; }
 
-    // Writes, for each query, ‖q‖² in the exponent and what its features have in common.
-    void query_norms(Index number) const {
+    // Writes, for each gathered vector, ‖x‖² in the exponent, and another number added.
+    void write_norms(Index number, float more) const {
         for (Index t = 0; t < number; ++t) {
             const float* const x = scratch.queries + t * padded_dim;
-            scratch.norms[t] = norm_scale * dot(x, x, dim) + shift;
+            scratch.norms[t] = norm_scale * dot(x, x, dim) + more;
         }
     }
 
@@ -74,17 +78,15 @@ struct NearFarBlocks {
                 if (!is_backward) pack(rows, rounded, padded_dim, to.value_panels);
                 continue;
             }
-            if (is_backward) {
+            if (is_backward)
                 for (Index t = 0; t < rounded; ++t)
                     to.norms[t] = norm_scale * dot(rows + t * padded_dim, rows + t * padded_dim, dim);
-                // Beside features, whose gradients are still to be multiplied by the factor.
-                for (Index i = 0; i < floats; ++i) rows[i] *= scale / factor;
-                pack(rows, rounded, padded_dim, to.panels);
-                for (Index i = 0; i < floats; ++i) rows[i] *= factor * static_cast<float>(kLog2E);
-            } else {
-                for (Index i = 0; i < floats; ++i) rows[i] *= log_scale;
-            }
+            // The same bits in the forward and the backward, whose scores are compared.
+            for (Index i = 0; i < floats; ++i) rows[i] *= log_scale;
             pack_transposed(rows, rounded, padded_dim, to.columns);
+            // Beside features, whose gradients are still to be multiplied by the factor.
+            for (Index i = 0; i < floats && is_backward; ++i) rows[i] /= factor * static_cast<float>(kLog2E);
+            if (is_backward) pack(rows, rounded, padded_dim, to.panels);
         }
         if (!is_backward) return;
         for (float* grads : {to.grads, to.value_grads}) std::memset(grads, 0, sizeof(float) * sizes.width * padded_dim);
@@ -148,9 +150,12 @@ struct NearFarBlocks {
     template <Layout kLayout>
     void fold(Index number, const float* constants, const float* values, const float* weights, const State& to) const {
         float largest = -INFINITY;
-        for (Index t = 0; t < number; ++t) largest = -scratch.norms[t] > largest ? -scratch.norms[t] : largest;
+        for (Index t = 0; t < number; ++t) {
+            const float exponent = -scratch.norms[t] - scratch.offsets[t];
+            largest = exponent > largest ? exponent : largest;
+        }
         // The same for most blocks, so that their states are added without factors.
-        const float guess = largest - largest == 0 ? std::nearbyint(largest / (kRange + 4)) * (kRange + 4) : 0.0f;
+        const float guess = largest - largest == 0 ? std::nearbyint(largest / kFarRange) * kFarRange : 0.0f;
         for (Index j = 0; j < padded; j += kPanel) fold_panel(j, number, guess, constants, weights, to);
         const float* const features = scratch.features;
         if (kLayout == Layout::kByColumn) {
@@ -176,21 +181,25 @@ struct NearFarBlocks {
 
     void fold_panel(Index j, Index number, float guess, const float* constants, const float* weights, const State& to) const {
         float* const features = scratch.features + j * number;
-        const float* const norms = scratch.norms;
+        const float *const norms = scratch.norms, *const offsets = scratch.offsets;
         Vec left_reference = all(guess), right_reference = left_reference, left_constant = {}, right_constant = {};
         if (constants) left_constant = load(constants + j), right_constant = load(constants + j + kLanes);
         while (true) {
             Vec left_sum = {}, right_sum = {}, left_largest = all(-INFINITY), right_largest = left_largest;
             product(number, row_by_row(scratch.queries), projection.columns + j * dim, [&](Index t, Vec left, Vec right) {
-                left = left * factor + (left_constant - norms[t]), right = right * factor + (right_constant - norms[t]);
+                left = left * factor + (left_constant - norms[t]) - offsets[t];
+                right = right * factor + (right_constant - norms[t]) - offsets[t];
                 left_largest = larger(left_largest, left), right_largest = larger(right_largest, right);
                 left = exp2(left - left_reference), right = exp2(right - right_reference);
                 const float weight = weights ? weights[t] : 1.0f;
                 left_sum += left * weight, right_sum += right * weight;
                 store(features + t * kPanel, left), store(features + t * kPanel + kLanes, right);
             });
+            // Features that vanish, whose bias is −∞, keep a reference that is finite; NaN stays.
+            left_largest = larger(all(kLogZero), left_largest), right_largest = larger(all(kLogZero), right_largest);
             Ints left_moves = moves(left_largest - left_reference), right_moves = moves(right_largest - right_reference);
-            for (Index i = sizes.favor.features - j; i < kPanel; ++i) (i < kLanes ? left_moves[i] : right_moves[i - kLanes]) = 0;
+            for (Index i = sizes.favor.features - j; i < kPanel; ++i)
+                (i < kLanes ? left_moves[i] : right_moves[i - kLanes]) = 0;
             if (!(any(left_moves) || any(right_moves))) {
                 store(to.sums + j, left_sum), store(to.sums + j + kLanes, right_sum);
                 store(to.references + j, left_reference), store(to.references + j + kLanes, right_reference);
@@ -202,7 +211,7 @@ struct NearFarBlocks {
     }
 
     // Where features are out of range; NaN stays.
-    PROTLM_INLINE static Ints moves(Vec rise) { return (rise > kRange) | (rise < -kLargestFall); }
+    PROTLM_INLINE static Ints moves(Vec rise) { return (rise > kFarRange) | (rise < -kLargestFall); }
 
     template <Layout kLayout>
     void clear_filling(const State& state) const {
@@ -214,7 +223,8 @@ struct NearFarBlocks {
         }
     }
 
-    // Writes the state of a block of keys, or of queries divided by their normalisers.
+    // Writes the state of a block of keys, or of queries divided by their normalisers: but for less than a factor of 2 the
+    // division is in the exponents, so that a feature of a key times one of a query is not far above 1.
     template <Layout kLayout>
     void fold_block(Index block, bool of_queries, const State& to) const {
         if (count(block) == 0) return clear(sizes.favor, to);
@@ -223,9 +233,17 @@ struct NearFarBlocks {
             const State state = is_first ? to : State(scratch.spare[0], sizes.favor);
             gather(of_queries ? call.favor.q : call.favor.k, from, number, scratch.queries);
             gather(of_queries ? call.favor.out_grad : call.favor.v, from, number, scratch.more_rows);
-            query_norms(number);
-            for (Index t = 0; t < number; ++t) scratch.norms[t] += of_queries ? log_normaliser(from + t) : -shift;
-            if (of_queries) inner_products(from, number, scratch.more_rows);
+            write_norms(number, of_queries ? shift : 0.0f);
+            for (Index t = 0; t < number; ++t) scratch.offsets[t] = 0.0f;
+            if (of_queries) {
+                load_normalisers(from, number, scratch.more_rows);
+                for (Index t = 0; t < number; ++t) {
+                    const int power = -std::ilogb(scratch.factors[t]);
+                    scratch.norms[t] += static_cast<float>(power);
+                    scratch.inner[t] = std::ldexp(scratch.inner[t], power);
+                    for (Index c = 0; c < dim; ++c) scratch.more_rows[t * padded_dim + c] *= std::ldexp(1.0f, power);
+                }
+            }
             if (kLayout == Layout::kByFeature) pack(scratch.more_rows, number, padded_dim, scratch.grad_panels);
             fold<kLayout>(number, of_queries ? scratch.constants : nullptr, scratch.grad_panels,
                           of_queries ? scratch.inner : nullptr, state);
@@ -234,14 +252,18 @@ struct NearFarBlocks {
         });
     }
 
-    float log_normaliser(Index token) const { return *tokens.query_sum(token) * static_cast<float>(kLog2E); }
+    // The place of a query in what is as the query sums.
+    Index place(Index token) const { return tokens.query_sum(token) - call.favor.query_sums; }
 
-    // Writes the gradients of the sums of weights, times these sums: minus the inner products of the gathered gradients of
-    // the output with the output, and those of the logarithms.
-    void inner_products(Index from, Index number, const float* grads) const {
-        for (Index t = 0; t < number; ++t) {
-            scratch.inner[t] = -dot(grads + t * padded_dim, tokens.at(call.favor.out, from + t), dim);
-            if (call.sums_grad) scratch.inner[t] += call.sums_grad[tokens.query_sum(from + t) - call.favor.query_sums];
+    // Loads what weights of queries are relative to, and divides the gathered gradients of the output by the sums of the
+    // weights. Writes the gradients of these sums: minus the inner products with the output, and those of the logarithms.
+    void load_normalisers(Index from, Index number, float* grads) const {
+        for (Index t = 0; t < number; ++t, grads += padded_dim) {
+            const Index at = place(from + t);
+            const float by = call.factors[at], more = call.sums_grad ? call.sums_grad[at] : 0.0f;
+            scratch.offsets[t] = call.offsets[at], scratch.factors[t] = by;
+            scratch.inner[t] = by * (more - dot(grads, tokens.at(call.favor.out, from + t), dim));
+            for (Index c = 0; c < dim; ++c) grads[c] *= by;
         }
     }
 

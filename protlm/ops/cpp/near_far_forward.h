@@ -32,7 +32,7 @@ struct NearFarForward : NearFarBlocks {
         }
         for (Index t = 0; t < number; ++t) scratch.offsets[t] = largest_of(largest[t]);
         if (!far) return finish(block, from, 0, number, number, Operand{}, nullptr, nullptr);
-        query_norms(number);
+        write_norms(number, shift);
         load_references(far->references);
         Vec exponents[kQueries], totals[kQueries];
         features_of_queries(0, number, *far, scratch.features, exponents, totals);
@@ -41,7 +41,7 @@ struct NearFarForward : NearFarBlocks {
         Index begin = 0;
         // Queries in a row whose features fit are finished together.
         for (Index t = 0; t <= number; ++t) {
-            if (t < number && !any(exponents[t] - scratch.offsets[t] > kRange)) continue;
+            if (t < number && !any(exponents[t] - scratch.offsets[t] > kFarRange)) continue;
             finish(block, from, begin, t - begin, number, features.from_row(begin), far->context, totals + begin);
             begin = t + 1;
             if (t == number) break;
@@ -122,8 +122,11 @@ struct NearFarForward : NearFarBlocks {
         }
         for (Index t = 0; t < number; ++t) {
             const float total = sum_of(totals[t]);
+            const Index at = place(from + t0 + t);
             scratch.factors[t0 + t] = 1.0f / total;
-            *tokens.query_sum(from + t0 + t) = (scratch.offsets[t0 + t] + std::log2(total)) / static_cast<float>(kLog2E);
+            // Not as one logarithm, which beside a large score would lose the sum.
+            call.offsets[at] = scratch.offsets[t0 + t], call.factors[at] = scratch.factors[t0 + t];
+            call.favor.query_sums[at] = (scratch.offsets[t0 + t] + std::log2(total)) / static_cast<float>(kLog2E);
         }
         for (Index c = 0; c < padded_dim; c += kPanel) {
             sum_of_products(number, factors, terms, [&](Index t, Vec left, Vec right) {

@@ -1,4 +1,4 @@
-"""The folder `OUT.partial` of embed: what it keeps beside its portions, and how the output takes its place."""
+"""The folder `OUT.partial` of embed: the files beside its portions, and the publishing of the embeddings."""
 
 import os
 import shutil

@@ -220,7 +220,7 @@ def _about(path: Path) -> Mapping[str, Any]:
 
 
 def complete_killed_run(out: Path) -> dataset.Dataset | None:
-    """Completes what a killed run had begun to do with its finished dataset, and removes what killed runs left behind.
+    """Publishes the finished dataset of a killed run, as that had begun to, and removes the folders of killed runs.
 
     Returns:
         The dataset, if it was in its folder, or that folder had not been removed.

@@ -1,4 +1,4 @@
-"""The folder `OUT.partial` of score: what it keeps beside its portions, and how the outputs take their places."""
+"""The folder `OUT.partial` of score: the files beside its portions, and the publishing of tables and reports."""
 
 import shutil
 from pathlib import Path

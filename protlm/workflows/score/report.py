@@ -146,11 +146,12 @@ def assay_report(scores: AssayScores, protein: str, num_residues: int, seed: int
         # As read, all rows of an assay say whether they are fit, or none.
         is_fit = fit_by_median(measured[rows]) if (is_fit < 0).any() else is_fit == 1
         complete = {name: values[rows] for name, values in baselines.items() if not np.isnan(values[rows]).any()}
-        found = measure(measured[rows], is_fit, {MODEL: model[rows], **complete}, seed)
+        measurement = measure(measured[rows], is_fit, {MODEL: model[rows], **complete}, seed)
         metrics = {
-            name: {metric: _interval(each) for metric, each in values.items()} for name, values in found.metrics.items()
+            name: {metric: _interval(each) for metric, each in values.items()}
+            for name, values in measurement.metrics.items()
         }
-        gains = {name: _interval(each) for name, each in found.gains.items()}
+        gains = {name: _interval(each) for name, each in measurement.gains.items()}
     return AssayReport(
         name=scores.assay.name,
         protein=protein,

@@ -157,7 +157,7 @@ def check_options(request: ScoreRequest) -> None:
 
 
 def check_model(request: ScoreRequest, description: ModelDescription | None) -> None:
-    """Checks that a model, unless it is not known yet, can do what is asked for.
+    """Checks that a model is no causal one and reaches as far as --window; nothing for one that is not known yet.
 
     Raises:
         ProtlmError: A causal model, or windows longer than its learned positions.

@@ -114,8 +114,7 @@ def _checked_step(content: Any, dataset_hash: str, settings: Config, model: Perf
         _check_optimizer(content["optimizer_states"], model, settings.train, step)
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:
-        # A value that cannot even be compared or shown.
+    except Exception as error:  # a value that cannot even be compared or shown
         raise DamagedCheckpointError(f"strange values: {type(error).__name__}") from None
     return step
 

@@ -6,8 +6,8 @@ import torch
 from protlm.ops import draw_projection, favor_attention, favor_torch, favor_triton
 from protlm.ops.cuda import call
 from protlm.ops.cuda.units import cut_into_units
-from protlm.ops.favor import _module
 from protlm.ops.inputs import AttentionInputs
+from protlm.ops.operators import backend_of
 from tests.conftest import TOLERANCE
 from tests.reference import cases
 from tests.reference.cases import Case, computed_of, draw, expected_of
@@ -170,14 +170,14 @@ def test_what_the_kernels_do_not_cover_goes_to_torch(options):
     arguments = draw(Case(**{"length": 20, **options}), dtype)
     q, k, v, _, projection, others = arguments
     inputs = AttentionInputs(q, k, v, projection, causal=others["causal"], feature_map=others["feature_map"])
-    assert _module("triton", inputs) is favor_torch
+    assert backend_of("triton", inputs) is favor_torch
     for a, b in zip(computed_of(arguments, "triton"), computed_of(arguments, "torch"), strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_automatic_choice_on_the_cpu_is_not_the_interpreter():
     q = torch.randn(1, 1, 8, 8).bfloat16()
-    assert _module("auto", AttentionInputs(q, q, q, draw_projection(8, 8))) is favor_torch
+    assert backend_of("auto", AttentionInputs(q, q, q, draw_projection(8, 8))) is favor_torch
 
 
 def test_bounds_that_do_not_fit_are_refused():

@@ -50,12 +50,12 @@ def test_values_are_those_of_well_known_programs(size, ties):
 
 def test_the_order_of_the_rows_changes_no_metric():
     measured, is_fit, scores = assay(200, ties=True)
-    found = [
+    orders = [
         measure(measured[order], is_fit[order], {"model": scores[order]}, 0, 5).metrics["model"]
         for order in (np.arange(200), np.arange(200)[::-1], np.random.default_rng(0).permutation(200))
     ]
-    for other in found[1:]:
-        assert [other[name].value for name in other] == pytest.approx([found[0][name].value for name in other])
+    for other in orders[1:]:
+        assert [other[name].value for name in other] == pytest.approx([orders[0][name].value for name in other])
 
 
 def test_a_known_function_of_the_measurement_has_the_known_spearman():

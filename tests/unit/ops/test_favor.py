@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from protlm.ops import backends, favor
+from protlm.ops import backends, favor, operators
 from protlm.ops.feature_maps import DEFINITIONS
 
 
 def test_backends_are_named_with_what_they_are():
-    assert set(backends()) == set(favor._BACKENDS)
+    assert set(backends()) == set(operators.BACKENDS)
     assert "torch" in backends()
     assert all(backends().values())
 

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from protlm.ops import backends, favor_torch, favor_triton
-from protlm.ops.favor import _module
 from protlm.ops.inputs import AttentionInputs
+from protlm.ops.operators import backend_of
 
 find_spec = importlib.util.find_spec
 
@@ -64,7 +64,7 @@ def test_whatever_is_missing_is_told_and_the_automatic_choice_is_torch(machine, 
     machine.setattr(owner, name, value)
     assert favor_triton.why_not().startswith(told)
     assert backends()["triton"].startswith(f"not available: {told}")
-    assert _module("auto", call()) is favor_torch
+    assert backend_of("auto", call()) is favor_torch
 
 
 def test_a_compiler_may_have_any_name(machine):
@@ -76,7 +76,7 @@ def test_a_compiler_may_have_any_name(machine):
 def test_short_floats_on_a_gpu_of_today_are_taken():
     for dtype in (torch.bfloat16, torch.float16):
         for head_dim in (8, 64, 128):
-            assert _module("auto", call(dtype=dtype, head_dim=head_dim)) is favor_triton
+            assert backend_of("auto", call(dtype=dtype, head_dim=head_dim)) is favor_triton
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_short_floats_on_a_gpu_of_today_are_taken():
 )
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_what_is_not_covered_goes_to_torch(backend, options):
-    assert _module(backend, call(**options)) is favor_torch
+    assert backend_of(backend, call(**options)) is favor_torch
 
 
 @pytest.mark.parametrize(("device", "features", "width"), [("cuda:0", 32, 64), ("cuda:1", 20, 65)])

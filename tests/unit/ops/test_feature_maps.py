@@ -27,6 +27,7 @@ from protlm.ops import (
     favor_cpp,
     favor_torch,
     favor_triton,
+    operators,
     random_features,
     reference,
 )
@@ -164,7 +165,7 @@ def test_backends_are_those_of_the_op_and_compute_what_they_did():
     backends = {name: set(definition.backends) for name, definition in DEFINITIONS.items()}
     everywhere = frozenset(("torch", "cpp", "triton"))
     assert backends == {**dict.fromkeys(DEFINITIONS, everywhere), "trig": {"torch"}}
-    assert set().union(*backends.values()) == set(favor._BACKENDS)
+    assert set().union(*backends.values()) == set(operators.BACKENDS)
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)

@@ -143,6 +143,10 @@ BAD_ARGUMENTS = {
     ),
     "backend": ({"backend": "cuda"}, "backend: expected 'auto' or one of "),
     "near_block below 0": ({"near_block": -1}, "near_block: expected an integer of at least 0, got -1"),
+    "near_block beyond int64": (
+        {"near_block": 1 << 63},
+        "near_block: expected an integer below 2^63, got 9223372036854775808",
+    ),
     "near_block of another type": ({"near_block": 2.0}, "near_block: expected an integer of at least 0, got 2.0"),
     "near_block of a map of another kernel": (
         {"near_block": 4, "feature_map": "regularised"},
