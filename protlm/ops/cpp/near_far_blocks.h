@@ -239,9 +239,10 @@ struct NearFarBlocks {
                 load_normalisers(from, number, scratch.more_rows);
                 for (Index t = 0; t < number; ++t) {
                     const int power = -std::ilogb(scratch.factors[t]);
+                    const float by = std::ldexp(1.0f, power);
                     scratch.norms[t] += static_cast<float>(power);
-                    scratch.inner[t] = std::ldexp(scratch.inner[t], power);
-                    for (Index c = 0; c < dim; ++c) scratch.more_rows[t * padded_dim + c] *= std::ldexp(1.0f, power);
+                    scratch.inner[t] *= by;
+                    for (Index c = 0; c < dim; ++c) scratch.more_rows[t * padded_dim + c] *= by;
                 }
             }
             if (kLayout == Layout::kByFeature) pack(scratch.more_rows, number, padded_dim, scratch.grad_panels);
