@@ -52,7 +52,7 @@ def near_far(settings: Settings, folder: Path) -> Section:
             f"n apart correlate by {CORRELATION:g}ⁿ before they are brought to one length, as the attention of a "
             f"trained model prefers what is near. “{INDEPENDENT}”: q and k are random directions, of which nothing is "
             "near to anything.",
-            "Bold errors are below that of the plain average of all values, which ignores q and k; the others are of no "
+            "Bold errors are below that of the plain average of all values, which ignores q and k. The others are no "
             "use.",
         ],
         f"for {SIMILAR} the median error falls with every larger block, at each number of features; with W = L/2 it is "
