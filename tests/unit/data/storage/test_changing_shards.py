@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from protlm import vocabulary
 from protlm.data.storage.dataset import open_dataset
 from protlm.errors import ShardError
 from protlm.workflows.prep.options import PrepRequest
@@ -61,6 +62,15 @@ def test_a_shard_cut_to_nothing_ends_no_process(dataset_of_one_shard):
     with pytest.raises(ShardError, match="cut short"):
         # As `protlm inspect --verify` does it.
         functions[-1].func.__self__._shards[0].verify()
+
+
+def test_tokens_outlive_a_shard_that_is_cut_to_nothing(dataset_of_one_shard):
+    tokens = open_dataset(dataset_of_one_shard.parent).split("train").tokens(0)
+    os.truncate(dataset_of_one_shard, 0)
+    # A view of the map would end the process here.
+    assert vocabulary.decode(tokens) == "MKV"
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 0
 
 
 def test_a_shard_may_be_touched_replaced_or_removed_while_it_is_open(dataset_of_one_shard):
