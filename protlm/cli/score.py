@@ -158,12 +158,19 @@ def score_command(
         output.warn(f"{file}; left out")
     if report.rejects:
         output.warn("skipped " + ", ".join(f"{count} rows ({reason})" for reason, count in report.rejects.items()))
+    if report.num_not_standard:
+        output.warn(f"left out positions whose residue is none of the 20 standard ones: {report.num_not_standard:,}")
     if isinstance(report, ScoreEstimate):
         rate = ("passes a second, in a sample", f"{report.passes_per_second:,.3g}")
         output.print_time_and_disk(report, rate, as_json=as_json)
     elif as_json:
         output.print_json(report)
     else:
+        if any(assay.num_not_standard for assay in report.assays):
+            output.warn(
+                "some mutants replace, or put in, a residue such as X: the model hardly knows those, so replacing one "
+                "seems a gain, and putting one in a loss; do not compare these scores with others"
+            )
         _print(report, column)
 
 
@@ -246,6 +253,8 @@ def _pairs(report: "ScoreReport", column: str) -> list[tuple[str, object]]:
     ):
         if count:
             pairs.append(("of them", f"{what}: {count:,}"))
+    if count := sum(assay.num_not_standard for assay in report.assays):
+        pairs.append(("of them", f"from or to a residue other than the 20 standard ones: {count:,}"))
     if report.num_beyond_training:
         longest = f"longer than any that the model was trained on ({report.trained_residues:,} residues)"
         pairs.append(("of these", f"proteins {longest}: {report.num_beyond_training:,}"))

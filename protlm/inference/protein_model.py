@@ -1,6 +1,7 @@
 """The Python interface of a trained model: sequences in, NumPy arrays out; tokens, packing and devices stay inside."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import get_args
 
@@ -162,15 +163,16 @@ class ProteinModel:
 
         Raises:
             ValueError: As `log_probabilities`; with its place in `mutations`, one that is no mutation of this protein,
-                or to a residue that the model has no token for.
+                or, but for `pseudo-perplexity`, to a residue that the model has no token for.
         """
         if strategy not in get_args(ScoreStrategy):
             raise ValueError(f"strategy: expected {_one_of(ScoreStrategy)}, got {strategy!r}")
         self._check_masked()
         _check_budget(tokens_per_batch)
+        _check_whole("offset", offset)
         tokens = tokens_of(sequence, "sequence", self._reach(window))
         protein = vocabulary.decode(tokens)
-        mutants = self._mutants(protein, mutations, offset)
+        mutants = self._mutants(protein, mutations, offset, strategy)
         cut, budget = Cut(window=window), tokens_per_batch or default_tokens_per_batch()
         if strategy == "pseudo-perplexity":
             sequences = (protein, *(mutated(protein, mutant) for mutant in mutants))
@@ -217,6 +219,7 @@ class ProteinModel:
         limit = self.description.max_residues
         if window is None:
             return limit
+        _check_whole("window", window)
         if window < 2 or (limit is not None and window > limit):
             reach = (
                 "" if limit is None else f", and at most the {limit} residues that the positions of this model reach"
@@ -224,7 +227,9 @@ class ProteinModel:
             raise ValueError(f"window: expected at least 2{reach}, got {window}")
         return None
 
-    def _mutants(self, protein: str, mutations: Iterable[str], offset: int) -> list[tuple[Substitution, ...]]:
+    def _mutants(
+        self, protein: str, mutations: Iterable[str], offset: int, strategy: ScoreStrategy
+    ) -> list[tuple[Substitution, ...]]:
         if isinstance(mutations, str | bytes) or not isinstance(mutations, Iterable):
             got = "a single str; put it into a list" if isinstance(mutations, str) else described(mutations)
             raise ValueError(f"mutations: expected several, such as a list of str, got {got}")
@@ -237,7 +242,9 @@ class ProteinModel:
                 mutants.append(parse_mutant(text, protein, offset))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None  # with the place in the caller's list
-            if letter := lacked_mutant(mutants[-1], self.description.model.tokens()):
+            # In a whole sequence it has the probability of the token as which the model reads it.
+            is_of_sequences = strategy == "pseudo-perplexity"
+            if not is_of_sequences and (letter := lacked_mutant(mutants[-1], self.description.model.tokens())):
                 raise ValueError(f"{name}: {text!r}: this model has no token for {letter}, and so no probability")
         return mutants
 
@@ -274,8 +281,16 @@ def _num_tokens(protein: np.ndarray) -> int:
     return len(protein) + SPECIAL_TOKENS_PER_SEGMENT
 
 
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}: expected a whole number, got {described(value)}")
+
+
 def _check_budget(tokens_per_batch: int | None) -> None:
-    if tokens_per_batch is not None and tokens_per_batch < 1:
+    if tokens_per_batch is None:
+        return
+    _check_whole("tokens_per_batch", tokens_per_batch)
+    if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
 
 
@@ -287,7 +302,10 @@ def _positions(positions: Sequence[int] | np.ndarray | None, num_residues: int) 
     """Returns the positions that a caller asked for, int64."""
     if positions is None:
         return np.arange(num_residues)
-    wanted = np.asarray(positions)
+    try:
+        wanted = np.asarray(positions)
+    except ValueError:
+        raise ValueError("positions: expected whole numbers in one dimension, got a nested list") from None
     if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
         raise ValueError(f"positions: expected whole numbers in one dimension, got {wanted.dtype} {wanted.shape}")
     wrong = np.flatnonzero((wanted < 0) | (wanted >= num_residues))

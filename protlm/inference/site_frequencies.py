@@ -14,6 +14,8 @@ class SiteFrequencies:
 
     Attributes:
         num_covered: Sites of the protein that the alignment covers.
+        log_frequencies: Of each standard residue at each site, (num_residues, 20), in the order of
+            `vocabulary.RESIDUES`.
     """
 
     def __init__(self, alignment: AlignedCounts, protein: str) -> None:
@@ -31,7 +33,7 @@ class SiteFrequencies:
             )
         counts = np.zeros((len(protein), NUM_STANDARD_RESIDUES))
         counts[places[0] : places[0] + len(alignment.query)] = alignment.counts
-        self._logs = np.log((counts + 1) / (counts + 1).sum(axis=1, keepdims=True))
+        self.log_frequencies = np.log((counts + 1) / (counts + 1).sum(axis=1, keepdims=True))
         self.num_covered = len(alignment.query)
 
     def score(self, substitutions: tuple[Substitution, ...]) -> float:
@@ -45,4 +47,4 @@ class SiteFrequencies:
 
     def _log(self, position: int, letter: str) -> float:
         column = RESIDUES.index(letter)
-        return float(self._logs[position, column]) if column < NUM_STANDARD_RESIDUES else np.nan
+        return float(self.log_frequencies[position, column]) if column < NUM_STANDARD_RESIDUES else np.nan

@@ -8,7 +8,7 @@ left.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -130,8 +130,9 @@ class PortionFolder:
         Raises:
             ProtlmError: They are others.
         """
-        note = self.path / f"{_INPUTS}.json"
-        before = read_json(note)
+        note = self._inputs_note
+        # A finished run that was killed while it removed this folder may have it in its last note only.
+        before = read_json(note) or (work_folder.finished_note(self.path) or {}).get("inputs")
         if before is None and not any(self._portions()):
             write_json(note, {"hash": content_hash, "num_records": num_records})
         elif not isinstance(before, dict) or before.get("hash") != content_hash:
@@ -141,6 +142,18 @@ class PortionFolder:
                 f"{self.path}: made from other inputs than these ({then or 'an unknown number'} then, "
                 f"{num_records} now); give the same inputs, or start afresh with --force"
             )
+
+    def put_in_place(self, moves: Sequence[tuple[Path, Path]], notes: Mapping[str, Any]) -> None:
+        """Notes that the output is complete, and from which inputs, and moves it to its place.
+
+        Args:
+            moves: As for `work_folder.put_in_place`.
+            notes: What else a run that is killed meanwhile has to know when it is resumed.
+
+        Raises:
+            ProtlmError, OSError: As `work_folder.finish_moves`.
+        """
+        work_folder.put_in_place(self.path, moves, {**notes, "inputs": read_json(self._inputs_note)})
 
     def forget_output(self) -> None:
         """Discards the note on a complete output, so that it is made anew from the portions."""
@@ -193,7 +206,7 @@ class PortionFolder:
         try:
             yield
         except BaseException as error:
-            if self._has_finished_work():
+            if self._has_finished_work() or self.is_finished:
                 hint = f"what is finished is kept in {self.path}: go on with the same command and --resume"
             else:
                 self.remove()
@@ -207,6 +220,10 @@ class PortionFolder:
 
     def _has_finished_work(self) -> bool:
         return any(self._portions())
+
+    @property
+    def _inputs_note(self) -> Path:
+        return self.path / f"{_INPUTS}.json"
 
     @property
     def _portions_path(self) -> Path:

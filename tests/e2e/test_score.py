@@ -91,7 +91,76 @@ def test_every_single_mutant_of_every_protein_and_a_picture(model, run_dir, prot
     two = write_fasta(tmp_path / "two.fasta", [("a", PROTEIN), ("a", PROTEIN[:5] + "X")])
     assert score(run_dir, two, "--all-singles", "--strategy", "wt-marginals", "--out", tmp_path / "two.csv") == 0
     by_id = [row["id"] for row in rows(tmp_path / "two.csv")]
-    assert (by_id.count("a"), by_id.count("a#2")) == (19 * len(PROTEIN), 19 * 5 + 20)
+    assert (by_id.count("a"), by_id.count("a#2")) == (19 * len(PROTEIN), 19 * 5)
+    captured = capsys.readouterr()
+    assert "left out positions whose residue is none of the 20 standard ones: 1" in captured.err
+
+
+def test_mutants_from_or_to_an_unknown_residue_are_counted_and_warned_of(run_dir, tmp_path, capsys):
+    protein = write_fasta(tmp_path / "p.fasta", [("wt", "MKXVL")])
+    given = table(tmp_path / "m.csv", ["mutant"], [["X3A"], ["M1A"], ["M1U"]])
+    assert score(run_dir, protein, "--mutations", given, "--out", tmp_path / "s.csv") == 0
+    captured = capsys.readouterr()
+    assert "warning: some mutants replace, or put in, a residue such as X" in captured.err
+    assert "from or to a residue other than the 20 standard ones: 2" in captured.out
+    assert score(run_dir, protein, "--mutations", table(given, ["mutant"], [["M1A"]]), "--out", tmp_path / "t.csv") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_that_was_scored_can_be_scored_by_another_model(run_dir, protein, tmp_path, capsys):
+    given = table(tmp_path / "m.csv", ["mutant", "DMS_score"], [[f"M1{letter}", n] for n, letter in enumerate("ACDE")])
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    assert score(run_dir, protein, "--mutations", given, "--out", first) == 0
+    words = [run_dir, protein, "--mutations", first, "--out", second, "--column", "second", "--json"]
+    capsys.readouterr()
+    assert score(*words) == 0
+    # What is told of the baseline follows from it, and not from the column of that name.
+    assert "blosum62" in json.loads(capsys.readouterr().out)["assays"][0]["metrics"]
+    assert list(rows(second)[0]) == ["mutant", "DMS_score", "score", "blosum62", "second"]
+    kept = [[row[name] for name in ("score", "blosum62")] for row in rows(second)]
+    assert kept == [[row[name] for name in ("score", "blosum62")] for row in rows(first)]
+    assert [row["second"] for row in rows(second)] == [row["score"] for row in rows(first)]
+
+
+def test_most_rows_decide_on_the_protein_of_a_table(run_dir, tmp_path, failure, capsys):
+    good = [
+        [f"{letter}{place}W", PROTEIN[: place - 1] + "W" + PROTEIN[place:]] for place, letter in ((1, "M"), (2, "K"))
+    ]
+    bad = ["L4A", "MKVWA"]
+    path = table(tmp_path / "a.csv", ["mutant", "mutated_sequence"], [["", PROTEIN[:9]], bad, *good])
+    words = (run_dir, path, "--out", tmp_path / "s.csv")
+    assert "a.csv:2: has insertions or deletions" in failure("score", *words)
+    assert score(*words, "--on-bad-record", "skip") == 0
+    assert "skipped 2 rows (bad_row)" in capsys.readouterr().err
+    assert [row["mutant"] for row in rows(tmp_path / "s.csv")] == ["M1W", "K2W"]
+
+
+def test_tables_that_are_no_assays_are_left_out_of_a_benchmark_if_that_is_asked_for(assays, run_dir, tmp_path, capsys):
+    folder, _ = assays
+    table(folder / "foreign.csv", ["id", "x"], [["a", 1]])
+    (folder / "nothing.csv").write_bytes(b"")
+    table(folder / "no_protein.csv", ["mutant", "DMS_score"], [["M1A", 1]])
+    out = tmp_path / "out"
+    assert score(run_dir, folder, "--out", out) == 1
+    assert "foreign.csv: expected a column mutant or mutated_sequence" in capsys.readouterr().err
+    assert score(run_dir, folder, "--out", out, "--on-bad-record", "skip", "--json") == 0
+    captured = capsys.readouterr()
+    left_out = [line for line in captured.err.splitlines() if line.endswith("; left out")]
+    assert sorted(re.search(r"\w+\.(csv|txt)", line)[0] for line in left_out) == [
+        "foreign.csv", "no_protein.csv", "notes.txt", "nothing.csv",
+    ]  # fmt: skip
+    assert [assay["name"] for assay in json.loads(captured.out)["assays"]] == list(ASSAYS)
+
+
+def test_the_seed_is_that_of_the_intervals(run_dir, tmp_path, capsys):
+    generator = np.random.default_rng(1)
+    path, _, _ = proteingym_file(tmp_path, "a.csv", PROTEIN, lambda m: generator.standard_normal(len(m)), size=60)
+    told = []
+    for seed in (0, 0, 1):
+        assert score(run_dir, path, "--out", tmp_path / "s.csv", "--seed", seed, "--force", "--json") == 0
+        told.append(json.loads(capsys.readouterr().out)["assays"][0]["metrics"]["model"]["spearman"])
+    assert told[0] == told[1] != told[2]
+    assert told[0]["value"] == told[2]["value"]
 
 
 def test_variants_in_a_protein_file_with_insertions_and_deletions(model, run_dir, tmp_path, failure):
@@ -114,6 +183,15 @@ def test_variants_in_a_protein_file_with_insertions_and_deletions(model, run_dir
     assert [row["blosum62"] for row in written] == ["-6", "", "", "0"]
     assert score(run_dir, given, "--wild-type", "wt", "--out", out, "--on-bad-record", "skip", "--force") == 0
     assert [row["id"] for row in rows(out)] == ["first", "same"]
+
+
+def test_what_is_skipped_in_a_file_that_is_read_twice_is_counted_once(run_dir, tmp_path, capsys):
+    given = tmp_path / "v.fasta"
+    given.write_text(f">bad\nM1\n>wt\n{PROTEIN.lower()}\n>v\nA{PROTEIN[1:]}\n")
+    words = (run_dir, given, "--wild-type", "wt", "--out", tmp_path / "s.csv", "--on-bad-record", "skip", "--json")
+    assert score(*words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rejects"], report["repairs"]) == ({"illegal_character": 1}, {"lower_case": len(PROTEIN)})
 
 
 def proteingym_file(folder, name, protein, measured, size=40, seed=0):
@@ -232,7 +310,9 @@ def test_a_dry_run_tells_and_makes_nothing(run_dir, protein, tmp_path, capsys):
     estimate = json.loads(capsys.readouterr().out)
     assert (estimate["num_variants"], estimate["num_sites"], estimate["num_passes"]) == (2, 2, 2)
     assert estimate["num_computed_residues"] == 2 * len(PROTEIN)
-    assert estimate["seconds"] > 0
+    # A pass of 28 residues takes milliseconds.
+    assert 0 < estimate["seconds"] < 5
+    assert estimate["passes_per_second"] == pytest.approx(2 / estimate["seconds"])
     assert score(*words, "--strategy", "pseudo-perplexity") == 0
     assert f"passes                           {3 * len(PROTEIN)}" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == before

@@ -5,6 +5,7 @@ import gzip
 import pytest
 
 from protlm.cli.app import main
+from protlm.workflows.score import inputs
 from tests.e2e.conftest import write_fasta
 from tests.e2e.test_fail_fast import assert_refused
 from tests.e2e.test_score import PROTEIN, rows
@@ -26,6 +27,7 @@ TABLES = {
     "no sequence": (b"mutated_sequence\nMK1\n", "t.csv:2: illegal character '1' at position 3"),
     "an indel": (b"mutated_sequence\nMKV\n", "t.csv:2: has insertions or deletions, which only --strategy"),
     "no number": (b"mutant,DMS_score\nM1A,high\n", "t.csv:2: DMS_score: expected a number, or nothing, got 'high'"),
+    "a huge number": (b"mutant,DMS_score\nM1A,1.7e308\n", "t.csv:2: DMS_score: expected a number"),
     "infinite": (b"mutant,DMS_score\nM1A,inf\n", "t.csv:2: DMS_score: expected a number"),
     "no class": (b"mutant,DMS_score,DMS_score_bin\nM1A,1,2\n", "t.csv:2: DMS_score_bin: expected 0 or 1, got '2'"),
     "not UTF-8": ("mutant\nM1A\nä\n".encode("latin-1"), "t.csv:3: this is no UTF-8 text"),
@@ -34,7 +36,7 @@ TABLES = {
     "binary": (b"mutant\nM1\0A\n", "t.csv: a binary file; expected a table as text"),
     "a huge field": (b"mutant,x\nM1A," + b"x" * 200_000 + b"\n", "t.csv:2: no row of a table: field larger than"),
     "a huge line": (b"mutant" + b"," * (5 << 20), "t.csv:1: a line of 4,194,304 bytes and more"),
-    "taken": (b"mutant,score\nM1A,1\n", "has a column score already; name that of the scores with --column"),
+    "taken": (b"mutant,score\nM1A,1\n", "has a column score already; name another one with --column"),
     "an open quote": (b'mutant,x\nM1A,a\nM1A,"b\nK2A,c\n', "t.csv:3: no row of a table: unexpected end of data"),
     "a row of many lines": (b'mutant,x\nM1A,"' + b"\n" * 2000 + b'"\n', "t.csv:2: no row of a table: it has more than"),
     "damaged": (gzip.compress(b"mutant\nM1A\n" * 1000)[:-20], "t.csv: "),
@@ -127,16 +129,49 @@ def test_an_output_of_something_else_is_not_replaced(run_dir, protein, tmp_path,
     out.write_text("mine")
     words = ("score", run_dir, protein, "--all-singles", "--out", out)
     assert "exists already; choose another --out, or replace it with --force" in failure(*words)
-    assert main([str(word) for word in (*words, "--force")]) == 0
+    assert "no table of scores, so --force does not replace it" in failure(*words, "--force")
+    assert out.read_text() == "mine"
+    out.unlink()
+    for _ in range(2):
+        assert main([str(word) for word in (*words, "--force")]) == 0
     out.unlink()
     out.mkdir()
-    assert "no file, so --force does not replace it" in failure(*words, "--force")
+    assert "no table of scores, so --force does not replace it" in failure(*words, "--force")
     assays = tmp_path / "assays"
     assays.mkdir()
     (assays / "a.csv").write_text("mutant,mutated_sequence\nM1A,A" + PROTEIN[1:] + "\n")
     (out / "notes.txt").write_text("mine")
     assert "no folder of scores, so --force" in failure("score", run_dir, assays, "--out", out, "--force")
-    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").rename(tmp_path / "notes.txt")
+    out.rmdir()
+    words = ("score", run_dir, assays, "--out", out, "--force")
+    assert main([str(word) for word in words]) == 0
+    (tmp_path / "notes.txt").rename(out / "scores" / "notes.txt")
+    assert "no folder of scores, so --force" in failure(*words)
+    assert (out / "scores" / "notes.txt").read_text() == "mine"
+
+
+def test_a_picture_of_something_else_is_not_replaced(run_dir, protein, tmp_path, failure):
+    picture = tmp_path / "h.svg"
+    picture.write_text("mine")
+    words = ("score", run_dir, protein, "--all-singles", "--strategy", "wt-marginals", "--heat-map", picture)
+    first, second = ((*words, "--out", tmp_path / name) for name in ("a.csv", "b.csv"))
+    assert "no picture, so --force does not replace it" in failure(*first, "--force")
+    assert "exists already; choose another --heat-map" in failure(*first, "--resume")
+    assert picture.read_text() == "mine"
+    picture.unlink()
+    assert main([str(word) for word in (*first, "--resume")]) == 0
+    assert "exists already; choose another --heat-map" in failure(*second, "--resume")
+    assert main([str(word) for word in (*second, "--force")]) == 0
+
+
+def test_a_run_of_too_many_positions_is_refused(run_dir, protein, tmp_path, monkeypatch, failure):
+    monkeypatch.setattr(inputs, "_MOST_SITES", 500)
+    words = ("score", run_dir, protein, "--all-singles", "--out", tmp_path / "s.csv")
+    assert main([str(word) for word in words]) == 0
+    words = (*words, "--force", "--strategy", "pseudo-perplexity")
+    for more in ((), ("--dry-run",)):
+        assert "more than 500 positions to compute, a forward pass each; give fewer variants" in failure(*words, *more)
 
 
 def test_a_causal_model_and_too_long_windows_and_proteins_are_refused(dataset, protein, tmp_path, failure, run_dir):
@@ -172,7 +207,7 @@ def test_wrong_usage_and_missing_files_are_told_before_torch_is_loaded(run_dir, 
             ((*singles, "--column", "blosum62"), "--column"),
             ((*singles, "--strategy", "best"), "--strategy"),
             ((*singles, "--window", 1), "--window"),
-            (("score", run_dir, "-", "--wild-type", "x", *out), "not the standard input"),
+            (("score", run_dir, "-", "--wild-type", "x", *out), "no pipe or standard input"),
             (("score", run_dir, tmp_path / "assays", "--all-singles", *out), "a folder; expected a protein file"),
             (("score", run_dir, tmp_path / "assays", *out, "--heat-map", "map.png"), "--heat-map is for one protein"),
             (("score", run_dir, protein, "--all-singles", "--out", protein), "is an input"),

@@ -1,6 +1,7 @@
 """A killed run of score goes on to the same bytes, several processes make what one does, and other runs are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +115,44 @@ def test_mutants_are_part_of_the_inputs(run_dir, inputs, tmp_path, monkeypatch, 
             main([str(word) for word in words])
     mutations.write_text("mutant\nM1A\nS2C\n")
     assert "made from other inputs than these" in failure(*words, "--resume")
+
+
+@pytest.mark.parametrize("moment", ["putting in place", "removing"])
+def test_a_finished_run_is_not_taken_for_one_with_other_inputs(moment, run_dir, inputs, tmp_path, monkeypatch, failure):
+    mutations, out = tmp_path / "m.csv", tmp_path / "s.csv"
+    alignment = tmp_path / "a.a3m"
+    alignment.write_text(f">q\n{PROTEINS[1][1]}\n")
+    words = ["score", run_dir, inputs, "--mutations", mutations, "--wild-type", "b", "--alignment", alignment]
+    words = [*words, "--out", out, *MANY_PORTIONS]
+    mutations.write_text("mutant\nM1A\nS2A\n")
+    with monkeypatch.context() as patch:
+        kill_at(patch, *MOMENTS[moment])
+        with pytest.raises(Killed):
+            main([str(word) for word in words])
+    mutations.write_text("mutant\nM1A\nS2C\n")
+    assert "made from other inputs than these" in failure(*words, "--resume")
+    mutations.write_text("mutant\nM1A\nS2A\n")
+    alignment.write_text(f">q\n{PROTEINS[1][1]}\n>w\n{PROTEINS[1][1]}\n")
+    assert "made from other inputs than these" in failure(*words, "--resume")
+    alignment.write_text(f">q\n{PROTEINS[1][1]}\n")
+    assert "--heat-map (left out), not " in failure(*words, "--resume", "--heat-map", tmp_path / "h.png")
+    assert main([*map(str, words), "--resume"]) == 0
+    assert out.read_text().count("\n") == 3
+    assert not out.with_name("s.csv.partial").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_one_line_and_what_is_finished_is_kept(run_dir, inputs, tmp_path, monkeypatch, failure):
+    out = tmp_path / "s.csv"
+    killed(run_dir, inputs, out, "scoring", monkeypatch)
+    folder = tmp_path / "s.csv.partial"
+    path = folder / "log_probabilities.npy"
+    path.unlink()
+    path.symlink_to("/dev/full")
+    line = failure("score", run_dir, inputs, "--all-singles", "--out", out, *MANY_PORTIONS, "--resume")
+    assert "No space left on device; what is finished is kept in " in line
+    path.unlink()
+    assert score(run_dir, inputs, out, "--resume") == 0
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

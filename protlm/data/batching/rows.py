@@ -83,22 +83,28 @@ def packed_in_order(
         yield row
 
 
-def portion_bounds(costs: np.ndarray, budget: int) -> np.ndarray:
+def portion_bounds(costs: np.ndarray, budget: int, counts: np.ndarray | None = None) -> np.ndarray:
     """Returns the bounds of the portions of some records: each has as many as the budget allows, but at least one.
 
     Args:
-        costs: The cost of each record, int64.
+        costs: The cost of each record, int64; with `counts`, of each record of a run.
         budget: Most that the records of a portion may cost together.
+        counts: Lengths of runs of records of equal costs, int64; None: every record is a run of its own.
 
     Returns:
         The first record of each portion, then the number of records, int64.
     """
-    ends = np.cumsum(costs)
+    counts = np.ones(len(costs), dtype=np.int64) if counts is None else counts
+    ends, cost_ends = np.cumsum(counts), np.cumsum(costs * counts)
+    total = int(ends[-1]) if len(ends) else 0
     bounds, start, used = [0], 0, 0
-    while start < len(ends):
-        stop = int(ends.searchsorted(used + budget, side="right"))
+    while start < total:
+        # The run in which the budget ends, and the records of it that fit.
+        run = int(cost_ends.searchsorted(used + budget, side="right"))
+        stop = total if run == len(ends) else int(ends[run] + (used + budget - cost_ends[run]) // costs[run])
         start = min(max(start + 1, stop), start + _MOST_PORTION_RECORDS)
-        used = int(ends[start - 1])
+        run = int(ends.searchsorted(start))
+        used = int(cost_ends[run] - (ends[run] - start) * costs[run])
         bounds.append(start)
     return np.array(bounds, dtype=np.int64)
 

@@ -10,6 +10,7 @@ from protlm.errors import RecordError
 from protlm.vocabulary import NUM_STANDARD_RESIDUES, RESIDUES
 
 _MOST_SEQUENCE_BYTES = 64 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _INSERTIONS = bytes(range(ord("a"), ord("z") + 1)) + b"."
 _STANDARD = RESIDUES[:NUM_STANDARD_RESIDUES].encode()
 _TO_COLUMN = bytes(_STANDARD.index(byte) if byte in _STANDARD else NUM_STANDARD_RESIDUES for byte in range(256))
@@ -47,7 +48,7 @@ def count_alignment(path: str | Path) -> AlignedCounts:
         *lines, pending = (pending + block).split(b"\n")
         for text in lines:
             line += 1
-            counter.add(line, text.rstrip(b"\r"))
+            counter.add(line, text)
         if len(pending) > _MOST_SEQUENCE_BYTES:
             raise RecordError(path, line + 1, f"a line of more than {_MOST_SEQUENCE_BYTES:,} bytes; expected A3M")
     counter.add(line + 1, pending)
@@ -60,14 +61,16 @@ class _Counter:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._header_line = 0
-        self._parts: list[bytes] = []
-        self._num_bytes = 0
+        # One buffer: thousands of short lines would take many times their bytes.
+        self._aligned = bytearray()
         self._query: np.ndarray | None = None
         self._letters = b""
         self._counts = np.zeros((0, NUM_STANDARD_RESIDUES + 1), dtype=np.int64)
         self._num_sequences = 0
 
     def add(self, line: int, text: bytes) -> None:
+        if line == 1:
+            text = text.removeprefix(_BYTE_ORDER_MARK)
         if text.startswith(b">"):
             self._end()
             self._header_line = line
@@ -76,17 +79,16 @@ class _Counter:
         elif text.strip():
             if not self._header_line:
                 raise RecordError(self._path, line, "expected a line that begins with '>'; give an alignment in A3M")
-            self._num_bytes += len(text)
-            if self._num_bytes > _MOST_SEQUENCE_BYTES:
+            self._aligned += text.strip()
+            if len(self._aligned) > _MOST_SEQUENCE_BYTES:
                 message = f"a sequence of more than {_MOST_SEQUENCE_BYTES:,} bytes; expected A3M"
                 raise RecordError(self._path, self._header_line, message)
-            self._parts.append(text.strip())
 
     def _end(self) -> None:
         if not self._header_line:
             return
-        aligned = b"".join(self._parts).translate(None, delete=_INSERTIONS)
-        self._parts, self._num_bytes = [], 0
+        aligned = bytes(self._aligned.translate(None, delete=_INSERTIONS))
+        self._aligned.clear()
         if self._query is None:
             self._start(aligned)
         columns = np.frombuffer(aligned.translate(_TO_COLUMN), dtype=np.uint8)

@@ -136,7 +136,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
             _compute(folder, model, settings, request, start_progress)
             assemble(folder, proteins, plan, settings, start_progress)
             check_replaceable(folder, settings.layout, out, force=request.force)
-            folder.put_in_place(settings.layout)
+            folder.publish(settings.layout)
         report = _report(request, settings, description, proteins, inputs, is_kept(folder, proteins))
         work_folder.remove_finished(folder.path)
     return report

@@ -92,12 +92,12 @@ class EmbedFolder(PortionFolder):
         super().forget_output()
         (self.path / _ASSEMBLED).unlink(missing_ok=True)
 
-    def put_in_place(self, layout: Layout) -> None:
+    def publish(self, layout: Layout) -> None:
         """Moves the complete output and its companion files into place, where they replace earlier ones."""
         made, wanted = layout.paths(self.output_path), layout.paths(self._out)
         # The companions first: once OUT is there, all is.
         moves = list(zip(made, wanted, strict=True))[::-1]
-        work_folder.put_in_place(self.path, moves, {"records": self.skipped()})
+        self.put_in_place(moves, {"records": self.skipped()})
 
     def _has_finished_work(self) -> bool:
         return super()._has_finished_work() or self.num_assembled > 0

@@ -5,7 +5,6 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from protlm.workflows.score.plan import Plan
 from protlm.workflows.score.request import BASELINE_COLUMNS, ScoreRequest
 
 _MANY_ROWS = 4096
+_STANDARD = frozenset(STANDARD_RESIDUES)
 
 
 @dataclass
@@ -36,6 +36,8 @@ class AssayScores:
         is_fit: Whether each counts as fit: 1, 0, or −1 where the assay does not say.
         num_multiple: Rows with several substitutions.
         num_indels: Rows with insertions or deletions.
+        num_not_standard: Rows that replace, or put in, another residue than the 20 standard ones.
+        keeps_singles: Whether `singles` is asked for.
         singles: The model's score of each single substitution, (num_residues, 20) in the order of STANDARD_RESIDUES;
             NaN where there is none. None unless it is asked for.
     """
@@ -48,6 +50,8 @@ class AssayScores:
     is_fit: "array[int]" = field(default_factory=lambda: array("b"))
     num_multiple: int = 0
     num_indels: int = 0
+    num_not_standard: int = 0
+    keeps_singles: bool = False
     singles: np.ndarray | None = None
 
     def add(self, variant: Variant, substitutions: tuple[Substitution, ...], score: float) -> None:
@@ -59,6 +63,7 @@ class AssayScores:
         self.is_fit.append(-1 if variant.is_fit is None else variant.is_fit)
         self.num_multiple += len(substitutions) > 1
         self.num_indels += variant.mutant is None
+        self.num_not_standard += any(not {wild_type, mutant} <= _STANDARD for _, wild_type, mutant in substitutions)
         if self.singles is not None and len(substitutions) == 1:
             position, _, mutant = substitutions[0]
             if mutant in STANDARD_RESIDUES:
@@ -91,8 +96,8 @@ class Scorer:
         self.protein = vocabulary.decode(self._proteins.tokens(target))
         if self._losses is None:
             leader = int(self._proteins.first[target])
-            start, stop = self._plan.protein_bounds[leader : leader + 2]
-            self._site_positions = np.asarray(self._plan.positions[start:stop])
+            start, stop = self._plan.sites.bounds[leader : leader + 2].tolist()
+            self._site_positions = self._plan.sites.positions(leader, start, stop)
             self._site_logs = np.asarray(self._logs[start:stop])
 
     def score(self, variant: Variant, substitutions: tuple[Substitution, ...]) -> float:
@@ -115,7 +120,7 @@ class Scorer:
 
 def _losses(plan: Plan, log_probabilities: np.ndarray) -> dict[int, float]:
     """Returns the logarithm of the pseudo-perplexity of every protein that was computed."""
-    bounds = plan.protein_bounds
+    bounds = plan.sites.bounds
     (computed,) = np.nonzero(np.diff(bounds))
     return {
         record: -float(log_probabilities[bounds[record] : bounds[record + 1]].mean(dtype=np.float64))
@@ -145,13 +150,21 @@ def write_scores(
     """
     rows = read_variants(variants_path)
     variant = next(rows, None)
+    renames = request.kind == "singles"
     for number, assay in enumerate(assays):
         collected = AssayScores(assay, baselines={name: array("d") for name in scorer.baselines})
+        collected.keeps_singles = request.heat_map is not None
         with path_of[assay.name].open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*assay.columns, request.column, *scorer.baselines])
+            # A table that was scored before, by another model, has the columns of the baselines.
+            added = [name for name in scorer.baselines if name not in assay.columns]
+            writer.writerow([*assay.columns, request.column, *added])
             while variant is not None and variant.assay == number:
-                writer.writerow(_scored(variant, collected, scorer, proteins, request))
+                fields, score, baselines = _scored(variant, collected, scorer)
+                if renames:
+                    # Repeated ids are numbered, as everywhere.
+                    fields = [proteins.id(variant.target), *fields[1:]]
+                writer.writerow([*fields, *map(_text, (score, *(baselines[name] for name in added)))])
                 variant = next(rows, None)
                 if len(collected.scores) % _MANY_ROWS == 0:
                     advance(_MANY_ROWS)
@@ -159,24 +172,18 @@ def write_scores(
         yield collected
 
 
-def _scored(
-    variant: Variant, collected: AssayScores, scorer: Scorer, proteins: ProteinStore, request: ScoreRequest
-) -> list[Any]:
-    """Returns the row of the output."""
+def _scored(variant: Variant, collected: AssayScores, scorer: Scorer) -> tuple[list[str], float, dict[str, float]]:
+    """Returns the fields of a row, its score and those of the baselines, which are collected too."""
     scorer.turn_to(variant.target)
-    if request.heat_map is not None and collected.singles is None:
+    if collected.keeps_singles and collected.singles is None:
         collected.singles = np.full((len(scorer.protein), len(STANDARD_RESIDUES)), np.nan)
     substitutions = substitutions_of(variant, scorer.protein)
     score = scorer.score(variant, substitutions)
     collected.add(variant, substitutions, score)
-    baselines = scorer.baseline_scores(variant, substitutions)
-    for values, value in zip(collected.baselines.values(), baselines, strict=True):
-        values.append(value)
-    fields = variant.fields
-    if request.kind == "singles":
-        # Repeated ids are numbered, as everywhere.
-        fields = [proteins.id(variant.target), *fields[1:]]
-    return [*fields, _text(score), *map(_text, baselines)]
+    baselines = dict(zip(scorer.baselines, scorer.baseline_scores(variant, substitutions), strict=True))
+    for name, value in baselines.items():
+        collected.baselines[name].append(value)
+    return variant.fields, score, baselines
 
 
 def _text(score: float) -> str:

@@ -23,8 +23,9 @@ from protlm.workflows.score.folder import ScoreFolder
 from protlm.workflows.score.inputs import ScoreInputs
 from protlm.workflows.score.plan import Plan
 from protlm.workflows.score.portions import pass_log_probabilities
-from protlm.workflows.score.request import ScoreRequest, check_model, check_replaceable
+from protlm.workflows.score.request import ScoreRequest, check_model, check_picture, check_replaceable
 from protlm.workflows.score.score import check_lengths
+from protlm.workflows.score.sites import read_sites
 
 _SCORE_BYTES = 30
 """Bytes that a row of the output has beyond that of the input, about."""
@@ -63,6 +64,7 @@ class ScoreEstimate(ScoreCounts):
         passes_per_second: Passes divided by that time.
         rejects: Number of records and rows that cannot be scored, by reason.
         left_out: Files of an input folder that are no assays.
+        num_not_standard: Positions that a scan leaves out: their residue is none of the 20 standard ones.
     """
 
     out_bytes: int
@@ -72,6 +74,7 @@ class ScoreEstimate(ScoreCounts):
     passes_per_second: float
     rejects: Mapping[str, int]
     left_out: Sequence[str]
+    num_not_standard: int
 
 
 def estimate(
@@ -91,6 +94,7 @@ def estimate(
         ProtlmError: As `score` raises before it computes anything.
     """
     check_replaceable(request)
+    check_picture(request)
     model, description = read_named_model(request.model)
     check_model(request, description)
     tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()
@@ -103,14 +107,14 @@ def estimate(
         new = Path(temporary) / "new"
         proteins = inputs.read(new)
         read_bytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
-        positions, bounds = np.load(new / "sites.npy"), np.load(new / "site_bounds.npy")
-        plan = Plan(proteins, (positions, bounds), request.strategy, request.cut, tokens_per_batch)
+        sites = read_sites(new)
+        plan = Plan(proteins, sites, request.strategy, request.cut, tokens_per_batch)
         check_lengths(proteins, plan, request, description)
         sizes, counts = plan.pass_sizes()
         told = ScoreCounts(
             num_proteins=inputs.num_proteins,
             num_variants=inputs.num_variants,
-            num_sites=len(positions),
+            num_sites=len(sites),
             num_passes=int(counts.sum()),
             num_computed_residues=int((sizes * counts).sum()),
             longest=int(sizes.max(initial=0)),
@@ -119,7 +123,7 @@ def estimate(
         seconds = _seconds(model.to(best_device()), proteins, plan, request, tokens_per_batch)
         out_bytes = (new / "variants.csv").stat().st_size + _SCORE_BYTES * inputs.num_variants
     # The probabilities lie there twice: in portions, and joined.
-    sites_bytes = 2 * len(positions) * plan.num_columns * np.dtype(np.float32).itemsize
+    sites_bytes = 2 * len(sites) * plan.num_columns * np.dtype(np.float32).itemsize
     return ScoreEstimate(
         **asdict(told),
         out_bytes=out_bytes,
@@ -129,6 +133,7 @@ def estimate(
         passes_per_second=told.num_passes / seconds if seconds else 0.0,
         rejects=dict(inputs.rejects),
         left_out=inputs.left_out,
+        num_not_standard=inputs.num_not_standard,
     )
 
 

@@ -11,8 +11,9 @@ from protlm.data.storage.protein_store import ProteinStore
 from protlm.runtime import work_folder
 from protlm.runtime.portion_folder import PortionFolder
 from protlm.runtime.work_folder import read_json, write_json
+from protlm.workflows.score.sites import BOUNDS_NAME, POSITIONS_NAME, Sites, read_sites
 
-_VARIANTS, _SITES, _BOUNDS, _ASSAYS = "variants.csv", "sites.npy", "site_bounds.npy", "assays.json"
+_VARIANTS, _ASSAYS = "variants.csv", "assays.json"
 _HASHED_BYTES = 1 << 20
 
 
@@ -35,27 +36,31 @@ class ScoreFolder(PortionFolder):
         """The rows to score, one after the other, as `inputs.ScoreInputs` writes them."""
         return self.proteins_path / _VARIANTS
 
-    def keep_inputs(self, new: ProteinStore) -> None:
+    def keep_inputs(self, new: ProteinStore, others: str) -> None:
         """Moves what was just read, in the folder of new proteins, to its place.
+
+        Args:
+            new: The proteins there.
+            others: A hash of inputs that are kept nowhere.
 
         Raises:
             ProtlmError: It is not that of the unfinished run that is resumed.
         """
-        content_hash = xxhash.xxh3_128(new.hash.encode())
-        for name in (_VARIANTS, _SITES, _BOUNDS, _ASSAYS):
-            with (self.new_proteins_path / name).open("rb") as file:
+        content_hash = xxhash.xxh3_128(f"{new.hash} {others}".encode())
+        for name in (_VARIANTS, POSITIONS_NAME, BOUNDS_NAME, _ASSAYS):
+            path = self.new_proteins_path / name
+            if not path.exists():
+                continue
+            with path.open("rb") as file:
                 while block := file.read(_HASHED_BYTES):
                     content_hash.update(block)
         self.note_inputs(content_hash.hexdigest(), new.num_records)
         shutil.rmtree(self.proteins_path, ignore_errors=True)
         self.new_proteins_path.rename(self.proteins_path)
 
-    def sites(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the positions that are computed of all proteins, and the bounds of each protein in them, int64."""
-        return (
-            np.load(self.proteins_path / _SITES, mmap_mode="r", allow_pickle=False),
-            np.load(self.proteins_path / _BOUNDS, allow_pickle=False),
-        )
+    def sites(self) -> Sites:
+        """Returns the positions that are computed of all proteins."""
+        return read_sites(self.proteins_path)
 
     def assays(self) -> Any:
         """Returns the descriptions of the assays, as they were written."""
@@ -77,9 +82,9 @@ class ScoreFolder(PortionFolder):
             if number >= len(sizes) or shape != (sizes[number], num_columns):
                 path.unlink()
 
-    def put_in_place(self, report: dict[str, Any]) -> None:
+    def publish(self, report: dict[str, Any]) -> None:
         """Moves the complete output into its place; the report is kept for a run that is killed meanwhile."""
-        work_folder.put_in_place(self.path, [(self.output_path, self._out)], {"report": report})
+        self.put_in_place([(self.output_path, self._out)], {"report": report})
 
     def report(self) -> dict[str, Any]:
         """Returns the report of the complete output."""
@@ -89,8 +94,7 @@ class ScoreFolder(PortionFolder):
         return report
 
 
-def write_read_inputs(path: Path, positions: np.ndarray, bounds: np.ndarray, assays: list[dict[str, Any]]) -> None:
+def write_read_inputs(path: Path, sites: Sites, assays: list[dict[str, Any]]) -> None:
     """Writes what was read beside the proteins and variants into the folder of new proteins."""
-    np.save(path / _SITES, positions)
-    np.save(path / _BOUNDS, bounds)
+    sites.write(path)
     write_json(path / _ASSAYS, {"assays": assays})

@@ -28,6 +28,7 @@ _GROUPS = ["AVILMFYW", "CGP", "STNQ", "HKR", "DE"]
 _ROWS = "".join(_GROUPS)
 _CLIPPED_SHARE = 0.98
 _CELL_INCHES = 0.125
+_MOST_ID_LETTERS = 60
 
 
 def draw_heat_map(path: Path, scores: np.ndarray, protein: str, *, title: str, offset: int) -> None:
@@ -63,7 +64,8 @@ def draw_heat_map(path: Path, scores: np.ndarray, protein: str, *, title: str, o
             _draw_band(axes, values[:, stretch], protein[stretch], start + 1 + offset, columns, limit)
             for axes, start, stretch in zip(bands, starts, stretches, strict=True)
         ]
-        figure.suptitle(title, fontsize=10)
+        # A dollar sign would begin a formula.
+        figure.suptitle(title, fontsize=10, parse_math=False)
         bar = figure.colorbar(
             images[0], ax=list(bands), location="top", extend="both", shrink=min(1.0, 60 / columns), aspect=45,
             fraction=0.3 / height, pad=0.1 / height,
@@ -72,6 +74,12 @@ def draw_heat_map(path: Path, scores: np.ndarray, protein: str, *, title: str, o
         bar.outline.set_visible(False)
 
     save(plot, path, width=max(6.0, columns * _CELL_INCHES + 1.0), height=height)
+
+
+def printable(record_id: str) -> str:
+    """Returns an id as a title shows it: fitting the narrowest picture, of characters that every font has."""
+    text = "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in record_id)
+    return text if len(text) <= _MOST_ID_LETTERS else text[: _MOST_ID_LETTERS - 3] + "..."
 
 
 def _draw_band(axes: "Axes", values: np.ndarray, protein: str, first: int, columns: int, limit: float) -> "AxesImage":

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+import xxhash
 
 from protlm import vocabulary
-from protlm.data.mutations import mutant_name, mutated, parse_mutant
+from protlm.data.mutations import Substitution, mutant_name, mutated, parse_mutant
 from protlm.data.parsing.alignment import count_alignment
 from protlm.data.parsing.sources import STDIN
 from protlm.data.storage.protein_store import ProteinStore, write_proteins
@@ -24,7 +25,8 @@ from protlm.vocabulary import ModelVocabulary
 from protlm.workflows.score.folder import write_read_inputs
 from protlm.workflows.score.heat_map import MOST_POSITIONS
 from protlm.workflows.score.reference import ReferenceRow, read_reference
-from protlm.workflows.score.request import BASELINE_COLUMNS, ScoreRequest
+from protlm.workflows.score.request import ScoreRequest
+from protlm.workflows.score.sites import Sites
 from protlm.workflows.score.sources import (
     Limits,
     ProteinFile,
@@ -32,6 +34,7 @@ from protlm.workflows.score.sources import (
     VariantTable,
     WildType,
     chosen_protein,
+    num_not_standard,
     sequence_variants,
     single_substitutions,
 )
@@ -39,6 +42,8 @@ from protlm.workflows.score.sources import (
 _ID, _MUTANT = "id", "mutant"
 _INDEL = "indel"
 _SUFFIXES = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
+_MOST_SITES = 10**9
+"""Positions of one run: with a forward pass for each, months of work. Their results are 4 or 132 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class ScoreInputs:
         left_out: Files of a folder that are no assays, each with the reason.
         num_variants: Rows that were kept.
         lengths: Of each protein that they are variants of.
+        num_not_standard: Positions that `all_singles` left out: their residue is none of the 20 standard ones.
         frequencies: Those of the alignment, once the protein is known; None without one.
     """
 
@@ -115,6 +121,7 @@ class ScoreInputs:
         self.repairs: Counter[str] = Counter()
         self.left_out: list[str] = []
         self.num_variants = 0
+        self.num_not_standard = 0
         self.lengths: list[int] = []
         self.frequencies: SiteFrequencies | None = None
         self._request = request
@@ -123,11 +130,18 @@ class ScoreInputs:
         self._start_progress = start_progress
         self._assays: list[Assay] = []
         self._touched: dict[int, np.ndarray] = {}
+        self._num_sites = 0
 
     @property
     def num_proteins(self) -> int:
         """Number of proteins that the kept rows are variants of."""
         return len(self.lengths)
+
+    @property
+    def others(self) -> str:
+        """A hash of what was read and is in no file of `read`."""
+        logs = b"" if self.frequencies is None else self.frequencies.log_frequencies.tobytes()
+        return xxhash.xxh3_128_hexdigest(logs)
 
     def read(self, folder: Path) -> ProteinStore:
         """Reads into a new folder: the proteins, the rows, the positions, and the assays that the rows are of.
@@ -140,24 +154,31 @@ class ScoreInputs:
             proteins = write_proteins(folder / "store", self._proteins(file))
         if not self.num_variants:
             raise ProtlmError(f"{self._request.mutations or self._request.input}: no usable mutant; nothing to score")
-        positions, bounds = self._sites(proteins)
-        write_read_inputs(folder, positions, bounds, [asdict(assay) for assay in self._assays])
+        write_read_inputs(folder, self._sites(proteins), [asdict(assay) for assay in self._assays])
         return proteins
 
-    def _sites(self, proteins: ProteinStore) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the positions to compute of each protein, and their bounds; of equal proteins the first has them."""
+    def _sites(self, proteins: ProteinStore) -> Sites:
+        """Returns the positions to compute of each protein; of equal proteins the first has them."""
         first = np.asarray(proteins.first)
+        if self._is_of_sequences:
+            is_first = first == np.arange(len(first))
+            return Sites(bounds_of(np.where(is_first, np.asarray(proteins.lengths), 0)))
         touched: dict[int, np.ndarray] = {}
-        for record in range(proteins.num_records):
+        for record, mask in self._touched.items():
             leader = int(first[record])
-            mask = self._touched.get(record)
-            if self._is_of_sequences and leader == record:
-                touched[record] = np.ones(int(proteins.lengths[record]), dtype=bool)
-            elif not self._is_of_sequences and mask is not None:
-                touched[leader] = touched[leader] | mask if leader in touched else mask
+            touched[leader] = touched[leader] | mask if leader in touched else mask
         none = np.zeros(0, dtype=np.int64)
         each = [np.flatnonzero(touched[record]) if record in touched else none for record in range(len(first))]
-        return np.concatenate([none, *each]), bounds_of([len(positions) for positions in each])
+        return Sites(bounds_of([len(positions) for positions in each]), np.concatenate([none, *each]))
+
+    def _count_sites(self, number: int) -> None:
+        self._num_sites += number
+        if self._num_sites > _MOST_SITES:
+            raise ProtlmError(
+                f"more than {_MOST_SITES:,} positions to compute, a forward pass each; give fewer variants at a time, "
+                "or --strategy masked-marginals or wt-marginals, which computes a position of a protein once for all "
+                "its variants"
+            )
 
     def _proteins(self, file: TextIO) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the proteins to compute, and writes the rows meanwhile."""
@@ -169,11 +190,13 @@ class ScoreInputs:
                     target, protein = number, each.residues
                     number += 1
                     self._note_protein(each)
+                    self._count_sites(len(protein))
                     yield each.id, vocabulary.encode(protein.encode())
                     continue
                 sequence: int | str = ""
                 if self._is_of_sequences:
                     residues = each.sequence or mutated(protein, each.substitutions or ())
+                    self._count_sites(len(residues))
                     sequence, number = number, number + 1
                     # No id of a file has a space.
                     yield f"variant {sequence}", vocabulary.encode(residues.encode())
@@ -237,6 +260,7 @@ class ScoreInputs:
             some = True
             wild_type = WildType(record.id, record.sequence)
             yield wild_type
+            self.num_not_standard += num_not_standard(wild_type.residues)
             yield from single_substitutions(wild_type, self._request.offset)
         if wanted is not None and not some:
             chosen_protein(iter(()), self._request.input, wanted)
@@ -271,7 +295,15 @@ class ScoreInputs:
             )
         advance = self._start(paths)
         for path in paths:
-            yield self._of_table(path, None, None if reference is None else reference[path.name], path.name, advance)
+            row = None if reference is None else reference[path.name]
+            try:
+                rows = self._of_table(path, None, row, path.name, advance)
+            except ProtlmError as error:
+                if self._request.on_bad_record == "error":
+                    raise
+                self.left_out.append(str(error))
+            else:
+                yield rows
 
     def _check_names(self, paths: list[Path]) -> None:
         """Raises ProtlmError if two assays would be written to one file."""
@@ -286,11 +318,8 @@ class ScoreInputs:
         self, path: Path, wild_type: WildType | None, row: ReferenceRow | None, name: str, advance: Advance
     ) -> Iterator[WildType | Row]:
         table = VariantTable(path, wild_type, self._limits, self._reject, advance, row)
-        clash = next((column for column in (self._request.column, *BASELINE_COLUMNS) if column in table.columns), None)
-        if clash is not None:
-            raise ProtlmError(
-                f"{path}: has a column {clash} already; name that of the scores with --column, or rename the other"
-            )
+        if self._request.column in table.columns:
+            raise ProtlmError(f"{path}: has a column {self._request.column} already; name another one with --column")
         protein, function = (None, None) if row is None else (row.protein, row.function)
         self._assays.append(Assay(name, table.columns, table.has_measured, table.fit_by, protein, function))
         return iter(table)
@@ -326,6 +355,6 @@ def read_variants(path: Path) -> Iterator[Variant]:
             )
 
 
-def substitutions_of(variant: Variant, protein: str) -> Any:
+def substitutions_of(variant: Variant, protein: str) -> tuple[Substitution, ...]:
     """Returns the substitutions of a kept row; none for the protein itself."""
     return parse_mutant(variant.mutant, protein) if variant.mutant else ()

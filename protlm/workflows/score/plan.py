@@ -15,6 +15,7 @@ from protlm.data.storage.protein_store import ProteinStore
 from protlm.inference.long_proteins import Cut
 from protlm.inference.marginals import CONTEXTS, Pass, packed_passes, passes_of
 from protlm.vocabulary import VOCABULARY_SIZE
+from protlm.workflows.score.sites import Sites
 
 
 class Plan:
@@ -24,34 +25,34 @@ class Plan:
         bounds: The first site of each portion, then the number of sites.
         num_portions: Number of portions.
         num_columns: Numbers that are kept of a site: of all tokens, or for pseudo-perplexities of the true one.
+        sites: The positions that are computed.
     """
 
     def __init__(
-        self, proteins: ProteinStore, sites: tuple[np.ndarray, np.ndarray], strategy: ScoreStrategy, cut: Cut,
-        tokens_per_batch: int,
-    ) -> None:  # fmt: skip
+        self, proteins: ProteinStore, sites: Sites, strategy: ScoreStrategy, cut: Cut, tokens_per_batch: int
+    ) -> None:
         """Plans a run.
 
         Args:
             proteins: All proteins.
-            sites: The positions that are computed, and the bounds of each protein in them.
+            sites: The positions that are computed.
             strategy: How mutants are scored.
             cut: The treatment of long proteins.
             tokens_per_batch: Budget of a row.
         """
         self._proteins, self._cut, self._tokens_per_batch = proteins, cut, tokens_per_batch
-        self.positions, self.protein_bounds = sites
+        self.sites = sites
         self._context = CONTEXTS[strategy]
         self.num_columns = 1 if strategy == "pseudo-perplexity" else VOCABULARY_SIZE
-        counts = np.diff(self.protein_bounds)
+        counts = np.diff(sites.bounds)
         tokens = self._sizes(np.asarray(proteins.lengths)) + SPECIAL_TOKENS_PER_SEGMENT
         budget = ROWS_PER_PORTION * tokens_per_batch
         if self._context == "masked":
-            self.bounds = portion_bounds(np.repeat(tokens, counts), budget)
+            self.bounds = portion_bounds(tokens, budget, counts)
         else:
             touched = np.flatnonzero(counts)
             records = np.append(touched, len(counts))[portion_bounds(tokens[touched], budget)]
-            self.bounds = self.protein_bounds[records]
+            self.bounds = sites.bounds[records]
         self.num_portions = len(self.bounds) - 1
 
     def portion_sizes(self) -> list[int]:
@@ -75,15 +76,16 @@ class Plan:
 
     def _passes(self, portion: int) -> Iterator[Pass]:
         for record, start, stop in self._stretches(portion):
-            positions = np.asarray(self.positions[start:stop])
+            positions = self.sites.positions(record, start, stop)
             yield from passes_of(record, self._proteins.tokens(record), positions, self._context, self._cut)
 
     def _stretches(self, portion: int) -> Iterator[tuple[int, int, int]]:
         """Yields the proteins of a portion, each with its first site in it and the end of its sites in it."""
         start, stop = int(self.bounds[portion]), int(self.bounds[portion + 1])
-        record = int(np.searchsorted(self.protein_bounds, start, side="right")) - 1
+        bounds = self.sites.bounds
+        record = int(np.searchsorted(bounds, start, side="right")) - 1
         while start < stop:
-            end = min(int(self.protein_bounds[record + 1]), stop)
+            end = min(int(bounds[record + 1]), stop)
             if end > start:
                 yield record, start, end
             start, record = end, record + 1
@@ -94,7 +96,7 @@ class Plan:
 
     def pass_sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the residues of each kind of pass, and how often it is made, int64; for an estimate of the time."""
-        counts = np.diff(self.protein_bounds)
+        counts = np.diff(self.sites.bounds)
         touched = counts > 0
         lengths = np.asarray(self._proteins.lengths)[touched]
         if self._context == "masked":

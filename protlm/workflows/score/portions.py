@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -96,7 +96,8 @@ class ScoreWork:
         if row.is_last:
             content, self._gathered = np.concatenate(self._gathered), []
             with files.written_whole(self._folder.portion_path(row.portion)) as path, path.open("wb") as file:
-                np.save(file, content)
+                write_array_head(file, content.shape)
+                file.write(content.data)
         self._advance(row.num_residues)
 
     def close(self) -> None:
@@ -120,10 +121,19 @@ def pass_log_probabilities(model: Performer, passes: Sequence[Pass], *, is_of_al
 def joined_portions(folder: ScoreFolder, plan: Plan) -> np.ndarray:
     """Returns the log-probabilities at all sites, in order, mapped from a file, float32 (sites, columns)."""
     path = folder.path / "log_probabilities.npy"
-    shape = (int(plan.bounds[-1]), plan.num_columns)
-    joined = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for portion in range(plan.num_portions):
-        content = np.load(folder.portion_path(portion), allow_pickle=False)
-        joined[plan.bounds[portion] : plan.bounds[portion + 1]] = content
-    joined.flush()
+    # Written and not mapped: on a full disk that is an error, where a map would end the process.
+    with path.open("wb") as file:
+        write_array_head(file, (int(plan.bounds[-1]), plan.num_columns))
+        for portion in range(plan.num_portions):
+            file.write(np.load(folder.portion_path(portion), allow_pickle=False).data)
+    joined: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return joined
+
+
+def write_array_head(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Writes the beginning of a float32 array's file `.npy`; the numbers follow.
+
+    `numpy.save` writes them past Python, and of a full disk says neither the reason nor the place.
+    """
+    head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)

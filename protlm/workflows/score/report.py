@@ -34,6 +34,8 @@ class AssayReport:
         num_variants: Rows that were scored.
         num_multiple: Of them, rows with several substitutions.
         num_indels: Rows with insertions or deletions.
+        num_not_standard: Rows that replace, or put in, another residue than the 20 standard ones, of which models know
+            little: to replace one seems a gain, to put one in a loss.
         num_measured: Rows with a measurement.
         fit_by: How fit variants were told; None without measurements.
         metrics: Of the model and of each baseline that scores all measured rows: `spearman`, `auc`, `mcc`, `ndcg`.
@@ -50,6 +52,7 @@ class AssayReport:
     num_variants: int
     num_multiple: int
     num_indels: int
+    num_not_standard: int
     num_measured: int
     fit_by: str | None
     metrics: dict[str, dict[str, Interval]]
@@ -95,6 +98,7 @@ class ScoreReport:
         rejects: Number of records and rows that were skipped, by reason.
         repairs: Number of repaired letters, by rule.
         left_out: Files of an input folder that are no assays.
+        num_not_standard: Positions that a scan left out: their residue is none of the 20 standard ones.
         assays: Each table of scores.
         benchmark: The aggregate of a folder of assays.
     """
@@ -110,6 +114,7 @@ class ScoreReport:
     rejects: dict[str, int]
     repairs: dict[str, int]
     left_out: list[str]
+    num_not_standard: int
     assays: list[AssayReport]
     benchmark: Benchmark | None
 
@@ -159,6 +164,7 @@ def assay_report(scores: AssayScores, protein: str, num_residues: int, seed: int
         num_variants=len(model),
         num_multiple=scores.num_multiple,
         num_indels=scores.num_indels,
+        num_not_standard=scores.num_not_standard,
         num_measured=len(rows),
         fit_by=scores.assay.fit_by if len(rows) else None,
         metrics=metrics,

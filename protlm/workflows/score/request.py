@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from protlm import files
 from protlm.choices import ScoreStrategy
 from protlm.data.parsing.sources import STDIN, is_protein_file
 from protlm.data.records import OnBadRecord
@@ -14,6 +15,7 @@ from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_files import description_of
 from protlm.runtime.devices import Devices
 from protlm.runtime.launch import check_processes, process_rank
+from protlm.runtime.work_folder import partial_folder
 from protlm.workflows.score.folder import ScoreFolder
 
 ONE_DEVICE = Devices()
@@ -26,6 +28,7 @@ BASELINE_COLUMNS = ("blosum62", "site_frequencies")
 """The columns of the baselines in the output."""
 
 _PICTURES = (".png", ".svg")
+_BEGINNING_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,7 @@ class ScoreRequest:
             "wild-type": self.wild_type,
             "tokens-per-batch": tokens_per_batch,
             "window": self.window,
+            "heat-map": None if self.heat_map is None else str(self.heat_map),
             "seed": self.seed,
         }
 
@@ -131,8 +135,8 @@ def check_options(request: ScoreRequest) -> None:
     kind = request.kind
     if request.all_singles and request.mutations is not None:
         raise UsageError("--all-singles scores every single mutant and --mutations those of a file: give one of them")
-    if kind == "variants" and str(request.input) == STDIN:
-        raise UsageError("--wild-type looks for the protein first: give a file, and not the standard input")
+    if kind == "variants" and (str(request.input) == STDIN or Path(request.input).is_fifo()):
+        raise UsageError("--wild-type reads the proteins twice: give a file, and no pipe or standard input")
     if request.reference is not None and kind not in ("assay", "benchmark"):
         raise UsageError("--reference is for assays of ProteinGym: give INPUT as one of them, or as a folder of them")
     if kind == "benchmark":
@@ -183,7 +187,7 @@ def check_replaceable(request: ScoreRequest) -> None:
     if request.kind == "benchmark":
         _check_path(request.out, "--out", request.force, is_own=is_benchmark(request.out), kind="folder of scores")
     else:
-        _check_path(request.out, "--out", request.force, is_own=request.out.is_file(), kind="file")
+        _check_path(request.out, "--out", request.force, is_own=_is_scores(request.out), kind="table of scores")
 
 
 def check_picture(request: ScoreRequest) -> None:
@@ -192,10 +196,10 @@ def check_picture(request: ScoreRequest) -> None:
     Raises:
         ProtlmError: A file or folder is in the way.
     """
-    # A run that is resumed may have drawn it already.
-    path, may_replace = request.heat_map, request.force or request.resume
+    # A run that is resumed may have drawn it already: its folder is for a picture of this name.
+    path, may_replace = request.heat_map, request.force or (request.resume and partial_folder(request.out).exists())
     if path is not None:
-        _check_path(path, "--heat-map", may_replace, is_own=path.is_file(), kind="file")
+        _check_path(path, "--heat-map", may_replace, is_own=_is_picture(path), kind="picture")
 
 
 def _check_path(path: Path, option: str, may_replace: bool, *, is_own: bool, kind: str) -> None:
@@ -213,7 +217,37 @@ ASSAYS_NAME, SCORES_NAME, SUMMARY_NAME = "assays.csv", "scores", "summary.json"
 
 def is_benchmark(path: Path) -> bool:
     """Returns whether a folder is the output for a folder of assays, with nothing else in it."""
-    return path.is_dir() and {entry.name for entry in path.iterdir()} == {ASSAYS_NAME, SCORES_NAME, SUMMARY_NAME}
+    return (
+        path.is_dir()
+        and {entry.name for entry in path.iterdir()} == {ASSAYS_NAME, SCORES_NAME, SUMMARY_NAME}
+        and (path / SCORES_NAME).is_dir()
+        and all(map(_is_scores, (path / SCORES_NAME).iterdir()))
+    )
+
+
+def _is_scores(path: Path) -> bool:
+    """Returns whether a file is a table that this command made, by a column that each has, or an empty file."""
+    beginning = _beginning(path)
+    if beginning is None:
+        return False
+    columns = beginning.split(b"\n")[0].split(b",")
+    return not beginning or BASELINE_COLUMNS[0].encode() in columns
+
+
+def _is_picture(path: Path) -> bool:
+    """Returns whether a file is a picture, PNG or SVG, or empty."""
+    beginning = _beginning(path)
+    return beginning is not None and (not beginning or beginning.startswith(b"\x89PNG") or b"<svg" in beginning)
+
+
+def _beginning(path: Path) -> bytes | None:
+    """Returns the first bytes of a regular file; None for anything else."""
+    try:
+        with files.open_regular(path) as file:
+            return file.read(_BEGINNING_BYTES)
+    except OSError:
+        # Whatever cannot be read is not known to be ours.
+        return None
 
 
 def _check_inputs(request: ScoreRequest) -> None:

@@ -23,12 +23,19 @@ from protlm.runtime.portion_work import compute_here
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.score.assembly import AssayScores, Scorer, output_paths, write_scores
 from protlm.workflows.score.folder import ScoreFolder
-from protlm.workflows.score.heat_map import draw_heat_map
+from protlm.workflows.score.heat_map import draw_heat_map, printable
 from protlm.workflows.score.inputs import Assay, ScoreInputs
 from protlm.workflows.score.plan import Plan
 from protlm.workflows.score.portions import ScoreWork, joined_portions
 from protlm.workflows.score.report import AssayReport, ScoreReport, assay_report, benchmark_of, write_benchmark
-from protlm.workflows.score.request import SCORES_NAME, ScoreRequest, check_model, check_options, check_replaceable
+from protlm.workflows.score.request import (
+    SCORES_NAME,
+    ScoreRequest,
+    check_model,
+    check_options,
+    check_picture,
+    check_replaceable,
+)
 
 
 def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress) -> ScoreReport | None:
@@ -59,14 +66,16 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
     ScoreFolder(request.out).complete_killed_run(resume=request.resume)
     if not ScoreFolder(request.out).is_finished:
         check_replaceable(request)
+        check_picture(request)
     inputs = ScoreInputs(request, description.model.tokens(), start_progress)
     folder = ScoreFolder.opened(
         request.out, description.weights_hash, request.options(tokens_per_batch),
         resume=request.resume, force=request.force,
     )  # fmt: skip
     with folder.locked(), folder.kept_or_removed():
+        # Those of a run whose output is complete already may be others too.
+        folder.keep_inputs(inputs.read(folder.new_proteins_path), inputs.others)
         if not folder.is_finished:
-            folder.keep_inputs(inputs.read(folder.new_proteins_path))
             proteins = open_proteins(folder.store_path)
             plan = Plan(proteins, folder.sites(), request.strategy, request.cut, tokens_per_batch)
             check_lengths(proteins, plan, request, description)
@@ -128,7 +137,7 @@ def check_lengths(proteins: ProteinStore, plan: Plan, request: ScoreRequest, des
     limit = description.max_residues
     if limit is None or request.window is not None:
         return
-    is_computed = np.diff(plan.protein_bounds) > 0
+    is_computed = np.diff(plan.sites.bounds) > 0
     too_long = np.flatnonzero((np.asarray(proteins.lengths) > limit) & is_computed)
     if len(too_long):
         first = int(too_long[0])
@@ -147,7 +156,7 @@ def _draw(scores: AssayScores, proteins: ProteinStore, request: ScoreRequest) ->
         request.heat_map,
         scores.singles,
         proteins.residues(scores.target).decode(),
-        title=f"{proteins.id(scores.target)}: {request.strategy}",
+        title=f"{printable(proteins.id(scores.target))}: {request.strategy}",
         offset=request.offset,
     )
 
@@ -176,6 +185,7 @@ def _report(
         rejects=dict(inputs.rejects),
         repairs=dict(inputs.repairs),
         left_out=inputs.left_out,
+        num_not_standard=inputs.num_not_standard,
         assays=assays,
         benchmark=benchmark_of(assays, request.seed) if request.kind == "benchmark" else None,
     )
@@ -186,4 +196,4 @@ def _finish(folder: ScoreFolder, report: ScoreReport, request: ScoreRequest) -> 
     if request.kind == "benchmark":
         write_benchmark(folder.output_path, report)
     check_replaceable(request)
-    folder.put_in_place(asdict(report))
+    folder.publish(asdict(report))

@@ -4,8 +4,10 @@ A source checks each row against its protein. What it yields does not depend on 
 model has no token for.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,18 @@ from protlm.data.parsing.reader import RecordReader
 from protlm.data.parsing.tables import Table
 from protlm.data.records import NUCLEOTIDES, Record, shown
 from protlm.errors import ProtlmError, RecordError
+from protlm.inference.blosum import STANDARD_RESIDUES
 from protlm.runtime.progress import Advance
 from protlm.workflows.score.reference import ReferenceRow
 
 MUTANT, SEQUENCE, MEASURED, FIT = "mutant", "mutated_sequence", "DMS_score", "DMS_score_bin"
 """The columns of a table that are read, as ProteinGym names them."""
+
+_ROWS_FOR_A_PROTEIN = 100
+"""First rows of a table of which most decide on the protein that it is of."""
+
+_LARGEST_MEASUREMENT = 1e100
+"""Differences and sums of such numbers are finite."""
 
 _NOT_MEASURED = ("", "nan", "na", "n/a", "none", "null")
 _FIT_VALUES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
@@ -128,12 +137,21 @@ def chosen_protein(records: Iterator[Record], path: str | Path, wanted: str | No
 
 
 def single_substitutions(wild_type: WildType, offset: int) -> Iterator[Row]:
-    """Yields every single substitution of a protein by one of the 20 standard residues, position by position."""
+    """Yields every substitution of a standard residue of a protein by another one, position by position.
+
+    Another residue, such as an unknown one, is hardly ever the most likely in its place: whatever replaces it would
+    seem a gain.
+    """
     for position, letter in enumerate(wild_type.residues):
-        for mutant in sorted(vocabulary.RESIDUES[: vocabulary.NUM_STANDARD_RESIDUES]):
-            if mutant != letter:
+        for mutant in STANDARD_RESIDUES:
+            if letter in STANDARD_RESIDUES and mutant != letter:
                 substitutions = (Substitution(position, letter, mutant),)
                 yield Row(substitutions, None, None, None, [wild_type.id, mutant_name(substitutions, offset)])
+
+
+def num_not_standard(residues: str) -> int:
+    """Returns the number of residues other than the 20 standard ones."""
+    return sum(letter not in STANDARD_RESIDUES for letter in residues)
 
 
 def sequence_variants(
@@ -203,39 +221,52 @@ class VariantTable:
         self._threshold = None if reference is None else reference.threshold
         self.fit_by = FIT if self._fit is not None else "threshold" if self._threshold is not None else "median"
         name = Path(path).name.partition(".")[0]
+        self._rows = iter(self._table)
         if wild_type is None and reference is not None and reference.target is not None:
             wild_type = WildType(name, reference.target)
-        self._wild_type, self._name = wild_type, name
+        if wild_type is None and (first := list(islice(self._rows, _ROWS_FOR_A_PROTEIN))):
+            wild_type = WildType(name, self._derived(first))
+            self._rows = chain(first, self._rows)
+        self._wild_type = wild_type
 
     def __iter__(self) -> Iterator[WildType | Row]:
         """Yields the protein, and then its variants."""
         wild_type = self._wild_type
-        if wild_type is not None:
-            yield wild_type
-        for line, fields in self._table:
+        if wild_type is None:
+            return
+        yield wild_type
+        for line, fields in self._rows:
             try:
                 self._table.check_width(line, fields)
-                if wild_type is None:
-                    wild_type = self._derived(line, fields)
-                    yield wild_type
                 row = self._row(line, fields, wild_type.residues)
             except RecordError as error:
                 self._reject(error)
                 continue
             yield row
 
-    def _derived(self, line: int, fields: list[str]) -> WildType:
-        """Returns the protein to which the sequence and the mutant of a row lead back."""
-        if self._mutant is None or self._sequence is None or not fields[self._mutant].strip():
-            raise ProtlmError(
-                f"{self._table.path}: the protein does not follow from this table, which would need the columns "
-                f"{MUTANT} and {SEQUENCE}; give it as INPUT with --mutations, or --reference"
-            )
-        try:
-            sequence = _cleaned(fields[self._sequence])
-            return WildType(self._name, reverted(sequence, fields[self._mutant].strip(), self._limits.offset))
-        except ValueError as error:
-            raise self._error(line, str(error)) from None  # now with file and line
+    def _derived(self, rows: list[tuple[int, list[str]]]) -> str:
+        """Returns the protein to which the sequences and mutants of most rows lead back: one may be a bad row."""
+        proteins: Counter[str] = Counter()
+        first_error: ProtlmError | None = None
+        mutant, sequence_place = self._mutant, self._sequence
+        for line, fields in rows:
+            if mutant is None or sequence_place is None:
+                break
+            try:
+                self._table.check_width(line, fields)
+                name, sequence = fields[mutant].strip(), _cleaned(fields[sequence_place])
+                if name and name != sequence:
+                    proteins[reverted(sequence, name, self._limits.offset)] += 1
+            except RecordError as error:
+                first_error = first_error or error
+            except ValueError as error:
+                first_error = first_error or self._error(line, str(error))
+        if proteins:
+            return proteins.most_common(1)[0][0]
+        raise first_error or ProtlmError(
+            f"{self._table.path}: the protein does not follow from this table, which would need the columns "
+            f"{MUTANT} and {SEQUENCE}; give it as INPUT with --mutations, or --reference"
+        )
 
     def _row(self, line: int, fields: list[str], protein: str) -> Row:
         try:
@@ -266,7 +297,7 @@ class VariantTable:
             value = float(text)
         except ValueError:
             value = np.nan  # told below, as for other values that are no measurement
-        if not np.isfinite(value):
+        if not abs(value) <= _LARGEST_MEASUREMENT:
             raise self._error(line, f"{MEASURED}: expected a number, or nothing, got {shown(text)}")
         return value
 

@@ -1,9 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 
 from protlm.config import DataConfig
+from protlm.data.batching import rows as row_plans
 from protlm.data.batching.draws import Draws
-from protlm.data.batching.rows import EpochSize, epoch_size, pack
+from protlm.data.batching.rows import EpochSize, epoch_size, pack, portion_bounds
 from tests.unit.data.batching.batch_cases import LENGTHS, InMemory, rows, training_batches
 
 
@@ -94,3 +97,24 @@ def test_an_epochs_size_is_that_of_its_rows():
             num_tokens=sum(len(batch.tokens) for batch in batches),
             num_residues=sum(batch.num_residues for batch in batches),
         )
+
+
+@pytest.mark.parametrize("budget", [1, 7, 30, 1000])
+def test_portions_are_as_long_as_their_budget_and_most_records_allow(budget, monkeypatch):
+    monkeypatch.setattr(row_plans, "_MOST_PORTION_RECORDS", 9)
+    generator = np.random.default_rng(budget)
+    costs, counts = generator.integers(0, 12, 40), generator.integers(0, 6, 40)
+    each = np.repeat(costs, counts)
+    bounds = portion_bounds(each, budget).tolist()
+    assert (bounds[0], bounds[-1]) == (0, len(each))
+    for start, stop in itertools.pairwise(bounds):
+        assert 1 <= stop - start <= 9
+        assert stop - start == 1 or each[start:stop].sum() <= budget
+        # Nothing more would fit.
+        assert stop == len(each) or stop - start == 9 or each[start : stop + 1].sum() > budget
+    # Runs of equal costs are counted, and not written out.
+    assert portion_bounds(costs, budget, counts).tolist() == bounds
+
+
+def test_portions_of_nothing_are_none():
+    assert portion_bounds(np.zeros(0, dtype=np.int64), 10).tolist() == [0]

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from protlm.inference.blosum import STANDARD_RESIDUES
-from protlm.workflows.score.heat_map import draw_heat_map
+from protlm.workflows.score.heat_map import draw_heat_map, printable
 
 PROTEIN = "MKVLAAGHWQEDRSTYPFNIC" * 11  # 231 residues
 
@@ -47,6 +47,20 @@ def test_every_cell_has_its_score_in_bands_of_a_hundred(drawn, tmp_path):
     # Wild type and mutant are told apart by the sign of the colour scale.
     low, high = bands[0].images[0].get_clim()
     assert low == -high < 0
+    red, _, blue, _ = (np.array(bands[0].images[0].cmap(place)) for place in (0.0, 0.5, 1.0, np.nan))
+    assert red[0] > red[2]
+    assert blue[2] > blue[0]
+    grey = bands[0].images[0].cmap(np.ma.masked_invalid([np.nan]))[0, :3]
+    assert np.ptp(grey) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a$b$_c", "a$b$_c"), ("a\tb\x00é本", "a?b???"), ("x" * 99, "x" * 57 + "...")]
+)
+def test_an_id_of_anything_is_a_title(name, shown, tmp_path):
+    assert printable(name) == shown
+    # A character that the font lacks would be a warning, a formula that is none an error.
+    draw_heat_map(tmp_path / "h.png", scan("MK"), "MK", title=printable(name), offset=0)
 
 
 def test_one_residue_all_equal_scores_and_unknown_letters_are_drawn(drawn, tmp_path):
