@@ -213,6 +213,12 @@ def test_other_wrong_arguments_are_named(models):
         (lambda: model.log_probabilities("MKV", [0, 3]), r"positions\[1\]: expected 0 to 2, .* got 3"),
         (lambda: model.log_probabilities("MKV", [-1]), r"positions\[0\]: expected 0 to 2"),
         (lambda: model.log_probabilities("MKV", [0.5]), "positions: expected whole numbers"),
+        (lambda: model.log_probabilities("MKV", [[0], [1, 2]]), "positions: expected whole .*, got a nested list"),
+        (lambda: model.log_probabilities("MKV", window="9"), "window: expected a whole number, got str"),
+        (lambda: model.log_probabilities("MKV", window=9.5), "window: expected a whole number, got 9.5"),
+        (lambda: model.log_probabilities("MKV", tokens_per_batch="9"), "tokens_per_batch: expected a whole number"),
+        (lambda: model.score("MKV", ["M1A"], offset=None), "offset: expected a whole number, got None"),
+        (lambda: model.score("MKV", ["M1A"], offset=True), "offset: expected a whole number"),
         (lambda: model.log_probabilities("MKV", [[1]]), "positions: expected whole numbers in one dimension"),
         (lambda: model.log_probabilities("MKV", strategy="wt"), "strategy: expected 'masked' or 'wild-type', got 'wt'"),
         (lambda: model.log_probabilities("MKV", tokens_per_batch=0), "tokens_per_batch: expected at least 1, got 0"),
@@ -238,3 +244,7 @@ def test_a_residue_that_the_model_lacks_is_no_mutant_and_is_seen_as_another():
     assert np.isfinite(model.score("MKUV", ["U3C"])).all()
     with pytest.raises(ValueError, match=r"^mutations\[0\]: 'K2U': this model has no token for U"):
         model.score("MKUV", ["K2U"])
+    # In whole sequences it is read, and has the probability of what it is read as.
+    (wild_type, mutant) = (math.log(value) for value in model.pseudo_perplexity(["MKUV", "MUUV"]))
+    (score,) = model.score("MKUV", ["K2U"], "pseudo-perplexity")
+    assert score == pytest.approx(wild_type - mutant, abs=1e-5)
