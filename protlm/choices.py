@@ -36,6 +36,9 @@ FeatureMap = Literal["positive", "hyperbolic", "trig", "regularised", "oprf", "r
 NearFarMap = Literal["positive", "hyperbolic", "oprf"]
 """The feature maps whose weights have the unit of exact ones, and so can stand beside them in one sum."""
 
+Balance = Literal["none", "diagonal", "dense"]
+"""How q and k of a converted model are balanced: not, by a number for each dimension, or by a matrix of each head."""
+
 AttentionKind = Literal[FeatureMap, "near-far", "softmax", "local"]
 """The kinds of attention of a layer: FAVOR with one of its maps, FAVOR with exact weights of near tokens, exact
 attention, or exact attention to near tokens alone."""

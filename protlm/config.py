@@ -3,7 +3,7 @@
 The docstring below a setting is its documentation: `protlm config` prints it as the comment of the setting.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
 
@@ -166,6 +166,12 @@ class ModelConfig(_Section):
     exact_temperature: Annotated[float, Field(ge=0, le=_LARGEST_TEMPERATURE)] = 6.0
     """Start of ‖q/d^¼‖² in `softmax` and `local` layers with qk_norm; it is learned without a bound. 0: these layers
     are bound by max_temperature too, as in models from before protlm had this setting."""
+    estimator: bool = False
+    """The layers with random features stand for exact ones, as `protlm convert` makes them of those of a trained model:
+    their temperature is as free as that of exact layers, and each row of their random matrix has a bias."""
+    qk_balance: bool = False
+    """With `estimator`: these layers multiply q by a matrix of each head after positions have rotated it, and k by the
+    inverse of its transpose. q·k does not change, and its estimates have a lower variance."""
     conv_width: Annotated[int, Field(ge=0, le=127)] = 3
     """Width of the depthwise convolution over q, k and v inside each protein: odd and at most 127, or 0 for none. It
     is centred; in a causal model it covers earlier positions only."""
@@ -211,6 +217,12 @@ class ModelConfig(_Section):
             raise ValueError("rescale_qk: expected false with causal = true: it looks at the whole protein")
         if self.causal and "oprf" in self.feature_maps and not self.qk_norm:
             raise ValueError("qk_norm: expected true with causal oprf, which takes its constant from the temperature")
+        if self.estimator and (others := self.feature_maps - set(get_args(NearFarMap))):
+            raise ValueError(f"estimator: expected maps that estimate softmax attention, got {min(others)!r}")
+        if self.estimator and not self.feature_maps:
+            raise ValueError("estimator: expected false where all layers are exact")
+        if self.qk_balance and not self.estimator:
+            raise ValueError("qk_balance: expected false without estimator = true")
         if self.qk_norm and self.qk_layer_norm:
             raise ValueError("qk_layer_norm: expected false with qk_norm = true, which normalises q and k itself")
         if self.stored_frequencies and self.positions != "rotary":

@@ -32,6 +32,10 @@ class SelfAttention(nn.Module):
     bounds the relative variance of the estimated weights by (e^{4τ} − 1)/num_features. rescale_qk then changes these
     norms, but never increases the sum of ‖q‖² and ‖k‖². Exact kinds have no variance, and their τ no bound.
 
+    An estimator (`ModelConfig.estimator`) stands for an exact layer: its τ has no bound either. Its random rows are
+    ω' = ω + μ with a shift μ of each head and a bias c = −μ·ω − ‖μ‖²/2 of each row, which keep the estimate unbiased
+    (see `favor_attention`); with `qk_balance` q and k are multiplied by A and A⁻ᵀ of each head.
+
     Attributes:
         kind: The kind, of `AttentionKind`.
         feature_map: The feature map of FAVOR; None where there is none.
@@ -64,7 +68,8 @@ class SelfAttention(nn.Module):
             if config.conv_width
             else None
         )
-        is_free = self.is_exact and config.exact_temperature > 0
+        is_estimator = config.estimator and not self.is_exact
+        is_free = (self.is_exact or is_estimator) and config.exact_temperature > 0
         self.temperature_logit, self.log_temperature, self.local_bias = (
             nn.Parameter(torch.empty(config.num_heads)) if is_learned else None
             for is_learned in (
@@ -77,6 +82,16 @@ class SelfAttention(nn.Module):
         has_projection = not self.is_exact and config.projection != "none"
         self.projection: Tensor | None
         self.register_buffer("projection", torch.empty(shape) if has_projection else None)
+        self.feature_shift: Tensor | None
+        self.register_buffer("feature_shift", torch.empty(shape[0], shape[2]) if is_estimator else None)
+        self.feature_bias: Tensor | None
+        self.register_buffer("feature_bias", torch.empty(shape[:2]) if is_estimator else None)
+        square = (shape[0], shape[2], shape[2])
+        is_balanced = is_estimator and config.qk_balance
+        self.query_balance: Tensor | None
+        self.register_buffer("query_balance", torch.empty(square) if is_balanced else None)
+        self.key_balance: Tensor | None
+        self.register_buffer("key_balance", torch.empty(square) if is_balanced else None)
         self._uncompiled: Callable[..., Tensor] | None = None
 
     @property
@@ -99,6 +114,11 @@ class SelfAttention(nn.Module):
             nn.init.constant_(self.log_temperature, math.log(self.initial_temperature))
         if self.local_bias is not None:
             nn.init.constant_(self.local_bias, self.initial_bias)
+        if self.feature_shift is not None:
+            nn.init.zeros_(self.feature_shift)
+        for balance in (self.query_balance, self.key_balance):
+            if balance is not None:
+                balance.copy_(torch.eye(self.head_dim))
         self.redraw(generator)
 
     @torch.no_grad()
@@ -108,6 +128,10 @@ class SelfAttention(nn.Module):
             assert self.projection_kind != "none"
             heads, features, head_dim = self.projection.shape
             drawn = draw_projection(features, head_dim, kind=self.projection_kind, num_heads=heads, generator=generator)
+            if self.feature_shift is not None and self.feature_bias is not None:
+                shift = self.feature_shift.to(drawn).unsqueeze(1)
+                self.feature_bias.copy_(-(drawn * shift).sum(-1) - 0.5 * shift.square().sum(-1))
+                drawn = drawn + shift
             self.projection.copy_(drawn)
 
     def forward(
@@ -155,6 +179,7 @@ class SelfAttention(nn.Module):
                 causal=self.causal,
                 oprf_a=self.fixed_oprf_a(),
                 near_block=self.near_block,
+                feature_bias=self.feature_bias,
             )
         return out.squeeze(0).transpose(0, 1)
 
@@ -252,8 +277,11 @@ class SelfAttention(nn.Module):
         """Returns the heads of q, k and v, with q and k normalised and rotated; tokens do not interact."""
         q, k, v = (y.view(-1, self.num_heads, self.head_dim) for y in (q, k, v))
         rotary = (angles[0], angles[1]) if angles else None
+        q, k = self._prepare(q, rotary), self._prepare(k, rotary)
+        if self.query_balance is not None and self.key_balance is not None:
+            q, k = _times(self.query_balance, q), _times(self.key_balance, k)
         # To the dtype of v, which is shorter under autocast.
-        return self._prepare(q, rotary).to(v.dtype), self._prepare(k, rotary).to(v.dtype), v
+        return q.to(v.dtype), k.to(v.dtype), v
 
     def _prepare(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         lengths = self._lengths()
@@ -270,6 +298,13 @@ class SelfAttention(nn.Module):
             return None
         largest = math.sqrt(self.max_temperature * math.sqrt(self.head_dim))
         return largest * torch.exp(0.5 * F.logsigmoid(self.temperature_logit))
+
+
+def _times(
+    balance: Float[Tensor, "heads head_dim head_dim"], x: Float[Tensor, "length heads head_dim"]
+) -> Float[Tensor, "length heads head_dim"]:
+    """Returns the product of the matrix of each head with every vector of it."""
+    return (x.transpose(0, 1) @ balance.to(x.dtype).mT).transpose(0, 1)
 
 
 def rescale(

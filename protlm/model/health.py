@@ -104,6 +104,9 @@ def feature_use(call: AttentionCall) -> tuple[Float[Tensor, " heads"], Float[Ten
             log_features(x[tokens, head].float(), rows, attention.feature_map, a)
             for x, tokens in ((call.q, queries.unsqueeze(1)), (call.k, keys))
         )
+        if attention.feature_bias is not None:
+            # Twice for maps with two features a row.
+            q_logs = q_logs + attention.feature_bias[head].repeat(definition_of(attention.feature_map).features_per_row)
         # Softmax subtracts the largest logarithm of each pair, so the shares are finite for norms of any size.
         shares = torch.softmax(q_logs + k_logs, -1)
         effective.append(shares.square().sum(-1).reciprocal().mean())

@@ -58,12 +58,19 @@ def _layer(config: ModelConfig, kind: AttentionKind) -> Iterator[tuple[str, Tens
     dim, is_exact = config.model_dim, kind in EXACT_KINDS
     yield from _norm("attention_norm", config)
     if config.qk_norm:
-        name = "log_temperature" if is_exact and config.exact_temperature else "temperature_logit"
+        is_free = (is_exact or config.estimator) and config.exact_temperature
+        name = "log_temperature" if is_free else "temperature_logit"
         yield f"attention.{name}", TensorShape((config.num_heads,), "other")
     if kind == "softmax" and config.local_bias:
         yield "attention.local_bias", TensorShape((config.num_heads,), "other")
     if config.has_projection and not is_exact:
         yield "attention.projection", TensorShape((config.num_heads, config.num_features, config.head_dim), "fixed")
+    if config.estimator and not is_exact:
+        yield "attention.feature_shift", TensorShape((config.num_heads, config.head_dim), "fixed")
+        yield "attention.feature_bias", TensorShape((config.num_heads, config.num_features), "fixed")
+    if config.qk_balance and not is_exact:
+        for name in ("query_balance", "key_balance"):
+            yield f"attention.{name}", TensorShape((config.num_heads, config.head_dim, config.head_dim), "fixed")
     for name in ("query", "key", "value", "output"):
         yield from _linear(f"attention.{name}", dim, dim)
     if config.qk_layer_norm:

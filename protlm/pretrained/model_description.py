@@ -13,11 +13,11 @@ from protlm.data.batching.masking import MaskRates, Objective
 from protlm.vocabulary import RESIDUES, TOKENS
 
 MODEL_FORMAT: Literal["protlm-model"] = "protlm-model"
-MODEL_FORMAT_VERSION = 5
-READABLE_VERSIONS = (1, 2, 3, 4, 5)
+MODEL_FORMAT_VERSION = 6
+READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
 """In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
 Before version 3 the valid split was masked as in training, and `valid.targets` was missing. Before version 4 protlm had
-trained every model itself: none had an `origin`. Before version 5 none had `fine_tuned_from`, no model was exported
+trained every model itself: none had an `origin`. Before version 6 no model was swapped. Before version 5 none had `fine_tuned_from`, no model was exported
 `unmeasured`, all layers of a model had one kind of attention, and the temperature of exact attention had a bound."""
 
 EARLIER_MODEL_SETTINGS: dict[str, Any] = {"exact_temperature": 0.0}
