@@ -113,8 +113,8 @@ def score_command(
     for each; wt-marginals hides nothing, one pass for all; both sum log P(mutant) - log P(wild type) over the positions
     of a mutant. pseudo-perplexity compares whole sequences, and so takes insertions and deletions too, at a pass for
     each residue of each variant. The table keeps the columns of the input. Where these have a measurement (DMS_score),
-    Spearman, AUC, MCC and NDCG are told, of the model and of baselines: a model that does not beat BLOSUM62 is of no
-    use for this protein.
+    Spearman, AUC, MCC and NDCG are reported, of the model and of baselines: a model that does not beat BLOSUM62 is of
+    no use for this protein.
 
     \b
     Examples:
@@ -137,6 +137,7 @@ def score_command(
     check_request(request)
 
     from protlm.workflows.score.estimate import ScoreEstimate, estimate
+    from protlm.workflows.score.report import ScoreReport
 
     report: ScoreEstimate | ScoreReport | None
     try:
@@ -157,9 +158,11 @@ def score_command(
     for file in report.left_out:
         output.warn(f"{file}; left out")
     if report.rejects:
-        output.warn("skipped " + ", ".join(f"{count} rows ({reason})" for reason, count in report.rejects.items()))
+        output.warn("skipped " + ", ".join(f"{reason}: {count:,}" for reason, count in report.rejects.items()))
     if report.num_not_standard:
         output.warn(f"left out positions whose residue is none of the 20 standard ones: {report.num_not_standard:,}")
+    if isinstance(report, ScoreReport) and heat_map is not None and report.heat_map is None:
+        output.warn(f"{heat_map}: not made, as no row is a single substitution")
     if isinstance(report, ScoreEstimate):
         rate = ("passes a second, in a sample", f"{report.passes_per_second:,.3g}")
         output.print_time_and_disk(report, rate, as_json=as_json)
@@ -211,7 +214,7 @@ def _print_benchmark(benchmark: "Benchmark") -> None:
     ]
     output.print_table((what, *_HEADER), rows)
     for name, assays in benchmark.lacking.items():
-        some = f"{assays[0]}" if len(assays) == 1 else f"{assays[0]} and {len(assays) - 1} more"
+        some = assays[0] if len(assays) == 1 else f"{assays[0]} and {len(assays) - 1} more"
         print(f"no mean of {_name(name)}, which has no score for variants of {some}")
     print()
 
@@ -258,6 +261,8 @@ def _pairs(report: "ScoreReport", column: str) -> list[tuple[str, object]]:
     if report.num_beyond_training:
         longest = f"longer than any that the model was trained on ({report.trained_residues:,} residues)"
         pairs.append(("of these", f"proteins {longest}: {report.num_beyond_training:,}"))
+    if report.num_aligned is not None:
+        pairs.append(("alignment", f"{report.num_aligned:,} sequences over {report.num_covered:,} of the positions"))
     pairs += [("repaired", f"{count:,} letters ({rule})") for rule, count in report.repairs.items()]
     for assay in report.assays if report.benchmark is None else ():
         for name, value in assay.agreement.items():

@@ -187,7 +187,8 @@ def benchmark_mean(assays: Sequence[AssayValue], seed: int) -> tuple[dict[str, f
 
     As in ProteinGym: assays of one function of one protein are averaged first, then the proteins of a type, then the
     types; the bootstrap draws the proteins within each type. (The benchmark's script rounds the value of each assay to
-    three decimals before that; this does not.)
+    three decimals before that; this does not.) There is no interval if a type has a single protein, whose mean would
+    seem to be certain, or for fewer than `FEWEST_UNITS` proteins.
     """
     by_protein: dict[tuple[str, str], list[float]] = {}
     for assay in assays:
@@ -203,5 +204,5 @@ def benchmark_mean(assays: Sequence[AssayValue], seed: int) -> tuple[dict[str, f
         np.array(values)[generator.integers(len(values), size=(NUM_REPLICATES, len(values)))].mean(axis=1)
         for values in by_function.values()
     ]
-    is_enough = len(by_protein) >= FEWEST_UNITS
+    is_enough = len(by_protein) >= FEWEST_UNITS and all(len(values) > 1 for values in by_function.values())
     return means, estimate(value, np.mean(draws, axis=0) if is_enough else np.full(NUM_REPLICATES, np.nan))

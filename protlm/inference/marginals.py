@@ -18,7 +18,7 @@ from protlm.data.mutations import Substitution
 from protlm.inference.long_proteins import Cut, Window
 from protlm.inference.scoring import score_row
 from protlm.model.performer import Performer
-from protlm.vocabulary import MASK, TOKEN_IDS, VOCABULARY_SIZE, ModelVocabulary
+from protlm.vocabulary import MASK, TOKEN_IDS, VOCABULARY_SIZE
 
 CONTEXTS: dict[ScoreStrategy, ResidueContext] = {
     "masked-marginals": "masked",
@@ -111,10 +111,11 @@ def _seen(each: Pass) -> np.ndarray:
     return seen
 
 
-def lacked_mutant(substitutions: Sequence[Substitution], vocabulary: ModelVocabulary) -> str | None:
-    """Returns the first mutant letter for which a model has no token, and so no probability; None if it has all."""
-    letters = (substitution.mutant for substitution in substitutions)
-    return next((letter for letter in letters if letter in vocabulary.lacked), None)
+def check_mutants(substitutions: Sequence[Substitution], lacked: str) -> None:
+    """Raises ValueError if a mutant letter is one of those for which a model has no token, `lacked`."""
+    for substitution in substitutions:
+        if substitution.mutant in lacked:
+            raise ValueError(f"this model has no token for {substitution.mutant}, and so no probability")
 
 
 def marginals(

@@ -16,7 +16,7 @@ from protlm.data.mutations import Substitution, mutated, parse_mutant
 from protlm.inference.long_proteins import Cut
 from protlm.inference.marginals import (
     CONTEXTS,
-    lacked_mutant,
+    check_mutants,
     marginal_score,
     marginals,
     perplexity_score,
@@ -233,7 +233,7 @@ class ProteinModel:
         if isinstance(mutations, str | bytes) or not isinstance(mutations, Iterable):
             got = "a single str; put it into a list" if isinstance(mutations, str) else described(mutations)
             raise ValueError(f"mutations: expected several, such as a list of str, got {got}")
-        mutants = []
+        mutants, lacked = [], self.description.model.tokens().lacked
         for index, text in enumerate(mutations):
             name = f"mutations[{index}]"
             if not isinstance(text, str):
@@ -242,10 +242,11 @@ class ProteinModel:
                 mutants.append(parse_mutant(text, protein, offset))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None  # with the place in the caller's list
-            # In a whole sequence it has the probability of the token as which the model reads it.
-            is_of_sequences = strategy == "pseudo-perplexity"
-            if not is_of_sequences and (letter := lacked_mutant(mutants[-1], self.description.model.tokens())):
-                raise ValueError(f"{name}: {text!r}: this model has no token for {letter}, and so no probability")
+            try:
+                # In a whole sequence it has the probability of the token as which the model reads it.
+                check_mutants(mutants[-1], "" if strategy == "pseudo-perplexity" else lacked)
+            except ValueError as error:
+                raise ValueError(f"{name}: {text!r}: {error}") from None  # likewise
         return mutants
 
     def _compute(

@@ -13,6 +13,7 @@ class SiteFrequencies:
     Sequences are not weighted by their similarity.
 
     Attributes:
+        num_sequences: Sequences of the alignment, the protein's own among them.
         num_covered: Sites of the protein that the alignment covers.
         log_frequencies: Of each standard residue at each site, (num_residues, 20), in the order of
             `vocabulary.RESIDUES`.
@@ -34,7 +35,7 @@ class SiteFrequencies:
         counts = np.zeros((len(protein), NUM_STANDARD_RESIDUES))
         counts[places[0] : places[0] + len(alignment.query)] = alignment.counts
         self.log_frequencies = np.log((counts + 1) / (counts + 1).sum(axis=1, keepdims=True))
-        self.num_covered = len(alignment.query)
+        self.num_sequences, self.num_covered = alignment.num_sequences, len(alignment.query)
 
     def score(self, substitutions: tuple[Substitution, ...]) -> float:
         """Returns Σ_i (log f_i(mutant_i) − log f_i(wild type_i)); NaN for a letter that is no standard residue.

@@ -206,13 +206,16 @@ class PortionFolder:
         try:
             yield
         except BaseException as error:
-            if self._has_finished_work() or self.is_finished:
+            is_kept = self._has_finished_work() or self.is_finished
+            if is_kept:
                 hint = f"what is finished is kept in {self.path}: go on with the same command and --resume"
             else:
                 self.remove()
                 hint = "nothing was made"
             if isinstance(error, MemoryError):
-                raise ProtlmError(f"not enough memory; lower --tokens-per-batch; {hint}") from error
+                # Portions are of the rows that they were planned for.
+                advice = "lower --tokens-per-batch" + (", which has to start afresh with --force" if is_kept else "")
+                raise ProtlmError(f"not enough memory; {advice}; {hint}") from error
             if isinstance(error, OSError):
                 reason = (error.strerror or str(error)).split("\n")[0]
                 raise ProtlmError(f"{error.filename or self.path}: {reason}; {hint}") from error

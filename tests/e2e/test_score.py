@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_most_rows_decide_on_the_protein_of_a_table(run_dir, tmp_path, failure, 
     words = (run_dir, path, "--out", tmp_path / "s.csv")
     assert "a.csv:2: has insertions or deletions" in failure("score", *words)
     assert score(*words, "--on-bad-record", "skip") == 0
-    assert "skipped 2 rows (bad_row)" in capsys.readouterr().err
+    assert "skipped bad_row: 2" in capsys.readouterr().err
     assert [row["mutant"] for row in rows(tmp_path / "s.csv")] == ["M1W", "K2W"]
 
 
@@ -150,6 +151,65 @@ def test_tables_that_are_no_assays_are_left_out_of_a_benchmark_if_that_is_asked_
         "foreign.csv", "no_protein.csv", "notes.txt", "nothing.csv",
     ]  # fmt: skip
     assert [assay["name"] for assay in json.loads(captured.out)["assays"]] == list(ASSAYS)
+
+
+def test_ids_and_mutants_of_any_length_and_fields_of_any_content_are_kept(run_dir, tmp_path):
+    # Longer than the fields that the CSV reader of Python takes.
+    sequence = PROTEIN * 800
+    name = "x" * 140_000
+    given = write_fasta(tmp_path / "v.fasta", [("wt", sequence), (name, sequence[1:] + sequence[:1])])
+    out = tmp_path / "s.csv"
+    csv.field_size_limit(10_000_000)
+    try:
+        assert score(run_dir, given, "--wild-type", "wt", "--strategy", "wt-marginals", "--out", out) == 0
+        (row,) = rows(out)
+    finally:
+        csv.field_size_limit(131_072)
+    assert row["id"] == name
+    assert row["mutant"].count(":") > 18_000
+    protein = write_fasta(tmp_path / "p.fasta", [("wt", PROTEIN)])
+    table = tmp_path / "m.csv"
+    table.write_bytes(b'mutant,note\nM1A,"a\rb"\nM1C,"c\nd"\nM1D,"e""f,g"\n')
+    assert score(run_dir, protein, "--mutations", table, "--out", tmp_path / "t.csv") == 0
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert [row["note"] for row in csv.DictReader(file)] == ["a\rb", "c\nd", 'e"f,g']
+
+
+def test_a_name_that_is_no_utf8_is_written_as_escapes(assays, run_dir, tmp_path):
+    folder, _ = assays
+    try:
+        (folder / "A_first.csv").rename(os.fsdecode(bytes(folder) + b"/\xff.csv"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    assert score(run_dir, folder, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "scores" / "\\xff.csv").exists()
+
+
+def test_a_scan_of_one_id_takes_the_first_record_of_it(run_dir, tmp_path, capsys):
+    two = write_fasta(tmp_path / "two.fasta", [("b", "MKV"), ("a", "MK"), ("a", PROTEIN)])
+    words = ["--all-singles", "--wild-type", "a", "--out", tmp_path / "s.csv", "--heat-map", tmp_path / "h.png"]
+    assert score(run_dir, two, *words) == 0
+    assert len(rows(tmp_path / "s.csv")) == 38
+
+
+def test_no_picture_is_made_of_multiple_mutants_alone(run_dir, protein, tmp_path, capsys):
+    given = table(tmp_path / "m.csv", ["mutant"], [["M1A:K2A"]])
+    words = [run_dir, protein, "--mutations", given, "--out", tmp_path / "s.csv", "--heat-map", tmp_path / "h.png"]
+    assert score(*words) == 0
+    assert "h.png: not made, as no row is a single substitution" in capsys.readouterr().err
+    assert not (tmp_path / "h.png").exists()
+
+
+def test_a_type_of_function_without_a_metric_is_printed(assays, run_dir, tmp_path, capsys):
+    folder, reference = assays
+    # Fewer than ten variants have no NDCG.
+    path = folder / "B_third.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:9]) + "\n")
+    assert score(run_dir, folder, "--reference", reference, "--out", tmp_path / "out") == 0
+    assert "model, Binding" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["benchmark"]["by_function"]["Binding"]["model"]["ndcg"] is None
+    assert summary["benchmark"]["by_function"]["Stability"]["model"]["ndcg"] is not None
 
 
 def test_the_seed_is_that_of_the_intervals(run_dir, tmp_path, capsys):

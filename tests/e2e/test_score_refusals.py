@@ -79,7 +79,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(run_dir, protein, tmp_path, cap
     (tmp_path / "t.csv").write_bytes(b"mutant,x\nM1A,1\nK1A,2\nM1A\nK2A,4\n")
     words = (run_dir, protein, "--mutations", tmp_path / "t.csv", "--out", tmp_path / "s.csv")
     assert main(["score", *map(str, words), "--on-bad-record", "skip"]) == 0
-    assert "warning: skipped 1 rows (bad_row), 1 rows (malformed_row)" in capsys.readouterr().err
+    assert "warning: skipped bad_row: 1, malformed_row: 1" in capsys.readouterr().err
     assert [row["x"] for row in rows(tmp_path / "s.csv")] == ["1", "4"]
 
 
@@ -98,6 +98,7 @@ def test_wrong_proteins_alignments_and_references_are_one_line(run_dir, protein,
     dna = write_fasta(tmp_path / "dna.fasta", [("d", "ACGT" * 50)])
     assert "is a nucleic acid" in failure("score", run_dir, dna, "--all-singles", *out)
     for text, message in (
+        (">q\n" + "W" * 99 + "\n", "a.a3m:1: the first sequence has 99 residues, and the protein 28"),
         (">q\nWWW\n", "the first sequence of the alignment, of 3 residues, is not in the protein"),
         (">q\nA\n", "is several times in the protein"),
         (">q\nMKV\n>b\nMK\n", "a.a3m:3: expected 3 aligned letters, as in the first sequence, got 2"),
@@ -156,9 +157,13 @@ def test_a_picture_of_something_else_is_not_replaced(run_dir, protein, tmp_path,
     picture.write_text("mine")
     words = ("score", run_dir, protein, "--all-singles", "--strategy", "wt-marginals", "--heat-map", picture)
     first, second = ((*words, "--out", tmp_path / name) for name in ("a.csv", "b.csv"))
-    assert "no picture, so --force does not replace it" in failure(*first, "--force")
+    assert "no picture of protlm, so --force does not replace it" in failure(*first, "--force")
+    picture.write_text("<svg><!-- mine --></svg>")
+    assert "no picture of protlm, so --force does not replace it" in failure(*first, "--force")
     assert "exists already; choose another --heat-map" in failure(*first, "--resume")
-    assert picture.read_text() == "mine"
+    assert picture.read_text() == "<svg><!-- mine --></svg>"
+    below = ("--heat-map", picture / "h.png", "--out", tmp_path / "c.csv")
+    assert f"{picture} is no folder; choose another --heat-map" in failure(*words, *below)
     picture.unlink()
     assert main([str(word) for word in (*first, "--resume")]) == 0
     assert "exists already; choose another --heat-map" in failure(*second, "--resume")
@@ -169,9 +174,12 @@ def test_a_run_of_too_many_positions_is_refused(run_dir, protein, tmp_path, monk
     monkeypatch.setattr(inputs, "_MOST_SITES", 500)
     words = ("score", run_dir, protein, "--all-singles", "--out", tmp_path / "s.csv")
     assert main([str(word) for word in words]) == 0
-    words = (*words, "--force", "--strategy", "pseudo-perplexity")
+    words = (*words, "--force")
     for more in ((), ("--dry-run",)):
-        assert "more than 500 positions to compute, a forward pass each; give fewer variants" in failure(*words, *more)
+        line = failure(*words, "--strategy", "pseudo-perplexity", *more)
+        assert "more than 500 positions to compute; give fewer variants at a time, or --strategy masked" in line
+    monkeypatch.setattr(inputs, "_MOST_SITES", len(PROTEIN) - 1)
+    assert failure(*words, "--strategy", "wt-marginals").rstrip().endswith("give fewer variants at a time")
 
 
 def test_a_causal_model_and_too_long_windows_and_proteins_are_refused(dataset, protein, tmp_path, failure, run_dir):
@@ -186,6 +194,13 @@ def test_a_causal_model_and_too_long_windows_and_proteins_are_refused(dataset, p
     assert "the positions of this model reach 20; score long proteins in windows with --window 20" in failure(*words)
     assert "the positions of this model reach 20 residues; lower --window" in failure(*words, "--window", 21)
     assert main([str(word) for word in (*words, "--window", 20)]) == 0
+    variants = write_fasta(tmp_path / "v.fasta", [("wt", PROTEIN[:20]), ("long", PROTEIN[:21]), ("v", PROTEIN[1:20])])
+    words = ["score", tmp_path / "learned", variants, "--wild-type", "wt", "--strategy", "pseudo-perplexity"]
+    line = failure(*words, "--out", tmp_path / "v.csv")
+    assert "v.fasta:3: record 'long' has 21 residues, and the positions of this model reach 20" in line
+    skipping = ["--out", tmp_path / "v.csv", "--on-bad-record", "skip"]
+    assert main([str(word) for word in (*words, *skipping)]) == 0
+    assert [row["id"] for row in rows(tmp_path / "v.csv")] == ["v"]
 
 
 def test_wrong_usage_and_missing_files_are_told_before_torch_is_loaded(run_dir, tmp_path):
@@ -205,6 +220,7 @@ def test_wrong_usage_and_missing_files_are_told_before_torch_is_loaded(run_dir, 
             ((*singles, "--reference", protein), "--reference is for assays"),
             ((*singles, "--heat-map", "map.pdf"), "ends in .png or .svg"),
             ((*singles, "--column", "blosum62"), "--column"),
+            ((*singles, "--column", "a\nb"), "--column: expected a name of printable characters"),
             ((*singles, "--strategy", "best"), "--strategy"),
             ((*singles, "--window", 1), "--window"),
             (("score", run_dir, "-", "--wild-type", "x", *out), "no pipe or standard input"),

@@ -56,6 +56,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     killed(run_dir, inputs, tmp_path / "s.csv", moment, monkeypatch)
     assert (tmp_path / "s.csv.partial").is_dir()
     capsys.readouterr()
+    # A dry run of it is none of the finished output that is in the way.
+    assert score(run_dir, inputs, tmp_path / "s.csv", "--resume", "--dry-run") == 0
+    capsys.readouterr()
     assert score(run_dir, inputs, tmp_path / "s.csv", "--resume", "--json") == 0
     assert content(tmp_path) == expected
     assert json.loads(capsys.readouterr().out)["num_variants"] == 19 * sum(len(s) for _, s in PROTEINS)
@@ -105,7 +108,6 @@ def test_an_unfinished_run_is_resumed_by_its_own_command_only(
 
 def test_mutants_are_part_of_the_inputs(run_dir, inputs, tmp_path, monkeypatch, failure):
     mutations = tmp_path / "m.csv"
-    mutations.write_text("mutant,x\nM1A,1\nK2A,2\n")
     out = tmp_path / "s.csv"
     words = ["score", run_dir, inputs, "--mutations", mutations, "--wild-type", "b", "--out", out, *MANY_PORTIONS]
     mutations.write_text("mutant\nM1A\nS2A\n")
@@ -139,6 +141,24 @@ def test_a_finished_run_is_not_taken_for_one_with_other_inputs(moment, run_dir, 
     assert main([*map(str, words), "--resume"]) == 0
     assert out.read_text().count("\n") == 3
     assert not out.with_name("s.csv.partial").exists()
+
+
+@pytest.mark.parametrize("moment", ["scoring", "putting in place"])
+def test_a_picture_that_another_made_meanwhile_is_not_replaced(moment, run_dir, inputs, tmp_path, monkeypatch, failure):
+    out, picture = tmp_path / "s.csv", tmp_path / "h.png"
+    arguments = ["--wild-type", "b", "--heat-map", picture]
+    killed(run_dir, inputs, out, moment, monkeypatch, *arguments)
+    made = picture.read_bytes() if picture.exists() else None
+    # The picture is put in place right before the table.
+    assert (made is None) == (moment == "scoring")
+    words = ["score", run_dir, inputs, "--all-singles", "--out", out, *MANY_PORTIONS, *arguments, "--resume"]
+    if made is None:
+        picture.write_bytes(b"mine")
+        assert "exists already; choose another --heat-map" in failure(*words)
+        assert picture.read_bytes() == b"mine"
+        picture.unlink()
+    assert main([str(word) for word in words]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

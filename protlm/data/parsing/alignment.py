@@ -32,17 +32,21 @@ class AlignedCounts:
     num_sequences: int
 
 
-def count_alignment(path: str | Path) -> AlignedCounts:
-    """Returns the residue counts of an alignment; memory is that of one sequence.
+def count_alignment(path: str | Path, *, most_columns: int) -> AlignedCounts:
+    """Returns the residue counts of an alignment; memory is that of one sequence and of the counts.
 
     Small letters and points are insertions, as in A3M, and are left out; `-` is a gap. All letters but those of the 20
     standard residues count as gaps. Columns in which the first sequence has a gap are left out.
 
+    Args:
+        path: The file, plain or compressed.
+        most_columns: Most residues that the first sequence may have.
+
     Raises:
-        ProtlmError: A file that cannot be read; with the line, a sequence of another aligned length than the first, or
-            something that is no alignment.
+        ProtlmError: A file that cannot be read; with the line, a first sequence of more residues, one of another
+            aligned length than the first, or something that is no alignment.
     """
-    counter = _Counter(path)
+    counter = _Counter(path, most_columns)
     pending, line = b"", 0
     for block in SourceBlocks(path):
         *lines, pending = (pending + block).split(b"\n")
@@ -58,8 +62,8 @@ def count_alignment(path: str | Path) -> AlignedCounts:
 class _Counter:
     """Gathers the lines of a sequence and counts it once it is complete."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
+    def __init__(self, path: str | Path, most_columns: int) -> None:
+        self._path, self._most_columns = path, most_columns
         self._header_line = 0
         # One buffer: thousands of short lines would take many times their bytes.
         self._aligned = bytearray()
@@ -108,6 +112,12 @@ class _Counter:
         self._letters = aligned.replace(b"-", b"")
         if not self._letters or not self._letters.isalpha():
             raise RecordError(self._path, self._header_line, "expected an aligned protein as the first sequence")
+        if len(self._letters) > self._most_columns:
+            raise RecordError(
+                self._path, self._header_line,
+                f"the first sequence has {len(self._letters):,} residues, and the protein {self._most_columns:,}; "
+                "expected the protein itself, or a stretch of it",
+            )  # fmt: skip
         self._counts = np.zeros((len(self._letters), NUM_STANDARD_RESIDUES + 1), dtype=np.int64)
 
     def finish(self) -> AlignedCounts:

@@ -80,6 +80,10 @@ def draw(plot: Callable[["Figure"], None], label: str, *, height: float = 2.8, w
     return _page_svg(buffer.getvalue(), label)
 
 
+PICTURE_MARK = "protlm"
+"""The program that made a picture, as it stands in the picture's metadata."""
+
+
 def save(
     plot: Callable[["Figure"], None], path: Path, *, height: float, width: float, dots_per_inch: int = 120
 ) -> None:
@@ -98,7 +102,8 @@ def save(
         figure = Figure(figsize=(width, height), layout="constrained", facecolor=LIGHT["page"])
         plot(figure)
         kind = path.suffix.lower().removeprefix(".")
-        metadata = {"Date": None} if kind == "svg" else {}
+        # By the mark a command knows a picture that it may replace.
+        metadata = {"Date": None, "Creator": PICTURE_MARK} if kind == "svg" else {"Software": PICTURE_MARK}
         with files.written_whole(path) as partial:
             figure.savefig(partial, format=kind, dpi=dots_per_inch, facecolor=LIGHT["page"], metadata=metadata)
 

@@ -1,6 +1,5 @@
 """Finished portions become scores: row by row, in the order of the input, with the baselines beside them."""
 
-import csv
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,21 +14,26 @@ from protlm.inference.blosum import STANDARD_RESIDUES, blosum62_score
 from protlm.inference.marginals import marginal_score, perplexity_score
 from protlm.inference.site_frequencies import SiteFrequencies
 from protlm.runtime.progress import Advance
+from protlm.workflows.score.csv_rows import csv_row
 from protlm.workflows.score.inputs import Assay, Variant, read_variants, substitutions_of
 from protlm.workflows.score.plan import Plan
 from protlm.workflows.score.request import BASELINE_COLUMNS, ScoreRequest
 
 _MANY_ROWS = 4096
+_MOST_UNMEASURED = 1_000_000
 _STANDARD = frozenset(STANDARD_RESIDUES)
 
 
 @dataclass
 class AssayScores:
-    """The scores of the rows of one assay, of which those with a measurement are compared with it.
+    """The scores of the rows of one assay: all with a measurement, and the first million of those without.
+
+    The latter are for the agreement with the baselines alone: a scan of a proteome has hundreds of millions.
 
     Attributes:
         assay: The assay.
         target: Number of its first protein in the store.
+        num_variants: Rows.
         scores: Of the model.
         baselines: Of each baseline by name; NaN for a variant that it has no score for.
         measured: The measurements; NaN where there is none.
@@ -44,6 +48,7 @@ class AssayScores:
 
     assay: Assay
     target: int = 0
+    num_variants: int = 0
     scores: "array[float]" = field(default_factory=lambda: array("d"))
     baselines: "dict[str, array[float]]" = field(default_factory=dict)
     measured: "array[float]" = field(default_factory=lambda: array("d"))
@@ -54,13 +59,19 @@ class AssayScores:
     keeps_singles: bool = False
     singles: np.ndarray | None = None
 
-    def add(self, variant: Variant, substitutions: tuple[Substitution, ...], score: float) -> None:
-        """Takes the score of a row; those of the baselines are added by themselves."""
-        if not self.scores:
+    def add(
+        self, variant: Variant, substitutions: tuple[Substitution, ...], score: float, baselines: dict[str, float]
+    ) -> None:
+        """Takes a row: its score, and those of the baselines."""
+        if not self.num_variants:
             self.target = variant.target
-        self.scores.append(score)
-        self.measured.append(np.nan if variant.measured is None else variant.measured)
-        self.is_fit.append(-1 if variant.is_fit is None else variant.is_fit)
+        self.num_variants += 1
+        if variant.measured is not None or len(self.scores) < _MOST_UNMEASURED:
+            self.scores.append(score)
+            self.measured.append(np.nan if variant.measured is None else variant.measured)
+            self.is_fit.append(-1 if variant.is_fit is None else variant.is_fit)
+            for name, value in baselines.items():
+                self.baselines[name].append(value)
         self.num_multiple += len(substitutions) > 1
         self.num_indels += variant.mutant is None
         self.num_not_standard += any(not {wild_type, mutant} <= _STANDARD for _, wild_type, mutant in substitutions)
@@ -155,20 +166,19 @@ def write_scores(
         collected = AssayScores(assay, baselines={name: array("d") for name in scorer.baselines})
         collected.keeps_singles = request.heat_map is not None
         with path_of[assay.name].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
             # A table that was scored before, by another model, has the columns of the baselines.
             added = [name for name in scorer.baselines if name not in assay.columns]
-            writer.writerow([*assay.columns, request.column, *added])
+            file.write(csv_row([*assay.columns, request.column, *added]))
             while variant is not None and variant.assay == number:
                 fields, score, baselines = _scored(variant, collected, scorer)
                 if renames:
                     # Repeated ids are numbered, as everywhere.
                     fields = [proteins.id(variant.target), *fields[1:]]
-                writer.writerow([*fields, *map(_text, (score, *(baselines[name] for name in added)))])
+                file.write(csv_row([*fields, *map(_text, (score, *(baselines[name] for name in added)))]))
                 variant = next(rows, None)
-                if len(collected.scores) % _MANY_ROWS == 0:
+                if collected.num_variants % _MANY_ROWS == 0:
                     advance(_MANY_ROWS)
-        advance(len(collected.scores) % _MANY_ROWS)
+        advance(collected.num_variants % _MANY_ROWS)
         yield collected
 
 
@@ -179,10 +189,8 @@ def _scored(variant: Variant, collected: AssayScores, scorer: Scorer) -> tuple[l
         collected.singles = np.full((len(scorer.protein), len(STANDARD_RESIDUES)), np.nan)
     substitutions = substitutions_of(variant, scorer.protein)
     score = scorer.score(variant, substitutions)
-    collected.add(variant, substitutions, score)
     baselines = dict(zip(scorer.baselines, scorer.baseline_scores(variant, substitutions), strict=True))
-    for name, value in baselines.items():
-        collected.baselines[name].append(value)
+    collected.add(variant, substitutions, score, baselines)
     return variant.fields, score, baselines
 
 

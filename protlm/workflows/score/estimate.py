@@ -19,7 +19,7 @@ from protlm.model.performer import Performer
 from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import StartProgress, no_progress
-from protlm.workflows.score.folder import ScoreFolder
+from protlm.workflows.score.folder import VARIANTS_NAME, ScoreFolder
 from protlm.workflows.score.inputs import ScoreInputs
 from protlm.workflows.score.plan import Plan
 from protlm.workflows.score.portions import pass_log_probabilities
@@ -93,16 +93,18 @@ def estimate(
     Raises:
         ProtlmError: As `score` raises before it computes anything.
     """
-    check_replaceable(request)
-    check_picture(request)
+    folder = ScoreFolder(request.out)
+    # A killed run with a finished output is brought to its end first.
+    if not (request.resume and folder.is_finished):
+        check_replaceable(request)
+        check_picture(request, folder)
     model, description = read_named_model(request.model)
     check_model(request, description)
     tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()
-    folder = ScoreFolder(request.out)
     folder.check_start(
         description.weights_hash, request.options(tokens_per_batch), resume=request.resume, force=request.force
     )
-    inputs = ScoreInputs(request, description.model.tokens(), start_progress)
+    inputs = ScoreInputs(request, description, start_progress)
     with tempfile.TemporaryDirectory() as temporary:
         new = Path(temporary) / "new"
         proteins = inputs.read(new)
@@ -111,7 +113,7 @@ def estimate(
         plan = Plan(proteins, sites, request.strategy, request.cut, tokens_per_batch)
         check_lengths(proteins, plan, request, description)
         sizes, counts = plan.pass_sizes()
-        told = ScoreCounts(
+        size = ScoreCounts(
             num_proteins=inputs.num_proteins,
             num_variants=inputs.num_variants,
             num_sites=len(sites),
@@ -119,18 +121,18 @@ def estimate(
             num_computed_residues=int((sizes * counts).sum()),
             longest=int(sizes.max(initial=0)),
         )
-        tell(told)
+        tell(size)
         seconds = _seconds(model.to(best_device()), proteins, plan, request, tokens_per_batch)
-        out_bytes = (new / "variants.csv").stat().st_size + _SCORE_BYTES * inputs.num_variants
+        out_bytes = (new / VARIANTS_NAME).stat().st_size + _SCORE_BYTES * inputs.num_variants
     # The probabilities lie there twice: in portions, and joined.
     sites_bytes = 2 * len(sites) * plan.num_columns * np.dtype(np.float32).itemsize
     return ScoreEstimate(
-        **asdict(told),
+        **asdict(size),
         out_bytes=out_bytes,
         peak_bytes=out_bytes + read_bytes + sites_bytes,
         free_bytes=free_bytes(Path(os.path.realpath(request.out))),
         seconds=seconds,
-        passes_per_second=told.num_passes / seconds if seconds else 0.0,
+        passes_per_second=size.num_passes / seconds if seconds else 0.0,
         rejects=dict(inputs.rejects),
         left_out=inputs.left_out,
         num_not_standard=inputs.num_not_standard,

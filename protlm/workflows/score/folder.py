@@ -1,19 +1,23 @@
 """The folder `OUT.partial` of score: the files beside its portions, and the publishing of tables and reports."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from protlm import files
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.runtime import work_folder
 from protlm.runtime.portion_folder import PortionFolder
 from protlm.runtime.work_folder import read_json, write_json
 from protlm.workflows.score.sites import BOUNDS_NAME, POSITIONS_NAME, Sites, read_sites
 
-_VARIANTS, _ASSAYS = "variants.csv", "assays.json"
+VARIANTS_NAME = "variants.jsonl"
+_ASSAYS, _PICTURE = "assays.json", "picture.json"
 _HASHED_BYTES = 1 << 20
 
 
@@ -34,7 +38,7 @@ class ScoreFolder(PortionFolder):
     @property
     def variants_path(self) -> Path:
         """The rows to score, one after the other, as `inputs.ScoreInputs` writes them."""
-        return self.proteins_path / _VARIANTS
+        return self.proteins_path / VARIANTS_NAME
 
     def keep_inputs(self, new: ProteinStore, others: str) -> None:
         """Moves what was just read, in the folder of new proteins, to its place.
@@ -47,7 +51,7 @@ class ScoreFolder(PortionFolder):
             ProtlmError: It is not that of the unfinished run that is resumed.
         """
         content_hash = xxhash.xxh3_128(f"{new.hash} {others}".encode())
-        for name in (_VARIANTS, POSITIONS_NAME, BOUNDS_NAME, _ASSAYS):
+        for name in (VARIANTS_NAME, POSITIONS_NAME, BOUNDS_NAME, _ASSAYS):
             path = self.new_proteins_path / name
             if not path.exists():
                 continue
@@ -81,6 +85,29 @@ class ScoreFolder(PortionFolder):
                 shape = None  # cut short by a crash of the machine
             if number >= len(sizes) or shape != (sizes[number], num_columns):
                 path.unlink()
+
+    def picture_path(self, heat_map: Path) -> Path:
+        """Returns the place of the picture until the output is complete.
+
+        Args:
+            heat_map: Its final place.
+        """
+        return self.path / f"picture{heat_map.suffix.lower()}"
+
+    @contextlib.contextmanager
+    def picture_written(self, path: Path) -> Iterator[Path]:
+        """Yields a temporary name beside the place of a picture, which is put there on success.
+
+        It is noted before, so that a run that is killed and resumed knows its own picture from any other.
+        """
+        with files.written_whole(path) as partial:
+            yield partial
+            write_json(self.path / _PICTURE, {"inode": partial.stat().st_ino})
+
+    def has_written(self, path: Path) -> bool:
+        """Returns whether a picture is that of the unfinished run."""
+        note = read_json(self.path / _PICTURE)
+        return isinstance(note, dict) and path.is_file() and path.lstat().st_ino == note.get("inode")
 
     def publish(self, report: dict[str, Any]) -> None:
         """Moves the complete output into its place; the report is kept for a run that is killed meanwhile."""

@@ -1,18 +1,18 @@
 """What is scored is read once: proteins into a store, rows into a file, and the positions that the rows touch."""
 
-import csv
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import xxhash
 
-from protlm import vocabulary
+from protlm import files, vocabulary
 from protlm.data.mutations import Substitution, mutant_name, mutated, parse_mutant
 from protlm.data.parsing.alignment import count_alignment
 from protlm.data.parsing.sources import STDIN
@@ -20,9 +20,9 @@ from protlm.data.storage.protein_store import ProteinStore, write_proteins
 from protlm.data.strings import bounds_of
 from protlm.errors import ProtlmError, RecordError
 from protlm.inference.site_frequencies import SiteFrequencies
+from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.progress import Advance, StartProgress, no_progress
-from protlm.vocabulary import ModelVocabulary
-from protlm.workflows.score.folder import write_read_inputs
+from protlm.workflows.score.folder import VARIANTS_NAME, write_read_inputs
 from protlm.workflows.score.heat_map import MOST_POSITIONS
 from protlm.workflows.score.reference import ReferenceRow, read_reference
 from protlm.workflows.score.request import ScoreRequest
@@ -40,7 +40,6 @@ from protlm.workflows.score.sources import (
 )
 
 _ID, _MUTANT = "id", "mutant"
-_INDEL = "indel"
 _SUFFIXES = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
 _MOST_SITES = 10**9
 """Positions of one run: with a forward pass for each, months of work. Their results are 4 or 132 bytes each."""
@@ -53,15 +52,13 @@ class Assay:
     Attributes:
         name: Name of its file; empty for the only one of a run.
         columns: The columns of its rows.
-        has_measured: Whether it has measurements.
-        fit_by: How fit variants are told.
+        fit_by: How fit variants are known.
         protein: Name of its protein in the reference file of the benchmark; None without one.
         function: Type of function there.
     """
 
     name: str
     columns: list[str]
-    has_measured: bool = False
     fit_by: str = "median"
     protein: str | None = None
     function: str | None = None
@@ -108,13 +105,13 @@ class ScoreInputs:
     """
 
     def __init__(
-        self, request: ScoreRequest, tokens: ModelVocabulary, start_progress: StartProgress = no_progress
+        self, request: ScoreRequest, description: ModelDescription, start_progress: StartProgress = no_progress
     ) -> None:
         """Opens nothing yet.
 
         Args:
             request: The options of the run.
-            tokens: The vocabulary of the model.
+            description: The model.
             start_progress: Starts the stage `read` (bytes).
         """
         self.rejects: Counter[str] = Counter()
@@ -126,7 +123,9 @@ class ScoreInputs:
         self.frequencies: SiteFrequencies | None = None
         self._request = request
         self._is_of_sequences = request.strategy == "pseudo-perplexity"
-        self._limits = Limits(tokens.lacked, self._is_of_sequences, request.offset)
+        max_residues = description.max_residues if request.window is None else None
+        lacked = description.model.tokens().lacked
+        self._limits = Limits(lacked, self._is_of_sequences, request.offset, max_residues)
         self._start_progress = start_progress
         self._assays: list[Assay] = []
         self._touched: dict[int, np.ndarray] = {}
@@ -150,7 +149,7 @@ class ScoreInputs:
             ProtlmError: An input that cannot be used, or nothing to score.
         """
         folder.mkdir(parents=True)
-        with (folder / "variants.csv").open("w", newline="", encoding="utf-8") as file:
+        with (folder / VARIANTS_NAME).open("w", encoding="utf-8") as file:
             proteins = write_proteins(folder / "store", self._proteins(file))
         if not self.num_variants:
             raise ProtlmError(f"{self._request.mutations or self._request.input}: no usable mutant; nothing to score")
@@ -174,15 +173,14 @@ class ScoreInputs:
     def _count_sites(self, number: int) -> None:
         self._num_sites += number
         if self._num_sites > _MOST_SITES:
+            other = ", or --strategy masked-marginals, which computes a position once for all variants of a protein"
             raise ProtlmError(
-                f"more than {_MOST_SITES:,} positions to compute, a forward pass each; give fewer variants at a time, "
-                "or --strategy masked-marginals or wt-marginals, which computes a position of a protein once for all "
-                "its variants"
+                f"more than {_MOST_SITES:,} positions to compute; give fewer variants at a time"
+                f"{other if self._is_of_sequences else ''}"
             )
 
     def _proteins(self, file: TextIO) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the proteins to compute, and writes the rows meanwhile."""
-        writer = csv.writer(file)
         number, target, protein = 0, 0, ""
         for source in self._sources():
             for each in source:
@@ -190,10 +188,11 @@ class ScoreInputs:
                     target, protein = number, each.residues
                     number += 1
                     self._note_protein(each)
-                    self._count_sites(len(protein))
+                    if self._is_of_sequences:
+                        self._count_sites(len(protein))
                     yield each.id, vocabulary.encode(protein.encode())
                     continue
-                sequence: int | str = ""
+                sequence: int | None = None
                 if self._is_of_sequences:
                     residues = each.sequence or mutated(protein, each.substitutions or ())
                     self._count_sites(len(residues))
@@ -202,8 +201,10 @@ class ScoreInputs:
                     yield f"variant {sequence}", vocabulary.encode(residues.encode())
                 else:
                     mask = self._touched.setdefault(target, np.zeros(len(protein), dtype=bool))
-                    mask[[substitution.position for substitution in each.substitutions or ()]] = True
-                self._write(writer, each, target, sequence)
+                    positions = [substitution.position for substitution in each.substitutions or ()]
+                    self._count_sites(int(np.count_nonzero(~mask[positions])))
+                    mask[positions] = True
+                self._write(file, each, target, sequence)
 
     def _note_protein(self, wild_type: WildType) -> None:
         """Counts a protein, and prepares and checks what can be of one protein only, before anything is computed."""
@@ -219,15 +220,15 @@ class ScoreInputs:
             )
         if alignment is not None:
             try:
-                self.frequencies = SiteFrequencies(count_alignment(alignment), wild_type.residues)
+                counts = count_alignment(alignment, most_columns=len(wild_type.residues))
+                self.frequencies = SiteFrequencies(counts, wild_type.residues)
             except ValueError as error:
                 raise ProtlmError(f"{alignment}: {error}") from None  # now with the file
 
-    def _write(self, writer: Any, row: Row, target: int, sequence: int | str) -> None:
-        mutant = _INDEL if row.substitutions is None else mutant_name(row.substitutions)
-        measured = "" if row.measured is None else repr(row.measured)
-        is_fit = "" if row.is_fit is None else int(row.is_fit)
-        writer.writerow([len(self._assays) - 1, target, mutant, sequence, measured, is_fit, *row.fields])
+    def _write(self, file: TextIO, row: Row, target: int, sequence: int | None) -> None:
+        mutant = None if row.substitutions is None else mutant_name(row.substitutions)
+        variant = Variant(len(self._assays) - 1, target, mutant, sequence, row.measured, row.is_fit, row.fields)
+        file.write(json.dumps(variant) + "\n")
         self.num_variants += 1
 
     def _sources(self) -> Iterator[Iterator[WildType | Row]]:
@@ -262,6 +263,8 @@ class ScoreInputs:
             yield wild_type
             self.num_not_standard += num_not_standard(wild_type.residues)
             yield from single_substitutions(wild_type, self._request.offset)
+            if wanted is not None:
+                break  # the first of that id, as everywhere
         if wanted is not None and not some:
             chosen_protein(iter(()), self._request.input, wanted)
 
@@ -298,6 +301,8 @@ class ScoreInputs:
             row = None if reference is None else reference[path.name]
             try:
                 rows = self._of_table(path, None, row, path.name, advance)
+            except RecordError:
+                raise  # a line that is no row of a table: there is no telling what follows
             except ProtlmError as error:
                 if self._request.on_bad_record == "error":
                     raise
@@ -321,7 +326,7 @@ class ScoreInputs:
         if self._request.column in table.columns:
             raise ProtlmError(f"{path}: has a column {self._request.column} already; name another one with --column")
         protein, function = (None, None) if row is None else (row.protein, row.function)
-        self._assays.append(Assay(name, table.columns, table.has_measured, table.fit_by, protein, function))
+        self._assays.append(Assay(files.as_text(name), table.columns, table.fit_by, protein, function))
         return iter(table)
 
     def _file(self, advance: Advance) -> ProteinFile:
@@ -342,17 +347,10 @@ class ScoreInputs:
 
 def read_variants(path: Path) -> Iterator[Variant]:
     """Yields the rows that were kept, in order."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for assay, target, mutant, sequence, measured, is_fit, *fields in csv.reader(file):
-            yield Variant(
-                assay=int(assay),
-                target=int(target),
-                mutant=None if mutant == _INDEL else mutant,
-                sequence=int(sequence) if sequence else None,
-                measured=float(measured) if measured else None,
-                is_fit=None if is_fit == "" else is_fit == "1",
-                fields=fields,
-            )
+    # Not as CSV, whose reader bounds the length of a field.
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Variant(*json.loads(line))
 
 
 def substitutions_of(variant: Variant, protein: str) -> tuple[Substitution, ...]:

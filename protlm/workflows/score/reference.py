@@ -69,7 +69,7 @@ def _threshold(path: Path, line: int, text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        value = math.nan  # told below
+        value = math.nan  # refused below
     if not math.isfinite(value):
         raise RecordError(path, line, f"{_THRESHOLD}: expected a number, got {shown(text)}")
     return value

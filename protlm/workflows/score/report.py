@@ -1,6 +1,5 @@
 """The report of a run: how the scores of each assay agree with its measurements, beside the baselines."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from protlm.inference.assay_metrics import METRICS, AssayValue, benchmark_mean, 
 from protlm.inference.correlation import spearman
 from protlm.inference.metrics import Estimate
 from protlm.workflows.score.assembly import AssayScores
+from protlm.workflows.score.csv_rows import csv_row
 from protlm.workflows.score.request import ASSAYS_NAME, SUMMARY_NAME
 
 MODEL = "model"
@@ -37,10 +37,11 @@ class AssayReport:
         num_not_standard: Rows that replace, or put in, another residue than the 20 standard ones, of which models know
             little: to replace one seems a gain, to put one in a loss.
         num_measured: Rows with a measurement.
-        fit_by: How fit variants were told; None without measurements.
+        fit_by: How fit variants were known; None without measurements.
         metrics: Of the model and of each baseline that scores all measured rows: `spearman`, `auc`, `mcc`, `ndcg`.
         gains: Spearman of the model minus that of each baseline, on the same rows.
-        agreement: Spearman of the model's scores with those of each baseline, on the rows that it scores.
+        agreement: Spearman of the model's scores with those of each baseline, on the rows that it scores; of rows
+            without a measurement on the first million.
         function: Type of function in the reference file of the benchmark.
         uniprot: Protein in that file.
         verdict: Whether the model beats the baselines, as a sentence; None without measurements.
@@ -71,7 +72,7 @@ class Benchmark:
         rule: `types` if it is the mean over types of function, `assays` if it is the mean over assays.
         num_assays: Assays with measurements.
         metrics: Of the model and each baseline that scores all of them.
-        by_function: The same for each type of function, without intervals.
+        by_function: The same for each type of function, without intervals; null where none of its assays has one.
         lacking: Of each baseline that scores only some, the assays that it has no score for.
     """
 
@@ -88,7 +89,7 @@ class ScoreReport:
 
     Attributes:
         out: The output.
-        heat_map: The picture, if one was made.
+        heat_map: The picture, if one was made; none is without a single substitution to draw.
         strategy: How mutants were scored.
         num_proteins: Proteins whose mutants were scored.
         num_variants: Rows that were scored.
@@ -99,6 +100,8 @@ class ScoreReport:
         repairs: Number of repaired letters, by rule.
         left_out: Files of an input folder that are no assays.
         num_not_standard: Positions that a scan left out: their residue is none of the 20 standard ones.
+        num_aligned: Sequences of the alignment; None without one.
+        num_covered: Positions of the protein that the alignment covers; None without one.
         assays: Each table of scores.
         benchmark: The aggregate of a folder of assays.
     """
@@ -115,6 +118,8 @@ class ScoreReport:
     repairs: dict[str, int]
     left_out: list[str]
     num_not_standard: int
+    num_aligned: int | None
+    num_covered: int | None
     assays: list[AssayReport]
     benchmark: Benchmark | None
 
@@ -161,7 +166,7 @@ def assay_report(scores: AssayScores, protein: str, num_residues: int, seed: int
         name=scores.assay.name,
         protein=protein,
         num_residues=num_residues,
-        num_variants=len(model),
+        num_variants=scores.num_variants,
         num_multiple=scores.num_multiple,
         num_indels=scores.num_indels,
         num_not_standard=scores.num_not_standard,
@@ -193,8 +198,8 @@ def benchmark_of(reports: Sequence[AssayReport], seed: int) -> Benchmark | None:
             values = [_assay_value(report, report.metrics[name][metric]["value"], is_typed) for report in with_metrics]
             means, mean = benchmark_mean(values, seed)
             metrics[name][metric] = _interval(mean)
-            for function, value in means.items() if is_typed else ():
-                by_function.setdefault(function, {}).setdefault(name, {})[metric] = value
+            for function in sorted({each.function for each in values}) if is_typed else ():
+                by_function.setdefault(function, {}).setdefault(name, {})[metric] = means.get(function)
     return Benchmark(
         rule="types" if is_typed else "assays",
         num_assays=len(with_metrics),
@@ -220,9 +225,8 @@ def write_benchmark(folder: Path, report: ScoreReport) -> None:
     """Writes the table of the assays, one row each, and the whole report, into the output for a folder of assays."""
     names = [name for name in NAMES if any(name in assay.metrics for assay in report.assays)]
     with (folder / ASSAYS_NAME).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
         columns = [f"{name}/{metric}{end}" for name in names for metric in METRICS for end in ("", "/low", "/high")]
-        writer.writerow(["assay", "uniprot", "function", "protein", "variants", "measured", "fit_by", *columns])
+        file.write(csv_row(["assay", "uniprot", "function", "protein", "variants", "measured", "fit_by", *columns]))
         for assay in report.assays:
             cells = [
                 _cell(assay.metrics.get(name, {}).get(metric, {}).get(end))
@@ -231,7 +235,7 @@ def write_benchmark(folder: Path, report: ScoreReport) -> None:
                 for end in ("value", "low", "high")
             ]
             about = [assay.name, assay.uniprot, assay.function, assay.protein, assay.num_variants, assay.num_measured]
-            writer.writerow([*about, assay.fit_by, *cells])
+            file.write(csv_row([*about, assay.fit_by, *cells]))
     text = json.dumps(asdict(report), indent=2, ensure_ascii=False)
     (folder / SUMMARY_NAME).write_text(text + "\n", encoding="utf-8")
 

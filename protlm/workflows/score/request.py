@@ -15,7 +15,7 @@ from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_files import description_of
 from protlm.runtime.devices import Devices
 from protlm.runtime.launch import check_processes, process_rank
-from protlm.runtime.work_folder import partial_folder
+from protlm.workflows.pages.figures import PICTURE_MARK
 from protlm.workflows.score.folder import ScoreFolder
 
 ONE_DEVICE = Devices()
@@ -124,7 +124,7 @@ def check_request(request: ScoreRequest) -> None:
         # A killed run with a finished output is brought to its end first.
         if not folder.is_finished:
             check_replaceable(request)
-            check_picture(request)
+            check_picture(request, folder)
             folder.check_not_in_use(resume=request.resume, force=request.force)
     _check_inputs(request)
     check_model(request, description_of(request.model))
@@ -156,6 +156,8 @@ def check_options(request: ScoreRequest) -> None:
                 raise UsageError(f"{option}: {path} is an input; choose another file")
     if kind in ("singles", "variants") and request.column in ("id", "mutant"):
         raise UsageError(f"--column: the output has a column {request.column} already; choose another name")
+    if not request.column.isprintable():
+        raise UsageError(f"--column: expected a name of printable characters, got {request.column!r}")
     if not request.column.strip() or request.column in BASELINE_COLUMNS:
         raise UsageError(f"--column: expected another name, which no baseline has, got {request.column!r}")
 
@@ -190,16 +192,19 @@ def check_replaceable(request: ScoreRequest) -> None:
         _check_path(request.out, "--out", request.force, is_own=_is_scores(request.out), kind="table of scores")
 
 
-def check_picture(request: ScoreRequest) -> None:
-    """Checks that nothing is in the way of the picture, except a file that may be replaced.
+def check_picture(request: ScoreRequest, folder: ScoreFolder) -> None:
+    """Checks that nothing is in the way of the picture, except one that may be replaced.
 
     Raises:
         ProtlmError: A file or folder is in the way.
     """
-    # A run that is resumed may have drawn it already: its folder is for a picture of this name.
-    path, may_replace = request.heat_map, request.force or (request.resume and partial_folder(request.out).exists())
-    if path is not None:
-        _check_path(path, "--heat-map", may_replace, is_own=_is_picture(path), kind="picture")
+    path = request.heat_map
+    if path is None or folder.has_written(path):
+        return
+    _check_path(path, "--heat-map", request.force, is_own=_is_picture(path), kind="picture of protlm")
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ProtlmError(f"{path}: {above} is no folder; choose another --heat-map")
 
 
 def _check_path(path: Path, option: str, may_replace: bool, *, is_own: bool, kind: str) -> None:
@@ -235,9 +240,12 @@ def _is_scores(path: Path) -> bool:
 
 
 def _is_picture(path: Path) -> bool:
-    """Returns whether a file is a picture, PNG or SVG, or empty."""
+    """Returns whether a file is a picture that protlm made, PNG or SVG, or empty."""
     beginning = _beginning(path)
-    return beginning is not None and (not beginning or beginning.startswith(b"\x89PNG") or b"<svg" in beginning)
+    if beginning is None:
+        return False
+    is_image = beginning.startswith(b"\x89PNG") or b"<svg" in beginning
+    return not beginning or (is_image and PICTURE_MARK.encode() in beginning)
 
 
 def _beginning(path: Path) -> bytes | None:

@@ -4,6 +4,7 @@ What is scored is read once, the probabilities at the positions that it needs ar
 the scores follow from them in the order of the input. All of this stays in `OUT.partial` until the output is complete.
 """
 
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -66,8 +67,8 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
     ScoreFolder(request.out).complete_killed_run(resume=request.resume)
     if not ScoreFolder(request.out).is_finished:
         check_replaceable(request)
-        check_picture(request)
-    inputs = ScoreInputs(request, description.model.tokens(), start_progress)
+        check_picture(request, ScoreFolder(request.out))
+    inputs = ScoreInputs(request, description, start_progress)
     folder = ScoreFolder.opened(
         request.out, description.weights_hash, request.options(tokens_per_batch),
         resume=request.resume, force=request.force,
@@ -82,7 +83,9 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
             folder.drop_unusable(plan.portion_sizes(), plan.num_columns)
             _compute(_work(folder, model, request, tokens_per_batch), model, request, start_progress)
             reports = _assemble(folder, proteins, plan, inputs, request, start_progress)
-            _finish(folder, _report(request, proteins, plan, inputs, description, reports), request)
+            has_picture = request.heat_map is not None and folder.picture_path(request.heat_map).exists()
+            report = _report(request, proteins, plan, inputs, description, reports, has_picture=has_picture)
+            _finish(folder, report, request)
         report = ScoreReport.of(folder.report())
         work_folder.remove_finished(folder.path)
     return report
@@ -121,10 +124,10 @@ def _assemble(
     for scores in write_scores(folder.variants_path, assays, scorer, proteins, request, paths, advance):
         # An assay of which all rows were skipped has none.
         protein, length = (
-            (proteins.id(scores.target), int(proteins.lengths[scores.target])) if scores.scores else ("", 0)
+            (proteins.id(scores.target), int(proteins.lengths[scores.target])) if scores.num_variants else ("", 0)
         )
         reports.append(assay_report(scores, protein, length, request.seed))
-        _draw(scores, proteins, request)
+        _draw(scores, proteins, request, folder)
     return reports
 
 
@@ -147,13 +150,16 @@ def check_lengths(proteins: ProteinStore, plan: Plan, request: ScoreRequest, des
         )
 
 
-def _draw(scores: AssayScores, proteins: ProteinStore, request: ScoreRequest) -> None:
+def _draw(scores: AssayScores, proteins: ProteinStore, request: ScoreRequest, folder: ScoreFolder) -> None:
+    """Draws the picture into the folder, if there is a single substitution to draw."""
     if request.heat_map is None:
         return
-    assert scores.singles is not None
-    request.heat_map.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.picture_path(request.heat_map)
+    path.unlink(missing_ok=True)
+    if scores.singles is None or np.isnan(scores.singles).all():
+        return
     draw_heat_map(
-        request.heat_map,
+        path,
         scores.singles,
         proteins.residues(scores.target).decode(),
         title=f"{printable(proteins.id(scores.target))}: {request.strategy}",
@@ -168,6 +174,8 @@ def _report(
     inputs: ScoreInputs,
     description: ModelDescription,
     assays: list[AssayReport],
+    *,
+    has_picture: bool,
 ) -> ScoreReport:
     _, counts = plan.pass_sizes()
     trained = description.trained_residues
@@ -175,7 +183,7 @@ def _report(
     seen = [length if request.window is None else min(length, request.window) for length in inputs.lengths]
     return ScoreReport(
         out=str(request.out),
-        heat_map=None if request.heat_map is None else str(request.heat_map),
+        heat_map=str(request.heat_map) if has_picture else None,
         strategy=request.strategy,
         num_proteins=inputs.num_proteins,
         num_variants=inputs.num_variants,
@@ -186,14 +194,21 @@ def _report(
         repairs=dict(inputs.repairs),
         left_out=inputs.left_out,
         num_not_standard=inputs.num_not_standard,
+        num_aligned=None if inputs.frequencies is None else inputs.frequencies.num_sequences,
+        num_covered=None if inputs.frequencies is None else inputs.frequencies.num_covered,
         assays=assays,
         benchmark=benchmark_of(assays, request.seed) if request.kind == "benchmark" else None,
     )
 
 
 def _finish(folder: ScoreFolder, report: ScoreReport, request: ScoreRequest) -> None:
-    """Puts the complete output in its place."""
+    """Puts the complete output in its place, the picture first: once the table is there, all is."""
     if request.kind == "benchmark":
         write_benchmark(folder.output_path, report)
     check_replaceable(request)
+    check_picture(request, folder)
+    if report.heat_map is not None and request.heat_map is not None:
+        request.heat_map.parent.mkdir(parents=True, exist_ok=True)
+        with folder.picture_written(request.heat_map) as partial:
+            shutil.copyfile(folder.picture_path(request.heat_map), partial)
     folder.publish(asdict(report))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protlm import vocabulary
+from protlm import files, vocabulary
 from protlm.data.mutations import Substitution, differences, mutant_name, mutated, parse_mutant, reverted
 from protlm.data.nucleotides import is_nucleic_acid
 from protlm.data.parsing.reader import RecordReader
@@ -21,6 +21,7 @@ from protlm.data.parsing.tables import Table
 from protlm.data.records import NUCLEOTIDES, Record, shown
 from protlm.errors import ProtlmError, RecordError
 from protlm.inference.blosum import STANDARD_RESIDUES
+from protlm.inference.marginals import check_mutants
 from protlm.runtime.progress import Advance
 from protlm.workflows.score.reference import ReferenceRow
 
@@ -73,25 +74,33 @@ class Limits:
         lacked: Residues that the model has no token for.
         takes_indels: Whether variants may have insertions and deletions.
         offset: Difference between the numbering of mutations and that of the protein from 1.
+        max_residues: Longest protein that the model's positions reach; None: any.
     """
 
     lacked: str
     takes_indels: bool
     offset: int
+    max_residues: int | None
 
-    def check(self, substitutions: tuple[Substitution, ...] | None) -> None:
-        """Raises ValueError if a variant cannot be scored."""
+    def check(self, substitutions: tuple[Substitution, ...] | None, sequence: str | None) -> None:
+        """Raises ValueError if a variant cannot be scored.
+
+        Args:
+            substitutions: How it differs from the protein; None: by insertions or deletions.
+            sequence: Its residues where they are given.
+        """
+        if self.takes_indels and self.max_residues is not None and len(sequence or "") > self.max_residues:
+            raise ValueError(
+                f"has {len(sequence or ''):,} residues, and the positions of this model reach {self.max_residues:,}; "
+                f"score long proteins in windows with --window {self.max_residues}"
+            )
         if substitutions is None and not self.takes_indels:
             raise ValueError(
                 "has insertions or deletions, which only --strategy pseudo-perplexity can score; or leave such rows "
                 "out with --on-bad-record skip"
             )
-        for substitution in substitutions or ():
-            if substitution.mutant in self.lacked and not self.takes_indels:
-                raise ValueError(
-                    f"{mutant_name([substitution], self.offset)}: this model has no token for "
-                    f"{substitution.mutant}, and so no probability"
-                )
+        if not self.takes_indels:
+            check_mutants(substitutions or (), self.lacked)
 
 
 class ProteinFile:
@@ -165,7 +174,7 @@ def sequence_variants(
             continue
         try:
             substitutions = _differences(wild_type.residues, record.sequence)
-            limits.check(substitutions)
+            limits.check(substitutions, record.sequence)
         except ValueError as error:
             reason = "indel" if len(record.sequence) != len(wild_type.residues) else "no_token"
             reject(RecordError(path, record.line, f"record {shown(record.id)} {error}", reason=reason))
@@ -183,8 +192,7 @@ class VariantTable:
 
     Attributes:
         columns: The columns of the table.
-        has_measured: Whether it has measurements.
-        fit_by: How fit variants are told: the name of the column, the threshold of the benchmark's reference file, or
+        fit_by: How fit variants are known: the name of the column, the threshold of the benchmark's reference file, or
             the median of the measurements.
     """
 
@@ -217,10 +225,9 @@ class VariantTable:
         self._mutant, self._sequence, self._measured, self._fit = map(
             self._table.place, (MUTANT, SEQUENCE, MEASURED, FIT)
         )
-        self.has_measured = self._measured is not None
         self._threshold = None if reference is None else reference.threshold
         self.fit_by = FIT if self._fit is not None else "threshold" if self._threshold is not None else "median"
-        name = Path(path).name.partition(".")[0]
+        name = files.as_text(Path(path).name).partition(".")[0]
         self._rows = iter(self._table)
         if wild_type is None and reference is not None and reference.target is not None:
             wild_type = WildType(name, reference.target)
@@ -263,7 +270,10 @@ class VariantTable:
                 first_error = first_error or self._error(line, str(error))
         if proteins:
             return proteins.most_common(1)[0][0]
-        raise first_error or ProtlmError(
+        if first_error is not None:
+            # Of the table and not of a row: none of them leads to a protein.
+            raise ProtlmError(str(first_error))
+        raise ProtlmError(
             f"{self._table.path}: the protein does not follow from this table, which would need the columns "
             f"{MUTANT} and {SEQUENCE}; give it as INPUT with --mutations, or --reference"
         )
@@ -271,7 +281,7 @@ class VariantTable:
     def _row(self, line: int, fields: list[str], protein: str) -> Row:
         try:
             substitutions, sequence = self._variant(fields, protein)
-            self._limits.check(substitutions)
+            self._limits.check(substitutions, sequence)
         except ValueError as error:
             raise self._error(line, str(error)) from None  # now with file and line
         measured = self._number(line, fields)
@@ -296,7 +306,7 @@ class VariantTable:
         try:
             value = float(text)
         except ValueError:
-            value = np.nan  # told below, as for other values that are no measurement
+            value = np.nan  # refused below, as for other values that are no measurement
         if not abs(value) <= _LARGEST_MEASUREMENT:
             raise self._error(line, f"{MEASURED}: expected a number, or nothing, got {shown(text)}")
         return value

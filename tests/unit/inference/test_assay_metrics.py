@@ -132,6 +132,9 @@ def test_a_benchmark_is_the_mean_over_types_of_the_means_over_proteins():
     ]
     _, mean = benchmark_mean([*many, AssayValue(protein="x", function="Binding", value=math.nan)], 0)
     assert mean.low < mean.value < mean.high
+    # The single protein of a type would seem to be certain.
+    _, mean = benchmark_mean([*many, AssayValue(protein="x", function="Activity", value=0.5)], 0)
+    assert mean.low is None
 
 
 def test_correlations_are_those_of_scipy():

@@ -18,7 +18,7 @@ def written(path, content):
 
 def counted(path):
     """Returns the counts of each column as a mapping."""
-    result = count_alignment(path)
+    result = count_alignment(path, most_columns=1000)
     return result.query, [
         {letter: int(count) for letter, count in zip(RESIDUES, column, strict=False) if count}
         for column in result.counts
@@ -49,12 +49,18 @@ def test_a_sequence_of_many_short_lines_takes_the_memory_of_its_letters(tmp_path
     path = written(tmp_path / "a.a3m.gz", content)
     tracemalloc.start()
     try:
-        assert len(count_alignment(path).query) == 2_000_000
+        assert len(count_alignment(path, most_columns=2_000_000).query) == 2_000_000
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     # The counts take 168 bytes a letter.
     assert peak < 2_000_000 * 500
+
+
+def test_a_first_sequence_longer_than_the_protein_is_refused_before_anything_is_counted(tmp_path):
+    path = written(tmp_path / "a.a3m", b">q\nMKV\n>b\nMK\n")
+    with pytest.raises(ProtlmError, match=r"a\.a3m:1: the first sequence has 3 residues, and the protein 2"):
+        count_alignment(path, most_columns=2)
 
 
 def test_a_sequence_without_end_is_refused(tmp_path, monkeypatch):
@@ -64,4 +70,4 @@ def test_a_sequence_without_end_is_refused(tmp_path, monkeypatch):
         (b">q\n" + b"A" * 1001, "2: a line of more than 1,000 bytes"),
     ):
         with pytest.raises(ProtlmError, match=rf"a\.a3m:{message}"):
-            count_alignment(written(tmp_path / "a.a3m", content))
+            count_alignment(written(tmp_path / "a.a3m", content), most_columns=2000)

@@ -5,8 +5,9 @@ from array import array
 import numpy as np
 import pytest
 
+from protlm.workflows.score import assembly
 from protlm.workflows.score.assembly import AssayScores
-from protlm.workflows.score.inputs import Assay
+from protlm.workflows.score.inputs import Assay, Variant
 from protlm.workflows.score.report import assay_report
 
 SIZE = 200
@@ -19,7 +20,8 @@ CLOSE, FAR = MEASURED + 0.3 * NOISE, MEASURED + 3 * NOISE
 
 def verdict(model, measured=MEASURED, **baselines):
     scores = AssayScores(
-        Assay("", ["mutant"], has_measured=True),
+        Assay("", ["mutant"]),
+        num_variants=len(measured),
         scores=array("d", model),
         measured=array("d", measured),
         is_fit=array("b", [-1] * len(measured)),
@@ -50,6 +52,19 @@ def test_the_model_is_compared_with_the_best_baseline(model, baselines, begins):
     assert f"a Spearman of {of_model:.3f}," in report.verdict
     for name, gain in report.gains.items():
         assert gain["value"] == pytest.approx(of_model - report.metrics[name]["spearman"]["value"])
+
+
+def test_of_rows_without_a_measurement_only_the_first_are_kept(monkeypatch):
+    monkeypatch.setattr(assembly, "_MOST_UNMEASURED", 3)
+    scores = AssayScores(Assay("", ["mutant"]), baselines={"blosum62": array("d")})
+    for number in range(8):
+        variant = Variant(0, 0, "M1A", None, 0.5 if number == 6 else None, None, ["M1A"])
+        scores.add(variant, (), float(number), {"blosum62": -float(number)})
+    assert scores.num_variants == 8
+    assert list(scores.scores) == [0, 1, 2, 6]
+    assert list(scores.baselines["blosum62"]) == [0, -1, -2, -6]
+    report = assay_report(scores, "wt", 28, seed=0)
+    assert (report.num_variants, report.num_measured) == (8, 1)
 
 
 def test_what_cannot_be_compared_is_said():
