@@ -1,8 +1,8 @@
 """A trained model with exact attention becomes one whose attention estimates the same weights, from the same numbers.
 
-The relative variance of an estimated weight grows with ‖x + y‖², x = q/d^¼ and y = k/d^¼, while the weight itself depends
-on x·y alone. Two changes leave every x·y as it is and make the sums smaller: a matrix A of each head, x → A x and
-y → A⁻ᵀ y (balancing), and a shift of the random rows to the mean of x + y, which acts as if x and y were centred.
+The relative variance of an estimated weight grows with ‖x + y‖², x = q/d^¼ and y = k/d^¼, while the weight itself
+depends on x·y alone. Two changes leave every x·y as it is and make the sums smaller: a matrix A of each head, x → A x
+and y → A⁻ᵀ y (balancing), and a shift of the random rows to the mean of x + y, which acts as if x and y were centred.
 Both follow from the moments of x and y on proteins of the kind that the model is for.
 """
 
@@ -20,6 +20,7 @@ from protlm.inference.attention_weights import visit_protein
 from protlm.model.attention import SelfAttention
 from protlm.model.attention_calls import AttentionCall
 from protlm.model.performer import Performer
+from protlm.model.skeleton import skeleton
 from protlm.runtime.progress import Advance, no_advance
 
 _RIDGE = 1e-4
@@ -33,7 +34,7 @@ class SwapSettings:
     Attributes:
         attention: The feature map.
         num_features: Random rows of each head.
-        near_block: Tokens of a block whose weights, and those of the blocks beside it, stay exact; 0: all are estimated.
+        near_block: Tokens of a block whose weights, and those of the blocks beside it, stay exact; 0: none do.
         balance: `none`; `diagonal`: A is a number for each dimension, or for each pair that positions rotate together;
             `dense`: a whole matrix.
         seed: Of the random rows.
@@ -107,8 +108,8 @@ def measure_moments(model: Performer, proteins: Iterable[np.ndarray], advance: A
 def balancing_matrices(covariances: Tensor, balance: Balance, *, are_rotated: bool) -> Tensor:
     """Returns the matrix A of each head, symmetric, float64 (heads, head_dim, head_dim).
 
-    `dense` is A = (Σx⁻¹ # Σy)^½ with the geometric mean # of matrices: of all A it minimises the mean of ‖A x‖² + ‖A⁻ᵀ y‖²,
-    and both covariances become equal. `diagonal` is its like for diagonal A.
+    `dense` is A = (Σx⁻¹ # Σy)^½ with the geometric mean # of matrices: of all A it minimises the mean of
+    ‖A x‖² + ‖A⁻ᵀ y‖², and both covariances become equal. `diagonal` is its like for diagonal A.
 
     Args:
         covariances: Of x and of y, (2, heads, head_dim, head_dim).
@@ -123,7 +124,7 @@ def balancing_matrices(covariances: Tensor, balance: Balance, *, are_rotated: bo
     if balance == "diagonal":
         variances = covariances.diagonal(dim1=-2, dim2=-1)
         if are_rotated:
-            variances = variances.unflatten(-1, (2, size // 2)).sum(-2).repeat(1, 1, 2)
+            variances = variances.reshape(2, heads, 2, size // 2).sum(-2).repeat(1, 1, 2)
         return torch.diag_embed((variances[1] / variances[0]) ** 0.25)
     root, inverse_root = _power(of_x, 0.5), _power(of_x, -0.5)
     mean = inverse_root @ _power(root @ of_y @ root, 0.5) @ inverse_root
@@ -133,7 +134,9 @@ def balancing_matrices(covariances: Tensor, balance: Balance, *, are_rotated: bo
 def _power(matrices: Tensor, exponent: float) -> Tensor:
     """Returns a power of symmetric positive matrices."""
     values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
-    return (vectors * values.clamp_min(torch.finfo(values.dtype).tiny).pow(exponent).unsqueeze(-2)) @ vectors.mT
+    powers = values.clamp_min(torch.finfo(values.dtype).tiny).pow(exponent)
+    result: Tensor = (vectors * powers.unsqueeze(-2)) @ vectors.mT
+    return result
 
 
 def check_swappable(config: ModelConfig) -> None:
@@ -175,9 +178,10 @@ def _folds(config: ModelConfig, balance: Balance) -> bool:
 
 @torch.no_grad()
 def swap_attention(model: Performer, settings: SwapSettings, moments: Sequence[Moments] | None) -> Performer:
-    """Returns a new model whose layers estimate the exact attention of those of another; all other numbers are equal.
+    """Returns a model whose layers estimate the exact attention of those of another; all other numbers are equal.
 
-    The random rows of a layer are a function of the seed, the layer and the numbers of rows.
+    Tensors that do not change are shared with the other model, so that neither must be trained. The random rows of a
+    layer are a function of the seed, the layer and their number.
 
     Args:
         model: The model with exact attention.
@@ -190,16 +194,22 @@ def swap_attention(model: Performer, settings: SwapSettings, moments: Sequence[M
     if moments is None and settings.balance != "none":
         raise ValueError(f"moments: expected those of every layer for balance = {settings.balance!r}, got none")
     config = swapped_config(model.config, settings)
-    result = Performer(config).to(model.embedding.weight.device).eval()
-    result.reset(settings.seed)
-    # The buffers of the swapped layers are those of `reset`.
-    result.load_state_dict(model.state_dict(), strict=False)
+    result, device = skeleton(config), model.embedding.weight.device
+    state = model.state_dict()
+    new = {
+        name: torch.empty(tensor.shape, device=device)
+        for name, tensor in result.state_dict().items()
+        if name not in state
+    }
+    result.load_state_dict({**state, **new}, assign=True)
+    result.eval()
     for number, (layer, kind) in enumerate(zip(result.layers, model.config.kinds, strict=True)):
         attention = layer.attention
         assert isinstance(attention, SelfAttention)
         if kind != "softmax":
             continue
         generator = torch.Generator().manual_seed(settings.seed * len(result.layers) + number)
+        attention.reset_balance()
         if moments is not None and settings.balance != "none":
             _balance(attention, config, settings, moments[number])
         attention.redraw(generator)
@@ -223,7 +233,8 @@ def _balance(attention: SelfAttention, config: ModelConfig, settings: SwapSettin
     for linear, factors in ((attention.query, matrices), (attention.key, inverses)):
         for parameter in (linear.weight, linear.bias):
             by_head = parameter.double().cpu().reshape(attention.num_heads, attention.head_dim, -1)
-            parameter.copy_((factors @ by_head).reshape(parameter.shape))
+            # In memory of its own: that of the exact model stays as it is.
+            parameter.data = (factors @ by_head).reshape(parameter.shape).to(parameter)
 
 
 def far_share(config: ModelConfig, length: int) -> float:

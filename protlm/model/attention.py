@@ -114,12 +114,17 @@ class SelfAttention(nn.Module):
             nn.init.constant_(self.log_temperature, math.log(self.initial_temperature))
         if self.local_bias is not None:
             nn.init.constant_(self.local_bias, self.initial_bias)
+        self.reset_balance()
+        self.redraw(generator)
+
+    @torch.no_grad()
+    def reset_balance(self) -> None:
+        """Sets an estimator to balance nothing and not to shift its random rows, those drawn from now on."""
         if self.feature_shift is not None:
             nn.init.zeros_(self.feature_shift)
         for balance in (self.query_balance, self.key_balance):
             if balance is not None:
                 balance.copy_(torch.eye(self.head_dim))
-        self.redraw(generator)
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator) -> None:

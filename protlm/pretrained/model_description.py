@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from protlm.choices import MOST_TOKENS, DataMode
+from protlm.choices import MOST_TOKENS, Balance, DataMode, NearFarMap
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT, ModelConfig
 from protlm.data.batching.masking import MaskRates, Objective
 from protlm.vocabulary import RESIDUES, TOKENS
@@ -17,8 +17,9 @@ MODEL_FORMAT_VERSION = 6
 READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
 """In version 1 all models were trained on packed proteins with BERT's masking, and the keys for these were missing.
 Before version 3 the valid split was masked as in training, and `valid.targets` was missing. Before version 4 protlm had
-trained every model itself: none had an `origin`. Before version 6 no model was swapped. Before version 5 none had `fine_tuned_from`, no model was exported
-`unmeasured`, all layers of a model had one kind of attention, and the temperature of exact attention had a bound."""
+trained every model itself: none had an `origin`. Before version 5 none had `fine_tuned_from`, no model was exported
+`unmeasured`, all layers of a model had one kind of attention, and the temperature of exact attention had a bound.
+Before version 6 no model had an attention that was swapped for its exact one (`swap`)."""
 
 EARLIER_MODEL_SETTINGS: dict[str, Any] = {"exact_temperature": 0.0}
 """Settings of `ModelConfig` that earlier versions lacked, with the values by which these models were computed."""
@@ -79,6 +80,30 @@ class Origin(BaseModel):
     files: dict[str, str]
 
 
+class Swap(BaseModel):
+    """The attention that took the place of a model's exact attention, without any training.
+
+    Attributes:
+        weights_hash: xxh3-128 of the weights of the model with exact attention.
+        attention: The feature map.
+        num_features: Random rows of each head.
+        near_block: Tokens of a block whose weights, and those of the blocks beside it, stayed exact; 0: none.
+        balance: How q and k were balanced.
+        num_proteins: Proteins on which that was calibrated; 0 without.
+        seed: Of the random rows and of the choice of these proteins.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    weights_hash: str
+    attention: NearFarMap
+    num_features: Count
+    near_block: Count
+    balance: Balance
+    num_proteins: Count
+    seed: Count
+
+
 class ModelDescription(BaseModel):
     """The content of a model's config.json.
 
@@ -106,6 +131,8 @@ class ModelDescription(BaseModel):
         origin: The source of a model that was trained elsewhere; None for one that protlm trained.
         fine_tuned_from: The source of the weights with which training by protlm began, if another program had trained
             them; kept through further trainings.
+        swap: The attention that took the place of the exact one of the model that this was made of; kept through
+            further trainings. None for a model that has the attention that it was trained with.
         valid: Scores on the valid split; None without one, and while the model is `unmeasured`.
         unmeasured: Whether its run was stopped before it could measure it on the valid split, which there is.
         weights_hash: xxh3-128 of model.safetensors.
@@ -130,6 +157,7 @@ class ModelDescription(BaseModel):
     trained_residues: Annotated[int, Field(gt=0)] | None = None
     origin: Origin | None = None
     fine_tuned_from: Origin | None = None
+    swap: Swap | None = None
     valid: ValidScore | None = None
     unmeasured: bool = False
     weights_hash: str = ""

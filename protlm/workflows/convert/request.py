@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from protlm.choices import ModelFormat
-from protlm.errors import ProtlmError
+from protlm.choices import Balance, ModelFormat, NearFarMap
+from protlm.data.parsing.sources import STDIN
+from protlm.errors import ProtlmError, UsageError
 from protlm.pretrained.model_files import EXPORTED_FILES, MODEL_FILES, description_of
 
 
@@ -17,19 +18,61 @@ class ConvertRequest:
         model: MODEL as users write it.
         out: The directory to make.
         to: Its format.
+        attention: The map whose estimates take the place of exact attention; None: the model stays as it is.
+        num_features: Random rows of each head of these.
+        near_block: Tokens of a block whose weights, and those of the blocks beside it, stay exact; 0: none.
+        balance: How q and k are balanced.
+        calibrate: Proteins on which they are balanced.
+        report: Other proteins on which the swap is measured.
+        seed: Of the random rows, and of the choice of proteins.
         force: Replace a model that is there.
     """
 
     model: str | Path
     out: Path
     to: ModelFormat = "protlm"
+    attention: NearFarMap | None = None
+    num_features: int = 256
+    near_block: int = 32
+    balance: Balance = "dense"
+    calibrate: str | Path | None = None
+    report: str | Path | None = None
+    seed: int = 0
     force: bool = False
 
 
 def check_request(request: ConvertRequest) -> None:
-    """Raises ProtlmError if the output is in the way, or there is no such model."""
+    """Checks options, inputs and output, and the model as far as it is known without torch.
+
+    Raises:
+        UsageError: Options that contradict each other.
+        ProtlmError: An output that is in the way, an input that is not there, or no such model.
+    """
+    _check_options(request)
     _check_replaceable(request, Path(os.path.realpath(request.out)))
+    for path in (request.calibrate, request.report):
+        if path is not None and str(path) != STDIN and not Path(path).is_file():
+            raise ProtlmError(f"{path}: no such file; expected proteins, as for prep")
     description_of(request.model)
+
+
+def _check_options(request: ConvertRequest) -> None:
+    if request.attention is None:
+        for name, value in (("--calibrate", request.calibrate), ("--report", request.report)):
+            if value is not None:
+                raise UsageError(f"{name} is for a swap of the attention: say which takes its place with --attention")
+        return
+    if request.to == "hf":
+        raise UsageError("--attention makes a model that transformers does not have; leave --to hf out")
+    if request.balance != "none" and request.calibrate is None:
+        raise UsageError(
+            "--calibrate: give proteins of the kind that the model is for, on which q and k are balanced, or take "
+            "--balance none"
+        )
+    if request.balance == "none" and request.calibrate is not None:
+        raise UsageError("--calibrate is of no use with --balance none; leave one of them out")
+    if str(request.calibrate) == STDIN and str(request.report) == STDIN:
+        raise UsageError("--calibrate and --report: the standard input can be read only once")
 
 
 def _check_replaceable(request: ConvertRequest, out: Path) -> None:

@@ -1,0 +1,216 @@
+"""The swap of exact attention for estimates of it: calibrated on some proteins, measured on others."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from protlm.data.batching.batches import evaluation_rows
+from protlm.data.batching.masking import EVALUATION_SEED
+from protlm.errors import ProtlmError
+from protlm.inference.attention_swap import Moments, SwapSettings, measure_moments, swap_attention, swapped_config
+from protlm.inference.metrics import Estimate
+from protlm.inference.swap_scores import EXACT, FAR_ONLY, NEAR_ONLY, SWAPPED, Candidate, SwapScores, measure_swaps
+from protlm.model.performer import Performer
+from protlm.pretrained.model_description import ModelDescription, Swap
+from protlm.runtime.devices import best_device
+from protlm.runtime.progress import StartProgress
+from protlm.workflows.convert.cost import Cost, measure_costs
+from protlm.workflows.convert.proteins import SampledProteins, sample_proteins
+from protlm.workflows.convert.request import ConvertRequest
+
+FEW_PROTEINS = 32
+"""With fewer the moments depend on the choice of the proteins."""
+_TOKENS_PER_ROW = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapReport:
+    """The outcome of a swap.
+
+    Attributes:
+        calibrated_on: Proteins on which q and k were balanced; 0 without.
+        measured_on: Proteins with hidden residues; 0 if nothing was measured.
+        is_independent: Whether these are others than those of the calibration.
+        num_cut: Of all these proteins, those of which only the beginning was taken.
+        scores: With exact attention, swapped, and with either part of the weights alone.
+        grid: Swapped with other numbers of features and other blocks, on the same residues; empty without a report.
+        exact_costs: Of a forward pass of the model with exact attention; empty without a report.
+        costs: Of the swapped one.
+        verdict: What is kept, as a sentence; None if nothing was measured.
+    """
+
+    calibrated_on: int
+    measured_on: int
+    is_independent: bool
+    num_cut: int
+    scores: list[SwapScores]
+    grid: list[SwapScores]
+    exact_costs: list[Cost]
+    costs: list[Cost]
+    verdict: str | None
+
+
+def check_swap(request: ConvertRequest, description: ModelDescription) -> None:
+    """Raises ProtlmError if the exact attention of a model cannot be swapped as a request asks for."""
+    settings = settings_of(request)
+    if settings is None:
+        return
+    try:
+        swapped_config(description.model, settings)
+    except ValueError as error:
+        raise ProtlmError(f"{request.model}: {_first_line(error)}") from None  # now with the model
+
+
+def _first_line(error: ValueError) -> str:
+    """Returns the message of an error; of one of pydantic its first fault."""
+    errors: Callable[[], list[dict[str, str]]] | None = getattr(error, "errors", None)
+    return str(error) if errors is None else errors()[0]["msg"].removeprefix("Value error, ")
+
+
+def settings_of(request: ConvertRequest) -> SwapSettings | None:
+    """Returns the settings of the swap that a request asks for; None if it asks for none."""
+    if request.attention is None:
+        return None
+    return SwapSettings(
+        attention=request.attention,
+        num_features=request.num_features,
+        near_block=request.near_block,
+        balance=request.balance,
+        seed=request.seed,
+    )
+
+
+def swap(
+    model: Performer,
+    description: ModelDescription,
+    request: ConvertRequest,
+    settings: SwapSettings,
+    start_progress: StartProgress,
+) -> tuple[Performer, ModelDescription, SwapReport]:
+    """Returns the model after the swap, its description, and what the swap costs.
+
+    Args:
+        model: The model with exact attention.
+        description: Its description.
+        request: Where the proteins are.
+        settings: What takes the place of its attention.
+        start_progress: Starts the stages `read` (bytes), `calibrate` and `measure` (residues).
+
+    Raises:
+        ProtlmError: Proteins that cannot be read, or are too few to calibrate on.
+    """
+    model = model.to(best_device())
+    reach = description.max_residues
+    calibration, moments = None, None
+    if request.calibrate is not None:
+        calibration = sample_proteins(request.calibrate, "--calibrate", reach, request.seed, start_progress)
+        moments = _moments(model, calibration, request, start_progress)
+    swapped = swap_attention(model, settings, moments)
+    measured = calibration
+    if request.report is not None:
+        measured = sample_proteins(request.report, "--report", reach, request.seed, start_progress)
+    scores: list[SwapScores] = []
+    grid: list[SwapScores] = []
+    if measured is not None:
+        candidates = list(_parts(swapped, settings))
+        others = list(_grid(model, settings, moments)) if request.report is not None else []
+        advance = start_progress("measure", int(measured.lengths.sum()))
+        rows = evaluation_rows(
+            measured, _TOKENS_PER_ROW, EVALUATION_SEED, description.objective.hiding_all(), max_residues=reach
+        )
+        every = measure_swaps(model, [*candidates, *others], rows, measured.key, advance=advance)
+        scores, grid = every[: 1 + len(candidates)], every[1 + len(candidates) :]
+    new = description.model_copy(
+        update={
+            "model": swapped.config,
+            "swap": Swap(
+                weights_hash=description.weights_hash,
+                attention=settings.attention,
+                num_features=settings.num_features,
+                near_block=settings.near_block,
+                balance=settings.balance,
+                num_proteins=0 if calibration is None else len(calibration),
+                seed=settings.seed,
+            ),
+            "valid": None,
+            "redraw_every_steps": 0,
+            "weights_hash": "",
+        }
+    )
+    report = SwapReport(
+        calibrated_on=0 if calibration is None else len(calibration),
+        measured_on=0 if measured is None else len(measured),
+        is_independent=request.report is not None,
+        num_cut=sum(each.num_cut for each in (calibration, measured) if each is not None and each is not measured)
+        + (0 if measured is None else measured.num_cut),
+        scores=scores,
+        grid=grid,
+        exact_costs=[],
+        costs=[],
+        verdict=verdict_of(scores) if scores else None,
+    )
+    return swapped, new, report
+
+
+def _moments(
+    model: Performer, proteins: SampledProteins, request: ConvertRequest, start_progress: StartProgress
+) -> list[Moments]:
+    advance = start_progress("calibrate", int(proteins.lengths.sum()))
+    num_residues, head_dim = int(proteins.lengths.sum()), model.config.head_dim
+    if num_residues < 2 * head_dim:
+        raise ProtlmError(
+            f"{request.calibrate}: {num_residues} residues are too few to balance heads of {head_dim} dimensions; give "
+            f"{FEW_PROTEINS} proteins and more of the kind that the model is for"
+        )
+    try:
+        return measure_moments(model, proteins.residues, advance)
+    except ValueError as error:
+        raise ProtlmError(f"{request.calibrate}: {error}") from None  # now with the file
+
+
+def _parts(swapped: Performer, settings: SwapSettings) -> Iterator[Candidate]:
+    """Yields the swapped model, and if it has a near field that alone and the estimates alone."""
+    names = (SWAPPED, NEAR_ONLY, FAR_ONLY) if settings.near_block else (SWAPPED,)
+    for name in names:
+        yield Candidate(name, swapped, settings.num_features, settings.near_block)
+
+
+def _grid(model: Performer, settings: SwapSettings, moments: Sequence[Moments] | None) -> Iterator[Candidate]:
+    """Yields swaps with half and twice the features, and with no, half and twice the near field."""
+    features, block = settings.num_features, settings.near_block
+    for num_features in sorted({max(1, features // 2), features, 2 * features}):
+        for near_block in sorted({0, block // 2, block, 2 * block}):
+            if (num_features, near_block) != (features, block):
+                other = SwapSettings(
+                    attention=settings.attention,
+                    num_features=num_features,
+                    near_block=near_block,
+                    balance=settings.balance,
+                    seed=settings.seed,
+                )
+                yield Candidate(SWAPPED, swap_attention(model, other, moments), num_features, near_block)
+
+
+def verdict_of(scores: Sequence[SwapScores]) -> str:
+    """Returns the sentence on what is kept of the accuracy with exact attention."""
+    by_name = {each.name: each for each in scores}
+    swapped, exact = by_name[SWAPPED], by_name[EXACT]
+    text = (
+        f"The swapped model keeps {_percent(swapped.kept)} of the accuracy with exact attention, "
+        f"{swapped.accuracy.value:.3f} of {exact.accuracy.value:.3f}"
+    )
+    if NEAR_ONLY in by_name:
+        near, far = by_name[NEAR_ONLY].kept.value, by_name[FAR_ONLY].kept.value
+        text += f"; the near field alone keeps {near:.1%}, estimates of all weights alone {far:.1%}"
+    return text + "."
+
+
+def _percent(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.1%} (too few proteins for an interval)"
+    return f"{estimate.value:.1%} (95 % interval {estimate.low:.1%} to {estimate.high:.1%})"
+
+
+def costs_of(exact: str | Path, swapped: Path, description: ModelDescription) -> tuple[list[Cost], list[Cost]]:
+    """Returns what a forward pass costs with exact attention and after the swap; both models are on disk."""
+    return measure_costs(exact, description.max_residues), measure_costs(swapped, description.max_residues)
