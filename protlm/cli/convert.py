@@ -135,8 +135,11 @@ def _print_swap(swap: "SwapReport") -> None:
         output.print_table(("one pass", "exact, s", "MiB", "swapped, s", "MiB"), rows)
         print()
     if swap.verdict is not None:
-        which = "others than it was calibrated on" if swap.is_independent else "those that it was calibrated on"
-        print(f"{swap.verdict} Measured on hidden residues of {swap.measured_on:,} proteins, {which}.")
+        which = f"{swap.num_shared:,} of them" if swap.num_shared else "none of them"
+        print(
+            f"{swap.verdict} Measured on hidden residues of {swap.measured_on:,} proteins, {which} among the "
+            f"{swap.calibrated_on:,} that it was calibrated on."
+        )
         print()
 
 

@@ -6,7 +6,6 @@ and y → A⁻ᵀ y (balancing), and a shift of the random rows to the mean of x
 Both follow from the moments of x and y on proteins of the kind that the model is for.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -235,19 +234,3 @@ def _balance(attention: SelfAttention, config: ModelConfig, settings: SwapSettin
             by_head = parameter.double().cpu().reshape(attention.num_heads, attention.head_dim, -1)
             # In memory of its own: that of the exact model stays as it is.
             parameter.data = (factors @ by_head).reshape(parameter.shape).to(parameter)
-
-
-def far_share(config: ModelConfig, length: int) -> float:
-    """Returns the share of the pairs of tokens of a protein whose weights are estimated.
-
-    Args:
-        config: The settings of a model after the swap.
-        length: Tokens of the protein.
-    """
-    if "near-far" not in config.kinds:
-        return 1.0
-    width = config.near_block
-    num_blocks = math.ceil(length / width)
-    sizes = [min(width, length - block * width) for block in range(num_blocks)]
-    near = sum(size * sum(sizes[max(0, block - 1) : block + 2]) for block, size in enumerate(sizes))
-    return 1 - near / length**2

@@ -150,9 +150,13 @@ def _estimated_weights(call: AttentionCall, head: int) -> _Weigh:
     rows = None if attention.projection is None else in_float64(attention.projection[head])
     oprf_a = attention.oprf_a(call.q, call.k, call.segments)
     a = None if oprf_a is None else in_float64(oprf_a[0, head])
+    bias = None
+    if attention.feature_bias is not None:
+        # Twice for maps with two features a row.
+        bias = in_float64(attention.feature_bias[head]).repeat(definition.features_per_row)
     if attention.near_block:
         assert rows is not None
-        return _near_far_weights(call, head, rows, a)
+        return _near_far_weights(call, head, rows, a, bias)
     (q_values, _), (k_values, k_norms) = (
         _values_and_norms(in_float64(x[:, head]), rows, definition, a) for x in (call.q, call.k)
     )
@@ -163,7 +167,7 @@ def _estimated_weights(call: AttentionCall, head: int) -> _Weigh:
             return q_values[start:stop] @ (k_values[:num_keys] * torch.exp(norms - norms.max())).T
 
         return multiply
-    k_logs = k_values + k_norms
+    k_logs = k_values + k_norms if bias is None else k_values + k_norms + bias
 
     def weigh(start: int, stop: int, num_keys: int) -> Tensor:
         # Relative to the largest logarithm of each feature among the keys, which cancels: each row then has a weight of
@@ -175,7 +179,9 @@ def _estimated_weights(call: AttentionCall, head: int) -> _Weigh:
     return weigh
 
 
-def _near_far_weights(call: AttentionCall, head: int, rows: Tensor, oprf_a: Tensor | None) -> _Weigh:
+def _near_far_weights(
+    call: AttentionCall, head: int, rows: Tensor, oprf_a: Tensor | None, bias: Tensor | None
+) -> _Weigh:
     """Returns exp(q·k/√d) of near keys and φ(q)·φ(k) of the others."""
     attention = call.attention
     assert attention.feature_map is not None
@@ -183,6 +189,8 @@ def _near_far_weights(call: AttentionCall, head: int, rows: Tensor, oprf_a: Tens
     q_features, k_features = (
         kernel_features(x, rows, feature_map=attention.feature_map, oprf_a=oprf_a) for x in (q, k)
     )
+    if bias is not None:
+        k_features = k_features * bias.exp()
     blocks = torch.arange(len(q), device=q.device) // attention.near_block
     scale = attention.head_dim**-0.5
 

@@ -36,6 +36,8 @@ class ReplacementScores:
         saved: With the saved projections.
         empirical: The empirical baseline.
         exact: With exact attention; None for `relu`, which is no estimate of it.
+        near_only: With the exact weights of near tokens alone; None without a near field.
+        far_only: With estimates of all weights; None without a near field.
         redrawn: With each of some other draws; empty without projections.
         redrawn_accuracy: Over these draws; None without projections.
         redrawn_perplexity: Likewise.
@@ -44,6 +46,8 @@ class ReplacementScores:
     saved: Score
     empirical: Score
     exact: Score | None
+    near_only: Score | None
+    far_only: Score | None
     redrawn: list[Score]
     redrawn_accuracy: Spread | None
     redrawn_perplexity: Spread | None
@@ -68,9 +72,15 @@ def score_replacements(
     if num_draws < 2:
         raise ValueError(f"num_draws: expected at least 2, got {num_draws}")
     saved, exact, redrawn = score(), None, []
+    near, far = None, None
     if estimates_softmax(model):
         with exact_attention(model):
             exact = score()
+    if has_near_field(model):
+        with near_only(model):
+            near = score()
+        with far_only(model):
+            far = score()
     if has_draws(model):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(num_draws):
@@ -80,6 +90,8 @@ def score_replacements(
         saved=saved,
         empirical=empirical,
         exact=exact,
+        near_only=near,
+        far_only=far,
         redrawn=redrawn,
         redrawn_accuracy=_spread([score.accuracy for score in redrawn]),
         redrawn_perplexity=_spread([score.perplexity for score in redrawn]),
@@ -125,15 +137,59 @@ def other_draw(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def kept_projections(model: nn.Module) -> Iterator[None]:
-    """Restores the projections of the model, to the bit, at the end of the block."""
-    projections = [attention.projection for attention in _attentions(model) if attention.projection is not None]
-    copies = [projection.clone() for projection in projections]
+    """Restores the projections of the model and their biases, to the bit, at the end of the block."""
+    each = (tensor for attention in _attentions(model) for tensor in (attention.projection, attention.feature_bias))
+    drawn = [tensor for tensor in each if tensor is not None]
+    copies = [tensor.clone() for tensor in drawn]
     try:
         yield
     finally:
         with torch.no_grad():
-            for projection, copy in zip(projections, copies, strict=True):
-                projection.copy_(copy)
+            for tensor, copy in zip(drawn, copies, strict=True):
+                tensor.copy_(copy)
+
+
+@contextmanager
+def near_only(model: nn.Module) -> Iterator[None]:
+    """Leaves the weights of far tokens out, in every layer with a near field, until the end of the block.
+
+    Raises:
+        ValueError: No layer has a near field.
+    """
+    attentions = _with_near_field(model)
+    biases = [attention.feature_bias for attention in attentions]
+    try:
+        for attention in attentions:
+            assert attention.projection is not None
+            # e to this power is a factor of each feature.
+            attention.feature_bias = attention.projection.new_full(attention.projection.shape[:2], -torch.inf)
+        yield
+    finally:
+        for attention, bias in zip(attentions, biases, strict=True):
+            attention.feature_bias = bias
+
+
+@contextmanager
+def far_only(model: nn.Module) -> Iterator[None]:
+    """Estimates the weights of near tokens too, in every layer with a near field, until the end of the block.
+
+    Raises:
+        ValueError: No layer has a near field.
+    """
+    attentions = _with_near_field(model)
+    blocks = [attention.near_block for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.near_block = 0
+        yield
+    finally:
+        for attention, block in zip(attentions, blocks, strict=True):
+            attention.near_block = block
+
+
+def has_near_field(model: nn.Module) -> bool:
+    """Returns whether a layer has exact weights of near tokens beside estimates of the others."""
+    return any(attention.near_block for attention in _with_features(model))
 
 
 def check_has_features(model: nn.Module) -> None:
@@ -201,6 +257,13 @@ def _attentions(model: nn.Module) -> list[SelfAttention]:
 
 def _with_features(model: nn.Module) -> list[SelfAttention]:
     return [attention for attention in _attentions(model) if not attention.is_exact]
+
+
+def _with_near_field(model: nn.Module) -> list[SelfAttention]:
+    attentions = [attention for attention in _with_features(model) if attention.near_block]
+    if not attentions:
+        raise ValueError("model: expected a layer with a near field, got none")
+    return attentions
 
 
 def _spread(values: list[float]) -> Spread | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from protlm.data.batching.batches import EvaluationRow
 from protlm.inference.metrics import Estimate, MetricSums, estimate, metric_values, replicate_weights, sums_by_protein
+from protlm.inference.replaced_attention import far_only, near_only
 from protlm.inference.residue_scores import ResidueScores
 from protlm.inference.scoring import score_row
 from protlm.model.attention import SelfAttention
@@ -86,53 +87,6 @@ class _Sums:
     num_equal: int = 0
     cosine: float = 0.0
     errors: dict[int, Tensor] = field(default_factory=dict)
-
-
-@contextmanager
-def near_only(model: Performer) -> Iterator[None]:
-    """Leaves all weights of far tokens out until the end of the block.
-
-    Raises:
-        ValueError: The model has no near field, or is no estimator.
-    """
-    attentions = _estimators(model)
-    if not all(attention.near_block for attention in attentions):
-        raise ValueError("model: expected a near field in every layer that estimates, got none")
-    biases = [attention.feature_bias for attention in attentions]
-    try:
-        for attention, bias in zip(attentions, biases, strict=True):
-            assert bias is not None
-            # e to this power is the factor of each feature.
-            attention.feature_bias = torch.full_like(bias, -torch.inf)
-        yield
-    finally:
-        for attention, bias in zip(attentions, biases, strict=True):
-            attention.feature_bias = bias
-
-
-@contextmanager
-def far_only(model: Performer) -> Iterator[None]:
-    """Estimates the weights of near tokens too until the end of the block.
-
-    Raises:
-        ValueError: The model is no estimator.
-    """
-    attentions = _estimators(model)
-    blocks = [attention.near_block for attention in attentions]
-    try:
-        for attention in attentions:
-            attention.near_block = 0
-        yield
-    finally:
-        for attention, block in zip(attentions, blocks, strict=True):
-            attention.near_block = block
-
-
-def _estimators(model: Performer) -> list[SelfAttention]:
-    attentions = [each for each in model.modules() if isinstance(each, SelfAttention) and not each.is_exact]
-    if not attentions or any(attention.feature_bias is None for attention in attentions):
-        raise ValueError("model: expected estimates of exact attention, got none")
-    return attentions
 
 
 def measure_swaps(

@@ -37,6 +37,7 @@ def model_card(description: ModelDescription) -> str:
         f"- Weights (xxh3-128): `{description.weights_hash}`",
         *([] if description.fine_tuned_from is None else _source(description.fine_tuned_from)),
         "",
+        *_swap(description),
     ]
     if description.valid is not None:
         lines += _scores(description, description.valid)
@@ -54,8 +55,10 @@ def _card_of_import(description: ModelDescription, origin: Origin) -> str:
         "",
         f"The weights of {_name(origin)}, a model of the family {origin.family}, as protlm runs it: "
         f"{shape.num_layers} layers of width {shape.model_dim} with {shape.num_heads} heads and "
-        f"`{shape.attention_name}` attention. Its numbers are those of the source but for rounding.",
+        f"`{shape.attention_name}` attention."
+        + (" Its numbers are those of the source but for rounding." if description.swap is None else ""),
         "",
+        *_swap(description),
         f"- Licence: {_licence(origin)}",
         f"- Longest protein: {f'{reach:,} residues, which its positions reach' if reach is not None else 'any'}",
         f"- Weights (xxh3-128): `{description.weights_hash}`",
@@ -65,6 +68,21 @@ def _card_of_import(description: ModelDescription, origin: Origin) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _swap(description: ModelDescription) -> list[str]:
+    """Returns the lines on the exact attention that this model had once."""
+    swap = description.swap
+    if swap is None:
+        return []
+    near = f" beside the exact weights of near tokens (blocks of {swap.near_block})" if swap.near_block else ""
+    balance = f"balanced (`{swap.balance}`) on {swap.num_proteins:,} proteins" if swap.num_proteins else "not balanced"
+    return [
+        "It was made of a model with exact attention by `protlm convert`, which put random features in its place: "
+        f"{swap.num_features} of the map `{swap.attention}`{near}, q and k {balance}, seed {swap.seed}. The weights of "
+        f"that model have the hash `{swap.weights_hash}` (xxh3-128). `protlm eval` measures what this costs.",
+        "",
+    ]
 
 
 def _source(origin: Origin) -> list[str]:

@@ -30,7 +30,7 @@ class SwapReport:
     Attributes:
         calibrated_on: Proteins on which q and k were balanced; 0 without.
         measured_on: Proteins with hidden residues; 0 if nothing was measured.
-        is_independent: Whether these are others than those of the calibration.
+        num_shared: Of these, proteins on which q and k were balanced.
         num_cut: Of all these proteins, those of which only the beginning was taken.
         scores: With exact attention, swapped, and with either part of the weights alone.
         grid: Swapped with other numbers of features and other blocks, on the same residues; empty without a report.
@@ -41,7 +41,7 @@ class SwapReport:
 
     calibrated_on: int
     measured_on: int
-    is_independent: bool
+    num_shared: int
     num_cut: int
     scores: list[SwapScores]
     grid: list[SwapScores]
@@ -140,9 +140,8 @@ def swap(
     report = SwapReport(
         calibrated_on=0 if calibration is None else len(calibration),
         measured_on=0 if measured is None else len(measured),
-        is_independent=request.report is not None,
-        num_cut=sum(each.num_cut for each in (calibration, measured) if each is not None and each is not measured)
-        + (0 if measured is None else measured.num_cut),
+        num_shared=_num_shared(calibration, measured),
+        num_cut=sum(each.num_cut for each in {id(each): each for each in (calibration, measured) if each}.values()),
         scores=scores,
         grid=grid,
         exact_costs=[],
@@ -150,6 +149,13 @@ def swap(
         verdict=verdict_of(scores) if scores else None,
     )
     return swapped, new, report
+
+
+def _num_shared(calibration: SampledProteins | None, measured: SampledProteins | None) -> int:
+    if calibration is None or measured is None:
+        return 0
+    known = {calibration.key(record) for record in range(len(calibration))}
+    return sum(measured.key(record) in known for record in range(len(measured)))
 
 
 def _moments(

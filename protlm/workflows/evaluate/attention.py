@@ -135,7 +135,7 @@ def approximation_of(
 def approximation_residues(split: Split) -> int:
     """Returns the residues that `approximation_of` reports to its progress, at most."""
     lengths = split.lengths
-    return int(lengths[:_SCORED_PROTEINS].sum()) * (_NUM_DRAWS + 3) + int(lengths[:_MEASURED_PROTEINS].sum())
+    return int(lengths[:_SCORED_PROTEINS].sum()) * (_NUM_DRAWS + 5) + int(lengths[:_MEASURED_PROTEINS].sum())
 
 
 def _sampled(split: Split, max_residues: int | None) -> Iterator[np.ndarray]:

@@ -152,9 +152,14 @@ def _span(estimate: dict[str, Any]) -> tuple[float, float]:
 def _replacements_table(content: dict[str, Any]) -> Table:
     scores = content["scores"]
     rows = [("the model's own attention", f"{scores['saved']['accuracy']:.4f}", f"{scores['saved']['perplexity']:.2f}")]
-    if scores["exact"] is not None:
-        exact = scores["exact"]
-        rows.append(("exact attention in its place", f"{exact['accuracy']:.4f}", f"{exact['perplexity']:.2f}"))
+    for key, name in (
+        ("exact", "exact attention in its place"),
+        ("near_only", "the exact weights of near tokens alone"),
+        ("far_only", "estimates of all weights, those of near tokens too"),
+    ):
+        # Reports of before lack the latter two.
+        if (score := scores.get(key)) is not None:
+            rows.append((name, f"{score['accuracy']:.4f}", f"{score['perplexity']:.2f}"))
     if scores["redrawn_accuracy"] is not None:
         accuracy, perplexity = scores["redrawn_accuracy"], scores["redrawn_perplexity"]
         rows.append((
