@@ -119,6 +119,10 @@ def _source_of(about: "ModelDescription") -> list[tuple[str, object]]:
             revision = f", revision {origin.revision}" if origin.revision else ""
             licence = f"licence: {origin.licence or 'not named'}"
             lines.append((name, f"{origin.source}{revision}, {origin.family}, {licence}"))
+    if (swap := about.swap) is not None:
+        near = f", near block {swap.near_block}" if swap.near_block else ""
+        estimates = f"{swap.num_features} features, {swap.attention}{near}, balance {swap.balance}"
+        lines.append(("swapped", f"for the exact attention of {swap.weights_hash}: {estimates}"))
     return lines
 
 
