@@ -117,7 +117,10 @@ def test_weights_stay_but_for_the_balance(exact_run, samples, tmp_path):
 
 def test_every_command_takes_the_result(swapped, dataset, samples, tmp_path, capsys, failure):
     out = tmp_path / "out"
-    assert main([str(word) for word in ("eval", swapped, dataset, "--split", "test", "--out", out, "--approximation")]) == 0
+    assert (
+        main([str(word) for word in ("eval", swapped, dataset, "--split", "test", "--out", out, "--approximation")])
+        == 0
+    )
     report = json.loads((out / "report.json").read_text())
     scores = report["approximation"]["scores"]
     assert scores["near_only"]["perplexity"] != scores["far_only"]["perplexity"] != scores["saved"]["perplexity"]
