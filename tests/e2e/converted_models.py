@@ -6,7 +6,8 @@ import torch
 
 from protlm.data.storage.dataset import open_dataset
 from protlm.inference.attention_swap import SwapSettings, measure_moments, swap_attention
-from protlm.pretrained.model_directory import read_model, save_model
+from protlm.pretrained.model_directory import save_model
+from protlm.pretrained.model_names import read_named_model
 from tests.e2e.train_tools import train
 
 EXACT = [
@@ -21,7 +22,7 @@ def train_exact(dataset: Path, out: Path, *arguments: object) -> None:
 
 def convert(source: Path, out: Path, dataset: Path, **settings: object) -> Path:
     """Saves a model with random features in the place of the exact attention of another, and returns its folder."""
-    model, description = read_model(source)
+    model, description = read_named_model(source)
     chosen = {
         "attention": "positive",
         "num_features": 16,

@@ -13,6 +13,7 @@ from protlm.pretrained.model_directory import read_description, read_model, save
 from protlm.workflows.train.row_losses import kl_divergence
 from tests.e2e.converted_models import convert, train_exact
 from tests.e2e.train_tools import LAUNCHERS, rows, run_on_two
+from tests.foreign_checkpoint import write_checkpoint
 
 SMALL_ROWS = ["--set", "data.tokens_per_batch=1024", "--set", "data.max_length=500"]
 STAGES = ("transfer", "distill")
@@ -236,6 +237,21 @@ def test_a_run_goes_on_with_its_own_teacher_only(dataset, exact, converted, reco
     assert main([str(word) for word in (*resumed, "--teacher", exact)]) == 0
     assert main([str(word) for word in (*resumed[:-1], 4)]) == 0
     assert len(rows(run)) == 4
+
+
+def test_a_model_of_another_program_is_a_teacher_too(dataset, tmp_path):
+    source = write_checkpoint(tmp_path / "source")
+    model = convert(source, tmp_path / "model", dataset, near_block=8)
+    losses = []
+    for stage in STAGES:
+        out = tmp_path / stage
+        words = ["train", dataset, "--out", out, "--init", model, "--teacher", source, "--stage", stage, *SMALL_ROWS]
+        words += ["--max-steps", 2, *sets("train.convert_layers=1" if stage == "distill" else "train.warmup_steps=0")]
+        assert main([str(word) for word in words]) == 0
+        losses += stage_losses(out, stage)
+        assert main(["train", str(dataset), "--out", str(out), "--resume", "--max-steps", "3"]) == 0
+        assert read_description(out / "model").fine_tuned_from.source == "source"
+    assert all(loss > 0 for loss in losses)
 
 
 def test_a_dry_run_counts_the_teacher(recover, tmp_path, capsys):

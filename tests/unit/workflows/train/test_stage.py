@@ -3,6 +3,7 @@ import pytest
 from protlm.config import Config, ModelConfig, TrainConfig
 from protlm.config_files import load_config
 from protlm.errors import ConfigError, RunError
+from protlm.vocabulary import TOKENS
 from protlm.workflows.train.frozen import choose_parameters
 from protlm.workflows.train.memory import estimate_memory
 from protlm.workflows.train.optimizer import learning_rate_factor
@@ -69,11 +70,12 @@ def test_the_settings_of_a_stage_stand_before_the_defaults_alone(stage):
         ({"causal": True}, "model.causal"),
         ({"positions": "none"}, "expected 'rotary' as in the model that is trained, got 'none'"),
         ({"residues_as_x": "U"}, "model.residues_as_x"),
+        ({"vocabulary": (*TOKENS, "|")}, "model.vocabulary: expected None as in the model that is trained, got '|'"),
     ],
 )
 def test_a_teacher_of_another_shape_is_refused_with_both_values(changes, word):
     student = ModelConfig(attention="positive")
-    check_teacher(student, ModelConfig(attention="softmax", conv_width=0, qk_norm=False), "teacher")
+    check_teacher(student, ModelConfig(attention="softmax", conv_width=0, vocabulary=TOKENS), "teacher")
     with pytest.raises(ConfigError) as caught:
         check_teacher(student, ModelConfig(attention="softmax", **changes), "teacher")
     assert word in str(caught.value)
