@@ -21,6 +21,9 @@ Unclustered = Literal["random", "train"]
 StrategyName = Literal["auto", "ddp", "fsdp"]
 """How the devices of a run share the model."""
 
+Stage = Literal["transfer", "distill"]
+"""The stages in which a converted model learns from the one that it was made of."""
+
 Precision = Literal["32", "bf16-mixed"]
 """The precision of the matrix products in training."""
 

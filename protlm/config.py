@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
 
-from protlm.choices import MOST_TOKENS, AttentionKind, DataMode, FeatureMap, NearFarMap, Precision, ProjectionKind
+from protlm.choices import (
+    MOST_TOKENS,
+    AttentionKind,
+    DataMode,
+    FeatureMap,
+    NearFarMap,
+    Precision,
+    ProjectionKind,
+    Stage,
+)
 from protlm.vocabulary import ModelVocabulary
 
 _MOST_STEPS = 10**12
@@ -333,6 +342,16 @@ class TrainConfig(_Section):
     """Fraction of the targets that `<mask>` replaces."""
     random_share: Share = 0.1
     """Fraction of the targets that a random standard residue replaces; the rest stays unchanged."""
+    stage: Stage | None = None
+    """What a converted model learns from its teacher, the model that it was made of. `transfer`: each layer with random
+    features, the output of the teacher's attention for the teacher's input; only the weights of q and k, and the
+    temperature, are trained. `distill`: the teacher's predictions and its last hidden state; all weights are trained.
+    A stage has defaults of its own for the optimizer, its rates and the numbers of steps. Default: no teacher."""
+    transfer_features: bool = True
+    """In `transfer`, also train the random features: the rows of the random matrices and their biases."""
+    convert_layers: StepsOrNone = 0
+    """With `estimator`, updates between the conversions of one layer with random features and of the next, from the
+    first layer on; until its turn a layer computes exact attention with the same weights. 0: all at the start."""
     freeze: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
     """Parameters that keep their values, by patterns of their names such as `embedding.*` or `layers.[0-3].*`."""
 

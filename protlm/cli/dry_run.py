@@ -18,7 +18,7 @@ def print_pace_here(checked: CheckedRequest, *, find_batch: bool, timing_seconds
     """Prints the size of a run, as far as it is known before torch is loaded, and then its pace on this machine."""
     settings = checked.settings
     if settings is not None and not as_json:
-        _print_size(size_of(settings, checked.sets.train))
+        _print_size(size_of(settings, checked.sets.train, checked.teacher))
 
     from protlm.workflows.train.dry_run import dry_run
 
@@ -44,7 +44,7 @@ def print_on_devices(checked: CheckedRequest, kind: str, *, as_json: bool) -> No
             f"--for {kind}: the settings follow from {checked.request.init}, which is not read for an estimate; write "
             "it in our format with protlm convert, and give that"
         )
-    size = size_of(checked.settings, checked.sets.train)
+    size = size_of(checked.settings, checked.sets.train, checked.teacher)
     estimate = estimate_on(kind, checked.request.devices, checked.settings, size)
     if as_json:
         output.print_json({"num_parameters": size.memory.parameters, **asdict(size), "on_devices": asdict(estimate)})
@@ -75,7 +75,8 @@ def _print_size(size: "RunSize | DryRunReport") -> None:
 def _print_pace(report: "DryRunReport") -> None:
     row = _gib(report.memory.activations_bytes)
     total, available = _gib(report.memory_bytes), _gib(report.available_bytes)
-    pairs = [("memory", f"{total} of {available} here by estimate: the state, and {row} for one row")]
+    teacher = f", {_gib(report.memory.teacher_bytes)} for the teacher" if report.memory.teacher_bytes else ""
+    pairs = [("memory", f"{total} of {available} here by estimate: the state{teacher}, and {row} for one row")]
     if report.first_step:
         pairs.append(("made", f"{report.first_step:,} of the steps"))
     if report.seconds_per_step is None or report.seconds is None:

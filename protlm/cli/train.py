@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protlm.choices import Precision, StrategyName
+from protlm.choices import Precision, Stage, StrategyName
 from protlm.cli import output
 from protlm.cli.options import DevicesOption, ForceOption, JsonOption, NumNodesOption, one_of, seed_option
 from protlm.cli.progress import Progress
@@ -34,6 +34,20 @@ OverridesOption = Annotated[
 InitOption = Annotated[
     Path | None,
     typer.Option("--init", metavar="MODEL", help="Start from the weights of this model; projections may differ."),
+]
+StageOption = Annotated[
+    Stage | None,
+    typer.Option(
+        "--stage",
+        metavar=one_of(Stage),
+        help="Let a converted model, given with --init, recover. transfer: each layer learns the attention of its "
+        "teacher; distill: then the whole model its predictions. Sets train.stage, and the defaults of the rates and "
+        "steps.",
+    ),
+]
+TeacherOption = Annotated[
+    Path | None,
+    typer.Option("--teacher", metavar="MODEL", help="With --stage: the model that the one of --init was made of."),
 ]
 StrategyOption = Annotated[
     StrategyName,
@@ -96,6 +110,8 @@ def train_command(
     config: ConfigOption = None,
     overrides: OverridesOption = None,
     init: InitOption = None,
+    stage: StageOption = None,
+    teacher: TeacherOption = None,
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
     strategy: StrategyOption = "auto",
@@ -124,12 +140,17 @@ def train_command(
       protlm train dataset --out run --config tiny
       protlm train dataset --out run --config tiny --set train.lr=1e-3 --max-steps 2000
       protlm train dataset --out run --resume
+      protlm train dataset --out recovered --init converted --teacher model --stage transfer
       protlm train dataset --out run --config base --devices 8 --max-time 47:30:00
       protlm train dataset --out run --config base --dry-run
       protlm train dataset --out run --config base --set train.accumulate=8 --dry-run --for h100x8
     """  # noqa: D301  \b must reach Typer as a backspace
     if resume and force:
         raise typer.BadParameter("--resume continues a run and --force replaces it: give one of them")
+    if not resume and (stage is None) != (teacher is None):
+        raise typer.BadParameter("--stage and --teacher belong together: give both, or none of them")
+    if stage is not None and init is None and not resume:
+        raise typer.BadParameter("--stage trains a converted model: give it with --init")
     only_dry = {"--find-batch": find_batch, "--for": device is not None, "--timing-seconds": timing_seconds is not None}
     for name, is_given in only_dry.items():
         if is_given and not dry_run:
@@ -139,7 +160,7 @@ def train_command(
             "--for names the devices, as in h100x8: leave out --devices, --num-nodes, --find-batch, --timing-seconds"
         )
     max_seconds = _seconds(max_time)
-    named = {"max_steps": max_steps, "seed": seed, "precision": precision}
+    named = {"max_steps": max_steps, "seed": seed, "precision": precision, "stage": stage}
     settings = [*(overrides or ()), *(f"train.{key}={value}" for key, value in named.items() if value is not None)]
 
     from protlm.runtime.devices import Devices
@@ -149,7 +170,8 @@ def train_command(
     kind, num_devices = (None, devices) if device is None else parse_devices(device)
     request = TrainRequest(
         dataset_paths=datasets, run_dir=Path(os.path.realpath(out)), config=config, overrides=settings, init=init,
-        devices=Devices(num_devices, num_nodes, strategy), wandb_project=wandb, resume=resume, force=force,
+        teacher=teacher, devices=Devices(num_devices, num_nodes, strategy), wandb_project=wandb, resume=resume,
+        force=force,
     )  # fmt: skip
     # Before torch and Lightning are loaded, which takes seconds.
     checked = check_request(request, runs_here=kind is None)

@@ -126,6 +126,14 @@ class SelfAttention(nn.Module):
             if balance is not None:
                 balance.copy_(torch.eye(self.head_dim))
 
+    def learn_features(self) -> None:
+        """Makes parameters of the projection and of its biases, if there are any; their names stay."""
+        for name in ("projection", "feature_bias"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(tensor))
+
     @torch.no_grad()
     def redraw(self, generator: torch.Generator) -> None:
         """Draws a new projection for every head, if the attention has projections."""

@@ -1,7 +1,7 @@
 """The Performer language model: an encoder over packed rows, and a language-model head of the shape of ESM's."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -142,18 +142,18 @@ class Performer(nn.Module):
         nn.init.zeros_(self.head.bias)
         # The residual stream sums two outputs per layer; its initial variance must not grow with depth. With post-LN,
         # small outputs keep deep encoders stable (arXiv 2203.00555).
-        for layer in self._encoder_layers():
+        for layer in self.encoder_layers():
             layer.attention.output.weight.mul_((2 * self.config.num_layers) ** -0.5)
             layer.ffn_out.weight.mul_((2 * self.config.num_layers) ** -0.5)
 
     def redraw(self, generator: torch.Generator) -> None:
         """Draws new projections in every layer."""
-        for layer in self._encoder_layers():
+        for layer in self.encoder_layers():
             layer.attention.redraw(generator)
 
     def compile_layers(self) -> None:
         """Compiles the forward of each encoder layer, once for rows of all lengths; names of parameters stay."""
-        for layer in self._encoder_layers():
+        for layer in self.encoder_layers():
             layer.attention.prepare_compile()
             layer.compile(dynamic=True)
 
@@ -176,6 +176,28 @@ class Performer(nn.Module):
             raise ValueError(f"layers: expected numbers from 0 to {self.config.num_layers}, got {unknown}")
         return self._states(tokens, cu_seqlens, layers, None)
 
+    def attention_outputs(
+        self,
+        inputs: Mapping[int, Float[Tensor, "length model_dim"]],
+        segments: Segments,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> dict[int, Float[Tensor, "length model_dim"]]:
+        """Returns the outputs of the attention of some layers, each for a row that is given to it alone.
+
+        Args:
+            inputs: The row of each layer, as its attention would get it, by the number of the layer, from 1.
+            segments: Its segments, the same for all.
+            rotary: The angles of rotary positions.
+        """
+        layers, outputs = self.encoder_layers(), {}
+        for number, x in inputs.items():
+            attention = layers[number - 1].attention
+            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                outputs[number] = checkpoint(attention, x, segments, rotary, use_reentrant=False)
+            else:
+                outputs[number] = attention(x, segments, rotary)
+        return outputs
+
     def _states(
         self, tokens: Tensor, cu_seqlens: Tensor, layers: Collection[int], kept: Tensor | None
     ) -> dict[int, Tensor]:
@@ -186,7 +208,7 @@ class Performer(nn.Module):
         rotary = None
         if self.config.positions == "rotary":
             rotary = rotary_angles(segments.positions, self.config.head_dim, x.dtype, self.rotary_frequencies)
-        for number, layer in enumerate(self._encoder_layers(), start=1):
+        for number, layer in enumerate(self.encoder_layers(), start=1):
             is_last = number == self.config.num_layers
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, segments, rotary, use_reentrant=False)
@@ -245,5 +267,6 @@ class Performer(nn.Module):
         shares = (counts / sizes)[segments.numbers].unsqueeze(1)
         return (x.masked_fill(is_mask.unsqueeze(1), 0.0) * (1 - _DROPPED_IN_TRAINING) / (1 - shares)).to(x.dtype)
 
-    def _encoder_layers(self) -> list[EncoderLayer]:
+    def encoder_layers(self) -> list[EncoderLayer]:
+        """Returns the layers, first layer first."""
         return [layer for layer in self.layers if isinstance(layer, EncoderLayer)]

@@ -95,6 +95,51 @@ def test_train_refuses_at_once(dataset, run_dir, fasta, existing, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_stages_are_refused_at_once(dataset, run_dir, tmp_path):
+    """The model of `run_dir` has one layer with random features; it is no estimator of exact attention."""
+    new = ("train", dataset, "--out", tmp_path / "new")
+    stage, teacher, init = ("--stage", "transfer"), ("--teacher", run_dir), ("--init", run_dir)
+    small, exact, other = tmp_path / "small", tmp_path / "exact", tmp_path / "other"
+    content = json.loads((run_dir / "model" / "config.json").read_text())
+    for folder, changes in (
+        (small, {"num_heads": 4}), (exact, {"attention": "softmax"}), (other, {"positions": "learned"}),
+    ):  # fmt: skip
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**content, "model": {**content["model"], **changes}}))
+    estimator = ("--set", "model.estimator=true")
+    three = (*estimator, "--set", "model.attention=positive")
+    assert_refused(
+        [
+            ((*new, *init, *stage), "belong together"),
+            ((*new, *init, *teacher), "belong together"),
+            ((*new, *stage, *teacher), "--init"),
+            ((*new, *init, *teacher, "--stage", "nosuch"), "nosuch"),
+            ((*new, *init, "--set", "train.stage=transfer"), "without --teacher"),
+            ((*new, "--set", "train.stage=transfer"), "--init"),
+            ((*new, *init, *stage, "--teacher", "nosuch"), "nosuch"),
+            (
+                (*new, *init, *stage, "--teacher", small),
+                "model.num_heads: expected 2 as in the model that is trained, got 4",
+            ),
+            (
+                (*new, *init, *stage, "--teacher", other),
+                "expected 'rotary' as in the model that is trained, got 'learned'",
+            ),
+            ((*new, "--init", exact, *stage, *teacher), "nothing to recover"),
+            ((*new, *init, *stage, *teacher, "--set", "train.redraw_every_steps=5"), "train.redraw_every_steps"),
+            ((*new, *init, *stage, *teacher, "--set", "train.compile=true"), "train.compile"),
+            ((*new, *init, *stage, *teacher, "--set", "train.convert_layers=5"), "train.convert_layers"),
+            ((*new, *init, "--set", "train.convert_layers=5"), "without model.estimator"),
+            ((*new, *three, "--set", "train.convert_layers=5", "--max-steps", 10), "after 10 updates"),
+            ((*new, *three, "--set", "train.convert_layers=5", "--set", "train.compile=true"), "train.compile"),
+            (("train", dataset, "--out", run_dir, "--resume", *teacher), "without --stage"),
+            (("train", dataset, "--out", run_dir, "--resume", *stage), "cannot become 'transfer'"),
+        ],
+        tmp_path,
+    )
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_model_of_another_program_does_not_hide_a_wrong_key(dataset, tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -21,6 +21,7 @@ from protlm.runtime.devices import OtherProcessError
 from protlm.runtime.progress import StartProgress
 from protlm.workflows.train import run_checkpoints
 from protlm.workflows.train.divergence import diverged, find_fault
+from protlm.workflows.train.gradual_swap import is_converted, set_kinds
 from protlm.workflows.train.run_description import Outcome
 from protlm.workflows.train.run_log import RunLog
 from protlm.workflows.train.stop_request import StopRequest
@@ -156,13 +157,13 @@ class Watch(pl.Callback):
         ends = outcome is not None
         if ends or has_improved or self._is_due(step):
             self._save_checkpoints(trainer, has_improved=has_improved)
-            is_stopped = ends and not is_measured
+            is_stopped = ends and not (is_measured and self._is_converted)
             if is_stopped:
                 self._leave_a_model(trainer, task)
             if self._log is not None:
                 # Who is stopped has no time to measure baselines, which takes as long as the valid split is large.
                 self._log.draw_curves(self._drawn if is_stopped else self._measured, is_last=ends)
-        if ends and valid and self.best is None:
+        if ends and valid and self.best is None and self._is_converted:
             message = f"the perplexity on valid is {valid['valid/perplexity']}, and so no model was exported"
             raise diverged(step, message, trainer.global_rank)
         # Only now: what fails above ends the run otherwise.
@@ -177,6 +178,11 @@ class Watch(pl.Callback):
         self.baselines = self._measure_baselines()
         return self.baselines
 
+    @property
+    def _is_converted(self) -> bool:
+        """Whether all layers are those of the model that would be exported, which a gradual conversion changes."""
+        return is_converted(self._config, self.last_step)
+
     def _is_due(self, step: int) -> bool:
         settings = self._config.train
         return step % settings.checkpoint_every_steps == 0 or (
@@ -186,14 +192,24 @@ class Watch(pl.Callback):
     def _measure(self, trainer: pl.Trainer, task: LanguageModelling) -> tuple[dict[str, float], bool]:
         """Scores the valid split; exports the model if it is the best so far, or if there is no valid split.
 
+        While a gradual conversion goes on the scores are those of another model, and so none is exported.
+
         Returns:
             The columns of metrics.csv, and whether the model is the best so far.
         """
         description = self._describe(self.last_step)
         if self._valid is None:
-            self._export(trainer, task, description)
+            if self._is_converted:
+                self._export(trainer, task, description)
             return {}, False
         score, valid = self._score(trainer, task, description)
+        columns = {
+            "valid/loss": score.loss,
+            "valid/accuracy": score.accuracy,
+            "valid/perplexity": score.perplexity,
+        }
+        if not self._is_converted:
+            return columns, False
         has_improved = math.isfinite(valid.perplexity) and (
             self.best is None or valid.perplexity < self.best.perplexity
         )
@@ -201,11 +217,6 @@ class Watch(pl.Callback):
         if has_improved:
             self.best = valid
             self._export(trainer, task, description.model_copy(update={"valid": valid}))
-        columns = {
-            "valid/loss": score.loss,
-            "valid/accuracy": score.accuracy,
-            "valid/perplexity": score.perplexity,
-        }
         return columns, has_improved
 
     def _score(
@@ -240,6 +251,7 @@ class Watch(pl.Callback):
         """
         if self.best is not None:
             return
+        set_kinds(task.model, self._config.model.kinds)
         description = self._describe(self.last_step)
         if self._valid is None:
             self._export(trainer, task, description)

@@ -23,7 +23,7 @@ from protlm.files import open_regular
 from protlm.model.performer import Performer
 from protlm.model.skeleton import skeleton
 from protlm.pretrained.model_description import ValidScore
-from protlm.workflows.train.frozen import freeze
+from protlm.workflows.train.frozen import choose_parameters
 from protlm.workflows.train.optimizer import STATE_OF_RULE, build_optimizer
 from protlm.workflows.train.resumed_settings import first_difference, is_same
 
@@ -52,7 +52,7 @@ def read_step(path: Path, dataset_hash: str, settings: Config) -> int:
         CheckpointError: It cannot be opened, or was made with other settings or another dataset.
     """
     model = skeleton(settings.model)
-    freeze(model, settings.train.freeze)
+    choose_parameters(model, settings)
     try:
         content = _read(path, most_bytes(model))
         return _checked_step(content, dataset_hash, settings, model)

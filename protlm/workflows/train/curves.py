@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protlm import files
+from protlm.choices import Stage
 from protlm.config import Config, ModelConfig
 from protlm.errors import RunError
 from protlm.model.health import num_features_of
@@ -45,8 +46,8 @@ BASELINE_LABELS = {
 def plot_curves(run_dir: Path, config: Config, baselines: Mapping[str, float] | None = None) -> None:
     """Draws run_dir/curves.png from metrics.csv and, where features were measured, health.csv.
 
-    The upper panel has the perplexity of training, averaged, and of the valid split, with the baselines; the lower one
-    the effective features of each layer.
+    The upper panel has the perplexity of training, averaged, and of the valid split, with the baselines; the next one,
+    in a stage of a converted model, the loss of the stage; the last one the effective features of each layer.
 
     Args:
         run_dir: The run directory, with its metrics.csv.
@@ -60,11 +61,17 @@ def plot_curves(run_dir: Path, config: Config, baselines: Mapping[str, float] | 
     from matplotlib.figure import Figure
 
     lines = _shares_by_layer(run_dir / "health.csv", config.model)
-    figure = Figure(figsize=(7, 7.5 if lines else 4.5), layout="constrained")
-    panels = figure.subplots(2 if lines else 1, squeeze=False, sharex=True)[:, 0]
-    _draw_perplexity(panels[0], run_dir / "metrics.csv", config, baselines or {})
+    stage = config.train.stage
+    num_panels = 1 + (stage is not None) + bool(lines)
+    figure = Figure(figsize=(7, 1.5 + 3 * num_panels), layout="constrained")
+    panels = figure.subplots(num_panels, squeeze=False, sharex=True)[:, 0]
+    path = run_dir / "metrics.csv"
+    rows = read_thinned(path, METRICS, _MOST_POINTS)
+    _draw_perplexity(panels[0], path, rows, config, baselines or {})
+    if stage is not None:
+        _draw_stage(panels[1], path, rows, stage)
     if lines:
-        _draw_features(panels[1], lines, config.model)
+        _draw_features(panels[-1], lines, config.model)
     panels[-1].set_xlabel("training step")
     panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     for axes in panels:
@@ -73,15 +80,30 @@ def plot_curves(run_dir: Path, config: Config, baselines: Mapping[str, float] | 
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _draw_perplexity(axes: "Axes", path: Path, config: Config, baselines: Mapping[str, float]) -> None:
-    rows = read_thinned(path, METRICS, _MOST_POINTS)
-    train = _points(path, "train/loss", rows)
+def _draw_stage(axes: "Axes", path: Path, rows: list[dict[str, str]], stage: Stage) -> None:
+    column = f"train/{stage}_loss"
+    points = _points(path, column, [row for row in rows if row[column]])
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    color = SPLIT_MARKS["train"].color
+    axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.7)
+    axes.plot(steps, _averages(losses), color=color, label="training, average")
+    axes.set(title=f"Loss of the stage {stage}, against the teacher", ylabel="loss, log scale (lower is better)")
+    if losses and min(losses) > 0:
+        set_log_scale(axes, "y")
+    axes.legend(fontsize="small")
+
+
+def _draw_perplexity(
+    axes: "Axes", path: Path, rows: list[dict[str, str]], config: Config, baselines: Mapping[str, float]
+) -> None:
+    train = _points(path, "train/loss", _predicted(rows, config))
     valid = _points(path, "valid/perplexity", [row for row in rows if row["valid/perplexity"]])
     steps, losses = [step for step, _ in train], [loss for _, loss in train]
     color = SPLIT_MARKS["train"].color
-    axes.plot(steps, [_perplexity(loss) for loss in losses], color=color, alpha=0.2, linewidth=0.7)
-    averages = [_perplexity(loss) for loss in _averages(losses)]
-    axes.plot(steps, averages, color=color, label=f"training, average: {_training_targets(config)}")
+    if losses:
+        axes.plot(steps, [_perplexity(loss) for loss in losses], color=color, alpha=0.2, linewidth=0.7)
+        averages = [_perplexity(loss) for loss in _averages(losses)]
+        axes.plot(steps, averages, color=color, label=f"training, average: {_training_targets(config)}")
     measured = [(step, value) for step, value in valid if math.isfinite(value)]
     if measured:
         mark = SPLIT_MARKS["valid"]
@@ -100,6 +122,11 @@ def _draw_perplexity(axes: "Axes", path: Path, config: Config, baselines: Mappin
     )
     set_log_scale(axes, "y")
     axes.legend(fontsize="small")
+
+
+def _predicted(rows: list[dict[str, str]], config: Config) -> list[dict[str, str]]:
+    """Returns the rows of updates that predicted residues: none in `transfer`."""
+    return [] if config.train.stage == "transfer" else rows
 
 
 def _title(config: Config) -> str:

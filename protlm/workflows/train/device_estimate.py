@@ -108,7 +108,7 @@ def estimate_on(name: str, devices: Devices, settings: Config, size: RunSize) ->
     return DeviceEstimate(
         device=name,
         num_devices=devices.total,
-        memory_bytes=-(-size.memory.state_bytes // shares) + size.memory.activations_bytes,
+        memory_bytes=-(-size.memory.state_bytes // shares) + size.memory.activations_bytes + size.memory.teacher_bytes,
         available_bytes=device.gigabytes * 2**30,
         peak_flops=peak,
         assumed_utilisation=ASSUMED_UTILISATION,

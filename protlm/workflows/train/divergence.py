@@ -68,6 +68,7 @@ def _is_loss_finite(model: Performer, batch: Batch) -> bool:
         # A compiled layer would be compiled again, for this call alone.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             logits = model(batch.tokens, batch.cu_seqlens, batch.target_positions).float()
-            return math.isfinite(F.cross_entropy(logits, batch.targets, reduction="sum").item())
+            targets = model.token_table.own(batch.targets)
+            return math.isfinite(F.cross_entropy(logits, targets, reduction="sum").item())
     finally:
         model.train(was_training)

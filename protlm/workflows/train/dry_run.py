@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.tuner.tuning import Tuner
 
 from protlm.choices import MOST_TOKENS
 from protlm.config import Config
 from protlm.data.batching.batches import Batch, training_batch
-from protlm.data.batching.draws import Draws
 from protlm.data.batching.rows import training_rows
-from protlm.data.storage.mixture import Mixture
 from protlm.errors import ConfigError
-from protlm.model.performer import Performer
 from protlm.runtime.devices import Devices, best_device, memory_bytes
 from protlm.workflows.train.memory import MemoryEstimate
 from protlm.workflows.train.optimizer import build_optimizer
 from protlm.workflows.train.request import TrainRequest
+from protlm.workflows.train.row_losses import row_loss_of
 from protlm.workflows.train.run_checkpoints import WholeCheckpointIO
 from protlm.workflows.train.run_size import size_of
 from protlm.workflows.train.start import Start, prepare_start
@@ -96,14 +93,15 @@ def dry_run(request: TrainRequest, *, find_batch: bool = False, timing_seconds: 
     """
     start = prepare_start(request)
     settings, proteins, memory = start.settings, start.sets.train, start.memory
-    size, available = size_of(settings, proteins), memory_bytes(best_device())
+    available = memory_bytes(best_device())
+    size = size_of(settings, proteins, None if start.teacher is None else start.teacher.config)
     seconds: float | None = None
     seconds_from: Literal["measured", "estimated"] | None = None
     if memory.total <= available:
         row_seconds = size.row_flops / (_ASSUMED_UTILISATION * _rate())
         if _TIMED_ROWS * row_seconds <= timing_seconds:
             seconds_from = "measured"
-            seconds = _seconds_per_step(start.model, proteins, start.data.draws, settings, request.devices)
+            seconds = _seconds_per_step(start, request.devices)
         else:
             seconds_from, seconds = "estimated", row_seconds * _rows_per_device(settings, request.devices)
     return DryRunReport(
@@ -143,20 +141,21 @@ def _rows_per_device(settings: Config, devices: Devices) -> int:
     return settings.train.accumulate // devices.total
 
 
-def _seconds_per_step(model: Performer, proteins: Mixture, draws: Draws, settings: Config, devices: Devices) -> float:
+def _seconds_per_step(start: Start, devices: Devices) -> float:
     """Returns the time of an update here: the second of two rows, times the rows per device, and the optimizer."""
-    device = best_device()
-    model = model.to(device).train()
+    device, settings, proteins = best_device(), start.settings, start.sets.train
+    model = start.model.to(device).train()
+    row_loss = row_loss_of(settings, start.teacher)
     optimizer = build_optimizer(model, settings.train)
-    rows = training_rows(draws, proteins.lengths, settings.data)
+    rows = training_rows(start.data.draws, proteins.lengths, settings.data)
     is_mixed = settings.train.precision == "bf16-mixed"
     row_seconds = update_seconds = 0.0
     for _ in range(_TIMED_ROWS):
         batch = training_batch(next(rows), proteins, settings.data, settings.train.seed, objective_of(settings))
         began = _now(device)
         with torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext():
-            loss = _row_loss(model, batch, device)
-        torch.autograd.backward(loss)
+            row = row_loss(model, _on(batch, device))
+        torch.autograd.backward(row.loss / max(1, row.weight))
         row_seconds = _now(device) - began
         began = _now(device)
         optimizer.step()
@@ -165,9 +164,13 @@ def _seconds_per_step(model: Performer, proteins: Mixture, draws: Draws, setting
     return row_seconds * _rows_per_device(settings, devices) + update_seconds
 
 
-def _row_loss(model: Performer, batch: Batch, device: torch.device) -> torch.Tensor:
-    logits = model(batch.tokens.to(device), batch.cu_seqlens.to(device), batch.target_positions.to(device))
-    return F.cross_entropy(logits.float(), model.token_table.own(batch.targets.to(device)))
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return batch._replace(
+        tokens=batch.tokens.to(device),
+        cu_seqlens=batch.cu_seqlens.to(device),
+        target_positions=batch.target_positions.to(device),
+        targets=batch.targets.to(device),
+    )
 
 
 def _now(device: torch.device) -> float:
@@ -186,7 +189,7 @@ def _largest_budget(start: Start) -> int:
         raise ConfigError("--find-batch: looks for the limit of a GPU's memory, and no GPU is here")
     settings = start.settings
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop_request, quiet_lightning():
-        task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
+        task = LanguageModelling(start.model, settings, start.sets.hash, stop_request, start.teacher)
         tuner = Tuner(training_trainer(settings, Devices(), Path(folder), [], [], WholeCheckpointIO()))
         largest = tuner.scale_batch_size(
             task, datamodule=start.data, mode="binsearch", init_val=settings.data.tokens_per_batch,

@@ -7,7 +7,8 @@ from protlm.config import Config, ModelConfig
 from protlm.errors import ConfigError
 from protlm.model.shapes import tensor_shapes
 from protlm.runtime.devices import gigabytes
-from protlm.workflows.train.frozen import frozen_names
+from protlm.workflows.train.frozen import untrained_names
+from protlm.workflows.train.stage import learned_features
 
 _FLOAT_BYTES = 4
 _SHORT_BYTES = 2
@@ -26,6 +27,7 @@ class MemoryEstimate:
         gradients_bytes: Gradients of all trained parameters.
         optimizer_bytes: Moments of AdamW, momentum of Muon.
         activations_bytes: Tensors that a row keeps for the backward pass, and those that the pass works with.
+        teacher_bytes: The weights of a teacher, and what it computes for a row; every device has all of it.
     """
 
     parameters: int
@@ -34,6 +36,7 @@ class MemoryEstimate:
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    teacher_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -43,22 +46,24 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Bytes at the peak."""
-        return self.state_bytes + self.activations_bytes
+        return self.state_bytes + self.activations_bytes + self.teacher_bytes
 
 
-def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
+def estimate_memory(config: Config, *, in_place: bool = True, teacher: ModelConfig | None = None) -> MemoryEstimate:
     """Returns the memory of a training step: activations within about a third, the rest exactly.
 
     Args:
         config: Settings of the run; a device is taken to hold the whole model and one row of tokens_per_batch.
         in_place: Whether the device is a CPU, where some layers keep less.
+        teacher: The shape of the teacher; None without one, and while it is unknown.
 
     Raises:
         ConfigError: Patterns to freeze that match nothing.
     """
     tensors = tensor_shapes(config.model)
-    parameters = {name: tensor for name, tensor in tensors.items() if tensor.role != "fixed"}
-    frozen = frozen_names(parameters, config.train.freeze)
+    learned = set(learned_features(config))
+    parameters = {name: tensor for name, tensor in tensors.items() if tensor.role != "fixed" or name in learned}
+    frozen = untrained_names(parameters, config)
     num_parameters = sum(tensor.size for tensor in parameters.values())
     num_trained = num_parameters - sum(parameters[name].size for name in frozen)
     matrices = {name: tensor.size for name, tensor in parameters.items() if tensor.role == "matrix"}
@@ -77,6 +82,7 @@ def estimate_memory(config: Config, *, in_place: bool = True) -> MemoryEstimate:
         gradients_bytes=_FLOAT_BYTES * num_trained,
         optimizer_bytes=_FLOAT_BYTES * (2 * num_trained - num_muons),
         activations_bytes=activations,
+        teacher_bytes=0 if teacher is None else _teacher_bytes(config, teacher),
     )
 
 
@@ -123,6 +129,20 @@ def check_fits(memory: MemoryEstimate, available_bytes: int) -> None:
     )
 
 
+def _teacher_bytes(config: Config, teacher: ModelConfig) -> int:
+    """Returns the bytes of the weights of a teacher, and of what its pass over a row holds at once."""
+    weights = sum(tensor.size for tensor in tensor_shapes(teacher).values())
+    # A layer at work: the residual stream, its norm, q, k, v and their attention, or the feed-forward layer.
+    numbers = 2 * teacher.model_dim + max(6 * teacher.model_dim, 2 * teacher.ffn_dim)
+    if config.train.stage == "transfer":
+        # The input and the output of the attention of every layer.
+        numbers += 2 * teacher.num_layers * teacher.model_dim
+    else:
+        # The last state, its way through the head, the logits and their logarithms.
+        numbers += 3 * teacher.model_dim + 2 * len(teacher.tokens())
+    return _FLOAT_BYTES * (weights + config.data.tokens_per_batch * numbers)
+
+
 def _activations_bytes(config: Config, *, in_place: bool) -> int:
     """Returns the bytes that autograd saves of a row for its backward pass, and of the gradients within that pass."""
     model = config.model
@@ -138,7 +158,8 @@ def _activations_bytes(config: Config, *, in_place: bool) -> int:
     working = _FLOAT_BYTES * _GRADIENTS_AT_ONCE * model.model_dim
     # The embedding and the last norm; rotary angles; at each target the head and three rows of logits.
     ends = _FLOAT_BYTES * (2 * model.model_dim + 2 * model.head_dim)
-    share_of_targets = 1.0 if model.causal else config.train.mask_rate
+    # A teacher's predictions are learned at every token.
+    share_of_targets = 1.0 if model.causal or config.train.stage == "distill" else config.train.mask_rate
     head = share_of_targets * _FLOAT_BYTES * (5 * model.model_dim + 3 * len(model.tokens()))
     return int(config.data.tokens_per_batch * (kept + working + ends + head))
 

@@ -12,18 +12,26 @@ from itertools import compress
 from pathlib import Path
 
 from protlm import files
-from protlm.config import Config
+from protlm.config import Config, ModelConfig
 from protlm.config_files import check_keys
 from protlm.data.storage.dataset import Dataset, open_dataset
 from protlm.data.storage.mixture import Mixture
-from protlm.errors import ConfigError, ProtlmError, RunError
+from protlm.errors import ConfigError, ModelError, ProtlmError, RunError
 from protlm.pretrained.model_description import ModelDescription, dataset_hash_of
 from protlm.pretrained.model_files import description_of
 from protlm.runtime.devices import Devices, machine_memory_bytes
 from protlm.runtime.launch import check_processes, process_rank
+from protlm.workflows.train.gradual_swap import check_gradual_swap
 from protlm.workflows.train.memory import check_can_be_built, estimate_memory
-from protlm.workflows.train.run_description import TrainingSet
+from protlm.workflows.train.run_description import RUN_NAME, TrainingSet
 from protlm.workflows.train.run_folder import CONFIG_NAME, check_replaceable, resolve_settings
+from protlm.workflows.train.stage import (
+    check_same_teacher,
+    check_stage,
+    check_teacher,
+    missing_teacher,
+    teacher_of_run,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,7 @@ class TrainRequest:
         config: Name of a shipped configuration or path of a TOML file.
         overrides: Settings `section.key=value` that override it.
         init: A model whose weights the run starts from.
+        teacher: A model that the run learns from in its stage, `train.stage`; a resumed run knows its own.
         devices: The devices to train on.
         wandb_project: Project of Weights & Biases that gets the numbers too.
         resume: Continues the run in run_dir with its own settings; train.max_steps may be given anew, and lower rates.
@@ -47,6 +56,7 @@ class TrainRequest:
     config: str | Path | None = None
     overrides: Sequence[str] = ()
     init: Path | None = None
+    teacher: Path | None = None
     devices: Devices = field(default_factory=Devices)
     wandb_project: str | None = None
     resume: bool = False
@@ -109,11 +119,13 @@ class CheckedRequest:
         request: The request.
         sets: Its datasets.
         settings: Its resolved settings; None if they follow from a model of another program, which is not read yet.
+        teacher: The shape of its teacher; None without one, and for one of another program.
     """
 
     request: TrainRequest
     sets: TrainingSets
     settings: Config | None
+    teacher: ModelConfig | None
 
 
 def check_request(request: TrainRequest, *, runs_here: bool = True) -> CheckedRequest:
@@ -143,14 +155,16 @@ def check_request(request: TrainRequest, *, runs_here: bool = True) -> CheckedRe
         raise ProtlmError("--wandb: the package wandb is not installed; pip install 'protlm[wandb]'")
     sets = TrainingSets.open(request.dataset_paths)
     settings = _settings(request)
+    teacher = None
     if settings is not None:
         check_settings(settings, request, sets)
-        memory = estimate_memory(settings)
+        teacher = _teacher(request, settings)
+        memory = estimate_memory(settings, teacher=teacher)
         if runs_here:
             check_can_be_built(memory, machine_memory_bytes())
     if process_rank(request.devices) == 0:
         check_replaceable(run_dir, resume=request.resume, force=request.force)
-    return CheckedRequest(request=request, sets=sets, settings=settings)
+    return CheckedRequest(request=request, sets=sets, settings=settings, teacher=teacher)
 
 
 def check_settings(settings: Config, request: TrainRequest, sets: TrainingSets) -> None:
@@ -164,6 +178,43 @@ def check_settings(settings: Config, request: TrainRequest, sets: TrainingSets) 
         )
     if settings.train.patience and sets.valid is None:
         raise ConfigError("train.patience: expected 0 without a valid split, which it would measure")
+    goes_on = request.resume and (request.run_dir / CONFIG_NAME).exists()
+    if settings.train.stage is not None and request.init is None and not goes_on:
+        raise ConfigError(f"train.stage: {settings.train.stage} trains a converted model; give it with --init")
+    check_stage(settings, teacher_name(request))
+    check_gradual_swap(settings)
+
+
+def teacher_name(request: TrainRequest) -> str | Path | None:
+    """Returns MODEL of the teacher, as it is given or as a run that is resumed knows it; None without one.
+
+    Raises:
+        RunError: As `teacher_of_run`.
+    """
+    if request.teacher is None and request.resume:
+        return teacher_of_run(request.run_dir)
+    return request.teacher
+
+
+def _teacher(request: TrainRequest, settings: Config) -> ModelConfig | None:
+    """Returns the shape of the teacher; None without one, and for one of another program, which is read later.
+
+    Raises:
+        ProtlmError: It is not there, does not fit, or is not the one that a resumed run began with.
+    """
+    name = teacher_name(request)
+    if name is None:
+        return None
+    try:
+        description = description_of(name)
+    except ModelError as error:
+        raise error if request.teacher is not None else missing_teacher(request.run_dir, error) from None
+    if description is None:
+        return None
+    check_teacher(settings.model, description.model, name)
+    if request.resume:
+        check_same_teacher(request.run_dir / RUN_NAME, name, description)
+    return description.model
 
 
 def settings_with(request: TrainRequest, init: ModelDescription | None) -> Config:

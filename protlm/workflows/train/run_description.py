@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import protlm
 from protlm import files
+from protlm.choices import Stage
 from protlm.config import TrainConfig
 from protlm.errors import RunError, validation_fault
 from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
@@ -22,7 +23,7 @@ from protlm.runtime.devices import device_name
 
 RUN_NAME = "run.json"
 RUN_FORMAT: Literal["protlm-run"] = "protlm-run"
-RUN_FORMAT_VERSION: Literal[4] = 4
+RUN_FORMAT_VERSION: Literal[5] = 5
 
 _LIBRARIES = ("torch", "pytorch-lightning", "numpy")
 _GIT_SECONDS = 10
@@ -67,6 +68,20 @@ class Beginning(NamedTuple):
     def of(cls, init: ModelDescription | None) -> Self:
         """Returns the beginning with the weights of a model, or with drawn ones."""
         return cls() if init is None else cls(init.weights_hash, init.origin or init.fine_tuned_from)
+
+
+class Recovery(_Strict):
+    """The stage in which a converted model learns from a teacher.
+
+    Attributes:
+        stage: The stage.
+        teacher: Base name of the teacher, or its name on the hub.
+        teacher_hash: Hash of its weights.
+    """
+
+    stage: Stage
+    teacher: str
+    teacher_hash: str
 
 
 class SessionEnd(_Strict):
@@ -134,7 +149,7 @@ class RunDescription(_Strict):
     """The content of run.json.
 
     In version 1 a session had no `device`, `threads` and `end`, in version 2 no `lr` and `muon_lr`; before version 4
-    there was no `init_origin`, and an end had no `model`.
+    there was no `init_origin`, and an end had no `model`, and before version 5 no run had a `recovery`.
 
     Attributes:
         format: Marks the file as the description of a run.
@@ -142,14 +157,16 @@ class RunDescription(_Strict):
         datasets: The datasets.
         init_hash: Hash of the weights given with --init; None if they were drawn.
         init_origin: Their origin, if another program trained them.
+        recovery: The stage of a converted model; None for other runs.
         sessions: All starts of the run.
     """
 
     format: Literal["protlm-run"] = RUN_FORMAT
-    format_version: Literal[1, 2, 3, 4] = RUN_FORMAT_VERSION
+    format_version: Literal[1, 2, 3, 4, 5] = RUN_FORMAT_VERSION
     datasets: list[TrainingSet]
     init_hash: str | None = None
     init_origin: Origin | None = None
+    recovery: Recovery | None = None
     sessions: Annotated[list[Session], Field(min_length=1)]
 
     @property
@@ -195,7 +212,11 @@ def describe_session(
 
 
 def write_run_description(
-    path: Path, datasets: Sequence[TrainingSet], session: Session, beginning: Beginning = _DRAWN
+    path: Path,
+    datasets: Sequence[TrainingSet],
+    session: Session,
+    beginning: Beginning = _DRAWN,
+    recovery: Recovery | None = None,
 ) -> None:
     """Writes run.json, whole or not at all, with this session after the earlier ones.
 
@@ -204,10 +225,11 @@ def write_run_description(
     """
     earlier = read_run_description(path).sessions if path.exists() else []
     init_hash, origin = beginning
-    _write(
-        path,
-        RunDescription(datasets=list(datasets), init_hash=init_hash, init_origin=origin, sessions=[*earlier, session]),
-    )
+    description = RunDescription(
+        datasets=list(datasets), init_hash=init_hash, init_origin=origin, recovery=recovery,
+        sessions=[*earlier, session],
+    )  # fmt: skip
+    _write(path, description)
 
 
 def write_session_end(

@@ -18,11 +18,12 @@ from protlm.pretrained.model_description import EARLIER_MODEL_SETTINGS, ModelDes
 from protlm.pretrained.model_files import MODEL_FILES, remove_left_overs_of_model
 from protlm.runtime import locks, work_folder
 from protlm.workflows.train.resumed_settings import first_difference
+from protlm.workflows.train.stage import STAGE_DEFAULTS, TEACHER_NAME
 
 CONFIG_NAME, MODEL_NAME, CHECKPOINTS_NAME = "config.toml", "model", "checkpoints"
 RUN_FILES = frozenset(
     {
-        CONFIG_NAME, "run.json", "metrics.csv", "speed.csv", "health.csv", "curves.png",
+        CONFIG_NAME, TEACHER_NAME, "run.json", "metrics.csv", "speed.csv", "health.csv", "curves.png",
         CHECKPOINTS_NAME, MODEL_NAME, "tensorboard", "wandb", locks.LOCK_NAME,
     }
 )  # fmt: skip
@@ -41,18 +42,26 @@ def resolve_settings(
 ) -> Config:
     """Returns the settings of a run: the saved ones if it is resumed, with max_steps and lower rates if given anew.
 
-    Without a configuration, a run that starts from a model has that model's architecture and masking.
+    Without a configuration, a run that starts from a model has that model's architecture and masking. In a stage of a
+    converted model, the stage's settings stand before the defaults.
 
     Raises:
         ConfigError: Bad settings, or others than those of the run that is resumed.
     """
     saved_path = run_dir / CONFIG_NAME
     if not (resume and saved_path.exists()):
-        settings = load_config(config, overrides, instead_of_file=None if init is None else _settings_of(init))
+        of_init = None if init is None else _settings_of(init)
+        settings = load_config(config, overrides, instead_of_file=of_init)
+        if settings.train.stage is not None:
+            own = {"train": STAGE_DEFAULTS[settings.train.stage]}
+            settings = load_config(config, overrides, instead_of_file=of_init, missing=own)
         horizon = settings.train.schedule_steps or settings.train.max_steps
         return _with_train(settings, schedule_steps=horizon)
     saved = load_saved_settings(saved_path)
-    asked = load_config(saved_path if config is None else config, overrides, missing=_missing_in(saved_path))
+    missing: dict[str, dict[str, Any]] = _missing_in(saved_path)
+    if saved.train.stage is not None:
+        missing["train"] = STAGE_DEFAULTS[saved.train.stage] | {"stage": saved.train.stage}
+    asked = load_config(saved_path if config is None else config, overrides, missing=missing)
     asked = _with_train(asked, schedule_steps=asked.train.schedule_steps or saved.train.schedule_steps)
     if any(override.partition("=")[0].strip() == "train.max_steps" for override in overrides):
         saved = _with_train(saved, max_steps=asked.train.max_steps)

@@ -21,7 +21,8 @@ from protlm.workflows.train.task import Update
 
 # TensorBoard sorts groups by their names, and so the loss comes first.
 _TAGS = {
-    "train/loss": "loss/train", "valid/loss": "loss/valid",
+    "train/loss": "loss/train", "train/transfer_loss": "loss/transfer", "train/distill_loss": "loss/distill",
+    "valid/loss": "loss/valid",
     "lr": "optimizer/adamw_lr", "muon_lr": "optimizer/muon_lr", "grad_norm": "optimizer/grad_norm",
     "epoch": "progress/epoch", "tokens": "progress/tokens",
     "train/accuracy": "scores/accuracy_train", "valid/accuracy": "scores/accuracy_valid",
@@ -81,7 +82,7 @@ class RunLog:
             seconds: Its duration, without the measurements and checkpoints after it.
             seconds_waited: How long the training loop waited for data in it.
         """
-        perplexity = math.exp(min(update.loss, _LARGEST_EXPONENT))
+        perplexity = None if update.loss is None else math.exp(min(update.loss, _LARGEST_EXPONENT))
         row: dict[str, float | None] = {
             "step": step,
             "epoch": update.epoch,
@@ -89,6 +90,7 @@ class RunLog:
             "train/loss": update.loss,
             "train/accuracy": update.accuracy,
             "train/perplexity": perplexity,
+            **self._of_stage(update),
             "lr": update.lr,
             "muon_lr": update.muon_lr,
             "grad_norm": update.grad_norm,
@@ -105,6 +107,11 @@ class RunLog:
         self._speed.append(speed)
         self._log_metrics(step, {tag: (row | speed).get(column) for column, tag in _TAGS.items()})
         self._show(update, perplexity, valid, speed)
+
+    def _of_stage(self, update: Update) -> dict[str, float | None]:
+        """Returns the column of the loss of the stage; none without a stage."""
+        stage = self._config.train.stage
+        return {} if stage is None else {f"train/{stage}_loss": update.stage_loss}
 
     def health(self, step: int, layers: Sequence[LayerHealth]) -> None:
         """Adds the health of every layer's attention at a step."""
@@ -142,12 +149,15 @@ class RunLog:
         """Shows that the run is still at work, though it makes no update."""
         self._advance(0)
 
-    def _show(self, update: Update, perplexity: float, valid: Mapping[str, float], speed: Mapping[str, float]) -> None:
+    def _show(
+        self, update: Update, perplexity: float | None, valid: Mapping[str, float], speed: Mapping[str, float]
+    ) -> None:
         valid_perplexity = f"{valid['valid/perplexity']:.2f}" if "valid/perplexity" in valid else self._shown["valid"]
+        loss = update.loss if update.stage_loss is None else update.stage_loss
         self._shown = {
-            "loss": f"{update.loss:.3f}",
-            "perplexity": f"{perplexity:.2f}",
-            "accuracy": f"{update.accuracy:.3f}",
+            "loss": f"{loss:.3f}",
+            "perplexity": "-" if perplexity is None else f"{perplexity:.2f}",
+            "accuracy": "-" if update.accuracy is None else f"{update.accuracy:.3f}",
             "valid": valid_perplexity,
             "residues/s": f"{speed['residues_per_second']:,.0f}",
         }

@@ -44,8 +44,13 @@ class RunSize:
     row_flops: float
 
 
-def size_of(settings: Config, proteins: Mixture) -> RunSize:
+def size_of(settings: Config, proteins: Mixture, teacher: ModelConfig | None = None) -> RunSize:
     """Returns the size of a run with these settings on these training proteins.
+
+    Args:
+        settings: Settings of the run.
+        proteins: Its training proteins.
+        teacher: The shape of its teacher; None without one.
 
     Raises:
         ProtlmError: Settings that do not fit the datasets.
@@ -56,8 +61,10 @@ def size_of(settings: Config, proteins: Mixture) -> RunSize:
     targets = tokens * (1.0 if settings.model.causal else train.mask_rate)
     forward = tokens * _token_flops(settings.model, _reach(lengths, data)) + targets * _target_flops(settings.model)
     passes = _PASSES_WITH_CHECKPOINTS if train.activation_checkpointing else _PASSES
+    # The teacher's pass takes about as much work as one of the model.
+    passes += train.stage is not None
     return RunSize(
-        memory=estimate_memory(settings, in_place=False),
+        memory=estimate_memory(settings, in_place=False, teacher=teacher),
         num_records=proteins.num_records,
         residues_per_epoch=epoch.num_residues,
         tokens_per_epoch=epoch.num_tokens,

@@ -11,13 +11,14 @@ from protlm.errors import RunError
 from protlm.files import open_regular
 
 METRICS = (
-    "step", "epoch", "tokens", "train/loss", "train/accuracy", "train/perplexity", "lr", "muon_lr", "grad_norm",
+    "step", "epoch", "tokens", "train/loss", "train/accuracy", "train/perplexity", "train/transfer_loss",
+    "train/distill_loss", "lr", "muon_lr", "grad_norm",
     "valid/loss", "valid/accuracy", "valid/perplexity",
 )  # fmt: skip
 """Columns of metrics.csv, a row per update: only numbers that two equal runs share."""
 
-ADDED_METRICS = frozenset({"tokens", "muon_lr"})
-"""Columns that the metrics.csv of earlier versions lacks."""
+ADDED_METRICS = frozenset({"tokens", "muon_lr", "train/transfer_loss", "train/distill_loss"})
+"""Columns that the metrics.csv of earlier versions lacks, all or some of them."""
 
 SPEED = ("step", "seconds", "residues_per_second", "data_wait_fraction", "peak_memory_bytes")
 """Columns of speed.csv, a row per update: numbers that depend on the machine and its load."""
@@ -172,10 +173,11 @@ def _check_header(path: Path, line: bytes, columns: Sequence[str]) -> None:
 
 def _lines_with_added(path: Path, columns: Sequence[str], added: Set[str]) -> Iterator[bytes]:
     """Yields the lines of the complete rows, with empty fields for added columns that the table lacks."""
-    earlier = [column for column in columns if column not in added]
     with _open(path) as file:
-        is_earlier = file.readline(_MOST_LINE_BYTES).rstrip(b"\r\n") == _line(earlier).rstrip(b"\r\n")
-    if not (added and is_earlier):
+        header = file.readline(_MOST_LINE_BYTES).rstrip(b"\r\n")
+    present = header.decode(errors="replace").split(",")
+    earlier = [column for column in columns if column in present or column not in added]
+    if earlier == list(columns) or header != _line(earlier).rstrip(b"\r\n"):
         yield from _lines(path, columns)
         return
     for row in read_rows(path, earlier):

@@ -5,15 +5,17 @@ only the first one, which will write the run directory, checks that it may.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from protlm.config import Config
-from protlm.errors import ConfigError, RunError
+from protlm.errors import ConfigError, ModelError, RunError
 from protlm.model.performer import Performer
 from protlm.pretrained.initial_weights import InitialModel, find_initial_model, load_initial_weights
+from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.devices import Devices, best_device, machine_memory_bytes, memory_bytes
-from protlm.workflows.train.frozen import freeze
+from protlm.workflows.train.frozen import choose_parameters
 from protlm.workflows.train.memory import MemoryEstimate, check_can_be_built, check_fits, estimate_memory
 from protlm.workflows.train.request import (
     TrainingSets,
@@ -21,9 +23,11 @@ from protlm.workflows.train.request import (
     check_request,
     check_settings,
     settings_with,
+    teacher_name,
 )
 from protlm.workflows.train.run_checkpoints import ResumePoint, find_resume_point
-from protlm.workflows.train.run_description import RUN_NAME, Beginning, read_run_description
+from protlm.workflows.train.run_description import RUN_NAME, Beginning, Recovery, read_run_description
+from protlm.workflows.train.stage import check_same_teacher, check_teacher, missing_teacher, recovery_of
 from protlm.workflows.train.task import TrainingData
 
 
@@ -40,6 +44,9 @@ class Start:
         resume_point: The checkpoint that it goes on from; None for a new run.
         first_step: Updates made before; 0 for a new run.
         beginning: The weights that it began with.
+        teacher: The teacher of its stage; None without a stage.
+        recovery: What run.json says of the stage; likewise.
+        teacher_model: MODEL of the teacher; likewise.
     """
 
     sets: TrainingSets
@@ -50,6 +57,9 @@ class Start:
     resume_point: ResumePoint | None
     first_step: int
     beginning: Beginning
+    teacher: Performer | None
+    recovery: Recovery | None
+    teacher_model: str | Path | None
 
 
 def prepare_start(request: TrainRequest) -> Start:
@@ -64,7 +74,11 @@ def prepare_start(request: TrainRequest) -> Start:
     settings = checked.settings or settings_with(request, None if init is None else init.description)
     check_settings(settings, request, sets)
     _check_gpus(request.devices)
-    memory = estimate_memory(settings, in_place=best_device().type == "cpu")
+    teacher_model = teacher_name(request)
+    teacher = None if teacher_model is None else _find_teacher(request, teacher_model, settings)
+    memory = estimate_memory(
+        settings, in_place=best_device().type == "cpu", teacher=None if teacher is None else teacher.description.model
+    )
     check_can_be_built(memory, machine_memory_bytes())
     if request.devices.strategy != "fsdp":
         check_fits(memory, memory_bytes(best_device()))
@@ -78,10 +92,34 @@ def prepare_start(request: TrainRequest) -> Start:
     beginning = _beginning(request, init, has_checkpoint=first_step > 0)
     data = TrainingData(sets.train, settings)
     model = build_model(settings, None if first_step else init)
+    recovery = None
+    if teacher is not None:
+        recovery = recovery_of(settings, teacher.name, teacher.description)
     return Start(
         sets=sets, settings=settings, data=data, model=model, memory=memory, resume_point=resume_point,
-        first_step=first_step, beginning=beginning,
+        first_step=first_step, beginning=beginning, teacher=None if teacher is None else _network_of(teacher),
+        recovery=recovery, teacher_model=teacher_model,
     )  # fmt: skip
+
+
+def _find_teacher(request: TrainRequest, name: str | Path, settings: Config) -> InitialModel:
+    """Returns the teacher, which fits the model and is the one that a resumed run began with.
+
+    Raises:
+        ProtlmError: There is no such model, or it does not fit.
+    """
+    try:
+        teacher = find_initial_model(name)
+    except ModelError as error:
+        raise error if request.teacher is not None else missing_teacher(request.run_dir, error) from None
+    check_teacher(settings.model, teacher.description.model, name)
+    if request.resume:
+        check_same_teacher(request.run_dir / RUN_NAME, name, teacher.description)
+    return teacher
+
+
+def _network_of(model: InitialModel) -> Performer:
+    return model.network if model.network is not None else read_named_model(model.name)[0]
 
 
 def build_model(settings: Config, init: InitialModel | None) -> Performer:
@@ -97,7 +135,7 @@ def build_model(settings: Config, init: InitialModel | None) -> Performer:
         raise ConfigError("model: does not fit into the memory of this machine; make it smaller") from None
     if init is not None:
         load_initial_weights(model, init)
-    freeze(model, settings.train.freeze)
+    choose_parameters(model, settings)
     model.checkpoint_activations = settings.train.activation_checkpointing
     if settings.train.compile:
         model.compile_layers()

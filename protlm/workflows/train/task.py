@@ -15,7 +15,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed
-import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -29,8 +28,12 @@ from protlm.data.storage.mixture import Mixture
 from protlm.errors import ProtlmError
 from protlm.model.performer import Performer
 from protlm.workflows.train.divergence import diverged
+from protlm.workflows.train.gradual_swap import kinds_at, set_kinds
 from protlm.workflows.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor
+from protlm.workflows.train.row_losses import row_loss_of
 from protlm.workflows.train.stop_request import SIGNALS, StopRequest
+
+_NUM_SUMS = 7
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Update:
     """The numbers of one update of all devices together.
 
     Attributes:
-        loss: Mean negative log likelihood of its targets, in nats.
-        accuracy: Fraction of the targets that the model ranked first.
+        loss: Mean negative log likelihood of its targets, in nats; None in `transfer`, which predicts nothing.
+        accuracy: Fraction of the targets that the model ranked first; likewise.
+        stage_loss: The loss of the stage, in the mean over its rows; None without a stage.
         grad_norm: Norm of the whole gradient before clipping.
         lr: Learning rate of AdamW.
         muon_lr: Learning rate of Muon; None without it.
@@ -51,8 +55,9 @@ class Update:
         time_is_over: Whether one of the processes has reached its time limit.
     """
 
-    loss: float
-    accuracy: float
+    loss: float | None
+    accuracy: float | None
+    stage_loss: float | None
     grad_norm: float
     lr: float
     muon_lr: float | None
@@ -64,14 +69,23 @@ class Update:
 
 
 class LanguageModelling(pl.LightningModule):
-    """One update: the sum of the losses of all rows of all devices, divided by the number of all their targets.
+    """One update: the sum of the losses of all rows of all devices, divided by the sum of their weights.
+
+    Without a teacher this is the mean over all targets, and with one over all rows: see `RowLoss`.
 
     Attributes:
         last_update: The latest update; None before the first.
         first_batch: The first row of the update in progress or just made.
     """
 
-    def __init__(self, model: Performer, config: Config, dataset_hash: str, stop_request: StopRequest) -> None:
+    def __init__(
+        self,
+        model: Performer,
+        config: Config,
+        dataset_hash: str,
+        stop_request: StopRequest,
+        teacher: Performer | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
@@ -82,17 +96,23 @@ class LanguageModelling(pl.LightningModule):
         self._redraw_generator = torch.Generator().manual_seed(config.train.seed + 1)
         self._num_tokens: int | None = 0
         self._num_rows = 0
-        self._sums = [0.0] * 5
+        self._sums = [0.0] * _NUM_SUMS
+        # No module of this one: its weights are in no checkpoint, and devices do not share them.
+        self._row_loss = row_loss_of(config, teacher)
 
     def configure_model(self) -> None:
         """Shards the model over the devices under FSDP2."""
         if self.device_mesh is not None:
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             mesh = self.device_mesh["data_parallel"]
-            for layer in self.model.layers:
+            for layer in self.model.encoder_layers():
+                if self.config.train.stage == "transfer":
+                    # It is called without its layer.
+                    fully_shard(layer.attention, mesh=mesh)
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
+            register_fsdp_forward_method(self.model, "attention_outputs")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns the run's optimizer."""
@@ -111,29 +131,31 @@ class LanguageModelling(pl.LightningModule):
         return batch
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Redraws the projections before an update that is due for it."""
+        """Before an update, converts the layers that are due for it, and redraws the projections if they are."""
         if self._num_rows:
             return
         self.first_batch = batch
+        if self.config.train.convert_layers:
+            set_kinds(self.model, kinds_at(self.config, self.global_step + 1))
         every = self.config.train.redraw_every_steps
         if every and self.global_step and self.global_step % every == 0:
             self.model.redraw(self._redraw_generator)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Returns the sum of the negative log likelihoods of one row."""
+        """Returns the loss of one row, as a share of what an update divides by the sum of the weights."""
         if self.config.model.dropout:
             torch.manual_seed(self._dropout_seed())
-        logits = self.model(batch.tokens, batch.cu_seqlens, batch.target_positions).float()
-        targets = self.model.token_table.own(batch.targets)
-        nll = F.cross_entropy(logits, targets, reduction="sum")
-        num_correct = (logits.detach().argmax(-1) == targets).sum()
-        numbers = (nll.item(), num_correct.item(), len(batch.targets), batch.num_residues, len(batch.tokens))
+        row = self._row_loss(self.model, batch)
+        numbers = (
+            row.loss.item(), row.weight, row.nll, row.num_correct, len(batch.targets), batch.num_residues,
+            len(batch.tokens),
+        )  # fmt: skip
         for place, value in enumerate(numbers):
             self._sums[place] += value
         self._num_rows += 1
         # Undoes Lightning's divisions: by the rows of this device, and by its strategies by the number of devices. The
-        # division by the number of targets comes before the update.
-        return nll * self.config.train.accumulate
+        # division by the weights comes before the update.
+        return row.loss * self.config.train.accumulate
 
     def _dropout_seed(self) -> int:
         """Returns the seed of dropout in a row, from the run's seed and the row's number, which no device changes."""
@@ -144,11 +166,11 @@ class LanguageModelling(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns gradients of the sum into those of the mean, clips them and sets the learning rate."""
         settings = self.config.train
-        nll, num_correct, num_targets, num_residues, num_tokens, interrupted, time_is_over = self._totals()
+        total, weight, nll, num_correct, num_targets, num_residues, num_tokens, *ends = self._totals()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        torch._foreach_div_(gradients, max(1.0, num_targets))
+        torch._foreach_div_(gradients, max(1.0, weight))
         norm = gradient_norm(self.model.parameters())
-        loss, grad_norm = nll / max(1.0, num_targets), norm.item()
+        loss, grad_norm = total / max(1.0, weight), norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             message = f"the loss is {loss} and the gradient's norm {grad_norm}"
             raise diverged(self.global_step + 1, message, self.global_rank)
@@ -160,19 +182,21 @@ class LanguageModelling(pl.LightningModule):
         if self._num_tokens is not None:
             self._num_tokens += int(num_tokens)
         assert self.first_batch is not None
+        predicts = settings.stage != "transfer"
         self.last_update = Update(
-            loss=loss,
-            accuracy=num_correct / max(1.0, num_targets),
+            loss=nll / max(1.0, num_targets) if predicts else None,
+            accuracy=num_correct / max(1.0, num_targets) if predicts else None,
+            stage_loss=None if settings.stage is None else loss,
             grad_norm=grad_norm,
             lr=settings.lr * factor,
             muon_lr=settings.muon_lr * factor if settings.optimizer == "muon" else None,
             epoch=self.first_batch.epoch,
             num_tokens=self._num_tokens,
             num_residues=int(num_residues),
-            interrupted=bool(interrupted),
-            time_is_over=bool(time_is_over),
+            interrupted=bool(ends[0]),
+            time_is_over=bool(ends[1]),
         )
-        self._num_rows, self._sums = 0, [0.0] * 5
+        self._num_rows, self._sums = 0, [0.0] * _NUM_SUMS
 
     def _totals(self) -> list[float]:
         """Returns, over all processes, the sums of this update, the number interrupted and the number out of time."""

@@ -27,6 +27,7 @@ from protlm.workflows.train.run_description import (
     write_session_end,
 )
 from protlm.workflows.train.run_folder import lock_existing, prepare_run_dir, remove_left_overs_in
+from protlm.workflows.train.stage import write_teacher
 from protlm.workflows.train.start import Start, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
@@ -117,7 +118,9 @@ def _train(
             first_step=start.first_step,
             settings=settings.train,
         )
-        write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.beginning)
+        write_run_description(run_dir / RUN_NAME, start.sets.summaries(), session, start.beginning, start.recovery)
+        if start.teacher_model is not None:
+            write_teacher(run_dir, start.teacher_model)
     baselines = _baselines_of(start)
     with StopRequest(max_seconds) as stop_request:
         watch = Watch(
@@ -127,7 +130,7 @@ def _train(
         if start.resume_point is not None and start.resume_point.note is not None:
             watch.notes += (start.resume_point.note,)
         if has_work:
-            task = LanguageModelling(start.model, settings, start.sets.hash, stop_request)
+            task = LanguageModelling(start.model, settings, start.sets.hash, stop_request, start.teacher)
             with quiet_lightning():
                 loggers = _loggers(run_dir, start.first_step, request.wandb_project) if is_first else []
                 trainer = training_trainer(settings, request.devices, run_dir, [watch], loggers, WholeCheckpointIO())

@@ -193,6 +193,21 @@ def test_attention_without_features_has_no_panel(tmp_path, drawn):
     assert len(drawn()) == 1
 
 
+@pytest.mark.parametrize("stage", ["transfer", "distill"])
+def test_a_stage_has_a_panel_with_its_own_loss(stage, tmp_path, drawn):
+    log = CsvLog(tmp_path / "metrics.csv", METRICS)
+    for step in range(1, 6):
+        loss = {} if stage == "transfer" else {"train/loss": 3.0}
+        log.append({"step": step, "epoch": 0, f"train/{stage}_loss": 0.5 / step, **loss})
+    log.close()
+    write_health(tmp_path, [1])
+    perplexity, own, features = drawn(load_config("tiny", [f"train.stage={stage}", "model.attention=positive"]))
+    assert own.get_lines()[0].get_ydata() == pytest.approx([0.5 / step for step in range(1, 6)])
+    assert stage in own.get_title()
+    assert (TRAINING in labels(perplexity)) == (stage == "distill")
+    assert features.get_ylim() == (0, 1)
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "health.csv"])
 def test_a_text_instead_of_a_number_is_one_line_that_names_the_file(tmp_path, name):
     write_metrics(tmp_path, 2)

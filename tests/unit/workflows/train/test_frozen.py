@@ -4,7 +4,7 @@ import torch
 from protlm.config import Config, ModelConfig, TrainConfig
 from protlm.errors import ConfigError
 from protlm.model.performer import Performer
-from protlm.workflows.train.frozen import freeze
+from protlm.workflows.train.frozen import choose_parameters
 from protlm.workflows.train.memory import estimate_memory
 from protlm.workflows.train.optimizer import build_optimizer
 
@@ -21,7 +21,7 @@ def model():
 def test_frozen_parameters_keep_their_bits_and_all_others_move(optimizer):
     network = model()
     patterns = ("embedding.*", "layers.[01].*")
-    freeze(network, patterns)
+    choose_parameters(network, Config(model=SHAPE, train=TrainConfig(freeze=patterns)))
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     steps = build_optimizer(network, TrainConfig(optimizer=optimizer, weight_decay=0.5))
     for _ in range(2):
@@ -50,5 +50,5 @@ def test_frozen_parameters_need_no_memory_for_training():
 )
 def test_patterns_that_cannot_be_meant_are_refused(patterns, message):
     with pytest.raises(ConfigError, match=r"train\.freeze") as caught:
-        freeze(model(), patterns)
+        choose_parameters(model(), Config(model=SHAPE, train=TrainConfig(freeze=patterns)))
     assert message in str(caught.value)

@@ -67,7 +67,7 @@ def test_sessions_are_added_and_the_datasets_are_those_of_now(path):
     assert [start.first_step for start in description.sessions] == [0, 200]
     assert description.datasets == DATASETS
     content = json.loads(path.read_text())
-    assert (content["format"], content["format_version"]) == ("protlm-run", 4)
+    assert (content["format"], content["format_version"]) == ("protlm-run", 5)
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
 
 
@@ -111,7 +111,7 @@ def test_a_file_of_version_1_is_read_and_goes_on_as_one_of_this_version(path):
     (earlier,) = read_run_description(path).sessions
     assert (earlier.device, earlier.threads, earlier.end) == (None, None, None)
     write_run_description(path, DATASETS, session(first_step=5))
-    assert json.loads(path.read_text())["format_version"] == 4
+    assert json.loads(path.read_text())["format_version"] == 5
     assert [start.first_step for start in read_run_description(path).sessions] == [0, 5]
 
 
@@ -146,7 +146,7 @@ def test_no_folder_host_or_environment_is_written(path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff", b"[]", b'{"format": "protlm-model", "datasets": [], "sessions": []}',
-                b'{"format": "protlm-run", "format_version": 5, "datasets": [], "sessions": []}']
+                b'{"format": "protlm-run", "format_version": 6, "datasets": [], "sessions": []}']
 )  # fmt: skip
 def test_another_file_is_refused_in_one_line_and_stays(path, content):
     path.write_bytes(content)

@@ -155,8 +155,9 @@ def test_another_table_is_refused_with_a_remedy_and_stays_as_it_is(path, content
     assert path.read_bytes() == content
 
 
-def test_a_resumed_run_fills_the_columns_that_the_table_of_an_earlier_version_lacks(path):
-    earlier = [column for column in METRICS if column not in ADDED_METRICS]
+@pytest.mark.parametrize("kept", [(), ("tokens", "muon_lr")], ids=["first version", "before stages"])
+def test_a_resumed_run_fills_the_columns_that_the_table_of_an_earlier_version_lacks(path, kept):
+    earlier = [column for column in METRICS if column not in ADDED_METRICS - set(kept)]
     log = CsvLog(path, earlier)
     for step in (1, 2, 3):
         log.append(row(step, **(VALID if step == 2 else {})))
