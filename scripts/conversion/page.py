@@ -142,9 +142,7 @@ def conditions(results: Results) -> str:
     planned = {run.name for run in planned_runs()}
     missing = len(planned - set(results))
     seconds = sum(result["seconds"] for result in results.values())
-    text = (
-        f"{len(results)} runs, {seconds / 60:.0f} minutes of processor time: {machines}, 1 thread, commits {commits}."
-    )
+    text = f"{len(results)} runs, {seconds / 60:.0f} minutes of processor time: {machines}, 1 thread, {commits}."
     return text if not missing else f"{text} Not there are {missing} runs of the plan."
 
 
@@ -187,7 +185,7 @@ def draw_pictures(results: Results, folder: Path) -> list[Path]:
 
 @quiet_matplotlib()
 def _draw(path: Path, results: Results, subject: str) -> None:
-    """Draws accuracy against updates: in few updates on the left, and all of them, on a scale of powers, on the right."""
+    """Draws accuracy against updates: after the swap, and on the right from random weights, where that was run."""
     # The Figure class directly: pyplot would look for a display and keep global state.
     from matplotlib.figure import Figure
 

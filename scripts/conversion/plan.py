@@ -58,12 +58,15 @@ class Arm:
     stages: tuple[tuple[Learning, int], ...]
 
 
+_CROSS_ENTROPY: tuple[tuple[Learning, int], ...] = (("cross-entropy", 300),)
+_STAGES: tuple[tuple[Learning, int], ...] = (("transfer", 100), ("distill", 200))
+
 ARMS: Mapping[str, Arm] = {
-    "plain-ce": Arm("as it is, cross-entropy (the paper's way)", "none", False, (("cross-entropy", 300),)),
-    "plain-stages": Arm("as it is, transfer, distill", "none", False, (("transfer", 100), ("distill", 200))),
-    "balanced-ce": Arm("balanced, cross-entropy", "dense", False, (("cross-entropy", 300),)),
-    "balanced-stages": Arm("balanced, transfer, distill", "dense", False, (("transfer", 100), ("distill", 200))),
-    "near-ce": Arm("balanced + near field, cross-entropy", "dense", True, (("cross-entropy", 300),)),
+    "plain-ce": Arm("as it is, cross-entropy (the paper's way)", "none", False, _CROSS_ENTROPY),
+    "plain-stages": Arm("as it is, transfer, distill", "none", False, _STAGES),
+    "balanced-ce": Arm("balanced, cross-entropy", "dense", False, _CROSS_ENTROPY),
+    "balanced-stages": Arm("balanced, transfer, distill", "dense", False, _STAGES),
+    "near-ce": Arm("balanced + near field, cross-entropy", "dense", True, _CROSS_ENTROPY),
     "near-stages": Arm(
         "balanced + near field, transfer, distill", "dense", True, (("transfer", 100), ("distill", 200))
     ),
