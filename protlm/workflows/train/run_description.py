@@ -18,7 +18,7 @@ from protlm import files
 from protlm.choices import Stage
 from protlm.config import TrainConfig
 from protlm.errors import RunError, validation_fault
-from protlm.pretrained.model_description import ModelDescription, Origin, ValidScore
+from protlm.pretrained.model_description import ModelDescription, Origin, Swap, ValidScore
 from protlm.runtime.devices import device_name
 
 RUN_NAME = "run.json"
@@ -59,15 +59,17 @@ class Beginning(NamedTuple):
     Attributes:
         init_hash: Hash of the weights of --init; None if they were drawn.
         origin: Their origin, or that of those which they were made of; None if no other program had trained them.
+        swap: The attention that took the place of their exact one, by `protlm convert`; None if none did.
     """
 
     init_hash: str | None = None
     origin: Origin | None = None
+    swap: Swap | None = None
 
     @classmethod
     def of(cls, init: ModelDescription | None) -> Self:
         """Returns the beginning with the weights of a model, or with drawn ones."""
-        return cls() if init is None else cls(init.weights_hash, init.origin or init.fine_tuned_from)
+        return cls() if init is None else cls(init.weights_hash, init.origin or init.fine_tuned_from, init.swap)
 
 
 class Recovery(_Strict):
@@ -149,7 +151,7 @@ class RunDescription(_Strict):
     """The content of run.json.
 
     In version 1 a session had no `device`, `threads` and `end`, in version 2 no `lr` and `muon_lr`; before version 4
-    there was no `init_origin`, and an end had no `model`, and before version 5 no run had a `recovery`.
+    there was no `init_origin`, and an end had no `model`, and before version 5 no run had `init_swap` or `recovery`.
 
     Attributes:
         format: Marks the file as the description of a run.
@@ -157,6 +159,7 @@ class RunDescription(_Strict):
         datasets: The datasets.
         init_hash: Hash of the weights given with --init; None if they were drawn.
         init_origin: Their origin, if another program trained them.
+        init_swap: The attention that took the place of their exact one, if one did.
         recovery: The stage of a converted model; None for other runs.
         sessions: All starts of the run.
     """
@@ -166,13 +169,14 @@ class RunDescription(_Strict):
     datasets: list[TrainingSet]
     init_hash: str | None = None
     init_origin: Origin | None = None
+    init_swap: Swap | None = None
     recovery: Recovery | None = None
     sessions: Annotated[list[Session], Field(min_length=1)]
 
     @property
     def beginning(self) -> Beginning:
         """The weights that the run began with."""
-        return Beginning(self.init_hash, self.init_origin)
+        return Beginning(self.init_hash, self.init_origin, self.init_swap)
 
 
 _DRAWN = Beginning()
@@ -224,9 +228,9 @@ def write_run_description(
         RunError: The file exists and is not a run.json.
     """
     earlier = read_run_description(path).sessions if path.exists() else []
-    init_hash, origin = beginning
+    init_hash, origin, swap = beginning
     description = RunDescription(
-        datasets=list(datasets), init_hash=init_hash, init_origin=origin, recovery=recovery,
+        datasets=list(datasets), init_hash=init_hash, init_origin=origin, init_swap=swap, recovery=recovery,
         sessions=[*earlier, session],
     )  # fmt: skip
     _write(path, description)

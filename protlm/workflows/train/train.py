@@ -203,7 +203,7 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
     is_concatenated = settings.data.mode == "concatenated"
     longest = min(settings.data.window, int(sets.train.lengths.max()))
     # A model that began with other weights knows what those were trained on too.
-    init_hash, origin = start.beginning
+    init_hash, origin, swap = start.beginning
     seen = sets.hash if init_hash is None else dataset_hash_of([init_hash, sets.hash])
 
     def describe(step: int) -> ModelDescription:
@@ -221,6 +221,7 @@ def _describer(start: Start) -> Callable[[int], ModelDescription]:
             dataset_hash=seen,
             trained_residues=None if is_concatenated or init_hash is not None else longest,
             fine_tuned_from=origin,
+            swap=swap if settings.model.estimator else None,
         )
 
     return describe
