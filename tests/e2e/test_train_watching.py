@@ -392,7 +392,7 @@ def test_a_dry_run_makes_its_step_in_the_way_of_the_run(dataset, tmp_path, monke
     from protlm.workflows.train import dry_run as train_dry_run
 
     seen = []
-    monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda model, *_: seen.append(model) or 1.0)
+    monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda start, *_: seen.append(start.model) or 1.0)
     assert train(dataset, tmp_path / "run", "--dry-run", "--set", "train.activation_checkpointing=true") == 0
     assert train(dataset, tmp_path / "run", "--dry-run", "--set", "train.compile=true") == 0
     assert [model.checkpoint_activations for model in seen] == [True, False]

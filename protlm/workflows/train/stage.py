@@ -52,7 +52,7 @@ class _TeacherFile(BaseModel):
 
 
 def check_stage(settings: Config, teacher: str | Path | None) -> None:
-    """Checks that a stage has a model to recover, a teacher, and no setting that it cannot obey.
+    """Checks that a stage has a teacher, something to transfer, and no setting that it cannot obey.
 
     Args:
         settings: Those of the run.
@@ -67,7 +67,7 @@ def check_stage(settings: Config, teacher: str | Path | None) -> None:
         raise ConfigError(f"train.stage: expected a stage and a teacher, or none of them, got {lacks}")
     if train.stage is None:
         return
-    if not settings.model.feature_maps:
+    if train.stage == "transfer" and not settings.model.feature_maps:
         raise ConfigError(
             f"train.stage: nothing to recover: the model has no layer with random features, but "
             f"{settings.model.attention_name}; convert it first, with protlm convert --attention"
