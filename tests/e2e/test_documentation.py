@@ -9,6 +9,7 @@ import typer
 
 from protlm import read_records
 from protlm.cli.app import app, main
+from protlm.workflows.convert import cost as convert_cost
 from protlm.workflows.train import dry_run as train_dry_run
 from tests.e2e.conftest import write_fasta
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUM_PROTEINS = 60
 # The one change to a documented command: no reader waits for a test, so training ends after so many updates. They are
-# updates of the documented configuration, on its documented rows. And a dry run does not measure the time of an update.
+# updates of the documented configuration, on its documented rows. And nothing measures the time of an update or of titin.
 TRAINING_LIMIT = ["--max-steps", "3"]
 
 _BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -41,6 +42,8 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
     """One folder for all documents, the README first: a later one may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_dry_run, "_seconds_per_step", lambda *_: 1.0)
+    # Nor that of a pass of titin.
+    monkeypatch.setattr(convert_cost, "LENGTHS", (50,))
     chosen = sorted(proteins, key=lambda protein: len(protein[1]))[:NUM_PROTEINS]
     write_fasta(tmp_path / "my_proteins.fasta", chosen)
     for name, records in (("my_other_proteins.fasta", proteins[-5:]), ("my_test.fasta", proteins[-10:-5])):
