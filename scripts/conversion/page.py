@@ -142,7 +142,9 @@ def conditions(results: Results) -> str:
     planned = {run.name for run in planned_runs()}
     missing = len(planned - set(results))
     seconds = sum(result["seconds"] for result in results.values())
-    text = f"{len(results)} runs, {seconds / 60:.0f} minutes of processor time: {machines}, 1 thread, {commits}."
+    text = (
+        f"{len(results)} runs, {seconds / 60:.0f} minutes of processor time: {machines}, 1 thread, commits {commits}."
+    )
     return text if not missing else f"{text} Not there are {missing} runs of the plan."
 
 

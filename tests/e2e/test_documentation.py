@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUM_PROTEINS = 60
 # The one change to a documented command: no reader waits for a test, so training ends after so many updates. They are
-# updates of the documented configuration, on its documented rows. And nothing measures the time of an update or of titin.
+# updates of the documented configuration, on its documented rows. And nothing measures the time of updates or titin.
 TRAINING_LIMIT = ["--max-steps", "3"]
 
 _BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

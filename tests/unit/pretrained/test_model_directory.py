@@ -246,7 +246,7 @@ def test_weights_of_another_model_are_refused(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 6}, "expected format version 1 to 5, got 6"),
+        ({"format_version": 7}, "expected format version 1 to 6, got 7"),
         ({"valid": {**VALID.model_dump(), "targets": "all"}}, "valid.targets"),
         ({"valid": {"num_targets": 3}}, "valid.targets"),
         ({"format_version": 2, "valid": {"num_targets": 3}}, "valid.accuracy"),
@@ -269,7 +269,7 @@ def test_weights_of_another_model_are_refused(folder, change):
         ({"step": 2**63}, "step: input should be less than 9223372036854775808"),
         ({"seed": 10**400}, "seed: input should be less than"),
         ({"residue_counts": dict.fromkeys(RESIDUES, 10**400)}, "residue_counts.L: input should be less than"),
-        ({"format_version": "9" * 5000}, "expected format version 1 to 5, got '999"),
+        ({"format_version": "9" * 5000}, "expected format version 1 to 6, got '999"),
         ({"model": {"num_layers": 10**7}}, "model.num_layers: input should be less than or equal to 1024"),
         ({"step": None}, "step: expected a fact of the training"),
         ({"residue_counts": None}, "residue_counts: expected a fact"),
@@ -430,10 +430,19 @@ def test_a_fine_tuned_model_names_the_source_of_its_first_weights(model, tmp_pat
 def test_a_model_of_version_4_began_with_no_other_weights_that_are_known(folder):
     path = folder / "config.json"
     content = json.loads(path.read_text())
-    assert content["format_version"] == 5
+    assert content["format_version"] == 6
     del content["fine_tuned_from"]
     path.write_text(json.dumps({**content, "format_version": 4}))
     assert read_model(folder)[1].fine_tuned_from is None
+
+
+def test_a_model_of_version_5_was_swapped_for_none(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    del content["swap"], content["model"]["estimator"], content["model"]["qk_balance"]
+    path.write_text(json.dumps({**content, "format_version": 5}))
+    description = read_model(folder)[1]
+    assert (description.swap, description.model.estimator) == (None, False)
 
 
 def test_the_objective_is_that_of_training(model, tmp_path):
