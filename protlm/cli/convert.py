@@ -27,7 +27,9 @@ AttentionOption = Annotated[
 NumFeaturesOption = Annotated[int, typer.Option("--num-features", min=1, help="Random features of each head.")]
 NearBlockOption = Annotated[
     int,
-    typer.Option("--near-block", min=0, help="Weights within a block of N tokens, and the two beside it, stay exact."),
+    typer.Option(
+        "--near-block", min=0, help="Weights within a block of N tokens and the two beside it stay exact; 0: none."
+    ),
 ]
 BalanceOption = Annotated[
     Balance, typer.Option("--balance", metavar=one_of(Balance), help="How q and k of each head are balanced.")

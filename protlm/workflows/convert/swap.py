@@ -1,7 +1,7 @@
 """The swap of exact attention for estimates of it: calibrated on some proteins, measured on others."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from protlm.data.batching.batches import evaluation_rows
@@ -106,49 +106,47 @@ def swap(
         calibration = sample_proteins(request.calibrate, "--calibrate", reach, request.seed, start_progress)
         moments = _moments(model, calibration, request, start_progress)
     swapped = swap_attention(model, settings, moments)
-    measured = calibration
+    candidates, measured = list(_parts(swapped, settings)), calibration
+    num_parts = 1 + len(candidates)
     if request.report is not None:
         measured = sample_proteins(request.report, "--report", reach, request.seed, start_progress)
+        candidates += _grid(model, settings, moments)
     scores: list[SwapScores] = []
-    grid: list[SwapScores] = []
     if measured is not None:
-        candidates = list(_parts(swapped, settings))
-        others = list(_grid(model, settings, moments)) if request.report is not None else []
+        objective = description.objective.hiding_all()
+        rows = evaluation_rows(measured, _TOKENS_PER_ROW, EVALUATION_SEED, objective, max_residues=reach)
         advance = start_progress("measure", int(measured.lengths.sum()))
-        rows = evaluation_rows(
-            measured, _TOKENS_PER_ROW, EVALUATION_SEED, description.objective.hiding_all(), max_residues=reach
-        )
-        every = measure_swaps(model, [*candidates, *others], rows, measured.key, advance=advance)
-        scores, grid = every[: 1 + len(candidates)], every[1 + len(candidates) :]
-    new = description.model_copy(
-        update={
-            "model": swapped.config,
-            "swap": Swap(
-                weights_hash=description.weights_hash,
-                attention=settings.attention,
-                num_features=settings.num_features,
-                near_block=settings.near_block,
-                balance=settings.balance,
-                num_proteins=0 if calibration is None else len(calibration),
-                seed=settings.seed,
-            ),
-            "valid": None,
-            "redraw_every_steps": 0,
-            "weights_hash": "",
-        }
-    )
+        scores = measure_swaps(model, candidates, rows, measured.key, advance=advance)
+    samples = {id(sample): sample for sample in (calibration, measured) if sample is not None}
     report = SwapReport(
         calibrated_on=0 if calibration is None else len(calibration),
         measured_on=0 if measured is None else len(measured),
         num_shared=_num_shared(calibration, measured),
-        num_cut=sum(each.num_cut for each in {id(each): each for each in (calibration, measured) if each}.values()),
-        scores=scores,
-        grid=grid,
+        num_cut=sum(sample.num_cut for sample in samples.values()),
+        scores=scores[:num_parts],
+        grid=scores[num_parts:],
         exact_costs=[],
         costs=[],
-        verdict=verdict_of(scores) if scores else None,
+        verdict=verdict_of(scores[:num_parts]) if scores else None,
     )
-    return swapped, new, report
+    return swapped, _described(description, swapped, settings, report.calibrated_on), report
+
+
+def _described(
+    exact: ModelDescription, swapped: Performer, settings: SwapSettings, num_proteins: int
+) -> ModelDescription:
+    """Returns the description of a swapped model, which was measured on no valid split."""
+    swap = Swap(
+        weights_hash=exact.weights_hash,
+        attention=settings.attention,
+        num_features=settings.num_features,
+        near_block=settings.near_block,
+        balance=settings.balance,
+        num_proteins=num_proteins,
+        seed=settings.seed,
+    )
+    changes = {"model": swapped.config, "swap": swap, "valid": None, "redraw_every_steps": 0, "weights_hash": ""}
+    return exact.model_copy(update=changes)
 
 
 def _num_shared(calibration: SampledProteins | None, measured: SampledProteins | None) -> int:
@@ -187,13 +185,7 @@ def _grid(model: Performer, settings: SwapSettings, moments: Sequence[Moments] |
     for num_features in sorted({max(1, features // 2), features, 2 * features}):
         for near_block in sorted({0, block // 2, block, 2 * block}):
             if (num_features, near_block) != (features, block):
-                other = SwapSettings(
-                    attention=settings.attention,
-                    num_features=num_features,
-                    near_block=near_block,
-                    balance=settings.balance,
-                    seed=settings.seed,
-                )
+                other = replace(settings, num_features=num_features, near_block=near_block)
                 yield Candidate(SWAPPED, swap_attention(model, other, moments), num_features, near_block)
 
 
