@@ -46,6 +46,43 @@ def read_results(folder: Path) -> Results:
     return results
 
 
+def read_long(path: Path) -> dict[str, Any] | None:
+    """Returns the measurements of long proteins; None if there are none.
+
+    Raises:
+        ProtlmError: A file of something else.
+    """
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ProtlmError(f"{path}: expected measurements of long proteins, format version {FORMAT_VERSION}")
+    return content
+
+
+def positions_table(long: dict[str, Any]) -> str:
+    """Returns the perplexities with exact and with swapped attention by position."""
+    rows = [
+        (f"from {row['start'] + 1}", f"{row['num_targets']:,}", f"{row['exact']:.2f}", f"{row['swapped']:.2f}")
+        for row in long["positions"]
+    ]
+    return table(("residues", "hidden", "perplexity, exact", "swapped"), rows)
+
+
+def cost_table(long: dict[str, Any]) -> str:
+    """Returns the time and memory of a pass with exact and with swapped attention."""
+    rows = []
+    for exact, own in zip(long["exact_costs"], long["costs"], strict=True):
+        cells = [
+            "not over in 2 minutes" if each["seconds"] is None else f"{each['seconds']:.3g} s" for each in (exact, own)
+        ]
+        memory = ["–" if e["peak_bytes"] is None else f"{e['peak_bytes'] / 2**20:,.0f} MiB" for e in (exact, own)]
+        rows.append((f"{exact['length']:,}", cells[0], memory[0], cells[1], memory[1]))
+    about = long["environment"]
+    machine = f"{about['processor']}, {about['cores']} cores, torch {about['torch']}."
+    return f"{table(('residues', 'exact', 'memory', 'swapped', 'memory'), rows)}\n\n{machine}"
+
+
 def of_arm(results: Results, subject: str, arm: str) -> list[dict[str, Any]]:
     """Returns the results of an arm on a subject, ordered by seed; those there are."""
     names = [run.name for run in planned_runs() if (run.subject, run.arm) == (subject, arm)]
@@ -148,8 +185,13 @@ def conditions(results: Results) -> str:
     return text if not missing else f"{text} Not there are {missing} runs of the plan."
 
 
-def with_tables(text: str, results: Results) -> str:
+def with_tables(text: str, results: Results, long: dict[str, Any] | None = None) -> str:
     """Returns the text of the page with each table between its marks made anew.
+
+    Args:
+        text: The page.
+        results: The runs.
+        long: Measurements of long proteins, if there are any.
 
     Raises:
         ProtlmError: A mark of a table that there is not.
@@ -158,6 +200,8 @@ def with_tables(text: str, results: Results) -> str:
         "conditions": lambda: conditions(results),
         "targets": lambda: targets_table(results),
         "scratch": lambda: scratch_sentence(results),
+        "positions": lambda: "Not measured yet." if long is None else positions_table(long),
+        "cost": lambda: "Not measured yet." if long is None else cost_table(long),
     }
     for subject in SUBJECTS:
         made[subject] = lambda subject=subject: (  # type: ignore[misc]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from protlm.errors import ProtlmError
+from protlm.workflows.convert import cost
 from scripts import convert_experiment
-from scripts.conversion import page, plan, runs
+from scripts.conversion import long_proteins, page, plan, runs
 from scripts.conversion.plan import ARMS, SUBJECTS, Run, planned_runs
 from scripts.conversion.sequences import vh_sequences
 
@@ -77,9 +78,29 @@ def test_the_page_shows_the_runs_beside_it():
     results = page.read_results(ROOT / "docs" / "convert" / "runs")
     text = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
     assert set(results) <= {run.name for run in planned_runs()}
-    assert page.with_tables(text, results) == text
+    long = page.read_long(ROOT / "docs" / "convert" / "long.json")
+    assert page.with_tables(text, results, long) == text
     shown = set(re.findall(r"\((convert/[\w-]+\.png)\)", text))
     assert shown == {f"convert/{path.name}" for path in (ROOT / "docs" / "convert").glob("*.png")}
+
+
+def test_measurements_of_long_proteins_become_tables(tmp_path):
+    long = {
+        "format_version": 1,
+        "positions": [{"start": 200, "num_targets": 1234, "exact": 12.0, "swapped": 12.5}],
+        "exact_costs": [{"length": 512, "seconds": None, "peak_bytes": None}],
+        "costs": [{"length": 512, "seconds": 0.5, "peak_bytes": 3 << 20}],
+        "environment": {"processor": "a CPU", "cores": 2, "torch": "2"},
+    }  # fmt: skip
+    text = "<!-- table: positions -->\n<!-- end -->\n<!-- table: cost -->\n<!-- end -->\n"
+    made = page.with_tables(text, {}, long)
+    assert "| from 201 | 1,234 | 12.00 | 12.50 |" in made
+    assert "| 512 | not over in 2 minutes | – | 0.5 s | 3 MiB |" in made
+    assert "Not measured yet." in page.with_tables(text, {})
+    assert page.read_long(tmp_path / "none.json") is None
+    (tmp_path / "a.json").write_text('{"format_version": 9}')
+    with pytest.raises(ProtlmError, match=r"a\.json: expected measurements of long proteins"):
+        page.read_long(tmp_path / "a.json")
 
 
 def airr(path, *changes):
@@ -143,6 +164,15 @@ def test_a_run_goes_from_the_swap_through_its_stages(tmp_path, monkeypatch):
     assert [point["step"] for point in scratch["curve"]] == [1, 2, 3]
     with pytest.raises(ProtlmError, match="--airr: name the file"):
         runs.prepare("sapiens", arguments, tmp_path / "other")
+    (tmp_path / "data" / "families_long").mkdir()
+    for name in ("iid", "held"):
+        with gzip.open(tmp_path / "data" / "families_long" / f"{name}.fasta.gz", "wt") as file:
+            file.write(f">{name}\n" + "".join(generator.choice(list("ACDEFGHIKLMNPQRSTVWY"), 450)) + "\n")
+    monkeypatch.setattr(cost, "LENGTHS", (30,))
+    monkeypatch.setattr(long_proteins, "SHAPE", {**long_proteins.SHAPE, "num_layers": 1})
+    long = long_proteins.measure_long(prepared, tmp_path / "data", tmp_path / "work")
+    assert [row["start"] for row in long["positions"]] == [0, 200, 400]
+    assert len(long["costs"]) == len(long["exact_costs"]) == 1
 
 
 def test_the_command_line_chooses_runs_and_makes_none_twice(tmp_path, monkeypatch, capsys):
@@ -160,7 +190,8 @@ def test_the_command_line_chooses_runs_and_makes_none_twice(tmp_path, monkeypatc
     assert made == ["sapiens.near-ce.0", "sapiens.near-ce.1"]
     target = tmp_path / "page.md"
     target.write_text("<!-- table: sapiens -->\n<!-- end -->\n")
-    convert_experiment.main(["page", "--runs", str(tmp_path), "--page", str(target)])
+    files = ["--runs", str(tmp_path), "--long", str(tmp_path / "no.json")]
+    convert_experiment.main(["page", *files, "--page", str(target)])
     assert "| exact attention |" in target.read_text()
     assert (tmp_path / "page" / "sapiens.png").exists()
     with pytest.raises(SystemExit, match="holds no runs"):
