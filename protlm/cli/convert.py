@@ -24,15 +24,20 @@ AttentionOption = Annotated[
     NearFarMap | None,
     typer.Option("--attention", metavar=one_of(NearFarMap), help="Swap exact attention for estimates of this map."),
 ]
-NumFeaturesOption = Annotated[int, typer.Option("--num-features", min=1, help="Random features of each head.")]
+NumFeaturesOption = Annotated[
+    int | None, typer.Option("--num-features", min=1, help="Random features of each head; default: 256.")
+]
 NearBlockOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--near-block", min=0, help="Weights within a block of N tokens and the two beside it stay exact; 0: none."
+        "--near-block",
+        min=0,
+        help="Weights in blocks of N tokens and the two beside stay exact; 0: none; default: 32.",
     ),
 ]
 BalanceOption = Annotated[
-    Balance, typer.Option("--balance", metavar=one_of(Balance), help="How q and k of each head are balanced.")
+    Balance | None,
+    typer.Option("--balance", metavar=one_of(Balance), help="How q and k of each head are balanced; default: dense."),
 ]
 CalibrateOption = Annotated[
     str | None,
@@ -49,9 +54,9 @@ def convert_command(
     out: OutOption,
     to: ToOption = "protlm",
     attention: AttentionOption = None,
-    num_features: NumFeaturesOption = 256,
-    near_block: NearBlockOption = 32,
-    balance: BalanceOption = "dense",
+    num_features: NumFeaturesOption = None,
+    near_block: NearBlockOption = None,
+    balance: BalanceOption = None,
     calibrate: CalibrateOption = None,
     report: ReportOption = None,
     seed: SeedOption = 0,
@@ -92,8 +97,8 @@ def convert_command(
         outcome = convert(request, start_progress=progress.start)
     if outcome.swap is not None and 0 < outcome.swap.calibrated_on < FEW_PROTEINS:
         output.warn(
-            f"calibrated on {outcome.swap.calibrated_on} proteins, fewer than {FEW_PROTEINS}: the balance depends on "
-            "which these are"
+            f"proteins of the calibration: {outcome.swap.calibrated_on}, fewer than {FEW_PROTEINS}; the balance "
+            "depends on which these are"
         )
     if as_json:
         output.print_json(outcome)
@@ -137,11 +142,12 @@ def _print_swap(swap: "SwapReport") -> None:
         output.print_table(("one pass", "exact, s", "MiB", "swapped, s", "MiB"), rows)
         print()
     if swap.verdict is not None:
-        which = f"{swap.num_shared:,} of them" if swap.num_shared else "none of them"
         print(
-            f"{swap.verdict} Measured on hidden residues of {swap.measured_on:,} proteins, {which} among the "
-            f"{swap.calibrated_on:,} that it was calibrated on."
+            f"{swap.verdict} Hidden residues, proteins: {swap.measured_on:,}; of these in the calibration: "
+            f"{swap.num_shared:,}."
         )
+        if swap.num_cut:
+            print(f"Of longer proteins only the beginning was taken: {swap.num_cut:,}.")
         print()
 
 
@@ -157,7 +163,7 @@ def _cells(scores: "SwapScores") -> tuple[str, ...]:
         "" if scores.near_block is None else str(scores.near_block),
         f"{scores.accuracy.value:.3f}",
         "" if low is None or high is None else f"{low:.3f} to {high:.3f}",
-        f"{scores.kept.value:.1%}",
+        "" if scores.kept is None else f"{scores.kept.value:.1%}",
         f"{scores.perplexity.value:.2f}",
         f"{scores.kl:.3f}",
         f"{scores.agreement:.3f}",
@@ -166,5 +172,6 @@ def _cells(scores: "SwapScores") -> tuple[str, ...]:
 
 
 def _cost(cost: "Cost") -> tuple[str, str]:
-    seconds = "not over in 120" if cost.seconds is None else f"{cost.seconds:.3g}"
+    failed = {"time": "over 120", "memory": "out of memory"}
+    seconds = failed[cost.outcome] if cost.seconds is None else f"{cost.seconds:.3g}"
     return seconds, "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:,.0f}"

@@ -23,7 +23,10 @@ from protlm.model.skeleton import skeleton
 from protlm.runtime.progress import Advance, no_advance
 
 _RIDGE = 1e-4
-"""Share of the mean variance that is added to every variance: where a head never varies there is nothing to balance."""
+"""Share of the mean square that is added to every variance: where a head hardly varies there is little to balance."""
+
+_LEAST_RIDGE = 1e-6
+"""The same for heads whose q or k are zero: A then is at most a thousand times as large as it would be without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,9 @@ class Moments:
         means = self.means
         covariances = self._products / self.num_tokens - means.unsqueeze(-1) * means.unsqueeze(-2)
         size = covariances.shape[-1]
-        mean_variances = covariances.diagonal(dim1=-2, dim2=-1).mean(-1)
-        ridge = _RIDGE * mean_variances + torch.finfo(torch.float32).tiny
+        # Of the squares and not of the variances: a head that is constant must not be blown up.
+        mean_squares = (self._products / self.num_tokens).diagonal(dim1=-2, dim2=-1).mean(-1)
+        ridge = _RIDGE * mean_squares + _LEAST_RIDGE
         return covariances + ridge[..., None, None] * torch.eye(size, dtype=torch.float64)
 
 
@@ -136,6 +140,25 @@ def _power(matrices: Tensor, exponent: float) -> Tensor:
     powers = values.clamp_min(torch.finfo(values.dtype).tiny).pow(exponent)
     result: Tensor = (vectors * powers.unsqueeze(-2)) @ vectors.mT
     return result
+
+
+def exact_twin(model: Performer) -> Performer:
+    """Returns the model with exact attention in the place of its estimates; tensors are shared.
+
+    Exact attention gives the same with balanced q and k as with those before: it is that of the model of before a swap,
+    as long as the weights were not trained since.
+
+    Raises:
+        ValueError: The model is no estimator.
+    """
+    if not model.config.estimator:
+        raise ValueError("model: expected estimates of exact attention, as protlm convert makes them")
+    kinds = tuple("softmax" if kind not in ("softmax", "local") else kind for kind in model.config.attention)
+    changes = {"attention": kinds, "estimator": False, "qk_balance": False}
+    result = skeleton(ModelConfig.model_validate({**model.config.model_dump(), **changes}))
+    state = model.state_dict()
+    result.load_state_dict({name: state[name] for name in result.state_dict()}, assign=True)
+    return result.eval()
 
 
 def check_swappable(config: ModelConfig) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from protlm.data.batching.batches import EvaluationRow
 from protlm.inference.metrics import Estimate, MetricSums, estimate, metric_values, replicate_weights, sums_by_protein
-from protlm.inference.replaced_attention import far_only, near_only
+from protlm.inference.replaced_attention import far_only, has_near_field, near_only
 from protlm.inference.residue_scores import ResidueScores
 from protlm.inference.scoring import score_row
 from protlm.model.attention import SelfAttention
@@ -35,7 +35,7 @@ class SwapScores:
         near_block: Tokens of a block whose weights are exact; 0: none; None for `exact`.
         accuracy: Share of the hidden residues that it gives the highest probability.
         perplexity: On the hidden residues.
-        kept: Accuracy divided by that of exact attention.
+        kept: Accuracy divided by that of exact attention; None if that is 0.
         kl: Mean Kullback–Leibler divergence, in nats, of its predictions from those with exact attention.
         agreement: Share of the hidden residues whose most likely token is that of exact attention.
         cosine: Mean cosine, over all tokens, of the last hidden state and that with exact attention.
@@ -48,7 +48,7 @@ class SwapScores:
     near_block: int | None
     accuracy: Estimate
     perplexity: Estimate
-    kept: Estimate
+    kept: Estimate | None
     kl: float
     agreement: float
     cosine: float
@@ -76,6 +76,13 @@ class Candidate:
         """Lets the model compute what the name says until the end of the block."""
         with {NEAR_ONLY: near_only, FAR_ONLY: far_only}.get(self.name, nullcontext)(self.model):
             yield
+
+
+def parts_of(model: Performer) -> list[Candidate]:
+    """Returns a model of estimates, and if it has a near field that alone and the estimates of all weights alone."""
+    near_block = model.config.near_block if has_near_field(model) else 0
+    names = (SWAPPED, NEAR_ONLY, FAR_ONLY) if near_block else (SWAPPED,)
+    return [Candidate(name, model, model.config.num_features, near_block) for name in names]
 
 
 @dataclass
@@ -109,7 +116,7 @@ def measure_swaps(
         advance: Called with the residues of each row.
 
     Raises:
-        ValueError: There is no row.
+        ValueError: No residue is hidden.
     """
     reference = Candidate(EXACT, exact, None, None)
     sums = [_Sums() for _ in (reference, *candidates)]
@@ -134,8 +141,8 @@ def measure_swaps(
             collected.num_equal += int((scores.log_probabilities.argmax(1) == own.log_probabilities.argmax(1)).sum())
             collected.cosine += float(F.cosine_similarity(state, own_state, dim=-1).double().sum())
         advance(row.batch.num_residues)
-    if not num_tokens:
-        raise ValueError("rows: expected at least one, got none")
+    if not sums[0].metrics.num_targets:
+        raise ValueError("rows: expected hidden residues, got none; give more or longer proteins")
     sums[0].num_equal, sums[0].cosine = sums[0].metrics.num_targets, float(num_tokens)
     sums[0].errors = {layer: torch.zeros(()) for layer in exact_energy}
     return [
@@ -193,8 +200,8 @@ def _scores_of(
 ) -> SwapScores:
     estimates = sums.metrics.estimates()
     own, reference = (metric_values(each.resampled())["accuracy"] for each in (sums.metrics, exact))
+    of_exact = exact.score().accuracy
     with np.errstate(invalid="ignore", divide="ignore"):
-        kept = np.float64(sums.metrics.score().accuracy) / np.float64(exact.score().accuracy)
         shares = own / reference
     return SwapScores(
         name=candidate.name,
@@ -202,7 +209,7 @@ def _scores_of(
         near_block=candidate.near_block,
         accuracy=estimates["accuracy"],
         perplexity=estimates["perplexity"],
-        kept=estimate(float(kept), shares),
+        kept=estimate(sums.metrics.score().accuracy / of_exact, shares[np.isfinite(shares)]) if of_exact else None,
         kl=sums.kl / exact.num_targets,
         agreement=sums.num_equal / exact.num_targets,
         cosine=sums.cosine / num_tokens,

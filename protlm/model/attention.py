@@ -141,11 +141,17 @@ class SelfAttention(nn.Module):
             assert self.projection_kind != "none"
             heads, features, head_dim = self.projection.shape
             drawn = draw_projection(features, head_dim, kind=self.projection_kind, num_heads=heads, generator=generator)
-            if self.feature_shift is not None and self.feature_bias is not None:
-                shift = self.feature_shift.to(drawn).unsqueeze(1)
-                self.feature_bias.copy_(-(drawn * shift).sum(-1) - 0.5 * shift.square().sum(-1))
-                drawn = drawn + shift
-            self.projection.copy_(drawn)
+            self.set_rows(drawn)
+
+    @torch.no_grad()
+    def set_rows(self, drawn: Float[Tensor, "heads features head_dim"]) -> None:
+        """Takes random rows as they were drawn; those of an estimator are shifted, and get their biases."""
+        assert self.projection is not None
+        if self.feature_shift is not None and self.feature_bias is not None:
+            shift = self.feature_shift.to(drawn).unsqueeze(1)
+            self.feature_bias.copy_(-(drawn * shift).sum(-1) - 0.5 * shift.square().sum(-1))
+            drawn = drawn + shift
+        self.projection.copy_(drawn)
 
     def forward(
         self,

@@ -17,6 +17,12 @@ _SAME = ("vocabulary", "residues_as_x", "token_dropout", "norm_eps")
 """Settings that no tensor shows."""
 
 
+_DRAWN = (".projection", ".feature_bias")
+_OF_ATTENTION = (
+    ".feature_shift", ".query_balance", ".key_balance", ".temperature_logit", ".log_temperature", ".local_bias",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitialModel:
     """A model whose weights another one begins with.
@@ -49,9 +55,10 @@ def find_initial_model(name: str | Path) -> InitialModel:
 def load_initial_weights(model: Performer, init: InitialModel) -> list[str]:
     """Copies the weights of a saved model into a network, whose kind of attention may be another.
 
-    Projections, temperatures and local biases depend on the kind of attention: the network keeps its own where the
-    saved model has none that fit. So a Performer can start from the weights of a softmax Transformer, and the other way
-    round. A temperature with a bound and one without are translated into each other, as far as the bound allows.
+    Projections, with what an estimator has beside them, temperatures and local biases depend on the kind of attention:
+    the network keeps its own where the saved model has none that fit. Rows of its own are shifted by a saved shift. So
+    a Performer can start from the weights of a softmax Transformer, and the other way round. A temperature with a bound
+    and one without are translated into each other, as far as the bound allows.
 
     Args:
         model: A network that is initialised already.
@@ -92,7 +99,13 @@ def load_initial_weights(model: Performer, init: InitialModel) -> list[str]:
                 f"{where}: tensor {name!r}: expected {tuple(source[name].shape)} as in the saved one, "
                 f"got {tuple(tensor.shape)}; the model sections must agree"
             )
+    drawn = {name: tensor.clone() for name, tensor in target.items() if name.endswith(".projection")}
     model.load_state_dict({**target, **{name: source[name] for name in target if name not in kept}})
+    for number, layer in enumerate(model.encoder_layers()):
+        name = f"layers.{number}.attention.projection"
+        # The network was initialised without a shift.
+        if name in kept and layer.attention.feature_shift is not None:
+            layer.attention.set_rows(drawn[name])
     return kept
 
 
@@ -114,8 +127,11 @@ def _translated(
 
 
 def _is_of_attention(name: str) -> bool:
-    return name.endswith((".projection", ".temperature_logit", ".log_temperature", ".local_bias"))
+    return name.endswith((*_DRAWN, *_OF_ATTENTION))
 
 
 def _is_drawn_alike(name: str, saved: ModelConfig, wanted: ModelConfig) -> bool:
-    return not name.endswith(".projection") or saved.projection == wanted.projection
+    return not name.endswith(_DRAWN) or (saved.projection, saved.num_features) == (
+        wanted.projection,
+        wanted.num_features,
+    )

@@ -133,9 +133,8 @@ def _model(path: Path, *, verify: bool) -> ModelReport:
     weights = path / "model.safetensors"
     try:
         with safe_open(weights, "pt") as tensors:
-            # Projections are drawn and frequencies are given, not trained.
-            fixed = (".projection", "rotary_frequencies")
-            names = [name for name in tensors.keys() if not name.endswith(fixed)]  # noqa: SIM118
+            fixed = {name for name, tensor in tensor_shapes(description.model).items() if tensor.role == "fixed"}
+            names = [name for name in tensors.keys() if name not in fixed]  # noqa: SIM118
             num_parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{weights}: cannot be read: {error}") from None

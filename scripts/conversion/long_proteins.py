@@ -19,7 +19,8 @@ from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.progress import no_progress
 from protlm.workflows.convert.cost import measure_costs
 from protlm.workflows.convert.proteins import SampledProteins, sample_proteins
-from scripts.conversion.runs import FORMAT_VERSION, Prepared
+from scripts.conversion.plan import FORMAT_VERSION
+from scripts.conversion.runs import Prepared
 from scripts.environment import environment
 from scripts.measuring import using_threads
 

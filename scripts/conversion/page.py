@@ -11,7 +11,7 @@ import numpy as np
 from protlm import files
 from protlm.errors import ProtlmError
 from protlm.workflows.pages.figures import quiet_matplotlib
-from scripts.conversion.plan import ARMS, SUBJECTS, planned_runs
+from scripts.conversion.plan import ARMS, FORMAT_VERSION, SUBJECTS, planned_runs
 from scripts.report.page import table
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Results = Mapping[str, dict[str, Any]]
 """The content of the files of the runs, by their names."""
 
-FORMAT_VERSION = 1
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _STEPS = (0, 25, 50, 100, 200, 300)
 _MARKS = {

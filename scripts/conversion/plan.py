@@ -7,6 +7,9 @@ from typing import Literal
 SEEDS = (0, 1)
 """Of the random features, the order of the proteins and the masks."""
 
+FORMAT_VERSION = 1
+"""Of the files of runs, and of that of long proteins."""
+
 SEQUENCES_PER_STEP = 8
 
 Learning = Literal["cross-entropy", "transfer", "distill"]
@@ -23,6 +26,7 @@ class Subject:
         near_block: Tokens of a block of the near field, where there is one.
         longest: Residues of the longest protein that is used.
         scratch_steps: Updates of the arm that begins with random weights; 0: it has none.
+        most_steps: Updates of the other arms, transfer included.
         seeds: Seeds with which it runs.
     """
 
@@ -31,13 +35,14 @@ class Subject:
     near_block: int
     longest: int
     scratch_steps: int
+    most_steps: int = 300
     seeds: tuple[int, ...] = SEEDS
 
 
 SUBJECTS: Mapping[str, Subject] = {
     "sapiens": Subject("sapiens VH (4 layers of 128, learned positions)", 128, 16, 142, 4000),
     "rotary": Subject("our own (6 layers of 128, rotary positions, exact attention)", 128, 16, 254, 0),
-    "antiberty": Subject("AntiBERTy (8 layers of 512, learned positions)", 256, 16, 142, 0),
+    "antiberty": Subject("AntiBERTy (8 layers of 512, learned positions)", 256, 16, 142, 0, most_steps=200),
 }
 
 
@@ -91,9 +96,14 @@ class Run:
     @property
     def stages(self) -> tuple[tuple[Learning, int], ...]:
         """Its stages with their numbers of updates."""
+        subject = SUBJECTS[self.subject]
         if self.arm == "scratch":
-            return (("cross-entropy", SUBJECTS[self.subject].scratch_steps),)
-        return ARMS[self.arm].stages
+            return (("cross-entropy", subject.scratch_steps),)
+        left, stages = subject.most_steps, []
+        for learning, steps in ARMS[self.arm].stages:
+            stages.append((learning, min(steps, left)))
+            left -= stages[-1][1]
+        return tuple(stages)
 
 
 def planned_runs() -> Iterator[Run]:

@@ -25,12 +25,11 @@ from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare as prepare_dataset
 from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.train import train
-from scripts.conversion.plan import ARMS, SEQUENCES_PER_STEP, SUBJECTS, Arm, Run, Subject
+from scripts.conversion.plan import ARMS, FORMAT_VERSION, SEQUENCES_PER_STEP, SUBJECTS, Arm, Run, Subject
 from scripts.conversion.sequences import vh_sequences
 from scripts.environment import environment
 from scripts.measuring import using_threads
 
-FORMAT_VERSION = 1
 _CROSS_ENTROPY = (
     "train.optimizer=adamw", "train.lr=5e-4", "train.warmup_steps=10", "train.weight_decay=0.01",
     "train.clip_norm=1.0",
@@ -40,7 +39,7 @@ _POINTS = 25
 """Updates between two points of a curve."""
 _TEACHING = (
     "model.num_layers=6", "model.attention=softmax", "model.qk_norm=false", "model.conv_width=0",
-    "train.max_steps=2500", "train.optimizer=adamw", "train.lr=1e-3", "data.tokens_per_batch=4096",
+    "train.max_steps=1500", "train.optimizer=adamw", "train.lr=1e-3", "data.tokens_per_batch=4096",
     "data.max_length=254",
 )  # fmt: skip
 """Settings by which the rotary model with exact attention is trained, over those of tiny."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,12 @@ import torch
 
 import protlm
 from protlm.cli.app import main
+from protlm.config import ModelConfig
 from protlm.inference.replaced_attention import exact_attention
-from protlm.pretrained.model_directory import read_model
+from protlm.model.performer import Performer
+from protlm.pretrained import model_names
+from protlm.pretrained.model_description import ModelDescription, Origin
+from protlm.pretrained.model_directory import read_model, save_model
 from protlm.workflows.convert import cost
 from protlm.workflows.convert import proteins as convert_proteins
 from protlm.workflows.convert.proteins import sample_proteins
@@ -97,7 +102,7 @@ def test_the_summary_has_tables_and_a_verdict(exact_run, samples, tmp_path, caps
     assert re.search(r"^attention +features +block +accuracy", out, re.MULTILINE)
     assert re.search(r"^swapped +256 +0 +\d\.\d{3} ", out, re.MULTILINE)
     assert re.search(r"^one pass +exact, s +MiB +swapped, s +MiB$", out, re.MULTILINE)
-    assert "hidden residues of 40 proteins, 40 of them among the 40 that it was calibrated on." in out
+    assert "Hidden residues, proteins: 40; of these in the calibration: 40." in out
     assert "near field alone" not in out
 
 
@@ -122,10 +127,15 @@ def test_every_command_takes_the_result(swapped, dataset, samples, tmp_path, cap
         == 0
     )
     report = json.loads((out / "report.json").read_text())
-    scores = report["approximation"]["scores"]
+    approximation = report["approximation"]
+    assert [each["name"] for each in approximation["swap"]] == ["exact", "swapped", "near only", "far only"]
+    assert approximation["swap"][1]["kl"] > 0
+    scores = approximation["scores"]
+    assert approximation["swap"][0]["accuracy"]["value"] == pytest.approx(scores["exact"]["accuracy"])
     assert scores["near_only"]["perplexity"] != scores["far_only"]["perplexity"] != scores["saved"]["perplexity"]
     page = (out / "report.html").read_text()
     assert "the exact weights of near tokens alone" in page
+    assert "the mean divergence of the predictions in nats" in page
     assert main([str(word) for word in ("embed", swapped, samples[1], "--out", tmp_path / "e.h5")]) == 0
     words = ("score", swapped, samples[1], "--wild-type", "p0", "--all-singles", "--strategy", "wt-marginals")
     assert main([str(word) for word in (*words, "--out", tmp_path / "s.csv")]) == 0
@@ -177,7 +187,7 @@ def test_calibration_on_too_little_or_on_no_proteins_is_one_line(exact_run, tmp_
     one = write_fasta(tmp_path / "one.fasta", [("a", "MKVLAAGHWQEDRSTYPFNICMKVLAAG" * 4)])
     words = ("--attention", "positive", "--calibrate", one)
     assert convert(exact_run, "--out", tmp_path / "model", *words) == 0
-    assert "warning: calibrated on 1 proteins, fewer than 32" in capsys.readouterr().err
+    assert "warning: proteins of the calibration: 1, fewer than 32" in capsys.readouterr().err
     other = tmp_path / "r.fasta"
     other.write_text("\n")
     line = failure("convert", exact_run, "--out", tmp_path / "m", *words, "--report", other)
@@ -185,11 +195,45 @@ def test_calibration_on_too_little_or_on_no_proteins_is_one_line(exact_run, tmp_
     assert not (tmp_path / "m").exists()
 
 
+def test_proteins_that_the_model_cannot_read_and_those_that_hide_nothing_are_one_line(tmp_path, failure, capsys):
+    tokens = ("<cls>", "<pad>", "<eos>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY", "<mask>")
+    model = Performer(ModelConfig(attention="softmax", num_layers=1, vocabulary=tokens))
+    model.reset(0)
+    origin = Origin(source="lab", family="test", files={})
+    save_model(tmp_path / "exact", model, ModelDescription(model=model.config, mask_rate=0.15, origin=origin))
+    unknown = write_fasta(tmp_path / "x.fasta", [("a", "MK" + "X" * 90), ("b", "X" * 50)])
+    good = write_fasta(tmp_path / "good.fasta", [("a", "MKVLAAGHWQEDRSTYPFNIC" * 9)])
+    words = ("convert", tmp_path / "exact", "--out", tmp_path / "model", "--attention", "positive", "--calibrate")
+    assert "x.fasta: the model has no token for 140 of the 142 residues" in failure(*words, unknown)
+    assert "x.fasta: the model has no token for 140" in failure(*words, good, "--report", unknown)
+    short = write_fasta(tmp_path / "short.fasta", [("a", "M")])
+    assert "short.fasta: rows: expected hidden residues, got none" in failure(*words, good, "--report", short)
+    assert not (tmp_path / "model").exists()
+    # Hidden residues, and none of them predicted: the JSON is strict.
+    few = write_fasta(tmp_path / "few.fasta", [("a", "MKVLAAGHWQEDRS")])
+    capsys.readouterr()
+    assert main([str(word) for word in (*words, good, "--report", few, "--json")]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    if report["swap"]["scores"][0]["accuracy"]["value"] == 0:
+        assert report["swap"]["scores"][1]["kept"] is None
+
+
+def test_long_proteins_are_cut_and_the_grid_ends_where_models_do(exact_run, samples, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert_proteins, "_LONGEST", 40)
+    words = ["--attention", "positive", "--near-block", 10_000, "--num-features", 8, "--calibrate", samples[0]]
+    assert convert(exact_run, "--out", tmp_path / "model", *words, "--report", samples[1]) == 0
+    out = capsys.readouterr().out
+    assert "Of longer proteins only the beginning was taken: 80." in out
+    assert re.search(r"^swapped +16 +5000 ", out, re.MULTILINE)
+    assert " 20000 " not in out
+
+
 def test_models_without_exact_attention_and_wrong_numbers_are_one_line(run_dir, exact_run, tmp_path, failure):
     words = ("--out", tmp_path / "model", "--attention", "positive", "--balance", "none")
     assert "to swap, but local,positive,local" in failure("convert", run_dir, *words)
     line = failure("convert", exact_run, *words, "--num-features", 10**7)
-    assert "num_features" in line or "less than or equal" in line
+    assert "num_features: input should be less than or equal to" in line
+    assert "got 10000000" in line
 
 
 def test_wrong_usage_is_told_before_torch_is_loaded(exact_run, samples, tmp_path):
@@ -200,7 +244,7 @@ def test_wrong_usage_is_told_before_torch_is_loaded(exact_run, samples, tmp_path
             ((*swap,), "--calibrate: give proteins of the kind"),
             ((*swap, "--balance", "none", "--calibrate", samples[0]), "of no use with --balance none"),
             ((*swap, "--calibrate", "no.fasta"), "no.fasta: no such file"),
-            ((*swap, "--calibrate", samples[0], "--report", tmp_path), "no such file; expected proteins"),
+            ((*swap, "--calibrate", samples[0], "--report", tmp_path), "a folder; expected a protein file"),
             ((*swap, "--calibrate", "-", "--report", "-"), "can be read only once"),
             ((*swap, "--calibrate", samples[0], "--to", "hf"), "leave --to hf out"),
             ((*swap, "--balance", "full"), "--balance"),
@@ -208,6 +252,10 @@ def test_wrong_usage_is_told_before_torch_is_loaded(exact_run, samples, tmp_path
             (("convert", exact_run, *out, "--calibrate", samples[0]), "--calibrate is for a swap of the attention"),
             (("convert", exact_run, *out, "--report", samples[0]), "--report is for a swap of the attention"),
             (("convert", exact_run, *out, "--attention", "relu"), "--attention"),
+            *(
+                (("convert", exact_run, *out, *words), f"{words[0]} is for a swap of the attention")
+                for words in (("--balance", "none"), ("--num-features", 8), ("--near-block", 4))
+            ),
         ],
         tmp_path,
     )
@@ -238,4 +286,28 @@ def test_every_protein_is_as_likely_to_be_in_the_sample(tmp_path, monkeypatch):
 def test_a_pass_that_does_not_end_is_not_waited_for(exact_run, monkeypatch):
     monkeypatch.setattr(cost, "_MOST_SECONDS", 0)
     (first, _) = cost.measure_costs(exact_run, None)
-    assert (first.length, first.seconds, first.peak_bytes) == (20, None, None)
+    assert (first.length, first.outcome, first.seconds, first.peak_bytes) == (20, "time", None, None)
+
+
+def test_a_pass_that_lacks_memory_is_told_as_that(exact_run, monkeypatch):
+    calls, sent = [], []
+
+    def network(tokens, cu_seqlens):
+        calls.append(len(tokens))
+        if len(tokens) > 100:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(model_names, "read_named_model", lambda _: (network, None))
+    cost._measure(SimpleNamespace(send=sent.append), "model", 500)
+    assert (calls, sent) == ([66, 502], ["loaded", None])
+    answers = iter(sent)
+
+    class Context:
+        def Pipe(self, *, duplex):  # noqa: N802  as multiprocessing has it
+            return SimpleNamespace(poll=lambda _: True, recv=lambda: next(answers)), SimpleNamespace(close=list)
+
+        def Process(self, **_):  # noqa: N802  likewise
+            return SimpleNamespace(start=list, kill=list, join=list)
+
+    monkeypatch.setattr(cost.multiprocessing, "get_context", lambda _: Context())
+    assert cost._cost("model", 500) == cost.Cost(length=500, outcome="memory", seconds=None, peak_bytes=None)

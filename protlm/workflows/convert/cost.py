@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 LENGTHS = (512, 4096, 34350)
 """Residues of the proteins; the last is titin's, the longest known."""
@@ -22,12 +23,14 @@ class Cost:
 
     Attributes:
         length: Residues of the protein, which are random.
+        outcome: Whether it was `measured`, was not over after two minutes (`time`), or lacked memory (`memory`).
         seconds: Wall time, the median of three passes, or of one that takes longer than 2 seconds; None if it was not
-            over after two minutes, or there was too little memory.
+            measured.
         peak_bytes: Memory that it took above the model, at most; None where the system does not tell.
     """
 
     length: int
+    outcome: Literal["measured", "time", "memory"]
     seconds: float | None
     peak_bytes: int | None
 
@@ -49,17 +52,20 @@ def _cost(model: str | Path, length: int) -> Cost:
     process = context.Process(target=_measure, args=(sender, str(model), length), daemon=True)
     process.start()
     sender.close()
-    seconds, peak = None, None
+    measured: tuple[float, int | None] | None = None
+    outcome: Literal["measured", "time", "memory"] = "time"
     try:
         # Loading the model is not counted.
         if receiver.poll(_MOST_SECONDS) and receiver.recv() == "loaded" and receiver.poll(_MOST_SECONDS):
-            seconds, peak = receiver.recv()
+            measured = receiver.recv()
+            outcome = "memory" if measured is None else "measured"
     except EOFError:
-        pass  # the process ended without a word: killed, for want of memory most likely
+        outcome = "memory"  # killed without a word, as the system does where memory is short
     finally:
         process.kill()
         process.join()
-    return Cost(length=length, seconds=seconds, peak_bytes=peak)
+    seconds, peak = measured or (None, None)
+    return Cost(length=length, outcome=outcome, seconds=seconds, peak_bytes=peak)
 
 
 def _measure(sender: Connection, model: str, length: int) -> None:
@@ -68,6 +74,7 @@ def _measure(sender: Connection, model: str, length: int) -> None:
     import torch
 
     from protlm.data.batching.batches import pack_row
+    from protlm.inference.memory import is_out_of_memory
     from protlm.pretrained.model_names import read_named_model
     from protlm.vocabulary import FIRST_RESIDUE, NUM_STANDARD_RESIDUES
 
@@ -85,7 +92,13 @@ def _measure(sender: Connection, model: str, length: int) -> None:
     run(min(_WARM_UP_RESIDUES, length))
     sender.send("loaded")
     before = _reset_peak()
-    times = [run(length)]
+    try:
+        times = [run(length)]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sender.send(None)
+        return
     peak = None if before is None else max(0, _peak_bytes() - before)
     if times[0] < _SHORT_SECONDS:
         times += [run(length), run(length)]

@@ -9,6 +9,9 @@ from protlm.data.parsing.sources import STDIN
 from protlm.errors import ProtlmError, UsageError
 from protlm.pretrained.model_files import EXPORTED_FILES, MODEL_FILES, description_of
 
+DEFAULT_NUM_FEATURES, DEFAULT_NEAR_BLOCK = 256, 32
+DEFAULT_BALANCE: Balance = "dense"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRequest:
@@ -19,9 +22,10 @@ class ConvertRequest:
         out: The directory to make.
         to: Its format.
         attention: The map whose estimates take the place of exact attention; None: the model stays as it is.
-        num_features: Random rows of each head of these.
-        near_block: Tokens of a block whose weights, and those of the blocks beside it, stay exact; 0: none.
-        balance: How q and k are balanced.
+        num_features: Random rows of each head of these; None: `DEFAULT_NUM_FEATURES`.
+        near_block: Tokens of a block whose weights, and those of the blocks beside it, stay exact; 0: none. None:
+            `DEFAULT_NEAR_BLOCK`.
+        balance: How q and k are balanced; None: `DEFAULT_BALANCE`.
         calibrate: Proteins on which they are balanced.
         report: Other proteins on which the swap is measured.
         seed: Of the random rows, and of the choice of proteins.
@@ -32,9 +36,9 @@ class ConvertRequest:
     out: Path
     to: ModelFormat = "protlm"
     attention: NearFarMap | None = None
-    num_features: int = 256
-    near_block: int = 32
-    balance: Balance = "dense"
+    num_features: int | None = None
+    near_block: int | None = None
+    balance: Balance | None = None
     calibrate: str | Path | None = None
     report: str | Path | None = None
     seed: int = 0
@@ -51,25 +55,33 @@ def check_request(request: ConvertRequest) -> None:
     _check_options(request)
     _check_replaceable(request, Path(os.path.realpath(request.out)))
     for path in (request.calibrate, request.report):
-        if path is not None and str(path) != STDIN and not Path(path).is_file():
-            raise ProtlmError(f"{path}: no such file; expected proteins, as for prep")
+        if path is None or str(path) == STDIN:
+            continue
+        if not Path(path).exists():
+            raise ProtlmError(f"{path}: no such file")
+        if Path(path).is_dir():
+            raise ProtlmError(f"{path}: a folder; expected a protein file")
     description_of(request.model)
 
 
 def _check_options(request: ConvertRequest) -> None:
     if request.attention is None:
-        for name, value in (("--calibrate", request.calibrate), ("--report", request.report)):
+        for name, value in (
+            ("--calibrate", request.calibrate), ("--report", request.report), ("--balance", request.balance),
+            ("--num-features", request.num_features), ("--near-block", request.near_block),
+        ):  # fmt: skip
             if value is not None:
                 raise UsageError(f"{name} is for a swap of the attention: say which takes its place with --attention")
         return
     if request.to == "hf":
         raise UsageError("--attention makes a model that transformers does not have; leave --to hf out")
-    if request.balance != "none" and request.calibrate is None:
+    balance = request.balance or DEFAULT_BALANCE
+    if balance != "none" and request.calibrate is None:
         raise UsageError(
             "--calibrate: give proteins of the kind that the model is for, on which q and k are balanced, or take "
             "--balance none"
         )
-    if request.balance == "none" and request.calibrate is not None:
+    if balance == "none" and request.calibrate is not None:
         raise UsageError("--calibrate is of no use with --balance none; leave one of them out")
     if str(request.calibrate) == STDIN and str(request.report) == STDIN:
         raise UsageError("--calibrate and --report: the standard input can be read only once")

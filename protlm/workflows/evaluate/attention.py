@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from protlm.choices import SplitName
+from protlm.data.batching.batches import evaluation_rows
 from protlm.data.storage.dataset import Split
 from protlm.errors import ProtlmError
 from protlm.inference.approximation import measure_approximation
 from protlm.inference.attention_maps import read_attention_maps
+from protlm.inference.attention_swap import exact_twin
 from protlm.inference.baselines import Beginning, empirical
 from protlm.inference.metrics import MetricSums
 from protlm.inference.replaced_attention import score_replacements, sentence_of
 from protlm.inference.residue_similarity import attention_similarity
 from protlm.inference.scoring import score_model
+from protlm.inference.swap_scores import measure_swaps, parts_of
 from protlm.model.performer import Performer
 from protlm.runtime.progress import Advance
 from protlm.workflows.evaluate.measure import Masks
@@ -123,7 +126,18 @@ def approximation_of(
     replaced = score_replacements(
         model, lambda: measured()["model"].score(), frequencies, num_draws=_NUM_DRAWS, seed=masks.seed
     )
+    swap = None
+    if model.config.estimator:
+        rows = evaluation_rows(
+            beginning, masks.tokens_per_batch, masks.seed, masks.objective,
+            window_tokens=masks.window_tokens, max_residues=masks.max_residues,
+        )  # fmt: skip
+        swap = measure_swaps(
+            exact_twin(model), parts_of(model), rows, lambda record: np.asarray(split.tokens(record)).tobytes(),
+            seed=masks.seed, advance=advance,
+        )  # fmt: skip
     return {
+        "swap": None if swap is None else [asdict(each) for each in swap],
         "split": split.name,
         "num_scored_proteins": len(beginning.lengths),
         "sentence": sentence_of(replaced, redraw_every_steps=redraw_every_steps),
@@ -135,7 +149,7 @@ def approximation_of(
 def approximation_residues(split: Split) -> int:
     """Returns the residues that `approximation_of` reports to its progress, at most."""
     lengths = split.lengths
-    return int(lengths[:_SCORED_PROTEINS].sum()) * (_NUM_DRAWS + 5) + int(lengths[:_MEASURED_PROTEINS].sum())
+    return int(lengths[:_SCORED_PROTEINS].sum()) * (_NUM_DRAWS + 6) + int(lengths[:_MEASURED_PROTEINS].sum())
 
 
 def _sampled(split: Split, max_residues: int | None) -> Iterator[np.ndarray]:

@@ -102,6 +102,9 @@ def approximation_section(report: EvalReport) -> Section | None:
         return None
     errors = content["errors"]
     blocks: list[Block] = [Text(f"**{content['sentence']}**"), _replacements_table(content)]
+    # Reports of before lack it.
+    if content.get("swap") is not None:
+        blocks += _swap_tables(content)
     if errors["is_softmax_estimate"]:
         blocks.append(_errors_figure(errors))
     blocks += _head_tables(errors)
@@ -170,6 +173,30 @@ def _replacements_table(content: dict[str, Any]) -> Table:
     rows.append(("empirical baseline", f"{empirical['accuracy']:.4f}", f"{empirical['perplexity']:.2f}"))
     caption = f"The same weights on the first {content['num_scored_proteins']:,} proteins of {content['split']}."
     return Table(("", "accuracy", "perplexity"), rows, caption=caption)
+
+
+def _swap_tables(content: dict[str, Any]) -> list[Block]:
+    """Returns what a swapped model, and each part of its attention, keeps of the predictions with exact attention."""
+    scores = content["swap"]
+    rows = [
+        (
+            each["name"], _estimate(each["accuracy"]), _estimate(each["kept"]), f"{each['kl']:.3f}",
+            f"{each['agreement']:.3f}", f"{each['cosine']:.3f}",
+        )
+        for each in scores
+    ]  # fmt: skip
+    caption = (
+        "A model with estimates in the place of exact attention, beside the same weights with exact attention: "
+        "accuracy, the share of it that is kept, the mean divergence of the predictions in nats, equal first choices, "
+        "and the cosine of the last hidden states; 95 % intervals in parentheses."
+    )
+    kept = Table(("attention", "accuracy", "kept", "KL", "agree", "cosine"), rows, caption=caption)
+    layers = [str(number) for number in range(1, 1 + len(scores[0]["layer_errors"]))]
+    errors = [(each["name"], *(f"{error:.2f}" for error in each["layer_errors"])) for each in scores[1:]]
+    caption = (
+        "‖out − exact‖/‖exact‖ of the attention's output by layer, given what the layer sees with exact attention."
+    )
+    return [kept, Table(("attention", *layers), errors, caption=caption)]
 
 
 def _errors_figure(errors: dict[str, Any]) -> Block:

@@ -26,6 +26,7 @@ from protlm.workflows.train.memory import check_can_be_built, estimate_memory
 from protlm.workflows.train.run_description import RUN_NAME, TrainingSet
 from protlm.workflows.train.run_folder import CONFIG_NAME, check_replaceable, resolve_settings
 from protlm.workflows.train.stage import (
+    check_not_itself,
     check_same_teacher,
     check_stage,
     check_teacher,
@@ -212,6 +213,7 @@ def _teacher(request: TrainRequest, settings: Config) -> ModelConfig | None:
     if description is None:
         return None
     check_teacher(settings.model, description.model, name)
+    check_not_itself(None if request.init is None else description_of(request.init), description, name)
     if request.resume:
         check_same_teacher(request.run_dir / RUN_NAME, name, description)
     return description.model

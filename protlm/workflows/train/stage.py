@@ -105,6 +105,15 @@ def check_teacher(student: ModelConfig, teacher: ModelConfig, name: str | Path) 
             )
 
 
+def check_not_itself(init: ModelDescription | None, teacher: ModelDescription, name: str | Path) -> None:
+    """Raises ConfigError if the teacher has the weights with which a run begins: it would teach nothing."""
+    if init is not None and init.weights_hash and init.weights_hash == teacher.weights_hash:
+        raise ConfigError(
+            f"--teacher {name}: the model that is trained itself, which teaches nothing; give the model with exact "
+            "attention that it was made of"
+        )
+
+
 def recovery_of(settings: Config, name: str | Path, teacher: ModelDescription) -> Recovery:
     """Returns what run.json says of a stage and its teacher."""
     assert settings.train.stage is not None

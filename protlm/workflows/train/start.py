@@ -27,7 +27,13 @@ from protlm.workflows.train.request import (
 )
 from protlm.workflows.train.run_checkpoints import ResumePoint, find_resume_point
 from protlm.workflows.train.run_description import RUN_NAME, Beginning, Recovery, read_run_description
-from protlm.workflows.train.stage import check_same_teacher, check_teacher, missing_teacher, recovery_of
+from protlm.workflows.train.stage import (
+    check_not_itself,
+    check_same_teacher,
+    check_teacher,
+    missing_teacher,
+    recovery_of,
+)
 from protlm.workflows.train.task import TrainingData
 
 
@@ -76,6 +82,8 @@ def prepare_start(request: TrainRequest) -> Start:
     _check_gpus(request.devices)
     teacher_model = teacher_name(request)
     teacher = None if teacher_model is None else _find_teacher(request, teacher_model, settings)
+    if teacher is not None and init is not None:
+        check_not_itself(init.description, teacher.description, teacher.name)
     memory = estimate_memory(
         settings, in_place=best_device().type == "cpu", teacher=None if teacher is None else teacher.description.model
     )

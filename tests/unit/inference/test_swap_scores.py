@@ -109,5 +109,5 @@ def test_of_a_model_that_lacks_tokens_only_its_own_count():
 
 
 def test_nothing_to_measure_is_refused():
-    with pytest.raises(ValueError, match="rows: expected at least one, got none"):
+    with pytest.raises(ValueError, match="rows: expected hidden residues, got none"):
         measure_swaps(exact(), [], iter(()), PROTEINS.key)
