@@ -195,7 +195,7 @@ def test_calibration_on_too_little_or_on_no_proteins_is_one_line(exact_run, tmp_
     assert not (tmp_path / "m").exists()
 
 
-def test_proteins_that_the_model_cannot_read_and_those_that_hide_nothing_are_one_line(tmp_path, failure, capsys):
+def test_proteins_that_the_model_cannot_read_are_one_line_and_nothing_kept_is_said(tmp_path, failure, capsys):
     tokens = ("<cls>", "<pad>", "<eos>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY", "<mask>")
     model = Performer(ModelConfig(attention="softmax", num_layers=1, vocabulary=tokens))
     model.reset(0)
@@ -206,16 +206,19 @@ def test_proteins_that_the_model_cannot_read_and_those_that_hide_nothing_are_one
     words = ("convert", tmp_path / "exact", "--out", tmp_path / "model", "--attention", "positive", "--calibrate")
     assert "x.fasta: the model has no token for 140 of the 142 residues" in failure(*words, unknown)
     assert "x.fasta: the model has no token for 140" in failure(*words, good, "--report", unknown)
-    short = write_fasta(tmp_path / "short.fasta", [("a", "M")])
-    assert "short.fasta: rows: expected hidden residues, got none" in failure(*words, good, "--report", short)
     assert not (tmp_path / "model").exists()
-    # Hidden residues, and none of them predicted: the JSON is strict.
-    few = write_fasta(tmp_path / "few.fasta", [("a", "MKVLAAGHWQEDRS")])
+    # A single hidden residue that is not predicted: there is nothing to keep, and the JSON is strict.
+    few = [write_fasta(tmp_path / f"{letter}.fasta", [("a", letter)]) for letter in "ACDEFGHIKLMNPQRSTVWY"]
     capsys.readouterr()
-    assert main([str(word) for word in (*words, good, "--report", few, "--json")]) == 0
-    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    if report["swap"]["scores"][0]["accuracy"]["value"] == 0:
-        assert report["swap"]["scores"][1]["kept"] is None
+    reports = []
+    for path in few[:3]:
+        assert main([str(word) for word in (*words, good, "--report", path, "--json", "--force")]) == 0
+        reports.append(json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["swap"])
+    (unknown, *_) = (each for each in reports if each["scores"][0]["accuracy"]["value"] == 0)
+    assert unknown["scores"][1]["kept"] is None
+    assert unknown["verdict"] == (
+        "Exact attention is right at none of the hidden residues, so there is nothing to keep."
+    )
 
 
 def test_long_proteins_are_cut_and_the_grid_ends_where_models_do(exact_run, samples, tmp_path, monkeypatch, capsys):

@@ -126,6 +126,7 @@ def test_stages_are_refused_at_once(dataset, run_dir, tmp_path):
                 "expected 'rotary' as in the model that is trained, got 'learned'",
             ),
             ((*new, "--init", exact, *stage, *teacher), "nothing to recover"),
+            ((*new, *init, *stage, *teacher), "the model that is trained itself, which teaches nothing"),
             ((*new, *init, *stage, *teacher, "--set", "train.redraw_every_steps=5"), "train.redraw_every_steps"),
             ((*new, *init, *stage, *teacher, "--set", "train.compile=true"), "train.compile"),
             ((*new, *init, *stage, *teacher, "--set", "train.convert_layers=5"), "train.convert_layers"),

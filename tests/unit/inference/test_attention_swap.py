@@ -9,6 +9,7 @@ import torch
 from protlm.inference.attention_swap import (
     SwapSettings,
     balancing_matrices,
+    exact_twin,
     measure_moments,
     swap_attention,
     swapped_config,
@@ -169,6 +170,40 @@ def test_balancing_and_the_shift_make_estimates_better():
     errors = {balance: error(balance) for balance in ("none", "diagonal", "dense")}
     assert errors["dense"] < 0.6 * errors["none"]
     assert errors["diagonal"] < 0.8 * errors["none"]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize("balance", ["diagonal", "dense"])
+def test_a_head_that_is_constant_is_not_blown_up(balance, value):
+    model = scaled(exact("learned positions"), 0.5, 0.5)
+    with torch.no_grad():
+        # The queries of the first head.
+        model.layers[0].attention.query.weight[:16] = 0
+        model.layers[0].attention.query.bias[:16] = value
+    moments = measure_moments(model, some_proteins())
+    expected = logits(model)
+    errors = {
+        each: float(
+            (logits(swap_attention(model, settings(balance=each, num_features=256), moments)) - expected).norm()
+        )
+        for each in ("none", balance)
+    }
+    swapped = swap_attention(model, settings(balance=balance), moments)
+    assert swapped.layers[0].attention.feature_shift.abs().max() < 100
+    assert errors[balance] < 1.2 * errors["none"]
+    with exact_attention(swapped):
+        assert relative_error(logits(swapped), expected) < 1e-4
+
+
+def test_the_exact_twin_of_a_swap_is_the_model_of_before():
+    for name, balance in (("learned positions", "dense"), ("rotary", "dense"), ("our own with local layers", "none")):
+        model = exact(name)
+        swapped = swap_attention(model, settings(balance=balance), measure_moments(model, some_proteins()))
+        twin = exact_twin(swapped)
+        assert twin.config.kinds == model.config.kinds
+        assert relative_error(logits(twin), logits(model)) < 1e-5
+    with pytest.raises(ValueError, match="expected estimates of exact attention"):
+        exact_twin(build())
 
 
 def test_the_rows_are_a_function_of_the_seed():

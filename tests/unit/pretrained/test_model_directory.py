@@ -554,6 +554,39 @@ def test_weights_start_another_kind_of_attention_that_keeps_its_own_draw(tmp_pat
         assert torch.equal(tensor, origin.state_dict()[name]), name
 
 
+ESTIMATOR = {"attention": "positive", "estimator": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "redrawn"),
+    [({}, False), ({"projection": "iid"}, True), ({"num_features": 24}, True), ({"attention": "near-far"}, False)],
+)
+@torch.no_grad()
+def test_other_rows_of_an_estimator_have_the_shift_of_the_saved_one(tmp_path, changes, redrawn):
+    source = network(seed=1, **ESTIMATOR)
+    for layer in source.layers:
+        layer.attention.feature_shift.normal_()
+        layer.attention.redraw(torch.Generator().manual_seed(3))
+    save_model(tmp_path / "model", source, describe(source))
+    target = network(**{**ESTIMATOR, **changes})
+    names = load_initial_weights(target, find_initial_model(tmp_path))
+    assert bool(names) == redrawn
+    for mine, theirs in zip(target.layers, source.layers, strict=True):
+        shift = mine.attention.feature_shift
+        assert torch.equal(shift, theirs.attention.feature_shift)
+        drawn = mine.attention.projection - shift.unsqueeze(1)
+        expected = -(drawn * shift.unsqueeze(1)).sum(-1) - 0.5 * shift.square().sum(-1, keepdim=True)
+        torch.testing.assert_close(mine.attention.feature_bias, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_exact_model_starts_an_estimator_and_the_other_way_round(tmp_path):
+    saved(tmp_path, attention="softmax")
+    kept = load_initial_weights(network(**ESTIMATOR), find_initial_model(tmp_path))
+    assert {name.rpartition(".")[2] for name in kept} == {"projection", "feature_bias", "feature_shift"}
+    saved(tmp_path, **ESTIMATOR, qk_balance=True)
+    assert load_initial_weights(network(attention="softmax"), find_initial_model(tmp_path)) == []
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
