@@ -39,8 +39,8 @@ _POINTS = 25
 """Updates between two points of a curve."""
 _TEACHING = (
     "model.num_layers=6", "model.attention=softmax", "model.qk_norm=false", "model.conv_width=0",
-    "train.max_steps=653", "train.schedule_steps=1500", "train.optimizer=adamw", "train.lr=1e-3", "data.tokens_per_batch=4096",
-    "data.max_length=254",
+    "train.max_steps=653", "train.schedule_steps=1500", "train.optimizer=adamw", "train.lr=1e-3",
+    "data.tokens_per_batch=4096", "data.max_length=254",
 )  # fmt: skip
 """Settings by which the rotary model with exact attention is trained, over those of tiny."""
 
