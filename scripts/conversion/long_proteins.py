@@ -1,7 +1,7 @@
-"""Proteins longer than those of training: quality by position, exact against swapped, and the cost of a pass."""
+"""What is measured without training: the near field of our own model, long proteins, and the cost of a pass."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from protlm.data.batching.batches import evaluation_rows
 from protlm.data.batching.masking import EVALUATION_SEED
 from protlm.inference.attention_swap import SwapSettings, measure_moments, swap_attention
 from protlm.inference.scoring import score_row
+from protlm.inference.swap_scores import SWAPPED, Candidate, measure_swaps
 from protlm.model.performer import Performer
+from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
 from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.progress import no_progress
@@ -31,8 +33,12 @@ SHAPE = {"num_layers": 6, "model_dim": 320, "num_heads": 20, "ffn_dim": 1280}
 COST_SETTINGS = SwapSettings(attention="positive", num_features=128, near_block=32, balance="none", seed=0)
 
 
+BLOCKS, FEATURES = (16, 32, 64), (128, 512)
+"""Near fields and numbers of random rows with which our own model is swapped."""
+
+
 def measure_long(prepared: Prepared, data: Path, work: Path) -> dict[str, Any]:
-    """Returns perplexities by position of our own rotary model on long proteins, and the costs of the shape of ESM-2.
+    """Returns what our own rotary model keeps of swaps, by block and on long proteins, and the costs of ESM-2's shape.
 
     Args:
         prepared: Our own model, and its calibration.
@@ -46,7 +52,10 @@ def measure_long(prepared: Prepared, data: Path, work: Path) -> dict[str, Any]:
         attention="positive", num_features=subject.num_features, near_block=subject.near_block, balance="dense", seed=0
     )
     with using_threads(1):
-        swapped = swap_attention(model, settings, measure_moments(model, calibration.residues))
+        moments = measure_moments(model, calibration.residues)
+        swapped = swap_attention(model, settings, moments)
+        swaps = [replace(settings, num_features=m, near_block=w) for w in BLOCKS for m in FEATURES]
+        by_block = _by_block(model, {each: swap_attention(model, each, moments) for each in swaps}, data, description)
         by_position = _by_position({"exact": model, "swapped": swapped}, _long_proteins(data), description.objective)
     exact_folder, swapped_folder = work / "shape", work / "shape-swapped"
     shape = Performer(ModelConfig(**SHAPE, attention=("softmax",), qk_norm=False, conv_width=0))
@@ -56,11 +65,30 @@ def measure_long(prepared: Prepared, data: Path, work: Path) -> dict[str, Any]:
     save_model(swapped_folder, other, description.model_copy(update={"model": other.config}))
     return {
         "format_version": FORMAT_VERSION,
+        "blocks": by_block,
         "positions": by_position,
         "exact_costs": [asdict(cost) for cost in measure_costs(exact_folder, None)],
         "costs": [asdict(cost) for cost in measure_costs(swapped_folder, None)],
         "environment": environment(),
     }
+
+
+def _by_block(
+    model: Performer, swaps: dict[SwapSettings, Performer], data: Path, description: ModelDescription
+) -> list[dict[str, Any]]:
+    """Returns the accuracy with exact attention and with each swap, on proteins of the families that it knows."""
+    proteins = sample_proteins(data / "families" / "iid.fasta.gz", "--report", None, 0, no_progress)
+    candidates = [Candidate(SWAPPED, swap, s.num_features, s.near_block) for s, swap in swaps.items()]
+    rows = evaluation_rows(proteins, 4096, EVALUATION_SEED, description.objective.hiding_all())
+    return [
+        {
+            "features": scores.num_features,
+            "block": scores.near_block,
+            "accuracy": round(scores.accuracy.value, 5),
+            "perplexity": round(scores.perplexity.value, 4),
+        }
+        for scores in measure_swaps(model, candidates, rows, proteins.key)
+    ]
 
 
 def _long_proteins(data: Path) -> SampledProteins:

@@ -59,6 +59,18 @@ def read_long(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def blocks_table(long: dict[str, Any]) -> str:
+    """Returns what our own model keeps, by the block of the near field and the number of random rows."""
+    exact, *swaps = long["blocks"]
+    rows = [
+        (each["block"], each["features"], f"{each['accuracy']:.3f} ({each['accuracy'] / exact['accuracy']:.0%})",
+         f"{each['perplexity']:.2f}")
+        for each in swaps
+    ]  # fmt: skip
+    rows.append(("exact", "–", f"{exact['accuracy']:.3f}", f"{exact['perplexity']:.2f}"))
+    return table(("block", "features", "accuracy, untrained", "perplexity"), rows)
+
+
 def positions_table(long: dict[str, Any]) -> str:
     """Returns the perplexities with exact and with swapped attention by position."""
     rows = [
@@ -199,6 +211,7 @@ def with_tables(text: str, results: Results, long: dict[str, Any] | None = None)
         "conditions": lambda: conditions(results),
         "targets": lambda: targets_table(results),
         "scratch": lambda: scratch_sentence(results),
+        "blocks": lambda: "Not measured yet." if long is None else blocks_table(long),
         "positions": lambda: "Not measured yet." if long is None else positions_table(long),
         "cost": lambda: "Not measured yet." if long is None else cost_table(long),
     }

@@ -87,13 +87,18 @@ def test_the_page_shows_the_runs_beside_it():
 def test_measurements_of_long_proteins_become_tables(tmp_path):
     long = {
         "format_version": 1,
+        "blocks": [
+            {"features": None, "block": None, "accuracy": 0.2, "perplexity": 12.0},
+            {"features": 128, "block": 16, "accuracy": 0.15, "perplexity": 13.0},
+        ],
         "positions": [{"start": 200, "num_targets": 1234, "exact": 12.0, "swapped": 12.5}],
         "exact_costs": [{"length": 512, "seconds": None, "peak_bytes": None}],
         "costs": [{"length": 512, "seconds": 0.5, "peak_bytes": 3 << 20}],
         "environment": {"processor": "a CPU", "cores": 2, "torch": "2"},
     }  # fmt: skip
-    text = "<!-- table: positions -->\n<!-- end -->\n<!-- table: cost -->\n<!-- end -->\n"
+    text = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("blocks", "positions", "cost"))
     made = page.with_tables(text, {}, long)
+    assert "| 16 | 128 | 0.150 (75%) | 13.00 |" in made
     assert "| from 201 | 1,234 | 12.00 | 12.50 |" in made
     assert "| 512 | not over in 2 minutes | – | 0.5 s | 3 MiB |" in made
     assert "Not measured yet." in page.with_tables(text, {})
@@ -172,6 +177,7 @@ def test_a_run_goes_from_the_swap_through_its_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(long_proteins, "SHAPE", {**long_proteins.SHAPE, "num_layers": 1})
     long = long_proteins.measure_long(prepared, tmp_path / "data", tmp_path / "work")
     assert [row["start"] for row in long["positions"]] == [0, 200, 400]
+    assert [each["block"] for each in long["blocks"]] == [None, 16, 16, 32, 32, 64, 64]
     assert len(long["costs"]) == len(long["exact_costs"]) == 1
 
 
