@@ -25,7 +25,7 @@ AttentionOption = Annotated[
     typer.Option("--attention", metavar=one_of(NearFarMap), help="Swap exact attention for estimates of this map."),
 ]
 NumFeaturesOption = Annotated[
-    int | None, typer.Option("--num-features", min=1, help="Random features of each head; default: 256.")
+    int | None, typer.Option("--num-features", metavar="M", min=1, help="Random features of each head; default: 256.")
 ]
 NearBlockOption = Annotated[
     int | None,

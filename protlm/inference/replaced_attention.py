@@ -46,8 +46,8 @@ class ReplacementScores:
     saved: Score
     empirical: Score
     exact: Score | None
-    near_only: Score | None
-    far_only: Score | None
+    near_only: Score | None = None
+    far_only: Score | None = None
     redrawn: list[Score]
     redrawn_accuracy: Spread | None
     redrawn_perplexity: Spread | None
