@@ -25,12 +25,13 @@ AttentionOption = Annotated[
     typer.Option("--attention", metavar=one_of(NearFarMap), help="Swap exact attention for estimates of this map."),
 ]
 NumFeaturesOption = Annotated[
-    int | None, typer.Option("--num-features", metavar="M", min=1, help="Random features of each head; default: 256.")
+    int | None, typer.Option("--num-features", metavar="N", min=1, help="Random features of each head; default: 256.")
 ]
 NearBlockOption = Annotated[
     int | None,
     typer.Option(
         "--near-block",
+        metavar="N",
         min=0,
         help="Weights in blocks of N tokens and the two beside stay exact; 0: none; default: 32.",
     ),
