@@ -173,6 +173,8 @@ def _cells(scores: "SwapScores") -> tuple[str, ...]:
 
 
 def _cost(cost: "Cost") -> tuple[str, str]:
-    failed = {"time": "over 120", "memory": "out of memory"}
+    from protlm.workflows.convert.cost import MOST_SECONDS
+
+    failed = {"time": f"over {MOST_SECONDS}", "memory": "out of memory"}
     seconds = failed[cost.outcome] if cost.seconds is None else f"{cost.seconds:.3g}"
     return seconds, "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:,.0f}"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.choices import AttentionKind, Balance, NearFarMap
+from protlm.choices import EXACT_KINDS, AttentionKind, Balance, NearFarMap
 from protlm.config import ModelConfig
 from protlm.inference.attention_weights import visit_protein
 from protlm.model.attention import SelfAttention
@@ -153,7 +153,7 @@ def exact_twin(model: Performer) -> Performer:
     """
     if not model.config.estimator:
         raise ValueError("model: expected estimates of exact attention, as protlm convert makes them")
-    kinds = tuple("softmax" if kind not in ("softmax", "local") else kind for kind in model.config.attention)
+    kinds = tuple(kind if kind in EXACT_KINDS else "softmax" for kind in model.config.attention)
     changes = {"attention": kinds, "estimator": False, "qk_balance": False}
     result = skeleton(ModelConfig.model_validate({**model.config.model_dump(), **changes}))
     state = model.state_dict()

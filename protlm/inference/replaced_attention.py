@@ -1,6 +1,6 @@
 """A model's scores with exact attention or other random projections in place of its own, and a sentence on them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -109,14 +109,8 @@ def exact_attention(model: nn.Module) -> Iterator[None]:
     if not estimates_softmax(model):
         raise ValueError("model: expected an estimate of softmax attention, got features with a kernel of their own")
     attentions = _with_features(model)
-    kinds = [attention.kind for attention in attentions]
-    try:
-        for attention in attentions:
-            attention.kind = "softmax"
+    with _set_to(attentions, "kind", ["softmax"] * len(attentions)):
         yield
-    finally:
-        for attention, kind in zip(attentions, kinds, strict=True):
-            attention.kind = kind
 
 
 @contextmanager
@@ -157,16 +151,11 @@ def near_only(model: nn.Module) -> Iterator[None]:
         ValueError: No layer has a near field.
     """
     attentions = _with_near_field(model)
-    biases = [attention.feature_bias for attention in attentions]
-    try:
-        for attention in attentions:
-            assert attention.projection is not None
-            # e to this power is a factor of each feature.
-            attention.feature_bias = attention.projection.new_full(attention.projection.shape[:2], -torch.inf)
+    projections = [attention.projection for attention in attentions]
+    # e to these powers are factors of the features.
+    biases = [torch.full(rows.shape[:2], -torch.inf).to(rows) for rows in projections if rows is not None]
+    with _set_to(attentions, "feature_bias", biases):
         yield
-    finally:
-        for attention, bias in zip(attentions, biases, strict=True):
-            attention.feature_bias = bias
 
 
 @contextmanager
@@ -177,14 +166,21 @@ def far_only(model: nn.Module) -> Iterator[None]:
         ValueError: No layer has a near field.
     """
     attentions = _with_near_field(model)
-    blocks = [attention.near_block for attention in attentions]
+    with _set_to(attentions, "near_block", [0] * len(attentions)):
+        yield
+
+
+@contextmanager
+def _set_to(attentions: Sequence[SelfAttention], name: str, values: Sequence[object]) -> Iterator[None]:
+    """Gives an attribute of each attention another value until the end of the block."""
+    before = [getattr(attention, name) for attention in attentions]
     try:
-        for attention in attentions:
-            attention.near_block = 0
+        for attention, value in zip(attentions, values, strict=True):
+            setattr(attention, name, value)
         yield
     finally:
-        for attention, block in zip(attentions, blocks, strict=True):
-            attention.near_block = block
+        for attention, value in zip(attentions, before, strict=True):
+            setattr(attention, name, value)
 
 
 def has_near_field(model: nn.Module) -> bool:

@@ -73,7 +73,7 @@ class Candidate:
 
     @contextmanager
     def as_named(self) -> Iterator[None]:
-        """Lets the model compute what the name says until the end of the block."""
+        """Leaves out the part of the model's attention that its name excludes, until the end of the block."""
         with {NEAR_ONLY: near_only, FAR_ONLY: far_only}.get(self.name, nullcontext)(self.model):
             yield
 

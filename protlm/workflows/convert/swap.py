@@ -106,7 +106,7 @@ def swap(
     settings: SwapSettings,
     start_progress: StartProgress,
 ) -> tuple[Performer, ModelDescription, SwapReport]:
-    """Returns the model after the swap, its description, and what the swap costs.
+    """Returns the model after the swap, its description, and the report of the swap.
 
     Args:
         model: The model with exact attention.
@@ -227,7 +227,7 @@ def _grid(model: Performer, settings: SwapSettings, moments: Sequence[Moments] |
 
 
 def verdict_of(scores: Sequence[SwapScores]) -> str:
-    """Returns the sentence on what is kept of the accuracy with exact attention."""
+    """Returns the sentence on the share of the accuracy with exact attention that a swap keeps."""
     by_name = {each.name: each for each in scores}
     swapped, exact = by_name[SWAPPED], by_name[EXACT]
     if swapped.kept is None:
@@ -249,5 +249,5 @@ def _percent(estimate: Estimate) -> str:
 
 
 def costs_of(exact: str | Path, swapped: Path, description: ModelDescription) -> tuple[list[Cost], list[Cost]]:
-    """Returns what a forward pass costs with exact attention and after the swap; both models are on disk."""
+    """Returns the costs of forward passes with exact attention and after the swap; both models are on disk."""
     return measure_costs(exact, description.max_residues), measure_costs(swapped, description.max_residues)

@@ -176,7 +176,7 @@ def _replacements_table(content: dict[str, Any]) -> Table:
 
 
 def _swap_tables(content: dict[str, Any]) -> list[Block]:
-    """Returns what a swapped model, and each part of its attention, keeps of the predictions with exact attention."""
+    """Returns the tables on a swapped model, and on each part of its attention, beside exact attention."""
     scores = content["swap"]
     rows = [
         (

@@ -1,4 +1,4 @@
-"""The stages in which a converted model recovers: their settings, what each of them trains, and which teacher fits.
+"""The stages in which a converted model recovers: their settings, the parameters that each trains, and their teachers.
 
 The teacher is named in a file of its own: run.json, which people pass on, holds no path.
 """

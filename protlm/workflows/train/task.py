@@ -142,7 +142,7 @@ class LanguageModelling(pl.LightningModule):
             self.model.redraw(self._redraw_generator)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Returns the loss of one row, as a share of what an update divides by the sum of the weights."""
+        """Returns the weighted loss of one row; an update divides the sum of those of its rows by their weights."""
         if self.config.model.dropout:
             torch.manual_seed(self._dropout_seed())
         row = self._row_loss(self.model, batch)
