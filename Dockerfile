@@ -15,7 +15,7 @@ RUN python -m venv /opt/protlm
 COPY constraints.txt .
 RUN /opt/protlm/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)"
 COPY . .
-RUN /opt/protlm/bin/pip install --no-cache-dir -c constraints.txt '.[parquet,sklearn]' \
+RUN /opt/protlm/bin/pip install --no-cache-dir -c constraints.txt '.[parquet]' \
     && /opt/protlm/bin/protlm --version --verbose
 
 FROM python:${PYTHON}-slim-bookworm

@@ -61,3 +61,6 @@ sequence."""
 
 ResidueContext = Literal["masked", "wild-type"]
 """Whether a residue is hidden where its probabilities are asked for, or seen."""
+
+ProbeTask = Literal["auto", "classification", "regression", "per-residue"]
+"""What the labels of a probe are: classes or values of proteins, or classes of residues."""

@@ -5,16 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
 
 from protlm.errors import ModelError
 from protlm.inference.protein_model import ProteinModel, load_model
 from protlm.inference.sequences import residues_of
-
-try:
-    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-    from sklearn.utils.validation import check_is_fitted
-except ImportError as error:
-    raise ImportError("protlm.sklearn needs scikit-learn: pip install 'protlm[sklearn]'") from error
 
 _KINDS = ("mean", "cls")
 

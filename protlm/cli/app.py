@@ -16,6 +16,7 @@ from protlm.cli.evaluate import eval_command
 from protlm.cli.help import Command
 from protlm.cli.inspect import inspect_command
 from protlm.cli.prep import prep_command
+from protlm.cli.probe import probe_command
 from protlm.cli.score import score_command
 from protlm.cli.terminal import filtered_output, on_one_line
 from protlm.cli.train import train_command
@@ -38,7 +39,7 @@ class _Command(Command):
 
 app = typer.Typer(
     name="protlm",
-    help="Protein language models with linear-cost Performer attention: prepare, train, evaluate, embed, score.",
+    help="Protein language models with linear-cost Performer attention: prepare, train, evaluate, embed, probe, score.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -50,6 +51,7 @@ app.command("train", cls=_Command)(train_command)
 app.command("eval", cls=_Command)(eval_command)
 app.command("embed", cls=_Command)(embed_command)
 app.command("score", cls=_Command)(score_command)
+app.command("probe", cls=_Command)(probe_command)
 app.command("convert", cls=_Command)(convert_command)
 
 

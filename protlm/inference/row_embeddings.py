@@ -1,14 +1,18 @@
 """A row of proteins becomes embeddings: pooling, and the copy to the CPU."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batching.batches import pack_row
+from protlm.data.batching.rows import packed_in_order
 from protlm.data.embeddings.kinds import RESIDUE_KINDS, Kind
 from protlm.data.embeddings.layouts import Column, columns_of
+from protlm.inference.long_proteins import Cut, Window
 from protlm.inference.memory import computed_by_halves
 from protlm.model.performer import Performer
 from protlm.runtime.devices import best_device
@@ -85,6 +89,54 @@ class RowEmbedder:
             rows = self._model.token_table.columns(self._model.head(rows, self._model.embedding.weight))
         numbers = rows.float().cpu().numpy()
         return [numbers[residues] for residues in kept]
+
+
+class _Seen(NamedTuple):
+    """A window, its tokens, and whether it is the last one of its protein."""
+
+    window: Window
+    tokens: np.ndarray
+    is_last: bool
+
+    @property
+    def core(self) -> slice:
+        """The residues whose results are taken from this window."""
+        return slice(self.window.core_start - self.window.start, self.window.core_stop - self.window.start)
+
+
+def embedded_in_order(
+    embedder: RowEmbedder, proteins: Iterable[tuple[int, np.ndarray]], cut: Cut, tokens_per_batch: int
+) -> Iterator[tuple[int, dict[Column, np.ndarray] | None]]:
+    """Yields the number and the embeddings of each protein, in order, reading no further than a row.
+
+    A row has consecutive proteins; they are computed fastest where neighbours are of similar length.
+
+    Args:
+        embedder: The model and the columns.
+        proteins: Number and residue tokens of each protein.
+        cut: The treatment of long proteins.
+        tokens_per_batch: Budget of a row.
+
+    Yields:
+        float32 by column, parts of the whole row's arrays; None for a protein that does not fit into memory even alone.
+    """
+
+    def seen() -> Iterator[_Seen]:
+        for number, tokens in proteins:
+            windows = cut.windows(number, len(tokens))
+            for window in windows:
+                yield _Seen(window, tokens[window.start : window.stop], window is windows[-1])
+
+    gathered: list[Sums | None] = []
+    for row in packed_in_order(seen(), lambda each: len(each.tokens) + SPECIAL_TOKENS_PER_SEGMENT, tokens_per_batch):
+        results = embedder.compute_by_halves([each.tokens for each in row], [each.core for each in row])
+        for each, result in zip(row, results, strict=True):
+            gathered.append(result)
+            if each.is_last:
+                sums = [of_window for of_window in gathered if of_window is not None]
+                is_whole = len(sums) == len(gathered)
+                gathered = []
+                yield each.window.record, merge_windows(sums, each.window.core_stop) if is_whole else None
 
 
 def merge_windows(windows: Sequence[Sums], num_residues: int) -> dict[Column, np.ndarray]:

@@ -58,6 +58,7 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
         lines = ["\t".join(row if is_label_first else row[::-1]) for row in rows]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     _write_mutants(tmp_path)
+    _write_labels(tmp_path, chosen)
     for document in DOCUMENTS:
         names: dict[str, object] = {"__name__": "__main__"}
         for number, (language, text) in enumerate(blocks(document), start=1):
@@ -68,6 +69,15 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
             for words in commands(text):
                 limit = TRAINING_LIMIT if words[0] == "train" else []
                 assert main([*words, *limit]) == 0, f"{document.name}: protlm {shlex.join(words)}"
+
+
+def _write_labels(folder, proteins):
+    """Writes what the page on probes tells a reader to have."""
+    rows = [f"{record_id},{sequence},{'ab'[number % 2]},{number % 7 / 2}" for number, (record_id, sequence) in
+            enumerate(proteins)]  # fmt: skip
+    (folder / "my_labels.csv").write_text("\n".join(["id,sequence,label,stability", *rows]) + "\n")
+    strings = [(record_id, "".join("HC?"[ord(letter) % 3] for letter in sequence)) for record_id, sequence in proteins]
+    write_fasta(folder / "my_structures.fasta", strings)
 
 
 def _write_mutants(folder):

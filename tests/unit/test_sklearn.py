@@ -1,10 +1,13 @@
 import copy
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 
 from protlm.config import ModelConfig
 from protlm.errors import ModelError
@@ -12,16 +15,8 @@ from protlm.inference.protein_model import load_model
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
-from protlm.vocabulary import RESIDUES
-
-pytest.importorskip("sklearn", reason="scikit-learn, an optional package, is not installed")
-from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
-
 from protlm.sklearn import ProteinEmbedder
+from protlm.vocabulary import RESIDUES
 
 SEQUENCES = ["MKTAYIAKQR", "W", "ACDEFGHIKLMNPQRSTVWY", "GGGG", "MKTAYIAKQR", "AAAAAAAA"]
 
@@ -169,10 +164,3 @@ def test_it_is_a_step_of_a_pipeline_and_layers_can_be_searched(folder, tmp_path)
     # Composition alone tells these classes apart, and layer 0 holds nothing else.
     assert search.cv_results_["mean_test_score"][0] == 1
     assert search.predict(["LIVFMWLIVF", "DEKRNQDEKR"]).tolist() == ["membrane", "soluble"]
-
-
-def test_without_scikit_learn_the_import_says_what_to_install():
-    code = "import sys; sys.modules['sklearn'] = None; import protlm.sklearn"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "ImportError: protlm.sklearn needs scikit-learn: pip install 'protlm[sklearn]'" in done.stderr

@@ -1,0 +1,1 @@
+"""`protlm probe`: what a linear model can read from a model's embeddings, beside baselines."""
