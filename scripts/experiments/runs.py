@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 from protlm import files
 from protlm.choices import SplitName
 from protlm.errors import ProtlmError
-from protlm.runtime.progress import Advance, Details, no_details
 from protlm.workflows.evaluate.evaluate import evaluate
 from protlm.workflows.evaluate.report import SplitReport
 from protlm.workflows.evaluate.request import EvalRequest
 from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.train import train
 from scripts.environment import environment
+from scripts.experiments.clock import StepClock
 from scripts.experiments.plan import Result, Run
 from scripts.experiments.results import FORMAT_VERSION, read_result
 from scripts.measuring import using_threads
@@ -67,7 +66,7 @@ def perform(run: Run, settings: Sequence[str], dataset: Path, work: Path) -> dic
     # The processor time of several threads also counts what they wait for each other.
     with using_threads(1):
         steps = int(dict(setting.split("=") for setting in settings)["train.max_steps"])
-        clock = _Clock(max(1, steps // NUM_POINTS))
+        clock = StepClock(max(1, steps // NUM_POINTS))
         measured = f"train.valid_every_steps={clock.every}"
         report = train(
             TrainRequest(
@@ -108,49 +107,6 @@ def write_result(path: Path, result: Result) -> None:
 def remove_work(work: Path) -> None:
     """Removes the folder of a run whose result is written."""
     shutil.rmtree(work, ignore_errors=True)
-
-
-class _Clock:
-    """Processor seconds of this process at each update, without the measurements between the updates.
-
-    An update with a measurement behind it, and the one after that, which began with its checkpoint, count as much as
-    the mean of the others; so does the first, which loads libraries.
-
-    Attributes:
-        every: Updates from one measurement to the next.
-    """
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self._seconds: list[float] = []
-        self._last = 0.0
-
-    def start(self, _stage: str, _size: int, /, *, done: int = 0, details: Details = no_details) -> Advance:
-        """Starts the stage of training."""
-        self._last = time.process_time()
-        return self._advance
-
-    def _advance(self, done: int, /) -> None:
-        if done:
-            now = time.process_time()
-            self._seconds.append(now - self._last)
-            self._last = now
-
-    def seconds(self) -> list[float]:
-        """Returns the processor seconds of training up to each update, the first one first."""
-        is_clean = [step > 1 and step % self.every and (step - 1) % self.every for step in self._steps()]
-        is_clean[-1] = False
-        clean = [seconds for seconds, counts in zip(self._seconds, is_clean, strict=True) if counts]
-        # Where a run is so short that every update is measured.
-        mean = sum(clean or self._seconds) / len(clean or self._seconds)
-        total, sums = 0.0, []
-        for seconds, counts in zip(self._seconds, is_clean, strict=True):
-            total += seconds if counts else mean
-            sums.append(total)
-        return sums
-
-    def _steps(self) -> range:
-        return range(1, len(self._seconds) + 1)
 
 
 def _curve(path: Path, seconds: Sequence[float]) -> list[dict[str, float]]:

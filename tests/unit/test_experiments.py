@@ -13,6 +13,7 @@ import pytest
 from protlm.errors import ProtlmError
 from scripts import learning
 from scripts.experiments import curves, plan, results, runs, tables, tasks
+from scripts.experiments.clock import StepClock
 from scripts.experiments.plan import CYCLE, KINDS, TARGET, Run
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +153,7 @@ def test_at_equal_time_a_kind_makes_the_updates_that_fit_into_the_time_of_the_cy
 
 
 def test_seconds_are_of_training_alone(monkeypatch):
-    clock = runs._Clock(every=4)
+    clock = StepClock(every=4)
     # The first update loads libraries; 4 and 8 are measured, and their checkpoints are in 5 and 9; 10 is the last.
     seconds = [9.0, 1.0, 1.0, 50.0, 7.0, 1.0, 1.0, 60.0, 8.0, 70.0]
     times = iter([100.0, *(100.0 + np.cumsum(seconds))])
