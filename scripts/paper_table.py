@@ -5,6 +5,7 @@ their files alone.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ def make_one(arguments: argparse.Namespace) -> None:
     settings = settings_of(run, temperature)
     result = perform(run, settings, sets, arguments.work / name, arguments.minutes, steps)
     write_result(arguments.out / f"{name}.json", result)
+    shutil.rmtree(arguments.work / name, ignore_errors=True)
     end = result["curve"][-1]
     print(
         f"{name:36} {result['training_seconds'] / 60:5.1f} min, {end['step']:6,} updates: {end['accuracy']:.3f}, "

@@ -12,6 +12,7 @@ import pytest
 
 from protlm.errors import ProtlmError
 from scripts import learning
+from scripts.experiments import clock as clock_module
 from scripts.experiments import curves, plan, results, runs, tables, tasks
 from scripts.experiments.clock import StepClock
 from scripts.experiments.plan import CYCLE, KINDS, TARGET, Run
@@ -157,7 +158,7 @@ def test_seconds_are_of_training_alone(monkeypatch):
     # The first update loads libraries; 4 and 8 are measured, and their checkpoints are in 5 and 9; 10 is the last.
     seconds = [9.0, 1.0, 1.0, 50.0, 7.0, 1.0, 1.0, 60.0, 8.0, 70.0]
     times = iter([100.0, *(100.0 + np.cumsum(seconds))])
-    monkeypatch.setattr(runs.time, "process_time", lambda: next(times))
+    monkeypatch.setattr(clock_module.time, "process_time", lambda: next(times))
     advance = clock.start("train", 10)
     for _ in seconds:
         advance(0)
