@@ -25,7 +25,7 @@ _UNITS = {"read": "B", "embed": "residue", "fit": "fit"}
 
 LabelsArgument = Annotated[
     Path,
-    typer.Argument(metavar="LABELS", help="CSV or TSV with sequence and label; or FASTA with LABEL=… in its headers."),
+    typer.Argument(metavar="LABELS", help="CSV or TSV with sequence and label; or FASTA with label=… in its headers."),
 ]
 SequencesOption = Annotated[
     Path | None,
@@ -102,7 +102,7 @@ def probe_command(
     around each residue, the same architecture with random weights, and a constant answer. Only what is beyond all of
     them is knowledge of the model. The row `model` takes the layer that is best on proteins kept aside for this.
 
-    Labels: a table with columns sequence and label (id and split if you like); FASTA with TARGET=… and SET=… in its
+    Labels: a table with columns sequence and label (id and split if you like); FASTA with label=… or TARGET=… in its
     headers; or a letter for each residue, as secondary structure, with --sequences. Numbers are values, all else
     classes. Without a split, folds are drawn: give --clusters, so that no relative of a tested protein is fitted.
 
@@ -146,19 +146,15 @@ def _numbers(layers: str | None) -> tuple[int, ...] | None:
 
 
 def _print(report: "ProbeReport", out: Path | None) -> None:
-    from protlm.workflows.probe.page import row_names, with_error
-    from protlm.workflows.probe.report import METRIC_NAMES
+    from protlm.workflows.probe.page import score_rows
 
     what = {
-        "classification": f"{len(report.classes):,} classes",
+        "classification": f"{report.num_classes:,} classes",
         "regression": "values",
-        "per-residue": f"{len(report.classes):,} classes of residues",
+        "per-residue": f"{report.num_classes:,} classes of residues",
     }[report.task]
-    rows = [
-        (shown, *(with_error(report.scores[name][metric]) for metric in report.metrics))
-        for name, shown in row_names(report).items()
-    ]
-    output.print_table((report.label, *(METRIC_NAMES[metric] for metric in report.metrics)), rows)
+    (_, *names), *rows = score_rows(report)
+    output.print_table((report.label, *names), rows)
     print()
     print(report.verdict)
     split = "the split of the labels" if report.split == "given" else f"{report.num_folds} folds"

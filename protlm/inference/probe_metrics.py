@@ -13,7 +13,7 @@ VALUE_METRICS = ("spearman", "r2", "mae")
 """The metrics of each kind of label; the first one decides."""
 
 _MANY_UNITS = 5000
-"""With more of them, intervals are narrow and fewer replicates do."""
+"""With more of them, each replicate takes time, and fewer are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,15 @@ def measure_probes(
     seed: int,
     *,
     is_regression: bool,
+    folds: Sequence[np.ndarray] | None = None,
 ) -> ProbeScores:
     """Returns the metrics of some probes, each the mean over its predictions, with the spread of a bootstrap.
 
     For classes: accuracy; the mean F1 of all classes that occur or are predicted (macro F1); the Matthews correlation
     of all classes together (MCC, Gorodkin's R_K). For values: Spearman's correlation; R², 1 − the squared errors over
-    those of the mean; the mean absolute error. Cost: O(rows) for each replicate and prediction.
+    those of the mean; the mean absolute error. Where rows were predicted in several folds, Spearman's correlation is
+    the mean over the folds: between folds, a prediction without any knowledge is low where the labels of the fold are
+    high. Cost: O(rows) for each replicate and prediction.
 
     Args:
         truth: The label of each row: the number of a class, int64, or a value, float64.
@@ -51,15 +54,20 @@ def measure_probes(
         keys: The name of each unit, by which it is drawn; fewer than `FEWEST_UNITS` units have no intervals.
         seed: Of the bootstrap.
         is_regression: Whether labels are values.
+        folds: For each seed the number of the fold of each row, int64; None: one fold.
     """
     names = VALUE_METRICS if is_regression else CLASS_METRICS
-    metrics_of = _value_metrics if is_regression else _class_metrics
     num_replicates = NUM_REPLICATES if len(keys) <= _MANY_UNITS else NUM_REPLICATES // 5
     weights = replicate_weights(keys, seed, num_replicates) if len(keys) >= FEWEST_UNITS else np.zeros((len(keys), 0))
     values: dict[str, np.ndarray] = {}
     replicates: dict[str, np.ndarray] = {}
     for name, of_seeds in predictions.items():
-        measured = [metrics_of(truth, predicted, units) for predicted in of_seeds]
+        measured = [
+            _value_metrics(truth, predicted, units, np.zeros(len(truth), dtype=np.int64) if folds is None else folds[n])
+            if is_regression
+            else _class_metrics(truth, predicted, units)
+            for n, predicted in enumerate(of_seeds)
+        ]
         ones = np.ones(len(keys))
         values[name] = np.mean([measure(ones) for measure in measured], axis=0)
         replicates[name] = np.array(
@@ -108,21 +116,31 @@ def _class_metrics(truth: np.ndarray, predicted: np.ndarray, units: np.ndarray) 
     return measure
 
 
-def _value_metrics(truth: np.ndarray, predicted: np.ndarray, units: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def _value_metrics(
+    truth: np.ndarray, predicted: np.ndarray, units: np.ndarray, folds: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
     """Returns the function from the weight of each unit to the metrics."""
-    truth_groups, predicted_groups = (np.unique(of, return_inverse=True)[1] for of in (truth, predicted))
     squares, distances = (truth - predicted) ** 2, np.abs(truth - predicted)
+    parts = [np.flatnonzero(folds == number) for number in np.unique(folds)]
+    # Equal values of a fold, numbered in rising order.
+    groups = [[np.unique(of[rows], return_inverse=True)[1] for of in (truth, predicted)] for rows in parts]
 
     def measure(weights: np.ndarray) -> np.ndarray:
         drawn = weights[units]
         total = drawn.sum()
-        if not total:
+        if not total or not np.ptp(truth[drawn > 0]):
             return np.full(len(VALUE_METRICS), np.nan)
-        ranks = [mean_ranks(np.bincount(groups, drawn))[groups] for groups in (predicted_groups, truth_groups)]
-        # A constant prediction has no correlation, and ranks nothing.
-        spearman = pearson(ranks[0], ranks[1], drawn) if np.ptp(truth[drawn > 0]) else np.nan
+        correlations, sizes = [], []
+        for rows, of_fold in zip(parts, groups, strict=True):
+            of_rows = drawn[rows]
+            ranks = [mean_ranks(np.bincount(numbers, of_rows))[numbers] for numbers in of_fold]
+            correlation = pearson(ranks[0], ranks[1], of_rows)
+            # Constant predictions rank nothing; a fold whose labels are all equal tells nothing.
+            if correlation is not None or len(np.unique(truth[rows][of_rows > 0])) > 1:
+                correlations.append(correlation or 0.0)
+                sizes.append(of_rows.sum())
+        spearman = np.average(correlations, weights=sizes) if sizes else np.nan
         variance = drawn @ (truth - drawn @ truth / total) ** 2
-        r2 = 1 - drawn @ squares / variance if variance else np.nan
-        return np.array([0.0 if spearman is None else spearman, r2, drawn @ distances / total])
+        return np.array([spearman, 1 - drawn @ squares / variance, drawn @ distances / total])
 
     return measure

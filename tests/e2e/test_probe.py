@@ -3,11 +3,18 @@
 import gzip
 import json
 import re
+import tempfile
 
 import numpy as np
 import pytest
 
 from protlm.cli.app import main
+from protlm.config import ModelConfig
+from protlm.model.performer import Performer
+from protlm.pretrained.model_description import ModelDescription
+from protlm.pretrained.model_directory import save_model
+from protlm.vocabulary import RESIDUES
+from protlm.workflows.probe import features as features_module
 from tests.e2e.conftest import write_fasta
 from tests.e2e.test_fail_fast import assert_refused
 
@@ -86,7 +93,7 @@ def test_labels_that_the_sequence_does_not_tell_are_found_by_nothing(run_dir, la
     report = probe(capsys, run_dir, write_table(tmp_path / "labels.csv", rows), *QUICK)
     for score in report["scores"].values():
         assert 0.3 < score["accuracy"]["value"] < 0.7
-    assert report["verdict"].startswith("The model cannot be told from")
+    assert not report["verdict"].startswith("The model knows more")
 
 
 def test_numbers_are_regression(run_dir, labelled, tmp_path, capsys):
@@ -143,7 +150,7 @@ def test_label_strings_beside_the_sequences_as_in_flip(run_dir, labelled, tmp_pa
     assert value(report, "model") > 0.9
     assert report["num_tested"] == sum(len(sequence) - 1 for _, sequence, _ in chosen[::4])
     assert report["num_units"] == 10
-    assert report == probe(capsys, *words, "--ignore", "C") | {"warnings": report["warnings"]}
+    assert report == probe(capsys, *words, "--ignore", "C")
     assert report["warnings"] == ["left out residues by --mask or --ignore: 40"]
 
 
@@ -217,11 +224,16 @@ REFUSED = {
     "no label column": ("id,sequence\np,MKV\n", "t.csv: expected a column label or target, got 'id', 'sequence'; name"),
     "no sequence column": ("id,label\np,x\n", "t.csv: expected a column sequence or protein"),
     "no rows": ("id,sequence,label\n", "t.csv: no label; nothing to probe"),
-    "no labels": ("id,sequence,label\np,MKV,\nq,MKV,nan\n", "t.csv: no label; nothing to probe"),
+    "no labels": ("id,sequence,label\np,MKV,\nq,MKV,nan\n", "t.csv: no label among 2 proteins; nothing to probe"),
     "no residues": ("id,sequence,label\np,MK1,x\n", "t.csv:2: its sequence: illegal character '1'"),
     "an empty sequence": ("id,sequence,label\np,,x\n", "t.csv:2: expected a sequence, got none"),
     "too few fields": ("id,sequence,label\np,MKV\n", "t.csv:2: expected 3 fields"),
     "DNA": ("id,sequence,label\np," + "ACGT" * 20 + ",x\n", "t.csv:2: record 'line 2' is a nucleic acid"),
+    "an odd validation": (
+        "sequence,label,set,validation\nMKV,x,train,perhaps\n", "t.csv:2: validation: expected True or False"
+    ),
+    "a huge line of names": ("x" * 200_000 + "\n", "t.csv:1: no names of columns: field larger than"),
+    "labels without a letter": (">p label= SET=train\nMKV\n", "t.csv: no label among 1 proteins; nothing to probe"),
     "an unknown split": ("sequence,label,split\nMKV,x,fold1\n", "t.csv:2: expected train, valid or test as its split"),
     "a split for some": ("sequence,label,split\nMKV,x,train\nMKL,x,\n", "t.csv:3: expected a split for 'line 3' too"),
     "no test": ("sequence,label,split\nMKV,x,train\nMKL,y,train\n", "expected proteins of the splits train and test"),
@@ -232,7 +244,7 @@ REFUSED = {
     "another key": (">p family=x\nMKV\n", "in the headers, got family; name the key of the labels with --label"),
     "a test class": (
         "id,sequence,label,split\n" + ROWS.replace(",a\n", ",a,train\n").replace(",b\n", ",b,test\n"),
-        "t.csv: class 'b' (10 proteins) is in the test split only",
+        "t.csv: expected different labels to fit, got 'a' alone",
     ),
 }  # fmt: skip
 
@@ -256,6 +268,7 @@ def test_labels_and_sequences_that_do_not_meet(run_dir, labelled, tmp_path, fail
         f">{name}\nHHH\n>{name}\nHHH\n": f"l.fasta:3: a second label of '{name}'",
         f">{name}\n>other\nHHH\n": "l.fasta:1: expected a letter for each residue",
         ">\nHHH\n": "l.fasta:1: expected an id behind `>`",
+        f"HHH\n>{name}\n": "l.fasta: expected ",
     }
     for content, message in cases.items():
         strings.write_text(content)
@@ -265,29 +278,104 @@ def test_labels_and_sequences_that_do_not_meet(run_dir, labelled, tmp_path, fail
     for content, message in {
         ">other\n1\n": f"mask.fasta: expected a mask of '{name}', got none",
         f">{name}\n12\n": "mask.fasta:1: expected 0 and 1 alone",
+        f">{name}\n1\n>{name}\n1\n": f"mask.fasta:3: a second mask of '{name}'",
+        "": f"mask.fasta: expected a mask of '{name}', got none",
         f">{name}\n11\n": f"expected {len(sequence):,} times 0 or 1",
     }.items():
         mask.write_text(content)
         assert message in failure(*words, "--mask", mask)
 
 
+def test_a_tab_ends_an_id_and_a_mask_has_no_split(run_dir, labelled, tmp_path, capsys):
+    chosen = labelled[:12]
+    sequences = write_fasta(tmp_path / "s.fasta", [(name, sequence) for name, sequence, _ in chosen])
+    strings, mask = tmp_path / "l.fasta", tmp_path / "m.fasta"
+    strings.write_text("".join(
+        f">{name}\tSET={'train' if number % 3 else 'test'}\n{''.join('HE'[ord(letter) % 2] for letter in sequence)}\n"
+        for number, (name, sequence, _) in enumerate(chosen)
+    ))  # fmt: skip
+    mask.write_text("".join(f">{name} SET=0\n{'1' * len(sequence)}\n" for name, sequence, _ in chosen) + ">other\n1\n")
+    report = probe(capsys, run_dir, strings, "--sequences", sequences, "--mask", mask, *QUICK)
+    assert report["split"] == "given"
+    assert "masks of proteins without a label: 1" in report["warnings"]
+
+
+def test_clusters_that_do_not_know_all_proteins_are_told(run_dir, labelled, tmp_path, capsys):
+    table, clusters = write_table(tmp_path / "labels.csv", labelled), tmp_path / "clusters.tsv"
+    clusters.write_text("".join(f"c{n // 3}\t{name}\n" for n, (name, _, _) in enumerate(labelled[:90])))
+    report = probe(capsys, run_dir, table, *QUICK, "--clusters", clusters)
+    assert (report["resampled"], report["num_units"], report["num_unclustered"]) == ("clusters", 60, 30)
+    assert [line.partition(";")[0] for line in report["warnings"]] == ["proteins without a cluster: 30"]
+
+
+def test_classes_that_look_like_values_are_told(run_dir, labelled, tmp_path, capsys):
+    rows = [(name, sequence, 1 + len(sequence) % 4) for name, sequence, _ in labelled]
+    table = write_table(tmp_path / "labels.csv", rows)
+    report = probe(capsys, run_dir, table, *QUICK, "--min-class-size", "2")
+    assert report["task"] == "regression"
+    assert any(line.startswith("whole numbers of 4 kinds are taken as values") for line in report["warnings"])
+    assert any(line.startswith("--min-class-size is for classes") for line in report["warnings"])
+    report = probe(capsys, run_dir, table, *QUICK, "--task", "classification")
+    assert sorted(row["class"] for row in report["classes"]) == ["1", "2", "3", "4"]
+
+
+def test_a_protein_beyond_the_positions_of_a_model_is_named(labelled, tmp_path, failure):
+    network = Performer(
+        ModelConfig(positions="learned", max_positions=300, num_layers=1, model_dim=16, num_heads=2, ffn_dim=16)
+    )
+    network.reset(0)
+    description = ModelDescription(
+        model=network.config, mask_rate=0.15, redraw_every_steps=0, seed=0, step=1, dataset_hash="",
+        residue_counts=dict.fromkeys(RESIDUES, 1),
+    )  # fmt: skip
+    save_model(tmp_path / "model", network, description)
+    table = write_table(
+        tmp_path / "labels.csv", [*(row for row in labelled if len(row[1]) < 290), ("long", "MKV" * 200, "low")]
+    )
+    line = failure("probe", tmp_path / "model", table, *QUICK)
+    assert (
+        "'long': has 600 residues, and the positions of this model reach 298; compute long proteins in windows" in line
+    )
+    assert main(["probe", str(tmp_path / "model"), str(table), *QUICK, "--window", "200"]) == 0
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(run_dir, labelled, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    probe(capsys, run_dir, write_table(tmp_path / "labels.csv", labelled[:40]), *QUICK)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_too_little_disk_is_told_before_anything_is_computed(run_dir, labelled, tmp_path, failure, monkeypatch):
+    monkeypatch.setattr(features_module.files, "free_bytes", lambda _: 1000)
+    line = failure("probe", run_dir, write_table(tmp_path / "labels.csv", labelled[:40]), *QUICK)
+    assert "expected 10,240 free bytes for the embeddings, got 1,000; name fewer --layers" in line
+
+
 def test_options_are_refused_at_once(run_dir, fasta, tmp_path):
     table = write_table(tmp_path / "labels.csv", [("p", "MKV", "x")])
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "linked").mkdir()
+    for link in (tmp_path / "dangling", tmp_path / "linked" / "probe.json"):
+        link.symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder" / "manifest.json").write_text("{}")
     assert_refused(
         [
             (("probe", "nosuch", table), "nosuch"),
             (("probe", run_dir, "nosuch.csv"), "nosuch.csv: no such file"),
             (("probe", run_dir, "-"), "expected a file"),
-            (("probe", run_dir, tmp_path), "a folder"),
+            (("probe", run_dir, tmp_path), "no folder, pipe or device"),
+            (("probe", run_dir, table, "--label", " "), "expected the name of a column"),
             (("probe", run_dir, table, "--sequences", "nosuch.fasta"), "nosuch.fasta: no such file"),
             (("probe", run_dir, table, "--layers", "9"), "--layers: layer: expected -4 to 3, got 9"),
             (("probe", run_dir, table, "--layers", "last"), "expected numbers by comma"),
             (("probe", run_dir, table, "--folds", "2"), "--folds"),
             (("probe", run_dir, table, "--task", "classification", "--ignore", "X"), "--ignore"),
             (("probe", run_dir, table, "--out", tmp_path / "file"), "no folder; choose another --out"),
+            (("probe", run_dir, table, "--out", tmp_path / "file" / "sub"), "no folder; choose another --out"),
+            (("probe", run_dir, table, "--out", tmp_path / "dangling"), "dangling: no folder"),
+            (("probe", run_dir, table, "--out", tmp_path / "linked"), "probe.json: exists already"),
             (("probe", run_dir, table, "--out", tmp_path / "folder"), "holds manifest.json"),
         ],
         tmp_path,

@@ -45,7 +45,10 @@ class Table:
         if not header.strip():
             raise ProtlmError(f"{path}: expected a table with the names of its columns in the first line, got none")
         separator = max(_SEPARATORS, key=header.count)
-        self.columns = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+        try:
+            self.columns = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+        except csv.Error as error:
+            raise RecordError(path, 1, f"no names of columns: {error}; expected a table, CSV or TSV") from None
         twice = next((name for name in self.columns if self.columns.count(name) > 1), None)
         if twice is not None:
             raise ProtlmError(f"{path}: expected columns of different names, got {shown(twice)} twice")

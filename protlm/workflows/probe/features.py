@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from protlm import files
 from protlm.data.embeddings.kinds import Kind
 from protlm.data.records import shown
 from protlm.data.storage.protein_store import ProteinStore
@@ -22,7 +23,6 @@ from protlm.inference.sequence_features import (
 )
 from protlm.model.performer import Performer
 from protlm.runtime.progress import Advance
-from protlm.workflows.probe.request import check_disk
 
 
 def embed_layers(
@@ -42,7 +42,7 @@ def embed_layers(
         model: The network.
         proteins: The proteins; equal ones are computed once.
         layers: Absolute numbers.
-        path: The file to make, which holds them while they are used.
+        path: The name of a new file, which holds them as long as they are used.
         of_residues: Whether rows are residues.
         cut: The treatment of long proteins.
         tokens_per_batch: Budget of one forward pass.
@@ -55,8 +55,10 @@ def embed_layers(
     lengths, first = np.asarray(proteins.lengths), np.asarray(proteins.first)
     offsets = bounds_of(lengths) if of_residues else np.arange(len(lengths) + 1)
     shape = (len(layers), int(offsets[-1]), model.config.model_dim)
-    check_disk(path.parent, int(np.prod(shape, dtype=object)) * 4)
+    _check_disk(path.parent, int(np.prod(shape, dtype=object)) * 4)
     stored = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+    # The map keeps the file, which so goes with this process in any case.
+    path.unlink()
     repeats: dict[int, list[int]] = {}
     for record in np.flatnonzero(first != np.arange(len(first))).tolist():
         repeats.setdefault(int(first[record]), []).append(record)
@@ -79,6 +81,16 @@ def embed_layers(
                 stored[number, offsets[same] : offsets[same + 1]] = rows
         advance(int(lengths[record]))
     return {layer: StoredFeatures(stored[number]) for number, layer in enumerate(layers)}
+
+
+def _check_disk(folder: Path, wanted: int) -> None:
+    """Raises ProtlmError if a disk has too little space for the embeddings of a network."""
+    free = files.free_bytes(folder)
+    if wanted > free:
+        raise ProtlmError(
+            f"{folder}: expected {wanted:,} free bytes for the embeddings, got {free:,}; name fewer --layers, give "
+            "fewer proteins, or choose another folder for temporary files with TMPDIR"
+        )
 
 
 def sequence_baselines(proteins: ProteinStore, *, of_residues: bool) -> dict[str, Features]:

@@ -1,7 +1,7 @@
 """All fits of a run: every set of features, in every fold of every seed."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Fits:
         layers: The layers that were probed.
         tested: The rows that were tested, rising, int64; the same ones by every seed.
         predictions: Of the tested rows, by the name of the features, one array a seed.
+        fold_numbers: The fold of each tested row, one array a seed.
         chosen: How many folds chose each layer.
         num_fitted: Most rows that a fit took.
         num_unfinished: Fits that did not come to their end.
@@ -42,6 +43,7 @@ class Fits:
     layers: tuple[int, ...]
     tested: np.ndarray
     predictions: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    fold_numbers: list[np.ndarray] = field(default_factory=list)
     chosen: Counter[int] = field(default_factory=Counter)
     num_fitted: int = 0
     num_unfinished: int = 0
@@ -80,18 +82,18 @@ def fit_all(
     layers = probed_layers(request, description)
     fits = Fits(description, num_parameters, layers, np.sort(np.concatenate([fold.test for fold in folds[0]])))
     run = _Run(request, labelled, targets, folds, folder, start_progress, fits)
-    embeddings = run.embed(model, "model")
+    # Their file takes up disk only as long as they are named: no second one stands beside it.
+    run.fit_model(run.embed(model))
     run.fit_sequences()
-    run.fit_layers("model", embeddings, range(len(folds)))
     for number in range(len(folds)):
         twin = Performer(description.model)
         twin.reset(request.seed + number)
-        run.fit_layers("random_weights", run.embed(twin, f"random-{number}"), [number])
+        run.fit_random_weights(run.embed(twin), number)
     return fits
 
 
-class _OfRows:
-    """The features of the rows that have a target, where others are left out."""
+class RowsWithTarget:
+    """The features of the rows that have a target, numbered among these."""
 
     def __init__(self, features: Features, places: np.ndarray) -> None:
         self._features, self._places = features, places
@@ -118,83 +120,94 @@ class _Run:
         self._folds, self._folder, self._start_progress = folds, folder, start_progress
         self.fits = fits
         self.fits.num_fitted = max(len(fold.train) + len(fold.valid) for of_seed in folds for fold in of_seed)
-        self._of_first_seed: dict[tuple[str, int], Fit] = {}
+        for of_seed in folds:
+            numbers = np.repeat(np.arange(len(of_seed)), [len(fold.test) for fold in of_seed])
+            self.fits.fold_numbers.append(numbers[_order_of(of_seed)])
 
-    def embed(self, model: Performer, name: str) -> dict[int, Features]:
+    def embed(self, model: Performer) -> dict[int, Features]:
         """Returns the features of the layers of a network."""
         proteins = self._labelled.proteins
         is_first = np.asarray(proteins.first) == np.arange(len(proteins))
         advance = self._start_progress("embed", int(np.asarray(proteins.lengths)[is_first].sum()))
-        path = self._folder / f"{name}.bin"
-        try:
-            return embed_layers(
-                model.to(best_device()).eval(), proteins, self.fits.layers, path,
-                of_residues=self._labelled.is_of_residues, cut=self._request.cut,
-                tokens_per_batch=self._request.tokens_per_batch or default_tokens_per_batch(), advance=advance,
-            )  # fmt: skip
-        finally:
-            # The map keeps the file, and so it goes with the map.
-            path.unlink(missing_ok=True)
+        return embed_layers(
+            model.to(best_device()).eval(), proteins, self.fits.layers, self._folder / "embeddings.bin",
+            of_residues=self._targets.task == "per-residue", cut=self._request.cut,
+            tokens_per_batch=self._request.tokens_per_batch or default_tokens_per_batch(), advance=advance,
+        )  # fmt: skip
 
     def fit_sequences(self) -> None:
         """Adds the predictions from sequences alone, and the constant ones."""
-        baselines = sequence_baselines(self._labelled.proteins, of_residues=self._labelled.is_of_residues)
-        num_fits = len(baselines) * sum(map(len, self._folds))
-        advance = self._start_progress("fit", num_fits)
+        baselines = sequence_baselines(self._labelled.proteins, of_residues=self._targets.task == "per-residue")
+        advance = self._start_progress("fit", len(baselines) * sum(map(len, self._folds)))
         for name, features in baselines.items():
-            for number in range(len(self._folds)):
-                self._add(name, [fit.predicted for fit in self._fit_seed(name, features, number, advance)], number)
+            for number, fits in enumerate(self._fit_seeds(features, advance)):
+                self._add(name, [fit.predicted for fit in fits], number)
         for number, folds in enumerate(self._folds):
-            self._add("constant", [self._constant(fold, len(folds)) for fold in folds], number)
+            constants = [
+                predict_constant(
+                    self._targets.values, fold, is_regression=self._targets.is_regression, is_known=len(folds) > 1
+                )
+                for fold in folds
+            ]
+            self._add("constant", constants, number)
 
-    def fit_layers(self, name: str, layers: Mapping[int, Features], numbers: Sequence[int]) -> None:
-        """Adds the predictions from a network's layers, for the seeds of some numbers.
+    def fit_model(self, layers: Mapping[int, Features]) -> None:
+        """Adds the predictions from each layer of the model, and those from the layer that each fold chooses."""
+        advance = self._start_progress("fit", len(layers) * sum(map(len, self._folds)))
+        by_layer = {layer: list(self._fit_seeds(features, advance)) for layer, features in layers.items()}
+        for number in range(len(self._folds)):
+            of_seed = {layer: fits[number] for layer, fits in by_layer.items()}
+            chosen = _chosen(of_seed)
+            self.fits.chosen.update(chosen)
+            predicted = [of_seed[layer][place].predicted for place, layer in enumerate(chosen)]
+            self._add("model", predicted, number)
+            for layer, fits in of_seed.items():
+                self._add(layer_name(layer), [fit.predicted for fit in fits], number)
 
-        The layer is chosen in each fold by the proteins that are neither fitted nor tested. For the model, the
-        predictions of each layer are added too.
-        """
-        advance = self._start_progress("fit", len(layers) * sum(len(self._folds[number]) for number in numbers))
-        for number in numbers:
-            by_layer = {
-                # Random weights are others for each seed.
-                layer: self._fit_seed(f"{name if name == 'model' else number} {layer}", features, number, advance)
-                for layer, features in layers.items()
-            }
-            chosen = []
-            for place in range(len(self._folds[number])):
-                best = max(by_layer, key=lambda layer: by_layer[layer][place].valid_score)
-                chosen.append(by_layer[best][place].predicted)
-                if name == "model":
-                    self.fits.chosen[best] += 1
-            self._add(name, chosen, number)
-            if name == "model":
-                for layer, fits in by_layer.items():
-                    self._add(layer_name(layer), [fit.predicted for fit in fits], number)
+    def fit_random_weights(self, layers: Mapping[int, Features], number: int) -> None:
+        """Adds the predictions from a network with random weights, those of one seed, by the layers that it chooses."""
+        folds = self._folds[number]
+        advance = self._start_progress("fit", len(layers) * len(folds))
+        of_seed = {layer: [self._fit(features, fold, advance) for fold in folds] for layer, features in layers.items()}
+        predicted = [of_seed[layer][place].predicted for place, layer in enumerate(_chosen(of_seed))]
+        self._add("random_weights", predicted, number)
 
-    def _constant(self, fold: Fold, num_folds: int) -> np.ndarray:
-        values, is_regression = self._targets.values, self._targets.is_regression
-        # The mean of the others is low where a fold is high: over several folds it would correlate with the labels.
-        if is_regression and num_folds > 1:
-            return np.full(len(fold.test), values.mean())
-        return predict_constant(values, fold, is_regression=is_regression)
+    def _fit_seeds(self, features: Features, advance: Advance) -> Iterator[list[Fit]]:
+        """Yields the fits of each seed, one a fold; those of a fold that the first seed has too are taken again."""
+        of_first: list[Fit] = []
+        for folds in self._folds:
+            fits = []
+            for place, fold in enumerate(folds):
+                if of_first and fold == self._folds[0][place]:
+                    fits.append(of_first[place])
+                    advance(1)
+                else:
+                    fits.append(self._fit(features, fold, advance))
+            of_first = of_first or fits
+            yield fits
 
-    def _fit_seed(self, name: str, features: Features, number: int, advance: Advance) -> list[Fit]:
-        """Returns the fits in all folds of a seed; those of a fold that the first seed had too are taken again."""
-        fits, placed = [], _OfRows(features, self._targets.places)
-        for place, fold in enumerate(self._folds[number]):
-            fit = self._of_first_seed.get((name, place)) if fold == self._folds[0][place] else None
-            if fit is None:
-                fit = fit_probe(placed, self._targets.values, fold, is_regression=self._targets.is_regression)
-                self.fits.num_unfinished += not fit.is_converged
-            if number == 0:
-                self._of_first_seed[name, place] = fit
-            fits.append(fit)
-            advance(1)
-        return fits
+    def _fit(self, features: Features, fold: Fold, advance: Advance) -> Fit:
+        targets = self._targets
+        placed = RowsWithTarget(features, targets.places)
+        fit = fit_probe(placed, targets.values, fold, is_regression=targets.is_regression)
+        self.fits.num_unfinished += not fit.is_converged
+        advance(1)
+        return fit
 
     def _add(self, name: str, predicted: Sequence[np.ndarray], number: int) -> None:
-        tests = np.concatenate([fold.test for fold in self._folds[number]])
-        self.fits.predictions.setdefault(name, []).append(np.concatenate(predicted)[np.argsort(tests)])
+        in_order = np.concatenate(predicted)[_order_of(self._folds[number])]
+        self.fits.predictions.setdefault(name, []).append(in_order)
+
+
+def _chosen(fits: Mapping[int, Sequence[Fit]]) -> list[int]:
+    """Returns the layer that each fold chooses: the best on the rows that are neither fitted nor tested."""
+    num_folds = len(next(iter(fits.values())))
+    return [max(fits, key=lambda layer: fits[layer][place].valid_score) for place in range(num_folds)]
+
+
+def _order_of(folds: Sequence[Fold]) -> np.ndarray:
+    """Returns the order in which the tested rows of all folds rise."""
+    return np.argsort(np.concatenate([fold.test for fold in folds]))
 
 
 def _check_lengths(request: ProbeRequest, labelled: LabelledProteins, description: ModelDescription) -> None:

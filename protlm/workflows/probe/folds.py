@@ -1,7 +1,5 @@
 """The division of labelled proteins into those to fit, to choose by and to test; a group is never divided."""
 
-import warnings
-
 import numpy as np
 
 from protlm.data.records import shown
@@ -9,10 +7,13 @@ from protlm.errors import ProtlmError
 from protlm.inference.linear_probe import Fold
 from protlm.workflows.probe.labels import LabelledProteins
 from protlm.workflows.probe.request import ProbeRequest
-from protlm.workflows.probe.targets import Targets
+from protlm.workflows.probe.targets import Groups, Targets
 
 _VALID_SHARE = 5
-"""One in so many groups of a given training set selects, where it names no `valid` proteins."""
+"""One in so many proteins of a given training set selects, where it names no `valid` proteins; and one in so many of
+the rows that a fit may take."""
+_LEAST_SAMPLED = 2
+"""Rows of each class, where there are as many, that a sample to fit has at least."""
 
 
 class Folds:
@@ -20,38 +21,60 @@ class Folds:
 
     Attributes:
         is_given: Whether the labels name the split.
-        num_shared: Number of proteins to test whose sequence is also fitted, in a given split.
+        num_shared: Of a given split, proteins to test whose sequence is also fitted.
+        num_related: Of a given split, further ones of whose cluster a protein is fitted.
     """
 
-    def __init__(self, request: ProbeRequest, labelled: LabelledProteins, targets: Targets, groups: np.ndarray) -> None:
-        """Prepares; `groups` has the number of each protein's group, int64."""
-        self._request, self._targets, self._groups = request, targets, groups
+    def __init__(self, request: ProbeRequest, labelled: LabelledProteins, targets: Targets, groups: Groups) -> None:
+        """Takes the proteins and their groups."""
+        self._request, self._targets, self._groups = request, targets, groups.numbers
         self._splits = np.array(labelled.splits)
         self.is_given = bool(any(labelled.splits))
-        is_test = self._splits == "test"
-        first = np.asarray(labelled.proteins.first)
-        self.num_shared = int(np.isin(first[is_test], first[~is_test]).sum()) if self.is_given else 0
+        self.num_shared = self.num_related = 0
+        if self.is_given:
+            proteins = np.unique(targets.proteins)
+            is_test = self._splits[proteins] == "test"
+            first = np.asarray(labelled.proteins.first)[proteins]
+            is_shared = np.isin(first[is_test], first[~is_test])
+            numbers = groups.numbers[proteins]
+            self.num_shared = int(is_shared.sum())
+            self.num_related = int((np.isin(numbers[is_test], numbers[~is_test]) & ~is_shared).sum())
 
     def of_seed(self, seed: int) -> list[Fold]:
         """Returns the folds of rows that a seed draws.
 
         Raises:
-            ProtlmError: Too few groups, or a class that only rows to test have.
+            ProtlmError: Too few groups, or labels to fit or to test from which nothing can be learned.
         """
-        divided = self._given(seed) if self.is_given else self._drawn(seed)
         folds = []
-        for number, (train, valid, test) in enumerate(divided):
+        for number, proteins in enumerate(self._given(seed) if self.is_given else self._drawn(seed)):
             generator = np.random.Generator(np.random.PCG64([seed, number]))
-            of_train, of_valid, of_test = map(self._targets.rows_of, (train, valid, test))
-            self._check_classes(of_train, of_valid, of_test)
-            fitted, chosen_by = self._sample(of_train, generator, 4), self._sample(of_valid, generator, 1)
-            folds.append(Fold(fitted, chosen_by, of_test))
+            train, valid, test = map(self._targets.rows_of, proteins)
+            most = self._request.most_rows
+            fold = Fold(
+                self._sample(train, generator, most - most // _VALID_SHARE),
+                self._sample(valid, generator, most // _VALID_SHARE),
+                test,
+            )
+            self._check(fold)
+            folds.append(fold)
         return folds
 
-    def _sample(self, rows: np.ndarray, generator: np.random.Generator, share: int) -> np.ndarray:
-        """Returns a sample of rows so large that `share` fifths of the most rows to fit are not exceeded."""
-        most = self._request.most_rows * share // 5
-        return rows if len(rows) <= most else np.sort(generator.choice(rows, most, replace=False))
+    def _sample(self, rows: np.ndarray, generator: np.random.Generator, most: int) -> np.ndarray:
+        """Returns a sample of at most so many rows, but with some of each class."""
+        if len(rows) <= most:
+            return rows
+        shuffled = generator.permutation(rows)
+        if self._targets.is_regression:
+            return np.sort(shuffled[:most])
+        # The number of each row among those of its class, in the order of the shuffle: the first ones come first.
+        order = np.argsort(self._targets.values[shuffled], kind="stable")
+        _, starts, counts = np.unique(self._targets.values[shuffled][order], return_index=True, return_counts=True)
+        place = np.empty(len(rows), dtype=np.int64)
+        place[order] = np.arange(len(rows)) - np.repeat(starts, counts)
+        is_needed = place < _LEAST_SAMPLED
+        num_others = max(0, most - int(is_needed.sum()))
+        return np.sort(np.concatenate([shuffled[is_needed], shuffled[~is_needed][:num_others]]))
 
     def _given(self, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         labelled = np.unique(self._targets.proteins)
@@ -59,13 +82,23 @@ class Folds:
         if not len(train) or not len(test):
             raise ProtlmError(f"{self._request.labels}: no label is left in train or in test; see --min-class-size")
         if not len(valid):
+            if len(np.unique(self._groups[train])) < _VALID_SHARE:
+                raise ProtlmError(
+                    f"{self._request.labels}: expected at least {_VALID_SHARE} different proteins or clusters in "
+                    "train, of which some select, got fewer; add some, or name some as valid"
+                )
             parts = self._divided(train, _VALID_SHARE, seed)
             valid, train = parts[0], np.sort(np.concatenate(parts[1:]))
         return [(train, valid, test)]
 
     def _drawn(self, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        count = self._request.num_folds
-        parts = self._divided(np.unique(self._targets.proteins), count, seed)
+        count, proteins = self._request.num_folds, np.unique(self._targets.proteins)
+        if (num_groups := len(np.unique(self._groups[proteins]))) < count:
+            raise ProtlmError(
+                f"{self._request.labels}: expected at least {count} different proteins or clusters to divide, got "
+                f"{num_groups}; lower --folds, or name a split for each protein"
+            )
+        parts = self._divided(proteins, count, seed)
         return [
             (
                 np.sort(np.concatenate([parts[(number + step) % count] for step in range(2, count)])),
@@ -76,45 +109,61 @@ class Folds:
         ]
 
     def _divided(self, proteins: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
-        """Returns a division of proteins into parts, by groups; classes of proteins are spread evenly."""
-        from sklearn.model_selection import StratifiedGroupKFold
+        """Returns a division of proteins into parts, by groups; classes of proteins are spread evenly.
 
-        groups = self._groups[proteins]
-        num_groups = len(np.unique(groups))
-        if num_groups < count:
-            raise ProtlmError(
-                f"{self._request.labels}: expected at least {count} different proteins or clusters to divide, got "
-                f"{num_groups}; lower --folds, or name a split for each protein"
-            )
+        The largest groups first, each goes to the part that has fewest of its most frequent class, and of those to the
+        one with fewest proteins.
+        """
         strata = np.zeros(len(proteins), dtype=np.int64)
         if self._targets.task == "classification":
             strata = self._targets.values[np.searchsorted(self._targets.proteins, proteins)]
-        with warnings.catch_warnings():
-            # Of a class with few proteins; what cannot be learned is an error of ours.
-            warnings.filterwarnings("ignore", "The least populated class")
-            divider = StratifiedGroupKFold(count, shuffle=True, random_state=seed % 2**32)
-            return [proteins[test] for _, test in divider.split(proteins, strata, groups)]
+        _, groups = np.unique(self._groups[proteins], return_inverse=True)
+        members: list[list[int]] = [[] for _ in range(int(groups.max()) + 1)]
+        for place, group in enumerate(groups.tolist()):
+            members[group].append(place)
+        generator = np.random.Generator(np.random.PCG64([seed, 0]))
+        order = generator.permutation(len(members))
+        order = order[np.argsort([-len(members[group]) for group in order.tolist()], kind="stable")]
+        of_class = np.zeros((count, int(strata.max()) + 1))
+        # Otherwise every class would begin with the same part.
+        ties = generator.random((int(strata.max()) + 1, count))
+        part_of = np.empty(len(proteins), dtype=np.int64)
+        for group in order.tolist():
+            classes = np.bincount(strata[members[group]], minlength=of_class.shape[1])
+            main = int(classes.argmax())
+            part = int(np.lexsort((ties[main], of_class.sum(axis=1), of_class[:, main]))[0])
+            of_class[part] += classes
+            part_of[members[group]] = part
+        return [proteins[part_of == part] for part in range(count)]
 
-    def _check_classes(self, train: np.ndarray, valid: np.ndarray, test: np.ndarray) -> None:
+    def _check(self, fold: Fold) -> None:
+        """Raises ProtlmError if nothing can be learned from the rows to fit, or nothing measured on those to test."""
         values, names = self._targets.values, self._targets.classes
-        if self._targets.is_regression:
-            if not np.ptp(values[train]):
-                raise ProtlmError(f"{self._request.labels}: every label to fit is {values[train][0]:g}")
-            return
-        to_fit = np.unique(values[np.concatenate([train, valid])])
-        unknown = np.setdiff1d(values[test], to_fit)
-        if len(unknown):
-            count = int((values[test] == unknown[0]).sum())
-            rows = "residues" if self._targets.task == "per-residue" else "proteins"
-            others = f", and {len(unknown) - 1:,} more classes" if len(unknown) > 1 else ""
-            where = "in the test split only" if self.is_given else "in one fold only"
-            step = "remove it" if self._targets.task == "per-residue" else "remove it, or raise --min-class-size"
+        for rows, use in ((fold.train, "fit"), (fold.test, "test")):
+            # Of several folds one may well have proteins to test of a single class.
+            if len(rows) and (len(np.unique(values[rows])) > 1 or (use == "test" and not self.is_given)):
+                continue
+            first = values[rows][0] if len(rows) else 0
+            value = f"{first:g}" if self._targets.is_regression else shown(names[int(first)])
             raise ProtlmError(
-                f"{self._request.labels}: class {shown(names[int(unknown[0])])} ({count:,} {rows}{others}) is {where}, "
-                f"so that nothing can learn it; {step}"
+                f"{self._request.labels}: expected different labels to {use}, got "
+                f"{f'{value} alone' if len(rows) else 'none'}; choose another split, or other folds with --folds or "
+                "--seed"
             )
-        if len(np.unique(values[train])) < 2:
+        if self._targets.is_regression:
+            return
+        unknown = np.setdiff1d(values[fold.test], np.concatenate([values[fold.train], values[fold.valid]]))
+        if len(unknown):
+            count = int((values[fold.test] == unknown[0]).sum())
+            others = f" and {len(unknown) - 1:,} more classes" if len(unknown) > 1 else ""
+            where = "in the test split" if self.is_given else "in one fold"
+            name = names[int(unknown[0])]
+            step = (
+                f"leave it out with --ignore {name!r}"
+                if self._targets.task == "per-residue"
+                else "remove it, or leave out rare classes with --min-class-size"
+            )
             raise ProtlmError(
-                f"{self._request.labels}: every label to fit is {shown(names[int(values[train][0])])}, so that there "
-                "is nothing to learn"
+                f"{self._request.labels}: class {shown(name)}{others} occurs only {where} ({count:,} times), so that "
+                f"nothing can learn it; {step}"
             )

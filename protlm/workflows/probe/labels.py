@@ -4,7 +4,6 @@ Formats: a table with a column for the label; FASTA with `KEY=label` in its head
 FASTA of label strings, a letter for each residue, beside the FASTA of the sequences, as in FLIP.
 """
 
-import math
 import re
 import shutil
 from collections import Counter
@@ -16,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from protlm import vocabulary
-from protlm.choices import ProbeTask
 from protlm.data.labels.rows import LabelText
 from protlm.data.nucleotides import is_nucleic_acid
 from protlm.data.parsing.reader import RecordReader
@@ -28,7 +26,8 @@ from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.probe.request import ProbeRequest
 
 LABEL_NAMES = ("label", "target")
-SPLIT_NAMES = ("split", "set")
+_SPLIT_COLUMNS, _SPLIT_KEY = ("split", "set"), "set"
+"""A header may have a `split=` that means something else, as those of TrEMBL do."""
 _SEQUENCE_NAMES = ("sequence", "protein", "mutated_sequence")
 _ID_NAMES = ("id", "name", "accession")
 _VALIDATION, _MASK = "validation", "mask"
@@ -37,11 +36,13 @@ _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "valid": "valid", "val": "valid",
     "validation": "valid", "dev": "valid",
 }  # fmt: skip
-_NOTHING = ("", "nan", "na", "n/a", "none", "null")
-_KEY = re.compile(r"(?:^|\s)([A-Za-z_][A-Za-z0-9_.-]*)=")
+_NO_LABEL = ("", "nan", "na", "n/a")
+_NO_SPLIT = (*_NO_LABEL, "none", "null")
+_IS_VALIDATION = ("true", "1", "1.0", "yes")
+_IS_NO_VALIDATION = (*_NO_SPLIT, "false", "0", "0.0", "no")
+_KEY = re.compile(r"(?:^|\s)([^\W\d][\w.-]*)=")
 _MOST_PROTEINS = 200_000
 _MOST_RESIDUES = 200_000_000
-_LARGEST_VALUE = 1e100
 _SHOWN_KEYS = 12
 
 
@@ -52,7 +53,7 @@ class LabelledRecord(NamedTuple):
         id: Its id.
         line: Its line in the file of the labels.
         residues: Its cleaned sequence; empty where another file has it.
-        label: Its label as text.
+        label: Its label as text, with its blanks: one may stand for a residue.
         split: `train`, `valid` or `test`; empty where the file names none.
         mask: 0 or 1 for each residue; empty for none.
     """
@@ -67,28 +68,32 @@ class LabelledRecord(NamedTuple):
 
 @dataclass
 class LabelledProteins:
-    """All proteins that have a label, in the order of their file.
+    """The proteins that have a label, in the order of their file.
 
     Attributes:
         proteins: Their sequences.
+        ids: The id of each as given; in `proteins` those of a repeated id are numbered.
         name: Name of the label.
         labels: The label of each as text.
         lines: The line of each in the file of the labels.
         splits: The split of each; empty where the file names none.
         masks: The mask of each; empty for none.
-        is_of_residues: Whether a label is a string of a letter for each residue.
-        left_out: Number of proteins without label, labels without split and so on, by reason.
+        is_of_strings: Whether the labels are FASTA of label strings.
+        num_unlabelled: Proteins that were left out, as they have no label.
+        num_unused_masks: Masks of proteins that have no label.
         repairs: Number of repaired letters, by rule.
     """
 
     proteins: ProteinStore
+    ids: list[str]
     name: str
     labels: list[str]
     lines: list[int]
     splits: list[str]
     masks: list[str]
-    is_of_residues: bool = False
-    left_out: Counter[str] = field(default_factory=Counter)
+    is_of_strings: bool = False
+    num_unlabelled: int = 0
+    num_unused_masks: int = 0
     repairs: Counter[str] = field(default_factory=Counter)
 
 
@@ -114,47 +119,23 @@ def read_labels(request: ProbeRequest, folder: Path, start_progress: StartProgre
     store = write_proteins(folder / "proteins", proteins())
     if not kept:
         shutil.rmtree(folder / "proteins")
-        raise ProtlmError(f"{request.labels}: no label; nothing to probe")
+        of_unlabelled = f" among {reader.num_unlabelled:,} proteins" if reader.num_unlabelled else ""
+        raise ProtlmError(f"{request.labels}: no label{of_unlabelled}; nothing to probe")
     labelled = LabelledProteins(
         proteins=store,
+        ids=[record.id for record in kept],
         name=reader.name,
         labels=[record.label for record in kept],
         lines=[record.line for record in kept],
         splits=[record.split for record in kept],
         masks=[record.mask for record in kept],
-        left_out=reader.left_out,
+        is_of_strings=reader.is_of_strings,
+        num_unlabelled=reader.num_unlabelled,
+        num_unused_masks=reader.num_unused_masks,
         repairs=reader.repairs,
     )
-    _complete_splits(request, labelled)
-    labelled.is_of_residues = _is_of_residues(request, labelled, is_of_strings=reader.is_of_strings)
+    _check_splits(request, labelled)
     return labelled
-
-
-def numbers_of(request: ProbeRequest, labelled: LabelledProteins) -> np.ndarray | None:
-    """Returns the labels as numbers, float64; None where they are classes.
-
-    With `--task auto` labels are values if all of them are numbers, but for 0 and 1 alone.
-
-    Raises:
-        RecordError: `--task regression` of a label that is no number.
-    """
-    if request.task == "classification":
-        return None
-    values = np.empty(len(labelled.labels))
-    for place, text in enumerate(labelled.labels):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not abs(value) <= _LARGEST_VALUE:
-            if request.task == "auto":
-                return None
-            message = f"--task regression: expected a number as {labelled.name}, got {shown(text)}"
-            raise RecordError(request.labels, labelled.lines[place], message)
-        values[place] = value
-    if request.task == "auto" and set(np.unique(values)) <= {0.0, 1.0}:
-        return None
-    return values
 
 
 class _Reader:
@@ -163,14 +144,15 @@ class _Reader:
     Attributes:
         name: Name of the label.
         is_of_strings: Whether the labels are FASTA of label strings.
-        left_out: What was left out, by reason.
+        num_unlabelled: Proteins without a label so far.
+        num_unused_masks: Masks of proteins without a label, once all was read.
         repairs: Number of repaired letters, by rule.
     """
 
     def __init__(self, request: ProbeRequest, start_progress: StartProgress) -> None:
         self.name = request.label or LABEL_NAMES[0]
         self.is_of_strings = False
-        self.left_out: Counter[str] = Counter()
+        self.num_unlabelled = self.num_unused_masks = 0
         self.repairs: Counter[str] = Counter()
         self._request, self._path = request, request.labels
         size = sum(path.stat().st_size for path in (request.labels, request.sequences) if path is not None)
@@ -184,11 +166,12 @@ class _Reader:
         elif self._request.sequences is not None:
             self.is_of_strings = True
             records = self._of_strings(self._path)
+            self._advance(self._path.stat().st_size)
         else:
             records = self._of_headers()
         if self._request.sequences is not None:
             records = self._joined(records)
-        masks = {} if self._request.mask is None else self._masks(self._request.mask)
+        masks = None if self._request.mask is None else self._masks(self._request.mask)
         for number, record in enumerate(records):
             self._num_residues += len(record.residues)
             if number == _MOST_PROTEINS or self._num_residues > _MOST_RESIDUES:
@@ -197,21 +180,26 @@ class _Reader:
                     "label; a probe needs no more: give a sample of them"
                 )
             yield record._replace(mask=self._mask_of(record, masks))
+        self.num_unused_masks = len(masks or ())
 
-    def _masks(self, path: Path) -> dict[str, LabelledRecord]:
-        masks = {record.id: record for record in self._of_strings(path)}
-        for record in masks.values():
+    def _masks(self, path: Path) -> dict[str, str]:
+        masks: dict[str, str] = {}
+        for record in self._of_strings(path):
+            if record.id in masks:
+                raise RecordError(path, record.line, f"a second mask of {shown(record.id)}; leave one out")
             if set(record.label) - {"0", "1"}:
                 raise RecordError(path, record.line, f"expected 0 and 1 alone as the mask of {shown(record.id)}")
+            masks[record.id] = record.label
         return masks
 
-    def _mask_of(self, record: LabelledRecord, masks: dict[str, LabelledRecord]) -> str:
+    def _mask_of(self, record: LabelledRecord, masks: dict[str, str] | None) -> str:
+        """Returns the mask of a protein, checked; it is taken out of those of the mask file."""
         mask = record.mask
-        if masks:
-            found = next((masks[name] for name in _names_of(record.id) if name in masks), None)
-            if found is None:
+        if masks is not None:
+            name = next((name for name in _names_of(record.id) if name in masks), None)
+            if name is None:
                 raise ProtlmError(f"{self._request.mask}: expected a mask of {shown(record.id)}, got none")
-            mask = found.label
+            mask = masks.pop(name)
         if mask and (set(mask) - {"0", "1"} or len(mask) != len(record.residues)):
             raise RecordError(
                 self._path, record.line,
@@ -231,12 +219,12 @@ class _Reader:
         record_id = _first(places, _ID_NAMES)
         if separate and record_id is None:
             table.required(*_ID_NAMES)
-        split, mask, validation = _first(places, SPLIT_NAMES), places.get(_MASK), places.get(_VALIDATION)
+        split, mask, validation = _first(places, _SPLIT_COLUMNS), places.get(_MASK), places.get(_VALIDATION)
         for line, fields in table:
             table.check_width(line, fields)
-            text = fields[label].strip()
-            if text.lower() in _NOTHING:
-                self.left_out["without a label"] += 1
+            text = fields[label]
+            if text.strip().lower() in _NO_LABEL:
+                self.num_unlabelled += 1
                 continue
             yield LabelledRecord(
                 id=f"line {line}" if record_id is None else fields[record_id].strip(),
@@ -250,8 +238,9 @@ class _Reader:
             )
 
     def _label_place(self, table: Table, places: dict[str, int]) -> int:
-        if self._request.label is not None:
-            return table.required(self._request.label)
+        wanted = self._request.label
+        if wanted is not None:
+            return places[wanted.lower()] if wanted.lower() in places else table.required(wanted)
         place = _first(places, LABEL_NAMES)
         if place is None:
             names = ", ".join(shown(name) for name in table.columns[:_SHOWN_KEYS])
@@ -263,26 +252,24 @@ class _Reader:
 
     def _of_headers(self) -> Iterator[LabelledRecord]:
         wanted = LABEL_NAMES if self._request.label is None else (self._request.label.lower(),)
-        found, first_keys = False, ""
+        is_known, first_keys = False, ""
         reader = RecordReader([self._path], advance=self._advance)
         for record in reader:
             _check_protein(self._path, record.line, record.id, record.sequence, record.description)
             values = _header_values(record.description)
             first_keys = first_keys or ", ".join(list(values)[:_SHOWN_KEYS])
             key = next((name for name in wanted if name in values), None)
-            if key is None or values[key].lower() in _NOTHING:
-                self.left_out["without a label"] += 1
+            if key is None or values[key].lower() in _NO_LABEL:
+                is_known |= key is not None
+                self.num_unlabelled += 1
                 continue
-            if not found and self._request.label is None:
+            if self._request.label is None:
                 self.name = key
-            found = True
-            split = self._split(
-                next((values[name] for name in SPLIT_NAMES if name in values), ""), values.get(_VALIDATION, ""),
-                record.line,
-            )  # fmt: skip
+            is_known = True
+            split = self._split(values.get(_SPLIT_KEY, ""), values.get(_VALIDATION, ""), record.line)
             yield LabelledRecord(record.id, record.line, record.sequence, values[key], split, values.get(_MASK, ""))
         self.repairs.update(reader.repairs)
-        if not found:
+        if not is_known:
             keys = f"got {first_keys}" if first_keys else "got none"
             raise ProtlmError(
                 f"{self._path}: expected {' or '.join(f'{name}=…' for name in wanted)} in the headers, {keys}; name "
@@ -293,28 +280,29 @@ class _Reader:
         """Yields the records of FASTA whose lines are no residues but labels, or a mask."""
         header, first_line, lines = "", 0, list[str]()
         for start, stretch in LabelText(path).whole_lines():
-            for number, text in enumerate(stretch.decode().splitlines(), start=start):
+            for number, text in enumerate(stretch.decode().removesuffix("\n").split("\n"), start=start):
                 if text.startswith(">"):
                     if first_line:
                         yield self._string(path, header, first_line, lines)
                     header, first_line, lines = text[1:], number, []
+                    if not header.strip():
+                        raise RecordError(path, number, "expected an id behind `>`, got none")
                 elif text.strip() and not first_line:
                     raise RecordError(path, number, "expected a line `>id …`, got text before the first of them")
                 else:
-                    lines.append(text.strip())
+                    lines.append(text)
         if first_line:
             yield self._string(path, header, first_line, lines)
 
     def _string(self, path: Path, header: str, line: int, lines: Sequence[str]) -> LabelledRecord:
-        name, _, description = header.strip().partition(" ")
-        if not name:
-            raise RecordError(path, line, "expected an id behind `>`, got none")
-        values = _header_values(description)
-        split = next((values[key] for key in SPLIT_NAMES if key in values), "")
+        name, *rest = header.split(maxsplit=1)
         text = "".join(lines)
-        if not text:
+        if not text.strip():
             raise RecordError(path, line, f"expected a letter for each residue of {shown(name)}, got none")
-        return LabelledRecord(name, line, "", text, self._split(split, values.get(_VALIDATION, ""), line), "")
+        # A mask has no split.
+        values = _header_values(rest[0] if rest and path == self._path else "")
+        split = self._split(values.get(_SPLIT_KEY, ""), values.get(_VALIDATION, ""), line)
+        return LabelledRecord(name, line, "", text, split, "")
 
     def _joined(self, records: Iterator[LabelledRecord]) -> Iterator[LabelledRecord]:
         """Yields labels with the sequences that another file has, in the order of that file."""
@@ -331,7 +319,7 @@ class _Reader:
         for protein in reader:
             name = next((name for name in _names_of(protein.id) if name in waiting), None)
             if name is None:
-                self.left_out["without a label"] += 1
+                self.num_unlabelled += 1
                 continue
             _check_protein(path, protein.line, protein.id, protein.sequence, protein.description)
             yield waiting.pop(name)._replace(id=protein.id, residues=protein.sequence)
@@ -346,13 +334,15 @@ class _Reader:
 
     def _split(self, text: str, validation: str, line: int) -> str:
         """Returns the split of a protein by what its row says; `validation` marks those of train that select."""
-        text = text.strip().lower()
-        if text in _NOTHING:
+        text, validation = text.strip().lower(), validation.strip().lower()
+        if validation not in _IS_VALIDATION and validation not in _IS_NO_VALIDATION:
+            raise RecordError(self._path, line, f"validation: expected True or False, got {shown(validation)}")
+        if text in _NO_SPLIT:
             return ""
         if text not in _SPLITS:
             raise RecordError(self._path, line, f"expected train, valid or test as its split, got {shown(text)}")
         split = _SPLITS[text]
-        return "valid" if split == "train" and validation.strip().lower() in ("true", "1", "1.0") else split
+        return "valid" if split == "train" and validation in _IS_VALIDATION else split
 
     def _cleaned(self, sequence: str, line: int) -> str:
         try:
@@ -389,7 +379,7 @@ def _header_values(description: str) -> dict[str, str]:
     return {match[1].lower(): description[match.end() : end].strip() for match, end in zip(matches, ends, strict=True)}
 
 
-def _complete_splits(request: ProbeRequest, labelled: LabelledProteins) -> None:
+def _check_splits(request: ProbeRequest, labelled: LabelledProteins) -> None:
     """Checks that either every protein has a split, or none."""
     named = set(labelled.splits)
     if named <= {""}:
@@ -406,23 +396,3 @@ def _complete_splits(request: ProbeRequest, labelled: LabelledProteins) -> None:
             raise ProtlmError(
                 f"{request.labels}: expected proteins of the splits train and test, got {', '.join(sorted(named))}"
             )
-
-
-def _is_of_residues(request: ProbeRequest, labelled: LabelledProteins, *, is_of_strings: bool) -> bool:
-    """Returns whether labels are strings of a letter for each residue, and checks that they are."""
-    task: ProbeTask = request.task
-    lengths = labelled.proteins.lengths.tolist()
-    pairs = zip(labelled.labels, lengths, strict=True)
-    if task in ("classification", "regression"):
-        return False
-    if task == "auto" and not is_of_strings and not any(labelled.masks) and not request.ignore:
-        # A word that happens to be as long as its protein is one, but not all of them.
-        return all(len(label) == length for label, length in pairs)
-    for place, (label, length) in enumerate(pairs):
-        if len(label) != length:
-            raise RecordError(
-                request.labels, labelled.lines[place],
-                f"the labels of {shown(labelled.proteins.id(place))}: expected {length:,} letters, one for each "
-                f"residue, got {len(label):,}",
-            )  # fmt: skip
-    return True

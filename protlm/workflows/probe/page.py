@@ -1,5 +1,6 @@
 """The probe.html of a probe: its first screen answers whether the model knows anything about these labels."""
 
+import math
 from typing import TYPE_CHECKING
 
 from protlm.inference.metrics import Estimate
@@ -38,19 +39,27 @@ def row_names(report: ProbeReport) -> dict[str, str]:
     return {"model": "model", **layers, **{name: BASELINE_NAMES[name] for name in report.baselines}}
 
 
-def with_error(estimate: Estimate) -> str:
-    """Returns a score with its standard error."""
-    if estimate.value != estimate.value:
+def score_rows(report: ProbeReport) -> list[tuple[str, ...]]:
+    """Returns the table of scores with its header: every row of `row_names`, each metric with its standard error."""
+    header = ("", *(METRIC_NAMES[metric] for metric in report.metrics))
+    rows = [
+        (shown, *(_with_error(report.scores[name][metric], metric) for metric in report.metrics))
+        for name, shown in row_names(report).items()
+    ]
+    return [header, *rows]
+
+
+def _with_error(estimate: Estimate, metric: str) -> str:
+    if math.isnan(estimate.value):
         return "–"
-    error = "" if estimate.stderr is None else f" ± {estimate.stderr:.3f}"
-    return f"{estimate.value:.3f}{error}".replace("-", "−")
+    # An error has the unit of the labels, and so any size.
+    form = ".3g" if metric == "mae" else ".3f"
+    error = "" if estimate.stderr is None else f" ± {estimate.stderr:{'.1g' if metric == 'mae' else '.3f'}}"
+    return f"{estimate.value:{form}}{error}".replace("-", "−")
 
 
 def _score_table(report: ProbeReport) -> Table:
-    names = row_names(report)
-    rows = [(shown, *(with_error(report.scores[name][metric]) for metric in report.metrics))
-            for name, shown in names.items()]  # fmt: skip
-    header = ("", *(METRIC_NAMES[metric] for metric in report.metrics))
+    header, *rows = score_rows(report)
     return Table(header, rows, caption="Scores on tested labels ± their standard error.", strong_rows=(0,))
 
 
@@ -73,10 +82,9 @@ def _figure(report: ProbeReport) -> Block:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"{METRIC_NAMES[metric]}, 95 % interval; further right is better")
 
-    best = max(report.baselines, key=lambda name: report.scores[name][metric].value)
     reading = (
-        f"Only what lies to the right of **{BASELINE_NAMES[best]}** is knowledge of the model: all else can be had "
-        "without it."
+        f"Only what lies to the right of **{BASELINE_NAMES[report.best_baseline]}** is knowledge of the model: all "
+        "else can be had without it."
     )
     label = f"{METRIC_NAMES[metric]} of the model, its layers and the baselines"
     rows = [(shown, f"{report.scores[name][metric].value:.3f}", _interval(report.scores[name][metric]))
@@ -126,12 +134,13 @@ def _method_section(report: ProbeReport) -> Section:
     chosen = ", ".join(f"layer {layer}: {count}" for layer, count in report.chosen.items())
     text = Text(
         f"The probe is a {fit} on labels that are neither fitted nor tested; it is then fitted again on both. Tested "
-        f"is {divided}. Scores are means over the seeds. Standard errors and intervals are of a bootstrap over the "
-        f"tested {report.resampled}; they do not hold what another training set would change. The row **model** takes "
-        "the layer that was chosen without the tested labels; the best of the other rows was chosen by the tested "
-        "labels, and is flattered by that. Random weights: the same architecture untrained, which mixes residues and "
-        "knows nothing; what it reaches is the merit of the architecture. Constant: always the most frequent class, "
-        "or the mean."
+        f"is {divided}. Scores are means over the seeds, and Spearman's correlation is also the mean over the folds. "
+        f"Standard errors and intervals are of a bootstrap over the tested {report.resampled}; they do not hold what "
+        "another training set, other folds or other random weights would change. The row **model** takes the layer "
+        "that was chosen without the tested labels; the best of the other rows was chosen by the tested labels, and is "
+        "flattered by that. Random weights: the same architecture untrained, which mixes residues and knows nothing; "
+        "what it reaches is the merit of the architecture. Constant: always the most frequent class, or the mean; with "
+        "several folds that of all labels, the tested ones included."
     )
     rows = [
         ("task", report.task),

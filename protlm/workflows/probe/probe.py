@@ -35,14 +35,14 @@ def probe(request: ProbeRequest, *, start_progress: StartProgress = no_progress)
         folder = Path(os.path.realpath(name))
         labelled = read_labels(request, folder, start_progress)
         targets = targets_of(request, labelled)
-        groups, keys = groups_of(request, labelled)
+        groups = groups_of(request, labelled)
         folds = Folds(request, labelled, targets, groups)
         divided = [folds.of_seed(request.seed + number) for number in range(request.num_seeds)]
         # It loads torch: after all that can be wrong with the labels.
         from protlm.workflows.probe.fits import fit_all
 
         fits = fit_all(request, labelled, targets, divided, folder, start_progress)
-        report = probe_report(request, labelled, targets, folds, fits, groups, keys)
+        report = probe_report(request, labelled, targets, folds, fits, groups)
     if request.out is not None:
         with files.made_folder(request.out):
             # The report last: who sees it finds the page.

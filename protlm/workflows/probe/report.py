@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from protlm import files
-from protlm.inference.metrics import Estimate
-from protlm.inference.probe_metrics import CLASS_METRICS, VALUE_METRICS, measure_probes
+from protlm.inference.metrics import FEWEST_UNITS, Estimate
+from protlm.inference.probe_metrics import CLASS_METRICS, VALUE_METRICS, ProbeScores, measure_probes
 from protlm.pretrained.model_files import short_name
 from protlm.workflows.probe.fits import Fits, layer_name
 from protlm.workflows.probe.folds import Folds
 from protlm.workflows.probe.labels import LabelledProteins
 from protlm.workflows.probe.request import ProbeRequest
-from protlm.workflows.probe.targets import Targets
+from protlm.workflows.probe.targets import Groups, Targets
 
 FORMAT_VERSION = 1
 
@@ -31,9 +31,11 @@ BASELINE_NAMES = {
 """The baselines in words, in the order in which they are shown."""
 METRIC_NAMES = {
     "accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC", "spearman": "Spearman", "r2": "R²",
-    "mae": "mean error",
+    "mae": "mean absolute error",
 }  # fmt: skip
 _MOST_CLASSES = 100
+_FEW_NUMBERS = 20
+"""Whole numbers of so few kinds may well be classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +58,17 @@ class ProbeReport:
         seeds: The seeds over which every score is the mean.
         resampled: What the bootstrap draws: `clusters`, or `proteins` of different sequence.
         num_units: How many of them were tested.
+        num_unclustered: Proteins without a cluster, each a group of its own; None where no clusters were given.
         metrics: The names of the metrics; the first one decides.
         scores: By the name of the probe, `{metric: {value, stderr, low, high}}`.
         gains: The first metric of the model minus that of each baseline, paired: `{value, stderr, low, high}`.
+        best_baseline: The baseline with the highest first metric.
         layers: The layers that were probed.
         chosen: How many folds chose each layer, by its number.
         verdict: In one sentence, whether the model knows more than the best baseline.
-        classes: Name, number of labels, and the share that the model and the best baseline find, for each class.
+        num_classes: Number of classes; 0 for values.
+        classes: Name, number of labels, and the share that the model and the best baseline find, for the most frequent
+            classes.
         classes_left_out: Number of proteins of each class that was too small.
         warnings: Lines that a reader should not miss.
     """
@@ -82,12 +88,15 @@ class ProbeReport:
     seeds: list[int]
     resampled: str
     num_units: int
+    num_unclustered: int | None
     metrics: list[str]
     scores: dict[str, dict[str, Estimate]]
     gains: dict[str, Estimate]
+    best_baseline: str
     layers: list[int]
     chosen: dict[str, int]
     verdict: str
+    num_classes: int
     classes: list[dict[str, Any]]
     classes_left_out: dict[str, int]
     warnings: list[str]
@@ -96,11 +105,6 @@ class ProbeReport:
     def baselines(self) -> list[str]:
         """The names of the baselines, in the order in which they are shown."""
         return [name for name in BASELINE_NAMES if name in self.scores]
-
-    @property
-    def best_layer(self) -> int:
-        """The layer with the best score on the labels that were tested, which flatters it."""
-        return max(self.layers, key=lambda layer: _first_value(self.scores[layer_name(layer)]))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of probe.json; numbers that are not finite are null."""
@@ -114,16 +118,16 @@ def probe_report(
     targets: Targets,
     folds: Folds,
     fits: Fits,
-    groups: np.ndarray,
-    keys: Sequence[bytes],
+    groups: Groups,
 ) -> ProbeReport:
     """Returns the report of all fits."""
     truth = targets.values[fits.tested]
-    tested, units = np.unique(groups[targets.proteins[fits.tested]], return_inverse=True)
+    tested, units = np.unique(groups.numbers[targets.proteins[fits.tested]], return_inverse=True)
     names = ["model", *map(layer_name, fits.layers), *(name for name in BASELINE_NAMES if name in fits.predictions)]
     scores = measure_probes(
-        truth, {name: fits.predictions[name] for name in names}, units, [keys[number] for number in tested.tolist()],
-        request.seed, is_regression=targets.is_regression,
+        truth, {name: fits.predictions[name] for name in names}, units,
+        [groups.keys[number] for number in tested.tolist()], request.seed, is_regression=targets.is_regression,
+        folds=fits.fold_numbers,
     )  # fmt: skip
     baselines = [name for name in BASELINE_NAMES if name in fits.predictions]
     best = max(baselines, key=lambda name: _first_value(scores.metrics[name]))
@@ -144,35 +148,50 @@ def probe_report(
         seeds=[request.seed + number for number in range(request.num_seeds)],
         resampled="proteins" if request.clusters is None else "clusters",
         num_units=len(tested),
+        num_unclustered=groups.num_unclustered,
         metrics=list(metrics),
         scores=scores.metrics,
         gains={name: scores.gains[name] for name in baselines},
+        best_baseline=best,
         layers=list(fits.layers),
         chosen={str(layer): fits.chosen[layer] for layer in fits.layers if fits.chosen[layer]},
-        verdict=_verdict(labelled.name, metrics[0], scores.metrics, scores.gains, best),
+        verdict=verdict_of(labelled.name, metrics[0], scores, best, num_units=len(tested)),
+        num_classes=len(targets.classes),
         classes=_classes(targets, fits, best),
         classes_left_out=dict(sorted(targets.left_out.items())),
-        warnings=_warnings(request, labelled, targets, folds, fits),
+        warnings=_warnings(request, labelled, targets, folds, fits, groups),
     )
 
 
-def _verdict(
-    label: str,
-    metric: str,
-    scores: Mapping[str, Mapping[str, Estimate]],
-    gains: Mapping[str, Estimate],
-    best: str,
-) -> str:
-    own, other, gain = scores["model"][metric], scores[best][metric], gains[best]
+def verdict_of(label: str, metric: str, scores: ProbeScores, best: str, *, num_units: int) -> str:
+    """Returns in one sentence whether the model knows more than every baseline, beyond the uncertainty.
+
+    It never says that the model knows less: the best of several baselines is the best by chance too.
+
+    Args:
+        label: Name of the label.
+        metric: The first metric.
+        scores: Those of the model and the baselines.
+        best: The baseline with the highest score.
+        num_units: What the bootstrap drew.
+    """
+    own, other, gain = scores.metrics["model"][metric], scores.metrics[best][metric], scores.gains[best]
     figures = f"{METRIC_NAMES[metric]} {_number(own.value)} against {_number(other.value)} of {BASELINE_NAMES[best]}"
-    if gain.low is None or gain.high is None:
+    if num_units < FEWEST_UNITS or math.isnan(own.value):
         return f"Too few proteins were tested for an interval, so this decides nothing: {figures}."
+    if gain.low is None or gain.high is None:
+        return f"The model adds nothing to the baselines: {figures}, on every draw of the proteins."
     difference = f"difference {gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}".replace("-", "−")
-    if gain.low > 0:
+    # A weaker baseline may differ less surely.
+    unsure = [name for name, each in scores.gains.items() if name != best and (each.low is None or each.low <= 0)]
+    if gain.low > 0 and not unsure:
         return f"The model knows more about {label} than every baseline: {figures} ({difference})."
-    if gain.high >= 0:
-        return f"The model cannot be told from a baseline that needs no model: {figures} ({difference})."
-    return f"The model knows less about {label} than a baseline that needs no model: {figures} ({difference})."
+    if gain.low > 0:
+        listed = ", ".join(BASELINE_NAMES[name] for name in unsure)
+        return f"Whether the model adds anything to {listed} cannot be told; {figures} ({difference})."
+    if gain.high < 0:
+        return f"The model adds nothing to the baselines: {figures} ({difference})."
+    return f"Whether the model adds anything to the baselines cannot be told: {figures} ({difference})."
 
 
 def _number(value: float) -> str:
@@ -202,25 +221,45 @@ def _classes(targets: Targets, fits: Fits, best: str) -> list[dict[str, Any]]:
 
 
 def _warnings(
-    request: ProbeRequest, labelled: LabelledProteins, targets: Targets, folds: Folds, fits: Fits
+    request: ProbeRequest, labelled: LabelledProteins, targets: Targets, folds: Folds, fits: Fits, groups: Groups
 ) -> list[str]:
-    lines = [f"left out proteins {reason}: {count:,}" for reason, count in labelled.left_out.items() if count]
+    lines = []
+    if labelled.num_unlabelled:
+        lines.append(f"left out proteins without a label: {labelled.num_unlabelled:,}")
+    if labelled.num_unused_masks:
+        lines.append(f"masks of proteins without a label: {labelled.num_unused_masks:,}")
     if targets.left_out:
-        proteins = sum(targets.left_out.values())
         lines.append(
             f"left out classes of fewer than {request.min_class_size:,} proteins: {len(targets.left_out):,}, with "
-            f"{proteins:,} proteins"
+            f"{sum(targets.left_out.values()):,} proteins"
         )
-    if labelled.is_of_residues and (num_left := int(labelled.proteins.lengths.sum()) - len(targets.values)):
-        lines.append(f"left out residues by --mask or --ignore: {num_left:,}")
+    if request.min_class_size > 1 and targets.task != "classification":
+        lines.append(f"--min-class-size is for classes of proteins, and has no effect here ({targets.task})")
+    if targets.is_regression and request.task == "auto":
+        kinds = np.unique(targets.values)
+        if len(kinds) <= _FEW_NUMBERS and np.array_equal(kinds, np.round(kinds)):
+            lines.append(f"whole numbers of {len(kinds)} kinds are taken as values; --task classification: as classes")
+    num_left_out = int(labelled.proteins.lengths.sum()) - len(targets.values)
+    if targets.task == "per-residue" and num_left_out:
+        lines.append(f"left out residues by --mask or --ignore: {num_left_out:,}")
     if folds.num_shared:
         lines.append(
             f"proteins to test whose very sequence is also in train or valid: {folds.num_shared:,}; every score is "
             "better than it would be on others"
         )
-    if num_contradictions := _num_contradictions(labelled):
+    if folds.num_related:
+        lines.append(
+            f"further proteins to test with a member of their cluster in train or valid: {folds.num_related:,}; every "
+            "score is better than it would be on others"
+        )
+    if num_contradictions := _num_contradictions(labelled, targets):
         lines.append(f"proteins whose label differs from that of an equal sequence: {num_contradictions:,}")
-    if not folds.is_given and request.clusters is None:
+    if groups.num_unclustered:
+        lines.append(
+            f"proteins without a cluster: {groups.num_unclustered:,}; each counts as one of its own, so that relatives "
+            "of theirs may be fitted"
+        )
+    if not folds.is_given and groups.num_unclustered is None:
         lines.append(
             "folds divide proteins at random, so that relatives of a tested one may be fitted: scores are those for "
             "new members of known families; give --clusters, or a split, for proteins without relatives"
@@ -230,9 +269,10 @@ def _warnings(
     return lines
 
 
-def _num_contradictions(labelled: LabelledProteins) -> int:
+def _num_contradictions(labelled: LabelledProteins, targets: Targets) -> int:
+    labels: Sequence[str | float] = targets.values.tolist() if targets.is_regression else labelled.labels
     first = np.asarray(labelled.proteins.first).tolist()
-    return sum(labelled.labels[record] != labelled.labels[leader] for record, leader in enumerate(first))
+    return sum(labels[record] != labels[leader] for record, leader in enumerate(first))
 
 
 def _in_json(value: Any) -> Any:

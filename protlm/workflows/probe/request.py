@@ -1,9 +1,9 @@
 """The request of `protlm probe`, and what is checked of it before torch is loaded."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from protlm import files
 from protlm.choices import ProbeTask
 from protlm.data.embeddings.kinds import absolute_layer
 from protlm.data.parsing.sources import STDIN
@@ -87,8 +87,10 @@ def check_request(request: ProbeRequest) -> None:
             raise UsageError(f"{name}: expected a file, which is read more than once, and not the standard input")
         if not path.exists():
             raise ProtlmError(f"{path}: no such file")
-        if path.is_dir():
-            raise ProtlmError(f"{path}: a folder; expected a file")
+        if not path.is_file():
+            raise ProtlmError(f"{path}: expected a file, which is read more than once, and no folder, pipe or device")
+    if request.label is not None and not request.label.strip():
+        raise UsageError("--label: expected the name of a column or key, got none")
     if request.task in ("classification", "regression") and (request.mask is not None or request.ignore):
         raise UsageError(f"--mask and --ignore are for labels of residues, and --task {request.task} is of proteins")
     if request.out is not None:
@@ -100,13 +102,16 @@ def check_request(request: ProbeRequest) -> None:
 
 def check_out(folder: Path, *, force: bool) -> None:
     """Raises ProtlmError if the report cannot be written into a folder, or must not."""
-    if folder.exists() and not folder.is_dir():
-        raise ProtlmError(f"{folder}: no folder; choose another --out")
+    above = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ProtlmError(f"{above}: no folder; choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ProtlmError(f"{above}: may not be written to; choose another --out")
     for name in _OF_OTHERS:
         if (folder / name).exists():
             raise ProtlmError(f"{folder}: holds {name}, so it is no folder for a report; choose another --out")
     for path in (folder / REPORT_NAME, folder / PAGE_NAME):
-        if path.is_dir() or (path.exists() and not force):
+        if path.is_dir() or (os.path.lexists(path) and not force):
             raise ProtlmError(f"{path}: exists already; replace it with --force or choose another --out")
 
 
@@ -128,13 +133,3 @@ def probed_layers(request: ProbeRequest, description: ModelDescription) -> tuple
         return tuple(sorted({absolute_layer(layer, last) for layer in request.layers}))
     except ValueError as error:
         raise ProtlmError(f"{request.model}: --layers: {error}") from None  # with the model that lacks it
-
-
-def check_disk(folder: Path, wanted: int) -> None:
-    """Raises ProtlmError if a disk has too little space for the embeddings of a probe."""
-    free = files.free_bytes(folder)
-    if wanted > free:
-        raise ProtlmError(
-            f"{folder}: expected {wanted:,} free bytes for the embeddings, got {free:,}; name fewer --layers, give "
-            "fewer proteins, or choose another folder for temporary files with TMPDIR"
-        )

@@ -1,17 +1,30 @@
-"""Labels become targets: which rows there are, the number of each class, and what cannot be learned from."""
+"""Labels become targets: what the labels are, which rows there are, and what cannot be learned from."""
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from protlm.data.digests import digests_of
 from protlm.data.labels.index import UNLABELLED
 from protlm.data.labels.labels import read_clusters
 from protlm.data.records import shown
 from protlm.data.strings import Strings, bounds_of
-from protlm.errors import ProtlmError
-from protlm.workflows.probe.labels import LabelledProteins, numbers_of
+from protlm.errors import ProtlmError, RecordError
+from protlm.workflows.probe.labels import LabelledProteins
 from protlm.workflows.probe.request import ProbeRequest
+
+# Narrower than Python's float, which also takes 1_0, nan and digits of other scripts.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_LARGEST_VALUE = 1e100
+_MOST = 0.9
+"""Where so many labels are of one kind, the others are taken for mistakes."""
+_SHORTEST_DIGITS = 5
+"""Labels of digits alone that are all as long as their proteins are a digit for each residue from this length on; below
+it they are numbers."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Targets:
         values: The number of the class of each row, int64, or its value, float64.
         proteins: The protein of each row, int64, rising.
         places: The number of each row among all proteins, or all residues of all of them: where its features are.
-        left_out: Number of classes that were left out, with their proteins, by name.
+        left_out: Number of proteins of each class that was left out, by its name.
     """
 
     task: str
@@ -47,13 +60,28 @@ class Targets:
         return rows
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The proteins that are never divided between those to fit and those to test.
+
+    Attributes:
+        numbers: The group of each protein, int64.
+        keys: The name of each group, by which the bootstrap draws it.
+        num_unclustered: Proteins that the file of the clusters does not know; None without such a file.
+    """
+
+    numbers: np.ndarray
+    keys: Sequence[bytes]
+    num_unclustered: int | None
+
+
 def targets_of(request: ProbeRequest, labelled: LabelledProteins) -> Targets:
     """Returns the targets of labelled proteins.
 
     Raises:
-        ProtlmError: Constant labels, or none that is left.
+        ProtlmError: Constant labels, labels of two kinds, or none that is left.
     """
-    if labelled.is_of_residues:
+    if _is_of_residues(request, labelled):
         return _of_residues(request, labelled)
     values = numbers_of(request, labelled)
     proteins = np.arange(len(labelled.labels))
@@ -61,9 +89,9 @@ def targets_of(request: ProbeRequest, labelled: LabelledProteins) -> Targets:
         if not np.ptp(values):
             raise _constant(request, labelled, f"{values[0]:g}")
         return Targets("regression", (), values, proteins, proteins, {})
-    counts = Counter(labelled.labels)
+    labels = [label.strip() for label in labelled.labels]
+    counts = Counter(labels)
     left_out = {name: count for name, count in counts.items() if count < request.min_class_size}
-    kept = np.array([label not in left_out for label in labelled.labels])
     classes = tuple(sorted(set(counts) - set(left_out)))
     if len(classes) < 2:
         if left_out:
@@ -72,42 +100,115 @@ def targets_of(request: ProbeRequest, labelled: LabelledProteins) -> Targets:
                 f"{len(classes)}; lower --min-class-size"
             )
         raise _constant(request, labelled, shown(classes[0]))
+    if len(classes) == len(labels):
+        hint = "write numbers with a point" if _DECIMAL_COMMA.fullmatch(labels[0]) else "choose another with --label"
+        raise ProtlmError(
+            f"{request.labels}: every {labelled.name} is another one, such as {shown(labels[0])}, so there are no "
+            f"classes; {hint}"
+        )
+    kept = np.array([label not in left_out for label in labels])
     numbers = {name: number for number, name in enumerate(classes)}
-    codes = np.array([numbers.get(label, -1) for label in labelled.labels], dtype=np.int64)
+    codes = np.array([numbers.get(label, -1) for label in labels], dtype=np.int64)
     return Targets("classification", classes, codes[kept], proteins[kept], proteins[kept], left_out)
 
 
-def groups_of(request: ProbeRequest, labelled: LabelledProteins) -> tuple[np.ndarray, list[bytes]]:
-    """Returns the group of each protein, int64, and the name of each group: its cluster, or else its sequence.
+def numbers_of(request: ProbeRequest, labelled: LabelledProteins) -> np.ndarray | None:
+    """Returns the labels as numbers, float64; None where they are classes.
 
-    Equal sequences are in one group. A protein without cluster is a group of its own sequence.
+    With `--task auto` labels are values if all of them are numbers, but for 0 and 1 alone.
+
+    Raises:
+        RecordError: A label that is no number where most are, or `--task regression` wants them to be.
+    """
+    if request.task == "classification":
+        return None
+    is_number = [_is_number(label) for label in labelled.labels]
+    share = sum(is_number) / len(is_number)
+    if request.task == "auto" and share < _MOST:
+        return None
+    if share < 1:
+        place = is_number.index(False)
+        other = "" if request.task == "regression" else ", as most others are; mend it, or take --task classification"
+        message = f"expected a number as {labelled.name}, got {shown(labelled.labels[place])}{other}"
+        raise RecordError(request.labels, labelled.lines[place], message)
+    values = np.array([float(label) for label in labelled.labels])
+    return None if request.task == "auto" and set(np.unique(values)) <= {0.0, 1.0} else values
+
+
+def groups_of(request: ProbeRequest, labelled: LabelledProteins) -> Groups:
+    """Returns the groups of proteins: those of one cluster, and those of equal sequence, belong together.
 
     Raises:
         ProtlmError: Clusters that cannot be read, or that know none of the proteins.
     """
     proteins = labelled.proteins
-    first = np.asarray(proteins.first)
-    names = [bytes(digest) for digest in np.asarray(proteins.digests)]
+    digests = np.asarray(proteins.digests)
+    names = [bytes(digest) for digest in digests]
+    leaders = np.asarray(proteins.first).copy()
+    num_unclustered = None
     if request.clusters is not None:
         clusters = read_clusters(request.clusters)
-        ids = Strings.of(proteins.ids)
-        numbers = clusters.lookup(ids, _digests(ids))
-        if (numbers == UNLABELLED).all():
+        numbers = clusters.lookup(Strings.of(labelled.ids), digests_of([name.encode() for name in labelled.ids]))
+        num_unclustered = int((numbers == UNLABELLED).sum())
+        if num_unclustered == len(numbers):
             raise ProtlmError(
-                f"{request.clusters}: has none of the proteins of {request.labels}, such as {shown(proteins.id(0))}"
+                f"{request.clusters}: has none of the proteins of {request.labels}, such as {shown(labelled.ids[0])}"
             )
-        # The cluster of the first of equal sequences is that of all.
-        of_first = numbers[first]
-        for record in np.flatnonzero(of_first != UNLABELLED).tolist():
-            names[record] = b"cluster " + clusters.name(int(of_first[record])).encode()
-    keys = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return np.array([keys[name] for name in names], dtype=np.int64), list(keys)
+        leaders = _joined(leaders, numbers)
+        for record in np.flatnonzero(numbers != UNLABELLED).tolist():
+            names[record] = b"cluster " + clusters.name(int(numbers[record])).encode()
+    found, groups = np.unique(leaders, return_inverse=True)
+    return Groups(groups.astype(np.int64), [names[leader] for leader in found.tolist()], num_unclustered)
 
 
-def _digests(ids: Strings) -> np.ndarray:
-    from protlm.data.digests import digests_of
+def _joined(first: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Returns the smallest protein that each is joined with, by equal sequences and by clusters, over any steps."""
+    leaders = first.copy()
+    is_clustered = clusters != UNLABELLED
+    while True:
+        before = leaders.copy()
+        for keys, rows in ((clusters[is_clustered], np.flatnonzero(is_clustered)), (first, np.arange(len(first)))):
+            smallest = np.full(int(keys.max()) + 1, len(first), dtype=np.int64)
+            np.minimum.at(smallest, keys, leaders[rows])
+            leaders[rows] = smallest[keys]
+        if np.array_equal(before, leaders):
+            return leaders
 
-    return digests_of(list(ids.encoded()))
+
+def _is_number(label: str) -> bool:
+    return bool(_NUMBER.fullmatch(label.strip())) and abs(float(label)) <= _LARGEST_VALUE
+
+
+def _is_of_residues(request: ProbeRequest, labelled: LabelledProteins) -> bool:
+    """Returns whether labels are strings of a letter for each residue.
+
+    Raises:
+        RecordError: They should be, or most are, and one has another length than its protein.
+    """
+    if request.task in ("classification", "regression"):
+        return False
+    lengths = np.asarray(labelled.proteins.lengths)
+    is_as_long = np.array([len(label) for label in labelled.labels]) == lengths
+    is_certain = request.task == "per-residue" or labelled.is_of_strings or any(labelled.masks) or bool(request.ignore)
+    # A word that happens to be as long as its protein is one, and so are short numbers.
+    is_likely = is_as_long.mean() >= _MOST and lengths.max() > 1
+    if not is_certain and (not is_likely or _are_short_numbers(labelled.labels)):
+        return False
+    wrong = np.flatnonzero(~is_as_long)
+    if len(wrong):
+        place = int(wrong[0])
+        raise RecordError(
+            request.labels, labelled.lines[place],
+            f"the labels of {shown(labelled.ids[place])}: expected {int(lengths[place]):,} letters, one for each "
+            f"residue, got {len(labelled.labels[place]):,}; --task classification takes whole strings as classes",
+        )  # fmt: skip
+    return True
+
+
+def _are_short_numbers(labels: Sequence[str]) -> bool:
+    if not all(map(_is_number, labels)):
+        return False
+    return min(map(len, labels)) < _SHORTEST_DIGITS or not all(label.isdigit() for label in labels)
 
 
 def _of_residues(request: ProbeRequest, labelled: LabelledProteins) -> Targets:
@@ -121,14 +222,16 @@ def _of_residues(request: ProbeRequest, labelled: LabelledProteins) -> Targets:
     places = np.flatnonzero(is_kept)
     if not len(places):
         raise ProtlmError(f"{request.labels}: no residue is left; see --mask and --ignore")
-    found, codes = np.unique(letters[places], return_inverse=True)
-    if len(found) < 2:
-        raise _constant(request, labelled, shown(chr(int(found[0]))))
+    classes, codes = np.unique(letters[places], return_inverse=True)
+    if len(classes) < 2:
+        raise _constant(request, labelled, shown(chr(int(classes[0]))))
     proteins = np.repeat(np.arange(len(lengths)), lengths)[places]
-    return Targets("per-residue", tuple(map(chr, found.tolist())), codes.astype(np.int64), proteins, places, {})
+    return Targets("per-residue", tuple(map(chr, classes.tolist())), codes.astype(np.int64), proteins, places, {})
 
 
 def _constant(request: ProbeRequest, labelled: LabelledProteins, value: str) -> ProtlmError:
+    others = f" but for {labelled.num_unlabelled:,} without one" if labelled.num_unlabelled else ""
     return ProtlmError(
-        f"{request.labels}: every {labelled.name} is {value}, so there is nothing to learn; choose another with --label"
+        f"{request.labels}: every {labelled.name} is {value}{others}, so there is nothing to learn; choose another "
+        "with --label"
     )

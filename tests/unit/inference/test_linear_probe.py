@@ -66,14 +66,22 @@ def test_the_unit_of_a_feature_changes_nothing(is_regression):
     assert np.allclose(first.predicted, second.predicted, atol=1e-6)
 
 
-def test_a_test_row_depends_on_no_other_test_row_and_on_no_test_label():
+@pytest.mark.parametrize("is_regression", [False, True])
+def test_a_test_row_depends_on_no_other_test_row_and_on_no_test_label(is_regression):
     rows = features()
-    targets = classes(rows)
-    expected = fitted(rows, targets).predicted
-    rows[FOLD.test[1:]] *= 1000
+    noise = np.random.default_rng(5).normal(scale=2.0, size=480)
+    targets = rows.sum(axis=1) + noise
+    if not is_regression:
+        targets = (targets > 0).astype(np.int64)
+    expected = fitted(rows, targets, is_regression=is_regression).predicted
+    # All others far away: what a scaler or a fit would make of them shows in every prediction.
+    changed = rows.copy()
+    changed[FOLD.test[40:]] = changed[FOLD.test[40:]] * 1000 + 77
     targets = targets.copy()
     targets[FOLD.test] = 0
-    assert fitted(rows, targets).predicted[0] == expected[0]
+    got = fitted(changed, targets, is_regression=is_regression).predicted
+    assert np.array_equal(got[:40], expected[:40])
+    assert not np.array_equal(got[40:], expected[40:])
 
 
 def test_the_labels_to_choose_by_are_fitted_in_the_end():
@@ -129,11 +137,13 @@ def test_a_fit_that_does_not_end_is_told(monkeypatch):
     assert not fitted(features(), classes(features())).is_converged
 
 
-def test_the_constant_prediction_is_of_the_rows_that_are_not_tested():
+def test_the_constant_prediction_is_of_the_rows_that_are_not_tested_or_of_all():
     targets = np.array([0, 1, 1, 2, 2, 2])
     fold = Fold(np.array([0, 1]), np.array([2]), np.array([3, 4, 5]))
-    assert predict_constant(targets, fold, is_regression=False).tolist() == [1, 1, 1]
-    assert predict_constant(targets.astype(float), fold, is_regression=True).tolist() == [2 / 3] * 3
+    for is_known, most, mean in ((False, 1, 2 / 3), (True, 2, 8 / 6)):
+        assert predict_constant(targets, fold, is_regression=False, is_known=is_known).tolist() == [most] * 3
+        values = predict_constant(targets.astype(float), fold, is_regression=True, is_known=is_known)
+        assert values.tolist() == [mean] * 3
 
 
 def test_folds_are_equal_by_their_rows():

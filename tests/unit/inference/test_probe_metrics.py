@@ -5,6 +5,8 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+from protlm.inference import probe_metrics
+from protlm.inference.linear_probe import Fold, StoredFeatures, fit_probe
 from protlm.inference.probe_metrics import CLASS_METRICS, VALUE_METRICS, measure_probes
 
 SIZE = 400
@@ -103,3 +105,60 @@ def test_few_units_have_no_interval():
     truth = np.arange(9) % 2
     accuracy = measured(truth, {"a": truth}).metrics["a"]["accuracy"]
     assert (accuracy.value, accuracy.stderr, accuracy.low) == (1, None, None)
+
+
+def test_in_several_folds_ranks_are_compared_within_each(random):
+    folds = np.arange(SIZE) % 5
+    truth = random.normal(size=SIZE)
+    # What knows nothing but the mean of the other folds is wrong everywhere between them.
+    means = np.array([truth[folds != number].mean() for number in range(5)])
+    predicted = means[folds] + random.normal(scale=1e-6, size=SIZE)
+
+    def spearman(numbers):
+        scores = measure_probes(
+            truth, {"a": [predicted]}, np.arange(SIZE), keys(SIZE), 0, is_regression=True, folds=numbers
+        )
+        return scores.metrics["a"]["spearman"].value
+
+    within = [
+        scipy.stats.spearmanr(truth[folds == number], predicted[folds == number]).statistic for number in range(5)
+    ]
+    assert spearman([folds]) == pytest.approx(np.mean(within))
+    assert spearman([folds]) > spearman(None) + 0.05
+
+
+def test_noise_is_no_worse_than_a_constant(random):
+    """Over many sets of noise, the mean of Spearman's correlation is 0 within its error."""
+    values = []
+    for _ in range(40):
+        rows, truth = random.normal(size=(60, 8)), random.normal(size=60)
+        folds = random.permutation(np.arange(60) % 5)
+        predicted = np.empty(60)
+        for number in range(5):
+            parts = [np.flatnonzero(folds == (number + step) % 5) for step in range(5)]
+            fold = Fold(np.sort(np.concatenate(parts[2:])), parts[1], parts[0])
+            predicted[parts[0]] = fit_probe(StoredFeatures(rows), truth, fold, is_regression=True).predicted
+        scores = measure_probes(
+            truth, {"a": [predicted]}, np.arange(60), keys(60), 0, is_regression=True, folds=[folds]
+        )
+        values.append(scores.metrics["a"]["spearman"].value)
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+
+
+def test_a_draw_without_differences_counts_for_nothing():
+    truth = np.array([1.0] * 30 + [2.0])
+    scores = measure_probes(truth, {"a": [truth + 0.1]}, np.arange(31), keys(31), 0, is_regression=True)
+    r2 = scores.metrics["a"]["r2"]
+    assert r2.stderr is not None
+    assert r2.stderr < 10
+
+
+def test_many_units_have_fewer_replicates(monkeypatch):
+    counts = []
+    real = probe_metrics.replicate_weights
+    monkeypatch.setattr(probe_metrics, "replicate_weights", lambda *rest: counts.append(rest[2]) or real(*rest))
+    monkeypatch.setattr(probe_metrics, "_MANY_UNITS", 20)
+    for size in (20, 21):
+        truth = np.arange(size) % 2
+        assert measured(truth, {"a": truth}).metrics["a"]["accuracy"].value == 1
+    assert counts == [1000, 200]

@@ -1,7 +1,5 @@
 """The division of labelled proteins: groups stay whole, and what nothing can learn is an error."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -23,21 +21,22 @@ def labelled_of(tmp_path, labels, *, splits=None, sequences=None, is_of_residues
     pairs = ((f"p{number}", vocabulary.encode(text.encode())) for number, text in enumerate(sequences))
     return LabelledProteins(
         proteins=write_proteins(tmp_path / "store", pairs),
+        ids=[f"p{number}" for number in range(size)],
         name="label",
         labels=list(labels),
         lines=list(range(2, size + 2)),
         splits=splits or [""] * size,
         masks=masks or [""] * size,
-        is_of_residues=is_of_residues,
+        is_of_strings=is_of_residues,
     )
 
 
 def folds_of(labelled, seed=0, **options):
     request = ProbeRequest(model="m", labels="labels.csv", **options)
     targets = targets_of(request, labelled)
-    groups, _ = groups_of(request, labelled)
+    groups = groups_of(request, labelled)
     folds = Folds(request, labelled, targets, groups)
-    return targets, groups, folds, folds.of_seed(seed)
+    return targets, groups.numbers, folds, folds.of_seed(seed)
 
 
 def proteins(targets, rows):
@@ -87,6 +86,36 @@ def test_clusters_are_never_divided_and_a_protein_without_one_is_alone(tmp_path)
         assert not set(groups[list(proteins(targets, fold.test))]) & set(groups[list(proteins(targets, fold.train))])
 
 
+def test_a_cluster_stays_whole_whatever_equal_sequences_say(tmp_path):
+    clusters = tmp_path / "clusters.tsv"
+    # p0 has the sequence of p1, and no cluster; p2 that of p3, of another cluster.
+    clusters.write_text("a\tp1\na\tp4\nb\tp2\nb\tp5\nc\tp3\nc\tp6\n")
+    sequences = ["MKV", "MKV", "MKL", "MKL", "MA", "MC", "MD", "ME"]
+    labelled = labelled_of(tmp_path, "abababab", sequences=sequences)
+    groups = groups_of(ProbeRequest(model="m", labels="l", clusters=clusters), labelled)
+    assert groups.numbers.tolist() == [0, 0, 1, 1, 0, 1, 1, 2]
+    assert groups.num_unclustered == 2
+    assert len(groups.keys) == len(set(groups.keys)) == 3
+
+
+def test_repeated_ids_find_their_cluster(tmp_path):
+    clusters = tmp_path / "clusters.tsv"
+    clusters.write_text("a\tx\nb\tp1\n")
+    labelled = labelled_of(tmp_path, "abab")
+    labelled.ids = ["x", "p1", "x", "x"]
+    groups = groups_of(ProbeRequest(model="m", labels="l", clusters=clusters), labelled)
+    assert groups.numbers.tolist() == [0, 1, 0, 0]
+    assert groups.num_unclustered == 0
+
+
+def test_members_of_a_cluster_on_both_sides_of_a_given_split_are_counted(tmp_path):
+    clusters = tmp_path / "clusters.tsv"
+    clusters.write_text("".join(f"c{number // 2}\tp{number}\n" for number in range(20)))
+    labelled = labelled_of(tmp_path, "aabb" * 5, splits=["train", "test"] * 5 + ["train"] * 10)
+    *_, folds, _ = folds_of(labelled, clusters=clusters)
+    assert (folds.num_shared, folds.num_related) == (0, 5)
+
+
 def test_clusters_of_other_proteins_are_refused(tmp_path):
     clusters = tmp_path / "clusters.tsv"
     clusters.write_text("c\tx\n")
@@ -121,7 +150,7 @@ def test_sequences_of_test_that_are_fitted_are_counted(tmp_path):
 
 def test_a_class_that_only_test_has_is_an_error(tmp_path):
     labelled = labelled_of(tmp_path, "ab" * 10 + "c" * 3 + "ab", splits=["train"] * 20 + ["test"] * 5)
-    with pytest.raises(ProtlmError, match=r"labels\.csv: class 'c' \(3 proteins\) is in the test split only"):
+    with pytest.raises(ProtlmError, match=r"labels\.csv: class 'c' occurs only in the test split \(3 times\)"):
         folds_of(labelled)
     # Left out, it is no harm.
     targets, _, _, (fold,) = folds_of(labelled, min_class_size=4)
@@ -130,7 +159,7 @@ def test_a_class_that_only_test_has_is_an_error(tmp_path):
 
 
 def test_a_class_of_one_protein_cannot_be_divided(tmp_path):
-    with pytest.raises(ProtlmError, match=r"class 'c' \(1 proteins\) is in one fold only.*--min-class-size"):
+    with pytest.raises(ProtlmError, match=r"class 'c' occurs only in one fold \(1 times\).*--min-class-size"):
         folds_of(labelled_of(tmp_path, "ab" * 20 + "c"))
 
 
@@ -140,6 +169,44 @@ def test_more_rows_than_wanted_are_sampled_the_same_for_everything(tmp_path):
     (fold,) = folds_of(labelled, most_rows=20)[3]
     assert (len(fold.train), len(fold.valid), len(fold.test)) == (16, 4, 20)
     assert folds_of(labelled, most_rows=20)[3] == [fold]
+
+
+def test_a_sample_has_some_of_each_class(tmp_path):
+    splits = ["train"] * 200 + ["test"] * 4
+    labelled = labelled_of(tmp_path, ["a"] * 194 + ["b"] * 6 + ["a", "b"] * 2, splits=splits)
+    targets, _, _, (fold,) = folds_of(labelled, most_rows=10)
+    assert np.bincount(targets.values[fold.train]).tolist() == [6, 2]
+    assert np.bincount(targets.values[fold.valid]).min() >= 1
+
+
+@pytest.mark.parametrize("num_folds", [3, 5, 20])
+def test_classes_may_be_smaller_than_the_number_of_folds(tmp_path, num_folds):
+    labelled = labelled_of(tmp_path, [f"c{number // 4}" for number in range(60)])
+    *_, folds = folds_of(labelled, num_folds=num_folds)
+    assert sorted(np.concatenate([fold.test for fold in folds]).tolist()) == list(range(60))
+    sizes = [len(fold.test) for fold in folds]
+    assert max(sizes) - min(sizes) <= 60 / num_folds
+
+
+def test_a_class_of_two_is_divided_whole_groups_or_refused(tmp_path):
+    labelled = labelled_of(tmp_path, [f"c{number // 2}" for number in range(40)])
+    targets, _, _, folds = folds_of(labelled)
+    for fold in folds:
+        assert set(targets.values[fold.test]) <= set(targets.values[np.concatenate([fold.train, fold.valid])])
+
+
+@pytest.mark.parametrize(
+    ("labels", "splits", "message"),
+    [
+        ("aaaaaaab", ["train"] * 6 + ["test"] * 2, "expected different labels to fit, got 'a' alone"),
+        ("abababbb", ["train"] * 6 + ["test"] * 2, "expected different labels to test, got 'b' alone"),
+        (["1", "2"] * 3 + ["3", "3"], ["train"] * 6 + ["test"] * 2, "expected different labels to test, got 3 alone"),
+        ("abababab", ["train"] * 4 + ["test"] * 4, "at least 5 different proteins or clusters in train"),
+    ],
+)
+def test_a_split_from_which_nothing_can_be_learned(tmp_path, labels, splits, message):
+    with pytest.raises(ProtlmError, match=message):
+        folds_of(labelled_of(tmp_path, labels, splits=splits))
 
 
 def test_too_few_groups_are_an_error(tmp_path):
@@ -153,7 +220,15 @@ def test_too_few_groups_are_an_error(tmp_path):
         ("aaaaaaaaaaaa", {}, r"labels\.csv: every label is 'a', so there is nothing to learn"),
         (["2.5"] * 12, {}, r"every label is 2\.5"),
         ("aaaaaaaaaaab", {"min_class_size": 2}, r"expected two classes or more of at least 2 proteins, got 1"),
-        (["1", "2", "x"] * 4, {"task": "regression"}, r"labels\.csv:4: --task regression: expected a number"),
+        (["1", "2", "x"] * 4, {"task": "regression"}, r"labels\.csv:4: expected a number as label, got 'x'$"),
+        ([*"123456789", ">9", *"12"], {}, r"labels\.csv:11: expected a number as label, got '>9', as most others are"),
+        ([f"id{number}" for number in range(12)], {}, r"every label is another one, such as 'id0'.*--label"),
+        ([f"0,{number}" for number in range(12)], {}, r"every label is another one.*write numbers with a point"),
+        (
+            ["AAAAAAAAAAAA", "CCCCCCCCCCCC"] * 6 + ["AC"],
+            {},
+            r"labels\.csv:14: the labels of 'p12': expected 12 letters",
+        ),
         (["1", "2", "1e999"] * 4, {"task": "regression"}, r"expected a number as label, got '1e999'"),
     ],
 )
@@ -162,17 +237,45 @@ def test_labels_from_which_nothing_can_be_learned(tmp_path, labels, options, mes
         folds_of(labelled_of(tmp_path, labels), **options)
 
 
-def test_numbers_are_values_but_for_0_and_1(tmp_path):
-    request = ProbeRequest(model="m", labels="labels.csv")
-    tasks = []
-    for number, labels in enumerate((["1", "2.5", "-3"], ["0", "1", "1"], ["1", "2", "x"], ["nope", "yes", "nan"])):
-        labelled = labelled_of(tmp_path / str(number), labels)
-        tasks.append(targets_of(request, labelled).task)
-        if number == 0:
-            assert targets_of(request, labelled).values.tolist() == [1, 2.5, -3]
-            as_classes = targets_of(dataclasses.replace(request, task="classification"), labelled)
-            assert as_classes.classes == ("-3", "1", "2.5")
-    assert tasks == ["regression", "classification", "classification", "classification"]
+@pytest.mark.parametrize(
+    ("labels", "task"),
+    [
+        (["1", "2.5", "-3e-2", ".5", "+7."], "regression"),
+        (["0", "1", "1"], "classification"),
+        (["1", "2", "x", "x"], "classification"),
+        # What Python takes for numbers, and nobody else.
+        (["1_0", "1_1", "1_0"], "classification"),
+        (["１", "２", "１"], "classification"),
+        (["yes", "no", " yes"], "classification"),
+    ],
+)
+def test_numbers_are_values_but_for_0_and_1(tmp_path, labels, task):
+    targets = targets_of(ProbeRequest(model="m", labels="labels.csv"), labelled_of(tmp_path, labels))
+    assert targets.task == task
+    if task == "regression":
+        assert targets.values.tolist() == [1, 2.5, -0.03, 0.5, 7]
+
+
+def test_the_task_may_be_said(tmp_path):
+    request = ProbeRequest(model="m", labels="labels.csv", task="classification")
+    assert targets_of(request, labelled_of(tmp_path, ["1", "2.5", "-3", "1"])).classes == ("-3", "1", "2.5")
+
+
+@pytest.mark.parametrize(
+    ("labels", "sequences", "task"),
+    [
+        (["HHC", "CHHC"], ["MKV", "MKVL"], "per-residue"),
+        (["00100", "011001"], ["MKVLA", "MKVLAG"], "per-residue"),
+        # Numbers of short peptides, and words.
+        (["0.12", "0.13", "1.14"], ["MKVL", "MKVA", "MKVC"], "regression"),
+        (["12", "13", "15"], ["MK", "MA", "MC"], "regression"),
+        (["a", "b", "a"], ["M", "K", "V"], "classification"),
+        (["yes", "no", "yes", "no"], ["MKV", "MK", "MKVL", "MKVLA"], "classification"),
+    ],
+)
+def test_strings_of_the_length_of_their_proteins_are_labels_of_residues(tmp_path, labels, sequences, task):
+    labelled = labelled_of(tmp_path, labels, sequences=sequences)
+    assert targets_of(ProbeRequest(model="m", labels="labels.csv"), labelled).task == task
 
 
 def test_residues_have_rows_of_their_own_without_those_that_are_left_out(tmp_path):
