@@ -27,6 +27,12 @@ Stage = Literal["transfer", "distill"]
 Precision = Literal["32", "bf16-mixed"]
 """The precision of the matrix products in training."""
 
+InferencePrecision = Literal["auto", "32", "bf16", "fp16"]
+"""The number type of weights and matrix products where nothing is trained; `auto` follows from command and device."""
+
+UsedPrecision = Literal["32", "bf16", "fp16"]
+"""The same, decided."""
+
 DataMode = Literal["packed", "clipped", "concatenated"]
 """How proteins become the rows that a model is trained on."""
 

@@ -15,6 +15,7 @@ from protlm.cli.options import (
     NucleotidesOption,
     NumNodesOption,
     OnBadRecordOption,
+    PrecisionOption,
     ResumeOption,
     TokensPerBatchOption,
     WindowOption,
@@ -95,6 +96,7 @@ def embed_command(
     truncate: TruncateOption = None,
     on_bad_record: OnBadRecordOption = "error",
     nucleotides: NucleotidesOption = "keep",
+    precision: PrecisionOption = "auto",
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
     seed: SeedOption = 0,
@@ -133,7 +135,7 @@ def embed_command(
         model=model, inputs=inputs, out=out, split=split, include=cast("list[Kind]", include), layers=layer_numbers,
         layout=chosen_layout, dtype=dtype, tokens_per_batch=tokens_per_batch, window=window, truncate=truncate,
         on_bad_record=on_bad_record, nucleotides=nucleotides,
-        devices=Devices(devices, num_nodes), resume=resume, force=force,
+        precision=precision, devices=Devices(devices, num_nodes), resume=resume, force=force,
     )  # fmt: skip
     # Before torch is loaded, which takes seconds.
     check_request(request)

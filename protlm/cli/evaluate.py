@@ -9,7 +9,7 @@ import typer
 
 from protlm.choices import SplitName, SplitOrAll
 from protlm.cli import output
-from protlm.cli.options import ForceOption, JsonOption, seed_option, some_of
+from protlm.cli.options import ForceOption, JsonOption, PrecisionOption, seed_option, some_of
 from protlm.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def eval_command(
     attention: AttentionOption = None,
     approximation: ApproximationOption = False,
     residues: ResiduesOption = False,
+    precision: PrecisionOption = "auto",
     seed: SeedOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -134,7 +135,8 @@ def eval_command(
     request_for = partial(
         EvalRequest, splits=_splits(split or ()), seed=seed, num_masks=masks, mask_rate=mask_rate,
         as_trained=as_trained, random_weights=random_weights, pseudo_perplexity=pseudo_perplexity,
-        attention=tuple(attention or ()), approximation=approximation, residues=residues, force=force,
+        attention=tuple(attention or ()), approximation=approximation, residues=residues, precision=precision,
+        force=force,
     )  # fmt: skip
 
     def evaluate_model(model: Path, dataset: Path, folder: Path) -> "EvalReport":

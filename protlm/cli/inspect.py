@@ -81,6 +81,7 @@ def _of_embeddings(report: "EmbeddingsReport") -> list[tuple[str, object]]:
         ("holds", f"{summary.num_entries:,} {entries}{residues}"),
         ("stored", ", ".join(part for part in stored if part)),
         ("model hash", summary.model_hash or "not kept in this layout"),
+        *([("precision", summary.precision)] if summary.precision else []),
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from protlm.choices import MOST_TOKENS
+from protlm.choices import MOST_TOKENS, InferencePrecision
 from protlm.data.records import Nucleotides, OnBadRecord
 
 
@@ -78,6 +78,14 @@ WindowOption = Annotated[
         min=2,
         max=MOST_TOKENS,
         help="Compute longer proteins in overlapping windows of N residues.",
+    ),
+]
+PrecisionOption = Annotated[
+    InferencePrecision,
+    typer.Option(
+        "--precision",
+        metavar=one_of(InferencePrecision),
+        help="Number type of weights and products; auto: bf16 to embed on a GPU that has it, else 32.",
     ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]

@@ -14,6 +14,7 @@ from protlm.cli.options import (
     ModelArgument,
     NumNodesOption,
     OnBadRecordOption,
+    PrecisionOption,
     ResumeOption,
     TokensPerBatchOption,
     WindowOption,
@@ -99,6 +100,7 @@ def score_command(
     tokens_per_batch: TokensPerBatchOption = None,
     window: WindowOption = None,
     on_bad_record: OnBadRecordOption = "error",
+    precision: PrecisionOption = "auto",
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
     seed: SeedOption = 0,
@@ -131,7 +133,7 @@ def score_command(
         model=model, input=input, out=out, mutations=mutations, all_singles=all_singles, wild_type=wild_type,
         strategy=strategy, offset=offset, column=column, alignment=alignment, reference=reference, heat_map=heat_map,
         tokens_per_batch=tokens_per_batch, window=window, on_bad_record=on_bad_record,
-        devices=Devices(devices, num_nodes), seed=seed, resume=resume, force=force,
+        precision=precision, devices=Devices(devices, num_nodes), seed=seed, resume=resume, force=force,
     )  # fmt: skip
     # Before torch is loaded, which takes seconds.
     check_request(request)

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 
 from protlm import vocabulary
-from protlm.choices import ResidueContext, ScoreStrategy
+from protlm.choices import InferencePrecision, ResidueContext, ScoreStrategy
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batching.rows import packed_in_order
 from protlm.data.embeddings.kinds import KINDS, Kind, absolute_layer
@@ -22,6 +22,7 @@ from protlm.inference.marginals import (
     perplexity_score,
     pseudo_losses,
 )
+from protlm.inference.precision import set_precision, used_precision
 from protlm.inference.row_embeddings import RowEmbedder, default_tokens_per_batch, merge_windows
 from protlm.inference.sequences import described, each_tokens, tokens_of
 from protlm.model.performer import Performer
@@ -260,21 +261,34 @@ class ProteinModel:
 
 
 def load_model(
-    name: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+    name: str | Path,
+    *,
+    precision: InferencePrecision = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
 ) -> ProteinModel:
     """Returns a saved model, on the GPU if there is one.
 
     Args:
         name: An existing path: a model directory, a run of `protlm train`, a Hugging Face directory or a checkpoint
             `.pt` of fairseq; otherwise `OWNER/NAME[@REVISION]` on the Hugging Face hub.
+        precision: Number type of weights and matrix products: `32`, `bf16` or `fp16`; `auto`: bfloat16 on a GPU that
+            has it, else float32. What is returned is float32 in any case.
         revision: Branch, tag or commit on the hub.
         token: For models of the hub that ask for one.
         local_files_only: Take a model of the hub from its cache only.
 
     Raises:
         ModelError: Files that are missing, altered or of another version, or a model that protlm does not run.
+        ProtlmError: A half precision that this machine has no units for.
+        ValueError: An unknown precision.
     """
+    if precision not in get_args(InferencePrecision):
+        raise ValueError(f"precision: expected {_one_of(InferencePrecision)}, got {precision!r}")
+    used = used_precision(precision, may_be_half=True)
     model, description = read_named_model(name, revision=revision, token=token, local_files_only=local_files_only)
+    set_precision(model, used)
     return ProteinModel(model.to(best_device()), description)
 
 

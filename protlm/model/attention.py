@@ -21,6 +21,7 @@ from protlm.ops.feature_maps import definition_of
 from protlm.ops.inputs import AttentionInputs
 from protlm.ops.oprf import oprf_a_from_data
 
+_HALF = (torch.bfloat16, torch.float16)
 _INITIAL_TEMPERATURE = 0.75
 """Initial temperature of a head with a bound, as a share of max_temperature."""
 
@@ -184,6 +185,9 @@ class SelfAttention(nn.Module):
         segments: Segments,
     ) -> Float[Tensor, "length heads head_dim"]:
         """Returns the attention of every head, before they are joined and projected."""
+        if v.device.type == "cpu" and v.dtype in _HALF and self.kind != "softmax" and not torch.is_grad_enabled():
+            # The compiled kernels are of float32, and several times faster than torch's operations in less.
+            return self.attend(q.float(), k.float(), v.float(), segments).to(v.dtype)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         if self.is_exact or self.feature_map is None:
             out = (self._uncompiled or self._exact)(q, k, v, segments)
@@ -215,11 +219,11 @@ class SelfAttention(nn.Module):
         heads = (-1, self.num_heads, self.head_dim)
 
         def keys_and_values(x: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
-            k = self.key(x) if self.key_norm is None else self.key_norm(self.key(x))
+            k = _normed(self.key(x), self.key_norm)
             return self._prepare(k.view(heads), (angles[0], angles[1]) if angles else None), self.value(x).view(heads)
 
         k, v = in_stretches(keys_and_values, x, *(rotary or ()))
-        own = self.query(x[kept]) if self.query_norm is None else self.query_norm(self.query(x[kept]))
+        own = _normed(self.query(x[kept]), self.query_norm)
         q = self._prepare(own.view(heads), None if rotary is None else (rotary[0][kept], rotary[1][kept]))
         # To the dtype of v, which is shorter under autocast.
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -287,10 +291,7 @@ class SelfAttention(nn.Module):
         return None if self.temperature_logit is None else self.max_temperature * torch.sigmoid(self.temperature_logit)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        return q, k, v
+        return _normed(self.query(x), self.query_norm), _normed(self.key(x), self.key_norm), self.value(x)
 
     def _prepared(self, q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the heads of q, k and v, with q and k normalised and rotated; tokens do not interact."""
@@ -317,6 +318,14 @@ class SelfAttention(nn.Module):
             return None
         largest = math.sqrt(self.max_temperature * math.sqrt(self.head_dim))
         return largest * torch.exp(0.5 * F.logsigmoid(self.temperature_logit))
+
+
+def _normed(x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+    """Returns q or k after its norm over all heads, if it has one; in the type of the norm, x may be shorter."""
+    if norm is None:
+        return x
+    normed: Tensor = norm(x.to(norm.weight.dtype))
+    return normed
 
 
 def _times(

@@ -84,7 +84,8 @@ class LanguageModelHead(nn.Module):
     def forward(self, x: Float[Tensor, "*axes model_dim"], embedding: Tensor) -> Float[Tensor, "*axes model_tokens"]:
         """Returns the logits of every token of the model."""
         if self.dense is not None and self.norm is not None:
-            x = self.norm(F.gelu(self.dense(x)))
+            # In float32: weights of the dense layer may be shorter.
+            x = self.norm(F.gelu(self.dense(x)).to(self.norm.weight.dtype))
         return F.linear(x, embedding if self.decoder is None else self.decoder, self.bias)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protlm.choices import StrategyName
+from protlm.choices import StrategyName, UsedPrecision
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,21 @@ def best_device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_half_precision_units(precision: UsedPrecision) -> bool:
+    """Returns whether the default device has units of its own for matrix products in a half precision.
+
+    GPUs from Volta on have such units for float16, from Ampere on for bfloat16; a CPU has them for bfloat16 with
+    AVX512-BF16 or AMX, and for float16 with AMX-FP16.
+    """
+    import torch
+
+    if best_device().type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= (8 if precision == "bf16" else 7)
+    if precision == "bf16":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_fp16_supported()
 
 
 def memory_bytes(device: "torch.device") -> int:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from protlm.choices import UsedPrecision
 from protlm.data.embeddings.kinds import Dtype
 from protlm.data.residue_counts import count_residues
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.inference.long_proteins import Cut
+from protlm.inference.precision import set_precision
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_names import read_named_model
@@ -58,6 +60,7 @@ class EmbedReport:
         layers: Absolute layer numbers.
         dim: Width of an embedding.
         dtype: Type of the stored numbers.
+        precision: Number type in which the model computed.
         num_beyond_training: Proteins that a model without a limit saw longer than any that it was trained on.
         trained_residues: Length of the longest protein that it was trained on; None if that is unknown.
         num_lacked: Residues that the model lacks and read as another token.
@@ -83,6 +86,7 @@ class EmbedReport:
     layers: tuple[int, ...]
     dim: int
     dtype: Dtype
+    precision: UsedPrecision
     num_beyond_training: int
     trained_residues: int | None
     num_lacked: int
@@ -113,6 +117,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
     check_processes(request.devices)
     model, description = read_named_model(request.model)
     settings = settings_of(request, description)
+    set_precision(model, settings.precision)
     if process_rank(request.devices):
         _join(request, model, settings)
         return None
@@ -193,6 +198,7 @@ def _report(
         layers=settings.layers,
         dim=settings.model_dim,
         dtype=settings.dtype,
+        precision=settings.precision,
         num_beyond_training=0 if trained is None else int((seen > trained).sum()),
         trained_residues=trained,
         num_lacked=_num_lacked(vocabulary, proteins, cut, kept),

@@ -98,6 +98,7 @@ def estimate(
         counts = _counts(proteins, Cut(window=request.window, truncate=request.truncate))
         tell(counts)
 
+        from protlm.inference.precision import set_precision
         from protlm.inference.row_embeddings import RowEmbedder
         from protlm.pretrained.model_names import read_named_model
 
@@ -106,6 +107,7 @@ def estimate(
         folder.check_start(settings.weights_hash, settings.options, resume=request.resume, force=request.force)
         check_lengths(proteins, settings.cut, description)
         settings.layout.check_ids(proteins.ids)
+        set_precision(model, settings.precision)
         embedder = RowEmbedder(model.to(best_device()), settings.kinds, settings.layers)
         return _estimate(request, out, settings, proteins, inputs, counts, embedder)
 

@@ -13,6 +13,7 @@ from protlm.data.storage.protein_store import ProteinStore, open_proteins
 from protlm.data.strings import Strings
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Window
+from protlm.inference.precision import overflow_hint
 from protlm.inference.row_embeddings import RowEmbedder, Sums, merge_windows
 from protlm.model.performer import Performer
 from protlm.runtime.progress import Advance, StartProgress
@@ -149,7 +150,8 @@ class PortionWriter:
             if np.isfinite(array).all() or (kind == "logits" and (array < np.inf).all()):
                 continue
             raise ProtlmError(
-                f"{shown(self._proteins.id(record))}: its embedding is not finite; the model is of no use"
+                f"{shown(self._proteins.id(record))}: its embedding is not finite; "
+                f"{overflow_hint(self._settings.precision)}"
             )
 
 
@@ -219,4 +221,5 @@ def contents_of(proteins: ProteinStore, settings: EmbedSettings, records: np.nda
         model_dim=settings.model_dim,
         dtype=settings.dtype,
         model_hash=settings.weights_hash,
+        precision=settings.precision,
     )

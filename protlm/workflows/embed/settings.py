@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protlm.choices import SplitName
+from protlm.choices import InferencePrecision, SplitName, UsedPrecision
 from protlm.data.embeddings.kinds import Dtype, Kind, LayoutName, absolute_layer
 from protlm.data.embeddings.layouts import LAYOUTS, Column, Layout, columns_of
 from protlm.data.records import Nucleotides, OnBadRecord
@@ -37,6 +37,7 @@ class EmbedRequest:
         truncate: Embed only the first so many residues of longer proteins.
         on_bad_record: Stop at a bad record, or skip and count it.
         nucleotides: Stop at a nucleic acid, skip and count it, or keep it as if it were a protein.
+        precision: Number type of weights and matrix products; `auto`: bfloat16 on a GPU that has it, else float32.
         devices: The devices to compute on.
         resume: Resume an unfinished run; start one if there is none.
         force: Replace an existing output of the same layout and, without `resume`, the work of an unfinished run.
@@ -55,6 +56,7 @@ class EmbedRequest:
     truncate: int | None = None
     on_bad_record: OnBadRecord = "error"
     nucleotides: Nucleotides = "keep"
+    precision: InferencePrecision = "auto"
     devices: Devices = ONE_DEVICE
     resume: bool = False
     force: bool = False
@@ -74,6 +76,7 @@ class EmbedSettings:
         model_dim: Width of an embedding.
         last_layer: Number of the last layer.
         weights_hash: Hash of the model's weights.
+        precision: Number type of weights and matrix products.
     """
 
     layout: Layout
@@ -85,6 +88,7 @@ class EmbedSettings:
     model_dim: int
     last_layer: int
     weights_hash: str
+    precision: UsedPrecision
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -110,6 +114,7 @@ class EmbedSettings:
             "tokens-per-batch": self.tokens_per_batch,
             "window": self.cut.window,
             "truncate": self.cut.truncate,
+            "precision": self.precision,
         }
 
 
@@ -147,6 +152,7 @@ def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSe
         ProtlmError: As `check_options` raises.
     """
     # Loads torch, which checks do not need.
+    from protlm.inference.precision import used_precision
     from protlm.inference.row_embeddings import default_tokens_per_batch
 
     check_options(request, description)
@@ -161,6 +167,7 @@ def settings_of(request: EmbedRequest, description: ModelDescription) -> EmbedSe
         model_dim=description.model.model_dim,
         last_layer=last,
         weights_hash=description.weights_hash,
+        precision=used_precision(request.precision, may_be_half=True),
     )
 
 

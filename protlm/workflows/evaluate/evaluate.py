@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from protlm import files
+from protlm.choices import UsedPrecision
 from protlm.data.batching.masking import Objective
+from protlm.data.records import shown
 from protlm.data.storage.dataset import Dataset, Split
 from protlm.errors import ProtlmError
 from protlm.inference.baselines import (
@@ -23,7 +25,9 @@ from protlm.inference.baselines import (
     training_counts,
 )
 from protlm.inference.metrics import MetricSums, replicate_weights, sums_by_protein
+from protlm.inference.precision import overflow_hint, set_precision, used_precision
 from protlm.inference.pseudo_perplexity import sample_of, single_residue_rows
+from protlm.inference.residue_scores import ResidueScores
 from protlm.inference.scoring import max_scored_residues, score_rows
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
@@ -78,7 +82,9 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
     """
     dataset, splits = check_request(request)
     model, description = read_named_model(request.model)
-    evaluation = _Evaluation(request, dataset, model.to(best_device()), description)
+    precision = used_precision(request.precision, may_be_half=False)
+    set_precision(model, precision)
+    evaluation = _Evaluation(request, dataset, model.to(best_device()), description, precision)
     shown = find_proteins(splits, request.attention)
     advance = start_progress("eval", sum(map(evaluation.num_scored_residues, splits.values())))
     with files.made_folder(request.out):
@@ -114,8 +120,16 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
 class _Evaluation:
     """The model, the baselines and the masks of one call, and how they measure a split."""
 
-    def __init__(self, request: EvalRequest, dataset: Dataset, model: Performer, description: ModelDescription) -> None:
+    def __init__(
+        self,
+        request: EvalRequest,
+        dataset: Dataset,
+        model: Performer,
+        description: ModelDescription,
+        precision: UsedPrecision,
+    ) -> None:
         trained = description.objective
+        self._precision = precision
         self._request, self._dataset, self._model, self._description = request, dataset, model, description
         check_options(request, description)
         rates = trained.rates if request.mask_rate is None else replace(trained.rates, rate=request.mask_rate)
@@ -142,6 +156,8 @@ class _Evaluation:
         """Measures everything on one split."""
         breakdowns = Breakdowns(split)
         watchers: list[Watcher] = [lambda _mask, scores, resampled: breakdowns.add(scores, resampled)]
+        if self._precision == "fp16":
+            watchers.append(lambda _mask, scores, _resampled: _check_range(split, scores))
         if table is not None:
             watchers.append(lambda mask, scores, _resampled: table.add(split, mask, scores))
         baselines: dict[str, Predict] = {"empirical": empirical(self._counts)}
@@ -191,6 +207,7 @@ class _Evaluation:
         if self._request.random_weights:
             twin = Performer(self._description.model)
             twin.reset(self._request.seed)
+            set_precision(twin, self._precision)
             sums = measure_split(twin.to(best_device()), split, self._masks, {}, advance=advance)
             rows["random_weights"] = score_row(sums["model"])
         if self._request.as_trained:
@@ -249,7 +266,17 @@ class _Evaluation:
             dataset_hash=self._dataset.hash,
             training_dataset_hash=description.dataset_hash,
             projection=_projection_kind(description.model.has_projection, description.redraw_every_steps),
+            precision=self._precision,
         )
+
+
+def _check_range(split: Split, scores: ResidueScores) -> None:
+    """Raises ProtlmError if the probabilities of a residue are no numbers: beyond the range of float16."""
+    # A token that the model lacks has the logarithm −∞.
+    wrong = np.isnan(scores.log_probabilities).any(axis=1)
+    if wrong.any():
+        name = shown(split.id(int(scores.records[wrong.argmax()])))
+        raise ProtlmError(f"{name}: its probabilities are not finite; {overflow_hint('fp16')}")
 
 
 def _markov_of(dataset: Dataset, masks: Masks) -> Markov | None:

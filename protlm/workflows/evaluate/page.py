@@ -189,6 +189,7 @@ def _method_section(report: EvalReport) -> Section:
         ("parameters", f"{report.num_parameters:,}"),
         ("attention", report.attention),
         ("random projections", report.projection),
+        ("precision", report.precision),
         ("weights", report.weights_hash),
         ("dataset", report.dataset_hash),
         ("trained on", "this dataset" if report.is_of_training_dataset else _OTHER_DATASET),

@@ -110,6 +110,7 @@ class EvalReport:
         training_dataset_hash: Of the dataset that the model was trained on, or the joint hash of several; None for a
             model that was trained elsewhere.
         projection: `fixed`, `redrawn` or `none`: how the model was trained, and so what its projections mean to it.
+        precision: Number type in which the model computed.
     """
 
     format_version: int = FORMAT_VERSION
@@ -137,6 +138,7 @@ class EvalReport:
     dataset_hash: str
     training_dataset_hash: str | None
     projection: str
+    precision: str = "32"
 
     @property
     def is_of_training_dataset(self) -> bool:

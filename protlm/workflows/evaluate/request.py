@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from protlm.choices import SplitName
+from protlm.choices import InferencePrecision, SplitName
 from protlm.data.batching.masking import EVALUATION_SEED
 from protlm.data.storage.dataset import Dataset, Split, open_dataset
 from protlm.data.storage.manifest import MANIFEST_NAME
@@ -41,6 +41,7 @@ class EvalRequest:
         attention: Ids of proteins whose attention maps are shown; empty: the paper's protein, if a scored split has it.
         approximation: Measure how near the attention of a FAVOR model is to exact attention.
         residues: Write `residues.parquet` with the prediction at every scored residue.
+        precision: Number type of weights and matrix products; `auto`: float32.
         tokens_per_batch: Budget of a packed row; it changes no result beyond rounding.
         force: Replace an existing report.
     """
@@ -58,6 +59,7 @@ class EvalRequest:
     attention: tuple[str, ...] = ()
     approximation: bool = False
     residues: bool = False
+    precision: InferencePrecision = "auto"
     tokens_per_batch: int = 8192
     force: bool = False
 

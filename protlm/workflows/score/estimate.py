@@ -14,6 +14,7 @@ from protlm.files import free_bytes
 from protlm.inference.marginals import passes_of
 from protlm.inference.memory import computed_by_halves
 from protlm.inference.pace import pace_of
+from protlm.inference.precision import set_precision, used_precision
 from protlm.inference.row_embeddings import default_tokens_per_batch
 from protlm.model.performer import Performer
 from protlm.pretrained.model_names import read_named_model
@@ -99,10 +100,15 @@ def estimate(
         check_replaceable(request)
         check_picture(request, folder)
     model, description = read_named_model(request.model)
+    precision = used_precision(request.precision, may_be_half=False)
+    set_precision(model, precision)
     check_model(request, description)
     tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()
     folder.check_start(
-        description.weights_hash, request.options(tokens_per_batch), resume=request.resume, force=request.force
+        description.weights_hash,
+        request.options(tokens_per_batch, precision),
+        resume=request.resume,
+        force=request.force,
     )
     inputs = ScoreInputs(request, description, start_progress)
     with tempfile.TemporaryDirectory() as temporary:

@@ -7,13 +7,14 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from protlm import files
-from protlm.choices import ScoreStrategy
+from protlm.choices import ScoreStrategy, UsedPrecision
 from protlm.data.records import shown
 from protlm.data.storage.protein_store import ProteinStore, open_proteins
 from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Cut
 from protlm.inference.marginals import Pass, row_of
 from protlm.inference.memory import computed_by_halves
+from protlm.inference.precision import overflow_hint
 from protlm.inference.scoring import score_row
 from protlm.model.performer import Performer
 from protlm.runtime.progress import Advance, StartProgress, no_advance
@@ -38,7 +39,13 @@ class ScoreWork:
     """The share of one process: a `PortionWork`."""
 
     def __init__(
-        self, folder: ScoreFolder, model: Performer, strategy: ScoreStrategy, cut: Cut, tokens_per_batch: int
+        self,
+        folder: ScoreFolder,
+        model: Performer,
+        strategy: ScoreStrategy,
+        cut: Cut,
+        tokens_per_batch: int,
+        precision: UsedPrecision = "32",
     ) -> None:
         """Prepares.
 
@@ -48,8 +55,9 @@ class ScoreWork:
             strategy: How mutants are scored.
             cut: The treatment of long proteins.
             tokens_per_batch: Budget of a row.
+            precision: Number type in which the network computes.
         """
-        self._folder, self._model = folder, model
+        self._folder, self._model, self._precision = folder, model, precision
         self._options = strategy, cut, tokens_per_batch
         self._proteins: ProteinStore
         self._plan: Plan
@@ -86,7 +94,7 @@ class ScoreWork:
                 )
             # A token that the model lacks has the logarithm −∞.
             if np.isnan(array).any():
-                raise ProtlmError(f"{name}: its probabilities are not finite; the model is of no use")
+                raise ProtlmError(f"{name}: its probabilities are not finite; {overflow_hint(self._precision)}")
             arrays.append(array)
         return np.concatenate(arrays)
 

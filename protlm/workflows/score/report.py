@@ -91,6 +91,7 @@ class ScoreReport:
         out: The output.
         heat_map: The picture, if one was made; none is without a single substitution to draw.
         strategy: How mutants were scored.
+        precision: Number type in which the model computed.
         num_proteins: Proteins whose mutants were scored.
         num_variants: Rows that were scored.
         num_passes: Forward passes of a protein or window that this took, rows of several counted by their members.
@@ -122,6 +123,7 @@ class ScoreReport:
     num_covered: int | None
     assays: list[AssayReport]
     benchmark: Benchmark | None
+    precision: str = "32"
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "ScoreReport":

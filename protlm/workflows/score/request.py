@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from protlm import files
-from protlm.choices import ScoreStrategy
+from protlm.choices import InferencePrecision, ScoreStrategy, UsedPrecision
 from protlm.data.parsing.sources import STDIN, is_protein_file
 from protlm.data.records import OnBadRecord
 from protlm.errors import ProtlmError, UsageError
@@ -52,6 +52,7 @@ class ScoreRequest:
         tokens_per_batch: Budget of one forward pass; None: a default for the device.
         window: See longer proteins in overlapping windows of so many residues.
         on_bad_record: Stop at a bad record or row, or skip and count it.
+        precision: Number type of weights and matrix products; `auto`: float32.
         devices: The devices to compute on.
         seed: Of the bootstrap.
         resume: Resume an unfinished run; start one if there is none.
@@ -73,6 +74,7 @@ class ScoreRequest:
     tokens_per_batch: int | None = None
     window: int | None = None
     on_bad_record: OnBadRecord = "error"
+    precision: InferencePrecision = "auto"
     devices: Devices = ONE_DEVICE
     seed: int = 0
     resume: bool = False
@@ -94,7 +96,7 @@ class ScoreRequest:
         """The treatment of long proteins."""
         return Cut(window=self.window)
 
-    def options(self, tokens_per_batch: int) -> dict[str, Any]:
+    def options(self, tokens_per_batch: int, precision: UsedPrecision) -> dict[str, Any]:
         """Returns the options that shape the output, as `--resume` compares them."""
         return {
             "strategy": self.strategy,
@@ -104,6 +106,7 @@ class ScoreRequest:
             "wild-type": self.wild_type,
             "tokens-per-batch": tokens_per_batch,
             "window": self.window,
+            "precision": precision,
             "heat-map": None if self.heat_map is None else str(self.heat_map),
             "seed": self.seed,
         }

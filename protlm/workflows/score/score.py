@@ -10,9 +10,11 @@ from dataclasses import asdict
 import numpy as np
 
 from protlm import files
+from protlm.choices import UsedPrecision
 from protlm.data.records import shown
 from protlm.data.storage.protein_store import ProteinStore, open_proteins
 from protlm.errors import ProtlmError
+from protlm.inference.precision import set_precision, used_precision
 from protlm.inference.row_embeddings import default_tokens_per_batch
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
@@ -58,11 +60,13 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
     check_processes(request.devices)
     model, description = read_named_model(request.model)
     check_model(request, description)
+    precision = used_precision(request.precision, may_be_half=False)
+    set_precision(model, precision)
     tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()
     if process_rank(request.devices):
         from protlm.workflows.portion_devices import join
 
-        join(model, _work(ScoreFolder(request.out), model, request, tokens_per_batch), request.devices)
+        join(model, _work(ScoreFolder(request.out), model, request, tokens_per_batch, precision), request.devices)
         return None
     ScoreFolder(request.out).complete_killed_run(resume=request.resume)
     if not ScoreFolder(request.out).is_finished:
@@ -70,7 +74,7 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
         check_picture(request, ScoreFolder(request.out))
     inputs = ScoreInputs(request, description, start_progress)
     folder = ScoreFolder.opened(
-        request.out, description.weights_hash, request.options(tokens_per_batch),
+        request.out, description.weights_hash, request.options(tokens_per_batch, precision),
         resume=request.resume, force=request.force,
     )  # fmt: skip
     with folder.locked(), folder.kept_or_removed():
@@ -81,10 +85,10 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
             plan = Plan(proteins, folder.sites(), request.strategy, request.cut, tokens_per_batch)
             check_lengths(proteins, plan, request, description)
             folder.drop_unusable(plan.portion_sizes(), plan.num_columns)
-            _compute(_work(folder, model, request, tokens_per_batch), model, request, start_progress)
+            _compute(_work(folder, model, request, tokens_per_batch, precision), model, request, start_progress)
             reports = _assemble(folder, proteins, plan, inputs, request, start_progress)
             has_picture = request.heat_map is not None and folder.picture_path(request.heat_map).exists()
-            report = _report(request, proteins, plan, inputs, description, reports, has_picture=has_picture)
+            report = _report(request, proteins, plan, inputs, description, reports, precision, has_picture=has_picture)
             _finish(folder, report, request)
         report = ScoreReport.of(folder.report())
         work_folder.remove_finished(folder.path)
@@ -131,8 +135,10 @@ def _assemble(
     return reports
 
 
-def _work(folder: ScoreFolder, model: Performer, request: ScoreRequest, tokens_per_batch: int) -> ScoreWork:
-    return ScoreWork(folder, model, request.strategy, request.cut, tokens_per_batch)
+def _work(
+    folder: ScoreFolder, model: Performer, request: ScoreRequest, tokens_per_batch: int, precision: UsedPrecision
+) -> ScoreWork:
+    return ScoreWork(folder, model, request.strategy, request.cut, tokens_per_batch, precision)
 
 
 def check_lengths(proteins: ProteinStore, plan: Plan, request: ScoreRequest, description: ModelDescription) -> None:
@@ -174,6 +180,7 @@ def _report(
     inputs: ScoreInputs,
     description: ModelDescription,
     assays: list[AssayReport],
+    precision: UsedPrecision,
     *,
     has_picture: bool,
 ) -> ScoreReport:
@@ -185,6 +192,7 @@ def _report(
         out=str(request.out),
         heat_map=str(request.heat_map) if has_picture else None,
         strategy=request.strategy,
+        precision=precision,
         num_proteins=inputs.num_proteins,
         num_variants=inputs.num_variants,
         num_passes=int(counts.sum()),

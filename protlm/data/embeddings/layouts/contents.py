@@ -7,6 +7,7 @@ from typing import get_args
 import numpy as np
 
 from protlm import vocabulary
+from protlm.choices import UsedPrecision
 from protlm.data.digests import DIGEST_BYTES
 from protlm.data.embeddings.kinds import KINDS, RESIDUE_KINDS, Dtype, Kind
 from protlm.data.strings import Strings
@@ -38,6 +39,7 @@ class Contents:
         model_dim: Width of an embedding.
         dtype: Type of the stored numbers.
         model_hash: Hash of the model that makes them.
+        precision: Number type in which the model computes.
     """
 
     ids: Strings
@@ -50,6 +52,7 @@ class Contents:
     model_dim: int
     dtype: Dtype
     model_hash: str
+    precision: UsedPrecision = "32"
 
     def __post_init__(self) -> None:
         """Raises ValueError if the attributes contradict each other."""

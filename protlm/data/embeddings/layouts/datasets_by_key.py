@@ -49,6 +49,7 @@ class KeyedLayout(Layout):
                 dim=None if dataset is None else int(dataset.shape[-1]),
                 dtype=None if dataset is None else str(dataset.dtype),
                 model_hash=file.attrs["model_hash"],
+                precision=file.attrs.get("precision"),
             )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "KeyedWriter":
@@ -128,6 +129,7 @@ def _create(path: Path, layout: str, contents: Contents, keys: Strings) -> None:
     with columns.system_errors(path), columns.open_hdf5(path, "x", libver="earliest", track_order=True) as file:
         file.attrs["layout"] = layout
         file.attrs["model_hash"] = contents.model_hash
+        file.attrs["precision"] = contents.precision
         file.attrs["kind"] = kind
         file.attrs["layer"] = layer
         every = zip(keys, contents.ids, is_repeat(keys), strict=True)

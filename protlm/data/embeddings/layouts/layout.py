@@ -126,6 +126,7 @@ class OutputSummary:
         dim: Numbers of an embedding; None without any entry.
         dtype: Type of the stored numbers; None without any entry.
         model_hash: Hash of the model that made it.
+        precision: Number type in which that computed: `32`, `bf16` or `fp16`.
     """
 
     num_entries: int
@@ -135,6 +136,7 @@ class OutputSummary:
     dim: int | None = None
     dtype: str | None = None
     model_hash: str | None = None
+    precision: str | None = None
 
 
 class Layout(ABC):

@@ -43,6 +43,7 @@ class NativeLayout(Layout):
             dim=next((embeddings.dim for embeddings in opened if embeddings.kind != "logits"), first.dim),
             dtype=first.dtype,
             model_hash=first.model_hash,
+            precision=columns.file_attribute(out, "precision"),
         )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "EmbeddingsWriter":
@@ -143,3 +144,4 @@ def _write_header(file: h5py.File, contents: Contents) -> None:
     file.attrs["format_version"] = FORMAT_VERSION
     file.attrs["model_hash"] = contents.model_hash
     file.attrs["dtype"] = contents.dtype
+    file.attrs["precision"] = contents.precision

@@ -72,6 +72,7 @@ class NpzLayout(Layout):
             dim=None if some is None else some.shape[-1],
             dtype=None if some is None else str(some.dtype),
             model_hash=about.get("model_hash"),
+            precision=about.get("precision"),
         )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "NpzWriter":
@@ -90,7 +91,9 @@ class NpzWriter(LayoutWriter):
         self._suffixes = _suffixes(contents)
         self._file: BinaryIO = path.open("wb")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        about = {"columns": contents.columns, "model_hash": contents.model_hash}
+        about = {
+            "columns": contents.columns, "model_hash": contents.model_hash, "precision": contents.precision
+        }  # fmt: skip
         self._archive.comment = _MARK + b" " + json.dumps(about).encode()
 
     def flush(self) -> None:

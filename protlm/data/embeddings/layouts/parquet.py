@@ -65,6 +65,7 @@ class ParquetLayout(Layout):
                 dim=len(rows["embedding"][0]) if rows else None,
                 dtype=str(np.dtype(schema.field("embedding").type.value_type.to_pandas_dtype())),
                 model_hash=about["model_hash"],
+                precision=about.get("precision"),
             )
 
     def open(self, path: Path, contents: Contents, *, resume: bool) -> "ParquetWriter":
@@ -84,7 +85,9 @@ class ParquetWriter(LayoutWriter):
 
         super().__init__(contents, resume=False)
         ((kind, layer),) = contents.columns
-        description = {"kind": kind, "layer": layer, "model_hash": contents.model_hash}
+        description = {
+            "kind": kind, "layer": layer, "model_hash": contents.model_hash, "precision": contents.precision,
+        }  # fmt: skip
         number = pyarrow.from_numpy_dtype(np.dtype(contents.dtype))
         columns = [("id", pyarrow.string()), ("length", pyarrow.int64()), ("embedding", pyarrow.list_(number))]
         self._schema = pyarrow.schema(columns, {_METADATA_KEY: json.dumps(description, sort_keys=True)})

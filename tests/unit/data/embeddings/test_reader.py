@@ -102,6 +102,7 @@ def test_the_layout_is_the_one_of_the_contract(path):
             "format": "protlm-embeddings",
             "format_version": 1,
             "model_hash": "abc",
+            "precision": "32",
             "dtype": "float32",
         }
         assert file["per-residue/layer_6"].shape == (9, 4)

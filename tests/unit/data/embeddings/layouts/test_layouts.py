@@ -253,7 +253,9 @@ def test_hdf5_layouts_tell_the_model_and_what_they_hold(tmp_path):
     for name in ("uniprot", "bio-embeddings", "biotrainer"):
         write_all(name, tmp_path / name, contents_of(kinds=["cls"], layers=[4]))
         with h5py.File(tmp_path / name) as file:
-            assert dict(file.attrs) == {"layout": name, "model_hash": "abc", "kind": "cls", "layer": 4}
+            assert dict(file.attrs) == {
+                "layout": name, "model_hash": "abc", "precision": "32", "kind": "cls", "layer": 4,
+            }  # fmt: skip
 
 
 @pytest.mark.parametrize(
