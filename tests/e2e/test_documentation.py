@@ -77,7 +77,7 @@ def _write_labels(folder, proteins):
             enumerate(proteins)]  # fmt: skip
     (folder / "my_labels.csv").write_text("\n".join(["id,sequence,label,stability", *rows]) + "\n")
     strings = [(record_id, "".join("HC?"[ord(letter) % 3] for letter in sequence)) for record_id, sequence in proteins]
-    write_fasta(folder / "my_structures.fasta", strings)
+    write_fasta(folder / "my_structures.fa", strings)
 
 
 def _write_mutants(folder):
