@@ -16,9 +16,11 @@ from tests.e2e.conftest import write_fasta
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUM_PROTEINS = 60
-# The one change to a documented command: no reader waits for a test, so training ends after so many updates. They are
+# What is changed in a documented command: no reader waits for a test, so training ends after so many updates. They are
 # updates of the documented configuration, on its documented rows. And nothing measures the time of updates or titin.
 TRAINING_LIMIT = ["--max-steps", "3"]
+# And one draw of folds stands for three.
+PROBE_LIMIT = ["--seeds", "1"]
 
 _BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"^(?:\$ )?protlm (.*)$", re.MULTILINE)
@@ -67,7 +69,7 @@ def test_every_documented_command_and_python_line_works(tmp_path, monkeypatch, p
                 exec(compile(text, f"{document.name}, block {number}", "exec"), names)
                 continue
             for words in commands(text):
-                limit = TRAINING_LIMIT if words[0] == "train" else []
+                limit = {"train": TRAINING_LIMIT, "probe": PROBE_LIMIT}.get(words[0], [])
                 assert main([*words, *limit]) == 0, f"{document.name}: protlm {shlex.join(words)}"
 
 
