@@ -1,7 +1,7 @@
 """Measures how far half precision moves the embeddings and the predictions of a model: the table of embeddings.md.
 
-The numbers are those of any machine, whether it has units for half precision or not: the types and what is rounded are
-the same, and only the order of sums differs.
+On a CPU, and the same there whether it has units for half precision or not: what is rounded is the same, and only the
+order of sums differs. A GPU also computes FAVOR and local attention in half precision, which a CPU does in float32.
 """
 
 import argparse

@@ -18,6 +18,7 @@ from protlm.config import ModelConfig
 from protlm.inference.attention_weights import visit_protein
 from protlm.model.attention import SelfAttention
 from protlm.model.attention_calls import AttentionCall
+from protlm.model.half_precision import halve
 from protlm.model.performer import Performer
 from protlm.model.skeleton import skeleton
 from protlm.runtime.progress import Advance, no_advance
@@ -157,6 +158,9 @@ def exact_twin(model: Performer) -> Performer:
     changes = {"attention": kinds, "estimator": False, "qk_balance": False}
     result = skeleton(ModelConfig.model_validate({**model.config.model_dump(), **changes}))
     state = model.state_dict()
+    dtype = model.encoder_layers()[0].ffn_out.weight.dtype
+    if dtype != torch.float32:
+        halve(result, dtype)
     result.load_state_dict({name: state[name] for name in result.state_dict()}, assign=True)
     return result.eval()
 

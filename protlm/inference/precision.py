@@ -26,8 +26,8 @@ def used_precision(wanted: InferencePrecision, *, may_be_half: bool) -> UsedPrec
     if wanted != "32" and not has_half_precision_units(wanted):
         what = "GPU" if device.type == "cuda" else "processor"
         raise ProtlmError(
-            f"--precision {wanted}: this {what} has no units for {NAMES[wanted]} and would be slower in it than in "
-            "float32; take --precision 32"
+            f"precision {wanted}: as far as PyTorch can tell this {what} has no units for {NAMES[wanted]}, and would "
+            "be slower in it than in float32; take precision 32"
         )
     return wanted
 
@@ -44,5 +44,5 @@ def set_precision(model: Performer, precision: UsedPrecision) -> None:
 def overflow_hint(precision: UsedPrecision) -> str:
     """Returns what to do about numbers that are not finite: in float16 they may be beyond its range."""
     if precision == "fp16":
-        return "float16 ends at 65,504: take --precision 32, or bf16 where the machine has it"
+        return "float16 ends at 65,504: take precision 32, or bf16 where the machine has it"
     return "the model is of no use"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protlm.inference.correlation import mean_ranks, pearson
+from protlm.inference.correlation import mean_ranks
 from protlm.inference.metrics import FEWEST_UNITS, NUM_REPLICATES, Estimate, estimate, replicate_weights
 
 CLASS_METRICS = ("accuracy", "macro_f1", "mcc")
@@ -43,9 +43,9 @@ def measure_probes(
 
     For classes: accuracy; the mean F1 of all classes that occur or are predicted (macro F1); the Matthews correlation
     of all classes together (MCC, Gorodkin's R_K). For values: Spearman's correlation; R², 1 − the squared errors over
-    those of the mean; the mean absolute error. Where rows were predicted in several folds, Spearman's correlation is
-    the mean over the folds: between folds, a prediction without any knowledge is low where the labels of the fold are
-    high. Cost: O(rows) for each replicate and prediction.
+    those of the mean; the mean absolute error. Where rows were predicted in several folds, ranks are those within the
+    fold: between folds, a prediction without any knowledge is low where the labels of the fold are high. Cost: O(rows)
+    for each replicate and prediction.
 
     Args:
         truth: The label of each row: the number of a class, int64, or a value, float64.
@@ -130,16 +130,19 @@ def _value_metrics(
         total = drawn.sum()
         if not total or not np.ptp(truth[drawn > 0]):
             return np.full(len(VALUE_METRICS), np.nan)
-        correlations, sizes = [], []
+        ranks = np.zeros((2, len(truth)))
         for rows, of_fold in zip(parts, groups, strict=True):
             of_rows = drawn[rows]
-            ranks = [mean_ranks(np.bincount(numbers, of_rows))[numbers] for numbers in of_fold]
-            correlation = pearson(ranks[0], ranks[1], of_rows)
-            # Constant predictions rank nothing; a fold whose labels are all equal tells nothing.
-            if correlation is not None or len(np.unique(truth[rows][of_rows > 0])) > 1:
-                correlations.append(correlation or 0.0)
-                sizes.append(of_rows.sum())
-        spearman = np.average(correlations, weights=sizes) if sizes else np.nan
+            if size := of_rows.sum():
+                for place, numbers in enumerate(of_fold):
+                    # From −½ to ½ in every fold, whose mean rank is 0.
+                    in_fold = mean_ranks(np.bincount(numbers, of_rows))[numbers]
+                    ranks[place, rows] = (in_fold - (size + 1) / 2) / size
+        squared = [drawn @ each**2 for each in ranks]
+        # A constant prediction ranks nothing; labels that differ in no fold tell nothing.
+        spearman = 0.0 if squared[0] else np.nan
+        if min(squared) > 0:
+            spearman = drawn @ (ranks[0] * ranks[1]) / np.sqrt(squared[0] * squared[1])
         variance = drawn @ (truth - drawn @ truth / total) ** 2
         return np.array([spearman, 1 - drawn @ squares / variance, drawn @ distances / total])
 

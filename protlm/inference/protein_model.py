@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import torch
 
 from protlm import vocabulary
 from protlm.choices import InferencePrecision, ResidueContext, ScoreStrategy
@@ -13,6 +14,7 @@ from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batching.rows import packed_in_order
 from protlm.data.embeddings.kinds import KINDS, Kind, absolute_layer
 from protlm.data.mutations import Substitution, mutated, parse_mutant
+from protlm.errors import ProtlmError
 from protlm.inference.long_proteins import Cut
 from protlm.inference.marginals import (
     CONTEXTS,
@@ -22,7 +24,7 @@ from protlm.inference.marginals import (
     perplexity_score,
     pseudo_losses,
 )
-from protlm.inference.precision import set_precision, used_precision
+from protlm.inference.precision import overflow_hint, set_precision, used_precision
 from protlm.inference.row_embeddings import RowEmbedder, default_tokens_per_batch, merge_windows
 from protlm.inference.sequences import described, each_tokens, tokens_of
 from protlm.model.performer import Performer
@@ -40,6 +42,7 @@ class ProteinModel:
 
     def __init__(self, model: Performer, description: ModelDescription) -> None:
         self._model = model.eval()
+        self._is_float16 = model.encoder_layers()[0].ffn_out.weight.dtype == torch.float16
         self.description = description
 
     @property
@@ -134,7 +137,9 @@ class ProteinModel:
         wanted = _positions(positions, len(tokens))
         needed, rows = np.unique(wanted, return_inverse=True)
         budget = tokens_per_batch or default_tokens_per_batch()
-        return marginals(self._model, tokens, needed, strategy, Cut(window=window), budget)[rows]
+        logs = marginals(self._model, tokens, needed, strategy, Cut(window=window), budget)
+        self._check_range(logs, "sequence")
+        return logs[rows]
 
     def score(
         self,
@@ -180,9 +185,12 @@ class ProteinModel:
             encoded = (vocabulary.encode(sequence.encode()) for sequence in sequences)
             losses = pseudo_losses(self._model, encoded, cut, budget)
             wild_type = next(losses)
-            return np.array([perplexity_score(wild_type, loss) for loss in losses], dtype=np.float64)
+            scores = np.array([perplexity_score(wild_type, loss) for loss in losses], dtype=np.float64)
+            self._check_range(scores, "mutations")
+            return scores
         needed = np.unique(np.array([s.position for mutant in mutants for s in mutant], dtype=np.int64))
         logs = marginals(self._model, tokens, needed, CONTEXTS[strategy], cut, budget)
+        self._check_range(logs, "sequence")
         return np.array([marginal_score(logs, needed, mutant) for mutant in mutants], dtype=np.float64)
 
     def pseudo_perplexity(
@@ -206,7 +214,7 @@ class ProteinModel:
         proteins = each_tokens(sequences, self._reach(window))
         budget = tokens_per_batch or default_tokens_per_batch()
         losses = pseudo_losses(self._model, proteins, Cut(window=window), budget)
-        return (float(np.exp(loss)) for loss in losses)
+        return (self._perplexity(loss, f"sequences[{number}]") for number, loss in enumerate(losses))
 
     def _check_masked(self) -> None:
         if self.description.model.causal:
@@ -253,11 +261,25 @@ class ProteinModel:
     def _compute(
         self, proteins: Iterable[np.ndarray], kinds: Sequence[Kind], layer: int, tokens_per_batch: int | None
     ) -> Iterator[dict[str, np.ndarray]]:
-        embedder = RowEmbedder(self._model, kinds, (layer,))
+        embedder, number = RowEmbedder(self._model, kinds, (layer,)), 0
         for row in packed_in_order(proteins, _num_tokens, tokens_per_batch or default_tokens_per_batch()):
             for protein, sums in zip(row, embedder(row), strict=True):
                 # A vector that the caller keeps must not keep the whole row in memory.
-                yield {kind: array.copy() for (kind, _), array in merge_windows([sums], len(protein)).items()}
+                merged = merge_windows([sums], len(protein))
+                for array in merged.values():
+                    self._check_range(array, f"sequences[{number}]")
+                number += 1
+                yield {kind: array.copy() for (kind, _), array in merged.items()}
+
+    def _perplexity(self, loss: float, name: str) -> float:
+        self._check_range(np.array(loss), name)
+        return float(np.exp(loss))
+
+    def _check_range(self, results: np.ndarray, name: str) -> None:
+        """Raises ProtlmError if some results are no numbers in a model that computes in float16."""
+        # A token that the model lacks has the logit −∞.
+        if self._is_float16 and (np.isnan(results).any() or np.isposinf(results).any()):
+            raise ProtlmError(f"{name}: its results are not finite; {overflow_hint('fp16')}")
 
 
 def load_model(
@@ -273,8 +295,8 @@ def load_model(
     Args:
         name: An existing path: a model directory, a run of `protlm train`, a Hugging Face directory or a checkpoint
             `.pt` of fairseq; otherwise `OWNER/NAME[@REVISION]` on the Hugging Face hub.
-        precision: Number type of weights and matrix products: `32`, `bf16` or `fp16`; `auto`: bfloat16 on a GPU that
-            has it, else float32. What is returned is float32 in any case.
+        precision: Number type of weights and matrix products: `32`, `bf16` or `fp16`; `auto` is `32`. What is returned
+            is float32 in any case.
         revision: Branch, tag or commit on the hub.
         token: For models of the hub that ask for one.
         local_files_only: Take a model of the hub from its cache only.
@@ -286,7 +308,7 @@ def load_model(
     """
     if precision not in get_args(InferencePrecision):
         raise ValueError(f"precision: expected {_one_of(InferencePrecision)}, got {precision!r}")
-    used = used_precision(precision, may_be_half=True)
+    used = used_precision(precision, may_be_half=False)
     model, description = read_named_model(name, revision=revision, token=token, local_files_only=local_files_only)
     set_precision(model, used)
     return ProteinModel(model.to(best_device()), description)

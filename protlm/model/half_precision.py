@@ -1,8 +1,8 @@
 """Half-precision weights of the linear layers, for inference: hides where a model changes its number type.
 
-A linear layer holds its weights in bfloat16 or float16, multiplies in it, and hands its result on in it; what is summed
-stays in float32: the residual stream, norms, sums of the attention, logits. So attention gets q, k and v in half
-precision, and a number changes its type only at the entrance of a linear layer.
+A linear layer holds its weights in bfloat16 or float16, multiplies in it, and hands its result on in it: attention gets
+q, k and v in half precision, and the convolution before it works on them so. The residual stream, all norms, the sums
+inside attention and the logits are float32.
 """
 
 import torch
@@ -31,7 +31,7 @@ class HalfLinear(nn.Linear):
 def halve(model: Performer, dtype: torch.dtype) -> None:
     """Gives every linear layer of a model half-precision weights, in place; it cannot be trained any more.
 
-    Embeddings, norms, convolutions, random features and the decoder of the head keep float32.
+    The weights of embeddings, norms, convolutions, random features and of the decoder of the head stay float32.
 
     Args:
         model: The model, in float32.

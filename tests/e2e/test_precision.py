@@ -67,10 +67,23 @@ def test_a_run_in_another_precision_is_not_resumed(run_dir, few, tmp_path, has_u
         patched.setattr(embed_module, "assemble", stop)
         assert main(["embed", str(run_dir), str(few), "--out", str(tmp_path / "x.h5"), "--precision", "bf16"]) == 130
     line = failure("embed", run_dir, few, "--out", tmp_path / "x.h5", "--resume")
-    assert "precision" in line
+    assert "made with other options" in line
     assert (
         main(["embed", str(run_dir), str(few), "--out", str(tmp_path / "x.h5"), "--resume", "--precision", "bf16"]) == 0
     )
+
+
+def test_a_folder_of_the_version_before_is_resumed_in_float32(run_dir, few, tmp_path, monkeypatch, capsys):
+    from protlm.workflows.embed import embed as embed_module
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embed_module, "assemble", stop)
+        assert main(["embed", str(run_dir), str(few), "--out", str(tmp_path / "x.h5")]) == 130
+    assert "precision" not in (tmp_path / "x.h5.partial" / "work.json").read_text()
+    assert main(["embed", str(run_dir), str(few), "--out", str(tmp_path / "x.h5"), "--resume"]) == 0
 
 
 def test_eval_in_half_precision_is_near_and_says_so(run_dir, dataset, tmp_path, has_units, capsys):
@@ -134,10 +147,16 @@ def test_beyond_the_range_of_float16_the_protein_is_named(
         ("score", model, few, "--all-singles", "--out", tmp_path / "x.csv"),
     ):
         line = failure(*words, "--precision", "fp16")
-        assert "float16 ends at 65,504: take --precision 32, or bf16" in line
+        assert "float16 ends at 65,504: take precision 32, or bf16" in line
         assert any(name in line for name in names)
     assert not (tmp_path / "x.h5").exists()
     assert not (tmp_path / "report").exists()
+    for words in (["--as-trained"], ["--random-weights"], ["--pseudo-perplexity", "2"]):
+        # In every pass.
+        assert (
+            main(["eval", str(run_dir), str(dataset), "--out", str(tmp_path / words[0]), "--precision", "fp16", *words])
+            == 0
+        )
     # In float32 the same model computes.
     assert main(["embed", str(model), str(few), "--out", str(tmp_path / "y.h5")]) == 0
 

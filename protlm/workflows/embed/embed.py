@@ -16,7 +16,7 @@ from protlm.data.embeddings.kinds import Dtype
 from protlm.data.residue_counts import count_residues
 from protlm.data.storage.protein_store import ProteinStore
 from protlm.inference.long_proteins import Cut
-from protlm.inference.precision import set_precision
+from protlm.inference.precision import set_precision, used_precision
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_names import read_named_model
@@ -115,6 +115,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
             for the model, or an unfinished run with other inputs, options or model.
     """
     check_processes(request.devices)
+    used_precision(request.precision, may_be_half=True)
     model, description = read_named_model(request.model)
     settings = settings_of(request, description)
     set_precision(model, settings.precision)

@@ -114,7 +114,8 @@ class EmbedSettings:
             "tokens-per-batch": self.tokens_per_batch,
             "window": self.cut.window,
             "truncate": self.cut.truncate,
-            "precision": self.precision,
+            # Earlier versions had none.
+            **({} if self.precision == "32" else {"precision": self.precision}),
         }
 
 

@@ -81,8 +81,8 @@ def evaluate(request: EvalRequest, *, start_progress: StartProgress = no_progres
             existing report.
     """
     dataset, splits = check_request(request)
-    model, description = read_named_model(request.model)
     precision = used_precision(request.precision, may_be_half=False)
+    model, description = read_named_model(request.model)
     set_precision(model, precision)
     evaluation = _Evaluation(request, dataset, model.to(best_device()), description, precision)
     shown = find_proteins(splits, request.attention)
@@ -156,8 +156,7 @@ class _Evaluation:
         """Measures everything on one split."""
         breakdowns = Breakdowns(split)
         watchers: list[Watcher] = [lambda _mask, scores, resampled: breakdowns.add(scores, resampled)]
-        if self._precision == "fp16":
-            watchers.append(lambda _mask, scores, _resampled: _check_range(split, scores))
+        watchers += self._range_watchers(split)
         if table is not None:
             watchers.append(lambda mask, scores, _resampled: table.add(split, mask, scores))
         baselines: dict[str, Predict] = {"empirical": empirical(self._counts)}
@@ -201,6 +200,12 @@ class _Evaluation:
             advance=start_progress("approximation", approximation_residues(split)),
         )
 
+    def _range_watchers(self, split: Split) -> tuple[Watcher, ...]:
+        """Returns what watches in float16 that every number is within its range."""
+        if self._precision != "fp16":
+            return ()
+        return (lambda _mask, scores, _resampled: _check_range(split, scores),)
+
     def _further_rows(self, split: Split, advance: Advance) -> dict[str, dict[str, float | None]]:
         """Returns the rows that are measured on request only."""
         rows = {}
@@ -208,11 +213,13 @@ class _Evaluation:
             twin = Performer(self._description.model)
             twin.reset(self._request.seed)
             set_precision(twin, self._precision)
-            sums = measure_split(twin.to(best_device()), split, self._masks, {}, advance=advance)
+            watchers = self._range_watchers(split)
+            sums = measure_split(twin.to(best_device()), split, self._masks, {}, watchers=watchers, advance=advance)
             rows["random_weights"] = score_row(sums["model"])
         if self._request.as_trained:
             copies = {"copies": copies_of_the_visible(self._counts, self._as_trained.objective)}
-            sums = measure_split(self._model, split, self._as_trained, copies, advance=advance)
+            watchers = self._range_watchers(split)
+            sums = measure_split(self._model, split, self._as_trained, copies, watchers=watchers, advance=advance)
             rows |= {"model_as_trained": score_row(sums["model"]), "copies": score_row(sums["copies"])}
         return rows
 
@@ -224,6 +231,8 @@ class _Evaluation:
         for _, scores in score_rows(
             self._model, single_residue_rows(split, records, self._request.tokens_per_batch), advance=advance
         ):
+            if self._precision == "fp16":
+                _check_range(split, scores)
             members, terms = sums_by_protein(scores)
             keys = [resampling_key(split, record) for record in members.tolist()]
             sums.add(terms, replicate_weights(keys, self._request.seed), keys)

@@ -12,6 +12,8 @@ from protlm.workflows.probe.targets import Groups, Targets
 _VALID_SHARE = 5
 """One in so many proteins of a given training set selects, where it names no `valid` proteins; and one in so many of
 the rows that a fit may take."""
+_UNEVEN = 1.5
+"""So many times as many proteins as a fold should have make it uneven."""
 _LEAST_SAMPLED = 2
 """Rows of each class, where there are as many, that a sample to fit has at least."""
 
@@ -23,6 +25,7 @@ class Folds:
         is_given: Whether the labels name the split.
         num_shared: Of a given split, proteins to test whose sequence is also fitted.
         num_related: Of a given split, further ones of whose cluster a protein is fitted.
+        largest: Proteins of the largest group, where drawn folds cannot be even for it; else 0.
     """
 
     def __init__(self, request: ProbeRequest, labelled: LabelledProteins, targets: Targets, groups: Groups) -> None:
@@ -30,7 +33,11 @@ class Folds:
         self._request, self._targets, self._groups = request, targets, groups.numbers
         self._splits = np.array(labelled.splits)
         self.is_given = bool(any(labelled.splits))
-        self.num_shared = self.num_related = 0
+        self.num_shared = self.num_related = self.largest = 0
+        if not self.is_given:
+            proteins = np.unique(targets.proteins)
+            largest = int(np.bincount(groups.numbers[proteins]).max())
+            self.largest = largest if largest > _UNEVEN * len(proteins) / request.num_folds else 0
         if self.is_given:
             proteins = np.unique(targets.proteins)
             is_test = self._splits[proteins] == "test"
@@ -61,7 +68,7 @@ class Folds:
         return folds
 
     def _sample(self, rows: np.ndarray, generator: np.random.Generator, most: int) -> np.ndarray:
-        """Returns a sample of at most so many rows, but with some of each class."""
+        """Returns a sample of so many rows, or of more if those are needed for some of each class."""
         if len(rows) <= most:
             return rows
         shuffled = generator.permutation(rows)
@@ -111,28 +118,27 @@ class Folds:
     def _divided(self, proteins: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
         """Returns a division of proteins into parts, by groups; classes of proteins are spread evenly.
 
-        The largest groups first, each goes to the part that has fewest of its most frequent class, and of those to the
-        one with fewest proteins.
+        The largest groups first, each goes to the part where the shares of its classes become most even, rare classes
+        as much as frequent ones, and of equal parts to the one with fewest proteins.
         """
         strata = np.zeros(len(proteins), dtype=np.int64)
         if self._targets.task == "classification":
             strata = self._targets.values[np.searchsorted(self._targets.proteins, proteins)]
         _, groups = np.unique(self._groups[proteins], return_inverse=True)
-        members: list[list[int]] = [[] for _ in range(int(groups.max()) + 1)]
-        for place, group in enumerate(groups.tolist()):
-            members[group].append(place)
+        members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
         generator = np.random.Generator(np.random.PCG64([seed, 0]))
         order = generator.permutation(len(members))
         order = order[np.argsort([-len(members[group]) for group in order.tolist()], kind="stable")]
-        of_class = np.zeros((count, int(strata.max()) + 1))
-        # Otherwise every class would begin with the same part.
-        ties = generator.random((int(strata.max()) + 1, count))
+        totals = np.bincount(strata).astype(np.float64)
+        of_class, sizes = np.zeros((len(totals), count)), np.zeros(count)
         part_of = np.empty(len(proteins), dtype=np.int64)
         for group in order.tolist():
-            classes = np.bincount(strata[members[group]], minlength=of_class.shape[1])
-            main = int(classes.argmax())
-            part = int(np.lexsort((ties[main], of_class.sum(axis=1), of_class[:, main]))[0])
-            of_class[part] += classes
+            classes, counts = np.unique(strata[members[group]], return_counts=True)
+            # By how much the sum of the squares of the shares grows, up to what is the same for all parts.
+            growth = (of_class[classes] * counts[:, None] / totals[classes, None] ** 2).sum(axis=0)
+            part = int(np.lexsort((generator.random(count), sizes, np.round(growth, 12)))[0])
+            of_class[classes, part] += counts
+            sizes[part] += counts.sum()
             part_of[members[group]] = part
         return [proteins[part_of == part] for part in range(count)]
 
@@ -154,15 +160,19 @@ class Folds:
             return
         unknown = np.setdiff1d(values[fold.test], np.concatenate([values[fold.train], values[fold.valid]]))
         if len(unknown):
-            count = int((values[fold.test] == unknown[0]).sum())
+            of_class = values == unknown[0]
+            count = int((of_class[fold.test]).sum())
+            num_groups = len(np.unique(self._groups[self._targets.proteins[of_class]]))
             others = f" and {len(unknown) - 1:,} more classes" if len(unknown) > 1 else ""
             where = "in the test split" if self.is_given else "in one fold"
             name = names[int(unknown[0])]
-            step = (
-                f"leave it out with --ignore {name!r}"
-                if self._targets.task == "per-residue"
-                else "remove it, or leave out rare classes with --min-class-size"
-            )
+            step = "remove it, or leave out rare classes with --min-class-size"
+            if self._targets.task == "per-residue":
+                step = f"leave it out with --ignore {name!r}"
+            elif num_groups == 1 and count > 1:
+                step = "all are of one cluster, or have the same sequence: remove it"
+            elif num_groups > 1 and not self.is_given:
+                step += ", or draw others with --seed"
             raise ProtlmError(
                 f"{self._request.labels}: class {shown(name)}{others} occurs only {where} ({count:,} times), so that "
                 f"nothing can learn it; {step}"

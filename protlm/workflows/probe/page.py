@@ -134,7 +134,7 @@ def _method_section(report: ProbeReport) -> Section:
     chosen = ", ".join(f"layer {layer}: {count}" for layer, count in report.chosen.items())
     text = Text(
         f"The probe is a {fit} on labels that are neither fitted nor tested; it is then fitted again on both. Tested "
-        f"is {divided}. Scores are means over the seeds, and Spearman's correlation is also the mean over the folds. "
+        f"is {divided}. Scores are means over the seeds, and ranks are those within a fold. "
         f"Standard errors and intervals are of a bootstrap over the tested {report.resampled}; they do not hold what "
         "another training set, other folds or other random weights would change. The row **model** takes the layer "
         "that was chosen without the tested labels; the best of the other rows was chosen by the tested labels, and is "

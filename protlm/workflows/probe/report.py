@@ -1,8 +1,8 @@
 """The content of probe.json, and the verdict in words."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -180,16 +180,23 @@ def verdict_of(label: str, metric: str, scores: ProbeScores, best: str, *, num_u
     if num_units < FEWEST_UNITS or math.isnan(own.value):
         return f"Too few proteins were tested for an interval, so this decides nothing: {figures}."
     if gain.low is None or gain.high is None:
-        return f"The model adds nothing to the baselines: {figures}, on every draw of the proteins."
-    difference = f"difference {gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}".replace("-", "−")
+        # It is the same on every draw.
+        gain = replace(gain, low=gain.value, high=gain.value)
+        difference = f"difference {gain.value:+.3f} on every draw of the proteins".replace("-", "−")
+    else:
+        difference = f"difference {gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+        difference = difference.replace("-", "−")
+    assert gain.low is not None
+    assert gain.high is not None
     # A weaker baseline may differ less surely.
-    unsure = [name for name, each in scores.gains.items() if name != best and (each.low is None or each.low <= 0)]
+    lows = {name: each.value if each.low is None else each.low for name, each in scores.gains.items() if name != best}
+    unsure = [name for name, low in lows.items() if low <= 0]
     if gain.low > 0 and not unsure:
         return f"The model knows more about {label} than every baseline: {figures} ({difference})."
     if gain.low > 0:
         listed = ", ".join(BASELINE_NAMES[name] for name in unsure)
         return f"Whether the model adds anything to {listed} cannot be told; {figures} ({difference})."
-    if gain.high < 0:
+    if gain.high <= 0:
         return f"The model adds nothing to the baselines: {figures} ({difference})."
     return f"Whether the model adds anything to the baselines cannot be told: {figures} ({difference})."
 
@@ -252,6 +259,12 @@ def _warnings(
             f"further proteins to test with a member of their cluster in train or valid: {folds.num_related:,}; every "
             "score is better than it would be on others"
         )
+    if folds.largest:
+        lines.append(
+            f"the largest cluster, or set of equal sequences, has {folds.largest:,} of "
+            f"{len(np.unique(targets.proteins)):,} proteins: folds are uneven, and much of the score may come from "
+            "a fit on few"
+        )
     if num_contradictions := _num_contradictions(labelled, targets):
         lines.append(f"proteins whose label differs from that of an equal sequence: {num_contradictions:,}")
     if groups.num_unclustered:
@@ -270,9 +283,12 @@ def _warnings(
 
 
 def _num_contradictions(labelled: LabelledProteins, targets: Targets) -> int:
-    labels: Sequence[str | float] = targets.values.tolist() if targets.is_regression else labelled.labels
+    if targets.task == "per-residue":
+        labels: dict[int, str | float] = dict(enumerate(labelled.labels))
+    else:
+        labels = dict(zip(targets.proteins.tolist(), targets.values.tolist(), strict=True))
     first = np.asarray(labelled.proteins.first).tolist()
-    return sum(labels[record] != labels[leader] for record, leader in enumerate(first))
+    return sum(labels[record] != labels.get(first[record], labels[record]) for record in labels)
 
 
 def _in_json(value: Any) -> Any:

@@ -163,16 +163,20 @@ def groups_of(request: ProbeRequest, labelled: LabelledProteins) -> Groups:
 
 def _joined(first: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Returns the smallest protein that each is joined with, by equal sequences and by clusters, over any steps."""
-    leaders = first.copy()
-    is_clustered = clusters != UNLABELLED
-    while True:
-        before = leaders.copy()
-        for keys, rows in ((clusters[is_clustered], np.flatnonzero(is_clustered)), (first, np.arange(len(first)))):
-            smallest = np.full(int(keys.max()) + 1, len(first), dtype=np.int64)
-            np.minimum.at(smallest, keys, leaders[rows])
-            leaders[rows] = smallest[keys]
-        if np.array_equal(before, leaders):
-            return leaders
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    # Proteins and, behind them, clusters are the nodes of a graph.
+    size = len(first)
+    clustered = np.flatnonzero(clusters != UNLABELLED)
+    ends = np.concatenate([first, size + clusters[clustered]])
+    starts = np.concatenate([np.arange(size), clustered])
+    num_nodes = size + int(clusters.max()) + 1
+    graph = coo_array((np.ones(len(starts), dtype=np.int8), (starts, ends)), shape=(num_nodes, num_nodes))
+    _, components = connected_components(graph, directed=False)
+    _, leaders, numbers = np.unique(components[:size], return_index=True, return_inverse=True)
+    joined: np.ndarray = leaders[numbers]
+    return joined
 
 
 def _is_number(label: str) -> bool:

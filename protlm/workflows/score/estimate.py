@@ -99,8 +99,8 @@ def estimate(
     if not (request.resume and folder.is_finished):
         check_replaceable(request)
         check_picture(request, folder)
-    model, description = read_named_model(request.model)
     precision = used_precision(request.precision, may_be_half=False)
+    model, description = read_named_model(request.model)
     set_precision(model, precision)
     check_model(request, description)
     tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()

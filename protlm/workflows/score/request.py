@@ -106,7 +106,8 @@ class ScoreRequest:
             "wild-type": self.wild_type,
             "tokens-per-batch": tokens_per_batch,
             "window": self.window,
-            "precision": precision,
+            # Earlier versions had none.
+            **({} if precision == "32" else {"precision": precision}),
             "heat-map": None if self.heat_map is None else str(self.heat_map),
             "seed": self.seed,
         }

@@ -58,9 +58,9 @@ def score(request: ScoreRequest, *, start_progress: StartProgress = no_progress)
     """
     check_options(request)
     check_processes(request.devices)
+    precision = used_precision(request.precision, may_be_half=False)
     model, description = read_named_model(request.model)
     check_model(request, description)
-    precision = used_precision(request.precision, may_be_half=False)
     set_precision(model, precision)
     tokens_per_batch = request.tokens_per_batch or default_tokens_per_batch()
     if process_rank(request.devices):

@@ -39,7 +39,9 @@ def test_on_a_gpu_auto_is_bfloat16_where_it_may_be_and_the_gpu_has_it(units, mon
 @pytest.mark.parametrize(("name", "words"), [("bf16", "bfloat16"), ("fp16", "float16")])
 def test_what_the_machine_would_emulate_is_refused(units, name, words):
     units()
-    message = f"--precision {name}: this processor has no units for {words} .*; take --precision 32"
+    message = (
+        f"precision {name}: as far as PyTorch can tell this processor has no units for {words}, .*; take precision 32"
+    )
     with pytest.raises(ProtlmError, match=message):
         used_precision(name, may_be_half=True)
     assert used_precision("32", may_be_half=True) == "32"
@@ -99,8 +101,23 @@ def test_a_loaded_model_computes_in_the_precision(units, tmp_path):
     assert np.array_equal(means["auto"], means["32"])
     assert not np.array_equal(means["bf16"], means["32"])
     assert np.allclose(means["bf16"], means["32"], atol=0.03 * np.abs(means["32"]).max())
+    units("fp16")
+    with torch.no_grad():
+        network.layers[0].ffn_in.weight.mul_(1e6)
+    save_model(tmp_path / "large", network, description)
+    large = load_model(tmp_path / "large", precision="fp16")
+    for call in (
+        lambda: list(large.embed(["MKVL", "MKVLAGG"])),
+        lambda: list(large.logits(["MKVL"])),
+        lambda: large.log_probabilities("MKVL"),
+        lambda: large.score("MKVL", ["K2A"]),
+        lambda: large.score("MKVL", ["K2A"], "pseudo-perplexity"),
+        lambda: list(large.pseudo_perplexity(["MKVL"])),
+    ):
+        with pytest.raises(ProtlmError, match="its results are not finite; float16 ends at 65,504"):
+            call()
     units()
-    with pytest.raises(ProtlmError, match="--precision bf16"):
+    with pytest.raises(ProtlmError, match="precision bf16"):
         load_model(tmp_path / "model", precision="bf16")
     with pytest.raises(ValueError, match="precision: expected 'auto' or '32' or 'bf16' or 'fp16', got 'float16'"):
         load_model(tmp_path / "model", precision="float16")

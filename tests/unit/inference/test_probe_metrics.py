@@ -123,8 +123,22 @@ def test_in_several_folds_ranks_are_compared_within_each(random):
     within = [
         scipy.stats.spearmanr(truth[folds == number], predicted[folds == number]).statistic for number in range(5)
     ]
+    # Folds of one size count alike.
     assert spearman([folds]) == pytest.approx(np.mean(within))
     assert spearman([folds]) > spearman(None) + 0.05
+
+
+@pytest.mark.parametrize(("size", "num_folds"), [(12, 5), (30, 5), (60, 20), (100, 5)])
+def test_a_perfect_prediction_is_perfect_in_every_draw(random, size, num_folds):
+    truth, folds = random.normal(size=size), np.arange(size) % num_folds
+    scores = measure_probes(
+        truth, {"a": [truth * 2], "b": [np.zeros(size)]}, np.arange(size), keys(size), 0, is_regression=True,
+        folds=[folds],
+    )  # fmt: skip
+    spearman = scores.metrics["a"]["spearman"]
+    assert (spearman.value, spearman.low) == (pytest.approx(1), None)
+    assert scores.metrics["b"]["spearman"].value == 0
+    assert scores.gains["b"].value == pytest.approx(1)
 
 
 def test_noise_is_no_worse_than_a_constant(random):

@@ -188,6 +188,37 @@ def test_classes_may_be_smaller_than_the_number_of_folds(tmp_path, num_folds):
     assert max(sizes) - min(sizes) <= 60 / num_folds
 
 
+def test_classes_of_mixed_clusters_are_spread_too(tmp_path):
+    """As many as scikit-learn does: 40 clusters of ten, three classes of three members in clusters of their own."""
+    clusters = tmp_path / "clusters.tsv"
+    clusters.write_text("".join(f"c{number // 10}\tp{number}\n" for number in range(400)))
+    labels = ["a" if number % 10 else "b" for number in range(400)]
+    for number, cluster in enumerate((3, 11, 20, 5, 17, 33, 8, 25, 39)):
+        labels[10 * cluster + 4] = f"rare{number // 3}"
+    labelled = labelled_of(tmp_path, labels)
+    for seed in range(5):
+        targets, _, _, folds = folds_of(labelled, seed, clusters=clusters)
+        in_folds = np.array([np.bincount(targets.values[fold.test], minlength=5) for fold in folds])
+        assert in_folds.max(axis=0)[2:].max() == 1
+        assert np.ptp(in_folds[:, 1]) <= 2
+
+
+def test_one_giant_cluster_is_told(tmp_path):
+    clusters = tmp_path / "clusters.tsv"
+    clusters.write_text("".join(f"{'big' if number < 40 else number}\tp{number}\n" for number in range(60)))
+    *_, folds, _ = folds_of(labelled_of(tmp_path, "ab" * 30), clusters=clusters)
+    assert folds.largest == 40
+    *_, folds, _ = folds_of(labelled_of(tmp_path / "other", "ab" * 30))
+    assert folds.largest == 0
+
+
+def test_a_class_of_one_cluster_is_named_as_such(tmp_path):
+    clusters = tmp_path / "clusters.tsv"
+    clusters.write_text("".join(f"{'big' if number < 10 else number}\tp{number}\n" for number in range(60)))
+    with pytest.raises(ProtlmError, match=r"class 'c' occurs only in one fold \(10 times\).*all are of one cluster"):
+        folds_of(labelled_of(tmp_path, "c" * 10 + "ab" * 25), clusters=clusters)
+
+
 def test_a_class_of_two_is_divided_whole_groups_or_refused(tmp_path):
     labelled = labelled_of(tmp_path, [f"c{number // 2}" for number in range(40)])
     targets, _, _, folds = folds_of(labelled)

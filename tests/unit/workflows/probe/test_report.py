@@ -37,6 +37,11 @@ CASES = {
     ),
     "is behind": (0.8, {"dipeptides": (0.9, -0.2, -0.05)}, 50, "The model adds nothing to the baselines: accuracy 0.8"),
     "is the same": (1.0, {"residue": (1.0, None, None)}, 50, "The model adds nothing to the baselines: accuracy 1.000"),
+    "is better on every draw": (
+        1.0, {"constant": (0.0, None, None)}, 50,
+        "The model knows more about site than every baseline: accuracy 1.000 against 0.000 of constant (difference "
+        "+1.000 on every draw of the proteins).",
+    ),
     "too few": (1.0, {"constant": (0.5, None, None)}, 9, "Too few proteins were tested for an interval"),
     "no number": (np.nan, {"constant": (0.5, None, None)}, 50, "Too few proteins were tested for an interval"),
 }  # fmt: skip
