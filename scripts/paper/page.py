@@ -186,7 +186,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
 
 
 def with_tables(text: str, results: Results) -> str:
-    """Returns the text of the page with each table between its marks made anew.
+    """Returns the text of the page with each table between its marks made anew, the picture of a task below the last.
 
     Raises:
         ProtlmError: A mark of a table that there is not.
@@ -195,9 +195,17 @@ def with_tables(text: str, results: Results) -> str:
     def replaced(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
             raise ProtlmError(f"<!-- table: {match[2]} -->: expected one of {', '.join(TABLES)}")
-        return f"{match[1]}\n{TABLES[match[2]](results)}\n\n"
+        picture, task = "", match[2].removesuffix("-time")
+        if task in tasks_with_runs(results):
+            picture = f"![Curves: {TASKS[task].title}](paper_table/{task}.png)\n\n"
+        return f"{match[1]}\n{TABLES[match[2]](results)}\n\n{picture}"
 
     return _BLOCK.sub(replaced, text)
+
+
+def tasks_with_runs(results: Results) -> list[str]:
+    """Returns the tasks that have a picture: those of which a bidirectional run is there."""
+    return [task for task in TASKS if any(of_kind(results, task, kind, "BID") for kind in KINDS)]
 
 
 @quiet_matplotlib()
@@ -207,11 +215,9 @@ def draw_pictures(results: Results, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     paths = []
-    for task, definition in TASKS.items():
+    for task in tasks_with_runs(results):
         named = {kind: of_kind(results, task, kind, "BID") for kind in KINDS}
         named = {kind: runs for kind, runs in named.items() if runs}
-        if not named:
-            continue
         figure = Figure(figsize=(9.6, 4.2), dpi=90, layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for kind, runs in named.items():
@@ -224,7 +230,7 @@ def draw_pictures(results: Results, folder: Path) -> list[Path]:
             axes.set_axisbelow(True)
             axes.title.set_fontsize(9)
         left.legend(fontsize=8, framealpha=0.9)
-        figure.suptitle(definition.title, fontsize=10.5)
+        figure.suptitle(TASKS[task].title, fontsize=10.5)
         folder.mkdir(parents=True, exist_ok=True)
         paths.append(folder / f"{task}.png")
         with files.written_whole(paths[-1]) as partial:

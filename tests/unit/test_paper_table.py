@@ -107,6 +107,8 @@ def test_the_page_has_a_table_between_every_pair_of_marks(results):
     made = page.with_tables(f"a\n{marks}b\n", results)
     assert "old" not in made
     assert page.with_tables(made, results) == made
+    assert made.count("](paper_table/single.png)") == 1
+    assert "concatenated.png" not in made
     assert "3,333" in made
     assert "900" in made
     with pytest.raises(ProtlmError, match="<!-- table: nosuch -->: expected one of single-steps"):
@@ -146,3 +148,9 @@ def test_what_is_wrong_is_one_line(tmp_path):
     (tmp_path / "single.BID.relu.0.json").write_text('{"format_version": 99}')
     with pytest.raises(SystemExit, match="expected format version 1, got 99; move it away"):
         paper_table.main(["page", "--out", str(tmp_path)])
+
+
+def test_the_page_shows_the_runs_beside_it():
+    """After new runs: python scripts/paper_table.py page."""
+    text = paper_table.PAGE.read_text(encoding="utf-8")
+    assert page.with_tables(text, page.read_results(paper_table.RUNS)) == text
