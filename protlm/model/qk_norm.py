@@ -18,9 +18,8 @@ _STRETCH_TOKENS = 256
 def normalise(
     x: Float[Tensor, "length heads head_dim"], lengths: Float[Tensor, " heads"]
 ) -> Float[Tensor, "length heads head_dim"]:
-    """Returns the vectors of every head rescaled to the length of the head, in float32 or longer."""
-    # The norm of half-precision numbers may be beyond their range, and a short one nothing.
-    x = x.to(torch.promote_types(x.dtype, lengths.dtype))
+    """Returns the vectors of every head rescaled to the length of the head, in the type of the lengths or longer."""
+    x = _widened(x, lengths)
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * (lengths.unsqueeze(-1) / norms.clamp_min(_SMALLEST_NORM))
 
@@ -31,11 +30,20 @@ def normalise_and_rotate(
     rotary: tuple[Float[Tensor, "length head_dim"], Float[Tensor, "length head_dim"]],
 ) -> Float[Tensor, "length heads head_dim"]:
     """Returns the normalised and rotated vectors of every head, in float32 or longer."""
-    x = x.to(torch.promote_types(x.dtype, lengths.dtype))
+    x = _widened(x, lengths)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != lengths.dtype:
         return rotate(normalise(x, lengths), *rotary)
     result: Tensor = _NormaliseAndRotate.apply(x, lengths, *rotary)  # type: ignore[no-untyped-call]
     return result
+
+
+def _widened(x: Tensor, lengths: Tensor) -> Tensor:
+    """Returns x in float32 or longer where nothing is trained.
+
+    The norm of half-precision numbers may be beyond their range, and a short one nothing. In training under autocast,
+    which is of bfloat16, the range is that of float32, and a wider copy would be kept for the gradients.
+    """
+    return x if torch.is_grad_enabled() else x.to(torch.promote_types(x.dtype, lengths.dtype))
 
 
 class _NormaliseAndRotate(torch.autograd.Function):

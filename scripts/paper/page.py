@@ -162,10 +162,8 @@ def conditions(results: Results) -> str:
         machines.setdefault(machine, set()).add(facts["commit"])
     where = "; ".join(f"{machine}, commits {', '.join(sorted(commits))}" for machine, commits in machines.items())
     given = sorted({result["minutes"] for result in results.values() if result["temperature"] is None})
-    text = (
-        f"{len(results)} runs, {minutes:.0f} minutes of processor time in training, "
-        f"{' or '.join(f'{value:g}' for value in given)} minutes a run: {where}."
-    )
+    each = f", {' or '.join(f'{value:g}' for value in given)} minutes a run" if given else ""
+    text = f"{len(results)} runs, {minutes:.0f} minutes of processor time in training{each}: {where}."
     if missing:
         text += f" Not there are {len(missing)} of {len(planned)} runs: {', '.join(f'`{name}`' for name in missing)}."
     return text
