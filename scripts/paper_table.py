@@ -49,9 +49,11 @@ def make_runs(arguments: argparse.Namespace) -> None:
 def make_one(arguments: argparse.Namespace) -> None:
     """Makes one run."""
     # Lightning takes seconds to import: after all that can be wrong with the command line.
-    from scripts.paper.page import best_temperature, read_results
+    from scripts.experiments.results import read_results
+    from scripts.experiments.runs import write_result
+    from scripts.paper.page import best_temperature
     from scripts.paper.proteins import NUM_SCORED, prepare_sets
-    from scripts.paper.runs import perform, write_result
+    from scripts.paper.runs import perform
 
     (name,) = arguments.only
     run = next(run for run in planned_runs() if run.name == name)
@@ -63,6 +65,7 @@ def make_one(arguments: argparse.Namespace) -> None:
     steps = arguments.steps or TASKS[run.task].steps
     settings = settings_of(run, temperature)
     result = perform(run, settings, sets, arguments.work / name, arguments.minutes, steps)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     write_result(arguments.out / f"{name}.json", result)
     shutil.rmtree(arguments.work / name, ignore_errors=True)
     end = result["curve"][-1]
@@ -75,7 +78,8 @@ def make_one(arguments: argparse.Namespace) -> None:
 
 def make_page(arguments: argparse.Namespace) -> None:
     """Makes the tables and pictures of the page anew."""
-    from scripts.paper.page import draw_pictures, read_results, with_tables
+    from scripts.experiments.results import read_results
+    from scripts.paper.page import draw_pictures, with_tables
 
     results = read_results(arguments.out)
     if not results:
@@ -109,7 +113,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Does what the command line asks for."""
+    """Runs the subcommand of the command line."""
     arguments = parse(words)
     try:
         {"run": make_runs, "one": make_one, "page": make_page}[arguments.command](arguments)

@@ -1,6 +1,9 @@
-"""The processor time of training: hides what is counted of it."""
+"""The processor time of training, and the curve of a run over it: hides which updates count how much."""
 
+import csv
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from protlm.runtime.progress import Advance, Details, no_details
 
@@ -46,3 +49,18 @@ class StepClock:
 
     def _steps(self) -> range:
         return range(1, len(self._seconds) + 1)
+
+
+def valid_curve(path: Path, seconds: Sequence[float]) -> list[dict[str, float]]:
+    """Returns the measurements on the valid split, of hidden residues, with the processor time before each."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["valid/accuracy"]]
+    return [
+        {
+            "step": int(row["step"]),
+            "seconds": round(seconds[int(row["step"]) - 1], 2),
+            "accuracy": round(float(row["valid/accuracy"]), 5),
+            "perplexity": round(float(row["valid/perplexity"]), 4),
+        }
+        for row in rows
+    ]

@@ -1,6 +1,5 @@
 """One training run: hides how its processor time and its curve are measured, and what is kept of it."""
 
-import csv
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from protlm.workflows.evaluate.request import EvalRequest
 from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.train import train
 from scripts.environment import environment
-from scripts.experiments.clock import StepClock
+from scripts.experiments.clock import StepClock, valid_curve
 from scripts.experiments.plan import Result, Run
 from scripts.experiments.results import FORMAT_VERSION, read_result
 from scripts.measuring import using_threads
@@ -92,7 +91,7 @@ def perform(run: Run, settings: Sequence[str], dataset: Path, work: Path) -> dic
             "steps": report.step,
             "num_parameters": report.num_parameters,
             "training_seconds": round(seconds[-1], 2),
-            "curve": _curve(work / "run" / "metrics.csv", seconds),
+            "curve": valid_curve(work / "run" / "metrics.csv", seconds),
             "splits": {name: _kept(scored.splits[split]) for name, split in SCORED.items()},
             "environment": environment(),
         }  # fmt: skip
@@ -107,21 +106,6 @@ def write_result(path: Path, result: Result) -> None:
 def remove_work(work: Path) -> None:
     """Removes the folder of a run whose result is written."""
     shutil.rmtree(work, ignore_errors=True)
-
-
-def _curve(path: Path, seconds: Sequence[float]) -> list[dict[str, float]]:
-    """Returns the measurements on the valid split, of hidden residues, with the processor time before each."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["valid/accuracy"]]
-    return [
-        {
-            "step": int(row["step"]),
-            "seconds": round(seconds[int(row["step"]) - 1], 2),
-            "accuracy": round(float(row["valid/accuracy"]), 5),
-            "perplexity": round(float(row["valid/perplexity"]), 4),
-        }
-        for row in rows
-    ]
 
 
 def _kept(report: SplitReport) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from protlm.errors import ProtlmError
 from protlm.inference.metrics import Estimate, estimate
 from protlm.workflows.pages.figures import quiet_matplotlib
 from scripts.paper.plan import KINDS, TASKS, Direction, planned_runs, sweep
-from scripts.paper.runs import SPLITS, read_result
+from scripts.paper.runs import SPLITS
 from scripts.report.page import table
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ _MARKS = {
 """Colour and marker of a kind, the same in every picture."""
 
 
-def read_results(folder: Path) -> Results:
-    """Returns the results in a folder by the names of their runs; raises as `read_result`."""
-    return {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
-
-
 def best_temperature(results: Results) -> int | None:
     """Returns the temperature of the sweep with the lowest perplexity on valid; None before all of it is there."""
     runs = [(run, results[run.name]) for run in sweep() if run.name in results]
@@ -52,8 +47,8 @@ def best_temperature(results: Results) -> int | None:
 def of_kind(results: Results, task: str, kind: str, direction: Direction) -> list[Result]:
     """Returns the results of a kind, ordered by seed; those there are."""
     runs = [run for run in planned_runs() if (run.task, run.kind, run.direction) == (task, kind, direction)]
-    found = [results[run.name] for run in runs if run.temperature is None and run.name in results]
-    return sorted(found, key=lambda result: int(result["seed"]))
+    made = [results[run.name] for run in runs if run.temperature is None and run.name in results]
+    return sorted(made, key=lambda result: int(result["seed"]))
 
 
 def accuracy(runs: Sequence[Result], when: str, split: str) -> Estimate:

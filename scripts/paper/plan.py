@@ -4,9 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-FORMAT_VERSION = 1
-"""Of the files of runs."""
-
 MOST_SEEDS = (0, 1, 2)
 TEMPERATURES = (3, 6, 12)
 """Where exact attention starts in the runs that choose its temperature."""

@@ -1,4 +1,4 @@
-"""The proteins of the table: Swiss-Prot, divided by clusters and families, and samples of what is scored."""
+"""The proteins of the table: Swiss-Prot, divided by clusters and families, and the samples that are scored."""
 
 import hashlib
 from collections import Counter

@@ -1,23 +1,20 @@
 """One run of the table: trained by the product's own workflow, scored at equal updates and at the end of its time."""
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from protlm import files
 from protlm.choices import SplitName
-from protlm.errors import ProtlmError
 from protlm.workflows.evaluate.evaluate import evaluate
 from protlm.workflows.evaluate.report import EvalReport, ScoreRow
 from protlm.workflows.evaluate.request import EvalRequest
 from protlm.workflows.train.request import TrainRequest
 from protlm.workflows.train.train import train
 from scripts.environment import environment
-from scripts.experiments.clock import StepClock
+from scripts.experiments.clock import StepClock, valid_curve
+from scripts.experiments.results import FORMAT_VERSION
 from scripts.measuring import using_threads
-from scripts.paper.plan import FORMAT_VERSION, SWEEP_STEPS, TASKS, Run
+from scripts.paper.plan import SWEEP_STEPS, TASKS, Run
 from scripts.paper.proteins import Sets
 
 SPLITS = ("cluster", "ood", "iid")
@@ -88,32 +85,9 @@ def perform(run: Run, settings: Sequence[str], sets: Sets, work: Path, minutes: 
             "tokens_per_second": round(tokens / seconds[-1], 1),
             "peak_bytes": peak,
             "scores": scores,
-            "curve": _curve(work / "run" / "metrics.csv", seconds),
+            "curve": valid_curve(work / "run" / "metrics.csv", seconds),
             "environment": environment(),
         }  # fmt: skip
-
-
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes the file of a run, which appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.written_whole(path) as partial:
-        partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Returns the content of the file of a run.
-
-    Raises:
-        ProtlmError: A file that is no result of this version.
-    """
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = result["format_version"]
-    except (ValueError, KeyError, TypeError):  # no JSON, or that of another program
-        raise ProtlmError(f"{path}: expected the result of a run, got something else; move it away") from None
-    if version != FORMAT_VERSION:
-        raise ProtlmError(f"{path}: expected format version {FORMAT_VERSION}, got {version!r}; move it away")
-    return result
 
 
 def _scored(work: Path, sets: Sets, name: str, step: int) -> dict[str, Any]:
@@ -147,21 +121,6 @@ def _kept(report: EvalReport, split: str) -> dict[str, Any]:
 def _row(row: ScoreRow) -> dict[str, float | None]:
     names = [f"{metric}{suffix}" for metric in _KEPT for suffix in ("", "_low", "_high")]
     return {name: None if row[name] is None else round(float(row[name] or 0.0), 5) for name in names}
-
-
-def _curve(path: Path, seconds: Sequence[float]) -> list[dict[str, float]]:
-    """Returns the measurements on the valid split, with the processor time before each."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["valid/accuracy"]]
-    return [
-        {
-            "step": int(row["step"]),
-            "seconds": round(seconds[int(row["step"]) - 1], 2),
-            "accuracy": round(float(row["valid/accuracy"]), 5),
-            "perplexity": round(float(row["valid/perplexity"]), 4),
-        }
-        for row in rows
-    ]
 
 
 def _peak_bytes() -> int | None:

@@ -8,6 +8,7 @@ import pytest
 from protlm.config_files import load_config
 from protlm.errors import ProtlmError
 from scripts import paper_table
+from scripts.experiments.results import read_results
 from scripts.paper import page, plan, proteins, runs
 from scripts.paper.plan import KINDS, MAIN, TASKS, Run, planned_runs, settings_of, sweep
 
@@ -153,4 +154,4 @@ def test_what_is_wrong_is_one_line(tmp_path):
 def test_the_page_shows_the_runs_beside_it():
     """After new runs: python scripts/paper_table.py page."""
     text = paper_table.PAGE.read_text(encoding="utf-8")
-    assert page.with_tables(text, page.read_results(paper_table.RUNS)) == text
+    assert page.with_tables(text, read_results(paper_table.RUNS)) == text

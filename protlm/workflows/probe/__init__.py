@@ -1,1 +1,1 @@
-"""`protlm probe`: what a linear model can read from a model's embeddings, beside baselines."""
+"""`protlm probe`: labels predicted from embeddings by a linear model, beside baselines."""

@@ -19,7 +19,7 @@ from protlm.workflows.probe.targets import groups_of, targets_of
 
 
 def probe(request: ProbeRequest, *, start_progress: StartProgress = no_progress) -> ProbeReport:
-    """Measures what a linear model reads from a model's embeddings, and writes the report where one is asked for.
+    """Predicts labels from a model's embeddings and from baselines; writes the report where one is asked for.
 
     Args:
         request: What is asked for.

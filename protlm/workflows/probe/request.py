@@ -1,4 +1,4 @@
-"""The request of `protlm probe`, and what is checked of it before torch is loaded."""
+"""The request of `protlm probe`, and the checks of it that need no torch."""
 
 import os
 from dataclasses import dataclass

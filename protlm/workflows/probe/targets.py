@@ -1,4 +1,4 @@
-"""Labels become targets: what the labels are, which rows there are, and what cannot be learned from."""
+"""Labels become targets: the kind of the labels, the rows to predict, and the errors for labels that teach nothing."""
 
 import re
 from collections import Counter
