@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from protlm.gpu_check.parity import Case
+    from protlm.gpu_check.waiting import Step
 
 FORMAT_VERSION = 1
 
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0", help="the GPU")
     parser.add_argument("--parity-only", action="store_true", help="take no times")
     parser.add_argument("--repeats", type=int, default=20, help="of each time")
+    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile, which takes minutes")
     parser.add_argument("--force", action="store_true", help="replace the JSON")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
@@ -50,28 +52,42 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"the backend triton is {description}")
     if capability_of(torch.device(options.device).index) < MIN_CAPABILITY:
         return _fail(f"--device: the kernels need compute capability {MIN_CAPABILITY / 10}, {options.device} is older")
-    from protlm.gpu_check import parity, ranks, timing
+    from protlm.gpu_check import parity, ranks, timing, waiting
 
     lengths = () if options.parity_only else timing.LENGTHS
-    work = Work(parity.cases(), ranks.cases(), lengths, options.repeats, timing.TOKENS)
+    work = Work(
+        parity.cases(), ranks.cases(), waiting.steps(), lengths, options.repeats, timing.TOKENS, not options.no_compile
+    )
     with torch.cuda.device(options.device):
         return report(options.out, options.device, "triton", work)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one run: cases on one process and on several, and the lengths, repeats and tokens of timed calls."""
+    """The work of one run.
+
+    Attributes:
+        cases: Comparisons on one process.
+        rank_cases: The same on several.
+        steps: Training steps in which the host must not wait.
+        lengths: Lengths of timed calls.
+        repeats: Of each time.
+        tokens: Of each timed call.
+        compiles: Whether torch.compile is timed too.
+    """
 
     cases: "list[Case]"
     rank_cases: "list[Case]"
+    steps: "list[Step]"
     lengths: tuple[int, ...]
     repeats: int
     tokens: int
+    compiles: bool
 
 
 def report(out: Path, device: str, backend: str, work: Work) -> int:
     """Runs all checks and measurements on a device, prints and writes the results, and returns the exit status."""
-    from protlm.gpu_check import parity, ranks, timing
+    from protlm.gpu_check import parity, ranks, timing, waiting
     from protlm.gpu_check.roofline import PEAKS
 
     environment = _environment(device)
@@ -84,24 +100,31 @@ def report(out: Path, device: str, backend: str, work: Work) -> int:
     outcomes = []
     on_one_process = parity.compare_cases(work.cases, device, backend)
     on_several = ranks.compare_cases(work.rank_cases, device, backend)
-    for outcome in itertools.chain(on_one_process, on_several):
+    for outcome in itertools.chain(on_one_process, on_several, waiting.try_steps(work.steps, device)):
         errors = " ".join(f"{name} {error:.1e}" for name, error in outcome.errors.items())
         head = f"{'ok  ' if outcome.fault is None else 'FAIL'} {outcome.computed_by:6} {outcome.case}:"
         print(f"{head} {errors} {outcome.fault or ''}".rstrip(), flush=True)
         outcomes.append(vars(outcome))
+        # A run that is stopped leaves what it has.
+        _write(out, {**content, "parity": outcomes})
     failed = sum(outcome["fault"] is not None for outcome in outcomes)
     # The outcomes are kept even if no times can be measured.
     content["parity"] = outcomes
     _write(out, content)
     if work.lengths:
+        measured: list[dict[str, Any]] = []
+        rows = timing.measure(
+            work.lengths, device, environment["gpu"], work.repeats, work.tokens, compiles=work.compiles
+        )
         try:
-            measured = timing.measure(work.lengths, device, environment["gpu"], work.repeats, work.tokens)
+            for row in rows:
+                measured.append(row)
+                _write(out, {**content, "times": measured})
         except Exception as error:  # a kernel that failed can leave a GPU on which nothing runs
             return _fail(f"no times can be taken ({parity.first_line(error)}); {out} has the cases: please attach it")
         _print_times(measured)
         if environment["gpu"] not in PEAKS:
             print(f"no shares: the peaks of {environment['gpu']} are not in protlm/gpu_check/roofline.py")
-        _write(out, {**content, "times": measured})
     print(f"{len(outcomes) - failed} of {len(outcomes)} cases are right; wrote {out}: please attach it to an issue")
     return 1 if failed else 0
 

@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from protlm.gpu_check.tolerances import LOOSER_ON_GPU, NAMES, TOLERANCE
-from protlm.ops import draw_projection, favor_attention, favor_triton, reference
+from protlm.ops import draw_projection, favor_attention, favor_triton, local_attention, reference
 from protlm.ops.feature_maps import DEFINITIONS, definition_of
 from protlm.ops.inputs import AttentionInputs
 
 SEGMENTS = (300, 0, 1, 37, 1500)
 MAPS = (*(name for name, definition in DEFINITIONS.items() if "triton" in definition.backends), "bare relu")
 """The maps that the kernels compute; `bare relu` is `relu` without a projection."""
+_OF_FAVOR = ("feature_map", "oprf_a", "near_block", "feature_bias")
 OTHER_MAPS = tuple(name for name in DEFINITIONS if name not in MAPS)
 
 
 @dataclass(frozen=True)
 class Case:
-    """The shape of one comparison; `segments` packs them into one row, and `batch` and `length` are then ignored."""
+    """The shape of one comparison; `segments` packs them into one row, and `batch` and `length` are then ignored.
+
+    With a window it is one of `local_attention`.
+    """
 
     feature_map: str = "positive"
     dtype: torch.dtype = torch.bfloat16
@@ -35,6 +39,9 @@ class Case:
     is_strided: bool = False
     causal: bool = False
     scale: float = 1.0
+    near_block: int = 0
+    has_bias: bool = False
+    window: int = 0
 
     def __str__(self) -> str:
         default = Case()
@@ -80,12 +87,28 @@ def cases() -> list[Case]:
         chosen += [Case(head_dim=head_dim), Case(head_dim=head_dim, features=200, segments=SEGMENTS)]
         chosen += [Case(head_dim=head_dim, batch=64, length=100), Case(head_dim=head_dim, batch=64, features=256)]
     chosen += [Case(features=256, scale=4.0), Case(length=1), Case(segments=(0, 0))]
-    chosen += [
-        Case(causal=True, feature_map="relu"),
-        Case(causal=True),
-        *(Case(feature_map=name, features=512) for name in OTHER_MAPS),
-    ]
-    return [*chosen, Case(head_dim=256), Case(dtype=torch.float32)]
+    packed = Case(segments=SEGMENTS, is_masked=True)
+    for causal in (False, True):
+        for dtype in TOLERANCE:
+            if dtype == torch.float64:
+                continue
+            here = replace(packed, causal=causal, dtype=dtype)
+            chosen += [
+                replace(here, near_block=32, has_bias=True),
+                replace(here, window=32),
+                replace(here, window=2000),
+            ]
+        chosen += [Case(causal=causal, near_block=size, head_dim=dim) for size, dim in ((16, 32), (64, 64), (128, 128))]
+        chosen += [replace(packed, causal=causal, near_block=32, feature_map=name) for name in ("hyperbolic", "oprf")]
+        chosen += [Case(causal=causal, window=100, head_dim=head_dim) for head_dim in (32, 80, 128)]
+    seen_before = replace(packed, causal=True)
+    chosen += [replace(seen_before, feature_map=name) for name in MAPS if name != "bare relu"]
+    chosen += [replace(seen_before, dtype=torch.float16), Case(causal=True, features=256, length=1000, head_dim=128)]
+    chosen += [Case(dtype=torch.float32), replace(packed, dtype=torch.float32, feature_map="relu")]
+    chosen += [replace(packed, dtype=torch.float32, head_dim=128, features=200), replace(packed, has_bias=True)]
+    # What goes to torch.
+    chosen += [Case(feature_map=name, features=512) for name in OTHER_MAPS]
+    return [*chosen, Case(head_dim=256), Case(dtype=torch.float32, causal=True)]
 
 
 def compare_cases(
@@ -94,9 +117,19 @@ def compare_cases(
     """Yields the outcome of each case; an exception of a kernel is an outcome too."""
     for case in chosen:
         try:
-            yield _compare(case, device, backend, attention)
+            yield _compare(case, device, backend, _with_window(case.window) if case.window else attention)
         except Exception as error:  # drivers and compilers raise anything, and the other cases must still run
             yield Outcome(str(case), backend, {}, first_line(error))
+
+
+def _with_window(window: int) -> Callable[..., Tensor]:
+    """Returns local attention with the arguments of `favor_attention`, of which it has no use for some."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, _projection: Tensor, **options: Any) -> Tensor:
+        options = {name: value for name, value in options.items() if name not in _OF_FAVOR}
+        return local_attention(q, k, v, window=window, **options)
+
+    return attention
 
 
 def outcome_of(case: Case, computed_by: str, errors: dict[str, float]) -> Outcome:
@@ -133,6 +166,7 @@ class Drawn:
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     projection: Tensor | None
     options: dict[str, Any]
+    window: int = 0
 
 
 def draw(case: Case, device: str) -> Drawn:
@@ -150,26 +184,44 @@ def draw(case: Case, device: str) -> Drawn:
         heads = case.heads if case.has_projection_per_head else None
         projection = draw_projection(case.features, case.head_dim, num_heads=heads, generator=generator).to(device)
     options: dict[str, Any] = {"feature_map": case.feature_map.removeprefix("bare "), "causal": case.causal}
+    if case.near_block:
+        options["near_block"] = case.near_block
+    if case.has_bias:
+        bias = 0.5 * torch.randn((case.heads, case.features), generator=generator)
+        options["feature_bias"] = bias.to(device)
+    if case.feature_map == "oprf" and case.causal:
+        options["oprf_a"] = torch.linspace(-0.2, 0.1, case.heads, device=device)
     if case.is_masked:
         options["token_mask"] = (torch.rand(shape[0], length, generator=generator) < 0.8).to(device)
     if case.segments:
         bounds = torch.tensor([0, *case.segments]).cumsum(0)
         options["cu_seqlens"] = bounds.to(device, torch.int32)
     q, k, v, out_grad = tensors
-    return Drawn((q, k, v, out_grad), projection, options)
+    return Drawn((q, k, v, out_grad), projection, options, case.window)
 
 
 def computed_by(drawn: Drawn, backend: str) -> str:
     """Returns the name of the backend that computes a call."""
     inputs = AttentionInputs(*drawn.tensors[:3], drawn.projection, **drawn.options)
-    return "torch" if backend == "triton" and not favor_triton.covers(inputs) else backend
+    covers = favor_triton.covers_tensor(inputs.q) if drawn.window else favor_triton.covers(inputs)
+    return "torch" if backend == "triton" and not covers else backend
 
 
 def expected_of(drawn: Drawn, case: Case) -> tuple[Tensor, ...]:
     """Returns output and gradients of the float64 twin on the same values."""
     q, k, v, out_grad = (x.double() for x in drawn.tensors)
     wide = Drawn((q, k, v, out_grad), _rounded(drawn.projection, case), drawn.options)
-    return differentiate(reference.favor_attention, wide, {})
+    return differentiate(_exact(case.window) if case.window else reference.favor_attention, wide, {})
+
+
+def _exact(window: int) -> Callable[..., Tensor]:
+    """Returns the twin of local attention with the arguments of `favor_attention`."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, _projection: Tensor, **options: Any) -> Tensor:
+        options = {name: value for name, value in options.items() if name not in _OF_FAVOR}
+        return reference.softmax_attention(q, k, v, window=window, **options)
+
+    return attention
 
 
 def differentiate(attention: Callable[..., Tensor], drawn: Drawn, options: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Times of attention on a GPU beside other implementations: which those are, and how a time is measured."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,36 +10,45 @@ from torch import Tensor
 
 from protlm.gpu_check.parity import first_line
 from protlm.gpu_check.roofline import PEAKS, Shape, floor_seconds
-from protlm.ops import draw_projection, favor_attention
+from protlm.ops import draw_projection, favor_attention, local_attention
+from protlm.ops.favor import Backend
+from protlm.ops.local import LocalBackend
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LENGTHS = tuple(512 << i for i in range(8))
+_AT_THE_FLOOR = ("favor triton", "favor torch")
+"""The implementations whose operations and bytes the roofline counts: only they have a share of it."""
 TOKENS = 65_536
 """Number of tokens of a call: shorter lengths have larger batches."""
 
 
-def measure(lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, tokens: int) -> list[dict[str, Any]]:
-    """Returns a row for each length and implementation, with median and range in milliseconds and roofline share."""
-    rows: list[dict[str, Any]] = []
+def measure(
+    lengths: tuple[int, ...], device: str, gpu_name: str, repeats: int, tokens: int, *, compiles: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for each length and implementation, with median and range in milliseconds and roofline share.
+
+    With `compiles` torch.compile is one of them, which takes half a minute for every length.
+    """
     peak = PEAKS.get(gpu_name)
     for length in lengths:
         shape = Shape(max(1, tokens // length), 8, length, 64, 256)
         for has_backward in (False, True):
             floor = max(floor_seconds(shape, peak, has_backward=has_backward).values()) if peak else None
-            for name, outcome in _measure_one(shape, device, has_backward, repeats).items():
+            for name, outcome in _measure_one(shape, device, has_backward, repeats, compiles).items():
                 row = {"length": length, "batch": shape.batch, "backward": has_backward, "name": name}
                 if isinstance(outcome, str):
-                    rows.append({**row, "fault": outcome})
+                    yield {**row, "fault": outcome}
                     continue
                 median = statistics.median(outcome)
-                share = floor * 1e3 / median if floor and name.startswith("favor") else None
+                share = floor * 1e3 / median if floor and name in _AT_THE_FLOOR else None
                 spread = {"median_ms": median, "min_ms": min(outcome), "max_ms": max(outcome)}
-                rows.append({**row, **spread, "share_of_roofline": share})
-    return rows
+                yield {**row, **spread, "share_of_roofline": share}
 
 
-def _measure_one(shape: Shape, device: str, has_backward: bool, repeats: int) -> dict[str, list[float] | str]:
+def _measure_one(
+    shape: Shape, device: str, has_backward: bool, repeats: int, compiles: bool
+) -> dict[str, list[float] | str]:
     """Returns the milliseconds of each implementation, measured in turns, or the fault of one that does not run."""
     generator = torch.Generator().manual_seed(0)
     size = (shape.batch, shape.heads, shape.length, shape.head_dim)
@@ -47,7 +56,7 @@ def _measure_one(shape: Shape, device: str, has_backward: bool, repeats: int) ->
     projection = draw_projection(shape.features, shape.head_dim, generator=generator).to(device)
     outcomes: dict[str, list[float] | str] = {}
     running: dict[str, Callable[[], None]] = {}
-    for name, attention in _implementations(projection).items():
+    for name, attention in _implementations(projection, compiles).items():
         run = _runner(attention, (q, k, v), out_grad, has_backward)
         try:
             for _ in range(3):
@@ -63,16 +72,34 @@ def _measure_one(shape: Shape, device: str, has_backward: bool, repeats: int) ->
     return outcomes
 
 
-def _implementations(projection: Tensor) -> dict[str, Attention]:
-    # Compiled anew for each shape: compilers do best with one static shape.
-    torch.compiler.reset()
-    compiled = torch.compile(_formula, dynamic=False)
-    return {
-        "favor triton": lambda q, k, v: favor_attention(q, k, v, projection, backend="triton"),
-        "favor torch": lambda q, k, v: favor_attention(q, k, v, projection, backend="torch"),
-        "formula, torch.compile": lambda q, k, v: compiled(q, k, v, projection.to(q.dtype)),
+def _implementations(projection: Tensor, compiles: bool) -> dict[str, Attention]:
+    def favor(backend: Backend, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Attention:
+        return lambda q, k, v: favor_attention(
+            q.to(dtype), k.to(dtype), v.to(dtype), projection, backend=backend, **options
+        )
+
+    def local(backend: LocalBackend) -> Attention:
+        return lambda q, k, v: local_attention(q, k, v, window=32, backend=backend)
+
+    chosen = {
+        "favor triton": favor("triton"),
+        "favor torch": favor("torch"),
+        "favor triton, float32": favor("triton", torch.float32),
+        "favor causal triton": favor("triton", causal=True),
+        "favor causal torch": favor("torch", causal=True),
+        "near-far triton": favor("triton", near_block=32),
+        "near-far torch": favor("torch", near_block=32),
+        "local triton": local("triton"),
+        "local torch": local("torch"),
         "exact, SDPA": F.scaled_dot_product_attention,
+        "exact causal, SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     }
+    if compiles:
+        # Compiled anew for each shape: compilers do best with one static shape.
+        torch.compiler.reset()
+        compiled = torch.compile(_formula, dynamic=False)
+        chosen["formula, torch.compile"] = lambda q, k, v: compiled(q, k, v, projection.to(q.dtype))
+    return chosen
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:

@@ -26,6 +26,6 @@ renormaliser.
 LOOSER_ON_GPU = {("relu", "q_grad"): 5, ("relu", "k_grad"): 5}
 """The same for the GPU check, most of which is in bfloat16, at 2,000 times the tolerance of float32.
 
-There the rounding of the output outweighs what cancels in `trig`, which needs no factor. The means under the features
-of `relu` are much alike, and are rounded to the dtype before these gradients take their differences.
+There the rounding of the output outweighs what cancels in `trig`, which needs no factor. Outputs of `relu` are means of
+many values, much smaller than these: the rounding of its features weighs more than that of exponential maps.
 """

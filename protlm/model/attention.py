@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from protlm.choices import EXACT_KINDS, AttentionKind, FeatureMap
 from protlm.config import ModelConfig
 from protlm.model.convolution import SegmentConvolution
+from protlm.model.exact_attention import softmax_attention
 from protlm.model.positions import rotate
 from protlm.model.qk_norm import normalise, normalise_and_rotate
 from protlm.model.segments import Segments
 from protlm.model.stretches import in_stretches
 from protlm.ops import draw_projection, favor_attention, local_attention, oprf_parameter
 from protlm.ops.feature_maps import definition_of
-from protlm.ops.inputs import AttentionInputs
+from protlm.ops.inputs import AttentionInputs, runs_ahead
 from protlm.ops.oprf import oprf_a_from_data
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -169,7 +169,8 @@ class SelfAttention(nn.Module):
             rotary: The angles of rotary positions.
             kept: Positions of the row whose output is wanted; None: all.
         """
-        if kept is not None and self._is_plain_softmax:
+        # On a GPU one call for the whole row takes less time than the host would wait for bounds.
+        if kept is not None and self._is_plain_softmax and not runs_ahead(x.device):
             out = self._attend_from(x, segments, rotary, kept)
         else:
             out = self.attend(*self.queries_keys_values(x, segments, rotary), segments)
@@ -240,7 +241,7 @@ class SelfAttention(nn.Module):
         """Returns the output of an exact kind, (1, heads, length, head_dim) as q, k and v."""
         if self.kind == "local":
             return local_attention(q, k, v, window=self.window, cu_seqlens=segments.cu_seqlens, causal=self.causal)
-        return _softmax_attention(q, k, v, segments, self.causal, self.local_bias, self.window)
+        return softmax_attention(q, k, v, segments, self.causal, self.local_bias, self.window)
 
     def queries_keys_values(
         self, x: Float[Tensor, "length model_dim"], segments: Segments, rotary: tuple[Tensor, Tensor] | None
@@ -350,29 +351,3 @@ def rescale(
         # Not pow(¼): its last bits depend on the position of a number in memory.
         psi = ratio.sqrt().sqrt().index_select(0, segments.numbers)
     return (q * psi).to(q.dtype), (k / psi).to(k.dtype)
-
-
-def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, local_bias: Tensor | None, window: int
-) -> Tensor:
-    """Returns softmax attention, one segment at a time, without a (length, length) mask over the row."""
-    outs = []
-    for start, stop in pairwise(segments.cpu_bounds.tolist()):
-        if stop == start:
-            continue
-        q_part, k_part, v_part = (x[:, :, start:stop] for x in (q, k, v))
-        if local_bias is None:
-            outs.append(F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=causal))
-        else:
-            biases = _biases(local_bias.to(q.dtype), stop - start, window, causal)
-            outs.append(F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=biases))
-    # Concatenated in their memory layout, tokens first.
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
-
-
-def _biases(local_bias: Tensor, length: int, window: int, causal: bool) -> Tensor:
-    """Returns the biases of a segment's logits, −∞ for keys that a query must not see (1, heads, length, length)."""
-    places = torch.arange(length, device=local_bias.device)
-    distances = places - places.unsqueeze(1)
-    biases = torch.where(distances.abs() <= window, local_bias.view(1, -1, 1, 1), 0.0)
-    return biases.masked_fill(distances > 0, -torch.inf) if causal else biases

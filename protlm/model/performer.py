@@ -203,7 +203,7 @@ class Performer(nn.Module):
         self, tokens: Tensor, cu_seqlens: Tensor, layers: Collection[int], kept: Tensor | None
     ) -> dict[int, Tensor]:
         """Returns hidden states; that after the last layer only at the `kept` positions, unless that is None."""
-        segments = Segments.from_bounds(cu_seqlens)
+        segments = Segments.from_bounds(cu_seqlens, len(tokens))
         x = self._embed(tokens, segments)
         states = {0: x} if 0 in layers else {}
         rotary = None
@@ -232,7 +232,7 @@ class Performer(nn.Module):
         """Returns the logits of the model's tokens at the target positions, by default at all positions of the row.
 
         Raises:
-            ValueError: A segment is longer than the learned positions.
+            ValueError: A segment is longer than the learned positions; on a GPU the device asserts it.
         """
         last = self.config.num_layers
         # Without gradients the feed-forward part of the last layer, too, is computed at the targets only.
@@ -249,11 +249,7 @@ class Performer(nn.Module):
         if self.config.token_dropout:
             x = self._without_masks(x, tokens == self.token_table.vocabulary.mask, segments)
         if self.position_embedding is not None:
-            longest, limit = segments.longest, self.config.max_positions
-            if longest > limit:
-                raise ValueError(
-                    f"cu_seqlens: expected segments of at most max_positions = {limit} tokens, got one of {longest}"
-                )
+            segments.check_longest(self.config.max_positions)
             x = x + self.position_embedding(segments.positions)
         elif self.config.positions == "sinusoidal":
             # Sines have a mean square of 1/2: scaled to that of an initial embedding, neither dominates the other.

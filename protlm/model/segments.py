@@ -1,10 +1,13 @@
 """Packed rows: the bounds of the proteins of a row, in the forms that the layers need to keep proteins apart."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from protlm.ops.inputs import check_bounds, runs_ahead
 
 
 @dataclass(frozen=True)
@@ -13,34 +16,48 @@ class Segments:
 
     Attributes:
         cu_seqlens: int32 bounds, 0 to length.
-        cpu_bounds: The same on the CPU, for loops over segments.
         positions: Position of every token in its segment, from 0.
         lengths: Length of every token's segment.
         numbers: Number of every token's segment, from 0.
     """
 
     cu_seqlens: Int[Tensor, " bounds"]
-    cpu_bounds: Int[Tensor, " bounds"]
     positions: Int[Tensor, " length"]
     lengths: Int[Tensor, " length"]
     numbers: Int[Tensor, " length"]
 
     @classmethod
-    def from_bounds(cls, cu_seqlens: Int[Tensor, " bounds"]) -> "Segments":
-        """Returns the segments between the given bounds."""
+    def from_bounds(cls, cu_seqlens: Int[Tensor, " bounds"], length: int) -> "Segments":
+        """Returns the segments between the given bounds of a row of this length; on a GPU the host does not wait.
+
+        Raises:
+            ValueError: Bounds that do not rise from 0 to the length; on a GPU the device asserts it.
+        """
         if len(cu_seqlens) < 2:
             raise ValueError(f"cu_seqlens: expected at least 2 bounds, got {len(cu_seqlens)}")
-        sizes = cu_seqlens.diff().long()
-        starts = torch.repeat_interleave(cu_seqlens[:-1].long(), sizes)
-        positions = torch.arange(len(starts), device=cu_seqlens.device) - starts
-        lengths = torch.repeat_interleave(sizes, sizes)
-        numbers = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-        return cls(cu_seqlens, cu_seqlens.cpu(), positions, lengths, numbers)
+        check_bounds(cu_seqlens, length)
+        places = torch.arange(length, device=cu_seqlens.device)
+        numbers = torch.searchsorted(cu_seqlens, places, right=True) - 1
+        bounds = cu_seqlens.long()
+        return cls(cu_seqlens, places - bounds[numbers], bounds.diff()[numbers], numbers)
 
-    @property
-    def longest(self) -> int:
-        """Number of tokens of the longest segment."""
-        return int(self.cpu_bounds.diff().max())
+    @functools.cached_property
+    def cpu_bounds(self) -> Int[Tensor, " bounds"]:
+        """The bounds on the CPU, for loops over segments: on a GPU the host waits for them."""
+        return self.cu_seqlens.cpu()
+
+    def check_longest(self, max_positions: int) -> None:
+        """Checks that no segment has more tokens; on a GPU the device asserts it.
+
+        Raises:
+            ValueError: One has more.
+        """
+        longest = self.cu_seqlens.diff().max()
+        expected = f"cu_seqlens: expected segments of at most max_positions = {max_positions} tokens"
+        if runs_ahead(longest.device):
+            torch._assert_async(longest <= max_positions, expected)
+        elif longest > max_positions:
+            raise ValueError(f"{expected}, got one of {int(longest)}")
 
     def sums(self, x: Float[Tensor, "length heads head_dim"]) -> Float[Tensor, "segments heads head_dim"]:
         """Returns the sum of x over the tokens of every segment, always added in the same order."""

@@ -33,7 +33,7 @@ def backends() -> dict[str, str]:
     descriptions["triton"] = (
         f"not available: {triton_why_not}"
         if triton_why_not
-        else f"fused kernels for bfloat16 and float16 on CUDA, bidirectional, {_maps_of('triton')}"
+        else f"fused kernels for bfloat16, float16 and float32 on CUDA, {_maps_of('triton')}"
     )
     return descriptions
 
@@ -126,7 +126,8 @@ def favor_attention(
     Cost per head: time O(length · features · head_dim), memory O(segments · features · head_dim) and one stretch of
     features beside the inputs and the output; the causal backward keeps `features` numbers for every stretch. With
     `near_block` time O(length · (W + features) · head_dim), and memory O(W² + (W + features) · head_dim) for each of a
-    fixed number of blocks; besides that a few states for every unit of blocks that is held at once.
+    fixed number of blocks; besides that a few states for every unit of blocks that is held at once. The backend
+    `triton` holds a state, features · head_dim numbers, for every block of the row, causal for every 128 tokens.
 
     Args:
         q: Queries, any strides.
@@ -161,11 +162,11 @@ def favor_attention(
         return_log_normaliser: Whether to return the logarithm of the divisor too, through which gradients flow: with it
             attentions over different keys can be merged. For exponential maps only; in a process group with near_block.
         backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
-            `trig`, if it was built; `triton` for bfloat16 and float16 on CUDA, bidirectional, head_dim up to 128 and
-            every map but `trig`, if Triton is installed; else `torch`. Calls that `cpp` or `triton` do not cover
-            (other devices, dtypes and maps, causal attention in a process group, return_log_normaliser without
-            near_block, gradients of the projection and of the feature bias; for `triton` also near_block and
-            feature_bias) run on `torch`.
+            `trig`, if it was built; `triton` for bfloat16, float16 and float32 on CUDA, head_dim up to 128 and every
+            map but `trig`, if Triton is installed; else `torch`. Calls that `cpp` or `triton` do not cover (other
+            devices, dtypes and maps, causal attention in a process group, return_log_normaliser without near_block,
+            gradients of the projection and of the feature bias; for `triton` also causal attention in float32 without
+            near_block, and `relu` in float16) run on `torch`.
 
     Returns:
         Shape and dtype of v. A segment without a real token gives zero; NaN in a real token propagates. With

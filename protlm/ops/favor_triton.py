@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from protlm.ops.cuda.launch import IS_INTERPRETED, capability_of
+from protlm.ops import units_triton
+from protlm.ops.cuda.launch import IS_INTERPRETED, capability_of, is_wide
 from protlm.ops.cuda.tiles import MAX_DIM, MIN_CAPABILITY, padded_dim, padded_features
-from protlm.ops.cuda.units import check_bounds
-from protlm.ops.inputs import AttentionInputs, result_like
+from protlm.ops.cuda.units import state_dtype
+from protlm.ops.inputs import AttentionInputs, check_bounds, result_like
 
 if TYPE_CHECKING:
     from protlm.ops.cuda.call import Call
@@ -72,22 +73,25 @@ def _why_triton_starts_nothing() -> str | None:
 
 def covers(inputs: AttentionInputs) -> bool:
     """Returns whether the kernels can compute a call; the others go to `favor_torch`, on the same device."""
-    device, is_interpreted = inputs.q.device, _is_interpreted()
-    if device.type != "cuda" and not is_interpreted:
-        return False
-    if device.type == "cuda" and capability_of(device.index) < MIN_CAPABILITY:
-        return False
-    dtypes = (torch.bfloat16, torch.float16, *((torch.float32,) if is_interpreted else ()))
     return (
-        inputs.q.dtype in dtypes
-        and inputs.is_plain
-        and inputs.q.shape[-1] <= MAX_DIM
+        covers_tensor(inputs.q)
         and "triton" in inputs.map_definition.backends
         # Features that are not exponentials have no bound, and would leave the range of float16.
         and (inputs.is_exponential or inputs.q.dtype != torch.float16)
-        and not inputs.causal
-        and inputs.q.numel() > 0
+        and not (inputs.causal and not inputs.near_block and is_wide(inputs.q))
+        # Ranks hand on states of causal attention in another form.
+        and not (inputs.causal and inputs.group_name)
     )
+
+
+def covers_tensor(q: Tensor) -> bool:
+    """Returns whether there are kernels for the device, dtype and head_dim of a tensor."""
+    device = q.device
+    if device.type != "cuda" and not _is_interpreted():
+        return False
+    if device.type == "cuda" and capability_of(device.index) < MIN_CAPABILITY:
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= MAX_DIM and q.numel() > 0
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,8 +100,12 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns:
         out, like v; the means (segments, heads, padded features, padded head_dim), in the dtype of v; the references
         (segments, heads, padded features); the query sums (batch, heads, length), to base 2 for exponential maps.
+        Causal attention and a near field keep no states; the query sums of the latter are those of `favor_attention`.
     """
-    check_bounds(inputs)
+    if _has_units(inputs):
+        out, query_sums = units_triton.forward(inputs)
+        return out, *empty_states(inputs), query_sums
+    check_bounds(inputs.cu_seqlens, inputs.q.shape[2])
     call = _call(inputs)
     out, query_sums = result_like(inputs.v), call.query_sums()
     means, references = empty_states(inputs)
@@ -118,7 +126,12 @@ def backward(
     query_sums: Tensor,
     sums_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v; features are computed again. Query sums are never returned here."""
+    """Returns the gradients of q, k and v; features are computed again.
+
+    Query sums are only returned by `favor_attention` with a near field, and have a gradient only there.
+    """
+    if _has_units(inputs):
+        return units_triton.backward(inputs, out_grad, out, query_sums, sums_grad)
     assert sums_grad is None
     call = _call(inputs)
     q_grad, k_grad, v_grad = grads = result_like(inputs.q), result_like(inputs.k), result_like(inputs.v)
@@ -135,14 +148,16 @@ def backward(
 def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Returns means and references to be written, in the shapes of `forward`."""
     heads, head_dim = inputs.q.shape[1], inputs.q.shape[-1]
+    if _has_units(inputs):
+        return inputs.v.new_empty(0), inputs.v.new_empty(0, dtype=torch.float32)
     shape = (inputs.num_segments, heads, padded_features(inputs.num_features))
-    means = inputs.v.new_empty((*shape, padded_dim(head_dim)))
+    means = inputs.v.new_empty((*shape, padded_dim(head_dim)), dtype=state_dtype(inputs))
     return means, means.new_empty(shape, dtype=torch.float32)
 
 
 def fold(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Returns the states and references of all keys in the form of `favor_torch`, but with logarithms to base 2."""
-    check_bounds(inputs)
+    check_bounds(inputs.cu_seqlens, inputs.q.shape[2])
     call = _call(inputs)
     means, references = empty_states(inputs)
     means = means.float()
@@ -202,6 +217,11 @@ def key_gradients(
         target[tuple(slice(n) for n in source.shape)].copy_(source)
     call.run([call.key_gradients(padded_references, padded, k_grad, v_grad)])
     return k_grad, v_grad
+
+
+def _has_units(inputs: AttentionInputs) -> bool:
+    """Returns whether every unit has a state of its own."""
+    return inputs.causal or inputs.near_block > 0
 
 
 def _without_padding(inputs: AttentionInputs, means: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,15 +100,11 @@ class _Shares:
 
     def inputs_of_heads(self, inputs: AttentionInputs) -> AttentionInputs:
         """Returns the inputs of this rank's heads for the tokens of all ranks."""
-        heads, projection, bias, a = self.own_heads, inputs.projection, inputs.feature_bias, inputs.oprf_a
         return replace(
-            inputs,
+            inputs.of_heads(self.own_heads),
             q=self.to_heads(inputs.q),
             k=self.to_heads(inputs.k),
             v=self.to_heads(inputs.v),
-            projection=projection if projection is None or projection.dim() == 2 else projection[heads],
-            feature_bias=bias if bias is None or bias.dim() == 1 else bias[heads],
-            oprf_a=None if a is None else a[..., heads],
             token_mask=self._whole_mask(inputs),
             cu_seqlens=self._whole_bounds(inputs),
             group_name="",

@@ -1,6 +1,6 @@
 """The arguments of one call of the attention op as one value, and the conditions under which they fit together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,20 @@ class AttentionInputs:
         """
         needs_float64 = self.map_definition.is_signed and self.q.device.type != "mps"
         return torch.float64 if needs_float64 or self.q.dtype == torch.float64 else torch.float32
+
+    def of_heads(self, heads: slice) -> "AttentionInputs":
+        """Returns the part of these heads."""
+        projection, bias, a = self.projection, self.feature_bias, self.oprf_a
+        return replace(
+            self,
+            q=self.q[:, heads],
+            k=self.k[:, heads],
+            v=self.v[:, heads],
+            # Without an axis of heads, all heads share them.
+            projection=projection if projection is None or projection.dim() == 2 else projection[heads],
+            feature_bias=bias if bias is None or bias.dim() == 1 else bias[heads],
+            oprf_a=None if a is None else a[..., heads],
+        )
 
     def check(self) -> None:
         """Raises ValueError, naming argument, expected and got, unless the arguments fit together.
@@ -182,8 +196,7 @@ class LocalInputs:
         """Raises ValueError or TypeError unless the tensors fit together."""
         # Like the inputs of a map that needs no projection.
         AttentionInputs(self.q, self.k, self.v, None, self.token_mask, self.cu_seqlens, None, "relu").check()
-        if self.cu_seqlens is not None:
-            read_bounds(self.cu_seqlens, self.q.shape[2])
+        check_bounds(self.cu_seqlens, self.q.shape[2])
 
     def segment_numbers(self) -> Tensor:
         """Returns the number of every token's segment, int32 (batch · length,); −1 for padding."""
@@ -195,6 +208,29 @@ class LocalInputs:
             places = torch.arange(length, dtype=torch.int32, device=device)
             numbers = torch.searchsorted(self.cu_seqlens, places, right=True, out_int32=True)
         return numbers if self.token_mask is None else numbers.masked_fill(~self.token_mask.flatten(), -1)
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Returns whether a device computes while the host goes on, which would have to wait to read a number.
+
+    Tensors of the device `meta` have no numbers to read: with them a test sees that none is read.
+    """
+    return device.type in ("cuda", "meta")
+
+
+def check_bounds(cu_seqlens: Tensor | None, length: int) -> None:
+    """Checks that the bounds of a packed row rise from 0 to its length; on a GPU the device checks it later.
+
+    Raises:
+        ValueError: The bounds, on the CPU, do not.
+    """
+    if cu_seqlens is None:
+        return
+    if not runs_ahead(cu_seqlens.device):
+        read_bounds(cu_seqlens, length)
+        return
+    is_right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    torch._assert_async(is_right, f"cu_seqlens: expected bounds that rise from 0 to the length {length}")
 
 
 def check_tensor(name: str, value: object, dtype: str, *, is_optional: bool = False) -> None:

@@ -1,16 +1,17 @@
 """Exact softmax attention to near tokens: the public op, its backends and its gradients."""
 
+import contextlib
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protlm.ops import compiled, local_cpp, local_torch
+from protlm.ops import compiled, favor_triton, local_cpp, local_torch, local_triton
 from protlm.ops.inputs import LocalInputs, in_one_dtype
 
-LocalBackend = Literal["auto", "torch", "cpp"]
+LocalBackend = Literal["auto", "torch", "cpp", "triton"]
 
 _ONLY_ONCE = "local_attention has first derivatives in reverse mode only (backward, torch.func.grad and vjp)"
 
@@ -45,11 +46,12 @@ def local_attention(
             attention across them. None makes each row one segment.
         causal: A token sees itself and earlier tokens alone.
         backend: `auto` takes `cpp`, the compiled kernel, for float32 on the CPU without token_mask, if it was built;
-            else `torch`. A call that `cpp` does not cover runs on `torch`.
+            `triton` for bfloat16, float16 and float32 on CUDA and head_dim up to 128, if Triton is installed; else
+            `torch`. A call that `cpp` or `triton` does not cover runs on `torch`.
 
     Returns:
-        Shape and dtype of v. NaN in a real token propagates, with `cpp` also to tokens of its segment that are not far
-        beyond the window.
+        Shape and dtype of v. NaN in a real token propagates, with `cpp` and `triton` also to tokens of its segment that
+        are not far beyond the window.
 
     Raises:
         TypeError: An argument is no tensor.
@@ -60,13 +62,15 @@ def local_attention(
     q, k, v = in_one_dtype(q, k, v)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window: expected an integer of at least 1, got {window!r}")
-    if backend not in ("auto", "torch", "cpp"):
-        raise ValueError(f"backend: expected 'auto', 'torch' or 'cpp', got {backend!r}")
+    if backend not in get_args(LocalBackend):
+        raise ValueError(f"backend: expected one of {get_args(LocalBackend)}, got {backend!r}")
     LocalInputs(q, k, v, token_mask, cu_seqlens, window, window).check()
     # No token is farther away.
     reach = min(window, q.shape[2])
     inputs = LocalInputs(q, k, v, token_mask, cu_seqlens, before=reach, after=0 if causal else reach)
-    with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type
+    has_autocast = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext():
         out: Tensor = _LocalAttention.apply(  # type: ignore[no-untyped-call]
             q, k, v, token_mask, cu_seqlens, inputs.before, inputs.after, _module(backend, inputs)
         )[0]
@@ -74,6 +78,12 @@ def local_attention(
 
 
 def _module(backend: LocalBackend, inputs: LocalInputs) -> ModuleType:
+    if backend == "triton" and (why_not := favor_triton.why_not()):
+        raise ValueError(f"backend: expected one that can run here, got 'triton': {why_not}")
+    is_automatic = backend == "auto"
+    # In the interpreter the kernels run only where they are asked for by name.
+    if backend == "triton" or (is_automatic and inputs.q.device.type == "cuda"):
+        return local_triton if local_triton.covers(inputs) else local_torch
     if backend == "torch" or not local_cpp.covers(inputs):
         return local_torch
     if backend == "cpp":
@@ -85,9 +95,9 @@ class _LocalAttention(torch.autograd.Function):
     """The op as a function of its tensors, with what its backward needs; a backend computes it."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *call, module = arguments
-        result: tuple[Tensor, Tensor, Tensor] = module.forward(LocalInputs(*call))
+        result: tuple[Tensor, ...] = module.forward(LocalInputs(*call))
         return result
 
     @staticmethod

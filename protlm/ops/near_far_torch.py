@@ -11,7 +11,6 @@ The backward has the same form twice. The queries of far blocks have a state too
 gradients that they pull with; the keys read it as queries read that of the keys.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -90,15 +89,7 @@ class _Run:
     """One call of the op for a group of heads."""
 
     def __init__(self, inputs: AttentionInputs, heads: slice, saved: Saved | None = None) -> None:
-        self.inputs = dataclasses.replace(
-            inputs,
-            q=inputs.q[:, heads],
-            k=inputs.k[:, heads],
-            v=inputs.v[:, heads],
-            projection=_of_heads(inputs.projection, heads, 3),
-            feature_bias=_of_heads(inputs.feature_bias, heads, 2),
-            oprf_a=None if inputs.oprf_a is None else inputs.oprf_a[..., heads],
-        )
+        self.inputs = inputs.of_heads(heads)
         self.map = ExponentialMap(self.inputs)
         self._saved = saved
 
@@ -268,11 +259,6 @@ class _Run:
         shape = (self.inputs.q.shape[1], len(group.segments), self.inputs.num_features)
         sums = self.inputs.q.new_zeros((*shape, self.inputs.q.shape[-1] + 1), dtype=self.map.dtype)
         return State(sums, sums.new_full(shape, LOG_ZERO))
-
-
-def _of_heads(parameter: Tensor | None, heads: slice, axes: int) -> Tensor | None:
-    """Returns the rows of a parameter for these heads: all of it if it has an axis less and the heads share it."""
-    return parameter if parameter is None or parameter.dim() < axes else parameter[heads]
 
 
 def _product(features: Tensor, sums: Tensor) -> Tensor:

@@ -49,12 +49,12 @@ def why_missing(name: str) -> str:
 def build(name: str, sizes: Sizes, tokens_per_batch: int) -> Embedder:
     """Returns a freshly drawn model."""
     if name == ESM_PEER:
-        return _transformers_esm(sizes)
+        return transformers_esm(sizes)
     if name == PADDED_PEER:
-        return _transformers_esm(sizes, _PADDED_PROTEINS)
+        return transformers_esm(sizes, _PADDED_PROTEINS)
     if name == FAIR_PEER:
         return _fair_esm(sizes)
-    return _Packed(performer(sizes, "softmax" if name == EXACT else "positive"), tokens_per_batch)
+    return Packed(performer(sizes, "softmax" if name == EXACT else "positive"), tokens_per_batch)
 
 
 def performer(sizes: Sizes, attention: Any) -> Performer:
@@ -81,17 +81,19 @@ def check(embedders: dict[str, Embedder], sequences: Sequence[str], model_dim: i
                      "or some that are not finite; nothing is timed")  # fmt: skip
 
 
-class _Packed:
+class Packed:
     """protlm: proteins by length, back to back in rows."""
 
-    def __init__(self, model: Performer, tokens_per_batch: int) -> None:
-        self._model, self._tokens_per_batch = model, tokens_per_batch
+    def __init__(self, model: Performer, tokens_per_batch: int, device: str = "cpu") -> None:
+        self._model, self._tokens_per_batch, self._device = model, tokens_per_batch, device
 
     def __call__(self, sequences: Sequence[str]) -> Iterator[Tensor]:
+        """Yields the hidden states of every row."""
         last = self._model.config.num_layers
         for row in self._rows(sequences):
             with torch.inference_mode():
-                yield self._model.hidden_states(*pack_row(row), (last,))[last]
+                tokens, bounds = (x.to(self._device) for x in pack_row(row))
+                yield self._model.hidden_states(tokens, bounds, (last,))[last]
 
     def _rows(self, sequences: Sequence[str]) -> Iterator[list[np.ndarray]]:
         row: list[np.ndarray] = []
@@ -106,17 +108,21 @@ class _Packed:
         yield row
 
 
-def _transformers_esm(sizes: Sizes, num_proteins: int = 1) -> Embedder:
+def transformers_esm(
+    sizes: Sizes, num_proteins: int = 1, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Embedder:
     """Returns ESM-2 as transformers has it; one protein at a time has no padding, its fastest way on a CPU.
 
     Args:
         sizes: The shape.
         num_proteins: Proteins of a batch, in the order in which they come, as most scripts take them.
+        device: Where it computes.
+        dtype: That of weights and products.
     """
     with building_a_peer():
         from transformers import EsmModel
 
-        model = EsmModel(esm_config(sizes, layer_norm_eps=1e-5), add_pooling_layer=False).eval()
+        model = EsmModel(esm_config(sizes, layer_norm_eps=1e-5), add_pooling_layer=False).eval().to(device, dtype)
 
     def embed(sequences: Sequence[str]) -> Iterator[Tensor]:
         for start in range(0, len(sequences), num_proteins):
@@ -125,9 +131,9 @@ def _transformers_esm(sizes: Sizes, num_proteins: int = 1) -> Embedder:
                 for sequence in sequences[start : start + num_proteins]
             ]
             tokens = pad_sequence(rows, batch_first=True, padding_value=PAD)
-            mask = None if len(rows) == 1 else (tokens != PAD).long()
+            mask = None if len(rows) == 1 else (tokens != PAD).long().to(device)
             with torch.inference_mode():
-                yield model(input_ids=tokens, attention_mask=mask).last_hidden_state
+                yield model(input_ids=tokens.to(device), attention_mask=mask).last_hidden_state
 
     return embed
 

@@ -152,20 +152,20 @@ def _values_alone(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, **options
     return values
 
 
-def _loss_at_targets(model: Performer, task: Task) -> Tensor:
+def loss_at_targets(model: Performer, task: Task) -> Tensor:
     """Returns the loss as `protlm train` has it: a packed row, and logits at the targets alone."""
     return F.cross_entropy(model(task.seen.flatten(), task.cu_seqlens, task.positions), task.targets)
 
 
 def _loss_without_attention(model: Performer, task: Task) -> Tensor:
     with mock.patch.object(protlm.model.attention, "favor_attention", _values_alone):
-        return _loss_at_targets(model, task)
+        return loss_at_targets(model, task)
 
 
 LOSSES: dict[str, Callable[[Performer, Task], Tensor]] = {
-    PROTLM: _loss_at_targets,
-    PROTLM_CONVOLVED: _loss_at_targets,
-    CYCLE: _loss_at_targets,
+    PROTLM: loss_at_targets,
+    PROTLM_CONVOLVED: loss_at_targets,
+    CYCLE: loss_at_targets,
     NO_ATTENTION: _loss_without_attention,
 }
 """The losses of our models."""

@@ -21,12 +21,14 @@ class Case:
         multiply_adds: Of the tensor cores, in one iteration of a block's loop; 0 for a kernel that multiplies nothing.
         has_pipelined_loads: Whether the loop has loads, which should be under way while it multiplies.
         has_narrow_products: Whether some products have less than 64 rows, fewer than a group of warps multiplies.
+        has_wide_products: Whether some have more.
     """
 
     launch: Launch
     multiply_adds: int
     has_pipelined_loads: bool
     has_narrow_products: bool = False
+    has_wide_products: bool = True
 
 
 def counts(code: MachineCode) -> dict[str, int]:
@@ -75,7 +77,8 @@ def _tensor_work(code: MachineCode, case: Case) -> list[str]:
     used = set(code.tensor_instructions)
     if not case.multiply_adds:
         return [f"{sorted(used)}: expected no tensor-core instruction"] if used else []
-    expected = {TENSOR_OPCODE[code.capability]} | ({TENSOR_OPCODE[80]} if case.has_narrow_products else set())
+    expected = {TENSOR_OPCODE[code.capability]} if case.has_wide_products else set()
+    expected |= {TENSOR_OPCODE[80]} if case.has_narrow_products else set()
     if wrong := used ^ expected:
         return [f"tensor-core instructions {sorted(used)}: {sorted(wrong)} should be otherwise"]
     if code.multiply_adds < case.multiply_adds:

@@ -47,6 +47,7 @@ def test_one_kernel_is_as_it_should_be():
 
 
 @pytest.mark.cuda
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", GPUS)
 def test_every_kernel_is_as_it_should_be(capability):
     compiled = compiled_elsewhere(capability)

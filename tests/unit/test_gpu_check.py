@@ -1,5 +1,7 @@
 """The check for a user's GPU: its arithmetic, what it calls a fault, and its report, on the CPU at small sizes."""
 
+import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -10,16 +12,16 @@ import torch
 
 import protlm.gpu_check.__main__ as gpu_check
 from protlm import ops
-from protlm.gpu_check import parity, ranks, roofline, timing
+from protlm.gpu_check import parity, ranks, roofline, timing, waiting
 from protlm.gpu_check.__main__ import Work, main, report
 from protlm.gpu_check.tolerances import NAMES
-from protlm.ops import favor_attention
+from protlm.ops import favor_attention, local_attention
 from protlm.ops.cuda import launch
 from protlm.ops.feature_maps import DEFINITIONS
 from tests import forked
 
 SMALL = parity.Case(length=30, head_dim=16, features=32, heads=1)
-WORK = Work(cases=[SMALL], rank_cases=[], lengths=(16,), repeats=2, tokens=16)
+WORK = Work(cases=[SMALL], rank_cases=[], steps=[], lengths=(16,), repeats=2, tokens=16, compiles=True)
 
 
 def test_the_floor_is_that_of_the_largest_share():
@@ -43,6 +45,40 @@ def test_what_is_right_is_told_as_right(feature_map):
     (outcome,) = parity.compare_cases([case], "cpu", "torch")
     assert outcome.fault is None
     assert set(outcome.errors) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"near_block": 8, "has_bias": True}, {"near_block": 8, "causal": True, "feature_map": "oprf"}, {"window": 4}],
+    ids=str,
+)
+def test_causal_near_and_local_cases_are_compared(changes):
+    case = replace(SMALL, segments=(9, 0, 1, 20), is_masked=True, **changes)
+    (outcome,) = parity.compare_cases([case], "cpu", "torch")
+    assert outcome.fault is None
+
+
+def test_a_local_case_has_a_twin_of_its_own(monkeypatch):
+    monkeypatch.setattr(parity, "local_attention", lambda q, k, v, **options: local_attention(q, k, v * 1.1, **options))
+    (outcome,) = parity.compare_cases([replace(SMALL, window=4)], "cpu", "torch")
+    assert outcome.fault.startswith("out by more than")
+
+
+def test_steps_are_tried_and_their_faults_told(monkeypatch):
+    chosen = [step for step in waiting.steps() if step.dtype == torch.float32 or step.name == "exact"]
+    assert [outcome.fault for outcome in waiting.try_steps(chosen, "cpu")] == [None, None]
+
+    @contextlib.contextmanager
+    def strict(device):
+        def item(tensor):
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+        monkeypatch.setattr(torch.Tensor, "tolist", item)
+        yield
+
+    monkeypatch.setattr(waiting, "_errors_where_the_host_waits", strict)
+    (outcome,) = waiting.try_steps([step for step in waiting.steps() if step.name == "exact"], "cpu")
+    assert outcome.fault == "RuntimeError: called a synchronizing CUDA operation"
 
 
 @pytest.mark.cuda
@@ -94,16 +130,21 @@ def test_a_kernel_that_raises_and_one_that_changes_its_mind_are_faults():
     assert second.fault == "a second call gave other bits"
 
 
+def _on_torch(attention, *tensors, **options):
+    return attention(*tensors, **{**options, "backend": "torch"})
+
+
 def test_the_report_has_a_row_for_everything(tmp_path, capsys, monkeypatch):
     # Neither a compiler nor the interpreter, which would take long, is what is tested here.
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    monkeypatch.setattr(timing, "favor_attention", lambda *tensors, backend: favor_attention(*tensors, backend="torch"))
+    for name, attention in (("favor_attention", favor_attention), ("local_attention", local_attention)):
+        monkeypatch.setattr(timing, name, functools.partial(_on_torch, attention))
     out = tmp_path / "check.json"
     assert report(out, "cpu", "torch", WORK) == 0
     content = json.loads(out.read_text())
     assert [row["fault"] for row in content["parity"]] == [None]
     rows = {(row["name"], row["backward"]): row for row in content["times"]}
-    assert len(rows) == 8
+    assert len(rows) == 24
     assert all("fault" in row or row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows.values())
     told = capsys.readouterr().out
     assert "1 of 1 cases are right" in told

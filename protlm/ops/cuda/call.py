@@ -1,10 +1,9 @@
 """One call of the op as kernel launches: how arguments are prepared, and which of them each kernel gets."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +12,15 @@ from torch import Tensor
 from protlm.ops.cuda.add_gradients import add_gradients
 from protlm.ops.cuda.fold_keys import fold_keys
 from protlm.ops.cuda.key_gradients import key_gradients
-from protlm.ops.cuda.launch import IS_INTERPRETED, Launch, capability_of
+from protlm.ops.cuda.launch import Launch, capability_for, is_wide, launch_of, run_on
 from protlm.ops.cuda.merge_states import merge_states
 from protlm.ops.cuda.query_gradients import query_gradients
 from protlm.ops.cuda.read_state import read_state
 from protlm.ops.cuda.short_backward import short_backward
 from protlm.ops.cuda.short_forward import short_forward
 from protlm.ops.cuda.state_gradients import state_gradients
-from protlm.ops.cuda.tiles import MIN_CAPABILITY, fits_chip, padded_dim, padded_features, tile_of
-from protlm.ops.cuda.units import Units, cut_into_units, whole_segments
+from protlm.ops.cuda.tiles import Tile, fits_chip, padded_dim, padded_features, tile_of
+from protlm.ops.cuda.units import Units, cut_into_units, state_dtype, whole_segments
 from protlm.ops.feature_maps import check_backend
 from protlm.ops.inputs import AttentionInputs
 
@@ -61,19 +60,17 @@ class Call:
         check_backend(inputs.feature_map, "triton")
         self.inputs = inputs
         if capability is None:
-            # The interpreter runs with the tiles of any GPU.
-            device = inputs.q.device
-            capability = capability_of(device.index) if device.type == "cuda" else MIN_CAPABILITY
+            capability = capability_for(inputs.q.device)
         self.capability = capability
         self.heads, self.head_dim = inputs.q.shape[1], inputs.q.shape[-1]
         self.dim = padded_dim(self.head_dim)
         self.padded = padded_features(inputs.num_features)
-        self._q, self._k, self._v = (_with_neighbours(x) for x in (inputs.q, inputs.k, inputs.v))
+        self._q, self._k, self._v = (with_neighbours(x) for x in (inputs.q, inputs.k, inputs.v))
         rows, self._scale = self._projection()
         padding = (0, self.dim - self.head_dim, 0, self.padded - rows.shape[-2])
         self._rows = torch.nn.functional.pad(rows, padding).contiguous()
         self._mask = inputs.token_mask.contiguous().view(torch.uint8) if inputs.token_mask is not None else None
-        self._scales, self._constants = self._oprf()
+        self._scales, self._constants = self._of_segments()
 
     def takes_short(self, kernel: str, *others: Tensor) -> bool:
         """Returns whether a kernel for short segments takes the call: by the mean length, which the host knows.
@@ -86,7 +83,7 @@ class Call:
         # Within a segment these kernels count in 32 bits.
         reach = inputs.q.shape[2] * max(x.stride(2) for x in (self._q, self._k, self._v, *others))
         is_short = has_enough and mean_length <= _SHORT_TOKENS and reach < 2**31
-        return is_short and fits_chip(kernel, self.capability, self.dim, self.padded)
+        return is_short and fits_chip(kernel, self.capability, self.dim, self.padded, is_wide=is_wide(inputs.q))
 
     @functools.cached_property
     def units(self) -> Units:
@@ -98,10 +95,7 @@ class Call:
 
     def run(self, launches: Sequence[Launch]) -> None:
         """Starts launches one after the other, on the current stream of the device of the inputs."""
-        device = self.inputs.q.device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            for launch in launches:
-                launch.run()
+        run_on(self.inputs.q.device, launches)
 
     def query_sums(self) -> Tensor:
         """Returns a tensor for the renormalisers, to be written."""
@@ -110,22 +104,23 @@ class Call:
     def empty_state_grad(self) -> StateGrad:
         """Returns the gradient of the state, to be written."""
         shape = (self.inputs.num_segments, self.heads, self.padded)
-        means = self.inputs.v.new_empty((*shape, self.dim))
+        means = self.inputs.v.new_empty((*shape, self.dim), dtype=state_dtype(self.inputs))
         sums = means.new_empty(shape, dtype=torch.float32)
         return StateGrad(means, sums, torch.empty_like(sums))
 
     def query_references(self, references: Tensor) -> Tensor:
-        """Returns the references for queries: with the constants of `oprf`; for `relu` relative to the largest."""
-        if not self.inputs.is_exponential:
-            largest = references.amax(-1, keepdim=True)
-            return torch.where(largest == 0, 0.0, references / largest)
-        return references if self._constants is None else references + self._constants
+        """Returns the references for queries: those of `relu` relative to the largest."""
+        if self.inputs.is_exponential:
+            return references
+        largest = references.amax(-1, keepdim=True)
+        return torch.where(largest == 0, 0.0, references / largest)
 
     def short_forward(self, means: Tensor, references: Tensor, out: Tensor, query_sums: Tensor) -> Launch:
         """Returns the launch that does the whole forward, with one program per segment and head."""
         tensors = {"q": self._q, "k": self._k, "v": self._v, "out": out}
         arguments = {
-            **self._of_whole_segments(means, references), "query_sums": query_sums, **self._sum_strides(),
+            **self._reading(), "means": means, "references": references, "query_sums": query_sums,
+            **self._sum_strides(),
             **self._factors("factor", "norm_factor"),
         }  # fmt: skip
         return self._launch(short_forward, whole_segments(self.inputs), tensors, arguments)
@@ -140,10 +135,11 @@ class Call:
         grads: tuple[Tensor, Tensor, Tensor],
     ) -> Launch:
         """Returns the launch that does the whole backward, with one program per segment and head, into `grads`."""
-        tensors = {"q": self._q, "k": self._k, "v": self._v, "out": out, "out_grad": _with_neighbours(out_grad)}
+        tensors = {"q": self._q, "k": self._k, "v": self._v, "out": out, "out_grad": with_neighbours(out_grad)}
         tensors |= zip(("q_grad", "k_grad", "v_grad"), grads, strict=True)
         arguments = {
-            **self._of_whole_segments(means, references), "query_sums": query_sums, **self._sum_strides(),
+            **self._reading(), "means": means, "references": references, "query_sums": query_sums,
+            **self._sum_strides(),
             **self._factors("factor", "norm_factor", "grad_factor", "norm_grad_factor"),
         }  # fmt: skip
         return self._launch(short_backward, whole_segments(self.inputs), tensors, arguments)
@@ -165,7 +161,7 @@ class Call:
     def read(self, means: Tensor, references: Tensor, out: Tensor, query_sums: Tensor) -> Launch:
         """Returns the launch that reads states, given the references for queries."""
         arguments = {
-            **self._common(), "means": means, "references": references, "query_sums": query_sums,
+            **self._reading(), "means": means, "references": references, "query_sums": query_sums,
             **self._sum_strides(), **self._factors("factor"),
         }  # fmt: skip
         return self._launch(read_state, self.units, {"q": self._q, "out": out}, arguments)
@@ -181,13 +177,16 @@ class Call:
         state_grad: StateGrad,
     ) -> list[Launch]:
         """Returns the launches for the gradients of the queries and of the state."""
-        out_grad = _with_neighbours(out_grad)
+        out_grad = with_neighbours(out_grad)
         common = {
-            **self._common(), "references": references, "query_sums": query_sums,
+            **self._reading(), "references": references, "query_sums": query_sums,
             "inner": torch.empty_like(query_sums), **self._sum_strides(),
         }  # fmt: skip
         tensors = {"q": self._q, "out": out, "out_grad": out_grad, "q_grad": q_grad}
-        arguments = {**common, "means": means, **self._factors("factor", "grad_factor")}
+        arguments = {
+            **common, "means": means, "sums_grad": query_sums,
+            **self._factors("factor", "norm_factor", "grad_factor", "norm_grad_factor"),
+        }  # fmt: skip
         of_queries = self._launch(query_gradients, self.units, tensors, arguments)
         unit_means, unit_sums = self._of_units()
         arguments = {**common, "mean_grads": unit_means, "sum_grads": unit_sums, **self._factors("factor")}
@@ -209,20 +208,20 @@ class Call:
         return self._launch(key_gradients, self.units, tensors, arguments)
 
     def _launch(
-        self, kernel: Any, units: Units | None, tensors: dict[str, Tensor], arguments: dict[str, Any]
+        self,
+        kernel: Any,
+        units: Units | None,
+        tensors: dict[str, Tensor],
+        arguments: dict[str, Any],
+        **others: int,
     ) -> Launch:
         """Returns a launch with the strides of tensors, the tiles of the device and the constants of all kernels.
 
         A program computes a unit and head, or a segment and head if `units` is None; for a kernel with several tiles,
-        one tile of these.
+        one tile of these. `others` are constants that are not those of all calls.
         """
-        tile = tile_of(kernel.__name__, self.capability, self.dim, self.padded)
+        tile = self._tile_of(kernel.__name__)
         names = set(kernel.arg_names)
-        has_row = self.inputs.cu_seqlens is None
-        for name, tensor in tensors.items():
-            arguments[name] = tensor
-            strides = (tensor.stride(0) if has_row else 0, tensor.stride(1), tensor.stride(2))
-            arguments |= zip((f"{name}_row", f"{name}_head", f"{name}_token"), strides, strict=True)
         if units is not None:
             arguments["units"] = units.table
         blocks = 1
@@ -233,19 +232,21 @@ class Call:
             blocks = self.padded // tile.features
         known = {
             "HEADS": self.heads, "HEAD_DIM": self.head_dim, "DIM": self.dim, "FEATURES": self.inputs.num_features,
-            "PADDED": self.padded, "TILE_FEATURES": tile.features, "TILE_TOKENS": tile.tokens, "TILES": blocks,
+            "PADDED": self.padded, "TILES": blocks,
             "IS_EXPONENTIAL": self.inputs.is_exponential, "HAS_MASK": self._mask is not None,
-            "HAS_SCALES": self._scales is not None, "UPCAST": IS_INTERPRETED,
+            "HAS_SCALES": self._scales is not None, "HAS_CONSTANTS": self._constants is not None,
+            "HAS_SUMS_GRAD": False, "IS_ABSOLUTE": False, "PER_UNIT": False, **others,
         }  # fmt: skip
-        places = self.inputs.num_segments if units is None else units.count
-        return Launch(
-            kernel=kernel,
-            grid=(places * self.heads * blocks,),
-            arguments=arguments,
-            constants={name: value for name, value in known.items() if name in names},
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+        programs = (self.inputs.num_segments if units is None else units.count) * self.heads * blocks
+        is_batch = self.inputs.cu_seqlens is None
+        return launch_of(kernel, tile, programs, tensors, arguments, known, is_batch=is_batch)
+
+    def _tile_of(self, kernel: str) -> Tile:
+        tile = tile_of(kernel, self.capability, self.dim, self.padded, is_wide=is_wide(self.inputs.q))
+        if kernel == "read_state" and not self.inputs.is_exponential:
+            # The state of `relu` is float32: half as many of its rows take the same registers.
+            tile = replace(tile, features=min(tile.features, 32))
+        return tile
 
     def _common(self) -> dict[str, Any]:
         """Returns the arguments of every kernel that multiplies with the projection."""
@@ -259,9 +260,9 @@ class Call:
             "mask_row": mask.stride(0) if mask is not None and self.inputs.cu_seqlens is None else 0,
         }
 
-    def _of_whole_segments(self, means: Tensor, references: Tensor) -> dict[str, Any]:
-        constants = references if self._constants is None else self._constants
-        return {**self._common(), "means": means, "references": references, "constants": constants}
+    def _reading(self) -> dict[str, Any]:
+        """Returns the arguments of every kernel that has features of queries, too."""
+        return {**self._common(), "constants": self._rows if self._constants is None else self._constants}
 
     def _sum_strides(self) -> dict[str, int]:
         length = self._q.shape[2]
@@ -292,17 +293,25 @@ class Call:
         rows = definition.mirrored(definition.rescaled(inputs.projection.float()))
         return rows.to(inputs.q.dtype), self.head_dim**-0.25
 
-    def _oprf(self) -> tuple[Tensor | None, Tensor | None]:
-        """Returns √(1−4A) (segments, heads) and 2A‖ω‖² to base 2 (segments, heads, padded features)."""
-        inputs = self.inputs
-        if inputs.oprf_a is None:
-            return None, None
-        a = inputs.oprf_a.detach().double().expand(inputs.num_segments, -1)
-        squares = self._rows.double().square().sum(-1)
-        constants = (2 * _LOG2_E * a).unsqueeze(-1) * squares
-        return (1 - 4 * a).sqrt().float().contiguous(), constants.float().contiguous()
+    def _of_segments(self) -> tuple[Tensor | None, Tensor | None]:
+        """Returns √(1−4A) of `oprf` (segments, heads), and the constants of queries (segments, heads, padded features).
+
+        These are 2A‖ω‖² of `oprf` and the feature bias, to base 2.
+        """
+        inputs, scales, constants = self.inputs, None, None
+        if inputs.oprf_a is not None:
+            a = inputs.oprf_a.detach().double().expand(inputs.num_segments, -1)
+            squares = self._rows.double().square().sum(-1)
+            constants = (2 * _LOG2_E * a).unsqueeze(-1) * squares
+            scales = (1 - 4 * a).sqrt().float().contiguous()
+        if inputs.feature_bias is not None:
+            bias = inputs.feature_bias.detach().double().expand(self.heads, -1)
+            bias = bias.repeat(1, inputs.map_definition.features_per_row) * _LOG2_E
+            bias = torch.nn.functional.pad(bias, (0, self.padded - bias.shape[-1])).expand(inputs.num_segments, -1, -1)
+            constants = bias if constants is None else constants + bias
+        return scales, None if constants is None else constants.float().contiguous()
 
 
-def _with_neighbours(x: Tensor) -> Tensor:
+def with_neighbours(x: Tensor) -> Tensor:
     """Returns the tensor with the numbers of each vector contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -12,7 +12,7 @@ RELU_OFFSET = tl.constexpr(1e-3)
 
 @triton.jit
 def product(a, b, total, UPCAST: tl.constexpr):
-    """Returns a·b + total, summed in float32.
+    """Returns a·b + total, summed in float32; of float32 as three products of tf32, which lose the last two bits.
 
     The interpreter would multiply the bit patterns of bfloat16; with UPCAST it multiplies numbers, whose products
     float32 holds exactly.
@@ -20,7 +20,7 @@ def product(a, b, total, UPCAST: tl.constexpr):
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision="tf32x3")
 
 
 @triton.jit
@@ -34,6 +34,14 @@ def load_unit(units, unit):
     """Returns the segment of a unit, its first position and the position after its last."""
     segment = tl.load(units + 3 * unit).to(tl.int64)
     return segment, tl.load(units + 3 * unit + 1), tl.load(units + 3 * unit + 2)
+
+
+@triton.jit
+def load_reach(units, unit):
+    """Returns the same of a unit that has a reach, with the first position in it and the position after its last."""
+    segment = tl.load(units + 5 * unit).to(tl.int64)
+    start, stop = tl.load(units + 5 * unit + 1), tl.load(units + 5 * unit + 2)
+    return segment, start, stop, tl.load(units + 5 * unit + 3), tl.load(units + 5 * unit + 4)
 
 
 @triton.jit
@@ -68,6 +76,35 @@ def scale_of(scales, segment, head, HEADS: tl.constexpr, HAS_SCALES: tl.constexp
     if HAS_SCALES:
         return tl.load(scales + segment * HEADS + head)
     return 1.0
+
+
+@triton.jit
+def biases_of(
+    references, constants, state, segment, head, features,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, HAS_CONSTANTS: tl.constexpr,
+):  # fmt: skip
+    """Returns the references of a state for queries: with the constants of their segment."""
+    bias = tl.load(references + (state * HEADS + head) * PADDED + features)
+    if HAS_CONSTANTS:
+        bias += tl.load(constants + (segment * HEADS + head) * PADDED + features)
+    return bias
+
+
+@triton.jit
+def centred(rows, centre, dtype: tl.constexpr, IS_EXPONENTIAL: tl.constexpr):
+    """Returns the rows of a state in a dtype, of `relu` without their centre.
+
+    The means of `relu` are much alike: rounded as they are, the differences between them would be lost.
+    """
+    if IS_EXPONENTIAL:
+        return rows.to(dtype)
+    return (rows - centre[None, :]).to(dtype)
+
+
+@triton.jit
+def along_centre(vectors, centre):
+    """Returns the inner product of each vector with the centre that was taken off."""
+    return tl.sum(vectors.to(tl.float32) * centre[None, :], 1)
 
 
 @triton.jit
@@ -108,10 +145,50 @@ def query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL: tl.constexpr, 
 
 
 @triton.jit
+def sees(positions, others, before, after):
+    """Returns whether a token sees another one, which is at most `before` ahead of it and `after` behind it."""
+    distances = others[None, :] - positions[:, None]
+    return (distances <= after) & (distances >= -before)
+
+
+@triton.jit
+def without_bad_values(values):
+    """Returns values with zeros in the place of NaN and infinities."""
+    return tl.where(values - values == 0, values, 0.0)
+
+
+@triton.jit
+def add_bad_values(total, values, visible):
+    """Returns the sums of tokens (tokens, head_dim), NaN for those to which a value that is not finite is visible."""
+    is_bad = tl.max(tl.where(values - values == 0, 0, 1), 1) > 0
+    return tl.where((tl.max((visible & is_bad[None, :]).to(tl.int32), 1) > 0)[:, None], float("nan"), total)
+
+
+@triton.jit
 def half_squares(k, is_real, norm_factor):
     """Returns ‖k‖² as in the exponent, and infinity where a token is not real."""
     wide = k.to(tl.float32)
     return tl.where(is_real, tl.sum(wide * wide, 1) * norm_factor, float("inf"))
+
+
+@triton.jit
+def risen_weights(exponents, largest):
+    """Returns the largest exponent of each row so far, the weights relative to it, and the factor of earlier sums."""
+    risen = tl.maximum(largest, tl.max(exponents, 1))
+    return risen, tl.math.exp2(exponents - risen[:, None]), tl.math.exp2(largest - risen)
+
+
+@triton.jit
+def key_features_of(exponents, squares, is_real, IS_EXPONENTIAL: tl.constexpr):
+    """Returns the features of some keys (keys, features), zero where they are not real, and their references.
+
+    The references, of each feature, are the largest exponents; zeros for `relu`.
+    """
+    if IS_EXPONENTIAL:
+        exponents = tl.where(is_real[:, None], exponents - squares[:, None], float("-inf"))
+        reference = tl.maximum(tl.max(exponents, 0), LOG_ZERO)
+        return tl.math.exp2(exponents - reference[None, :]), reference
+    return tl.where(is_real[:, None], relu_features(exponents), 0.0), tl.zeros([exponents.shape[1]], tl.float32)
 
 
 @triton.jit
@@ -126,10 +203,7 @@ def fold_tile(
         if HAS_MASK:
             # Scores of padding may be infinite too.
             exponents = tl.where(is_real[None, :], exponents, float("-inf"))
-        risen = tl.maximum(largest, tl.max(exponents, 1))
-        key_features = tl.math.exp2(exponents - risen[:, None])
-        shrink = tl.math.exp2(largest - risen)
-        largest = risen
+        largest, key_features, shrink = risen_weights(exponents, largest)
         sums *= shrink
         context *= shrink[:, None]
     else:

@@ -5,6 +5,8 @@ import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
     LOG_ZERO,
+    along_centre,
+    centred,
     half_squares,
     load_is_real,
     load_rows,
@@ -61,6 +63,7 @@ def key_gradients(
     IS_EXPONENTIAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    PER_UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program takes one tile of keys of one head; writes zeros where a token is not real."""
@@ -81,13 +84,16 @@ def key_gradients(
         scale = scale_of(scales, segment, head, HEADS, HAS_SCALES)
         factor *= scale
         projection += head * projection_head
-        at = segment * HEADS + head
+        at = (unit if PER_UNIT else segment) * HEADS + head
         mean_grads += at * (PADDED * DIM)
         references += at * PADDED
         sum_grads += at * PADDED
         sizes += at * PADDED
         if IS_EXPONENTIAL:
             squares = half_squares(keys, is_in, norm_factor)
+        centre = tl.load(mean_grads + dims).to(tl.float32)
+        if not IS_EXPONENTIAL:
+            along = along_centre(values, centre)
         exponent_sums = tl.zeros([TILE_TOKENS], tl.float32)
         of_keys = tl.zeros([TILE_TOKENS, DIM], tl.float32)
         of_values = tl.zeros([TILE_TOKENS, DIM], tl.float32)
@@ -95,11 +101,14 @@ def key_gradients(
             features = first + tl.arange(0, TILE_FEATURES)
             offsets = features[:, None] * DIM + dims[None, :]
             rows = tl.load(projection + offsets)
-            pulled = tl.load(mean_grads + offsets)
+            pulled = centred(tl.load(mean_grads + offsets), centre, values.dtype, IS_EXPONENTIAL)
             bias = tl.load(references + features)
             size = tl.load(sizes + features)
             exponents = scores(keys, rows, UPCAST) * factor
-            grads = scores(values, pulled, UPCAST) * size[None, :] - tl.load(sum_grads + features)[None, :]
+            grads = scores(values, pulled, UPCAST)
+            if not IS_EXPONENTIAL:
+                grads += along[:, None]
+            grads = grads * size[None, :] - tl.load(sum_grads + features)[None, :]
             if IS_EXPONENTIAL:
                 # A feature without a key, or of the padding, has no weight.
                 bias = tl.where(bias == LOG_ZERO, float("inf"), bias)
@@ -110,7 +119,10 @@ def key_gradients(
                 inverse = tl.where(bias == 0, 0.0, 1.0 / tl.where(bias == 0, 1.0, bias))
                 weights = relu_features(exponents) * inverse[None, :]
                 grads = relu_gradient(exponents, grads * inverse[None, :])
-            of_values = product((weights * size[None, :]).to(pulled.dtype), pulled, of_values, UPCAST)
+            weights *= size[None, :]
+            of_values = product(weights.to(pulled.dtype), pulled, of_values, UPCAST)
+            if not IS_EXPONENTIAL:
+                of_values += tl.sum(weights, 1)[:, None] * centre[None, :]
             of_keys = product(grads.to(rows.dtype), rows, of_keys, UPCAST)
         of_keys *= grad_factor * scale
         if IS_EXPONENTIAL:

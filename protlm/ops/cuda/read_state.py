@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
+    biases_of,
+    centred,
     load_is_real,
     load_rows,
     load_unit,
@@ -24,6 +26,7 @@ def read_state(
     token_mask,
     projection,
     scales,
+    constants,
     units,
     means,
     references,
@@ -50,11 +53,14 @@ def read_state(
     IS_EXPONENTIAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_CONSTANTS: tl.constexpr,
+    PER_UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program reads with one tile of queries of one head; `references` are those of `Call.query_references`.
+    """One program reads with one tile of queries of one head the state of its segment, or with PER_UNIT of its unit.
 
-    Writes out, zero where a token is not real, and query_sums: log2 Σ φ(q)·φ(k), for `relu` the sum.
+    `references` are those of `Call.query_references`, with PER_UNIT those of `scan_states`. Writes out, zero where a
+    token is not real, and query_sums: log2 Σ φ(q)·φ(k), for `relu` the sum.
     """
     place = tl.program_id(0).to(tl.int64) // TILES
     unit, head = place // HEADS, place % HEADS
@@ -70,17 +76,17 @@ def read_state(
         queries = load_rows(q, steps[:, None] * q_token + dims[None, :], is_in, HEAD_DIM, DIM)
         factor *= scale_of(scales, segment, head, HEADS, HAS_SCALES)
         projection += head * projection_head
-        means += (segment * HEADS + head) * (PADDED * DIM)
-        references += (segment * HEADS + head) * PADDED
+        state = unit if PER_UNIT else segment
+        means += (state * HEADS + head) * (PADDED * DIM)
         largest = tl.full([TILE_TOKENS], float("-inf"), tl.float32)
         sums = tl.zeros([TILE_TOKENS], tl.float32)
         total = tl.zeros([TILE_TOKENS, DIM], tl.float32)
+        centre = tl.load(means + dims).to(tl.float32)
         for first in range(0, PADDED, TILE_FEATURES):
             features = first + tl.arange(0, TILE_FEATURES)
             offsets = features[:, None] * DIM + dims[None, :]
             rows = tl.load(projection + offsets)
-            values = tl.load(means + offsets)
-            bias = tl.load(references + features)
+            bias = biases_of(references, constants, state, segment, head, features, HEADS, PADDED, HAS_CONSTANTS)
             exponents = scores(queries, rows, UPCAST) * factor
             if IS_EXPONENTIAL:
                 exponents += bias[None, :]
@@ -93,9 +99,13 @@ def read_state(
             else:
                 weights = relu_features(exponents) * bias[None, :]
             sums += tl.sum(weights, 1)
+            values = centred(tl.load(means + offsets), centre, queries.dtype, IS_EXPONENTIAL)
             total = product(weights.to(values.dtype), values, total, UPCAST)
         # Without a key the sum of `relu` is 0, and so is the number that it divides.
-        total = tl.where(is_real[:, None], total / tl.where(sums == 0, 1.0, sums)[:, None], 0.0)
+        total /= tl.where(sums == 0, 1.0, sums)[:, None]
+        if not IS_EXPONENTIAL:
+            total += centre[None, :]
+        total = tl.where(is_real[:, None], total, 0.0)
         out += segment * out_row + head * out_head + first_token * out_token
         store_rows(out, steps[:, None] * out_token + dims[None, :], total, is_in, HEAD_DIM, DIM)
         if IS_EXPONENTIAL:

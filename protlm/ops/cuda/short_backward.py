@@ -5,6 +5,8 @@ import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
     LOG_ZERO,
+    along_centre,
+    centred,
     half_squares,
     load_is_real,
     load_rows,
@@ -87,6 +89,7 @@ def short_backward(
     IS_EXPONENTIAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_CONSTANTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program takes one head of a segment, of any length; writes zeros where a token is not real."""
@@ -100,10 +103,11 @@ def short_backward(
     factor *= scale
     state_offsets = features[:, None] * DIM + dims[None, :]
     rows = tl.load(projection + head * projection_head + state_offsets)
-    state = tl.load(means + place * (PADDED * DIM) + state_offsets)
+    centre = tl.load(means + place * (PADDED * DIM) + dims).to(tl.float32)
+    state = centred(tl.load(means + place * (PADDED * DIM) + state_offsets), centre, rows.dtype, IS_EXPONENTIAL)
     sums_of_keys = tl.load(references + place * PADDED + features)
     bias = sums_of_keys
-    if HAS_SCALES:
+    if HAS_CONSTANTS:
         bias += tl.load(constants + place * PADDED + features)
     if not IS_EXPONENTIAL:
         largest = tl.max(bias, 0)
@@ -134,13 +138,17 @@ def short_backward(
         weights, shares = query_weights(exponents, bias, sums, is_real, IS_EXPONENTIAL, HAS_MASK)
         of_sums += tl.sum(weights * inners[None, :], 1)
         of_means = product(weights.to(pulled.dtype), pulled, of_means, UPCAST)
+        if not IS_EXPONENTIAL:
+            inners -= along_centre(pulled, centre)
         grads = (scores(state, pulled, UPCAST) - inners[None, :]) * shares
         of_queries = product_of_features(grads, rows, TILE_TOKENS, DIM, UPCAST) * (grad_factor * scale)
         of_queries = tl.where(is_real[:, None], of_queries, 0.0)
         store_rows(q_grad, tokens[:, None] * q_grad_token + dims[None, :], of_queries, is_in, HEAD_DIM, DIM)
     size = tl.max(tl.abs(of_means), 1)
     size = tl.where(size == 0, 1.0, size)
-    state_grad = (of_means / size[:, None]).to(state.dtype)
+    of_means /= size[:, None]
+    centre = tl.sum(tl.where((features == 0)[:, None], of_means, 0.0), 0)
+    state_grad = centred(of_means, centre, rows.dtype, IS_EXPONENTIAL)
     if IS_EXPONENTIAL:
         # A feature without a key, or of the padding, has no weight.
         bias = tl.where(sums_of_keys == LOG_ZERO, float("inf"), sums_of_keys)
@@ -153,7 +161,10 @@ def short_backward(
         keys = load_rows(k, tokens[:, None] * k_token + dims[None, :], is_in, HEAD_DIM, DIM)
         values = load_rows(v, tokens[:, None] * v_token + dims[None, :], is_in, HEAD_DIM, DIM)
         exponents = scores(rows, keys, UPCAST) * factor
-        grads = scores(state_grad, values, UPCAST) * size[:, None] - of_sums[:, None]
+        grads = scores(state_grad, values, UPCAST)
+        if not IS_EXPONENTIAL:
+            grads += along_centre(values, centre)[None, :]
+        grads = grads * size[:, None] - of_sums[:, None]
         if IS_EXPONENTIAL:
             weights = weights_of(exponents - half_squares(keys, is_in, norm_factor)[None, :] - bias[:, None])
             grads *= weights
@@ -161,7 +172,10 @@ def short_backward(
         else:
             weights = relu_features(exponents) * inverse_sums[:, None]
             grads = relu_gradient(exponents, grads * inverse_sums[:, None])
-        of_values = product_of_features(weights * size[:, None], state_grad, TILE_TOKENS, DIM, UPCAST)
+        weights *= size[:, None]
+        of_values = product_of_features(weights, state_grad, TILE_TOKENS, DIM, UPCAST)
+        if not IS_EXPONENTIAL:
+            of_values += tl.sum(weights, 0)[:, None] * centre[None, :]
         of_keys = product_of_features(grads, rows, TILE_TOKENS, DIM, UPCAST) * (grad_factor * scale)
         if IS_EXPONENTIAL:
             of_keys -= keys.to(tl.float32) * (exponent_sums * norm_grad_factor)[:, None]

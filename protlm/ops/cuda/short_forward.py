@@ -5,6 +5,7 @@ import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
     LOG_ZERO,
+    centred,
     finished,
     fold_tile,
     load_is_real,
@@ -59,6 +60,7 @@ def short_forward(
     IS_EXPONENTIAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_CONSTANTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program takes one head of a segment, of any length; writes the results of `fold_keys` and `read_state`."""
@@ -93,10 +95,11 @@ def short_forward(
         )  # fmt: skip
     is_empty = (sums == 0) | (features >= FEATURES)
     state, bias = finished(largest, sums, context, is_empty, IS_EXPONENTIAL)
-    state = state.to(means.dtype.element_ty)
-    tl.store(means + place * (PADDED * DIM) + state_offsets, state)
+    tl.store(means + place * (PADDED * DIM) + state_offsets, state.to(means.dtype.element_ty))
+    centre = tl.sum(tl.where((features == 0)[:, None], state, 0.0), 0)
+    state = centred(state, centre, out.dtype.element_ty, IS_EXPONENTIAL)
     tl.store(references + place * PADDED + features, bias)
-    if HAS_SCALES:
+    if HAS_CONSTANTS:
         bias += tl.load(constants + place * PADDED + features)
     if not IS_EXPONENTIAL:
         total_of_largest = tl.max(bias, 0)
@@ -116,7 +119,10 @@ def short_forward(
         total = tl.sum(weights, 1)
         outputs = product(weights.to(state.dtype), state, tl.zeros([TILE_TOKENS, DIM], tl.float32), UPCAST)
         # Without a key the sum of `relu` is 0, and so is the number that it divides.
-        outputs = tl.where(is_real[:, None], outputs / tl.where(total == 0, 1.0, total)[:, None], 0.0)
+        outputs /= tl.where(total == 0, 1.0, total)[:, None]
+        if not IS_EXPONENTIAL:
+            outputs += centre[None, :]
+        outputs = tl.where(is_real[:, None], outputs, 0.0)
         store_rows(out, tokens[:, None] * out_token + dims[None, :], outputs, is_in, HEAD_DIM, DIM)
         if IS_EXPONENTIAL:
             total = offset + tl.math.log2(total)

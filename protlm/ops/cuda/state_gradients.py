@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from protlm.ops.cuda.device_code import (
+    biases_of,
     load_is_real,
     load_rows,
     load_unit,
@@ -21,6 +22,7 @@ def state_gradients(
     token_mask,
     projection,
     scales,
+    constants,
     units,
     references,
     query_sums,
@@ -47,6 +49,7 @@ def state_gradients(
     IS_EXPONENTIAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_CONSTANTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program takes one unit and one tile of features of one head.
@@ -63,7 +66,7 @@ def state_gradients(
         steps = tl.arange(0, TILE_TOKENS)
         factor *= scale_of(scales, segment, head, HEADS, HAS_SCALES)
         rows = tl.load(projection + head * projection_head + features[:, None] * DIM + dims[None, :])
-        bias = tl.load(references + (segment * HEADS + head) * PADDED + features)
+        bias = biases_of(references, constants, segment, segment, head, features, HEADS, PADDED, HAS_CONSTANTS)
         at = start.to(tl.int64)
         q += segment * q_row + head * q_head + at * q_token
         out_grad += segment * out_grad_row + head * out_grad_head + at * out_grad_token

@@ -3,7 +3,7 @@
 Their bounds are computed on the device, also for packed rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Units:
 
     Attributes:
         table: int32 (units, 3): segment, first position, position after the last; the two are equal for empty units.
+            With a reach (units, 5): then also the first position in reach and the position after the last.
         first: int32 (segments + 1): number of the first unit of each segment.
         tokens: Most tokens of a unit.
     """
@@ -31,29 +32,25 @@ class Units:
         return self.table.shape[0]
 
 
-def check_bounds(inputs: AttentionInputs) -> None:
-    """Checks that the bounds of a packed row rise from 0 to its length; on a GPU the device checks it later.
-
-    Raises:
-        ValueError: The bounds, on the CPU, do not.
-    """
-    bounds, length = inputs.cu_seqlens, inputs.q.shape[2]
-    if bounds is None:
-        return
-    is_right = (bounds[0] == 0) & (bounds[-1] == length) & (bounds[1:] >= bounds[:-1]).all()
-    expected = f"cu_seqlens: expected bounds that rise from 0 to the length {length}"
-    if bounds.device.type == "cuda":
-        torch._assert_async(is_right, expected)
-    elif not is_right:
-        raise ValueError(f"{expected}, got {bounds[:8].tolist()}…")
-
-
 def cut_into_units(inputs: AttentionInputs, tokens: int) -> Units:
     """Returns units of at most `tokens` tokens; only the device knows how many each segment has."""
     batch, _, length, _ = inputs.q.shape
     if inputs.cu_seqlens is None:
         return _units_of_rows(batch, length, tokens, inputs.q.device)
     return _cut(inputs.cu_seqlens, length // tokens + inputs.num_segments, tokens)
+
+
+def with_reach(units: Units, inputs: AttentionInputs, reach: int) -> Units:
+    """Returns the units with the positions of their segments that are at most `reach` away from one of theirs."""
+    table, length = units.table, inputs.q.shape[2]
+    starts: Tensor | int = 0
+    stops: Tensor | int = length
+    if inputs.cu_seqlens is not None:
+        starts, stops = inputs.cu_seqlens[table[:, 0]], inputs.cu_seqlens[table[:, 0] + 1]
+    reach = min(reach, length)
+    low = (table[:, 1] - reach).clamp(min=starts)
+    high = (table[:, 2] + reach).clamp(max=stops)
+    return replace(units, table=torch.cat((table, low.unsqueeze(1), high.unsqueeze(1)), 1).int())
 
 
 def whole_segments(inputs: AttentionInputs) -> Units:
@@ -85,3 +82,8 @@ def _cut(bounds: Tensor, count: int, tokens: int) -> Units:
     # Units beyond the last token are empty.
     begin = torch.minimum(begin, end)
     return Units(torch.stack((segments.int(), begin, end), 1), first, tokens)
+
+
+def state_dtype(inputs: AttentionInputs) -> torch.dtype:
+    """Returns the dtype of the means of a state: float32 for `relu`, whose kernels round the differences alone."""
+    return inputs.v.dtype if inputs.is_exponential else torch.float32

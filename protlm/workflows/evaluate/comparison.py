@@ -19,6 +19,9 @@ from protlm.workflows.evaluate.saved_report import SavedReport, SavedRow, SavedS
 _SAME = ("dataset_hash", "seed", "num_masks", "mask_rate", "objective", "targets")
 
 
+_PRECISION_NAMES = {"32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The content of comparison.json.
@@ -45,9 +48,12 @@ class Comparison:
     reports: list[SavedReport]
 
     def limits(self) -> list[str]:
-        """Returns a sentence for each model and split of which not all was read as it is."""
+        """Returns a sentence for each model and split of which not all was read as it is, or in other numbers."""
         sentences = []
+        precisions = {report.precision for report in self.reports}
         for name, report in zip(self.names, self.reports, strict=True):
+            if len(precisions) > 1:
+                sentences.append(f"{name} computed in {_PRECISION_NAMES[report.precision]}.")
             for split in self.splits:
                 measured = report.splits[split]
                 if measured.num_cut:
@@ -71,6 +77,7 @@ class Comparison:
                     "name": name,
                     "weights_hash": report.weights_hash,
                     "num_parameters": report.num_parameters,
+                    "precision": report.precision,
                     "num_cut": {split: report.splits[split].num_cut for split in self.splits},
                     "num_lacked": {split: report.splits[split].num_lacked for split in self.splits},
                 }

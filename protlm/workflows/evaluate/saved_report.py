@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from protlm import files
-from protlm.choices import SplitName
+from protlm.choices import SplitName, UsedPrecision
 from protlm.errors import ProtlmError, validation_fault
 from protlm.inference.metrics import METRICS, NUM_CONFIDENCE_BINS, NUM_REPLICATES
 from protlm.vocabulary import RESIDUES
@@ -131,6 +131,7 @@ class SavedReport(BaseModel):
     num_parameters: _Count
     attention: _Word
     projection: _Word
+    precision: UsedPrecision = "32"
     splits: Annotated[dict[SplitName, SavedSplit], Field(min_length=1)]
 
     @property

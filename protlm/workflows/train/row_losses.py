@@ -21,19 +21,19 @@ from protlm.workflows.train.stage import layers_with_features
 
 @dataclass(frozen=True)
 class RowLoss:
-    """The loss of a row, and its scores.
+    """The loss of a row, and its scores, which stay on the device: the host need not wait for them.
 
     Attributes:
         loss: What gradients are of; an update adds it up over its rows, and divides the sum by that of the weights.
-        weight: 1 for a row with a teacher, else the number of targets.
         nll: Sum of the negative log likelihoods of the targets; 0 in `transfer`, which predicts nothing.
         num_correct: Number of targets that the model ranks first; likewise.
+        weight: 1 for a row with a teacher, else the number of targets.
     """
 
     loss: Tensor
+    nll: Tensor
+    num_correct: Tensor
     weight: int
-    nll: float
-    num_correct: int
 
 
 RowLossFunction = Callable[[Performer, Batch], RowLoss]
@@ -57,7 +57,7 @@ def language_loss(model: Performer, batch: Batch) -> RowLoss:
     """Returns the negative log likelihood of the targets of a row."""
     logits = model(batch.tokens, batch.cu_seqlens, batch.target_positions).float()
     nll, num_correct = _scores(model, logits, batch)
-    return RowLoss(nll, len(batch.targets), nll.item(), num_correct)
+    return RowLoss(nll, nll.detach(), num_correct, len(batch.targets))
 
 
 class TransferLoss:
@@ -78,7 +78,9 @@ class TransferLoss:
         inputs = {number: calls[number].x for number in self._layers}
         outputs = model.attention_outputs(inputs, first.segments, first.rotary)
         errors = [relative_error(outputs[number], calls[number].out) for number in self._layers]
-        return RowLoss(torch.stack(errors).sum(), 1, 0.0, 0)
+        loss = torch.stack(errors).sum()
+        nothing = torch.zeros_like(loss)
+        return RowLoss(loss, nothing, nothing, 1)
 
 
 class DistillLoss:
@@ -100,7 +102,7 @@ class DistillLoss:
         loss = divergences.mean() + at_targets.sum() / max(1, len(at_targets)) + relative_error(state, teacher_state)
         with torch.no_grad():
             nll, num_correct = _scores(model, logits.float().index_select(0, batch.target_positions), batch)
-        return RowLoss(loss, 1, nll.item(), num_correct)
+        return RowLoss(loss, nll, num_correct, 1)
 
 
 def relative_error(
@@ -178,8 +180,8 @@ def _last_state_and_logits(model: Performer, batch: Batch) -> tuple[Tensor, Tens
     return states[0], logits
 
 
-def _scores(model: Performer, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+def _scores(model: Performer, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the sum of the negative log likelihoods of the targets, and how many of them are ranked first."""
     targets = model.token_table.own(batch.targets)
     nll = F.cross_entropy(logits, targets, reduction="sum")
-    return nll, int((logits.detach().argmax(-1) == targets).sum())
+    return nll, (logits.detach().argmax(-1) == targets).sum()

@@ -33,7 +33,7 @@ from protlm.workflows.train.optimizer import build_optimizer, clip_gradients, gr
 from protlm.workflows.train.row_losses import row_loss_of
 from protlm.workflows.train.stop_request import SIGNALS, StopRequest
 
-_NUM_SUMS = 7
+_NUM_COUNTS = 4
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class LanguageModelling(pl.LightningModule):
         self._redraw_generator = torch.Generator().manual_seed(config.train.seed + 1)
         self._num_tokens: int | None = 0
         self._num_rows = 0
-        self._sums = [0.0] * _NUM_SUMS
+        self._scores: list[Tensor] = []
+        self._counts = [0] * _NUM_COUNTS
         # No module of this one: its weights are in no checkpoint, and devices do not share them.
         self._row_loss = row_loss_of(config, teacher)
 
@@ -146,12 +147,10 @@ class LanguageModelling(pl.LightningModule):
         if self.config.model.dropout:
             torch.manual_seed(self._dropout_seed())
         row = self._row_loss(self.model, batch)
-        numbers = (
-            row.loss.item(), row.weight, row.nll, row.num_correct, len(batch.targets), batch.num_residues,
-            len(batch.tokens),
-        )  # fmt: skip
-        for place, value in enumerate(numbers):
-            self._sums[place] += value
+        # They are read once an update: each time the host waits for the device.
+        self._scores.append(torch.stack((row.loss.detach(), row.nll, row.num_correct)))
+        for place, value in enumerate((row.weight, len(batch.targets), batch.num_residues, len(batch.tokens))):
+            self._counts[place] += value
         self._num_rows += 1
         # Undoes Lightning's divisions: by the rows of this device, and by its strategies by the number of devices. The
         # division by the weights comes before the update.
@@ -166,11 +165,21 @@ class LanguageModelling(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns gradients of the sum into those of the mean, clips them and sets the learning rate."""
         settings = self.config.train
-        total, weight, nll, num_correct, num_targets, num_residues, num_tokens, *ends = self._totals()
+        scores, weight = torch.stack(self._scores), float(self._counts[0])
+        totals: list[float] = []
+        if self.trainer.world_size > 1:
+            totals = self._totals(scores.tolist())
+            weight = totals[3]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         torch._foreach_div_(gradients, max(1.0, weight))
         norm = gradient_norm(self.model.parameters())
-        loss, grad_norm = total / max(1.0, weight), norm.item()
+        if totals:
+            grad_norm = norm.item()
+        else:
+            *flat, grad_norm = torch.cat((scores.flatten(), norm.detach().reshape(1))).tolist()
+            totals = self._totals([flat[place : place + 3] for place in range(0, len(flat), 3)])
+        total, nll, num_correct, _, num_targets, num_residues, num_tokens, *ends = totals
+        loss = total / max(1.0, weight)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             message = f"the loss is {loss} and the gradient's norm {grad_norm}"
             raise diverged(self.global_step + 1, message, self.global_rank)
@@ -196,12 +205,16 @@ class LanguageModelling(pl.LightningModule):
             interrupted=bool(ends[0]),
             time_is_over=bool(ends[1]),
         )
-        self._num_rows, self._sums = 0, [0.0] * _NUM_SUMS
+        self._num_rows, self._scores, self._counts = 0, [], [0] * _NUM_COUNTS
 
-    def _totals(self) -> list[float]:
-        """Returns, over all processes, the sums of this update, the number interrupted and the number out of time."""
+    def _totals(self, scores: list[list[float]]) -> list[float]:
+        """Returns, over all processes, the sums of this update, the number interrupted and the number out of time.
+
+        `scores` are those of the rows of this process: loss, negative log likelihood and targets ranked first.
+        """
         request = self._stop_request
-        totals = [*self._sums, float(request.interrupted), float(request.time_is_over)]
+        sums = [sum(column) for column in zip(*scores, strict=True)]
+        totals = [*sums, *map(float, self._counts), float(request.interrupted), float(request.time_is_over)]
         if self.trainer.world_size > 1:
             # All processes learn of a stop in the same update, and so they end together.
             tensor = torch.tensor(totals, dtype=torch.float64, device=self.device)
@@ -313,6 +326,8 @@ class TrainingData(pl.LightningDataModule):
             # Without a generator of its own a loader draws from torch's global one.
             generator=torch.Generator(),
             prefetch_factor=4 if workers else None,
+            # From pinned memory a row goes to a GPU while that computes the one before.
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             # Lightning ends only such workers when a run fails; others, which ignore signals, would keep it for ever.
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_run,

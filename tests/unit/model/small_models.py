@@ -5,6 +5,7 @@ import torch
 from protlm.config import ModelConfig
 from protlm.model import attention as attention_module
 from protlm.model.performer import Performer
+from protlm.model.segments import Segments
 from protlm.vocabulary import CLS, EOS, FIRST_RESIDUE
 
 KINDS = ("positive", "hyperbolic", "regularised", "oprf", "relu", "near-far", "softmax", "local")
@@ -33,6 +34,11 @@ def build(seed=0, **options):
 
 def bounds(*sizes):
     return torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
+
+
+def segments_of(*sizes):
+    """Returns the segments of a row of proteins of these sizes."""
+    return Segments.from_bounds(bounds(*sizes), sum(sizes))
 
 
 def proteins(*sizes, seed=0):

@@ -11,10 +11,9 @@ from protlm.model import attention as attention_module
 from protlm.model.attention import SelfAttention, rescale
 from protlm.model.performer import Performer
 from protlm.model.positions import rotary_angles
-from protlm.model.segments import Segments
 from protlm.ops import oprf_parameter, reference
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.small_models import EXACT, KINDS, SIZES, attended, bounds, build, proteins
+from tests.unit.model.small_models import EXACT, KINDS, SIZES, attended, bounds, build, proteins, segments_of
 
 FLOAT32 = TOLERANCE[torch.float32]
 
@@ -49,7 +48,7 @@ def test_temperatures_of_exact_kinds_have_a_start_and_no_bound(kind, monkeypatch
     learned = model.layers[0].attention.log_temperature
     assert relative_error(learned.exp(), torch.full((2,), 6.0)) < FLOAT32
     torch.nn.init.constant_(learned, math.log(50))
-    name = "local_attention" if kind == "local" else "_softmax_attention"
+    name = "local_attention" if kind == "local" else "softmax_attention"
     q, k, _, _ = attended(model, proteins(30)[0], bounds(30), monkeypatch, name)
     for x in (q, k):
         assert relative_error(x.square().sum(-1), torch.full((1, 2, 30), 50 * math.sqrt(16))) < FLOAT32
@@ -91,7 +90,7 @@ def test_without_qk_norm_q_keeps_its_norms(monkeypatch):
 @pytest.mark.parametrize("sizes", [(30,), (3, 20, 7)])
 def test_softmax_attention_equals_its_float64_twin(sizes, monkeypatch):
     model = build(attention="softmax")
-    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "_softmax_attention")
+    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "softmax_attention")
     assert relative_error(out, reference.softmax_attention(q, k, v, cu_seqlens=bounds(*sizes))) < FLOAT32
 
 
@@ -129,7 +128,7 @@ def test_causal_favor_equals_its_float64_twin(kind, monkeypatch):
 
 def test_causal_exact_attention_equals_its_float64_twin(monkeypatch):
     model = build(attention="softmax", causal=True)
-    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch, "_softmax_attention")
+    q, k, v, out = attended(model, torch.cat(proteins(3, 25)), bounds(3, 25), monkeypatch, "softmax_attention")
     expected = reference.softmax_attention(q, k, v, cu_seqlens=bounds(3, 25), causal=True)
     assert relative_error(out, expected) < FLOAT32
 
@@ -148,7 +147,7 @@ def test_a_local_bias_favours_near_tokens(causal, monkeypatch):
     biases = model.layers[0].attention.local_bias
     assert (biases - 3).abs().max() < 1.5
     sizes = (3, 25)
-    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "_softmax_attention")
+    q, k, v, out = attended(model, torch.cat(proteins(*sizes)), bounds(*sizes), monkeypatch, "softmax_attention")
     scores = (q @ k.mT).double() / 4
     places = torch.arange(28)
     scores += biases.double().view(2, 1, 1) * ((places - places.unsqueeze(1)).abs() <= 4)
@@ -191,14 +190,14 @@ def test_attention_without_rotary_positions_leaves_q_unturned():
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     x = torch.ones(5, 16)
-    q, _, _ = attention.queries_keys_values(x, Segments.from_bounds(bounds(5)), None)
+    q, _, _ = attention.queries_keys_values(x, segments_of(5), None)
     assert relative_error(q.flatten(1), attention.query(x)) < FLOAT32
 
 
 @pytest.mark.parametrize("conv_width", [0, 3])
 def test_autocast_makes_what_enters_attention_short(conv_width):
     model = build(conv_width=conv_width)
-    tokens, segments = proteins(30)[0], Segments.from_bounds(bounds(30))
+    tokens, segments = proteins(30)[0], segments_of(30)
     attention = model.layers[0].attention
     rotary = rotary_angles(segments.positions, attention.head_dim, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,7 +212,7 @@ def test_attention_copes_with_one_token_and_with_a_segment_of_length_zero(kind):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     attention.redraw(torch.Generator().manual_seed(0))
     for sizes in ((1,), (0, 1), (2, 0, 3)):
-        segments = Segments.from_bounds(bounds(*sizes))
+        segments = segments_of(*sizes)
         x = torch.ones(sum(sizes), 16)
         assert attention(x, segments, rotary_angles(segments.positions, 8, x.dtype)).isfinite().all()
 
@@ -228,7 +227,7 @@ def q_and_k(length, seed=0):
 
 def test_rescaling_keeps_products_and_makes_the_norms_least():
     q, k = q_and_k(40)
-    new_q, new_k = rescale(q, k, Segments.from_bounds(bounds(40)))
+    new_q, new_k = rescale(q, k, segments_of(40))
     products = torch.einsum("lhd,mhd->hlm", q.double(), k.double())
     assert relative_error(torch.einsum("lhd,mhd->hlm", new_q.double(), new_k.double()), products) < FLOAT32
     least = (new_q.square() + new_k.square()).sum()
@@ -243,13 +242,13 @@ def test_rescaling_keeps_products_and_makes_the_norms_least():
 def test_rescaling_is_of_every_segment_and_head_on_its_own():
     sizes = (5, 0, 1, 30)
     q, k = q_and_k(36)
-    whole = torch.stack(rescale(q, k, Segments.from_bounds(bounds(*sizes)))).split(sizes, 1)
+    whole = torch.stack(rescale(q, k, segments_of(*sizes))).split(sizes, 1)
     for size, actual, *parts in zip(sizes, whole, q.split(sizes), k.split(sizes), strict=True):
-        alone = torch.stack(rescale(*parts, Segments.from_bounds(bounds(size))))
+        alone = torch.stack(rescale(*parts, segments_of(size)))
         assert torch.equal(actual, alone)
         for head in range(3):
             single = (part[:, head : head + 1].contiguous() for part in parts)
-            only = torch.stack(rescale(*single, Segments.from_bounds(bounds(size))))
+            only = torch.stack(rescale(*single, segments_of(size)))
             assert relative_error(only, alone[:, :, head : head + 1]) < FLOAT32
 
 
@@ -257,7 +256,7 @@ def test_a_dimension_of_zeros_is_left_alone():
     q, k = q_and_k(9)
     q[..., 0] = 0.0
     k[..., 1] = 0.0
-    new_q, new_k = rescale(q, k, Segments.from_bounds(bounds(9)))
+    new_q, new_k = rescale(q, k, segments_of(9))
     assert torch.equal(new_k[..., 0], k[..., 0])
     assert torch.equal(new_q[..., 1], q[..., 1])
     assert torch.stack((new_q, new_k)).isfinite().all()
@@ -265,7 +264,7 @@ def test_a_dimension_of_zeros_is_left_alone():
 
 def test_no_gradient_flows_through_the_scale():
     q, k = (x.requires_grad_() for x in q_and_k(6))
-    new_q, new_k = rescale(q, k, Segments.from_bounds(bounds(6)))
+    new_q, new_k = rescale(q, k, segments_of(6))
     scale = (new_q / q).detach()
     (q_grad,) = torch.autograd.grad(new_q.sum() + new_k.sum(), q)
     assert relative_error(q_grad, scale) < FLOAT32

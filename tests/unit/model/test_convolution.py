@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from protlm.config import ModelConfig
 from protlm.model.convolution import SegmentConvolution, shifted_sum
 from protlm.model.performer import Performer
-from protlm.model.segments import Segments
 from tests.conftest import TOLERANCE, relative_error
 from tests.unit.model.plain_formulas import assert_all_near, differentiated
-from tests.unit.model.small_models import bounds, proteins
+from tests.unit.model.small_models import bounds, proteins, segments_of
 
 FLOAT32 = TOLERANCE[torch.float32]
 # Shorter and longer than a convolution.
@@ -27,7 +26,7 @@ def test_the_convolution_is_a_padded_depthwise_one_on_every_segment(width):
         convolution.weight.copy_(torch.randn(width, 6, generator=generator))
     sizes = (3, 0, 1, 2, 9)
     x = torch.randn(15, 6, generator=generator, dtype=torch.float64)
-    actual = convolution([x], Segments.from_bounds(bounds(*sizes)))[0]
+    actual = convolution([x], segments_of(*sizes))[0]
     kernel = convolution.weight.T.unsqueeze(1)
     for start, stop in pairwise(bounds(*sizes).tolist()):
         if stop > start:
@@ -44,7 +43,7 @@ def test_a_causal_convolution_is_padded_at_the_left_of_every_segment(width):
         convolution.weight.copy_(torch.randn(width, 6, generator=generator))
     sizes = (3, 0, 1, 2, 9)
     x = torch.randn(15, 6, generator=generator, dtype=torch.float64)
-    actual = convolution([x], Segments.from_bounds(bounds(*sizes)))[0].split(sizes)
+    actual = convolution([x], segments_of(*sizes))[0].split(sizes)
     for part, result in zip(x.split(sizes), actual, strict=True):
         padded = F.pad(part.T, (width - 1, 0)).unsqueeze(0)
         if len(part):
@@ -63,14 +62,14 @@ def test_the_convolution_starts_as_the_identity():
     convolution = SegmentConvolution(4, 5)
     convolution.reset()
     x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(convolution([x], Segments.from_bounds(bounds(7)))[0], x)
+    assert torch.equal(convolution([x], segments_of(7))[0], x)
 
 
 def test_a_causal_convolution_starts_as_the_identity():
     convolution = SegmentConvolution(4, 5, causal=True)
     convolution.reset()
     x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(convolution([x], Segments.from_bounds(bounds(7)))[0], x)
+    assert torch.equal(convolution([x], segments_of(7))[0], x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -79,7 +78,7 @@ def test_a_causal_convolution_starts_as_the_identity():
 @pytest.mark.parametrize("sizes", ROWS)
 def test_the_convolution_in_place_equals_the_one_of_whole_tensors(sizes, width, causal, dtype):
     convolution = SegmentConvolution(7, width, causal=causal)
-    segments = Segments.from_bounds(bounds(*sizes))
+    segments = segments_of(*sizes)
     generator = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(sum(sizes), 7, generator=generator, dtype=dtype) for _ in range(2))
     kernel = torch.randn(width, 7, generator=generator, dtype=dtype)
@@ -100,7 +99,7 @@ def test_a_protein_that_went_to_nan_spoils_no_other():
     torch.nn.init.ones_(convolution.weight)
     x = torch.ones(7, 4)
     x[:3] = torch.nan
-    out = convolution([x], Segments.from_bounds(bounds(3, 4)))[0]
+    out = convolution([x], segments_of(3, 4))[0]
     assert out[:3].isnan().all()
     assert out[3:].isfinite().all()
 
@@ -112,6 +111,6 @@ def test_a_gradient_that_went_to_nan_spoils_no_other_protein(causal):
     x = torch.ones(7, 4, requires_grad=True)
     weights = torch.ones(7, 4)
     weights[:3] = torch.nan
-    (convolution([x], Segments.from_bounds(bounds(3, 4)))[0] * weights).sum().backward()
+    (convolution([x], segments_of(3, 4))[0] * weights).sum().backward()
     assert x.grad[:3].isnan().all()
     assert x.grad[3:].isfinite().all()

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from protlm.model.health import _sampled_pairs, attention_health, log_features
-from protlm.model.segments import Segments
 from protlm.ops import draw_projection, kernel_features
 from protlm.ops.feature_maps import DEFINITIONS
 from tests.conftest import relative_error
-from tests.unit.model.small_models import bounds, build, proteins
+from tests.unit.model.small_models import bounds, build, proteins, segments_of
 
 SIZES = (40, 3, 90, 3)
 
@@ -109,7 +108,7 @@ def test_effective_features_are_the_mean_over_all_pairs_of_a_short_row():
 
 
 def test_a_pair_is_of_one_segment_and_looks_back_only_where_the_model_is_causal():
-    segments = Segments.from_bounds(bounds(100, 0, 1, 3, 200))
+    segments = segments_of(100, 0, 1, 3, 200)
     for causal in (False, True):
         queries, keys = _sampled_pairs(segments, causal)
         assert len(queries) == 64

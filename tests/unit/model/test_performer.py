@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from protlm.config import ModelConfig
 from protlm.model.performer import EncoderLayer, Performer
 from protlm.model.positions import rotary_angles
-from protlm.model.segments import Segments
 from protlm.vocabulary import FIRST_RESIDUE
 from tests.conftest import TOLERANCE, relative_error
-from tests.unit.model.small_models import EXACT, KINDS, SIZES, bounds, build, proteins
+from tests.unit.model.small_models import EXACT, KINDS, SIZES, bounds, build, proteins, segments_of
 
 FLOAT32 = TOLERANCE[torch.float32]
 
@@ -194,7 +193,7 @@ def test_a_segment_that_learned_positions_do_not_reach_is_a_value_error():
 
 def layer_and_inputs(**options):
     model = build(num_layers=1, **options)
-    segments = Segments.from_bounds(bounds(12))
+    segments = segments_of(12)
     x = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
     return model.layers[0], (x, segments, rotary_angles(segments.positions, 16, x.dtype))
 

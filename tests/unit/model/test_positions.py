@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from protlm.model.positions import rotary_angles, rotate, sinusoids
-from protlm.model.segments import Segments
 from tests.conftest import relative_error
-from tests.unit.model.small_models import bounds
+from tests.unit.model.small_models import segments_of
 
 
 def test_rotary_positions_make_products_depend_on_distance_alone():
@@ -25,7 +24,7 @@ def test_rotary_positions_make_products_depend_on_distance_alone():
 
 
 def test_rotary_positions_start_anew_in_every_segment_and_turn_as_in_esm():
-    cosines, sines = rotary_angles(Segments.from_bounds(bounds(3, 0, 4)).positions, 8, torch.float32)
+    cosines, sines = rotary_angles(segments_of(3, 0, 4).positions, 8, torch.float32)
     assert torch.equal(cosines[:3], cosines[3:6])
     assert torch.equal(sines[:3], sines[3:6])
     angle = 3 * 10000 ** (-2 * 1 / 8)

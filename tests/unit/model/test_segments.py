@@ -1,13 +1,11 @@
 """The segments of a packed row."""
 
-from protlm.model.segments import Segments
-from tests.unit.model.small_models import bounds
+from tests.unit.model.small_models import segments_of
 
 
 def test_segments_know_positions_lengths_and_neighbours():
-    segments = Segments.from_bounds(bounds(2, 0, 3))
+    segments = segments_of(2, 0, 3)
     assert segments.cpu_bounds.tolist() == [0, 2, 2, 5]
-    assert segments.longest == 3
     assert segments.positions.tolist() == [0, 1, 0, 1, 2]
     assert segments.lengths.tolist() == [2, 2, 3, 3, 3]
     assert segments.numbers.tolist() == [0, 0, 2, 2, 2]

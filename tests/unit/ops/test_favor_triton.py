@@ -25,6 +25,7 @@ def finding(triton):
 def machine(monkeypatch):
     """Makes this a machine with two GPUs, an A100 and a T4; returns what changes it."""
     monkeypatch.setattr(favor_triton, "IS_INTERPRETED", False)
+    monkeypatch.setattr(favor_triton, "is_wide", lambda x: x.dtype == torch.float32)
     monkeypatch.setattr(importlib.util, "find_spec", finding(triton=object()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -73,10 +74,15 @@ def test_a_compiler_may_have_any_name(machine):
     assert favor_triton.why_not() is None
 
 
-def test_short_floats_on_a_gpu_of_today_are_taken():
-    for dtype in (torch.bfloat16, torch.float16):
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"near_block": 4}, {"causal": True, "near_block": 4}], ids=str
+)
+def test_floats_on_a_gpu_of_today_are_taken(options):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype == torch.float32 and options == {"causal": True}:
+            continue
         for head_dim in (8, 64, 128):
-            assert backend_of("auto", call(dtype=dtype, head_dim=head_dim)) is favor_triton
+            assert backend_of("auto", call(dtype=dtype, head_dim=head_dim, **options)) is favor_triton
 
 
 @pytest.mark.parametrize(
@@ -84,9 +90,10 @@ def test_short_floats_on_a_gpu_of_today_are_taken():
     [
         {"device": "cuda:1"},
         {"device": "cpu"},
-        {"dtype": torch.float32},
+        {"dtype": torch.float64},
         {"head_dim": 129},
-        {"causal": True},
+        {"causal": True, "dtype": torch.float32},
+        {"causal": True, "group_name": "ranks"},
         {"feature_map": "trig"},
         {"feature_map": "relu", "dtype": torch.float16},
     ],

@@ -157,6 +157,14 @@ def test_what_a_model_was_not_shown_or_lacks_is_told(made):
     assert [model["num_lacked"]["test"] for model in models] == [0, 1234]
 
 
+def test_models_that_computed_in_other_numbers_are_told_apart(made):
+    first, second = made("A"), made("B", 0.1, 0.01)
+    assert [model["precision"] for model in compared(first, second).to_json()["models"]] == ["32", "32"]
+    comparison = compared(first, second.model_copy(update={"precision": "bf16"}))
+    assert comparison.limits() == ["A computed in float32.", "B computed in bfloat16."]
+    assert [model["precision"] for model in comparison.to_json()["models"]] == ["32", "bf16"]
+
+
 def test_the_better_model_of_a_metric_is_named_only_where_the_interval_excludes_0(made):
     page = page_of(made("A"), made("B", 0.1, 0.01), made("C", 0.01, 0.1))
     section = page.partition('<section id="differences"')[2].partition("<section")[0]
