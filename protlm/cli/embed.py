@@ -17,9 +17,12 @@ from protlm.cli.options import (
     OnBadRecordOption,
     PrecisionOption,
     ResumeOption,
+    SchedulerFileOption,
+    SchedulerOption,
     TokensPerBatchOption,
     WindowOption,
     one_of,
+    scheduler_of,
     seed_option,
     some_of,
 )
@@ -99,6 +102,8 @@ def embed_command(
     precision: PrecisionOption = "auto",
     devices: DevicesOption = 1,
     num_nodes: NumNodesOption = 1,
+    scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
     seed: SeedOption = 0,
     resume: ResumeOption = False,
     force: ForceOption = False,
@@ -135,7 +140,8 @@ def embed_command(
         model=model, inputs=inputs, out=out, split=split, include=cast("list[Kind]", include), layers=layer_numbers,
         layout=chosen_layout, dtype=dtype, tokens_per_batch=tokens_per_batch, window=window, truncate=truncate,
         on_bad_record=on_bad_record, nucleotides=nucleotides,
-        precision=precision, devices=Devices(devices, num_nodes), resume=resume, force=force,
+        precision=precision, devices=Devices(devices, num_nodes),
+        scheduler=scheduler_of(scheduler, scheduler_file), resume=resume, force=force,
     )  # fmt: skip
     # Before torch is loaded, which takes seconds.
     check_request(request)
@@ -150,7 +156,7 @@ def embed_command(
             else:
                 from protlm.workflows.embed.embed import embed
 
-                report = embed(request, start_progress=progress.start)
+                report = embed(request, start_progress=progress.start, tell=output.tell)
     except KeyboardInterrupt:
         if not dry_run:
             output.warn_if_kept(partial_folder(out))

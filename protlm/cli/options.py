@@ -8,6 +8,7 @@ import typer
 
 from protlm.choices import MOST_TOKENS, InferencePrecision
 from protlm.data.records import Nucleotides, OnBadRecord
+from protlm.runtime.workers import Scheduler
 
 
 def one_of(choices: Any) -> str:
@@ -33,6 +34,13 @@ def some_of(name: str, choices: Any, help: str) -> Any:
 def seed_option(help: str, max: int | None = None) -> Any:
     """Returns the option `--seed`; the help says which draws depend on it."""
     return typer.Option("--seed", metavar="N", min=0, max=max, help=help)
+
+
+def scheduler_of(address: str | None, file: Path | None) -> Scheduler | None:
+    """Returns the scheduler that two options name; None if neither is given."""
+    if address is not None and file is not None:
+        raise typer.BadParameter("--scheduler and --scheduler-file: give one of them")
+    return None if address is None and file is None else Scheduler(address, file)
 
 
 ModelArgument = Annotated[
@@ -87,6 +95,16 @@ PrecisionOption = Annotated[
         metavar=one_of(InferencePrecision),
         help="Number type of weights and products; auto: bf16 to embed on a GPU that has it, else 32.",
     ),
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler", metavar="ADDRESS", help="Let the workers of a Dask cluster do it (needs protlm[cluster])."
+    ),
+]
+SchedulerFileOption = Annotated[
+    Path | None,
+    typer.Option("--scheduler-file", metavar="FILE", help="The file in which Dask's scheduler wrote its address."),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.")]

@@ -116,6 +116,11 @@ def warn_if_kept(work_folder: Path) -> None:
         warn(f"what is finished is kept in {work_folder}; go on with the same command and --resume")
 
 
+def tell(line: str) -> None:
+    """Prints a line on stderr that is neither a result nor a warning."""
+    print(on_one_line(line), file=sys.stderr)
+
+
 def warn(message: str) -> None:
     """Prints one warning line on stderr."""
     print(f"warning: {on_one_line(message)}", file=sys.stderr)

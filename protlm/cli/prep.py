@@ -13,7 +13,10 @@ from protlm.cli.options import (
     NucleotidesOption,
     OnBadRecordOption,
     ResumeOption,
+    SchedulerFileOption,
+    SchedulerOption,
     one_of,
+    scheduler_of,
     seed_option,
 )
 from protlm.cli.progress import Progress
@@ -174,6 +177,8 @@ def prep_command(
     shard_residues: ShardResiduesOption = 67_108_864,
     check_leaks: CheckLeaksOption = True,
     workers: WorkersOption = 1,
+    scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
     resume: ResumeOption = False,
     part: PartOption = None,
     merge: MergeOption = False,
@@ -207,10 +212,11 @@ def prep_command(
                 ood_families=ood_family or (), split_file=split_file, unclustered=unclustered, seed=seed,
                 min_length=min_length, max_length=max_length, dedupe=dedupe, on_bad_record=on_bad_record,
                 nucleotides=nucleotides, shard_residues=shard_residues, check_leaks=check_leaks, workers=workers,
+                scheduler=scheduler_of(scheduler, scheduler_file),
                 resume=resume, part=None if part is None else parse_part(part), merge=merge, dry_run=dry_run,
                 force=force,
             )  # fmt: skip
-            report = prepare(request, start_progress=progress.start)
+            report = prepare(request, start_progress=progress.start, tell=output.tell)
     except KeyboardInterrupt:
         output.warn_if_kept(partial_folder(out))
         raise

@@ -16,6 +16,7 @@ from protlm import files
 from protlm.errors import ProtlmError
 from protlm.runtime import locks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
+from protlm.runtime.workers import WorkersError
 
 _INPUTS = "proteins"
 
@@ -219,6 +220,8 @@ class PortionFolder:
             if isinstance(error, OSError):
                 reason = (error.strerror or str(error)).split("\n")[0]
                 raise ProtlmError(f"{error.filename or self.path}: {reason}; {hint}") from error
+            if isinstance(error, WorkersError):
+                raise ProtlmError(f"{error}; {hint}") from error
             raise
 
     def _has_finished_work(self) -> bool:

@@ -41,6 +41,10 @@ class StartProgress(Protocol):
         """
 
 
+def tell_nobody(_line: str) -> None:
+    """Tells nobody: the default where nobody asked for what a workflow has to tell beside its progress."""
+
+
 def no_advance(_done: int) -> None:
     """Reports nothing: the default where nobody asked for progress."""
 

@@ -1,143 +1,156 @@
-"""Work is shared among processes so that its result does not depend on their number."""
+"""Workers share tasks, so that the result does not depend on their number: processes of this machine, or those of Dask.
+
+Nobody but who opens them knows which they are. A task is repeatable, and what it makes lies in files of its folder, so
+that a worker may be lost at any time.
+"""
 
 import contextlib
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
-import warnings
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from protlm.errors import ProtlmError
 
-Task = TypeVar("Task")
+if TYPE_CHECKING:
+    from protlm.runtime.dask_workers import DaskCluster
+
+
+class WorkersError(ProtlmError):
+    """Workers, or what connects them, failed; the same work may succeed on others, or later."""
+
+
+class NamedTask(Protocol):
+    """A task of workers."""
+
+    @property
+    def title(self) -> str:
+        """What the task is about, for a message: a file, or the number of a part of the work."""
+
+
+Task = TypeVar("Task", bound=NamedTask)
 Result = TypeVar("Result")
 
-# Threads help because nearly all of the work (hashing, parsing, copying, writing) releases Python's lock.
-_THREADS = 2
-# Time between two checks of a worker that its parent is still alive.
-_PARENT_SECONDS = 0.5
+_WAIT_SECONDS = 0.5
+"""Time between two looks at what happens meanwhile."""
 
-# From malloc.h of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MMAP_THRESHOLD_BYTES, _KEPT_BYTES = 32 << 20, 64 << 20
-
-_shared: Any = None
+threads_of_task: ContextVar[int | None] = ContextVar("threads_of_task", default=None)
+"""Threads that a task of a cluster may use; None where nobody said."""
 
 
-class Workers:
-    """Worker processes that share a common object; a single worker is this process, with threads.
-
-    Use it as a context manager; the processes end with it.
+@dataclass(frozen=True, slots=True)
+class Scheduler:
+    """Where the scheduler of a Dask cluster is: one of the two.
 
     Attributes:
-        number: Number of processes.
+        address: Its address, such as `tcp://10.0.0.1:8786`.
+        file: A file that holds the address, as `dask scheduler --scheduler-file` writes it.
     """
 
-    def __init__(self, number: int, shared: Any) -> None:
-        """Starts nothing yet.
+    address: str | None = None
+    file: Path | None = None
 
-        Args:
-            number: Number of processes.
-            shared: The object passed to the function together with each task.
-        """
-        self.number = number
-        self._shared = shared
-        self._executor: Executor
 
-    def __enter__(self) -> "Workers":
-        if self.number > 1:
-            # A forked process inherits the shared object and starts quickly; forking is safe only on Linux.
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            self._executor = ProcessPoolExecutor(
-                self.number, mp_context=context, initializer=_begin, initargs=(self._shared,)
-            )
-        else:
-            self._executor = ThreadPoolExecutor(_THREADS)
-        return self
+def nothing() -> None:
+    """Does nothing: the default of what happens while a result is awaited."""
 
-    def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(cancel_futures=True)
 
-    def in_order(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+class Workers(ABC):
+    """Workers that share a common object. Use it as a context manager."""
+
+    @property
+    @abstractmethod
+    def number(self) -> int:
+        """Number of tasks that are done at a time."""
+
+    @abstractmethod
+    def __enter__(self) -> "Workers": ...
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None: ...
+
+    def in_order(
+        self,
+        function: Callable[[Any, Task], Result],
+        tasks: Iterable[Task],
+        *,
+        meanwhile: Callable[[], object] = nothing,
+    ) -> Iterator[Result]:
         """Yields function(shared, task) for each task, in the order of the tasks; few are in memory at a time.
 
+        Args:
+            function: A function of a module, which the workers import.
+            tasks: The tasks.
+            meanwhile: Called now and then while a result is awaited.
+
         Raises:
-            ProtlmError: A process died.
+            WorkersError: Workers were lost and cannot be replaced, or a task fails on all of them.
+            Exception: As the function raises.
         """
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for task in tasks:
-                if len(waiting) > self.number:
-                    yield waiting.popleft().result()
-                waiting.append(self._submit(function, task))
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise ProtlmError(
-                "a worker process died, perhaps for want of memory; go on with --resume and fewer --workers"
-            ) from error
+        waiting: deque[tuple[Task, Any]] = deque()
+        for task in tasks:
+            if len(waiting) > self.num_waiting:
+                yield self._awaited(*waiting.popleft(), meanwhile)
+            waiting.append((task, self._submit(function, task)))
+        while waiting:
+            yield self._awaited(*waiting.popleft(), meanwhile)
 
-    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> "Future[Result]":
-        if self.number == 1:
-            return self._executor.submit(function, self._shared, task)
-        with _forks_of_threads_allowed(), _interrupts_put_off():
-            return self._executor.submit(_call, function, task)
+    @property
+    def num_waiting(self) -> int:
+        """Number of tasks that are handed out before the result of the first is awaited."""
+        return self.number
+
+    def _awaited(self, task: NamedTask, future: Any, meanwhile: Callable[[], object]) -> Any:
+        while not self._is_done(future, _WAIT_SECONDS):
+            meanwhile()
+        return self._result(task, future)
+
+    @abstractmethod
+    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Any:
+        """Hands out a task, and returns its future."""
+
+    @abstractmethod
+    def _is_done(self, future: Any, seconds: float) -> bool:
+        """Waits so long for the end of a task at most, and returns whether it has ended."""
+
+    @abstractmethod
+    def _result(self, task: NamedTask, future: Any) -> Any:
+        """Returns the result of a task that has ended, or raises its error."""
 
 
 @contextlib.contextmanager
-def _forks_of_threads_allowed() -> Iterator[None]:
-    # Newer Pythons warn of every fork in a process with threads. The workers use no library that needs its threads.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
+def connected(scheduler: Scheduler | None) -> Iterator["DaskCluster | None"]:
+    """Connects to the scheduler of a Dask cluster for a `with` block; without one, to nothing.
 
-
-@contextlib.contextmanager
-def _interrupts_put_off() -> Iterator[None]:
-    """Delays Ctrl-C while a worker is started: one that the executor does not know yet would never be ended."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
+    Raises:
+        ProtlmError: Dask is not installed, nobody answers there, or a worker has another version of protlm or Python.
+    """
+    if scheduler is None:
+        yield None
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # Takes most of a second to import, and is an extra.
+    from protlm.runtime.dask_workers import DaskCluster
+
+    with DaskCluster(scheduler) as cluster:
+        yield cluster
 
 
-def _begin(shared: Any) -> None:
-    global _shared
-    _shared = shared
-    # Ctrl-C reaches every process of the terminal; only the parent reacts to it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    _keep_memory()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def open_workers(number: int, cluster: "DaskCluster | None", shared: Any, folder: Path) -> Workers:
+    """Returns the workers of a cluster, or so many of this machine; nothing is started before the `with` block.
 
+    Args:
+        number: Processes of this machine; unused with a cluster.
+        cluster: What `connected` returned.
+        shared: The object passed to the function together with each task.
+        folder: The folder of the work, which all workers must see under this path.
+    """
+    if cluster is not None:
+        from protlm.runtime.dask_workers import DaskWorkers
 
-def _end_with(parent: int) -> None:
-    """Ends this process soon after its parent was killed without ending its workers."""
-    while os.getppid() == parent:
-        time.sleep(_PARENT_SECONDS)
-    os._exit(1)
+        return DaskWorkers(cluster, shared, folder)
+    from protlm.runtime.local_workers import LocalWorkers
 
-
-def _keep_memory() -> None:
-    """Makes glibc keep freed memory: requesting memory anew for each piece takes a tenth of the time."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-        library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
-
-def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
-    return function(_shared, task)
+    return LocalWorkers(number, shared)

@@ -344,7 +344,7 @@ def test_the_command_and_the_workflow_have_the_same_defaults():
     workflow = {field.name: field.default for field in dataclasses.fields(PrepRequest)}
     command = inspect.signature(cli_prep.prep_command).parameters
     shared = workflow.keys() & command.keys() - {"inputs", "out"}
-    assert len(shared) == 23
+    assert len(shared) == 24
     assert {name: command[name].default for name in shared} == {name: workflow[name] for name in shared}
 
 

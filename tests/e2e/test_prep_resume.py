@@ -20,7 +20,7 @@ from protlm.workflows.prep import reading as prep_reading
 from tests.e2e.prep_tools import SAMPLE_OPTIONS, SAMPLE_WORDS, digests, error_line, prepare_sample
 
 
-@pytest.mark.parametrize("stage", ["pieces/*", "sources/*", "dataset/*.h5"])
+@pytest.mark.parametrize("stage", ["pieces-*/*", "sources-*/*", "dataset-*/*.h5"])
 def test_a_run_killed_at_any_stage_goes_on_to_the_same_bytes(sample_files, sample_digests, tmp_path, stage):
     out = tmp_path / "out"
     code = (
@@ -143,7 +143,7 @@ def test_a_run_killed_after_its_dataset_was_put_in_place_is_finished_by_resume(
 def test_what_a_killed_run_left_half_written_is_removed_by_resume(sample_files, sample_digests, tmp_path):
     out = tmp_path / "out"
     prepare_sample(sample_files, out, part=(1, 2))
-    half = tmp_path / "out.partial" / "pieces" / ".00000-000000.piece.0123.partial"
+    half = next((tmp_path / "out.partial").glob("pieces-*")) / ".00000-000000.piece.0123.partial"
     half.write_bytes(b"half")
     prepare_sample(sample_files, out, part=(2, 2))
     # It could be that of another part.
@@ -162,7 +162,7 @@ def test_what_a_killed_run_left_half_written_is_removed_by_resume(sample_files, 
 def test_two_runs_do_not_share_a_folder_unless_they_are_parts(sample_files, tmp_path, capsys):
     out = tmp_path / "out"
     prepare_sample(sample_files, out, part=(1, 2))
-    folder = prep_folder.PrepFolder(tmp_path / "out.partial", [])
+    folder = prep_folder.PrepFolder(tmp_path / "out.partial", [], "")
     with folder.locked("part"):
         prepare_sample(sample_files, out, part=(2, 2))
         for option in ("--resume", "--force", "--merge"):

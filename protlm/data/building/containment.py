@@ -3,25 +3,34 @@
 It uses k-mers of a few residues, read as one number. Wherever an inner sequence occurs in the outer tokens, one of its
 first `stride` k-mers begins at a multiple of `stride`. So the first `stride` k-mers of each inner sequence are indexed,
 one k-mer in `stride` of the outer tokens is looked up, and candidates are compared letter by letter.
+
+Workers share the search, each with some of the shards of the large side. What they find are sets, so it does not matter
+how the shards are divided.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
 
 from protlm.data.storage.shards import ShardReader
 from protlm.data.strings import bounds_of
+from protlm.runtime.workers import Workers
 
 MIN_LENGTH = 12
 """Shorter sequences are not searched for: so few residues occur in unrelated proteins too."""
 
 Shards = Sequence[ShardReader]
+_Shard = TypeVar("_Shard")
 
+_NONE = np.zeros(0, dtype=np.int64)
 _WORD = 8
 _BLOCK_RESIDUES = 1 << 26
+_TASKS_PER_WORKER = 4
 _CHUNK_WORDS = 1 << 16
 _BATCH = 1 << 20
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -61,31 +70,85 @@ _LARGE_OUTER = (_Level(8, 32, 39), _Level(5, 8, MIN_LENGTH, 38))
 _LARGE_INNER = _Level(8, 4, MIN_LENGTH)
 
 
-def small_in_large(inners: Sequence[Shards], outer: Shards) -> list[int]:
-    """Returns for each inner side the number of its records that are part of a longer outer one; reads those once."""
-    counts = np.zeros(len(inners), dtype=np.int64)
-    bounds = bounds_of([sum(shard.num_records for shard in inner) for inner in inners])
-    for level in _LARGE_OUTER:
-        for needles in _needles(itertools.chain.from_iterable(inners), None, level):
-            contained = _search(needles, outer, level)
-            counts += np.bincount(np.searchsorted(bounds, contained, side="right") - 1, minlength=len(inners))
-    return counts.tolist()
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """The search for the records of some inner shards in some outer ones.
+
+    Attributes:
+        inner: Path of each inner shard, with the running number of its first record among all inner ones.
+        outer: Paths of the outer shards.
+        level: The k-mers.
+    """
+
+    inner: Sequence[tuple[Path, int]]
+    outer: Sequence[Path]
+    level: _Level
+
+    @property
+    def title(self) -> str:
+        """The first shard of each side."""
+        return f"search for sequences of {self.inner[0][0].name} in {self.outer[0].name}"
 
 
-def large_in_small(inner: Shards, outers: Sequence[Shards]) -> list[int]:
+def small_in_large(inners: Sequence[Shards], outer: Shards, workers: Workers) -> list[int]:
+    """Returns for each inner side the number of its records that are part of a longer outer one.
+
+    Records of fewer than `MIN_LENGTH` residues are not searched for. The count is exact.
+
+    Memory: both sides are read shard by shard; the inner sequences that are searched for at once are bounded, and so
+    are the k-mers kept of the outer side. Time is linear in the residues for proteins. Repeats, whose k-mers match in
+    many places, cost at most one comparison for each outer residue and each distinct length of inner records, not for
+    each pair of records; and a task searches for no record after its first match.
+
+    Args:
+        inners: The shards of each inner side.
+        outer: The outer shards, which the workers divide.
+        workers: The workers.
+    """
+    inner = _numbered(list(itertools.chain.from_iterable(inners)))
+    bounds = bounds_of([sum(shard.num_records for shard in side) for side in inners])
+    if not inner or not outer:
+        return [0] * len(inners)
+    parts = _divided([shard.path for shard in outer], workers)
+    searches = [_Search(inner, part, level) for level in _LARGE_OUTER for part in parts]
+    # A record may be contained in several shards.
+    contained = distinct(np.concatenate(list(workers.in_order(_contained_in_any, searches))))
+    counts = np.bincount(np.searchsorted(bounds, contained, side="right") - 1, minlength=len(inners))
+    return [int(count) for count in counts]
+
+
+def large_in_small(inner: Shards, outers: Sequence[Shards], workers: Workers) -> list[int]:
     """Returns for each outer side the number of inner records that are part of a longer one of it.
 
-    Only inner records that share k-mers with an outer side are searched for.
+    As `small_in_large`, but the workers divide the inner shards; and only inner records that share k-mers with an outer
+    side are searched for.
     """
-    contained: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in outers]
-    for block in _blocks(outers):
-        size = sum(outers[number][place].num_residues for number, place in block)
-        kmers = _kmers_of((outers[number][place] for number, place in block), size, _LARGE_INNER)
-        for needles in _needles(inner, kmers, _LARGE_INNER):
-            for number, place in block:
-                contained[number].append(_search(needles, [outers[number][place]], _LARGE_INNER))
-    # A record may be contained in several shards.
+    parts = _divided(_numbered(inner), workers)
+    contained: list[list[np.ndarray]] = [[_NONE] for _ in outers]
+    blocks = _blocks(outers)
+    searches = (
+        _Search(part, [outers[side][place].path for side, place in block], _LARGE_INNER)
+        for block in blocks
+        for part in parts
+    )
+    sides = ([side for side, _ in block] for block in blocks for _ in parts)
+    for of_search, found in zip(sides, workers.in_order(_contained_in_each, searches), strict=True):
+        for side, numbers in zip(of_search, found, strict=True):
+            contained[side].append(numbers)
     return [len(distinct(np.concatenate(numbers))) for numbers in contained]
+
+
+def _numbered(shards: Shards) -> list[tuple[Path, int]]:
+    """Returns the path of each shard, with the running number of its first record."""
+    firsts = bounds_of([shard.num_records for shard in shards])[:-1].tolist()
+    return [(shard.path, first) for shard, first in zip(shards, firsts, strict=True)]
+
+
+def _divided(shards: Sequence[_Shard], workers: Workers) -> list[Sequence[_Shard]]:
+    """Returns the shards of a side in so many groups that all workers have some."""
+    num_groups = min(len(shards), _TASKS_PER_WORKER * workers.number)
+    bounds = [len(shards) * number // max(1, num_groups) for number in range(num_groups + 1)]
+    return [shards[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def _blocks(sides: Sequence[Shards]) -> list[list[tuple[int, int]]]:
@@ -100,6 +163,23 @@ def _blocks(sides: Sequence[Shards]) -> list[list[tuple[int, int]]]:
             blocks[-1].append((number, place))
             size += shard.num_residues
     return blocks
+
+
+def _contained_in_any(_shared: object, search: _Search) -> np.ndarray:
+    """Returns the numbers of the inner records that are part of a longer one of any outer shard."""
+    outer = [ShardReader(path) for path in search.outer]
+    found = [_search(needles, outer, search.level) for needles in _needles(search.inner, None, search.level)]
+    return distinct(np.concatenate([_NONE, *found]))
+
+
+def _contained_in_each(_shared: object, search: _Search) -> list[np.ndarray]:
+    """Returns for each outer shard the numbers of the inner records that are part of a longer one of it."""
+    outer = [ShardReader(path) for path in search.outer]
+    found: list[list[np.ndarray]] = [[_NONE] for _ in outer]
+    for needles in _needles(search.inner, _kmers_of(outer, search.level), search.level):
+        for numbers, shard in zip(found, outer, strict=True):
+            numbers.append(_search(needles, [shard], search.level))
+    return [distinct(np.concatenate(numbers)) for numbers in found]
 
 
 def num_residues(shards: Shards) -> int:
@@ -159,9 +239,9 @@ def _kmer_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.nd
             yield start, _hashed(words, level.width)
 
 
-def _kmers_of(shards: Iterable[ShardReader], size: int, level: _Level) -> _HashSet:
-    """Returns the k-mers of shards that have `size` residues."""
-    kmers = _HashSet(16 * size // level.stride)
+def _kmers_of(shards: Shards, level: _Level) -> _HashSet:
+    """Returns the k-mers of shards."""
+    kmers = _HashSet(16 * num_residues(shards) // level.stride)
     for shard in shards:
         for _, hashes in _kmer_chunks(shard.tokens, level):
             kmers.add(hashes)
@@ -224,14 +304,14 @@ class _Needles:
         return _Needles(self.tokens[np.repeat(kept, lengths)], bounds_of(lengths[kept]), self.numbers[kept])
 
 
-def _needles(inner: Iterable[ShardReader], kmers: _HashSet | None, level: _Level) -> Iterator[_Needles]:
+def _needles(inner: Iterable[tuple[Path, int]], kmers: _HashSet | None, level: _Level) -> Iterator[_Needles]:
     """Yields the inner sequences of a level in blocks.
 
     If the k-mers of an outer side are given, sequences are left out that have a stretch without any of them.
     """
-    num_before = 0
     waiting: list[_Needles] = []
-    for shard in inner:
+    for path, num_before in inner:
+        shard = ShardReader(path)
         starts, ends = shard.offsets[:-1], shard.offsets[1:]
         wanted = np.flatnonzero((ends - starts >= level.shortest) & (ends - starts <= level.longest))
         if kmers is not None:
@@ -244,7 +324,6 @@ def _needles(inner: Iterable[ShardReader], kmers: _HashSet | None, level: _Level
             if sum(len(needles.tokens) for needles in waiting) >= _BLOCK_RESIDUES:
                 yield _Needles.joined(waiting)
                 waiting = []
-        num_before += shard.num_records
     if any(len(needles.numbers) for needles in waiting):
         yield _Needles.joined(waiting)
 

@@ -232,6 +232,19 @@ def is_protein_file(path: str | Path) -> bool:
     return _judge(path)[0] is None
 
 
+def is_compressed(path: str | Path) -> bool:
+    """Returns whether a file is compressed, by its first bytes.
+
+    Raises:
+        ProtlmError: The file cannot be opened.
+    """
+    try:
+        with _open(path) as file:
+            return compression_of(file.read(_HEAD_BYTES)) is not None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _judge(path: str | Path) -> tuple[str | None, bytes]:
     """Returns why a file is none with proteins, None if it begins like one, and the beginning of its text."""
     try:

@@ -5,9 +5,10 @@ assembled in the order of the input. All of this stays in `OUT.partial` until th
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from protlm.runtime import work_folder
 from protlm.runtime.devices import best_device
 from protlm.runtime.launch import check_processes, process_rank
 from protlm.runtime.portion_work import compute_here
-from protlm.runtime.progress import StartProgress, no_progress
+from protlm.runtime.progress import StartProgress, no_progress, tell_nobody
+from protlm.runtime.workers import connected
 from protlm.vocabulary import RESIDUES, ModelVocabulary
 from protlm.workflows.embed.assembly import assemble, can_go_on, is_kept
 from protlm.workflows.embed.folder import EmbedFolder, check_replaceable
@@ -32,6 +34,9 @@ from protlm.workflows.embed.inputs import ProteinInputs, check_lengths, read_pro
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.portions import EmbedWork
 from protlm.workflows.embed.settings import EmbedRequest, EmbedSettings, settings_of
+
+if TYPE_CHECKING:
+    from protlm.runtime.dask_workers import DaskCluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +104,18 @@ class EmbedReport:
     left_out: tuple[str, ...]
 
 
-def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress) -> EmbedReport | None:
+def embed(
+    request: EmbedRequest,
+    *,
+    start_progress: StartProgress = no_progress,
+    tell: Callable[[str], object] = tell_nobody,
+) -> EmbedReport | None:
     """Embeds every protein of the inputs, in their order; a result does not depend on the other proteins.
 
     Args:
         request: The options of the run.
         start_progress: Starts the stages `read` (bytes), `embed` (residues) and `write` (proteins).
+        tell: Called with a line on the cluster of a scheduler, such as where its dashboard is.
 
     Returns:
         The report; None in all processes but the first of a run on several devices.
@@ -112,10 +123,18 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
     Raises:
         UsageError: Options that contradict each other.
         ProtlmError: A model or an input that cannot be read, an output that is in the way, a protein that is too long
-            for the model, or an unfinished run with other inputs, options or model.
+            for the model, an unfinished run with other inputs, options or model, or a scheduler or workers that cannot
+            be used.
     """
     check_processes(request.devices)
     used_precision(request.precision, may_be_half=True)
+    with connected(request.scheduler) as cluster:
+        if cluster is not None:
+            tell(cluster.description)
+        return _embed(request, cluster, start_progress)
+
+
+def _embed(request: EmbedRequest, cluster: "DaskCluster | None", start_progress: StartProgress) -> EmbedReport | None:
     model, description = read_named_model(request.model)
     settings = settings_of(request, description)
     set_precision(model, settings.precision)
@@ -139,7 +158,7 @@ def embed(request: EmbedRequest, *, start_progress: StartProgress = no_progress)
             folder.drop_unusable(settings.columns)
             if not can_go_on(folder, proteins, plan, settings):
                 folder.forget_output()
-            _compute(folder, model, settings, request, start_progress)
+            _compute(folder, plan, model, settings, request, cluster, start_progress)
             assemble(folder, proteins, plan, settings, start_progress)
             check_replaceable(folder, settings.layout, out, force=request.force)
             folder.publish(settings.layout)
@@ -157,13 +176,20 @@ def _join(request: EmbedRequest, model: Performer, settings: EmbedSettings) -> N
 
 def _compute(
     folder: EmbedFolder,
+    plan: Plan,
     model: Performer,
     settings: EmbedSettings,
     request: EmbedRequest,
+    cluster: "DaskCluster | None",
     start_progress: StartProgress,
 ) -> None:
     """Computes the unfinished portions."""
-    if request.devices.total > 1:
+    if cluster is not None:
+        from protlm.workflows.embed.cluster import compute_on_cluster
+
+        waiting = folder.unfinished_portions(plan.num_portions)
+        compute_on_cluster(folder, plan, waiting, request, settings, cluster, start_progress)
+    elif request.devices.total > 1:
         # Imported here because importing Lightning takes seconds, and a single device does not need it.
         from protlm.workflows.portion_devices import compute_on_devices
 

@@ -13,6 +13,7 @@ from protlm.errors import ProtlmError, UsageError
 from protlm.inference.long_proteins import Cut
 from protlm.pretrained.model_description import ModelDescription
 from protlm.runtime.devices import Devices
+from protlm.runtime.workers import Scheduler
 from protlm.vocabulary import VOCABULARY_SIZE
 
 ONE_DEVICE = Devices()
@@ -39,6 +40,7 @@ class EmbedRequest:
         nucleotides: Stop at a nucleic acid, skip and count it, or keep it as if it were a protein.
         precision: Number type of weights and matrix products; `auto`: bfloat16 on a GPU that has it, else float32.
         devices: The devices to compute on.
+        scheduler: The Dask cluster whose workers compute instead; None for none.
         resume: Resume an unfinished run; start one if there is none.
         force: Replace an existing output of the same layout and, without `resume`, the work of an unfinished run.
     """
@@ -58,6 +60,7 @@ class EmbedRequest:
     nucleotides: Nucleotides = "keep"
     precision: InferencePrecision = "auto"
     devices: Devices = ONE_DEVICE
+    scheduler: Scheduler | None = None
     resume: bool = False
     force: bool = False
 
@@ -132,6 +135,8 @@ def check_options(request: EmbedRequest, description: ModelDescription | None) -
     """
     if request.window is not None and request.truncate is not None:
         raise UsageError("--window embeds long proteins whole and --truncate cuts them: give one of them")
+    if request.scheduler is not None and request.devices.total > 1:
+        raise UsageError("--devices and --num-nodes: only without --scheduler, whose workers are the devices")
     if description is None:
         return
     layout = LAYOUTS[request.layout]

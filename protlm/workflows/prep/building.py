@@ -66,6 +66,11 @@ class _ShardTask:
     pieces: Sequence[PieceFile]
     selection: Selection
 
+    @property
+    def title(self) -> str:
+        """The name of the shard."""
+        return self.plan.name
+
 
 class _Shards(Sequence[ShardReader]):
     """Shards that are opened on access: a dataset may have more of them than the system allows open files."""
@@ -98,7 +103,7 @@ def build_dataset(
         folder: The folder of the run, with all pieces.
         options: The options that shape the content.
         requested: The splits that the dataset should have.
-        workers: The processes that write the shards.
+        workers: The workers that share the passes over the records, the shards and the search for leaks.
         labels: The label files, which the pieces were made with.
         ood_names: The families to hold out, as the user named them.
         check_leaks: Look for sequences of one split inside those of another.
@@ -110,7 +115,7 @@ def build_dataset(
     sources = _finished_sources(folder)
     by_source = [folder.pieces(number) for number in range(len(sources))]
     pieces = [piece for source_pieces in by_source for piece in source_pieces]
-    chosen = selection.select(pieces, _rules(options), folder.codes_path)
+    chosen = selection.select(pieces, _rules(options), folder.codes_path, workers)
     notes = check_labels(by_source, chosen, options, labels, ood_names)
     plans = assembly.plan_shards(pieces, chosen, options.shard_residues)
     # Finished shards of an earlier run are used again only if everything that shapes them is the same.
@@ -142,7 +147,7 @@ def build_dataset(
         duplicates_removed=DuplicatesRemoved(
             within_split=chosen.counts[selection.DUPLICATE_WITHIN], across_splits=across
         ),
-        leakage=leakage.look_for_leaks(readers, across, substrings=check_leaks),
+        leakage=leakage.look_for_leaks(readers, across, workers, substrings=check_leaks),
         rejects=dict(sorted(rejects.items())),
         repairs=dict(sorted(repairs.items())),
         nucleic_acids=chosen.num_nucleotides,

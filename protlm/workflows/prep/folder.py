@@ -1,14 +1,17 @@
 """The folder of a prep run, `DATASET.partial`: what it holds, and when its finished work may be used again."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import xxhash
 
 from protlm import files
 from protlm.data.building.pieces import PieceFile, open_piece_file
@@ -27,9 +30,10 @@ from protlm.data.storage.manifest import (
 from protlm.errors import ProtlmError
 from protlm.runtime import locks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
+from protlm.runtime.workers import WorkersError
 
 FORMAT = "protlm-prep"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Start = Literal["new", "resume", "part", "merge"]
 
@@ -69,6 +73,9 @@ class FinishedSource:
 class PrepFolder:
     """The folder `DATASET.partial` beside the dataset that is being made.
 
+    Subfolders are named after what shapes their content. So a worker of an earlier run, which nobody could stop, writes
+    what this run would write, or to a place that this run does not look at.
+
     Attributes:
         path: The folder.
         inputs: The files to read, in order.
@@ -77,10 +84,19 @@ class PrepFolder:
 
     worth_keeping_bytes: ClassVar[int] = 64 << 20
 
-    def __init__(self, path: Path, inputs: Sequence[InputFile]) -> None:
+    def __init__(self, path: Path, inputs: Sequence[InputFile], about_hash: str) -> None:
+        """Takes the folder as it is.
+
+        Args:
+            path: The folder.
+            inputs: The files to read, in order.
+            about_hash: Hash of the inputs and labels that it was made for.
+        """
         self.path = path
         self.inputs = inputs
+        self._about_hash = about_hash
         self._read_here: set[int] = set()
+        self._dataset_path: Path | None = None
 
     @property
     def codes_path(self) -> Path:
@@ -89,8 +105,14 @@ class PrepFolder:
 
     @property
     def dataset_path(self) -> Path:
-        """The folder that becomes the dataset."""
-        return self.path / "dataset"
+        """The folder that becomes the dataset, once `begin_dataset` has named it after its plan."""
+        assert self._dataset_path is not None
+        return self._dataset_path
+
+    @property
+    def reading_path(self) -> Path:
+        """The folder in which workers note how much of a file they have read."""
+        return self._named("reading")
 
     @contextlib.contextmanager
     def locked(self, start: Start) -> Iterator[None]:
@@ -105,18 +127,18 @@ class PrepFolder:
 
     def _remove_left_overs(self, start: Start) -> None:
         """Removes unfinished files of killed runs, except where other parts may be writing theirs."""
-        for folder in {"new": ("*",), "resume": ("*",), "merge": ("dataset",), "part": ()}[start]:
+        for folder in {"new": ("*",), "resume": ("*",), "merge": ("dataset*",), "part": ()}[start]:
             for left_over in self.path.glob(f"{folder}/.*{files.PARTIAL_SUFFIX}"):
                 left_over.unlink(missing_ok=True)
 
     def piece_path(self, number: int, piece: int) -> Path:
         """Returns the path of a piece of a file."""
-        return self.path / "pieces" / f"{number:05d}-{piece:06d}.piece"
+        return self._named("pieces") / f"{number:05d}-{piece:06d}.piece"
 
     @property
     def finished_bytes(self) -> int:
         """Bytes of the finished pieces."""
-        return sum(path.stat().st_size for path in (self.path / "pieces").glob("*.piece"))
+        return sum(path.stat().st_size for path in self._named("pieces").glob("*.piece"))
 
     def finished_source(self, number: int) -> FinishedSource | None:
         """Returns the record of a file that was read to its end and has not changed since, or None."""
@@ -135,6 +157,13 @@ class PrepFolder:
         self._read_here.add(number)
         write_json(self._source_path(number), asdict(source))
 
+    def elsewhere(self) -> "PrepFolder":
+        """Returns this folder for workers that have another working directory."""
+        inputs = [
+            replace(file, path=file.path if file.path == STDIN else os.path.abspath(file.path)) for file in self.inputs
+        ]
+        return PrepFolder(self.path, inputs, self._about_hash)
+
     def pieces(self, number: int) -> list[PieceFile]:
         """Returns the pieces of a file that was read to its end."""
         source = self.finished_source(number)
@@ -152,11 +181,11 @@ class PrepFolder:
 
     def begin_dataset(self, plan: Mapping[str, Any]) -> None:
         """Makes the folder of the dataset; shards of the same plan are kept, those of another are removed."""
-        plan_path = self.path / "plan.json"
-        if not (self.dataset_path.is_dir() and read_json(plan_path) == plan):
-            shutil.rmtree(self.dataset_path, ignore_errors=True)
-            write_json(plan_path, plan)
-        self.dataset_path.mkdir(exist_ok=True)
+        self._dataset_path = self.path / f"dataset-{_hash_of(plan)}"
+        for other in self.path.glob("dataset*"):
+            if other != self._dataset_path:
+                shutil.rmtree(other, ignore_errors=True)
+        self._dataset_path.mkdir(exist_ok=True)
 
     def put_in_place(self, out: Path, *, force: bool) -> None:
         """Moves the complete dataset to its place; an old one is removed only after that.
@@ -172,7 +201,10 @@ class PrepFolder:
         files.remove_at_once(self.path)
 
     def _source_path(self, number: int) -> Path:
-        return self.path / "sources" / f"{number:05d}.json"
+        return self._named("sources") / f"{number:05d}.json"
+
+    def _named(self, kind: str) -> Path:
+        return self.path / f"{kind}-{self._about_hash}"
 
 
 def open_prep_folder(
@@ -197,22 +229,30 @@ def open_prep_folder(
         "inputs": [[input_file.role, input_file.path] for input_file in inputs],
         "labels": dict(labels),
     }
+    about_hash = _hash_of(about)
     if path.exists() and start == "new":
         _about(path)
         if not force:
             raise ProtlmError(
                 f"{path}: an unfinished run for this dataset; go on with --resume, or start afresh with --force"
             )
-        with PrepFolder(path, inputs).locked(start):
+        with PrepFolder(path, inputs, about_hash).locked(start):
             files.remove_at_once(path)
     if not path.exists():
         if start == "merge":
             raise ProtlmError(f"{path}: nothing to merge; make the parts first, with the same command and --part i/n")
-        work_folder.make_folder(path, about, ("pieces", "sources"))
+        names = [f"{kind}-{about_hash}" for kind in ("pieces", "sources", "reading")]
+        work_folder.make_folder(path, about, names)
     if (existing := _about(path)) != about:
         differing = next(name for name in about if existing.get(name) != about[name])
+        if differing == "format_version":
+            raise ProtlmError(f"{path}: made by another version of protlm; remove this folder to start afresh")
         raise ProtlmError(f"{path}: made with other {differing}; give the same, or remove this folder to start afresh")
-    return PrepFolder(path, inputs)
+    return PrepFolder(path, inputs, about_hash)
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _about(path: Path) -> Mapping[str, Any]:
@@ -272,7 +312,7 @@ def kept_or_removed(folder: PrepFolder, start: Start) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        is_system = isinstance(error, OSError)
+        is_system = isinstance(error, OSError | WorkersError)
         worth_keeping = folder.worth_keeping_bytes if start == "new" and not is_system else 1
         if start == "part":
             hint = "run the same command again to go on"
@@ -287,6 +327,7 @@ def kept_or_removed(folder: PrepFolder, start: Start) -> Iterator[None]:
         if isinstance(error, OSError):
             reason = (error.strerror or str(error)).split("\n")[0]
             raise ProtlmError(f"{error.filename or folder.path}: {reason}; {hint}") from error
-        if isinstance(error, ProtlmError) and start in ("new", "resume") and "--resume" not in str(error):
+        is_told = is_system or start in ("new", "resume")
+        if isinstance(error, ProtlmError) and is_told and "--resume" not in str(error):
             raise ProtlmError(f"{error}; {hint}") from error
         raise

@@ -17,6 +17,7 @@ from protlm.data.records import Nucleotides, OnBadRecord
 from protlm.data.storage.manifest import InputRole, LabelFile, PrepOptions
 from protlm.data.storage.shards import DEFAULT_SHARD_RESIDUES
 from protlm.errors import ProtlmError, UsageError, validation_fault
+from protlm.runtime.workers import Scheduler
 from protlm.workflows.prep.folder import InputFile, Start
 from protlm.workflows.prep.reading import LabelFiles
 
@@ -56,7 +57,8 @@ class PrepRequest:
         nucleotides: Stop at a nucleic acid, count it as a reject, or keep it as if it were a protein.
         shard_residues: Residues after which a new shard begins.
         check_leaks: Look for sequences of one split that are contained in longer ones of another.
-        workers: Processes that read and write.
+        workers: Processes of this machine that read and write.
+        scheduler: The Dask cluster whose workers do that instead; None for none.
         resume: Continue an unfinished run; if there is none, begin.
         part: Only read the i-th of n parts of the files, (i, n) with i from 1, for a later `merge`.
         merge: Make the dataset from the parts that were read before.
@@ -88,6 +90,7 @@ class PrepRequest:
     shard_residues: int = DEFAULT_SHARD_RESIDUES
     check_leaks: bool = True
     workers: int = 1
+    scheduler: Scheduler | None = None
     resume: bool = False
     part: tuple[int, int] | None = None
     merge: bool = False
@@ -151,6 +154,10 @@ def resolve_start(inputs: Inputs, request: PrepRequest) -> Start:
     resume, part, merge = request.resume, request.part, request.merge
     if resume + (part is not None) + merge > 1:
         raise UsageError("resume, part and merge: only one of them")
+    if request.scheduler is not None and part is not None:
+        raise UsageError("part and scheduler: only one of them; the workers of a scheduler share the files already")
+    if request.scheduler is not None and request.workers > 1:
+        raise UsageError("workers and scheduler: only one of them; the scheduler has workers of its own")
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UsageError(f"part: expected i/n with i from 1 to n, got {part[0]}/{part[1]}")
     if (part is not None or merge) and any(input_file.state is None for input_file in inputs.files):

@@ -7,7 +7,7 @@ jobs of a cluster, go on.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from protlm.data.storage import dataset
 from protlm.data.storage.manifest import Manifest
 from protlm.errors import UsageError
 from protlm.runtime import work_folder
-from protlm.runtime.progress import StartProgress, no_progress
-from protlm.runtime.workers import Workers
+from protlm.runtime.progress import StartProgress, no_progress, tell_nobody
+from protlm.runtime.workers import Workers, connected, open_workers
 from protlm.workflows.inspect import DatasetSummary, summarise
 from protlm.workflows.prep import mmseqs
 from protlm.workflows.prep.building import Outcome, build_dataset
@@ -37,7 +37,7 @@ from protlm.workflows.prep.options import (
     resolve_options,
     resolve_start,
 )
-from protlm.workflows.prep.reading import FaultRules, LabelFiles, read_source
+from protlm.workflows.prep.reading import FaultRules, LabelFiles, PrepWork, read_sources
 
 _MOST_WORKERS = 64
 
@@ -84,27 +84,32 @@ class PartReport:
 
 
 def prepare(
-    request: PrepRequest, *, start_progress: StartProgress = no_progress
+    request: PrepRequest,
+    *,
+    start_progress: StartProgress = no_progress,
+    tell: Callable[[str], object] = tell_nobody,
 ) -> PrepReport | PartReport | PrepEstimate:
     """Turns protein files into a dataset folder.
 
     Without ready-made splits each sequence is drawn for train, valid or test. With any, `inputs` are the training set,
     from which the fractions that are asked for are drawn.
     A sequence that two splits would share stays only in the earlier one of train, valid, test, ood; where families are
-    held out, in ood. Equal input, options and seed give equal bytes; `workers`, `resume`, `part` and `merge` change
-    none.
+    held out, in ood. Equal input, options and seed give equal bytes; `workers`, `scheduler`, `resume`, `part` and
+    `merge` change none.
 
     Args:
         request: The dataset that is asked for.
         start_progress: Starts the stages `read` (bytes on disk) and `write` (residues), and before them, where MMseqs2
             clusters, those of `make_clusters`.
+        tell: Called with a line on the cluster of a scheduler, such as where its dashboard is.
 
     Returns:
         The dataset that was made; with `part` the files that were read; with `dry_run` the estimate.
 
     Raises:
         UsageError: The options contradict each other or lie out of range.
-        ProtlmError: A bad record or file, no record left, or an output that is in the way.
+        ProtlmError: A bad record or file, no record left, an output that is in the way, or a scheduler or workers that
+            cannot be used.
     """
     most = max(_MOST_WORKERS, 4 * (os.cpu_count() or 1))
     if not 1 <= request.workers <= most:
@@ -130,20 +135,28 @@ def prepare(
         labels = dataclasses.replace(labels, clusters=clusters)
         options = options.model_copy(update={"clusters": label_file(clusters)})
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = open_prep_folder(target, inputs.files, _hashes(labels), start, force=request.force)
-    with folder.locked(start), kept_or_removed(folder, start), Workers(request.workers, labels) as workers:
-        if request.part is not None:
-            return _read_part(folder, workers, request.part, rules, start_progress)
-        if not request.merge:
-            _read(folder, workers, range(len(inputs.files)), rules, start_progress)
-        outcome = build_dataset(
-            folder, options, requested_splits(inputs, options), workers,
-            labels=labels, ood_names=request.ood_families, check_leaks=request.check_leaks,
-            start_progress=start_progress,
-        )  # fmt: skip
-        finished = dataset.open_dataset(folder.dataset_path)
-        folder.put_in_place(target, force=request.force)
-        work_folder.remove_finished(folder.path)
+    with connected(request.scheduler) as cluster:
+        if cluster is not None:
+            tell(cluster.description)
+        folder = open_prep_folder(target, inputs.files, _hashes(labels), start, force=request.force)
+        work = PrepWork(folder if cluster is None else folder.elsewhere(), labels, rules)
+        with (
+            folder.locked(start),
+            kept_or_removed(folder, start),
+            open_workers(request.workers, cluster, work, folder.path) as workers,
+        ):
+            if request.part is not None:
+                return _read_part(folder, work, workers, request.part, start_progress)
+            if not request.merge:
+                _read(folder, work, workers, range(len(inputs.files)), start_progress)
+            outcome = build_dataset(
+                folder, options, requested_splits(inputs, options), workers,
+                labels=labels, ood_names=request.ood_families, check_leaks=request.check_leaks,
+                start_progress=start_progress,
+            )  # fmt: skip
+            finished = dataset.open_dataset(folder.dataset_path)
+            folder.put_in_place(target, force=request.force)
+            work_folder.remove_finished(folder.path)
     return _report(request, finished, outcome, inputs.left_out)
 
 
@@ -164,28 +177,19 @@ def _hashes(labels: LabelFiles) -> dict[str, str | None]:
 
 
 def _read(
-    folder: PrepFolder,
-    workers: Workers,
-    numbers: Sequence[int],
-    rules: FaultRules,
-    start_progress: StartProgress,
+    folder: PrepFolder, work: PrepWork, workers: Workers, numbers: Sequence[int], start_progress: StartProgress
 ) -> None:
     """Reads those of the numbered files that were not read before."""
     waiting = [number for number in numbers if folder.finished_source(number) is None]
     advance = start_progress("read", sum(folder.inputs[number].num_bytes for number in waiting))
-    for number in waiting:
-        read_source(folder, number, workers, rules, advance)
+    read_sources(work, folder.inputs, waiting, workers, advance)
 
 
 def _read_part(
-    folder: PrepFolder,
-    workers: Workers,
-    part: tuple[int, int],
-    rules: FaultRules,
-    start_progress: StartProgress,
+    folder: PrepFolder, work: PrepWork, workers: Workers, part: tuple[int, int], start_progress: StartProgress
 ) -> PartReport:
     numbers = _files_of_part([input_file.num_bytes for input_file in folder.inputs], part)
-    _read(folder, workers, numbers, rules, start_progress)
+    _read(folder, work, workers, numbers, start_progress)
     sources = [folder.finished_source(number) for number in numbers]
     return PartReport(
         folder=str(folder.path),

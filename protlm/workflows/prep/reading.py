@@ -1,7 +1,16 @@
-"""From files to finished pieces, the first half of prep: worker processes share the pieces, and none is made twice."""
+"""From files to finished pieces, the first half of prep: workers share the files and pieces, and none is made twice.
 
+A file is unpacked and hashed from its beginning to its end, so that is one worker's task, and several files are unpacked
+at once. Of a plain file that is larger than the share of a worker, this process only hashes the text, and the workers
+read it by pieces.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +23,18 @@ from protlm.data.labels.labels import Labels
 from protlm.data.nucleotides import refusal
 from protlm.data.parsing import reader
 from protlm.data.parsing.record_table import RecordTable
-from protlm.data.parsing.sources import STDIN, SourceBlocks
+from protlm.data.parsing.sources import STDIN, SourceBlocks, is_compressed
 from protlm.data.parsing.text_pieces import PIECE_BYTES, TextPiece, cut_into_pieces
 from protlm.data.records import NUCLEOTIDES, UNKNOWN, Format, Nucleotides, OnBadRecord
 from protlm.data.splits import SPLIT_NAMES
 from protlm.errors import ProtlmError, RecordError
 from protlm.runtime.progress import Advance
+from protlm.runtime.local_workers import LocalWorkers
 from protlm.runtime.workers import Workers
 from protlm.workflows.prep.folder import FinishedSource, InputFile, PrepFolder
+
+_NOTE_SECONDS = 0.5
+"""Time between two notes of a worker on how much of a file it has read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,46 +55,163 @@ class FaultRules:
 
 
 @dataclass(frozen=True, slots=True)
+class PrepWork:
+    """What all tasks of prep share.
+
+    Attributes:
+        folder: The folder of the run, with paths as the workers see them.
+        labels: The labels from files.
+        rules: Which records end the command.
+    """
+
+    folder: PrepFolder
+    labels: LabelFiles
+    rules: FaultRules
+
+
+@dataclass(frozen=True, slots=True)
 class PieceTask:
     """A piece of text to read.
 
     Attributes:
-        input_file: The file that it comes from.
+        path_of_source: The file that it comes from.
+        number: The number of that file.
+        index: The number of the piece in it.
         text: The piece; its text is empty if the worker is to read it from the file itself.
         num_bytes: Size of its text.
         text_hash: Hash of the piece.
-        path: The file of the finished piece.
     """
 
-    input_file: InputFile
+    path_of_source: str
+    number: int
+    index: int
     text: TextPiece
     num_bytes: int
     text_hash: str
-    path: Path
+
+    @property
+    def title(self) -> str:
+        """The file and the place of the piece."""
+        return f"{self.path_of_source}, from byte {self.text.start:,} on"
 
 
-def read_source(
-    folder: PrepFolder,
-    number: int,
-    workers: Workers,
-    rules: FaultRules,
-    advance: Advance,
+@dataclass(frozen=True, slots=True)
+class SourceTask:
+    """A file to read to its end.
+
+    Attributes:
+        title: Its path.
+        number: Its number.
+    """
+
+    title: str
+    number: int
+
+
+def read_sources(
+    work: PrepWork, inputs: Sequence[InputFile], numbers: Sequence[int], workers: Workers, advance: Advance
 ) -> None:
-    """Reads a file to its end and writes its pieces into the folder, except those that are there already.
+    """Reads files to their ends, and writes their pieces into the folder, except those that are there already.
+
+    Args:
+        work: What the tasks share.
+        inputs: All files.
+        numbers: The numbers of those to read.
+        workers: The workers.
+        advance: Called with the bytes that were read.
 
     Raises:
         RecordError: A bad record or a nucleic acid, unless it is skipped or kept; a file without records.
         ProtlmError: A damaged file.
-        OSError: The file cannot be read, or the disk is full.
+        OSError: A file cannot be read, or the disk is full.
     """
-    input_file = folder.inputs[number]
+    share = sum(inputs[number].num_bytes for number in numbers) / workers.number
+
+    def is_whole(number: int) -> bool:
+        return workers.number > 1 and _is_one_task(inputs[number], share)
+
+    for whole, several in itertools.groupby(numbers, is_whole):
+        if whole:
+            notes = _ReadingNotes(work.folder.reading_path, advance)
+            tasks = (SourceTask(inputs[number].path, number) for number in several)
+            for number, num_bytes in workers.in_order(_read_alone, tasks, meanwhile=notes.look):
+                notes.finish(number, num_bytes)
+        else:
+            for number in several:
+                _read_source(work, number, workers, advance)
+
+
+def _is_one_task(input_file: InputFile, share: float) -> bool:
+    """Returns whether one worker reads a file by itself; `share` is the bytes of all files for each worker."""
+    if input_file.state is None:
+        return False
+    return input_file.num_bytes <= share or is_compressed(input_file.path)
+
+
+def _read_alone(work: PrepWork, task: SourceTask) -> tuple[int, int]:
+    """Reads a file in the process of a worker, and returns its number and its bytes on disk."""
+    path = work.folder.reading_path / f"{task.number:05d}"
+    note = _ReadingNote(path)
+    try:
+        with LocalWorkers(1, work) as workers:
+            _read_source(work, task.number, workers, note.advance)
+    finally:
+        path.unlink(missing_ok=True)
+    return task.number, note.num_bytes
+
+
+class _ReadingNote:
+    """A file in which a worker notes how many bytes it has read of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.num_bytes = 0
+        self._path, self._written = path, time.monotonic()
+
+    def advance(self, done: int) -> None:
+        self.num_bytes += done
+        if time.monotonic() > self._written + _NOTE_SECONDS:
+            self._written = time.monotonic()
+            self._path.write_text(str(self.num_bytes), encoding="ascii")
+
+
+class _ReadingNotes:
+    """The notes of all workers."""
+
+    def __init__(self, folder: Path, advance: Advance) -> None:
+        self._folder, self._advance = folder, advance
+        self._told: dict[int, int] = {}
+        self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """Tells what the workers have noted."""
+        if time.monotonic() < self._looked + _NOTE_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for name in os.listdir(self._folder):
+            # One that is removed, or half written, in this moment.
+            with contextlib.suppress(OSError, ValueError):
+                self._tell(int(name), int((self._folder / name).read_text(encoding="ascii")))
+
+    def finish(self, number: int, num_bytes: int) -> None:
+        """Tells that a file was read to its end."""
+        self._tell(number, num_bytes)
+
+    def _tell(self, number: int, num_bytes: int) -> None:
+        # A file whose worker was lost is read again from its beginning.
+        if num_bytes > self._told.get(number, 0):
+            self._advance(num_bytes - self._told.get(number, 0))
+            self._told[number] = num_bytes
+
+
+def _read_source(work: PrepWork, number: int, workers: Workers, advance: Advance) -> None:
+    input_file = work.folder.inputs[number]
     # Before reading, so that a change in the meantime is noticed.
     state = input_file.state
     source = SourceBlocks(input_file.path, advance=advance)
     formats: list[Format] = []
     num_pieces = num_records = num_lines = num_entries = 0
-    for piece in workers.in_order(make_piece, _tasks(folder, number, source, workers, formats)):
-        raise_first_fault(piece, num_lines, rules)
+    for piece in workers.in_order(make_piece, _tasks(input_file, number, source, workers, formats)):
+        raise_first_fault(piece, num_lines, work.rules)
         num_pieces += 1
         num_records += piece.num_records
         num_lines += piece.num_lines
@@ -92,7 +222,7 @@ def read_source(
         name=source.name, sha256=source.sha256, format=formats[0], num_pieces=num_pieces, num_records=num_records,
         state=state,
     )  # fmt: skip
-    folder.finish_source(number, finished)
+    work.folder.finish_source(number, finished)
 
 
 def raise_first_fault(piece: PieceFile, num_lines: int, rules: FaultRules) -> None:
@@ -120,9 +250,8 @@ def raise_first_fault(piece: PieceFile, num_lines: int, rules: FaultRules) -> No
 
 
 def _tasks(
-    folder: PrepFolder, number: int, source: SourceBlocks, workers: Workers, formats: list[Format]
+    input_file: InputFile, number: int, source: SourceBlocks, workers: Workers, formats: list[Format]
 ) -> Iterator[PieceTask]:
-    input_file = folder.inputs[number]
     for index, piece in enumerate(cut_into_pieces(input_file.path, source, piece_bytes=PIECE_BYTES)):
         if not formats:
             formats.append(piece.format)
@@ -130,7 +259,7 @@ def _tasks(
         # A worker can read the text of a plain file itself, which is faster than a pipe.
         if workers.number > 1 and source.is_plain and not piece.oversized_lines and input_file.path != STDIN:
             piece = dataclasses.replace(piece, text=b"")
-        yield PieceTask(input_file, piece, num_bytes, text_hash, folder.piece_path(number, index))
+        yield PieceTask(input_file.path, number, index, piece, num_bytes, text_hash)
 
 
 def _hash_of(piece: TextPiece) -> str:
@@ -140,10 +269,11 @@ def _hash_of(piece: TextPiece) -> str:
     return digest.hexdigest()
 
 
-def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
+def make_piece(work: PrepWork, task: PieceTask) -> PieceFile:
     """Parses a piece of text and writes its records, unless its file is there already."""
-    path, role = task.input_file.path, task.input_file.role
-    if (existing := open_piece_file(task.path, path, role, task.text_hash)) is not None:
+    input_file, piece_path = work.folder.inputs[task.number], work.folder.piece_path(task.number, task.index)
+    path, role = input_file.path, input_file.role
+    if (existing := open_piece_file(piece_path, path, role, task.text_hash)) is not None:
         return existing
     text = task.text
     if not text.text and task.num_bytes:
@@ -151,10 +281,10 @@ def make_piece(labels: LabelFiles, task: PieceTask) -> PieceFile:
         if _hash_of(text) != task.text_hash:
             raise ProtlmError(f"{path}: changed while it was read; prepare it again")
     parsed = reader.parse_piece(path, text)
-    table, split_codes = _labelled(parsed.table, labels)
+    table, split_codes = _labelled(parsed.table, work.labels)
     parsed = dataclasses.replace(parsed, table=table)
-    write_piece(task.path, parsed, text_hash=task.text_hash, split=split_codes)
-    written = open_piece_file(task.path, path, role, task.text_hash)
+    write_piece(piece_path, parsed, text_hash=task.text_hash, split=split_codes)
+    written = open_piece_file(piece_path, path, role, task.text_hash)
     assert written is not None
     return written
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protlm.data.building import containment, leakage
+from protlm.data.building import containment
+from protlm.runtime.local_workers import LocalWorkers
 from tests.unit.data.building.leak_cases import PROTEIN, shards
 
 
@@ -27,11 +28,11 @@ def oracle(inner_groups, outer_groups):
 def count_each_way(folder, inner_groups, outer_groups):
     """The counts of both ways of searching, which of them is used depends on sizes only."""
     inner, outer = shards(folder, *inner_groups), shards(folder, *outer_groups)
-    return {
-        leakage.contained(inner, outer),
-        *containment.small_in_large([inner], outer),
-        *containment.large_in_small(inner, [outer]),
-    }
+    with LocalWorkers(1, None) as workers:
+        return {
+            *containment.small_in_large([inner], outer, workers),
+            *containment.large_in_small(inner, [outer], workers),
+        }
 
 
 def random_sides(letters, seed):
@@ -149,5 +150,8 @@ def test_near_equal_repeats_cost_no_comparison_of_all_pairs(folder, unit, monkey
 
 
 def test_splits_without_shards_or_records_hold_nothing(folder):
-    some = shards(folder, [PROTEIN])
-    assert leakage.contained([], some) == leakage.contained(some, []) == 0
+    some, none = shards(folder, [PROTEIN]), shards(folder, [])
+    with LocalWorkers(1, None) as workers:
+        for inner, outer in (([], some), (some, []), (none, some), (some, none)):
+            assert containment.small_in_large([inner], outer, workers) == [0]
+            assert containment.large_in_small(inner, [outer], workers) == [0]

@@ -3,7 +3,13 @@ import pytest
 from protlm.data.building import leakage
 from protlm.data.records import Record
 from protlm.data.storage.manifest import Contained, Shared
+from protlm.runtime.local_workers import LocalWorkers
 from tests.unit.data.building.leak_cases import PROTEIN, shards, write
+
+
+def look_for_leaks(splits, exact_duplicates_removed, *, substrings):
+    with LocalWorkers(1, None) as workers:
+        return leakage.look_for_leaks(splits, exact_duplicates_removed, workers, substrings=substrings)
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +23,15 @@ def test_labels_on_both_sides_are_counted_once_and_families_one_by_one(folder):
 
     first = [labelled(("c1", ("PF1", "PF2")), ("c1", ()), ("", ("PF3",))), labelled(("c2", ()), ("", ()))]
     second = [labelled(("c2", ("PF2", "PF3", "PF4")), ("", ())), labelled(("c2", ("PF3",)), ("PF1", ()))]
-    assert leakage.shared_labels(first, second, "cluster_id") == 1
-    assert leakage.shared_labels(first, second, "family") == 2
-    assert leakage.shared_labels(first, shards(folder, ["MKV"]), "family") == 0
+    splits = {"train": first, "valid": second, "test": shards(folder, ["MKV"])}
+    leaks = look_for_leaks(splits, 0, substrings=False)
+    assert [shared.num_labels for shared in leaks.clusters] == [1, 0, 0]
+    assert [shared.num_labels for shared in leaks.families] == [2, 0, 0]
 
 
 def test_all_pairs_of_filled_splits_are_compared_both_ways(folder):
     part, short = PROTEIN[:50], PROTEIN[3:20]
-    leaks = leakage.look_for_leaks(
+    leaks = look_for_leaks(
         {
             "train": shards(folder, [PROTEIN, "MKVMKVMKVMKVMKVW"], [short]),
             "valid": shards(folder, [part, PROTEIN[60:80]]),
@@ -52,7 +59,7 @@ def test_labels_are_compared_where_any_shard_tells_them(folder):
         "valid": [write(folder, [Record("a", "", "MKW", cluster_id="c")])],
         "test": shards(folder, ["MKL"]),
     }
-    leaks = leakage.look_for_leaks(splits, 0, substrings=False)
+    leaks = look_for_leaks(splits, 0, substrings=False)
     assert leaks.substrings is None
     assert leaks.families is None
     assert leaks.clusters == (

@@ -1,0 +1,295 @@
+"""Workers of a Dask cluster: hides the client, what is checked before the first task, retries, and how a loss is told.
+
+A scheduler runs what it is sent, so it is a cluster of the user's own; tasks and results go as pickles, by Dask's
+protocol, and only between its machines.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import socket
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protlm import __version__
+from protlm.errors import ProtlmError
+from protlm.runtime.workers import NamedTask, Result, Scheduler, Task, Workers, WorkersError, threads_of_task
+
+_CONNECT_SECONDS = 10
+_TRIES = 3
+"""How often a task is tried that fails by no fault of its input."""
+_LEAST_WAITING = 16
+"""Tasks that wait at the scheduler at least, so that a cluster that grows with them sees them."""
+_NEW_FILE_SECONDS = 60
+"""Longest time in which a network file system shows a new file to another machine."""
+_ASK_SECONDS = 5
+"""Time between two questions to the scheduler for its workers."""
+_SHOWN = 300
+_MARK, _ENDED = "run", "ended"
+"""The beginnings of the names of a file in the folder of the work, by which workers know it and its run."""
+_INSTALL = "pip install 'protlm[cluster]'"
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """The error of a task that would fail anywhere: sent back as a result, since Dask would try it again."""
+
+    error: ProtlmError
+
+
+class DaskCluster:
+    """A connection to the scheduler of a cluster. Use it as a context manager.
+
+    Attributes:
+        client: Dask's client.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        """Connects, and compares the versions of the workers that are there.
+
+        Raises:
+            ProtlmError: As `workers.connected`.
+        """
+        try:
+            from distributed import Client
+        except ImportError:
+            raise ProtlmError(f"--scheduler: needs Dask, which is not installed here; install it: {_INSTALL}") from None
+        # Its loggers tell losses in pages of tracebacks; the messages below tell them in one line.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        address = scheduler.address or _address_in(scheduler.file)
+        try:
+            with warnings.catch_warnings():
+                # Versions are compared below.
+                warnings.simplefilter("ignore")
+                self.client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False, name="protlm")
+        except (OSError, ValueError, TypeError) as error:
+            raise ProtlmError(
+                f"{address}: no Dask scheduler answers there ({_first_line(error)}); give the address that "
+                "`dask scheduler` prints, such as tcp://10.0.0.1:8786"
+            ) from error
+        try:
+            self._num_workers = self._check_workers()
+        except BaseException:
+            self.client.close()
+            raise
+
+    def __enter__(self) -> "DaskCluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What is still waiting is cancelled with the client; a task at work ends by itself.
+        self.client.close(timeout=_CONNECT_SECONDS)
+
+    @property
+    def description(self) -> str:
+        """A line on the cluster: its address, its workers, its dashboard."""
+        workers = {0: "no workers yet", 1: "1 worker"}.get(self._num_workers, f"{self._num_workers:,} workers")
+        link = self.client.dashboard_link
+        return f"Dask at {self.client.scheduler.address}, {workers}" + (f"; dashboard: {link}" if link else "")
+
+    def answers(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Returns what a function returns on each worker that is there.
+
+        Raises:
+            ProtlmError: A worker cannot load protlm.
+        """
+        try:
+            return list(self.client.run(function, *arguments).values())
+        except ImportError as error:
+            raise ProtlmError(
+                f"a worker cannot load protlm ({_first_line(error)}); install protlm {__version__} where the workers run"
+            ) from error
+
+    def _check_workers(self) -> int:
+        """Returns the number of workers, all of the versions of this process."""
+        ours = (__version__, _python_version())
+        workers = self.answers(_versions)
+        for host, *theirs in workers:
+            if tuple(theirs) != ours:
+                told, wanted = ("protlm {} and Python {}".format(*pair) for pair in (theirs, ours))
+                raise ProtlmError(
+                    f"the worker on {host} has {told}, and this process {wanted}; start the workers with the versions "
+                    "of this process"
+                )
+        return len(workers)
+
+
+class DaskWorkers(Workers):
+    """The workers of a cluster, which may come and go."""
+
+    def __init__(self, cluster: DaskCluster, shared: Any, folder: Path) -> None:
+        """Starts nothing yet.
+
+        Args:
+            cluster: The connection.
+            shared: The object passed to the function together with each task.
+            folder: The folder of the work.
+        """
+        self._cluster, self._shared, self._folder = cluster, shared, folder
+        self._mark = folder / f"{_MARK}-{uuid.uuid4().hex}"
+        self._num_submitted = 0
+        self._pending: set[Any] = set()
+        self._number, self._asked = 1, float("-inf")
+
+    @property
+    def number(self) -> int:
+        """Number of threads of all workers, at least 1; as it was some seconds ago."""
+        if time.monotonic() > self._asked + _ASK_SECONDS:
+            self._number = max(1, sum(self._cluster.client.nthreads().values()))
+            self._asked = time.monotonic()
+        return self._number
+
+    @property
+    def num_waiting(self) -> int:
+        """Twice the number of threads, so that none waits for the next task, and at least some."""
+        return max(2 * self.number, _LEAST_WAITING)
+
+    def __enter__(self) -> "DaskWorkers":
+        # Those of runs that were killed: this run has the folder to itself.
+        for mark in self._folder.glob(f"{_MARK}-*"):
+            mark.rename(_ended(mark))
+        self._mark.touch()
+        for error in filter(None, self._cluster.answers(_fault_of_folder, str(self._mark))):
+            self._mark.unlink()
+            raise ProtlmError(error)
+        # A task without inputs, since Dask repeats it where its result is lost with a worker; large ones draw a warning.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._shared_future = self._cluster.client.submit(_itself, self._shared, pure=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pending:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # What is at work on a worker goes on to its end.
+                self._cluster.client.cancel(list(self._pending))
+        # A task that nobody could cancel finds that its run has ended, and does nothing.
+        with contextlib.suppress(FileNotFoundError):
+            self._mark.rename(_ended(self._mark))
+
+    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Any:
+        self._num_submitted += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            future = self._cluster.client.submit(
+                _perform, str(self._mark), self._shared_future, function, task,
+                key=f"{function.__name__.strip('_')}-{uuid.uuid4().hex}", pure=False, retries=_TRIES - 1,
+                priority=-self._num_submitted,
+            )  # fmt: skip
+        self._pending.add(future)
+        return future
+
+    def _is_done(self, future: Any, seconds: float) -> bool:
+        from distributed import wait
+
+        try:
+            with self._cluster.client.as_current():
+                wait([future], timeout=seconds)
+        except TimeoutError:
+            return False
+        except (CancelledError, OSError):
+            # Told by the result.
+            return True
+        return True
+
+    def _result(self, task: NamedTask, future: Any) -> Any:
+        from distributed import KilledWorker
+
+        self._pending.discard(future)
+        try:
+            result = future.result()
+        except KilledWorker as error:
+            raise WorkersError(
+                f"{task.title}: lost several workers that were at it, perhaps for want of memory; give each worker more"
+            ) from error
+        except CancelledError as error:
+            raise WorkersError("lost the connection to the Dask scheduler") from error
+        except Exception as error:
+            told = f"{type(error).__name__}: {_first_line(error)}"
+            raise WorkersError(f"{task.title}: failed {_TRIES} times on the workers, last with {told}") from error
+        if isinstance(result, _Failed):
+            raise result.error
+        return result
+
+
+def _address_in(path: Path | None) -> str:
+    """Returns the address in a scheduler file.
+
+    Raises:
+        ProtlmError: There is no such file, or it holds none.
+    """
+    assert path is not None
+    try:
+        address = json.loads(path.read_text(encoding="utf-8"))["address"]
+        if isinstance(address, str):
+            return address
+    except OSError as error:
+        raise ProtlmError(f"{path}: {error.strerror}; is the scheduler running?") from error
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ProtlmError(f"{path}: no scheduler file; expected what `dask scheduler --scheduler-file` writes")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:_SHOWN]
+
+
+def _python_version() -> str:
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def _versions() -> tuple[str, str, str]:
+    return socket.gethostname(), __version__, _python_version()
+
+
+def _itself(shared: Any) -> Any:
+    return shared
+
+
+def _ended(mark: Path) -> Path:
+    """Returns the name that the mark of a run gets when the run has ended."""
+    return mark.with_name(mark.name.replace(_MARK, _ENDED, 1))
+
+
+def _fault_of_folder(mark: str) -> str:
+    """Returns why a worker cannot work in the folder of a mark; empty if it can."""
+    path = Path(mark)
+    if not path.parent.is_dir():
+        return (
+            f"the worker on {socket.gethostname()} does not see {path.parent}; inputs and output must be on a file "
+            "system that all machines share, under the same path"
+        )
+    end = time.monotonic() + _NEW_FILE_SECONDS
+    # Listing a folder makes a network file system ask its server, unlike looking for a name.
+    while path.name not in (names := os.listdir(path.parent)):
+        if _ended(path).name in names:
+            return "the run of this task has ended"
+        if time.monotonic() > end:
+            return (
+                f"the worker on {socket.gethostname()} sees another folder as {path.parent}; inputs and output must be "
+                "on a file system that all machines share"
+            )
+        time.sleep(1)
+    return ""
+
+
+def _perform(mark: str, shared: Any, function: Callable[[Any, Any], Any], task: Any) -> Any:
+    """Does a task on a worker; an error that would come up anywhere is returned, any other raised for another try."""
+    from distributed import get_worker
+
+    threads_of_task.set(get_worker().state.nthreads)
+    if fault := _fault_of_folder(mark):
+        return _Failed(ProtlmError(fault))
+    try:
+        return function(shared, task)
+    except ProtlmError as error:
+        return _Failed(error)

@@ -1,0 +1,237 @@
+"""prep and embed on the workers of a Dask cluster: the bytes of one machine, whatever is lost meanwhile."""
+
+import functools
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from protlm.cli.app import main
+from protlm.data.storage.dataset import open_dataset
+from protlm.runtime import dask_workers
+from tests.e2e import cluster_faults
+from tests.e2e.prep_tools import SAMPLE_WORDS, digests, ids
+
+distributed = pytest.importorskip("distributed")
+
+WORDS = (*SAMPLE_WORDS, "--on-bad-record", "skip", "--min-length", "2")
+WRITE_PIECE = "protlm.workflows.prep.reading:write_piece"
+WRITE_SHARD = "protlm.data.building.assembly:write_shard"
+DECIDE = "protlm.data.building.selection:_first_codes"
+EMBED_ROW = "protlm.workflows.embed.portions:merge_windows"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two worker processes of one thread each, on this machine."""
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster):
+    """A client of the test's own, with both workers there and without faults before and after."""
+    with distributed.Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+        yield client
+        client.wait_for_workers(2, timeout=60)
+        for name in (WRITE_PIECE, WRITE_SHARD, DECIDE, EMBED_ROW):
+            client.run(cluster_faults.mend, name)
+        client.run(cluster_faults.show_folders)
+
+
+@pytest.fixture
+def address(cluster):
+    return ["--scheduler", cluster.scheduler_address]
+
+
+def run(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+@pytest.fixture
+def failure_on_cluster(capsys):
+    """Runs a command that must tell of the cluster in one line and fail in the next; returns that one."""
+
+    def run(*words):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 1
+        first, line = capsys.readouterr().err.splitlines()
+        assert first.startswith("Dask at ")
+        assert line.startswith("error: ")
+        return line
+
+    return run
+
+
+def test_prep_makes_the_bytes_of_one_worker(client, address, sample_files, sample_digests, tmp_path, capsys):
+    run("prep", *sample_files, "--out", tmp_path / "out", *WORDS, *address)
+    assert digests(tmp_path / "out") == sample_digests
+    assert not (tmp_path / "out.partial").exists()
+    told = capsys.readouterr()
+    assert f"Dask at {address[1]}, 2 workers" in told.err
+    assert "warning" not in told.err.split("Dask at")[0]
+
+
+def test_clusters_labels_and_leaks_are_those_of_one_worker(client, address, sample_files, tmp_path):
+    run("prep", *sample_files, "--out", tmp_path / "all", *WORDS)
+    names = [name for split in ("train", "valid", "test") for name in ids(tmp_path / "all", split)]
+    draw = random.Random(3)
+    rows = [f"{draw.randrange(150)}\t{name}\n" for name in names[:-4]]
+    (tmp_path / "clusters.tsv").write_text("".join(rows))
+    options = (*WORDS, "--split", "cluster", "--clusters", tmp_path / "clusters.tsv", "--unclustered", "train")
+    run("prep", *sample_files, "--out", tmp_path / "one", *options)
+    run("prep", *sample_files, "--out", tmp_path / "many", *options, *address)
+    assert digests(tmp_path / "many") == digests(tmp_path / "one")
+    leakage = open_dataset(tmp_path / "many").manifest.leakage
+    assert leakage.substrings
+    assert leakage.clusters
+
+
+def test_a_relative_path_is_that_of_the_command(client, address, sample_files, sample_digests, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("prep", *[path.name for path in sample_files], "--out", "out", *WORDS, *address)
+    assert digests(tmp_path / "out") == sample_digests
+
+
+@pytest.mark.parametrize("place", [WRITE_PIECE, DECIDE, WRITE_SHARD])
+def test_a_killed_worker_loses_its_task_only(client, address, sample_files, sample_digests, tmp_path, place):
+    client.run(cluster_faults.before, place, functools.partial(cluster_faults.die_once, tmp_path / "killed"))
+    run("prep", *sample_files, "--out", tmp_path / "out", *WORDS, *address)
+    assert digests(tmp_path / "out") == sample_digests
+    assert (tmp_path / "killed").exists()
+
+
+def test_a_task_that_fails_three_times_names_its_file_and_keeps_the_rest(
+    client, address, sample_files, sample_digests, tmp_path, failure_on_cluster
+):
+    client.run(cluster_faults.before, WRITE_SHARD, cluster_faults.fill_disk)
+    command = ("prep", *sample_files, "--out", tmp_path / "out", *WORDS)
+    line = failure_on_cluster(*command, *address)
+    assert "train-00000.h5: failed 3 times on the workers, last with OSError" in line
+    assert "No space left on device" in line
+    assert f"what is finished is kept in {tmp_path / 'out'}.partial: go on" in line
+    client.run(cluster_faults.mend, WRITE_SHARD)
+    client.run(cluster_faults.before, WRITE_PIECE, cluster_faults.fill_disk)
+    # No piece is made again.
+    run(*command, "--resume", *address)
+    assert digests(tmp_path / "out") == sample_digests
+
+
+def test_a_bad_record_is_the_error_of_one_worker(
+    client, address, sample_files, tmp_path, failure, failure_on_cluster
+):
+    command = ("prep", *sample_files, "--out", tmp_path / "out", *SAMPLE_WORDS)
+    assert failure_on_cluster(*command, *address) == failure(*command)
+
+
+def test_embed_makes_the_bytes_of_one_process_also_where_a_worker_is_killed(client, address, run_dir, fasta, tmp_path, monkeypatch):
+    options = ["--tokens-per-batch", 100, "--include", "per-residue", "--include", "mean"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run("embed", run_dir, fasta, "--out", tmp_path / "one.h5", *options)
+    client.run(cluster_faults.before, EMBED_ROW, functools.partial(cluster_faults.die_once, tmp_path / "killed"), 30)
+    run("embed", run_dir, fasta, "--out", tmp_path / "many.h5", *options, *address)
+    assert (tmp_path / "many.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+    assert (tmp_path / "killed").exists()
+
+
+def test_an_address_where_nobody_answers_is_one_line(sample_files, tmp_path, failure, monkeypatch):
+    monkeypatch.setattr(dask_workers, "_CONNECT_SECONDS", 1)
+    command = ("prep", *sample_files, "--out", tmp_path / "out")
+    assert "tcp://127.0.0.1:9: no Dask scheduler answers" in failure(*command, "--scheduler", "tcp://127.0.0.1:9")
+    assert "nonsense://x: no Dask scheduler answers" in failure(*command, "--scheduler", "nonsense://x")
+    (tmp_path / "s.json").write_text('{"address": 3}')
+    assert "s.json: no scheduler file" in failure(*command, "--scheduler-file", tmp_path / "s.json")
+    assert "is the scheduler running?" in failure(*command, "--scheduler-file", tmp_path / "none.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.fasta", "1.fasta", "2.fasta", "s.json"]
+
+
+def test_a_worker_of_another_version_is_refused_with_its_host(
+    client, address, sample_files, tmp_path, failure, monkeypatch
+):
+    monkeypatch.setattr(dask_workers, "__version__", "9.9")
+    line = failure("prep", *sample_files, "--out", tmp_path / "out", *address)
+    assert "the worker on " in line
+    assert "and this process protlm 9.9 and Python" in line
+
+
+def test_a_worker_that_does_not_see_the_folder_is_refused_with_its_host(
+    client, address, sample_files, run_dir, fasta, tmp_path, failure_on_cluster
+):
+    client.run(cluster_faults.hide_folders)
+    for command in (("prep", *sample_files), ("embed", run_dir, fasta)):
+        line = failure_on_cluster(*command, "--out", tmp_path / "out", *address)
+        assert "the worker on " in line
+        assert f"does not see {tmp_path / 'out'}.partial; inputs and output must be on a file system" in line
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_without_dask_the_extra_is_named(sample_files, tmp_path, failure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    line = failure("prep", *sample_files, "--out", tmp_path / "out", "--scheduler", "tcp://127.0.0.1:9")
+    assert "pip install 'protlm[cluster]'" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("prep", ("--part", "1/2"), "part and scheduler: only one of them"),
+        ("prep", ("--workers", "2"), "workers and scheduler: only one of them"),
+        ("embed", ("--devices", "2"), "only without --scheduler"),
+        ("prep", ("--scheduler-file", "f"), "give one of them"),
+        ("embed", ("--scheduler-file", "f"), "give one of them"),
+    ],
+)
+def test_options_that_contradict_a_scheduler_are_refused(run_dir, fasta, tmp_path, capsys, command, options, message):
+    inputs = (run_dir, fasta) if command == "embed" else (fasta,)
+    words = (command, *inputs, "--out", tmp_path / "out", "--scheduler", "tcp://127.0.0.1:9", *options)
+    assert main([str(word) for word in words]) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+KILLER = """
+import os, signal
+from tests.e2e import cluster_faults
+
+def kill_scheduler():
+    os.kill({pid}, signal.SIGKILL)
+
+cluster_faults.before({place!r}, kill_scheduler, 2)
+"""
+
+
+def test_the_loss_of_the_scheduler_is_one_line_and_the_work_goes_on(
+    sample_files, sample_digests, tmp_path, failure_on_cluster
+):
+    # As a user starts them, each a process of its own.
+    file, preload = tmp_path / "scheduler.json", tmp_path / "kill.py"
+    program = [sys.executable, "-m", "dask"]
+    options = ["--no-dashboard", "--scheduler-file", str(file)]
+    with subprocess.Popen(
+        [*program, "scheduler", "--port", "0", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as scheduler:
+        end = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        preload.write_text(KILLER.format(pid=scheduler.pid, place=WRITE_PIECE))
+        with subprocess.Popen(
+            [*program, "worker", *options, "--nthreads", "1", "--no-nanny", "--preload", str(preload)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as worker:  # fmt: skip
+            try:
+                command = ("prep", *sample_files, "--out", tmp_path / "out", *WORDS)
+                line = failure_on_cluster(*command, "--scheduler-file", file)
+                assert "lost the connection to the Dask scheduler; what is finished is kept in " in line
+                assert scheduler.poll() is not None
+            finally:
+                worker.kill()
+                scheduler.kill()
+    kept = json.loads(next((tmp_path / "out.partial").glob("sources-*/*.json")).read_text())
+    assert kept["num_records"]
+    run(*command, "--resume")
+    assert digests(tmp_path / "out") == sample_digests
