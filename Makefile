@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python scripts/bench/local.py
 	$(BIN)/python scripts/bench/fasta.py
 	$(BIN)/python scripts/bench/prep.py
+	$(BIN)/python scripts/bench/cluster.py
 	$(BIN)/python scripts/bench/train_step.py
 	$(BIN)/python scripts/bench/embed.py
 	$(BIN)/python scripts/bench/score.py

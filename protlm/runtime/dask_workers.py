@@ -105,7 +105,7 @@ class DaskCluster:
             return list(self.client.run(function, *arguments).values())
         except ImportError as error:
             raise ProtlmError(
-                f"a worker cannot load protlm ({_first_line(error)}); install protlm {__version__} where the workers run"
+                f"a worker cannot load protlm ({_first_line(error)}); install protlm {__version__} for the workers"
             ) from error
 
     def _check_workers(self) -> int:
@@ -160,7 +160,7 @@ class DaskWorkers(Workers):
         for error in filter(None, self._cluster.answers(_fault_of_folder, str(self._mark))):
             self._mark.unlink()
             raise ProtlmError(error)
-        # A task without inputs, since Dask repeats it where its result is lost with a worker; large ones draw a warning.
+        # A task, since Dask repeats it where its result is lost with a worker; a large object draws a warning.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._shared_future = self._cluster.client.submit(_itself, self._shared, pure=False)

@@ -70,11 +70,11 @@ with h5py.File(out, "w") as file:
 """
 
 
-def write_fasta(path: Path, num_bytes: int) -> int:
+def write_fasta(path: Path, num_bytes: int, *, seed: int = 0) -> int:
     """Writes proteins with the lengths of the sample, most of them with some residues changed; returns how many."""
     sequences = [np.frombuffer(record.sequence.encode(), dtype=np.uint8) for record in read_records(SAMPLE)]
     letters = np.frombuffer(vocabulary.RESIDUES[:20].encode(), dtype=np.uint8)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     written = number = 0
     with path.open("wb") as file:
         while written < num_bytes:
@@ -83,7 +83,7 @@ def write_fasta(path: Path, num_bytes: int) -> int:
                 places = generator.integers(0, len(changed), int(len(changed) * MUTATED) + 1)
                 changed[places] = generator.choice(letters, len(places))
             residues = changed.tobytes()
-            name = f"A0A{number:09d}"
+            name = f"A{seed}A{number:09d}"
             header = (
                 f">tr|{name}|{name}_9BACT Uncharacterized protein OS=Bacterium {number % 997} OX={number % 99991} PE=4"
             )

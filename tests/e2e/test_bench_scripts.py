@@ -21,7 +21,7 @@ from tests.e2e.conftest import write_fasta
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "RESULTS.md"
 BOTH_SIDES = (evaluate_measurements.EVAL, evaluate_measurements.FORWARD)
-SCRIPTS = ("attention", "embed", "evaluate", "fasta", "local", "prep", "score", "train_step")
+SCRIPTS = ("attention", "cluster", "embed", "evaluate", "fasta", "local", "prep", "score", "train_step")
 
 
 @pytest.mark.parametrize(

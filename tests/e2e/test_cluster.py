@@ -123,14 +123,14 @@ def test_a_task_that_fails_three_times_names_its_file_and_keeps_the_rest(
     assert digests(tmp_path / "out") == sample_digests
 
 
-def test_a_bad_record_is_the_error_of_one_worker(
-    client, address, sample_files, tmp_path, failure, failure_on_cluster
-):
+def test_a_bad_record_is_the_error_of_one_worker(client, address, sample_files, tmp_path, failure, failure_on_cluster):
     command = ("prep", *sample_files, "--out", tmp_path / "out", *SAMPLE_WORDS)
     assert failure_on_cluster(*command, *address) == failure(*command)
 
 
-def test_embed_makes_the_bytes_of_one_process_also_where_a_worker_is_killed(client, address, run_dir, fasta, tmp_path, monkeypatch):
+def test_embed_makes_the_bytes_of_one_process_also_where_a_worker_is_killed(
+    client, address, run_dir, fasta, tmp_path, monkeypatch
+):
     options = ["--tokens-per-batch", 100, "--include", "per-residue", "--include", "mean"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run("embed", run_dir, fasta, "--out", tmp_path / "one.h5", *options)

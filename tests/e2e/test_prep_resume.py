@@ -82,7 +82,7 @@ def test_a_shard_that_cannot_be_written_leaves_the_finished_ones(sample_files, s
     monkeypatch.setattr(assembly, "write_shard", fail_at_the_third)
     with pytest.raises(Exception, match="No space left on device"):
         prepare_sample(sample_files, out)
-    assert sorted(path.name for path in (tmp_path / "out.partial" / "dataset").glob("*.h5")) == sorted(names)
+    assert sorted(path.name for path in (tmp_path / "out.partial").glob("dataset-*/*.h5")) == sorted(names)
     made = []
     monkeypatch.setattr(assembly, "write_shard", lambda *a: (made.append(a[1]), write_shard(*a))[1])
     prepare_sample(sample_files, out, resume=True)

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from protlm.data.storage.shards import ShardReader
+from protlm.data.storage.shards import LazyShards, ShardReader
 from protlm.data.strings import bounds_of
 from protlm.runtime.workers import Workers
 
@@ -167,14 +167,14 @@ def _blocks(sides: Sequence[Shards]) -> list[list[tuple[int, int]]]:
 
 def _contained_in_any(_shared: object, search: _Search) -> np.ndarray:
     """Returns the numbers of the inner records that are part of a longer one of any outer shard."""
-    outer = [ShardReader(path) for path in search.outer]
+    outer = LazyShards(search.outer)
     found = [_search(needles, outer, search.level) for needles in _needles(search.inner, None, search.level)]
     return distinct(np.concatenate([_NONE, *found]))
 
 
 def _contained_in_each(_shared: object, search: _Search) -> list[np.ndarray]:
     """Returns for each outer shard the numbers of the inner records that are part of a longer one of it."""
-    outer = [ShardReader(path) for path in search.outer]
+    outer = LazyShards(search.outer)
     found: list[list[np.ndarray]] = [[_NONE] for _ in outer]
     for needles in _needles(search.inner, _kmers_of(outer, search.level), search.level):
         for numbers, shard in zip(found, outer, strict=True):

@@ -5,7 +5,6 @@ is in one range, so no task depends on another of the same pass.
 """
 
 import functools
-import itertools
 import json
 import os
 from collections import Counter
@@ -190,7 +189,8 @@ def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path, workers:
     _flush(codes)
     list_path = _write_list(pieces, codes_path)
     num_ranges = min(num_records // _COMPARED_AT_ONCE + 1, _MOST_RANGES)
-    for within, across in workers.in_order(_find_duplicates, _ranges(list_path, codes_path, "sequence", num_ranges, rules)):
+    ranges = _ranges(list_path, codes_path, "sequence", num_ranges, rules)
+    for within, across in workers.in_order(_find_duplicates, ranges):
         codes[within] = DUPLICATE_WITHIN
         codes[across] = DUPLICATE_ACROSS
     _flush(codes)
@@ -258,9 +258,7 @@ def _read_list(path: Path, _changed_ns: int) -> list[tuple[Path, int]]:
     return [(Path(piece), num_records) for piece, num_records in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def _ranges(
-    list_path: Path, codes_path: Path, kind: DigestKind, num_ranges: int, rules: Rules
-) -> Iterator[_RangeTask]:
+def _ranges(list_path: Path, codes_path: Path, kind: DigestKind, num_ranges: int, rules: Rules) -> Iterator[_RangeTask]:
     return (_RangeTask(list_path, codes_path, kind, number, num_ranges, rules) for number in range(num_ranges))
 
 
@@ -359,7 +357,7 @@ def _cluster_names(piece: Piece) -> list[str]:
 
 
 def _digests_in(task: _RangeTask) -> tuple[Digests, np.ndarray]:
-    """Returns the digests of the records kept so far in a range of their high halves, and the codes of these records."""
+    """Returns the digests of the records kept so far in a range of their high halves, and the codes of the records."""
     start, end = (_HASHES * bound // task.num_ranges for bound in (task.number, task.number + 1))
     none = np.zeros(0, dtype=np.uint64)
     columns: list[list[np.ndarray]] = [[none], [none], [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)]]

@@ -1,7 +1,8 @@
 """One shard, an HDF5 file of tokenised records: hides its columns, its checksum and the memory map they are read by."""
 
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ OPTIONAL_COLUMNS = (
 """After the tokens, the required columns and then these are written and hashed in order."""
 
 _BATCH_BYTES = 1 << 20
+_OPEN_SHARDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,3 +272,18 @@ def _add_columns(digest: Any, named_columns: Iterable[tuple[str, np.ndarray]]) -
         digest.update(column.data)
     checksum: str = digest.hexdigest()
     return checksum
+
+
+class LazyShards(Sequence[ShardReader]):
+    """Shards that are opened on access: a dataset may have more of them than the system allows open files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        # Shards are read one after the other.
+        self._open = functools.lru_cache(maxsize=_OPEN_SHARDS)(ShardReader)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._open(self._paths[index])

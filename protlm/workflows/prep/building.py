@@ -1,13 +1,11 @@
 """From finished pieces to a dataset, the second half of prep: selection, shards, leaks, rejects, the manifest."""
 
-import functools
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -31,7 +29,7 @@ from protlm.data.storage.manifest import (
     summarise_split,
     write_manifest,
 )
-from protlm.data.storage.shards import FinishedShard, ShardReader
+from protlm.data.storage.shards import FinishedShard, LazyShards
 from protlm.errors import ProtlmError
 from protlm.runtime.progress import StartProgress
 from protlm.runtime.workers import Workers
@@ -41,8 +39,6 @@ from protlm.workflows.prep.multiqc_row import render_multiqc
 from protlm.workflows.prep.reading import FaultRules, LabelFiles, raise_first_fault
 from protlm.workflows.prep.report_page import render_report
 
-# In each split; shards are read one after the other.
-_OPEN_SHARDS = 2
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
@@ -70,20 +66,6 @@ class _ShardTask:
     def title(self) -> str:
         """The name of the shard."""
         return self.plan.name
-
-
-class _Shards(Sequence[ShardReader]):
-    """Shards that are opened on access: a dataset may have more of them than the system allows open files."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._open = functools.lru_cache(maxsize=_OPEN_SHARDS)(ShardReader)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._open(self._paths[index])
 
 
 def build_dataset(
@@ -134,7 +116,7 @@ def build_dataset(
         repairs["byte_order_mark"] += num_marks
     across = chosen.counts[selection.DUPLICATE_ACROSS]
     readers = {
-        split: _Shards([folder.dataset_path / shard.info.name for shard in shards])
+        split: LazyShards([folder.dataset_path / shard.info.name for shard in shards])
         for split, shards in finished.items()
     }
     manifest = Manifest(

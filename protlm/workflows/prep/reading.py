@@ -1,8 +1,8 @@
 """From files to finished pieces, the first half of prep: workers share the files and pieces, and none is made twice.
 
-A file is unpacked and hashed from its beginning to its end, so that is one worker's task, and several files are unpacked
-at once. Of a plain file that is larger than the share of a worker, this process only hashes the text, and the workers
-read it by pieces.
+A file is unpacked and hashed from its beginning to its end, so that is one worker's task, and several files are
+unpacked at once. Of a plain file that is larger than the share of a worker, this process only hashes the text, and the
+workers read it by pieces.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from protlm.data.parsing.text_pieces import PIECE_BYTES, TextPiece, cut_into_pie
 from protlm.data.records import NUCLEOTIDES, UNKNOWN, Format, Nucleotides, OnBadRecord
 from protlm.data.splits import SPLIT_NAMES
 from protlm.errors import ProtlmError, RecordError
-from protlm.runtime.progress import Advance
 from protlm.runtime.local_workers import LocalWorkers
+from protlm.runtime.progress import Advance
 from protlm.runtime.workers import Workers
 from protlm.workflows.prep.folder import FinishedSource, InputFile, PrepFolder
 
