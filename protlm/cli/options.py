@@ -47,7 +47,8 @@ ModelArgument = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="A model directory or the run that made it, a directory of transformers, a .pt of fairseq; or OWNER/NAME.",
+        help="A model directory or the run that made it, a directory of transformers, a .pt of fairseq; OWNER/NAME "
+        "on the hub; or starter.",
     ),
 ]
 OnBadRecordOption = Annotated[

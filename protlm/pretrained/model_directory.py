@@ -31,7 +31,8 @@ def save_model(folder: Path, weights: Performer | Mapping[str, Tensor], descript
 
     Args:
         folder: The model directory; made if it does not exist.
-        weights: The network, or for a sharded network its gathered tensors by name.
+        weights: The network, or for a sharded network its gathered tensors by name; they may be float16 or bfloat16,
+            which is what is stored then.
         description: The description; the hash of the weights is filled in.
     """
     # Through a link the folder it leads to is replaced, not the link.
@@ -89,7 +90,7 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
         )
     try:
         stored = SafetensorsFiles(folder, (weights_path,))
-        tensors = {name: stored.read_as_stored(name) for name in stored.shapes}
+        tensors = {name: _widened(stored.read_as_stored(name)) for name in stored.shapes}
     except (RuntimeError, MemoryError) as error:
         raise ModelError(
             f"{weights_path}: does not hold this model: {str(error)[:200] or 'not enough memory'}"
@@ -97,6 +98,11 @@ def read_model(path: Path) -> tuple[Performer, ModelDescription]:
     _check_tensors(weights_path, tensors, expected)
     model.load_state_dict(tensors, assign=True)
     return model.eval(), description
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float32 if it was stored in half as many bytes, as those of the model in protlm are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:

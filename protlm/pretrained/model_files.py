@@ -31,6 +31,9 @@ EXPORTED_FILES = (
 """The files of a directory that `protlm convert --to hf` writes."""
 FAMILIES = ("esm", "esmc", "bert", "roberta", "AMPLIFY")
 """The families of transformers that protlm runs, by `model_type`."""
+SHIPPED = ("starter",)
+"""The names of the models that are part of protlm."""
+_SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / "models"
 _REFUSED = {
     "t5": "its encoder has relative positions (ProtT5, IgT5)",
     "gLM2": "it reads genomes, not only proteins",
@@ -42,6 +45,17 @@ _REFUSED = {
 _FAIRSEQ_SUFFIXES = (".pt", ".pth")
 _MOST_JSON_BYTES = 64 << 20
 _SHOWN_LETTERS = 200
+
+
+def model_path(model: str | Path) -> Path:
+    """Returns the path of a MODEL: for the name of one that is part of protlm its folder, unless a path has that name.
+
+    A model of the hub has no path; see `hub_name_of`.
+    """
+    path = Path(model)
+    if str(model) in SHIPPED and not os.path.lexists(path):
+        return _SHIPPED_FOLDER / str(model)
+    return path
 
 
 def description_of(model: str | Path) -> ModelDescription | None:
@@ -56,7 +70,7 @@ def description_of(model: str | Path) -> ModelDescription | None:
     if name is not None:
         hub.fetch(name)
         return None
-    path = Path(model)
+    path = model_path(model)
     if path.is_file():
         check_checkpoint_file(path)
         return None
@@ -112,7 +126,7 @@ def short_name(model: str | Path) -> str:
     name = hub_name_of(model)
     if name is not None:
         return name.name.rpartition("/")[2]
-    path = Path(os.path.realpath(model))
+    path = Path(os.path.realpath(model_path(model)))
     if path.is_file():
         return path.stem
     folder = path if is_foreign(path) else find_model(path)

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from protlm.runtime.workers import NamedTask, Result, Task, Workers, WorkersError
+from protlm.runtime.workers import NamedTask, Result, Task, Workers, WorkersError, is_task_wanted
 
 # Threads help because nearly all of the work (hashing, parsing, copying, writing) releases Python's lock.
 _THREADS = 2
@@ -40,6 +40,7 @@ class LocalWorkers(Workers):
         """
         self._number = number
         self._shared = shared
+        self._is_over = threading.Event()
         self._executor: Executor
 
     @property
@@ -58,15 +59,29 @@ class LocalWorkers(Workers):
             self._executor = ThreadPoolExecutor(_THREADS)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    @property
+    def are_here(self) -> bool:
+        """Whether there is only one worker, which is this process."""
+        return self._number == 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._is_over.set()
+        if kind is not None and isinstance(self._executor, ProcessPoolExecutor):
+            # Tasks may take hours; they are repeatable, and their files appear whole or not at all.
+            for process in list((self._executor._processes or {}).values()):
+                process.terminate()
         self._executor.shutdown(cancel_futures=True)
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> "Future[Result]":
         with _lost_process_told():
             if self._number == 1:
-                return self._executor.submit(function, self._shared, task)
+                return self._executor.submit(self._call_here, function, task)
             with _forks_of_threads_allowed(), _interrupts_put_off():
                 return self._executor.submit(_call, function, task)
+
+    def _call_here(self, function: Callable[[Any, Task], Result], task: Task) -> Result:
+        is_task_wanted.set(lambda: not self._is_over.is_set())
+        return function(self._shared, task)
 
     def _is_done(self, future: "Future[Any]", seconds: float) -> bool:
         return bool(wait([future], seconds).done)

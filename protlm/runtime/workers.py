@@ -7,7 +7,7 @@ that a worker may be lost at any time.
 import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,22 @@ _WAIT_SECONDS = 0.5
 
 threads_of_task: ContextVar[int | None] = ContextVar("threads_of_task", default=None)
 """Threads that a task of a cluster may use; None where nobody said."""
+is_task_wanted: ContextVar[Callable[[], bool]] = ContextVar("is_task_wanted", default=lambda: True)
+"""Tells whether the run of the current task still goes on; set by who does the task."""
+
+
+class UnwantedTaskError(ProtlmError):
+    """The run of a task has ended, so that nobody waits for its result."""
+
+
+def check_wanted() -> None:
+    """Ends a task that nobody waits for any longer; long tasks call it now and then, and before they publish a file.
+
+    Raises:
+        UnwantedTaskError: The run of the task has ended.
+    """
+    if not is_task_wanted.get()():
+        raise UnwantedTaskError("the run of this task has ended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +82,16 @@ class Workers(ABC):
     def number(self) -> int:
         """Number of tasks that are done at a time."""
 
+    @property
+    @abstractmethod
+    def are_here(self) -> bool:
+        """Whether tasks are done in this process, so that what they carry is not copied."""
+
     @abstractmethod
     def __enter__(self) -> "Workers": ...
 
     @abstractmethod
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def in_order(
         self,
@@ -138,7 +159,9 @@ def connected(scheduler: Scheduler | None) -> Iterator["DaskCluster | None"]:
         yield cluster
 
 
-def open_workers(number: int, cluster: "DaskCluster | None", shared: Any, folder: Path) -> Workers:
+def open_workers(
+    number: int, cluster: "DaskCluster | None", shared: Any, folder: Path, inputs: Sequence[str] = ()
+) -> Workers:
     """Returns the workers of a cluster, or so many of this machine; nothing is started before the `with` block.
 
     Args:
@@ -146,11 +169,12 @@ def open_workers(number: int, cluster: "DaskCluster | None", shared: Any, folder
         cluster: What `connected` returned.
         shared: The object passed to the function together with each task.
         folder: The folder of the work, which all workers must see under this path.
+        inputs: Absolute paths of what else they must see.
     """
     if cluster is not None:
         from protlm.runtime.dask_workers import DaskWorkers
 
-        return DaskWorkers(cluster, shared, folder)
+        return DaskWorkers(cluster, shared, folder, inputs)
     from protlm.runtime.local_workers import LocalWorkers
 
     return LocalWorkers(number, shared)

@@ -11,7 +11,7 @@ from protlm.data.embeddings.layouts import LAYOUTS, OutputSummary
 from protlm.data.storage.manifest import is_dataset
 from protlm.errors import ModelError, ShardError, UsageError
 from protlm.model.shapes import tensor_shapes
-from protlm.pretrained.model_files import is_checkpoint_file, is_foreign, read_description
+from protlm.pretrained.model_files import is_checkpoint_file, is_foreign, model_path, read_description
 from protlm.runtime import locks
 from protlm.runtime.progress import StartProgress, no_progress
 from protlm.workflows.inspect import InspectReport, inspect_dataset
@@ -88,7 +88,8 @@ def identify(path: Path, *, verify: bool, start_progress: StartProgress = no_pro
     """Returns what lies at a path.
 
     Args:
-        path: A dataset, an output of embed, a model directory, a run, or a model of another program.
+        path: A dataset, an output of embed, a model directory, a run, a model of another program, or the name of the
+            model that is part of protlm.
         verify: Also compare the bytes of a dataset or a model with their checksums.
         start_progress: Starts the stage `verify` (residues) of a dataset.
 
@@ -96,6 +97,7 @@ def identify(path: Path, *, verify: bool, start_progress: StartProgress = no_pro
         UsageError: There is nothing to verify in embeddings.
         ProtlmError: There is none of these, or it is damaged.
     """
+    path = model_path(path)
     if is_dataset(path) or not path.exists() or (path / "manifest.json").exists():
         return inspect_dataset(path, verify=verify, start_progress=start_progress)
     for name, layout in LAYOUTS.items():

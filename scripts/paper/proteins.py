@@ -47,14 +47,16 @@ def prepare_sets(data: Path, folder: Path, *, num_scored: int = NUM_SCORED) -> S
     if not train.exists():
         raise ProtlmError(f"{train}: no such file; name the folder of the proteins with --data")
     folder.mkdir(parents=True, exist_ok=True)
-    clusters = _shuffled(list(read_records(data / "valid_cluster_5k.fasta.gz")))
+    clusters = shuffled(list(read_records(data / "valid_cluster_5k.fasta.gz")))
     valid, test = clusters[:NUM_VALID], clusters[NUM_VALID : NUM_VALID + num_scored]
-    families = _by_family(list(read_records(data / "ood_pfam24.fasta.gz")), num_scored)
-    iid = _shuffled(list(read_records(data / "test_random_5k.fasta.gz")))[:num_scored]
+    families = of_each_family(list(read_records(data / "ood_pfam24.fasta.gz")), num_scored)
+    iid = shuffled(list(read_records(data / "test_random_5k.fasta.gz")))[:num_scored]
     for out, splits in ((sets.trained, {"valid": valid, "test": test, "ood": families}), (sets.iid, {"test": iid})):
         if out.exists():
             continue
-        paths = {name: [_write(folder / f"{out.name}-{name}.fasta", records)] for name, records in splits.items()}
+        paths = {
+            name: [write_proteins(folder / f"{out.name}-{name}.fasta", records)] for name, records in splits.items()
+        }
         prepare(
             PrepRequest(
                 inputs=[train], out=out, valid_inputs=paths.get("valid", []), test_inputs=paths["test"],
@@ -64,13 +66,13 @@ def prepare_sets(data: Path, folder: Path, *, num_scored: int = NUM_SCORED) -> S
     return sets
 
 
-def _by_family(records: Sequence[Record], num_scored: int) -> list[Record]:
+def of_each_family(records: Sequence[Record], num_scored: int) -> list[Record]:
     """Returns a sample in which every family has as many proteins as any other, or all that it has."""
     taken: Counter[str] = Counter()
     kept = []
     families = {record.id: record.description.partition("|")[0] for record in records}
     most = max(1, num_scored // len(set(families.values())))
-    for record in _shuffled(records):
+    for record in shuffled(records):
         family = families[record.id]
         if taken[family] < most:
             taken[family] += 1
@@ -78,12 +80,13 @@ def _by_family(records: Sequence[Record], num_scored: int) -> list[Record]:
     return kept
 
 
-def _shuffled(records: Sequence[Record]) -> list[Record]:
+def shuffled(records: Sequence[Record]) -> list[Record]:
     """Returns records in an order that depends on their sequences alone."""
     return sorted(records, key=lambda record: hashlib.sha256(record.sequence.encode()).digest())
 
 
-def _write(path: Path, records: Sequence[Record]) -> Path:
+def write_proteins(path: Path, records: Sequence[Record]) -> Path:
+    """Writes records as FASTA, and returns the path."""
     lines = (f">{record.id} {record.description}\n{record.sequence}\n" for record in records)
     path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -43,12 +43,21 @@ def fill_disk():
     raise OSError(28, "No space left on device", "a disk")
 
 
-def hide_folders():
-    """Makes all folders of tests invisible."""
-    is_dir = Path.is_dir
-    Path.is_dir = lambda path, **options: "pytest" not in str(path) and is_dir(path, **options)
-    Path.is_dir.plain = is_dir
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
 
 
-def show_folders():
-    Path.is_dir = getattr(Path.is_dir, "plain", Path.is_dir)
+def note(path):
+    with open(path, "a", encoding="ascii") as file:
+        file.write(".")
+
+
+def hide(folder):
+    """Makes everything in a folder invisible to `os.path.exists`."""
+    exists = os.path.exists
+    os.path.exists = lambda path: not str(path).startswith(str(folder)) and exists(path)
+    os.path.exists.plain = exists
+
+
+def show():
+    os.path.exists = getattr(os.path.exists, "plain", os.path.exists)

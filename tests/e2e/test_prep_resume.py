@@ -256,6 +256,21 @@ def test_an_interrupt_ends_workers_at_once_and_leaves_nothing_of_small_work(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_a_bad_record_ends_workers_that_are_at_other_files(sample_files, tmp_path, failure, monkeypatch):
+    make_piece = prep_reading.make_piece
+
+    def wait_in_others(work, task):
+        if task.number:
+            time.sleep(60)
+        return make_piece(work, task)
+
+    monkeypatch.setattr(prep_reading, "make_piece", wait_in_others)
+    sample_files[0].write_text(">a\nM1\n")
+    started = time.monotonic()
+    assert "illegal character '1'" in failure("prep", *sample_files, "--out", tmp_path / "out", "--workers", "2")
+    assert time.monotonic() < started + 30
+
+
 def test_an_interrupt_of_much_work_says_how_to_go_on(sample_files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prep_folder.PrepFolder, "worth_keeping_bytes", 1)
     monkeypatch.setattr(

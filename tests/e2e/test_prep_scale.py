@@ -90,7 +90,7 @@ def test_many_small_files_and_shards_want_few_files_open(tmp_path):
     for number, record in enumerate(records):
         (folder / f"{number:04d}.fasta").write_bytes(b">" + record + b"\n")
     options = ("--shard-residues", 500, "--valid-fraction", 0.3, "--test-fraction", 0.3)
-    few = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
+    few = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (50, 50))
     process = Forked("prep", folder, "--out", tmp_path / "out", *options, prepare=few)
     _, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -16,6 +16,7 @@ from protlm.data.splits import SPLIT_NAMES
 from protlm.data.storage.shards import LABEL_COLUMNS, NUMBER_COLUMNS, FinishedShard, ShardInfo, ShardReader, write_shard
 from protlm.data.strings import Strings, bounds_of
 from protlm.errors import ShardError
+from protlm.runtime.workers import check_wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ def _members(plan: ShardPlan, pieces: Sequence[PieceFile], selection: Selection)
 def _tokens(members: Sequence[_Members]) -> Iterator[np.ndarray]:
     """Yields the tokens of a shard in stretches, with one piece open at a time."""
     for member in members:
+        check_wanted()
         piece = Piece(member.path)
         yield from _stretches(piece["tokens"], piece["offsets"], member.places)
 

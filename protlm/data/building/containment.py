@@ -19,7 +19,7 @@ import xxhash
 
 from protlm.data.storage.shards import LazyShards, ShardReader
 from protlm.data.strings import bounds_of
-from protlm.runtime.workers import Workers
+from protlm.runtime.workers import Workers, check_wanted
 
 MIN_LENGTH = 12
 """Shorter sequences are not searched for: so few residues occur in unrelated proteins too."""
@@ -30,7 +30,8 @@ _Shard = TypeVar("_Shard")
 _NONE = np.zeros(0, dtype=np.int64)
 _WORD = 8
 _BLOCK_RESIDUES = 1 << 26
-_TASKS_PER_WORKER = 4
+_TASKS_PER_WORKER = 2
+"""Parts of the large side for each worker: each has an index of its own, so few; a single worker is two threads."""
 _CHUNK_WORDS = 1 << 16
 _BATCH = 1 << 20
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -105,14 +106,17 @@ def small_in_large(inners: Sequence[Shards], outer: Shards, workers: Workers) ->
         outer: The outer shards, which the workers divide.
         workers: The workers.
     """
-    inner = _numbered(list(itertools.chain.from_iterable(inners)))
-    bounds = bounds_of([sum(shard.num_records for shard in side) for side in inners])
+    sides = [_summaries(side) for side in inners]
+    inner = _numbered(list(itertools.chain.from_iterable(sides)))
+    bounds = bounds_of([sum(shard.num_records for shard in side) for side in sides])
     if not inner or not outer:
         return [0] * len(inners)
-    parts = _divided([shard.path for shard in outer], workers)
+    parts = _divided([shard.path for shard in _summaries(outer)], workers)
     searches = [_Search(inner, part, level) for level in _LARGE_OUTER for part in parts]
+    contained = _NONE
     # A record may be contained in several shards.
-    contained = distinct(np.concatenate(list(workers.in_order(_contained_in_any, searches))))
+    for found in workers.in_order(_contained_in_any, searches):
+        contained = distinct(np.concatenate([contained, found]))
     counts = np.bincount(np.searchsorted(bounds, contained, side="right") - 1, minlength=len(inners))
     return [int(count) for count in counts]
 
@@ -123,22 +127,31 @@ def large_in_small(inner: Shards, outers: Sequence[Shards], workers: Workers) ->
     As `small_in_large`, but the workers divide the inner shards; and only inner records that share k-mers with an outer
     side are searched for.
     """
-    parts = _divided(_numbered(inner), workers)
-    contained: list[list[np.ndarray]] = [[_NONE] for _ in outers]
-    blocks = _blocks(outers)
-    searches = (
-        _Search(part, [outers[side][place].path for side, place in block], _LARGE_INNER)
-        for block in blocks
-        for part in parts
-    )
-    sides = ([side for side, _ in block] for block in blocks for _ in parts)
+    parts = _divided(_numbered(_summaries(inner)), workers)
+    contained = [_NONE for _ in outers]
+    blocks = _blocks([_summaries(side) for side in outers])
+    searches = [_Search(part, [shard.path for _, shard in block], _LARGE_INNER) for block in blocks for part in parts]
+    sides = [[side for side, _ in block] for block in blocks for _ in parts]
     for of_search, found in zip(sides, workers.in_order(_contained_in_each, searches), strict=True):
         for side, numbers in zip(of_search, found, strict=True):
-            contained[side].append(numbers)
-    return [len(distinct(np.concatenate(numbers))) for numbers in contained]
+            contained[side] = distinct(np.concatenate([contained[side], numbers]))
+    return [len(numbers) for numbers in contained]
 
 
-def _numbered(shards: Shards) -> list[tuple[Path, int]]:
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """The path and the size of a shard, which thus needs to be opened once."""
+
+    path: Path
+    num_records: int
+    num_residues: int
+
+
+def _summaries(shards: Shards) -> list[_Summary]:
+    return [_Summary(shard.path, shard.num_records, shard.num_residues) for shard in shards]
+
+
+def _numbered(shards: Sequence[_Summary]) -> list[tuple[Path, int]]:
     """Returns the path of each shard, with the running number of its first record."""
     firsts = bounds_of([shard.num_records for shard in shards])[:-1].tolist()
     return [(shard.path, first) for shard, first in zip(shards, firsts, strict=True)]
@@ -151,16 +164,16 @@ def _divided(shards: Sequence[_Shard], workers: Workers) -> list[Sequence[_Shard
     return [shards[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def _blocks(sides: Sequence[Shards]) -> list[list[tuple[int, int]]]:
-    """Returns the shards of all sides, each by its side and its index there, in groups of about `_BLOCK_RESIDUES`."""
-    blocks: list[list[tuple[int, int]]] = []
+def _blocks(sides: Sequence[Sequence[_Summary]]) -> list[list[tuple[int, _Summary]]]:
+    """Returns the shards of all sides, each with its side, in groups of about `_BLOCK_RESIDUES`."""
+    blocks: list[list[tuple[int, _Summary]]] = []
     size = _BLOCK_RESIDUES
     for number, shards in enumerate(sides):
-        for place, shard in enumerate(shards):
+        for shard in shards:
             if size >= _BLOCK_RESIDUES:
                 blocks.append([])
                 size = 0
-            blocks[-1].append((number, place))
+            blocks[-1].append((number, shard))
             size += shard.num_residues
     return blocks
 
@@ -311,6 +324,7 @@ def _needles(inner: Iterable[tuple[Path, int]], kmers: _HashSet | None, level: _
     """
     waiting: list[_Needles] = []
     for path, num_before in inner:
+        check_wanted()
         shard = ShardReader(path)
         starts, ends = shard.offsets[:-1], shard.offsets[1:]
         wanted = np.flatnonzero((ends - starts >= level.shortest) & (ends - starts <= level.longest))
@@ -427,6 +441,7 @@ def _search(needles: _Needles, outer: Shards, level: _Level) -> np.ndarray:
     contained = [np.zeros(0, dtype=np.int64)]
     index, missing = _Index(needles, level), np.ones(len(needles.numbers), dtype=np.bool_)
     for shard in outer:
+        check_wanted()
         places, hashes = index.hits(shard.tokens)
         while len(places):
             for num_done, kmers, keys in index.batches(hashes):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import xxhash
 
 from protlm.choices import Unclustered
 from protlm.data import splits
@@ -23,7 +24,7 @@ from protlm.data.numbered_ids import NumberedIds, numbered_id
 from protlm.data.records import NUCLEOTIDES
 from protlm.data.splits import SPLIT_NAMES
 from protlm.files import written_whole
-from protlm.runtime.workers import Workers
+from protlm.runtime.workers import Workers, check_wanted
 
 FIRST_REJECT = 100
 """Smaller codes are those of splits."""
@@ -163,8 +164,8 @@ class _RangeTask:
 def select(pieces: Sequence[PieceFile], rules: Rules, codes_path: Path, workers: Workers) -> Selection:
     """Returns the decision on every record of the pieces, in order.
 
-    Memory: each worker compares a range of digests at a time, some four million records or a 64th of all, 50 bytes
-    each; the codes are in a file, a byte a record; a repeated id takes 16 bytes, or about 200 if an id holds a `#`.
+    Memory: every task compares a range of digests, some four million records or a 64th of all, 70 bytes each; the codes
+    are in a file, a byte a record; a repeated id takes 16 bytes, or about 200 if an id holds a `#`.
 
     Args:
         pieces: All pieces in the order of the input.
@@ -247,14 +248,16 @@ def _decide(_shared: object, task: _PiecesTask) -> tuple[np.ndarray, set[str]]:
 
 def _write_list(pieces: Sequence[PieceFile], codes_path: Path) -> Path:
     """Writes path and number of records of every piece, which tasks would otherwise all carry, and returns its path."""
-    path = codes_path.with_name("pieces.json")
+    text = json.dumps([[str(piece.path), piece.num_records] for piece in pieces])
+    # Named after its content, so that no worker takes the list of an earlier run for it.
+    path = codes_path.with_name(f"pieces-{xxhash.xxh3_64_hexdigest(text.encode())}.json")
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps([[str(piece.path), piece.num_records] for piece in pieces]), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
 @functools.lru_cache(maxsize=1)
-def _read_list(path: Path, _changed_ns: int) -> list[tuple[Path, int]]:
+def _read_list(path: Path) -> list[tuple[Path, int]]:
     return [(Path(piece), num_records) for piece, num_records in json.loads(path.read_text(encoding="utf-8"))]
 
 
@@ -362,7 +365,8 @@ def _digests_in(task: _RangeTask) -> tuple[Digests, np.ndarray]:
     none = np.zeros(0, dtype=np.uint64)
     columns: list[list[np.ndarray]] = [[none], [none], [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)]]
     first = 0
-    for path, num_records in _read_list(task.list_path, task.list_path.stat().st_mtime_ns):
+    for path, num_records in _read_list(task.list_path):
+        check_wanted()
         if not num_records:
             continue
         piece = Piece(path)

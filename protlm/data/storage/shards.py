@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import xxhash
@@ -38,6 +38,7 @@ OPTIONAL_COLUMNS = (
 
 _BATCH_BYTES = 1 << 20
 _OPEN_SHARDS = 2
+"""Shards that `LazyShards` keeps open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,5 +286,11 @@ class LazyShards(Sequence[ShardReader]):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._open(self._paths[index])
+    @overload
+    def __getitem__(self, index: int) -> ShardReader: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "LazyShards": ...
+
+    def __getitem__(self, index: int | slice) -> "ShardReader | LazyShards":
+        return LazyShards(self._paths[index]) if isinstance(index, slice) else self._open(self._paths[index])

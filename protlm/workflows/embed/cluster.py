@@ -16,7 +16,7 @@ from protlm.pretrained.model_names import read_named_model
 from protlm.runtime.dask_workers import DaskCluster
 from protlm.runtime.devices import best_device
 from protlm.runtime.progress import StartProgress, no_progress
-from protlm.runtime.workers import open_workers, threads_of_task
+from protlm.runtime.workers import check_wanted, open_workers, threads_of_task
 from protlm.workflows.embed.folder import EmbedFolder
 from protlm.workflows.embed.plan import Plan
 from protlm.workflows.embed.portions import EmbedWork
@@ -86,9 +86,12 @@ def compute_on_cluster(
     )  # fmt: skip
     run = _Run(uuid.uuid4().hex, of_workers, settings.weights_hash)
     advance = start_progress("embed", sum(map(plan.num_residues, portions)))
+    of_run = folder.of_workers(run.id)
     tasks = (_Portion(portion, plan.records(portion).start + 1, plan.records(portion).stop) for portion in portions)
-    with open_workers(1, cluster, run, folder.path) as workers:
+    seen = [str(model)] if model.exists() else []
+    with open_workers(1, cluster, run, folder.path, seen) as workers:
         for number in workers.in_order(_compute, tasks):
+            folder.adopt(of_run, number)
             advance(plan.num_residues(number))
 
 
@@ -96,6 +99,7 @@ def _compute(run: _Run, portion: _Portion) -> int:
     """Computes and writes a portion, and returns its number."""
     # A process has one network; its threads are those of one task.
     with _one_at_a_time:
+        check_wanted()
         if (threads := threads_of_task.get()) is not None:
             torch.set_num_threads(threads)
         work = _work_of(run)
@@ -118,7 +122,8 @@ def _work_of(run: _Run) -> EmbedWork:
         if settings.weights_hash != run.weights_hash:
             raise ProtlmError(f"{run.request.model}: a worker sees another model under this name; use one all can see")
         set_precision(model, settings.precision)
-        work = EmbedWork(EmbedFolder(run.request.out), model.to(best_device()), settings)
+        folder = EmbedFolder(run.request.out).of_workers(run.id)
+        work = EmbedWork(folder, model.to(best_device()), settings)
         work.waiting()
         _loaded = run.id, work
     return _loaded[1]

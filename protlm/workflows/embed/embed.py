@@ -155,6 +155,7 @@ def _embed(request: EmbedRequest, cluster: "DaskCluster | None", start_progress:
         settings.layout.check_ids(proteins.ids)
         plan = Plan.of(proteins, settings)
         if not folder.is_finished:
+            folder.adopt_left_overs()
             folder.drop_unusable(settings.columns)
             if not can_go_on(folder, proteins, plan, settings):
                 folder.forget_output()

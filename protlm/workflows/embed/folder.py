@@ -1,5 +1,6 @@
 """The folder `OUT.partial` of embed: the files beside its portions, and the publishing of the embeddings."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -28,6 +29,31 @@ class EmbedFolder(PortionFolder):
     # works across versions.
     portions_name = "parts"
     portion_suffix = ".h5"
+
+    def of_workers(self, run_id: str) -> "EmbedFolder":
+        """Returns this folder for the workers of a run: what they finish lies apart until `adopt` takes it over.
+
+        So a worker that goes on after the end of its run has no place in that of another one.
+        """
+        folder = EmbedFolder(self._out)
+        folder.portions_name = f"{self.portions_name}-{run_id}"  # type: ignore[misc]
+        folder._portions_path.mkdir(exist_ok=True)
+        return folder
+
+    def adopt(self, folder: "EmbedFolder", portion: int) -> None:
+        """Takes over a portion that a worker has finished in its folder."""
+        # Should this process be killed in between, the portion is not there yet, and will be computed again.
+        for path in (self._skipped_path(portion), self.portion_path(portion)):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder._portions_path / path.name, path)
+
+    def adopt_left_overs(self) -> None:
+        """Takes over what workers of a lost run have finished; that run had the inputs and options of this one."""
+        for left_over in sorted(self.path.glob(f"{self.portions_name}-*")):
+            folder = self.of_workers(left_over.name.removeprefix(f"{self.portions_name}-"))
+            for portion in [int(path.stem) for path in folder._portions()]:
+                self.adopt(folder, portion)
+            shutil.rmtree(left_over)
 
     def unfinished_portions(self, num_portions: int) -> list[int]:
         """Returns the portions that are neither computed nor in the output yet."""

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -60,12 +61,23 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedSource:
-    """A file that was read to its end."""
+    """A file that was read to its end.
+
+    Attributes:
+        name: Its base name.
+        sha256: Hash of its bytes on disk.
+        format: Its format.
+        num_pieces: Number of its pieces.
+        pieces_hash: Hash of the hashes of their texts.
+        num_records: Good records in it.
+        state: Size and time of the last change when reading began; None of a pipe.
+    """
 
     name: str
     sha256: str
     format: Format
     num_pieces: int
+    pieces_hash: str
     num_records: int
     state: Sequence[int] | None
 
@@ -74,7 +86,8 @@ class PrepFolder:
     """The folder `DATASET.partial` beside the dataset that is being made.
 
     Subfolders are named after what shapes their content. So a worker of an earlier run, which nobody could stop, writes
-    what this run would write, or to a place that this run does not look at.
+    what this run would write, or to a place that this run does not look at, unless a file was changed in between, which
+    `pieces` notices.
 
     Attributes:
         path: The folder.
@@ -95,13 +108,14 @@ class PrepFolder:
         self.path = path
         self.inputs = inputs
         self._about_hash = about_hash
-        self._read_here: set[int] = set()
+        self._finished_here: dict[int, FinishedSource] = {}
+        self._codes_name = f"codes-{uuid.uuid4().hex}.bin"
         self._dataset_path: Path | None = None
 
     @property
     def codes_path(self) -> Path:
-        """The file with the split or the reason of rejection of every record."""
-        return self.path / "codes.bin"
+        """The file with the split or the reason of rejection of every record; another one in each run."""
+        return self.path / self._codes_name
 
     @property
     def dataset_path(self) -> Path:
@@ -130,6 +144,9 @@ class PrepFolder:
         for folder in {"new": ("*",), "resume": ("*",), "merge": ("dataset*",), "part": ()}[start]:
             for left_over in self.path.glob(f"{folder}/.*{files.PARTIAL_SUFFIX}"):
                 left_over.unlink(missing_ok=True)
+        if start != "part":
+            for left_over in self.path.glob("codes-*.bin"):
+                left_over.unlink(missing_ok=True)
 
     def piece_path(self, number: int, piece: int) -> Path:
         """Returns the path of a piece of a file."""
@@ -142,27 +159,35 @@ class PrepFolder:
 
     def finished_source(self, number: int) -> FinishedSource | None:
         """Returns the record of a file that was read to its end and has not changed since, or None."""
+        # The machine of this process may see the file of a worker elsewhere late.
+        source = self._finished_here.get(number)
         try:
-            source = FinishedSource(**read_json(self._source_path(number)))
+            source = source or FinishedSource(**read_json(self._source_path(number)))
             state = self.inputs[number].state
         except (OSError, TypeError):
             return None
         # A pipe may deliver other content the next time.
-        is_same = number in self._read_here if state is None else list(source.state or ()) == list(state)
+        is_same = number in self._finished_here if state is None else list(source.state or ()) == list(state)
         has_all = all(self.piece_path(number, piece).exists() for piece in range(source.num_pieces))
         return source if is_same and has_all else None
 
     def finish_source(self, number: int, source: FinishedSource) -> None:
-        """Records that a file was read to its end."""
-        self._read_here.add(number)
+        """Records that a file was read to its end by this process."""
+        self.know_finished(number, source)
         write_json(self._source_path(number), asdict(source))
+
+    def know_finished(self, number: int, source: FinishedSource) -> None:
+        """Takes note that a file was read to its end by a worker, which has recorded it."""
+        self._finished_here[number] = source
 
     def elsewhere(self) -> "PrepFolder":
         """Returns this folder for workers that have another working directory."""
         inputs = [
             replace(file, path=file.path if file.path == STDIN else os.path.abspath(file.path)) for file in self.inputs
         ]
-        return PrepFolder(self.path, inputs, self._about_hash)
+        folder = PrepFolder(self.path, inputs, self._about_hash)
+        folder._finished_here = self._finished_here
+        return folder
 
     def pieces(self, number: int) -> list[PieceFile]:
         """Returns the pieces of a file that was read to its end."""
@@ -177,6 +202,11 @@ class PrepFolder:
                     f"{self.path}: a piece of {input_file.path} is damaged; remove {self.path} to start afresh"
                 )
             pieces.append(piece)
+        if pieces_hash_of(piece.text_hash for piece in pieces) != source.pieces_hash:
+            self._source_path(number).unlink()
+            raise ProtlmError(
+                f"{input_file.path}: a worker of an earlier run has replaced what was read of it; go on with --resume"
+            )
         return pieces
 
     def begin_dataset(self, plan: Mapping[str, Any]) -> None:
@@ -194,6 +224,9 @@ class PrepFolder:
             ProtlmError: Something that may not be replaced has come to its place meanwhile.
         """
         check_replaceable(out, force=force)
+        # A task that Dask did twice may have left one.
+        for left_over in self.dataset_path.glob(f".*{files.PARTIAL_SUFFIX}"):
+            left_over.unlink(missing_ok=True)
         work_folder.put_in_place(self.path, [(self.dataset_path, out)], {})
 
     def remove(self) -> None:
@@ -205,6 +238,11 @@ class PrepFolder:
 
     def _named(self, kind: str) -> Path:
         return self.path / f"{kind}-{self._about_hash}"
+
+
+def pieces_hash_of(text_hashes: Iterable[str]) -> str:
+    """Returns the hash of the hashes of the texts of a file's pieces, in their order."""
+    return xxhash.xxh3_128_hexdigest("".join(text_hashes).encode())
 
 
 def open_prep_folder(

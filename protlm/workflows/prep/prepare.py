@@ -40,6 +40,8 @@ from protlm.workflows.prep.options import (
 from protlm.workflows.prep.reading import FaultRules, LabelFiles, PrepWork, read_sources
 
 _MOST_WORKERS = 64
+_MOST_LOOKED_FOR = 1000
+"""Input files that every worker of a cluster looks for before work begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,22 +130,24 @@ def prepare(
     rules = FaultRules(options.on_bad_record, options.nucleotides)
     if request.dry_run:
         return estimate(inputs, target, rules=rules, workers=request.workers)
-    if request.cluster_with is not None:
-        clusters = mmseqs.make_clusters(
-            request.cluster_with, request.cluster_identity, inputs.files, options, start_progress=start_progress
-        )
-        labels = dataclasses.replace(labels, clusters=clusters)
-        options = options.model_copy(update={"clusters": label_file(clusters)})
-    target.parent.mkdir(parents=True, exist_ok=True)
     with connected(request.scheduler) as cluster:
         if cluster is not None:
             tell(cluster.description)
+        if request.cluster_with is not None:
+            clusters = mmseqs.make_clusters(
+                request.cluster_with, request.cluster_identity, inputs.files, options, start_progress=start_progress
+            )
+            labels = dataclasses.replace(labels, clusters=clusters)
+            options = options.model_copy(update={"clusters": label_file(clusters)})
+        target.parent.mkdir(parents=True, exist_ok=True)
         folder = open_prep_folder(target, inputs.files, _hashes(labels), start, force=request.force)
         work = PrepWork(folder if cluster is None else folder.elsewhere(), labels, rules)
+        # Of many files, the first ones show whether their folders are there.
+        seen = [file.path for file in work.folder.inputs if file.state is not None][:_MOST_LOOKED_FOR]
         with (
             folder.locked(start),
             kept_or_removed(folder, start),
-            open_workers(request.workers, cluster, work, folder.path) as workers,
+            open_workers(request.workers, cluster, work, folder.path, seen) as workers,
         ):
             if request.part is not None:
                 return _read_part(folder, work, workers, request.part, start_progress)

@@ -7,7 +7,6 @@ workers read it by pieces.
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -30,8 +29,8 @@ from protlm.data.splits import SPLIT_NAMES
 from protlm.errors import ProtlmError, RecordError
 from protlm.runtime.local_workers import LocalWorkers
 from protlm.runtime.progress import Advance
-from protlm.runtime.workers import Workers
-from protlm.workflows.prep.folder import FinishedSource, InputFile, PrepFolder
+from protlm.runtime.workers import Workers, check_wanted
+from protlm.workflows.prep.folder import FinishedSource, InputFile, PrepFolder, pieces_hash_of
 
 _NOTE_SECONDS = 0.5
 """Time between two notes of a worker on how much of a file it has read."""
@@ -126,19 +125,15 @@ def read_sources(
         OSError: A file cannot be read, or the disk is full.
     """
     share = sum(inputs[number].num_bytes for number in numbers) / workers.number
-
-    def is_whole(number: int) -> bool:
-        return workers.number > 1 and _is_one_task(inputs[number], share)
-
-    for whole, several in itertools.groupby(numbers, is_whole):
-        if whole:
-            notes = _ReadingNotes(work.folder.reading_path, advance)
-            tasks = (SourceTask(inputs[number].path, number) for number in several)
-            for number, num_bytes in workers.in_order(_read_alone, tasks, meanwhile=notes.look):
-                notes.finish(number, num_bytes)
-        else:
-            for number in several:
-                _read_source(work, number, workers, advance)
+    whole = [] if workers.are_here else [number for number in numbers if _is_one_task(inputs[number], share)]
+    notes = _ReadingNotes(work.folder.reading_path, whole, advance)
+    tasks = (SourceTask(inputs[number].path, number) for number in whole)
+    read = workers.in_order(_read_alone, tasks, meanwhile=notes.look)
+    for number, (source, num_bytes) in zip(whole, read, strict=True):
+        work.folder.know_finished(number, source)
+        notes.finish(number, num_bytes)
+    for number in sorted(set(numbers).difference(whole)):
+        _read_source(work, number, workers, advance)
 
 
 def _is_one_task(input_file: InputFile, share: float) -> bool:
@@ -148,16 +143,16 @@ def _is_one_task(input_file: InputFile, share: float) -> bool:
     return input_file.num_bytes <= share or is_compressed(input_file.path)
 
 
-def _read_alone(work: PrepWork, task: SourceTask) -> tuple[int, int]:
-    """Reads a file in the process of a worker, and returns its number and its bytes on disk."""
+def _read_alone(work: PrepWork, task: SourceTask) -> tuple[FinishedSource, int]:
+    """Reads a file in the process of a worker, and returns its record and its bytes on disk."""
     path = work.folder.reading_path / f"{task.number:05d}"
     note = _ReadingNote(path)
     try:
         with LocalWorkers(1, work) as workers:
-            _read_source(work, task.number, workers, note.advance)
+            source = _read_source(work, task.number, workers, note.advance)
     finally:
         path.unlink(missing_ok=True)
-    return task.number, note.num_bytes
+    return source, note.num_bytes
 
 
 class _ReadingNote:
@@ -168,6 +163,7 @@ class _ReadingNote:
         self._path, self._written = path, time.monotonic()
 
     def advance(self, done: int) -> None:
+        check_wanted()
         self.num_bytes += done
         if time.monotonic() > self._written + _NOTE_SECONDS:
             self._written = time.monotonic()
@@ -175,10 +171,12 @@ class _ReadingNote:
 
 
 class _ReadingNotes:
-    """The notes of all workers."""
+    """The notes of all workers on some files."""
 
-    def __init__(self, folder: Path, advance: Advance) -> None:
+    def __init__(self, folder: Path, numbers: Sequence[int], advance: Advance) -> None:
         self._folder, self._advance = folder, advance
+        # Other parts have notes there too.
+        self._names = {f"{number:05d}" for number in numbers}
         self._told: dict[int, int] = {}
         self._looked = time.monotonic()
 
@@ -187,7 +185,7 @@ class _ReadingNotes:
         if time.monotonic() < self._looked + _NOTE_SECONDS:
             return
         self._looked = time.monotonic()
-        for name in os.listdir(self._folder):
+        for name in self._names.intersection(os.listdir(self._folder)):
             # One that is removed, or half written, in this moment.
             with contextlib.suppress(OSError, ValueError):
                 self._tell(int(name), int((self._folder / name).read_text(encoding="ascii")))
@@ -203,26 +201,28 @@ class _ReadingNotes:
             self._told[number] = num_bytes
 
 
-def _read_source(work: PrepWork, number: int, workers: Workers, advance: Advance) -> None:
+def _read_source(work: PrepWork, number: int, workers: Workers, advance: Advance) -> FinishedSource:
     input_file = work.folder.inputs[number]
     # Before reading, so that a change in the meantime is noticed.
     state = input_file.state
     source = SourceBlocks(input_file.path, advance=advance)
     formats: list[Format] = []
-    num_pieces = num_records = num_lines = num_entries = 0
+    text_hashes: list[str] = []
+    num_records = num_lines = num_entries = 0
     for piece in workers.in_order(make_piece, _tasks(input_file, number, source, workers, formats)):
         raise_first_fault(piece, num_lines, work.rules)
-        num_pieces += 1
+        text_hashes.append(piece.text_hash)
         num_records += piece.num_records
         num_lines += piece.num_lines
         num_entries += piece.num_entries
     if not num_entries:
         raise reader.no_records(input_file.path, num_lines)
     finished = FinishedSource(
-        name=source.name, sha256=source.sha256, format=formats[0], num_pieces=num_pieces, num_records=num_records,
-        state=state,
+        name=source.name, sha256=source.sha256, format=formats[0], num_pieces=len(text_hashes),
+        pieces_hash=pieces_hash_of(text_hashes), num_records=num_records, state=state,
     )  # fmt: skip
     work.folder.finish_source(number, finished)
+    return finished
 
 
 def raise_first_fault(piece: PieceFile, num_lines: int, rules: FaultRules) -> None:
@@ -257,7 +257,7 @@ def _tasks(
             formats.append(piece.format)
         num_bytes, text_hash = len(piece.text), _hash_of(piece)
         # A worker can read the text of a plain file itself, which is faster than a pipe.
-        if workers.number > 1 and source.is_plain and not piece.oversized_lines and input_file.path != STDIN:
+        if not workers.are_here and source.is_plain and not piece.oversized_lines and input_file.path != STDIN:
             piece = dataclasses.replace(piece, text=b"")
         yield PieceTask(input_file.path, number, index, piece, num_bytes, text_hash)
 
