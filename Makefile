@@ -30,15 +30,11 @@ imports: setup
 
 # As many tests at a time as there are cores; each of them uses one. Who has done its half takes tests from the other,
 # so that what a file's tests share is made once and nobody idles while the long ones at an end are run.
-# Where the CUDA kernels differ from the main branch, their long checks join (marker `cuda`).
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
-KERNELS := protlm/ops/cuda protlm/ops/favor_triton.py tests/machine_code tests/reference/cuda
-MAIN_BRANCH ?= origin/main
-CHANGED_KERNELS = $(shell (git diff --name-only "$$(git merge-base HEAD $(MAIN_BRANCH) || echo HEAD)" -- $(KERNELS); \
-	git ls-files --others --exclude-standard -- $(KERNELS)) 2>/dev/null)
 test: setup
-	$(PYTEST) $(if $(CHANGED_KERNELS),-m 'not slow')
+	$(PYTEST)
 
+# The long checks of the CUDA kernels: run them where a kernel has changed.
 test-cuda: setup
 	$(PYTEST) -m cuda
 

@@ -137,7 +137,9 @@ class DaskCluster:
 class DaskWorkers(Workers):
     """The workers of a cluster, which may come and go."""
 
-    def __init__(self, cluster: DaskCluster, shared: Any, folder: Path, inputs: Sequence[str]) -> None:
+    def __init__(
+        self, cluster: DaskCluster, shared: Any, folder: Path, inputs: Sequence[str], *, one_per_process: bool
+    ) -> None:
         """Starts nothing yet.
 
         Args:
@@ -145,8 +147,10 @@ class DaskWorkers(Workers):
             shared: The object passed to the function together with each task.
             folder: The folder of the work.
             inputs: What else all workers must see.
+            one_per_process: A process does one task at a time.
         """
         self._cluster, self._shared, self._folder, self._inputs = cluster, shared, folder, inputs
+        self._is_one_per_process = one_per_process
         self._mark = folder / f"{_MARK}-{uuid.uuid4().hex}"
         self._num_submitted = 0
         self._pending: set[Any] = set()
@@ -154,12 +158,13 @@ class DaskWorkers(Workers):
 
     @property
     def number(self) -> int:
-        """Number of threads of all workers, at least 1; as it was some seconds ago."""
+        """Number of threads of all workers, or of their processes, at least 1; as it was some seconds ago."""
         if time.monotonic() > self._asked + _ASK_SECONDS:
             self._asked = time.monotonic()
             # A lost scheduler is told where a result is awaited.
             with contextlib.suppress(Exception):
-                self._number = max(1, sum(self._cluster.client.nthreads().values()))
+                threads = self._cluster.client.nthreads()
+                self._number = max(1, len(threads) if self._is_one_per_process else sum(threads.values()))
         return self._number
 
     @property
@@ -169,8 +174,11 @@ class DaskWorkers(Workers):
 
     @property
     def num_waiting(self) -> int:
-        """Twice the number of threads, so that none waits for the next task, and at least some."""
-        return max(2 * self.number, _LEAST_WAITING)
+        """Twice their number, so that none waits for the next task, and at least some.
+
+        Where a process does one task at a time, no more than their number: one that waits there counts as at work.
+        """
+        return self.number if self._is_one_per_process else max(2 * self.number, _LEAST_WAITING)
 
     def __enter__(self) -> "DaskWorkers":
         # Those of runs that were killed: this run has the folder to itself.

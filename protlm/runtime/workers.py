@@ -160,7 +160,13 @@ def connected(scheduler: Scheduler | None) -> Iterator["DaskCluster | None"]:
 
 
 def open_workers(
-    number: int, cluster: "DaskCluster | None", shared: Any, folder: Path, inputs: Sequence[str] = ()
+    number: int,
+    cluster: "DaskCluster | None",
+    shared: Any,
+    folder: Path,
+    inputs: Sequence[str] = (),
+    *,
+    one_per_process: bool = False,
 ) -> Workers:
     """Returns the workers of a cluster, or so many of this machine; nothing is started before the `with` block.
 
@@ -170,11 +176,12 @@ def open_workers(
         shared: The object passed to the function together with each task.
         folder: The folder of the work, which all workers must see under this path.
         inputs: Absolute paths of what else they must see.
+        one_per_process: A process of a cluster does one task at a time, with all of its threads.
     """
     if cluster is not None:
         from protlm.runtime.dask_workers import DaskWorkers
 
-        return DaskWorkers(cluster, shared, folder, inputs)
+        return DaskWorkers(cluster, shared, folder, inputs, one_per_process=one_per_process)
     from protlm.runtime.local_workers import LocalWorkers
 
     return LocalWorkers(number, shared)

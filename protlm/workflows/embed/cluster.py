@@ -89,7 +89,7 @@ def compute_on_cluster(
     of_run = folder.of_workers(run.id)
     tasks = (_Portion(portion, plan.records(portion).start + 1, plan.records(portion).stop) for portion in portions)
     seen = [str(model)] if model.exists() else []
-    with open_workers(1, cluster, run, folder.path, seen) as workers:
+    with open_workers(1, cluster, run, folder.path, seen, one_per_process=True) as workers:
         for number in workers.in_order(_compute, tasks):
             folder.adopt(of_run, number)
             advance(plan.num_residues(number))

@@ -1,1 +1,0 @@
-"""The models that are part of protlm: data, read by `pretrained/model_files.py`."""
