@@ -21,6 +21,7 @@ from typing import Any
 
 from protlm import __version__
 from protlm.errors import ProtlmError
+from protlm.runtime.local_workers import keep_memory
 from protlm.runtime.workers import (
     NamedTask,
     Result,
@@ -351,6 +352,8 @@ def _perform(mark: str, versions: tuple[str, str], shared: Any, function: Callab
     """Does a task on a worker; an error that would come up anywhere is returned, any other raised for another try."""
     from distributed import get_worker
 
+    # Dask has its workers give every byte back.
+    keep_memory()
     threads_of_task.set(get_worker().state.nthreads)
     is_task_wanted.set(_Mark(Path(mark)).is_there)
     fault = _fault_of_versions(versions) or _fault_of_paths([str(Path(mark).parent)]) or _fault_of_mark(Path(mark))

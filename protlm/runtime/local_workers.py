@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
@@ -127,7 +128,7 @@ def _begin(shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    _keep_memory()
+    keep_memory()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -138,7 +139,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _keep_memory() -> None:
+@functools.cache
+def keep_memory() -> None:
     """Makes glibc keep freed memory: requesting memory anew for each piece takes a tenth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
