@@ -128,9 +128,9 @@ def test_every_kind_has_a_mark_and_a_task_for_its_updates():
 
 def test_a_sample_of_families_has_all_of_them():
     records = [proteins.Record(f"p{number}", f"pfam=PF{number % 3}|x", "MK" + "A" * number) for number in range(60)]
-    sample = proteins._by_family(records, 12)
+    sample = proteins.of_each_family(records, 12)
     assert sorted(record.description for record in sample) == [f"pfam=PF{n}|x" for n in (0, 1, 2) for _ in range(4)]
-    assert proteins._by_family(list(reversed(records)), 12) == sample
+    assert proteins.of_each_family(list(reversed(records)), 12) == sample
 
 
 def test_what_is_wrong_is_one_line(tmp_path):
