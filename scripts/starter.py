@@ -166,7 +166,7 @@ def _kept(row: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def demands(results: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns what a starter model has to fulfil to be part of protlm, and whether it does, beyond the intervals."""
+    """Returns the conditions on a model that is part of protlm, and whether each is met beyond the intervals."""
     met = {}
     for name in ("cluster", "ood"):
         scores = results["splits"][name]["scores"]

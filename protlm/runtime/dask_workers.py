@@ -1,4 +1,4 @@
-"""Workers of a Dask cluster: hides the client, what is checked before the first task, retries, and how a loss is told.
+"""Workers of a Dask cluster: hides the client, the checks before the first task, retries, and the messages of a loss.
 
 A scheduler runs what it is sent, so it is a cluster of the user's own; tasks and results go as pickles, by Dask's
 protocol, and only between its machines.
@@ -251,7 +251,7 @@ class DaskWorkers(Workers):
             ) from error
         except CancelledError as error:
             raise WorkersError(_LOST) from error
-        except Exception as error:
+        except Exception as error:  # the task's own, of any type, or Dask's in fetching its result
             if future.status != "error":
                 raise WorkersError(_LOST) from error
             told = f"{type(error).__name__}: {_first_line(error)}"

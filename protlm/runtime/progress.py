@@ -42,7 +42,7 @@ class StartProgress(Protocol):
 
 
 def tell_nobody(_line: str) -> None:
-    """Tells nobody: the default where nobody asked for what a workflow has to tell beside its progress."""
+    """Drops a line of a workflow: the default where nobody asked for lines beside its progress."""
 
 
 def no_advance(_done: int) -> None:

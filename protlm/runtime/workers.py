@@ -85,7 +85,7 @@ class Workers(ABC):
     @property
     @abstractmethod
     def are_here(self) -> bool:
-        """Whether tasks are done in this process, so that what they carry is not copied."""
+        """Whether tasks are done in this process, so that their data are not copied."""
 
     @abstractmethod
     def __enter__(self) -> "Workers": ...

@@ -181,7 +181,7 @@ class _ReadingNotes:
         self._looked = time.monotonic()
 
     def look(self) -> None:
-        """Tells what the workers have noted."""
+        """Advances the progress by the bytes that the workers have noted."""
         if time.monotonic() < self._looked + _NOTE_SECONDS:
             return
         self._looked = time.monotonic()
