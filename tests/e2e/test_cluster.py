@@ -24,7 +24,7 @@ WRITE_PIECE = "protlm.workflows.prep.reading:write_piece"
 WRITE_SHARD = "protlm.data.building.assembly:write_shard"
 DECIDE = "protlm.data.building.selection:_first_codes"
 MAKE_PIECE = "protlm.data.parsing.reader:parse_piece"
-CONTAINED = "protlm.data.building.containment:_search"
+CONTAINED = "protlm.data.building.kmer_search:search"
 EMBED_ROW = "protlm.workflows.embed.portions:merge_windows"
 
 

@@ -1,74 +1,27 @@
-"""The search for records that are part of longer ones: hides how it avoids comparing all pairs.
+"""Records of one side that are part of longer ones of another: hides how workers share the search for them.
 
-It uses k-mers of a few residues, read as one number. Wherever an inner sequence occurs in the outer tokens, one of its
-first `stride` k-mers begins at a multiple of `stride`. So the first `stride` k-mers of each inner sequence are indexed,
-one k-mer in `stride` of the outer tokens is looked up, and candidates are compared letter by letter.
-
-Workers share the search, each with some of the shards of the large side. What they find are sets, so it does not matter
-how the shards are divided.
+Each has some of the shards of the large side. Their findings are sets, so it does not matter how shards are divided.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import xxhash
 
-from protlm.data.storage.shards import LazyShards, ShardReader
+from protlm.data.building import kmer_search
+from protlm.data.building.kmer_search import LARGE_INNER, LARGE_OUTER, Level, Shards, distinct
+from protlm.data.storage.shards import LazyShards
 from protlm.data.strings import bounds_of
-from protlm.runtime.workers import Workers, check_wanted
+from protlm.runtime.workers import Workers
 
-MIN_LENGTH = 12
-"""Shorter sequences are not searched for: so few residues occur in unrelated proteins too."""
-
-Shards = Sequence[ShardReader]
 _Shard = TypeVar("_Shard")
 
 _NONE = np.zeros(0, dtype=np.int64)
-_WORD = 8
-_BLOCK_RESIDUES = 1 << 26
 _TASKS_PER_WORKER = 2
 """Parts of the large side for each worker: each has an index of its own, so few; a single worker is two threads."""
-_CHUNK_WORDS = 1 << 16
-_BATCH = 1 << 20
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_HASH_BITS = 40
-_MAX_SLOT_BITS = 29
-_PROBES = 8
-# A key is a hash with a tail in its low bits: the rank of a length and the place of a k-mer.
-_TAIL_BITS = np.uint64(64 - _HASH_BITS)
-_TAIL_MASK = np.uint64((1 << 64 - _HASH_BITS) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Level:
-    """The k-mers by which inner sequences of `shortest` to `longest` residues are searched for.
-
-    Attributes:
-        width: Number of residues of a k-mer.
-        stride: Distance between the k-mers of the outer tokens that are looked up.
-        shortest: Length of the shortest sequences; at least `span`.
-        longest: Length of the longest ones.
-    """
-
-    width: int
-    stride: int
-    shortest: int
-    longest: int = 1 << 62
-
-    @property
-    def span(self) -> int:
-        """Length from which any stretch of residues holds a whole k-mer at a multiple of the stride."""
-        return self.width + self.stride - 1
-
-
-# Fewer k-mers of the larger side are read: of a large outer side one in 32 residues, of a large inner side a few for
-# each sequence.
-_LARGE_OUTER = (_Level(8, 32, 39), _Level(5, 8, MIN_LENGTH, 38))
-_LARGE_INNER = _Level(8, 4, MIN_LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +36,7 @@ class _Search:
 
     inner: Sequence[tuple[Path, int]]
     outer: Sequence[Path]
-    level: _Level
+    level: Level
 
     @property
     def title(self) -> str:
@@ -94,7 +47,7 @@ class _Search:
 def small_in_large(inners: Sequence[Shards], outer: Shards, workers: Workers) -> list[int]:
     """Returns for each inner side the number of its records that are part of a longer outer one.
 
-    Records of fewer than `MIN_LENGTH` residues are not searched for. The count is exact.
+    Records of fewer than `kmer_search.MIN_LENGTH` residues are not searched for. The count is exact.
 
     Memory: both sides are read shard by shard; the inner sequences that are searched for at once are bounded, and so
     are the k-mers kept of the outer side. Time is linear in the residues for proteins. Repeats, whose k-mers match in
@@ -112,7 +65,7 @@ def small_in_large(inners: Sequence[Shards], outer: Shards, workers: Workers) ->
     if not inner or not outer:
         return [0] * len(inners)
     parts = _divided([shard.path for shard in _summaries(outer)], workers)
-    searches = [_Search(inner, part, level) for level in _LARGE_OUTER for part in parts]
+    searches = [_Search(inner, part, level) for level in LARGE_OUTER for part in parts]
     contained = _NONE
     # A record may be contained in several shards.
     for found in workers.in_order(_contained_in_any, searches):
@@ -130,7 +83,7 @@ def large_in_small(inner: Shards, outers: Sequence[Shards], workers: Workers) ->
     parts = _divided(_numbered(_summaries(inner)), workers)
     contained = [_NONE for _ in outers]
     blocks = _blocks([_summaries(side) for side in outers])
-    searches = [_Search(part, [shard.path for _, shard in block], _LARGE_INNER) for block in blocks for part in parts]
+    searches = [_Search(part, [shard.path for _, shard in block], LARGE_INNER) for block in blocks for part in parts]
     sides = [[side for side, _ in block] for block in blocks for _ in parts]
     for of_search, found in zip(sides, workers.in_order(_contained_in_each, searches), strict=True):
         for side, numbers in zip(of_search, found, strict=True):
@@ -165,12 +118,12 @@ def _divided(shards: Sequence[_Shard], workers: Workers) -> list[Sequence[_Shard
 
 
 def _blocks(sides: Sequence[Sequence[_Summary]]) -> list[list[tuple[int, _Summary]]]:
-    """Returns the shards of all sides, each with its side, in groups of about `_BLOCK_RESIDUES`."""
+    """Returns the shards of all sides, each with its side, in groups of about `BLOCK_RESIDUES`."""
     blocks: list[list[tuple[int, _Summary]]] = []
-    size = _BLOCK_RESIDUES
+    size = kmer_search.BLOCK_RESIDUES
     for number, shards in enumerate(sides):
         for shard in shards:
-            if size >= _BLOCK_RESIDUES:
+            if size >= kmer_search.BLOCK_RESIDUES:
                 blocks.append([])
                 size = 0
             blocks[-1].append((number, shard))
@@ -181,280 +134,18 @@ def _blocks(sides: Sequence[Sequence[_Summary]]) -> list[list[tuple[int, _Summar
 def _contained_in_any(_shared: object, search: _Search) -> np.ndarray:
     """Returns the numbers of the inner records that are part of a longer one of any outer shard."""
     outer = LazyShards(search.outer)
-    found = [_search(needles, outer, search.level) for needles in _needles(search.inner, None, search.level)]
-    return distinct(np.concatenate([_NONE, *found]))
+    contained = [
+        kmer_search.search(needles, outer, search.level)
+        for needles in kmer_search.needles_of(search.inner, None, search.level)
+    ]
+    return distinct(np.concatenate([_NONE, *contained]))
 
 
 def _contained_in_each(_shared: object, search: _Search) -> list[np.ndarray]:
     """Returns for each outer shard the numbers of the inner records that are part of a longer one of it."""
     outer = LazyShards(search.outer)
-    found: list[list[np.ndarray]] = [[_NONE] for _ in outer]
-    for needles in _needles(search.inner, _kmers_of(outer, search.level), search.level):
-        for numbers, shard in zip(found, outer, strict=True):
-            numbers.append(_search(needles, [shard], search.level))
-    return [distinct(np.concatenate(numbers)) for numbers in found]
-
-
-def num_residues(shards: Shards) -> int:
-    """Returns the number of residues in shards."""
-    return sum(shard.num_residues for shard in shards)
-
-
-def distinct(numbers: np.ndarray) -> np.ndarray:
-    """Returns the distinct numbers, ascending; many times faster than np.unique, which uses a hash table."""
-    numbers = np.sort(numbers)
-    kept: np.ndarray = numbers[
-        np.concatenate([np.ones(min(len(numbers), 1), dtype=np.bool_), numbers[1:] != numbers[:-1]])
-    ]
-    return kept
-
-
-class _HashSet:
-    """An approximate set of hashes, by their high bits: it has all that were added, and few others."""
-
-    def __init__(self, num_slots: int) -> None:
-        bits = min(max(20, num_slots.bit_length()), _MAX_SLOT_BITS)
-        self._shift = np.uint64(_HASH_BITS - bits)
-        self._bytes = np.zeros(1 << bits - 3, dtype=np.uint8)
-
-    def add(self, hashes: np.ndarray) -> None:
-        slots = hashes >> self._shift
-        bits = slots.astype(np.uint8) & np.uint8(7)
-        # One bit after the other, since several hashes of a byte then write the same value.
-        for bit in range(8):
-            self._bytes[(slots[bits == bit] >> np.uint64(3)).view(np.int64)] |= np.uint8(1 << bit)
-
-    def has(self, hashes: np.ndarray) -> np.ndarray:
-        slots = hashes >> self._shift
-        held: np.ndarray = self._bytes.take((slots >> np.uint64(3)).view(np.int64))
-        held >>= slots.astype(np.uint8) & np.uint8(7)
-        held &= np.uint8(1)
-        return held.view(np.bool_)
-
-
-def _hashed(words: np.ndarray, width: int) -> np.ndarray:
-    """Returns a hash of `_HASH_BITS` bits of the first `width` residues of each word."""
-    # The shifted factor moves the others out at the top.
-    return (words * (_FACTOR << np.uint64(8 * (_WORD - width)))) >> _TAIL_BITS
-
-
-def _kmer_chunks(tokens: np.ndarray, level: _Level) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the hashes of the k-mers at multiples of the stride, each chunk with the place of its first k-mer.
-
-    Within a chunk the k-mers are `max(_WORD, level.stride)` residues apart.
-    """
-    for shift in range(0, _WORD, level.stride):
-        for start in range(shift, len(tokens), _WORD * _CHUNK_WORDS):
-            chunk = tokens[start : start + _WORD * _CHUNK_WORDS]
-            if len(chunk) % _WORD:
-                chunk = np.concatenate([chunk, np.zeros(-len(chunk) % _WORD, dtype=np.uint8)])
-            words = chunk.view("<u8")[:: max(1, level.stride // _WORD)]
-            yield start, _hashed(words, level.width)
-
-
-def _kmers_of(shards: Shards, level: _Level) -> _HashSet:
-    """Returns the k-mers of shards."""
-    kmers = _HashSet(16 * num_residues(shards) // level.stride)
-    for shard in shards:
-        for _, hashes in _kmer_chunks(shard.tokens, level):
-            kmers.add(hashes)
-    return kmers
-
-
-def _words_at(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Returns the 8 residues from each place on as one number, with zeros after the end of the tokens."""
-    tokens = np.ascontiguousarray(tokens)
-    words = np.ndarray(max(0, len(tokens) - _WORD + 1), dtype="<u8", buffer=tokens.data, strides=(1,))
-    whole = np.minimum(places, len(words) - 1)
-    words_at: np.ndarray = words[whole] >> ((places - whole) << 3).astype(np.uint64)
-    return words_at
-
-
-def _first_kmers(tokens: np.ndarray, starts: np.ndarray, level: _Level) -> np.ndarray:
-    """Returns the hashes of the first `stride` k-mers from each start on, (starts, stride)."""
-    places = starts[:, None] + np.arange(level.stride)
-    return _hashed(_words_at(tokens, places), level.width)
-
-
-@dataclass(frozen=True, slots=True)
-class _Needles:
-    """Inner sequences that are searched for at once.
-
-    Attributes:
-        tokens: Their tokens back to back.
-        bounds: The bounds between them.
-        numbers: Their running numbers among all records of the inner shards.
-    """
-
-    tokens: np.ndarray
-    bounds: np.ndarray
-    numbers: np.ndarray
-
-    @classmethod
-    def of(cls, shard: ShardReader, records: np.ndarray, numbers: np.ndarray) -> "_Needles":
-        """Returns the given records of a shard."""
-        starts, ends = shard.offsets[records], shard.offsets[records + 1]
-        sequences = [shard.tokens[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return cls(np.concatenate([np.zeros(0, dtype=np.uint8), *sequences]), bounds_of(ends - starts), numbers)
-
-    @classmethod
-    def joined(cls, several: Sequence["_Needles"]) -> "_Needles":
-        """Returns the sequences of several objects as one."""
-        lengths = np.concatenate([np.diff(needles.bounds) for needles in several])
-        return cls(
-            np.concatenate([needles.tokens for needles in several]),
-            bounds_of(lengths),
-            np.concatenate([needles.numbers for needles in several]),
-        )
-
-    def sequence(self, place: int) -> np.ndarray:
-        """Returns the tokens of one sequence."""
-        return self.tokens[self.bounds[place] : self.bounds[place + 1]]
-
-    def chosen(self, kept: np.ndarray) -> "_Needles":
-        """Returns the sequences for which `kept` is true."""
-        lengths = np.diff(self.bounds)
-        return _Needles(self.tokens[np.repeat(kept, lengths)], bounds_of(lengths[kept]), self.numbers[kept])
-
-
-def _needles(inner: Iterable[tuple[Path, int]], kmers: _HashSet | None, level: _Level) -> Iterator[_Needles]:
-    """Yields the inner sequences of a level in blocks.
-
-    If the k-mers of an outer side are given, sequences are left out that have a stretch without any of them.
-    """
-    waiting: list[_Needles] = []
-    for path, num_before in inner:
-        check_wanted()
-        shard = ShardReader(path)
-        starts, ends = shard.offsets[:-1], shard.offsets[1:]
-        wanted = np.flatnonzero((ends - starts >= level.shortest) & (ends - starts <= level.longest))
-        if kmers is not None:
-            for probe in range(_PROBES):
-                firsts = starts[wanted] + (ends - starts - level.span)[wanted] * probe // (_PROBES - 1)
-                wanted = wanted[kmers.has(_first_kmers(shard.tokens, firsts, level)).any(axis=1)]
-        blocks = np.cumsum((ends - starts)[wanted]) // _BLOCK_RESIDUES
-        for block in np.split(wanted, np.flatnonzero(np.diff(blocks)) + 1):
-            waiting.append(_Needles.of(shard, block, block + num_before))
-            if sum(len(needles.tokens) for needles in waiting) >= _BLOCK_RESIDUES:
-                yield _Needles.joined(waiting)
-                waiting = []
-    if any(len(needles.numbers) for needles in waiting):
-        yield _Needles.joined(waiting)
-
-
-class _Index:
-    """An index of inner sequences: by a k-mer near their start, then by their end and length, then by all residues.
-
-    A key is a candidate for a k-mer of the outer tokens: the hash of an inner k-mer, with the rank of the length of its
-    sequence and the place of the k-mer in it. Sequences that differ only elsewhere share a key.
-    """
-
-    def __init__(self, needles: _Needles, level: _Level) -> None:
-        starts, lengths = needles.bounds[:-1], np.diff(needles.bounds)
-        self._needles, self._level = needles, level
-        self._lengths, ranks = np.unique(lengths, return_inverse=True)
-        hashes = _first_kmers(needles.tokens, starts, level)
-        self._kmers = _HashSet(64 * hashes.size)
-        self._kmers.add(hashes.ravel())
-        tails = (ranks[:, None] * level.stride + np.arange(level.stride)).astype(np.uint64)
-        self._keys = distinct(((hashes << _TAIL_BITS) | tails).ravel())
-        self._ends = distinct(_end_marks(needles.tokens, starts, lengths))
-        digests = _digests(needles.tokens, starts, lengths)
-        self._order = np.argsort(digests, kind="stable")
-        self._digests = digests[self._order]
-
-    def hits(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the places and hashes of the k-mers of outer tokens that may be in the index."""
-        places, kept = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
-        for first, hashes in _kmer_chunks(tokens, self._level):
-            hits = np.flatnonzero(self._kmers.has(hashes))
-            places.append(hits * max(_WORD, self._level.stride) + first)
-            kept.append(hashes[hits])
-        return np.concatenate(places), np.concatenate(kept)
-
-    def batches(self, hashes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yields the keys of k-mers in batches of about `_BATCH`.
-
-        Yields:
-            The number of k-mers finished with this batch; then pairs of a k-mer, by its index in `hashes`, and a key.
-        """
-        lows = np.searchsorted(self._keys, hashes << _TAIL_BITS)
-        known = np.flatnonzero(self._keys[np.minimum(lows, len(self._keys) - 1)] >> _TAIL_BITS == hashes)
-        lows = lows[known]
-        counts = np.searchsorted(self._keys, (hashes[known] << _TAIL_BITS) | _TAIL_MASK, side="right") - lows
-        # The number of keys of the k-mers before each one.
-        before = bounds_of(counts)
-        batches = before[:-1] // _BATCH
-        for chosen in np.split(np.arange(len(known)), np.flatnonzero(np.diff(batches)) + 1):
-            if len(chosen):
-                pairs = np.repeat(chosen, counts[chosen])
-                within = np.arange(before[chosen[0]], before[chosen[-1] + 1]) - before[pairs]
-                yield int(known[chosen[-1]]) + 1, known[pairs], self._keys[lows[pairs] + within]
-
-    def matches(self, shard: ShardReader, places: np.ndarray, keys: np.ndarray) -> list[int]:
-        """Returns the inner sequences that occur, letter by letter, at these candidates: places of k-mers and keys."""
-        tails = (keys & _TAIL_MASK).astype(np.int64)
-        starts, lengths = places - tails % self._level.stride, self._lengths[tails // self._level.stride]
-        records = np.searchsorted(shard.offsets, places, side="right") - 1
-        firsts, ends = shard.offsets[records], shard.offsets[records + 1]
-        fits = (starts >= firsts) & (starts + lengths <= ends) & (lengths < ends - firsts)
-        starts, lengths = starts[fits], lengths[fits]
-        marks = _end_marks(shard.tokens, starts, lengths)
-        fits = self._ends[np.minimum(np.searchsorted(self._ends, marks), len(self._ends) - 1)] == marks
-        return self._equal(shard.tokens, starts[fits], lengths[fits])
-
-    def _equal(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> list[int]:
-        digests = _digests(tokens, starts, lengths)
-        lows = np.searchsorted(self._digests, digests)
-        highs = np.searchsorted(self._digests, digests, side="right")
-        matches: list[int] = []
-        # By digest, the sequences without a match so far.
-        missing: dict[int, list[int]] = {}
-        for place in np.flatnonzero(highs > lows).tolist():
-            low, start = int(lows[place]), int(starts[place])
-            if low not in missing:
-                missing[low] = self._order[low : highs[place]].tolist()
-            if missing[low]:
-                sequence = tokens[start : start + int(lengths[place])]
-                equal = {number for number in missing[low] if np.array_equal(self._needles.sequence(number), sequence)}
-                missing[low] = [number for number in missing[low] if number not in equal]
-                matches += equal
-        return matches
-
-
-def _end_marks(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns a hash of the length and the last residues of each sequence."""
-    last = _words_at(tokens, starts + lengths - _WORD)
-    marks: np.ndarray = (last ^ (lengths.astype(np.uint64) << _TAIL_BITS)) * _FACTOR
-    return marks
-
-
-def _digests(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    bounds = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
-    content = np.ascontiguousarray(tokens).data
-    digests = (xxhash.xxh3_64_intdigest(content[start:end]) for start, end in bounds)
-    return np.fromiter(digests, dtype=np.uint64, count=len(starts))
-
-
-def _search(needles: _Needles, outer: Shards, level: _Level) -> np.ndarray:
-    """Returns the numbers of the inner sequences that are part of a longer record of the outer side."""
-    contained = [np.zeros(0, dtype=np.int64)]
-    index, missing = _Index(needles, level), np.ones(len(needles.numbers), dtype=np.bool_)
-    for shard in outer:
-        check_wanted()
-        places, hashes = index.hits(shard.tokens)
-        while len(places):
-            for num_done, kmers, keys in index.batches(hashes):
-                missing[index.matches(shard, places[kmers], keys)] = False
-                # A sequence is searched for until its first match. Each new index has at most half of the one before.
-                if 2 * int(missing.sum()) <= len(missing):
-                    places, hashes = places[num_done:], hashes[num_done:]
-                    break
-            else:
-                break
-            contained.append(needles.numbers[~missing])
-            needles = needles.chosen(missing)
-            if not len(needles.numbers):
-                return np.concatenate(contained)
-            index, missing = _Index(needles, level), np.ones(len(needles.numbers), dtype=np.bool_)
-    return np.concatenate([*contained, needles.numbers[~missing]])
+    contained: list[list[np.ndarray]] = [[_NONE] for _ in outer]
+    for needles in kmer_search.needles_of(search.inner, kmer_search.kmers_of(outer, search.level), search.level):
+        for numbers, shard in zip(contained, outer, strict=True):
+            numbers.append(kmer_search.search(needles, [shard], search.level))
+    return [distinct(np.concatenate(numbers)) for numbers in contained]

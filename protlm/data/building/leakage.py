@@ -11,6 +11,7 @@ import xxhash
 
 from protlm.choices import SplitName
 from protlm.data.building import containment
+from protlm.data.building.kmer_search import distinct, num_residues
 from protlm.data.splits import SPLIT_NAMES
 from protlm.data.storage.manifest import Contained, Leakage, Shared
 from protlm.data.storage.shards import ShardReader
@@ -64,7 +65,7 @@ def look_for_leaks(
 def _contained_pairs(splits: Mapping[SplitName, Shards], workers: Workers) -> tuple[Contained, ...]:
     """Returns the containment in both directions of all pairs; compares each split with all smaller ones at once."""
     counts: dict[tuple[SplitName, SplitName], int] = {}
-    waiting = sorted(splits, key=lambda name: containment.num_residues(splits[name]))
+    waiting = sorted(splits, key=lambda name: num_residues(splits[name]))
     while len(waiting) > 1:
         large = waiting.pop()
         smaller = [splits[name] for name in waiting]
@@ -85,7 +86,7 @@ def _num_common(first: np.ndarray, second: np.ndarray) -> int:
 def _label_digests(shards: Shards, column: LabelColumn, workers: Workers) -> np.ndarray:
     """Returns the xxh3-64 of each distinct label, ascending; 8 bytes of memory a label."""
     tasks = [_LabelTask(shard.path, column) for shard in shards]
-    return containment.distinct(np.concatenate([np.zeros(0, np.uint64), *workers.in_order(_labels_of_shard, tasks)]))
+    return distinct(np.concatenate([np.zeros(0, np.uint64), *workers.in_order(_labels_of_shard, tasks)]))
 
 
 def _labels_of_shard(_shared: object, task: _LabelTask) -> np.ndarray:

@@ -31,7 +31,7 @@ class EmbedFolder(PortionFolder):
     portion_suffix = ".h5"
 
     def of_workers(self, run_id: str) -> "EmbedFolder":
-        """Returns this folder for the workers of a run: their finished portions lie apart until `adopt` takes them over.
+        """Returns this folder for the workers of a run: their portions lie apart until `adopt` takes them over.
 
         So a worker that goes on after the end of its run has no place in that of another one.
         """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from protlm import vocabulary
 from protlm.choices import SplitName
-from protlm.data.building.containment import MIN_LENGTH
+from protlm.data.building.kmer_search import MIN_LENGTH
 from protlm.data.storage.manifest import LENGTH_BIN_STARTS, Manifest, PrepOptions, SplitSummary
 from protlm.workflows.pages.figures import draw
 from protlm.workflows.pages.page import Block, Figure, KeyValues, Page, Section, Table, Text, Warnings, render

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protlm.data.building import containment
+from protlm.data.building import containment, kmer_search
 from protlm.runtime.local_workers import LocalWorkers
 from tests.unit.data.building.leak_cases import PROTEIN, shards
 
@@ -20,7 +20,7 @@ def oracle(inner_groups, outer_groups):
     """How many of the inner sequences some longer outer one holds, by Python's own search."""
     outer = list(itertools.chain(*outer_groups))
     return sum(
-        len(text) >= containment.MIN_LENGTH and any(text in other and text != other for other in outer)
+        len(text) >= kmer_search.MIN_LENGTH and any(text in other and text != other for other in outer)
         for text in itertools.chain(*inner_groups)
     )
 
@@ -71,8 +71,8 @@ def test_what_is_found_is_what_comparing_all_pairs_finds(folder, sides):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for name, value in {"_CHUNK_WORDS": 8, "_BLOCK_RESIDUES": 60, "_BATCH": 3}.items():
-        monkeypatch.setattr(containment, name, value)
+    for name, value in {"_CHUNK_WORDS": 8, "BLOCK_RESIDUES": 60, "_BATCH": 3}.items():
+        monkeypatch.setattr(kmer_search, name, value)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,8 +84,8 @@ def test_chunks_blocks_and_batches_change_nothing(folder, small_blocks, sides):
 
 @pytest.fixture
 def colliding_hashes(monkeypatch):
-    monkeypatch.setattr(containment, "_FACTOR", np.uint64(0))
-    monkeypatch.setattr(containment.xxhash, "xxh3_64_intdigest", lambda text: 7)
+    monkeypatch.setattr(kmer_search, "_FACTOR", np.uint64(0))
+    monkeypatch.setattr(kmer_search.xxhash, "xxh3_64_intdigest", lambda text: 7)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -137,9 +137,9 @@ def test_near_equal_repeats_cost_no_comparison_of_all_pairs(folder, unit, monkey
         return [repeat[:place] + letter + repeat[place + 1 :] for place in range(60, 260)]
 
     compared = []
-    digests = containment._digests
+    digests = kmer_search._digests
     monkeypatch.setattr(
-        containment,
+        kmer_search,
         "_digests",
         lambda tokens, starts, lengths: compared.append(len(starts)) or digests(tokens, starts, lengths),
     )
