@@ -6,17 +6,21 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+_AVX512 = [
+    "-mavx512f",
+    "-mavx512dq",
+    "-mfma",
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
+_BFLOAT16 = [*_AVX512, "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
 # What a source is compiled for beyond the machine that every installation has; the kernels are chosen at run time.
 _INSTRUCTION_SETS = {
     "favor_avx2.cpp": ["-mavx2", "-mfma"],
-    "favor_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512dq",
-        "-mfma",
-        "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",
-        "-Wno-uninitialized",
-    ],
+    "favor_avx512.cpp": _AVX512,
+    "favor_avx512bf16.cpp": _BFLOAT16,
+    "favor_amx.cpp": [*_BFLOAT16, "-mamx-tile", "-mamx-bf16"],
 }
 _KERNELS = Path("protlm/ops/cpp")
 

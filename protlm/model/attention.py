@@ -21,7 +21,6 @@ from protlm.ops.feature_maps import definition_of
 from protlm.ops.inputs import AttentionInputs, runs_ahead
 from protlm.ops.oprf import oprf_a_from_data
 
-_HALF = (torch.bfloat16, torch.float16)
 _INITIAL_TEMPERATURE = 0.75
 """Initial temperature of a head with a bound, as a share of max_temperature."""
 
@@ -186,9 +185,6 @@ class SelfAttention(nn.Module):
         segments: Segments,
     ) -> Float[Tensor, "length heads head_dim"]:
         """Returns the attention of every head, before they are joined and projected."""
-        if v.device.type == "cpu" and v.dtype in _HALF and self.kind != "softmax" and not torch.is_grad_enabled():
-            # The compiled kernels are of float32, and several times faster than torch's operations in less.
-            return self.attend(q.float(), k.float(), v.float(), segments).to(v.dtype)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         if self.is_exact or self.feature_map is None:
             out = (self._uncompiled or self._exact)(q, k, v, segments)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protlm.model.segments import Segments
-from protlm.ops import local_attention, local_triton
+from protlm.ops import local_attention, local_cpp, local_triton
 from protlm.ops.cuda.launch import capability_of
 from protlm.ops.cuda.tiles import MIN_CAPABILITY
 from protlm.ops.inputs import LocalInputs
@@ -34,7 +34,8 @@ def softmax_attention(
 
     On a GPU it is one call for all segments, and the host waits for nothing: PyTorch's flash attention of sequences of
     any lengths in half precision, where this version has it, else the Triton kernels of `local_attention`, whose window
-    is then the row. Everywhere else, and with a bias, it is one call a segment.
+    is then the row. So it is on a CPU whose compiled kernels are faster than PyTorch's. Everywhere else, and with a
+    bias, it is one call a segment.
 
     Args:
         q: Queries.
@@ -51,6 +52,8 @@ def softmax_attention(
         length = q.shape[2]
         if local_triton.covers(LocalInputs(q, k, v, None, segments.cu_seqlens, length, 0 if causal else length)):
             return local_attention(q, k, v, window=length, cu_seqlens=segments.cu_seqlens, causal=causal)
+    if q.device.type == "cpu" and local_bias is None and local_cpp.is_fastest_exact(v.dtype):
+        return local_attention(q, k, v, window=max(q.shape[2], 1), cu_seqlens=segments.cu_seqlens, causal=causal)
     return _one_by_one(q, k, v, segments, causal, local_bias, window)
 
 

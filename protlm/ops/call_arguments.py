@@ -21,16 +21,19 @@ class CallArguments:
         call: The structure, without results and units.
     """
 
-    def __init__(self, inputs: AttentionInputs, positions: np.ndarray | None) -> None:
+    def __init__(
+        self, inputs: AttentionInputs, positions: np.ndarray | None, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Fills the structure.
 
         Args:
             inputs: The inputs of the call.
             positions: int32, the real tokens of every row in order; None if every token is real.
+            dtype: Of the kernel, float32 or bfloat16; tensors along the length that have another are copied.
         """
         compiled.library()
         check_backend(inputs.feature_map, "cpp")
-        self._inputs, self._is_partial = inputs, positions is not None
+        self._inputs, self._is_partial, self._dtype = inputs, positions is not None, dtype
         # The structure holds only pointers: what they point to must live until the call is over.
         self._alive: list[Any] = []
         projection, scale = self._projection()
@@ -54,7 +57,7 @@ class CallArguments:
             q=self._strided(inputs.q),
             k=self._strided(inputs.k),
             v=self._strided(inputs.v),
-            result_bytes=inputs.q.numel() * inputs.q.element_size(),
+            result_bytes=inputs.q.numel() * dtype.itemsize,
             num_threads=torch.get_num_threads(),
         )
 
@@ -67,7 +70,7 @@ class CallArguments:
 
     def run(self, op: str, task: str, argument: ctypes.Structure, holder: compiled.FavorCall) -> None:
         """Runs a task of an op on its structure; `holder` is the part of it that points to the workspace."""
-        functions = compiled.functions(op, compiled.best_kernel())
+        functions = compiled.functions(op, compiled.kernel_of(self._dtype))
         # Of this type whatever the default of the program is.
         holder.workspace = self.pointer(
             torch.empty(functions["workspace"](ctypes.byref(argument)), dtype=torch.float32)
@@ -80,13 +83,13 @@ class CallArguments:
         return x.data_ptr() if isinstance(x, Tensor) else x.ctypes.data
 
     def result_like(self, x: Tensor) -> Tensor:
-        """Returns a tensor for results along the length, zeroed if the kernel does not write all of it."""
-        return result_like(x, is_zeroed=self._is_partial)
+        """Returns a tensor for results of the kernel along the length, zeroed if it does not write all of it."""
+        return result_like(x, dtype=self._dtype, is_zeroed=self._is_partial)
 
     def empty_outputs(self) -> tuple[Tensor, Tensor]:
         """Returns tensors for the output and the query sums, zeroed if the kernel does not write all of them."""
         q = self._inputs.q
-        query_sums = (q.new_zeros if self._is_partial else q.new_empty)(q.shape[:3])
+        query_sums = (q.new_zeros if self._is_partial else q.new_empty)(q.shape[:3], dtype=torch.float32)
         return self.result_like(self._inputs.v), query_sums
 
     def _projection(self) -> tuple[Tensor, float]:
@@ -94,8 +97,9 @@ class CallArguments:
         projection, head_dim = self._inputs.projection, self._inputs.q.shape[-1]
         if projection is None:
             return torch.eye(head_dim, dtype=torch.float32), 1.0
-        rows = self._inputs.map_definition.rescaled(projection.float())
-        return rows.contiguous(), head_dim**-0.25
+        # Rounded once to the type of q, as in every backend.
+        rows = self._inputs.map_definition.rescaled(projection.float()).to(self._inputs.q.dtype)
+        return rows.float().contiguous(), head_dim**-0.25
 
     def _oprf_a(self) -> int | None:
         a = self._inputs.oprf_a
@@ -104,6 +108,7 @@ class CallArguments:
         return self.pointer(a.detach().double().expand(self._inputs.num_segments, -1).contiguous())
 
     def _strided(self, x: Tensor) -> compiled.StridedTensor:
+        x = x.to(self._dtype)
         x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         return compiled.StridedTensor(self.pointer(x), *x.stride()[:3])
 

@@ -6,15 +6,20 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 _EXTENSION = "protlm.ops._favor"
 # As in cpp/favor.cpp.
-_VERSION = 5
+_VERSION = 6
 _TASKS = {
     "favor": ("forward", "backward", "fold", "read", "query_gradients", "key_gradients"),
     "local": ("forward", "backward"),
     "near_far": ("forward", "backward"),
 }
 """The functions of each op, besides that which returns the floats of its workspace."""
+_HALF_KERNELS = ("amx", "avx512bf16")
+_HALF_TASKS = {"favor": ("forward",), "local": ("forward",)}
+"""The same of the kernels of bfloat16."""
 
 Pointer = ctypes.c_void_p
 Integer = ctypes.c_int64
@@ -91,9 +96,22 @@ def best_kernel() -> str:
 
 
 @functools.cache
+def best_half_kernel() -> str:
+    """Returns the name of the kernels of bfloat16 for this machine: `amx`, `avx512bf16`, or nothing for none."""
+    name: bytes = _function(library(), "protlm_favor_best_half_kernel", ctypes.c_char_p)()
+    return name.decode()
+
+
+def kernel_of(dtype: torch.dtype) -> str:
+    """Returns the name of the kernels for tensors of float32 or of bfloat16."""
+    return best_half_kernel() if dtype == torch.bfloat16 else best_kernel()
+
+
+@functools.cache
 def functions(op: str, kernel: str) -> dict[str, Callable[..., Any]]:
     """Returns the functions of an op, a key of `_TASKS`; each takes a pointer to the structure of its calls."""
-    returned = {"workspace": Integer, **dict.fromkeys(_TASKS[op])}
+    tasks = _HALF_TASKS if kernel in _HALF_KERNELS else _TASKS
+    returned = {"workspace": Integer, **dict.fromkeys(tasks[op])}
     return {
         name: _function(library(), f"protlm_{op}_{kernel}_{name}", kind, Pointer) for name, kind in returned.items()
     }

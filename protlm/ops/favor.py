@@ -28,7 +28,7 @@ def backends() -> dict[str, str]:
     descriptions["cpp"] = (
         f"not available: {cpp_why_not}"
         if cpp_why_not
-        else f"compiled kernel for float32 on the CPU ({compiled.best_kernel()}), {_maps_of('cpp')}"
+        else f"compiled kernels on the CPU, {_compiled_kernels()}, {_maps_of('cpp')}"
     )
     descriptions["triton"] = (
         f"not available: {triton_why_not}"
@@ -36,6 +36,12 @@ def backends() -> dict[str, str]:
         else f"fused kernels for bfloat16, float16 and float32 on CUDA, {_maps_of('triton')}"
     )
     return descriptions
+
+
+def _compiled_kernels() -> str:
+    half = compiled.best_half_kernel()
+    of_half = f"bfloat16 on {half}" if half else "no units for bfloat16"
+    return f"float32 on {compiled.best_kernel()}, {of_half}"
 
 
 def _maps_of(backend: str) -> str:
@@ -161,8 +167,8 @@ def favor_attention(
             requires a gradient gets it, but not in a process group.
         return_log_normaliser: Whether to return the logarithm of the divisor too, through which gradients flow: with it
             attentions over different keys can be merged. For exponential maps only; in a process group with near_block.
-        backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32 on the CPU and every map but
-            `trig`, if it was built; `triton` for bfloat16, float16 and float32 on CUDA, head_dim up to 128 and every
+        backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32, bfloat16 and float16 on the
+            CPU and every map but `trig`, if it was built; `triton` for bfloat16, float16 and float32 on CUDA, head_dim up to 128 and every
             map but `trig`, if Triton is installed; else `torch`. Calls that `cpp` or `triton` do not cover (other
             devices, dtypes and maps, causal attention in a process group, return_log_normaliser without near_block,
             gradients of the projection and of the feature bias; for `triton` also causal attention in float32 without

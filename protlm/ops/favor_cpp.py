@@ -1,7 +1,8 @@
-"""FAVOR on the CPU by the compiled kernel: how a call is divided and passed to C++.
+"""FAVOR on the CPU by the compiled kernels: how a call is divided and passed to C++.
 
-The kernel computes in float32. A call is divided into units, consecutive tokens of one segment; the partial states of a
-long segment are merged in their order. No result depends on the number of threads.
+The kernels compute in float32, also for shorter inputs, but for the bidirectional forward of bfloat16 on a processor
+that has units for it. A call is divided into units, consecutive tokens of one segment; the partial states of a long
+segment are merged in their order. No result depends on the number of threads.
 """
 
 import functools
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlm.ops import favor_torch, near_far_cpp
+from protlm.ops import compiled, favor_torch, near_far_cpp
 from protlm.ops.call_arguments import CallArguments, Segments, Units
 from protlm.ops.inputs import AttentionInputs
 
@@ -19,6 +20,7 @@ LOG_BASE = 2.0
 """Base of the references and query sums of exponential maps."""
 # Tokens of a segment that one thread processes at a time: enough to make the state they are folded into cheap.
 _UNIT_TOKENS = 2048
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # References of segments without a key, as in favor_torch.
 _LOG_ZERO = -1e30
 
@@ -26,19 +28,20 @@ _LOG_ZERO = -1e30
 def covers(inputs: AttentionInputs) -> bool:
     """Returns whether the kernel can compute a call; the others go to `favor_torch`."""
     is_causal_in_group = inputs.causal and bool(inputs.group_name) and not inputs.near_block
-    is_float32 = inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32
-    return is_float32 and "cpp" in inputs.map_definition.backends and not is_causal_in_group
+    has_dtype = inputs.q.device.type == "cpu" and inputs.q.dtype in _DTYPES
+    return has_dtype and "cpp" in inputs.map_definition.backends and not is_causal_in_group
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the tensors of `favor_torch.forward`, with logarithms to base 2 unless they are absolute."""
     if inputs.near_block:
         return near_far_cpp.forward(inputs)
-    run = _Run(inputs)
+    is_bfloat16 = inputs.q.dtype == torch.bfloat16 and not inputs.causal and bool(compiled.best_half_kernel())
+    run = _Run(inputs, torch.bfloat16 if is_bfloat16 else torch.float32)
     out, query_sums = run.empty_outputs()
     states, references = run.empty_states()
     run("forward", {"out": out}, query_sums=query_sums, states=states, references=references)
-    return out, states, references, query_sums
+    return out.to(inputs.q.dtype), states, references, query_sums
 
 
 def backward(
@@ -61,7 +64,7 @@ def backward(
     q_grad, k_grad, v_grad = (run.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
     run("backward", tensors, query_sums=query_sums, states=states, references=references)
-    return q_grad, k_grad, v_grad
+    return q_grad.to(inputs.q.dtype), k_grad.to(inputs.q.dtype), v_grad.to(inputs.q.dtype)
 
 
 def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,7 @@ def read(inputs: AttentionInputs, states: Tensor, references: Tensor) -> tuple[T
     run = _Run(inputs)
     out, query_sums = run.empty_outputs()
     run("read", {"out": out}, query_sums=query_sums, states=states, references=references)
-    return out, query_sums
+    return out.to(inputs.q.dtype), query_sums
 
 
 def query_gradients(
@@ -100,7 +103,7 @@ def query_gradients(
         references=references,
         state_grads=state_grad,
     )
-    return q_grad, state_grad
+    return q_grad.to(inputs.q.dtype), state_grad
 
 
 def key_gradients(
@@ -116,15 +119,15 @@ def key_gradients(
         references=references,
         state_grads=state_grad,
     )
-    return k_grad, v_grad
+    return k_grad.to(inputs.q.dtype), v_grad.to(inputs.q.dtype)
 
 
 class _Run:
     """One call of the kernel: all of its arguments except the results."""
 
-    def __init__(self, inputs: AttentionInputs) -> None:
+    def __init__(self, inputs: AttentionInputs, dtype: torch.dtype = torch.float32) -> None:
         plan = _plan_of(inputs)
-        self._inputs, self._arguments = inputs, CallArguments(inputs, plan.positions)
+        self._inputs, self._arguments = inputs, CallArguments(inputs, plan.positions, dtype)
         self._has_empty = plan.has_empty
         self._call = self._arguments.call
         self._call.units, self._call.groups = map(self._arguments.pointer, (plan.units, plan.groups))
@@ -158,8 +161,8 @@ class _Run:
         """Returns tensors for states and references, filled with those of no key if a segment has no token."""
         inputs = self._inputs
         sizes = (inputs.num_segments, inputs.q.shape[1], inputs.num_features)
-        states = inputs.q.new_empty((*sizes, inputs.q.shape[-1] + 1))
-        references = inputs.q.new_empty((*sizes[:2], sizes[2] if inputs.is_exponential else 1))
+        states = inputs.q.new_empty((*sizes, inputs.q.shape[-1] + 1), dtype=torch.float32)
+        references = states.new_empty((*sizes[:2], sizes[2] if inputs.is_exponential else 1))
         if self._has_empty:
             states.zero_()
             references.fill_(_LOG_ZERO)

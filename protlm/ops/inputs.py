@@ -254,16 +254,16 @@ def in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def result_like(x: Tensor, *, is_zeroed: bool = False) -> Tensor:
+def result_like(x: Tensor, *, dtype: torch.dtype | None = None, is_zeroed: bool = False) -> Tensor:
     """Returns a tensor for results in the layout of x, so that a caller who made x as a view need not copy them.
 
-    Only the numbers along head_dim are always contiguous.
+    Only the numbers along head_dim are always contiguous. Its dtype is that of x unless one is given.
     """
     make = torch.zeros_like if is_zeroed else torch.empty_like
-    result = make(x)
+    result = make(x, dtype=dtype)
     if result.stride(-1) == 1 or result.shape[-1] == 1:
         return result
-    return make(x, memory_format=torch.contiguous_format)
+    return make(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _expect(argument: str, expected: str, holds: bool, got: object) -> None:

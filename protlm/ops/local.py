@@ -45,8 +45,8 @@ def local_attention(
         cu_seqlens: int32 bounds 0 = b₀ ≤ b₁ ≤ … = length of the segments packed into the row (batch = 1), with no
             attention across them. None makes each row one segment.
         causal: A token sees itself and earlier tokens alone.
-        backend: `auto` takes `cpp`, the compiled kernel, for float32 on the CPU without token_mask, if it was built;
-            `triton` for bfloat16, float16 and float32 on CUDA and head_dim up to 128, if Triton is installed; else
+        backend: `auto` takes `cpp`, the compiled kernel, for float32, bfloat16 and float16 on the CPU without
+            token_mask, if it was built; `triton` for bfloat16, float16 and float32 on CUDA and head_dim up to 128, if Triton is installed; else
             `torch`. A call that `cpp` or `triton` does not cover runs on `torch`.
 
     Returns:

@@ -1,4 +1,7 @@
-"""Exact attention to near tokens by the compiled kernel: how a call is divided into units and passed to C++."""
+"""Exact attention to near tokens by the compiled kernels: how a call is divided into units and passed to C++.
+
+They compute in float32, also for shorter inputs, but for the forward of bfloat16 on a processor that has units for it.
+"""
 
 import ctypes
 import functools
@@ -11,6 +14,7 @@ from torch import Tensor
 from protlm.ops import compiled
 from protlm.ops.inputs import LocalInputs, result_like
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNIT_TOKENS = 512
 """Tokens of a unit, a multiple of the block of 32 queries: their keys are packed once, and those within reach of a seam
 twice."""
@@ -18,33 +22,51 @@ twice."""
 
 def covers(inputs: LocalInputs) -> bool:
     """Returns whether the kernel can compute a call; the others go to `local_torch`."""
-    return inputs.q.device.type == "cpu" and inputs.q.dtype == torch.float32 and inputs.token_mask is None
+    return inputs.q.device.type == "cpu" and inputs.q.dtype in _DTYPES and inputs.token_mask is None
+
+
+def is_fastest_exact(dtype: torch.dtype) -> bool:
+    """Returns whether attention to whole segments is faster by the kernel than by PyTorch's, one by one, on this CPU."""
+    return dtype in _DTYPES and compiled.why_not() is None and compiled.best_kernel() == "avx512"
 
 
 def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the output, and for the backward the largest score of each query, to base 2, and one by the sum."""
-    out, (maxima, factors) = result_like(inputs.v), (inputs.q.new_empty(inputs.q.shape[:3]) for _ in range(2))
-    _run("forward", inputs, maxima, factors, {"out": out})
-    return out, maxima, factors
+    is_bfloat16 = inputs.q.dtype == torch.bfloat16 and bool(compiled.best_half_kernel())
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    out = result_like(inputs.v, dtype=dtype)
+    maxima, factors = (inputs.q.new_empty(inputs.q.shape[:3], dtype=torch.float32) for _ in range(2))
+    _run("forward", inputs, maxima, factors, {"out": out}, dtype)
+    return out.to(inputs.q.dtype), maxima, factors
 
 
 def backward(
     inputs: LocalInputs, out_grad: Tensor, out: Tensor, maxima: Tensor, factors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; the weights are computed again."""
-    q_grad, k_grad, v_grad = (result_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    dtype = torch.float32
+    q_grad, k_grad, v_grad = (result_like(x, dtype=dtype) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
-    _run("backward", inputs, maxima, factors, tensors)
-    return q_grad, k_grad, v_grad
+    _run("backward", inputs, maxima, factors, tensors, dtype)
+    return q_grad.to(inputs.q.dtype), k_grad.to(inputs.q.dtype), v_grad.to(inputs.q.dtype)
 
 
-def _run(task: str, inputs: LocalInputs, maxima: Tensor, factors: Tensor, tensors: dict[str, Tensor]) -> None:
+def _run(
+    task: str,
+    inputs: LocalInputs,
+    maxima: Tensor,
+    factors: Tensor,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Runs a task by the kernel of a type; tensors along the length that have another are copied."""
     batch, heads, length, head_dim = inputs.q.shape
     units = _units_of_rows(batch, length) if inputs.cu_seqlens is None else _units(inputs.cu_seqlens.tolist())
     # The call holds only pointers: what they point to must live until it is over.
     alive: list[Any] = [units]
 
     def strided(x: Tensor) -> compiled.StridedTensor:
+        x = x.to(dtype)
         alive.append(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous())
         return compiled.StridedTensor(alive[-1].data_ptr(), *alive[-1].stride()[:3])
 
@@ -59,11 +81,11 @@ def _run(task: str, inputs: LocalInputs, maxima: Tensor, factors: Tensor, tensor
         longest_unit=int(units[:, 4].max(initial=0)),
         maxima=maxima.data_ptr(),
         factors=factors.data_ptr(),
-        result_bytes=inputs.q.numel() * inputs.q.element_size(),
+        result_bytes=inputs.q.numel() * dtype.itemsize,
         num_threads=torch.get_num_threads(),
         **{name: strided(x) for name, x in ({"q": inputs.q, "k": inputs.k, "v": inputs.v} | tensors).items()},
     )
-    functions = compiled.functions("local", compiled.best_kernel())
+    functions = compiled.functions("local", compiled.kernel_of(dtype))
     workspace = torch.empty(functions["workspace"](ctypes.byref(call)), dtype=torch.float32)
     call.workspace = workspace.data_ptr()
     functions[task](ctypes.byref(call))

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from protlm.ops import compiled
@@ -23,12 +24,12 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, log_normalisers = run.arguments.empty_outputs()
     offsets, factors = empty_states(inputs)
     run("forward", {"out": out}, log_normalisers, offsets, factors)
-    return out, offsets, factors, log_normalisers
+    return out.to(inputs.q.dtype), offsets, factors, log_normalisers
 
 
 def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Returns tensors for the offsets and factors."""
-    offsets, factors = (inputs.q.new_empty(inputs.q.shape[:3]) for _ in range(2))
+    offsets, factors = (inputs.q.new_empty(inputs.q.shape[:3], dtype=torch.float32) for _ in range(2))
     return offsets, factors
 
 
@@ -47,7 +48,7 @@ def backward(
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
     sums_grad = None if sums_grad is None else sums_grad.contiguous()
     run("backward", tensors, log_normalisers, offsets, factors, sums_grad)
-    return q_grad, k_grad, v_grad
+    return q_grad.to(inputs.q.dtype), k_grad.to(inputs.q.dtype), v_grad.to(inputs.q.dtype)
 
 
 class _Run:

@@ -231,7 +231,7 @@ def test_short_dtypes_and_autocast_compute_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = local_attention(q.float(), k.float(), v, window=20)
     assert mixed.dtype == torch.bfloat16
-    assert torch.equal(mixed, out)
+    assert relative_error(mixed, expected) < 5e-3
 
 
 def test_an_empty_row_gives_an_empty_row():

@@ -25,9 +25,9 @@ constexpr float kLogZero = -1e30f;
 
 // What the exponents of a query and a key have together beside those of each, to base 2: the constant of `oprf`, for its
 // A, and the bias of the feature.
-inline float feature_constant(const Tokens& tokens, const Projection& projection, double a, Index j) {
+inline float feature_constant(const Tokens& tokens, const float* squares, double a, Index j) {
     const FavorCall& call = tokens.call;
-    const float constant = a == 0 ? 0.0f : static_cast<float>(2 * a * kLog2E * projection.squares[j]);
+    const float constant = a == 0 ? 0.0f : static_cast<float>(2 * a * kLog2E * squares[j]);
     if (!call.feature_bias) return constant;
     const float* const biases = call.feature_bias + tokens.head * call.feature_bias_head_stride;
     return constant + static_cast<float>(kLog2E) * biases[j < call.num_rows ? j : j - call.num_rows];
@@ -183,7 +183,7 @@ struct Work {
         for (Index j = 0; j < padded; ++j) {
             float reference = kLogZero;
             if (j < sizes.features) {
-                reference = references[j] + feature_constant(tokens, projection, a, j);
+                reference = references[j] + feature_constant(tokens, projection.squares, a, j);
                 if (reference > largest) largest = reference;
             }
             scratch.query_references[j] = reference;

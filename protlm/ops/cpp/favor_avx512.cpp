@@ -1,9 +1,12 @@
 // The kernel for x86 with AVX-512. setup.py compiles this file for such a machine, and nothing else.
 
 #define PROTLM_LANES 16
+#define PROTLM_BFLOAT16 0
+#define PROTLM_AMX 0
 #define PROTLM_NAMESPACE favor_avx512
 
 #include "local.h"
+#include "local_rows.h"
 #include "near_far.h"
 #include "run.h"
 
@@ -19,8 +22,11 @@ void protlm_favor_avx512_read(const FavorCall* call) { run(*call, Task::kRead); 
 void protlm_favor_avx512_query_gradients(const FavorCall* call) { run(*call, Task::kQueryGradients); }
 void protlm_favor_avx512_key_gradients(const FavorCall* call) { run(*call, Task::kKeyGradients); }
 
-std::int64_t protlm_local_avx512_workspace(const LocalCall* call) { return local_workspace(*call); }
-void protlm_local_avx512_forward(const LocalCall* call) { run_local(*call, false); }
+std::int64_t protlm_local_avx512_workspace(const LocalCall* call) {
+    const std::int64_t forward = row_local_workspace<float>(*call), backward = local_workspace(*call);
+    return forward > backward ? forward : backward;
+}
+void protlm_local_avx512_forward(const LocalCall* call) { run_row_local<float>(*call); }
 void protlm_local_avx512_backward(const LocalCall* call) { run_local(*call, true); }
 
 std::int64_t protlm_near_far_avx512_workspace(const NearFarCall* call) { return near_far_workspace(*call); }

@@ -137,7 +137,7 @@ struct NearFarBlocks {
 
     void load_constants() const {
         for (Index j = 0; j < padded; ++j)
-            scratch.constants[j] = j < sizes.favor.features ? feature_constant(tokens, projection, a, j) : kLogZero;
+            scratch.constants[j] = j < sizes.favor.features ? feature_constant(tokens, projection.squares, a, j) : kLogZero;
     }
 
     // Writes what queries add to the exponent of each feature.

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from protlm.inference.attention_swap import exact_twin
+from protlm.model import attention
 from protlm.model.half_precision import HalfLinear, halve
 from protlm.model.performer import EncoderLayer
 from protlm.model.qk_norm import normalise, normalise_and_rotate
@@ -82,10 +83,11 @@ def test_a_protein_does_not_depend_on_the_others(kind):
 def test_attention_is_given_half_precision(monkeypatch):
     model = halved(torch.bfloat16, attention="softmax")
     seen = []
-    real = torch.nn.functional.scaled_dot_product_attention
+    real = attention.softmax_attention
     monkeypatch.setattr(
-        "protlm.model.attention.F.scaled_dot_product_attention",
-        lambda *tensors, **options: seen.extend(tensor.dtype for tensor in tensors) or real(*tensors, **options),
+        attention,
+        "softmax_attention",
+        lambda *arguments: seen.extend(tensor.dtype for tensor in arguments[:3]) or real(*arguments),
     )
     model(*row(20))
     assert set(seen) == {torch.bfloat16}

@@ -89,7 +89,7 @@ def test_floats_on_a_gpu_of_today_are_taken(options):
     "options",
     [
         {"device": "cuda:1"},
-        {"device": "cpu"},
+        {"device": "cpu", "dtype": torch.float64},
         {"dtype": torch.float64},
         {"head_dim": 129},
         {"causal": True, "dtype": torch.float32},

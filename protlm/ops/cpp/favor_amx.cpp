@@ -1,0 +1,21 @@
+// The kernels of bfloat16 for x86 with AMX-BF16. setup.py compiles this file for such a machine, and nothing else.
+
+#define PROTLM_LANES 16
+#define PROTLM_BFLOAT16 1
+#define PROTLM_AMX 1
+#define PROTLM_NAMESPACE favor_amx
+
+#include "favor_bfloat16.h"
+#include "local_rows.h"
+
+using namespace PROTLM_NAMESPACE;
+
+extern "C" {
+
+std::int64_t protlm_favor_amx_workspace(const FavorCall* call) { return HalfWorkspace::floats(*call); }
+void protlm_favor_amx_forward(const FavorCall* call) { run_half_forward(*call); }
+
+std::int64_t protlm_local_amx_workspace(const LocalCall* call) { return row_local_workspace<Half>(*call); }
+void protlm_local_amx_forward(const LocalCall* call) { run_row_local<Half>(*call); }
+
+}  // extern "C"
