@@ -12,11 +12,10 @@ from protlm.choices import EXACT_KINDS, AttentionKind, FeatureMap
 from protlm.config import ModelConfig
 from protlm.model.convolution import SegmentConvolution
 from protlm.model.exact_attention import softmax_attention
-from protlm.model.positions import rotate
-from protlm.model.qk_norm import normalise, normalise_and_rotate
+from protlm.model.qk_norm import prepare
 from protlm.model.segments import Segments
 from protlm.model.stretches import in_stretches
-from protlm.ops import draw_projection, favor_attention, local_attention, oprf_parameter
+from protlm.ops import draw_projection, favor_attention, heads_cpp, local_attention, oprf_parameter
 from protlm.ops.feature_maps import definition_of
 from protlm.ops.inputs import AttentionInputs, runs_ahead
 from protlm.ops.oprf import oprf_a_from_data
@@ -251,8 +250,9 @@ class SelfAttention(nn.Module):
         if self.convolution is None:
             q, k, v = in_stretches(lambda x, *angles: self._prepared(*self._projected(x), *angles), x, *angles)
         else:
-            convolved = self.convolution(in_stretches(self._projected, x), segments)
-            q, k, v = in_stretches(self._prepared, *convolved, *angles)
+            projected = in_stretches(self._projected, x)
+            fused = self._convolved_and_prepared(projected, segments, rotary)
+            q, k, v = fused or in_stretches(self._prepared, *self.convolution(projected, segments), *angles)
         if self.rescale_qk:
             q, k = rescale(q, k, segments)
         return q, k, v
@@ -292,19 +292,40 @@ class SelfAttention(nn.Module):
 
     def _prepared(self, q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the heads of q, k and v, with q and k normalised and rotated; tokens do not interact."""
-        q, k, v = (y.view(-1, self.num_heads, self.head_dim) for y in (q, k, v))
+        q, k, v = self._heads(q, k, v)
         rotary = (angles[0], angles[1]) if angles else None
-        q, k = self._prepare(q, rotary), self._prepare(k, rotary)
+        return self._balanced(self._prepare(q, rotary), self._prepare(k, rotary), v)
+
+    def _convolved_and_prepared(
+        self, projected: tuple[Tensor, ...], segments: Segments, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Returns the heads of q, k and v after the convolution, each in one pass; None where the kernel cannot."""
+        lengths = self._lengths()
+        is_possible = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self.convolution is None or not is_possible:
+            return None
+        q, k, v = heads = self._heads(*projected)
+        if not all(heads_cpp.covers(x, lengths, *(rotary or ()), self.convolution.weight) for x in heads):
+            return None
+        of_q, of_k, of_v = self.convolution.neighbours(segments, 3)
+        return self._balanced(
+            heads_cpp.forward(q, lengths, rotary, neighbours=of_q),
+            heads_cpp.forward(k, lengths, rotary, neighbours=of_k),
+            heads_cpp.forward(v, neighbours=of_v),
+        )
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (-1, self.num_heads, self.head_dim)
+        return q.view(shape), k.view(shape), v.view(shape)
+
+    def _balanced(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.query_balance is not None and self.key_balance is not None:
             q, k = _times(self.query_balance, q), _times(self.key_balance, k)
         # To the dtype of v, which is shorter under autocast.
         return q.to(v.dtype), k.to(v.dtype), v
 
     def _prepare(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        lengths = self._lengths()
-        if lengths is None:
-            return x if rotary is None else rotate(x, *rotary)
-        return normalise(x, lengths) if rotary is None else normalise_and_rotate(x, lengths, rotary)
+        return prepare(x, self._lengths(), rotary)
 
     def _lengths(self) -> Tensor | None:
         """Returns ‖q‖ = ‖k‖ of every head, None without qk_norm."""

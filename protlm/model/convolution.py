@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from protlm.model.segments import Segments
+from protlm.ops.heads_cpp import Neighbours
 
 
 class SegmentConvolution(nn.Module):
@@ -48,6 +49,11 @@ class SegmentConvolution(nn.Module):
             _InPlaceSum.apply(x, weight, self.offsets, lacking, lacked)  # type: ignore[no-untyped-call]
             for x, weight in pairs
         ]
+
+    def neighbours(self, segments: Segments, num_inputs: int) -> list[Neighbours]:
+        """Returns the convolution of each of so many equal inputs, as the kernel that prepares heads takes it."""
+        places = (self.offsets[0], segments.positions, segments.lengths)
+        return [Neighbours(weight, *places) for weight in self.weight.chunk(num_inputs, dim=1)]
 
 
 def shifted_sum(

@@ -53,15 +53,14 @@ class EncoderLayer(nn.Module):
         attended = self.attention(self.attention_norm(x) if self.is_pre_norm else x, segments, rotary, kept)
         if kept is not None:
             x = x.index_select(0, kept)
-        x = x + self.dropout(attended)
-        if not self.is_pre_norm:
-            x = self.attention_norm(x)
-        (x,) = in_stretches(self._with_feed_forward, x)
+        (x,) = in_stretches(self._after_attention, x, attended)
         return x
 
-    def _with_feed_forward(self, x: Tensor) -> tuple[Tensor]:
+    def _after_attention(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+        x = x + self.dropout(attended)
         if self.is_pre_norm:
             return (x + self.dropout(self._feed_forward(self.ffn_norm(x))),)
+        x = self.attention_norm(x)
         return (self.ffn_norm(x + self.dropout(self._feed_forward(x))),)
 
     def _feed_forward(self, x: Tensor) -> Tensor:

@@ -8,11 +8,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from protlm.model.positions import rotate
+from protlm.ops import heads_cpp
 
 # A vector shorter than this keeps its direction and stays short, instead of dividing by zero.
 _SMALLEST_NORM = 1e-12
-# Tokens that are rotated together on a CPU: their intermediate results stay in its cache.
-_STRETCH_TOKENS = 256
+
+Rotary = tuple[Float[Tensor, "length head_dim"], Float[Tensor, "length head_dim"]]
+
+
+def prepare(
+    x: Float[Tensor, "length heads head_dim"],
+    lengths: Float[Tensor, " heads"] | None,
+    rotary: Rotary | None,
+) -> Float[Tensor, "length heads head_dim"]:
+    """Returns the vectors of every head rescaled to its length and rotated, by the compiled kernel where it can be.
+
+    Args:
+        x: Vectors.
+        lengths: The length of each head; None: vectors keep their own.
+        rotary: The cosines and sines of rotary positions; None: vectors are not rotated.
+
+    Returns:
+        In the dtype of x by the kernel, else in that or a longer one.
+    """
+    if lengths is None and rotary is None:
+        return x
+    if torch.compiler.is_compiling() or not heads_cpp.covers(x, lengths, *(rotary or ())):
+        x = x if lengths is None else normalise(x, lengths)
+        return x if rotary is None else rotate(x, *rotary)
+    result: Tensor = _Prepare.apply(x, lengths, *(rotary or (None, None)))  # type: ignore[no-untyped-call]
+    return result
 
 
 def normalise(
@@ -24,19 +49,6 @@ def normalise(
     return x * (lengths.unsqueeze(-1) / norms.clamp_min(_SMALLEST_NORM))
 
 
-def normalise_and_rotate(
-    x: Float[Tensor, "length heads head_dim"],
-    lengths: Float[Tensor, " heads"],
-    rotary: tuple[Float[Tensor, "length head_dim"], Float[Tensor, "length head_dim"]],
-) -> Float[Tensor, "length heads head_dim"]:
-    """Returns the normalised and rotated vectors of every head, in float32 or longer."""
-    x = _widened(x, lengths)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != lengths.dtype:
-        return rotate(normalise(x, lengths), *rotary)
-    result: Tensor = _NormaliseAndRotate.apply(x, lengths, *rotary)  # type: ignore[no-untyped-call]
-    return result
-
-
 def _widened(x: Tensor, lengths: Tensor) -> Tensor:
     """Returns x in float32 or longer where nothing is trained.
 
@@ -46,44 +58,20 @@ def _widened(x: Tensor, lengths: Tensor) -> Tensor:
     return x if torch.is_grad_enabled() else x.to(torch.promote_types(x.dtype, lengths.dtype))
 
 
-class _NormaliseAndRotate(torch.autograd.Function):
-    """Normalisation and rotation on a CPU, in few passes and without intermediate tensors of the whole row.
-
-    With y = R·s·x/‖x‖ and g the gradient of y, the gradient of x is Rᵀ(g − y·(y·g)/s²)·s/‖x‖, and that of s is (y·g)/s
-    summed over tokens: only y is kept, which attention keeps anyway.
-    """
+class _Prepare(torch.autograd.Function):
+    """The kernel and its gradients, for which only its result is kept, which attention keeps anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        factors = lengths.unsqueeze(-1) / norms.clamp_min(_SMALLEST_NORM)
-        out = _turned(x, cosines, sines, factors)
+    def forward(ctx: Any, x: Tensor, lengths: Tensor | None, cosines: Tensor | None, sines: Tensor | None) -> Tensor:
+        norms = x.new_empty(x.shape[:2], dtype=torch.float32) if any(ctx.needs_input_grad) else None
+        rotary = None if cosines is None or sines is None else (cosines, sines)
+        out = heads_cpp.forward(x, lengths, rotary, norms=norms)
         ctx.save_for_backward(out, lengths, cosines, sines, norms)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         out, lengths, cosines, sines, norms = ctx.saved_tensors
-        lengths = lengths.unsqueeze(-1)
-        products = torch.linalg.vecdot(out, grad).unsqueeze(-1)
-        lengths_grad = products.sum(0).div_(lengths).squeeze(-1)
-        # Vectors below the smallest norm were only multiplied by a constant.
-        shares = products.div_(lengths.square()).masked_fill_(norms < _SMALLEST_NORM, 0.0)
-        tangent = torch.addcmul(grad, out, shares, value=-1)
-        x_grad = _turned(tangent, cosines, -sines, lengths / norms.clamp_min(_SMALLEST_NORM))
-        return x_grad, lengths_grad, None, None
-
-
-def _turned(x: Tensor, cosines: Tensor, sines: Tensor, factors: Tensor) -> Tensor:
-    """Returns R·x·factors, a stretch at a time; the two halves of the cosines are equal, and those of the sines."""
-    half = x.shape[-1] // 2
-    cosines, sines = (y[:, :half].unsqueeze(1) for y in (cosines, sines))
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start in range(0, len(x), _STRETCH_TOKENS):
-        tokens = slice(start, start + _STRETCH_TOKENS)
-        first, second = (x[tokens] * factors[tokens]).chunk(2, dim=-1)
-        cosine, sine = cosines[tokens], sines[tokens]
-        torch.mul(first, cosine, out=out[tokens, :, :half]).addcmul_(second, sine, value=-1)
-        torch.mul(second, cosine, out=out[tokens, :, half:]).addcmul_(first, sine)
-    return out
+        rotary = None if cosines is None else (cosines, sines)
+        return *heads_cpp.backward(grad, out, lengths, rotary, norms), None, None

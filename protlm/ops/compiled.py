@@ -15,8 +15,10 @@ _TASKS = {
     "favor": ("forward", "backward", "fold", "read", "query_gradients", "key_gradients"),
     "local": ("forward", "backward"),
     "near_far": ("forward", "backward"),
+    "heads": ("forward", "backward"),
 }
-"""The functions of each op, besides that which returns the floats of its workspace."""
+"""The functions of each op, besides that which returns the floats of its workspace, where it has one."""
+_WITHOUT_WORKSPACE = ("heads",)
 _HALF_KERNELS = ("amx", "avx512bf16")
 _HALF_TASKS = {"favor": ("forward",), "local": ("forward",)}
 """The same of the kernels of bfloat16."""
@@ -79,7 +81,32 @@ class NearFarCall(ctypes.Structure):
     ]
 
 
-_CALLS: dict[str, type[ctypes.Structure]] = {"favor": FavorCall, "local": LocalCall, "near_far": NearFarCall}
+class HeadsCall(ctypes.Structure):
+    """The structure `HeadsCall` of cpp/call.h."""
+
+    _fields_ = [
+        *((name, Integer) for name in ("tokens", "heads", "head_dim", "is_half")),
+        *((name, Pointer) for name in ("x", "out")),
+        *((name, Integer) for name in ("x_stride", "out_stride")),
+        *((name, Pointer) for name in ("lengths", "cosines", "sines")),
+        ("angles_stride", Integer),
+        ("norms", Pointer),
+        *((name, Integer) for name in ("width", "first_offset")),
+        ("weight", Pointer),
+        ("weight_stride", Integer),
+        *((name, Pointer) for name in ("positions", "segment_lengths", "grad", "x_grad")),
+        ("grad_stride", Integer),
+        ("length_grads", Pointer),
+        ("num_threads", Integer),
+    ]
+
+
+_CALLS: dict[str, type[ctypes.Structure]] = {
+    "favor": FavorCall,
+    "local": LocalCall,
+    "near_far": NearFarCall,
+    "heads": HeadsCall,
+}
 
 
 def why_not() -> str | None:
@@ -111,7 +138,7 @@ def kernel_of(dtype: torch.dtype) -> str:
 def functions(op: str, kernel: str) -> dict[str, Callable[..., Any]]:
     """Returns the functions of an op, a key of `_TASKS`; each takes a pointer to the structure of its calls."""
     tasks = _HALF_TASKS if kernel in _HALF_KERNELS else _TASKS
-    returned = {"workspace": Integer, **dict.fromkeys(tasks[op])}
+    returned = ({} if op in _WITHOUT_WORKSPACE else {"workspace": Integer}) | dict.fromkeys(tasks[op])
     return {
         name: _function(library(), f"protlm_{op}_{kernel}_{name}", kind, Pointer) for name, kind in returned.items()
     }

@@ -1,4 +1,4 @@
-// The arguments of one call of an op, as favor_cpp.py, near_far_cpp.py and local_cpp.py pass them: plain structures of pointers, strides and counts.
+// The arguments of one call of an op, as favor_cpp.py, near_far_cpp.py, local_cpp.py and heads_cpp.py pass them: plain structures of pointers, strides and counts.
 //
 // Every size is in floats or in counts. The caller owns all memory; results of tokens that no unit names are not written.
 
@@ -97,6 +97,28 @@ struct NearFarCall {
     const std::int64_t* bounds;  // of the blocks of every segment, one more than it has blocks: as `first` of FavorUnit
     const NearFarUnit* units;
     std::int64_t num_units, longest_unit, widest_block;
+};
+
+// Vectors (tokens, heads, head_dim) of queries or keys before attention, in float32 or bfloat16; strides count elements.
+struct HeadsCall {
+    std::int64_t tokens, heads, head_dim;
+    std::int64_t is_half;  // 1: all vectors are of bfloat16
+    void *x, *out;
+    std::int64_t x_stride, out_stride;  // of tokens, whose heads are contiguous
+    const float* lengths;               // (heads): what each vector is rescaled to, or null
+    const float *cosines, *sines;       // (tokens, head_dim) with equal halves, or null
+    std::int64_t angles_stride;
+    float* norms;  // (tokens, heads), before rescaling; null where no gradient is wanted
+
+    std::int64_t width, first_offset;  // of the convolution; a width of 0 for none
+    const float* weight;               // (width, heads · head_dim)
+    std::int64_t weight_stride;
+    const std::int64_t *positions, *segment_lengths;  // of every token: its place in its segment, and how long that is
+
+    void *grad, *x_grad;  // of `out`; like x
+    std::int64_t grad_stride;
+    float* length_grads;  // (blocks of tokens, heads), partial sums
+    std::int64_t num_threads;
 };
 
 }  // extern "C"

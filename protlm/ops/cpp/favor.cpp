@@ -19,6 +19,7 @@ std::int64_t protlm_favor_version() { return 6; }
 std::int64_t protlm_favor_call_bytes() { return sizeof(FavorCall); }
 std::int64_t protlm_local_call_bytes() { return sizeof(LocalCall); }
 std::int64_t protlm_near_far_call_bytes() { return sizeof(NearFarCall); }
+std::int64_t protlm_heads_call_bytes() { return sizeof(HeadsCall); }
 
 const char* protlm_favor_best_kernel() {
 #if defined(__x86_64__)

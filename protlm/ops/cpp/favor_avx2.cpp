@@ -3,6 +3,7 @@
 #define PROTLM_LANES 8
 #define PROTLM_NAMESPACE favor_avx2
 
+#include "heads.h"
 #include "local.h"
 #include "near_far.h"
 #include "run.h"
@@ -26,5 +27,8 @@ void protlm_local_avx2_backward(const LocalCall* call) { run_local(*call, true);
 std::int64_t protlm_near_far_avx2_workspace(const NearFarCall* call) { return near_far_workspace(*call); }
 void protlm_near_far_avx2_forward(const NearFarCall* call) { run_near_far(*call); }
 void protlm_near_far_avx2_backward(const NearFarCall* call) { run_near_far(*call); }
+
+void protlm_heads_avx2_forward(const HeadsCall* call) { run_prepare(*call, false); }
+void protlm_heads_avx2_backward(const HeadsCall* call) { run_prepare(*call, true); }
 
 }  // extern "C"

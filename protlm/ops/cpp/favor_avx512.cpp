@@ -5,6 +5,7 @@
 #define PROTLM_AMX 0
 #define PROTLM_NAMESPACE favor_avx512
 
+#include "heads.h"
 #include "local.h"
 #include "local_rows.h"
 #include "near_far.h"
@@ -32,5 +33,8 @@ void protlm_local_avx512_backward(const LocalCall* call) { run_local(*call, true
 std::int64_t protlm_near_far_avx512_workspace(const NearFarCall* call) { return near_far_workspace(*call); }
 void protlm_near_far_avx512_forward(const NearFarCall* call) { run_near_far(*call); }
 void protlm_near_far_avx512_backward(const NearFarCall* call) { run_near_far(*call); }
+
+void protlm_heads_avx512_forward(const HeadsCall* call) { run_prepare(*call, false); }
+void protlm_heads_avx512_backward(const HeadsCall* call) { run_prepare(*call, true); }
 
 }  // extern "C"

@@ -20,13 +20,14 @@ struct HalfSizes {
           features(call.num_rows * (1 + call.mirror)), padded_features(round_up(features, kUnitRows)),
           projections(call.projection_head_stride ? heads : 1) {}
 
-    Index state_floats() const { return padded_features * RowSums::floats(columns); }
-    Index projection_floats() const { return padded_features * (inner + 1); }
+    Index state_floats() const { return round_up(padded_features * RowSums::floats(columns), 16); }
+    Index projection_floats() const { return round_up(padded_features * (inner + 1), 16); }
 };
 
+// The projection of one head, not scaled, which would round it again.
 struct HalfProjection {
     Half *rows, *columns;  // [padded_features][inner], and the same as columns
-    float* squares;        // ‖ω‖²
+    float* squares;     // ‖ω‖²
 
     HalfProjection(float* memory, const HalfSizes& sizes)
         : rows(reinterpret_cast<Half*>(memory)), columns(rows + sizes.padded_features * sizes.inner),
@@ -37,15 +38,16 @@ struct HalfScratch {
     RowScratch<Half> of_rows;
     Half *rows, *columns, *values;  // of kBlockKeys keys, or of kUnitRows queries
     Half* state_values;
-    float *biases, *weights;
-    float *state, *reading;         // of all features; of kUnitRows queries
+    float *biases, *weights;     // of keys, or of features
+    float *state, *reading;      // of all features; of kUnitRows queries
     float* end;
 
     template <class Take>
     HalfScratch(const HalfSizes& sizes, Take&& take)
-        : of_rows(take), rows(take_elements<Half>(take, kBlockKeys * sizes.inner)), columns(take_elements<Half>(take, kBlockKeys * sizes.inner)),
-          values(take_elements<Half>(take, kBlockKeys * sizes.columns)), state_values(take_elements<Half>(take, sizes.padded_features * sizes.columns)),
-          biases(take(longest(sizes))), weights(take(longest(sizes))), state(take(sizes.state_floats())),
+        : of_rows(take), rows(take_elements<Half>(take, kBlockKeys * sizes.inner)),
+          columns(take_elements<Half>(take, kBlockKeys * sizes.inner)), values(take_elements<Half>(take, kBlockKeys * sizes.columns)),
+          state_values(take_elements<Half>(take, sizes.padded_features * sizes.columns)), biases(take(longest(sizes))),
+          weights(take(longest(sizes))), state(take(sizes.state_floats())),
           reading(take(kUnitRows * RowSums::floats(sizes.columns))), end(take(0)) {}
 
     static HalfScratch at(float* memory, const HalfSizes& sizes) {
@@ -68,25 +70,21 @@ struct HalfWorkspace {
     float *projections, *slots, *threads;
 
     explicit HalfWorkspace(const FavorCall& call) : sizes(call), projections(call.workspace) {
-        slots = projections + sizes.projections * round_up(sizes.projection_floats(), 16);
-        threads = slots + call.num_slots * sizes.heads * round_up(sizes.state_floats(), 16);
+        slots = projections + sizes.projections * sizes.projection_floats();
+        threads = slots + call.num_slots * sizes.heads * sizes.state_floats();
     }
 
     HalfProjection projection(Index head) const {
-        return {projections + (sizes.projections > 1 ? head : 0) * round_up(sizes.projection_floats(), 16), sizes};
+        return {projections + (sizes.projections > 1 ? head : 0) * sizes.projection_floats(), sizes};
     }
     RowSums slot(Index index, Index head) const {
-        return RowSums::in(slots + (index * sizes.heads + head) * round_up(sizes.state_floats(), 16), sizes.padded_features,
-                           sizes.columns);
+        return RowSums::in(slots + (index * sizes.heads + head) * sizes.state_floats(), sizes.padded_features, sizes.columns);
     }
     float* thread(Index index) const { return threads + index * HalfScratch::floats(sizes); }
 
-    static Index floats(const FavorCall& call) {
-        return HalfWorkspace(call).thread(call.num_threads) - call.workspace;
-    }
+    static Index floats(const FavorCall& call) { return HalfWorkspace(call).thread(call.num_threads) - call.workspace; }
 };
 
-// The projection arrives in float32, already rounded to bfloat16.
 inline void pack_projection(const FavorCall& call, const HalfSizes& sizes, Index head, const HalfProjection& to) {
     const Index count = sizes.padded_features, dim = sizes.dim;
     std::memset(to.rows, 0, sizeof(Half) * count * sizes.inner);
@@ -95,19 +93,24 @@ inline void pack_projection(const FavorCall& call, const HalfSizes& sizes, Index
         if (j >= sizes.features) continue;
         const bool is_mirrored = j >= call.num_rows;
         const float* const row = call.projection + head * call.projection_head_stride + (is_mirrored ? j - call.num_rows : j) * dim;
-        Half* const packed = to.rows + j * sizes.inner;
-        store_columns(packed, row, dim);
-        for (Index c = 0; c < dim && is_mirrored; ++c) packed[c] ^= kSign;
+        store_scaled(to.rows + j * sizes.inner, row, is_mirrored ? -1.0f : 1.0f, dim);
         to.squares[j] = dot(row, row, dim);
     }
     pack_as_columns(to.rows, count, sizes.inner, to.columns);
 }
 
 // Copies vectors to `rows`, filled up with zeros to `padded` rows of `inner`.
-inline void gather_halves(const Tokens& tokens, const FavorTensor& tensor, Index first, Index count, Index padded, Index inner,
-                          Half* rows) {
-    for (Index i = 0; i < count; ++i, rows += inner)
+inline void gather_halves(const Tokens& tokens, const FavorTensor& tensor, Index first, Index count, Index padded, Index inner, Half* rows) {
+    for (Index i = 0; i < count; ++i, rows += inner) {
+        // The vectors of a head are far apart in memory, where processors do not foresee them.
+        if (first + i + padded < tokens.unit.count) {
+            const char* const next = reinterpret_cast<const char*>(
+                element_at<Half>(tensor, tokens.unit.row, tokens.head, tokens.token(first + i + padded)));
+            for (Index byte = 0; byte < tokens.call.head_dim * static_cast<Index>(sizeof(Half)); byte += 64)
+                _mm_prefetch(next + byte, _MM_HINT_T1);
+        }
         copy_row(element_at<Half>(tensor, tokens.unit.row, tokens.head, tokens.token(first + i)), tokens.call.head_dim, inner, rows);
+    }
     std::memset(rows, 0, sizeof(Half) * (padded - count) * inner);
 }
 
@@ -120,10 +123,10 @@ struct HalfWork {
     const HalfScratch& scratch;
     const Index dim = sizes.dim, inner = sizes.inner, columns = sizes.columns, padded = sizes.padded_features;
     const double a = tokens.oprf_a();
-    // Of ω·x in the exponent, to base 2, or in a ReLU feature.
-    const float scale = static_cast<float>(tokens.call.scale * (kExponential ? kLog2E * std::sqrt(1 - 4 * a) : 1.0));
-    // Of ‖k‖² in the exponent.
+    // Of ‖k‖² in the exponent to base 2.
     const float norm_scale = static_cast<float>(0.5 * kLog2E / std::sqrt(double(dim)));
+    // Of the scores, to base 2.
+    const float scale = static_cast<float>(tokens.call.scale * (kExponential ? kLog2E * std::sqrt(1 - 4 * a) : 1.0));
     const RowAttention<Half, kExponential> attention{scratch.of_rows, inner, columns, scale};
 
     // Makes `state` the sums over the keys of the unit.
@@ -140,7 +143,7 @@ struct HalfWork {
         const Index whole = round_up(count, kUnitColumns);
         gather_halves(tokens, tokens.call.k, first, count, whole, inner, scratch.rows);
         for (Index t = 0; t < whole; ++t) {
-            scratch.biases[t] = t < count ? -norm_scale * half_square(scratch.rows + t * inner, inner) : kLogZero;
+            scratch.biases[t] = t < count ? -norm_scale * square_of(scratch.rows + t * inner, inner) : kNoKey;
             scratch.weights[t] = t < count ? 1.0f : 0.0f;
         }
         pack_as_columns(scratch.rows, whole, inner, scratch.columns);
@@ -183,7 +186,7 @@ struct HalfWork {
         for (Index j = 0; j < padded; ++j) {
             const bool is_real = j < sizes.features;
             scratch.biases[j] = !kExponential || !is_real
-                                    ? kLogZero
+                                    ? kNoKey
                                     : state.references[j] + feature_constant(tokens, projection.squares, a, j);
             scratch.weights[j] = is_real ? state.totals[j * kPanelColumns] : 0.0f;
         }
@@ -208,14 +211,13 @@ struct HalfWork {
         const __m512 inverse = _mm512_set1_ps(1.0f / total);
         float* const values = sums.values + t * columns;
         for (Index c = 0; c < columns; c += 16) store16(values + c, _mm512_mul_ps(load16(values + c), inverse));
-        Half* const out = element_at<Half>(tokens.call.out, tokens.unit.row, tokens.head, tokens.token(first + t));
-        store_columns(out, values, dim);
+        store_columns(element_at<Half>(tokens.call.out, tokens.unit.row, tokens.head, tokens.token(first + t)), values, dim);
     }
 };
 
 // Adds the keys of a finished state to another one.
 template <bool kExponential>
-void merge(const HalfSizes& sizes, const RowSums& merged, const RowSums& next) {
+void merge_halves(const HalfSizes& sizes, const RowSums& merged, const RowSums& next) {
     for (Index j = 0; j < sizes.padded_features; ++j) {
         float mine = 1.0f, theirs = 1.0f;
         if (kExponential) {
@@ -234,7 +236,7 @@ void merge(const HalfSizes& sizes, const RowSums& merged, const RowSums& next) {
 
 template <bool kExponential>
 void run_half_team(const FavorCall& call, const HalfWorkspace& workspace) {
-    const Units units;
+    const Units tiles;
     const HalfSizes& sizes = workspace.sizes;
     const HalfScratch scratch = HalfScratch::at(workspace.thread(omp_get_thread_num()), sizes);
     const RowSums own = RowSums::in(scratch.state, sizes.padded_features, sizes.columns);
@@ -260,7 +262,7 @@ void run_half_team(const FavorCall& call, const HalfWorkspace& workspace) {
         const Index head = i % sizes.heads;
         const RowSums merged = workspace.slot(group.first_slot, head);
         for (Index slot = 1; slot < group.num_slots; ++slot)
-            merge<kExponential>(sizes, merged, workspace.slot(group.first_slot + slot, head));
+            merge_halves<kExponential>(sizes, merged, workspace.slot(group.first_slot + slot, head));
         FavorUnit whole{};
         whole.segment = group.segment;
         work(whole, head).store_state(merged);

@@ -19,7 +19,6 @@ namespace PROTLM_NAMESPACE {
 // The bits of a bfloat16.
 using Half = std::uint16_t;
 
-constexpr Half kSign = 0x8000;
 constexpr Index kPanelColumns = 16;  // floats of a vector
 constexpr Index kInnerStep = 32;     // bfloat16 of a vector
 
@@ -138,13 +137,15 @@ PROTLM_INLINE __m512 store_weights(Half* to, __m512 left, __m512 right) {
     return _mm512_add_ps(_mm512_castsi512_ps(odd), _mm512_castsi512_ps(even));
 }
 
-// Rounds `count` numbers and writes no more of them.
-inline void store_columns(Half* to, const float* from, Index count) {
+// The same of numbers that are rounded; before that they are multiplied by a factor.
+inline void store_scaled(Half* to, const float* from, float factor, Index count) {
     for (Index i = 0; i < count; i += 16) {
-        const __m256bh x = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes_below(count - i), from + i));
+        const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes_below(count - i), from + i), _mm512_set1_ps(factor));
+        const __m256bh x = _mm512_cvtneps_pbh(scaled);
         _mm256_mask_storeu_epi16(to + i, lanes_below(count - i), reinterpret_cast<const __m256i&>(x));
     }
 }
+inline void store_columns(Half* to, const float* from, Index count) { store_scaled(to, from, 1.0f, count); }
 
 // 2^x to a relative 3e-6, for x up to 127; 2^kSmallestExponent for smaller x; NaN stays NaN.
 PROTLM_INLINE __m512 half_exp2(__m512 x) {
@@ -200,7 +201,7 @@ PROTLM_INLINE void copy_row(const Half* from, Index dim, Index inner, Half* to) 
 }
 
 // ‖x‖² of a row whose length is a multiple of kInnerStep.
-inline float half_square(const Half* x, Index count) {
+inline float square_of(const Half* x, Index count) {
     __m512 sums = _mm512_setzero_ps();
     for (Index i = 0; i < count; i += kInnerStep) {
         const __m512i both = _mm512_loadu_si512(x + i);

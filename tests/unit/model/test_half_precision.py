@@ -8,7 +8,7 @@ from protlm.inference.attention_swap import exact_twin
 from protlm.model import attention
 from protlm.model.half_precision import HalfLinear, halve
 from protlm.model.performer import EncoderLayer
-from protlm.model.qk_norm import normalise, normalise_and_rotate
+from protlm.model.qk_norm import normalise, prepare
 from tests.unit.model.small_models import KINDS, bounds, build, proteins
 
 SIZES = (3, 40, 17, 90)
@@ -153,7 +153,7 @@ def test_long_and_empty_vectors_keep_their_length_in_float16():
     lengths = torch.tensor([2.0])
     x = torch.stack([torch.full((1, 64), 9000.0), torch.zeros(1, 64), torch.full((1, 64), 1e-7)]).half()
     rotary = torch.ones(3, 64), torch.zeros(3, 64)
-    for result in (normalise(x, lengths), normalise_and_rotate(x, lengths, rotary)):
+    for result in (normalise(x, lengths), prepare(x, lengths, rotary)):
         norms = torch.linalg.vector_norm(result, dim=-1).ravel()
         assert result.dtype == torch.float32
         assert torch.allclose(norms, torch.tensor([2.0, 0.0, 2.0]), atol=1e-3)
