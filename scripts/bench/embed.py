@@ -5,8 +5,9 @@ within each repeat. Nothing is reported unless every model first gives finite hi
 is installed (`pip install -e '.[bench]'`). Peak memory is measured in new processes.
 
 exact     protlm with exact attention against transformers, one protein at a time, its best on a CPU
-padded    the same against transformers in padded batches
-extract   the same against fair-esm in the padded batches of its extract.py, on proteins that it does not cut
+half      protlm with exact attention in bfloat16 against transformers, one protein at a time, in both number types
+padded    exact attention in float32 against transformers in padded batches
+extract   it against fair-esm in the padded batches of its extract.py, on proteins that it does not cut
 favor     protlm with FAVOR against transformers, on proteins of --favor-lengths
 long      one long protein of --long-fasta: FAVOR against exact attention, of which one layer is measured
 memory    its peak memory
@@ -32,15 +33,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from protlm.data.parsing.reader import read_records
 from protlm.ops import backends
+from protlm.runtime.devices import has_half_precision_units
 from scripts.bench import embed_figures as figures
 from scripts.bench import embed_measurements as measurements
 from scripts.bench import harness
 from scripts.bench.embed_models import (
     ESM_PEER,
     EXACT,
+    EXACT_HALF,
     FAIR_MAX_RESIDUES,
     FAIR_PEER,
     FAVOR,
+    HALF_PEER,
     PADDED_PEER,
     why_missing,
 )
@@ -48,7 +52,7 @@ from scripts.bench.models import Sizes
 from scripts.measuring import SAMPLE, can_measure_memory, using_threads
 
 MODELS = {
-    "exact": (EXACT, ESM_PEER), "padded": (EXACT, PADDED_PEER), "extract": (EXACT, FAIR_PEER),
+    "exact": (EXACT, ESM_PEER), "half": (EXACT_HALF, ESM_PEER, HALF_PEER), "padded": (EXACT, PADDED_PEER), "extract": (EXACT, FAIR_PEER),
     "favor": (FAVOR, ESM_PEER), "long": (), "memory": (), "pipeline": (), "growth": (), "load": (ESM_PEER,),
 }  # fmt: skip
 """The measurements, and the models that each compares."""
@@ -59,6 +63,8 @@ def obstacles(arguments: argparse.Namespace, name: str) -> Iterator[str]:
     yield from map(why_missing, MODELS[name])
     if name in ("memory", "growth", "load") and not can_measure_memory():
         yield harness.NEEDS_LINUX
+    if name == "half" and not has_half_precision_units("bf16"):
+        yield "it needs a processor with units for bfloat16"
     if name in ("long", "memory") and arguments.long_fasta is None:
         yield "it needs --long-fasta"
 
@@ -69,6 +75,7 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
     measured: dict[str, Any] = {}
     for name, limits in (
         ("exact", (1, arguments.max_length)),
+        ("half", (1, arguments.max_length)),
         ("padded", (1, arguments.max_length)),
         ("extract", (1, min(FAIR_MAX_RESIDUES, arguments.max_length))),
         ("favor", tuple(arguments.favor_lengths)),

@@ -16,7 +16,7 @@ from scripts.bench.embed_measurements import (
     MODEL_BYTES,
     PEAK_BYTES,
 )
-from scripts.bench.embed_models import EXACT, FAVOR
+from scripts.bench.embed_models import OURS
 from scripts.bench.harness import Figure, median, ratio, ratio_of_rates
 from scripts.bench.models import Sizes
 from scripts.measuring import MEBIBYTE, SECONDS
@@ -27,7 +27,7 @@ IN_A_PROCESS = "in a new process"
 def figures(measured: Mapping[str, Any], sizes: Sizes) -> list[Figure]:
     """Returns the figures of all that was measured."""
     rows: list[Figure] = []
-    for name in ("exact", "padded", "extract", "favor"):
+    for name in ("exact", "half", "padded", "extract", "favor"):
         if name in measured:
             rows += _against_peer(measured[name])
     if "long" in measured:
@@ -50,7 +50,7 @@ def _seconds(timed: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _against_peer(timed: Mapping[str, Any]) -> list[Figure]:
     seconds = _seconds(timed)
-    ours = next(name for name in (EXACT, FAVOR) if name in seconds)
+    ours = next(name for name in OURS if name in seconds)
     return [
         ratio_of_rates(timed["where"], ours, peer, seconds, timed["residues"], "residues/s")
         for peer in seconds if peer != ours

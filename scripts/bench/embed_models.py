@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from protlm.config import SPECIAL_TOKENS_PER_SEGMENT
 from protlm.data.batching.batches import pack_row
+from protlm.inference.precision import set_precision
 from protlm.model.performer import Performer
 from protlm.pretrained.model_description import ModelDescription
 from protlm.pretrained.model_directory import save_model
@@ -20,9 +21,15 @@ from scripts.bench import models
 from scripts.bench.models import Sizes, building_a_peer, esm_config
 
 EXACT, FAVOR = "protlm, exact", "protlm, FAVOR"
+EXACT_HALF = "protlm, exact, bfloat16"
+OURS = (EXACT, FAVOR, EXACT_HALF)
 ESM_PEER, FAIR_PEER = "transformers EsmModel (SDPA), one by one", "fair-esm, as its extract.py"
 PADDED_PEER = "transformers EsmModel (SDPA), 8 at a time, padded"
-PEER_MODULES = {ESM_PEER: "transformers", PADDED_PEER: "transformers", FAIR_PEER: "esm"}
+HALF_PEER = "transformers EsmModel (SDPA), bfloat16, one by one"
+PEER_MODULES = {
+    **dict.fromkeys((ESM_PEER, PADDED_PEER, HALF_PEER), "transformers"),
+    FAIR_PEER: "esm",
+}
 _PADDED_PROTEINS = 8
 FAIR_TOKENS = 4096
 """Tokens of a batch of extract.py by default."""
@@ -52,9 +59,14 @@ def build(name: str, sizes: Sizes, tokens_per_batch: int) -> Embedder:
         return transformers_esm(sizes)
     if name == PADDED_PEER:
         return transformers_esm(sizes, _PADDED_PROTEINS)
+    if name == HALF_PEER:
+        return transformers_esm(sizes, dtype=torch.bfloat16)
     if name == FAIR_PEER:
         return _fair_esm(sizes)
-    return Packed(performer(sizes, "softmax" if name == EXACT else "positive"), tokens_per_batch)
+    model = performer(sizes, "positive" if name == FAVOR else "softmax")
+    if name == EXACT_HALF:
+        set_precision(model, "bf16")
+    return Packed(model, tokens_per_batch)
 
 
 def performer(sizes: Sizes, attention: Any) -> Performer:

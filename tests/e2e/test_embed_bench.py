@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from protlm.model.performer import Performer
+from protlm.runtime.devices import has_half_precision_units
 from protlm.vocabulary import CLS, EOS, encode
 from scripts.bench import embed, embed_figures, embed_measurements, embed_models
 from scripts.bench.embed_measurements import BARE, COMMAND, LONG_EXACT_LAYER, LONG_FAVOR, LONG_REST
-from scripts.bench.embed_models import ESM_PEER, EXACT, FAIR_PEER, FAVOR, PADDED_PEER
+from scripts.bench.embed_models import ESM_PEER, EXACT, EXACT_HALF, FAIR_PEER, FAVOR, HALF_PEER, PADDED_PEER
 from scripts.bench.models import Sizes
 from scripts.measuring import can_measure_memory
 
@@ -34,6 +35,8 @@ def expected_figures():
     if HAS_ESM:
         figures |= {f"residues/s of {ours} / {ESM_PEER}" for ours in (EXACT, FAVOR)}
         figures |= {f"residues/s of {EXACT} / {PADDED_PEER}"}
+        if has_half_precision_units("bf16"):
+            figures |= {f"residues/s of {EXACT_HALF} / {peer}" for peer in (ESM_PEER, HALF_PEER)}
         if can_measure_memory():
             figures |= {f"{LOAD}: time of protlm / of transformers", f"{LOAD}: peak memory above the weights"}
     if HAS_FAIR:

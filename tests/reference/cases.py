@@ -132,7 +132,7 @@ def computed_of(arguments, backend="auto"):
 
 def backends_of(feature_map, dtype):
     """Returns the backends that compute such a call here."""
-    is_compiled = dtype == torch.float32 and feature_map in maps_on("cpp") and compiled.why_not() is None
+    is_compiled = dtype != torch.float64 and feature_map in maps_on("cpp") and compiled.why_not() is None
     return ("torch", "cpp") if is_compiled else ("torch",)
 
 

@@ -7,7 +7,10 @@
 
 #include "heads.h"
 #include "local.h"
+// Without AVX-512 itself, as in a test on older machines, its vectors are taken apart; the kernel of rows cannot be.
+#if defined(__AVX512F__)
 #include "local_rows.h"
+#endif
 #include "near_far.h"
 #include "run.h"
 
@@ -23,11 +26,16 @@ void protlm_favor_avx512_read(const FavorCall* call) { run(*call, Task::kRead); 
 void protlm_favor_avx512_query_gradients(const FavorCall* call) { run(*call, Task::kQueryGradients); }
 void protlm_favor_avx512_key_gradients(const FavorCall* call) { run(*call, Task::kKeyGradients); }
 
+#if defined(__AVX512F__)
 std::int64_t protlm_local_avx512_workspace(const LocalCall* call) {
     const std::int64_t forward = row_local_workspace<float>(*call), backward = local_workspace(*call);
     return forward > backward ? forward : backward;
 }
 void protlm_local_avx512_forward(const LocalCall* call) { run_row_local<float>(*call); }
+#else
+std::int64_t protlm_local_avx512_workspace(const LocalCall* call) { return local_workspace(*call); }
+void protlm_local_avx512_forward(const LocalCall* call) { run_local(*call, false); }
+#endif
 void protlm_local_avx512_backward(const LocalCall* call) { run_local(*call, true); }
 
 std::int64_t protlm_near_far_avx512_workspace(const NearFarCall* call) { return near_far_workspace(*call); }
