@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 _AVX512 = [
     "-mavx512f",
@@ -22,6 +23,7 @@ _INSTRUCTION_SETS = {
     "favor_avx512bf16.cpp": _BFLOAT16,
     "favor_amx.cpp": [*_BFLOAT16, "-mamx-tile", "-mamx-bf16"],
 }
+_OF_BFLOAT16 = ("favor_avx512bf16.cpp", "favor_amx.cpp")
 _KERNELS = Path("protlm/ops/cpp")
 
 
@@ -32,12 +34,22 @@ class BuildSourceBySource(build_ext):
         """Compiles the sources with flags of their own first, then the rest, and links them."""
         special = [source for source in ext.sources if Path(source).name in _INSTRUCTION_SETS]
         ext.sources = [source for source in ext.sources if source not in special]
-        for source in special:
-            flags = [*ext.extra_compile_args, *_INSTRUCTION_SETS[Path(source).name]]
-            ext.extra_objects += self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
-            )
+        of_bfloat16 = [source for source in special if Path(source).name in _OF_BFLOAT16]
+        for source in set(special).difference(of_bfloat16):
+            ext.extra_objects += self._compiled(ext, source)
+        try:
+            ext.extra_objects += [made for source in of_bfloat16 for made in self._compiled(ext, source)]
+        except CompileError:
+            # Compilers know these instructions since 2020; the others are worth having without them.
+            ext.define_macros.append(("PROTLM_WITHOUT_BFLOAT16", "1"))
         super().build_extension(ext)
+
+    def _compiled(self, ext: Extension, source: str) -> list[str]:
+        flags = [*ext.extra_compile_args, *_INSTRUCTION_SETS[Path(source).name]]
+        made: list[str] = self.compiler.compile(
+            [source], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
+        )
+        return made
 
 
 def attention_sources() -> list[str]:

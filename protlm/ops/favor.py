@@ -168,7 +168,7 @@ def favor_attention(
         return_log_normaliser: Whether to return the logarithm of the divisor too, through which gradients flow: with it
             attentions over different keys can be merged. For exponential maps only; in a process group with near_block.
         backend: `auto` chooses the fastest that covers the arguments: `cpp` for float32, bfloat16 and float16 on the
-            CPU and every map but `trig`, if it was built; `triton` for bfloat16, float16 and float32 on CUDA, head_dim up to 128 and every
+            CPU and every map but `trig`, if it was built; `triton` for the same on CUDA, head_dim up to 128 and every
             map but `trig`, if Triton is installed; else `torch`. Calls that `cpp` or `triton` do not cover (other
             devices, dtypes and maps, causal attention in a process group, return_log_normaliser without near_block,
             gradients of the projection and of the feature bias; for `triton` also causal attention in float32 without

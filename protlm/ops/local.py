@@ -46,8 +46,8 @@ def local_attention(
             attention across them. None makes each row one segment.
         causal: A token sees itself and earlier tokens alone.
         backend: `auto` takes `cpp`, the compiled kernel, for float32, bfloat16 and float16 on the CPU without
-            token_mask, if it was built; `triton` for bfloat16, float16 and float32 on CUDA and head_dim up to 128, if Triton is installed; else
-            `torch`. A call that `cpp` or `triton` does not cover runs on `torch`.
+            token_mask, if it was built; `triton` for the same on CUDA and head_dim up to 128, if Triton is installed;
+            else `torch`. A call that `cpp` or `triton` does not cover runs on `torch`.
 
     Returns:
         Shape and dtype of v. NaN in a real token propagates, with `cpp` and `triton` also to tokens of its segment that

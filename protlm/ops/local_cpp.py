@@ -26,7 +26,7 @@ def covers(inputs: LocalInputs) -> bool:
 
 
 def is_fastest_exact(dtype: torch.dtype) -> bool:
-    """Returns whether attention to whole segments is faster by the kernel than by PyTorch's, one by one, on this CPU."""
+    """Returns whether attention to whole segments is faster by the kernel than by PyTorch's, on this processor."""
     return dtype in _DTYPES and compiled.why_not() is None and compiled.best_kernel() == "avx512"
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from protlm import load_model
 from protlm.cli.app import main
+from protlm.runtime.devices import has_half_precision_units
+from protlm.workflows.train import start
 from tests.e2e.conftest import write_fasta
 from tests.e2e.train_tools import losses, rows, train
 
@@ -41,9 +43,21 @@ def without_length(monkeypatch):
     monkeypatch.setattr(train_tools, "SMALL", small[: place - 1] + small[place + 1 :])
 
 
+def test_half_precision_that_the_processor_lacks_is_refused_and_planned(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(start, "has_half_precision_units", lambda name: False)
+    out, bfloat16 = tmp_path / "run", words(["train.precision=bf16-mixed"])
+    assert train(dataset, out, "--max-steps", 1, *bfloat16) != 0
+    told = capsys.readouterr().err
+    assert "precision bf16-mixed: as far as PyTorch can tell this processor has no units for bfloat16" in told
+    assert "take precision 32" in told
+    assert train(dataset, out, "--max-steps", 1, *bfloat16, "--dry-run") == 0
+
+
 @pytest.mark.usefixtures("without_length")
 @pytest.mark.parametrize("settings", ROADS.values(), ids=ROADS)
 def test_every_kind_of_run_resumes_to_the_bit_and_its_model_is_evaluated_and_embeds(settings, dataset, fasta, tmp_path):
+    if "train.precision=bf16-mixed" in settings and not has_half_precision_units("bf16"):
+        pytest.skip("this processor has no units for bfloat16")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(dataset, whole, "--max-steps", 5, *words(settings)) == 0
     assert train(dataset, parts, "--max-steps", 3, *words([*settings, "train.schedule_steps=5"])) == 0

@@ -1,5 +1,7 @@
 """The compiled kernels of bfloat16: the float64 twin, and what must not change a bit of a result."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -87,7 +89,7 @@ def test_company_in_a_row_changes_no_bit():
             return local_attention(q, k, v, window=window, cu_seqlens=cu_seqlens)
 
         packed = attend(q, k, v, options["cu_seqlens"])
-        for start, stop in zip(places, places[1:], strict=False):
+        for start, stop in pairwise(places):
             alone = attend(*(x[:, :, start:stop] for x in (q, k, v)), bounds([stop - start]))
             assert torch.equal(alone, packed[:, :, start:stop])
 

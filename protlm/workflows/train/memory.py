@@ -71,7 +71,7 @@ def estimate_memory(config: Config, *, in_place: bool = True, teacher: ModelConf
     num_projections = sum(tensor.size for tensor in tensors.values()) - num_parameters
     trained_matrices = sum(size for name, size in matrices.items() if name not in frozen)
     num_muons = trained_matrices if config.train.optimizer == "muon" else 0
-    activations = _activations_bytes(config, in_place=in_place and config.train.precision == "32")
+    activations = _activations_bytes(config, on_cpu=in_place)
     if config.train.precision == "bf16-mixed":
         # Autocast keeps a bfloat16 copy of every weight matrix.
         activations += _SHORT_BYTES * num_matrices
@@ -143,13 +143,13 @@ def _teacher_bytes(config: Config, teacher: ModelConfig) -> int:
     return _FLOAT_BYTES * (weights + config.data.tokens_per_batch * numbers)
 
 
-def _activations_bytes(config: Config, *, in_place: bool) -> int:
+def _activations_bytes(config: Config, *, on_cpu: bool) -> int:
     """Returns the bytes that autograd saves of a row for its backward pass, and of the gradients within that pass."""
     model = config.model
     is_short = config.train.precision == "bf16-mixed"
     longest = min(config.data.longest_segment, config.data.tokens_per_batch)
     layers = [
-        _layer_bytes(model, kind, longest_segment=longest, is_short=is_short, in_place=in_place) for kind in model.kinds
+        _layer_bytes(model, kind, longest_segment=longest, is_short=is_short, on_cpu=on_cpu) for kind in model.kinds
     ]
     if config.train.activation_checkpointing:
         kept = model.num_layers * _FLOAT_BYTES * model.model_dim + max(layers)
@@ -164,9 +164,7 @@ def _activations_bytes(config: Config, *, in_place: bool) -> int:
     return int(config.data.tokens_per_batch * (kept + working + ends + head))
 
 
-def _layer_bytes(
-    model: ModelConfig, kind: AttentionKind, *, longest_segment: int, is_short: bool, in_place: bool
-) -> int:
+def _layer_bytes(model: ModelConfig, kind: AttentionKind, *, longest_segment: int, is_short: bool, on_cpu: bool) -> int:
     """Returns the bytes that autograd saves of one token in one layer, except for a few numbers per head.
 
     Args:
@@ -174,9 +172,9 @@ def _layer_bytes(
         kind: The attention of the layer.
         longest_segment: Tokens of the longest protein or window.
         is_short: Whether matrix products, and so their inputs and outputs, are bfloat16.
-        in_place: Whether the convolution, and QK-norm with rotary positions, keep no intermediate tensors: on a CPU in
-            float32.
+        on_cpu: Whether QK-norm keeps no intermediate tensors, nor in float32 does the convolution.
     """
+    in_place = on_cpu and not is_short
     dim = model.model_dim
     # The residual stream before attention and before the feed-forward layer.
     floats = 2 * dim
@@ -191,10 +189,11 @@ def _layer_bytes(
     products += (2 if model.ffn == "swiglu" else 1) * (2 if is_short else 1) * model.ffn_dim
     if model.conv_width:
         products += 3 * dim if in_place else 3 * model.conv_width * dim
-    if model.qk_norm and not (in_place and model.positions == "rotary"):
+    if model.qk_norm and not on_cpu:
         products += 2 * dim
     if model.rescale_qk:
-        products += 3 * dim if in_place else dim
+        # The factors, in float32; on a CPU also q and k before.
+        products += (4 if is_short else 3) * dim if on_cpu else dim
     if model.qk_layer_norm:
         products += 2 * dim
     masks = 2 * dim if model.dropout else 0

@@ -14,7 +14,13 @@ from protlm.errors import ConfigError, ModelError, RunError
 from protlm.model.performer import Performer
 from protlm.pretrained.initial_weights import InitialModel, find_initial_model, load_initial_weights
 from protlm.pretrained.model_names import read_named_model
-from protlm.runtime.devices import Devices, best_device, machine_memory_bytes, memory_bytes
+from protlm.runtime.devices import (
+    Devices,
+    best_device,
+    has_half_precision_units,
+    machine_memory_bytes,
+    memory_bytes,
+)
 from protlm.workflows.train.frozen import choose_parameters
 from protlm.workflows.train.memory import MemoryEstimate, check_can_be_built, check_fits, estimate_memory
 from protlm.workflows.train.request import (
@@ -148,6 +154,16 @@ def build_model(settings: Config, init: InitialModel | None) -> Performer:
     if settings.train.compile:
         model.compile_layers()
     return model
+
+
+def check_precision(settings: Config) -> None:
+    """Raises ConfigError for half precision that this device would only emulate; a dry run may be for another one."""
+    if settings.train.precision == "bf16-mixed" and not has_half_precision_units("bf16"):
+        what = "GPU" if best_device().type == "cuda" else "processor"
+        raise ConfigError(
+            f"precision bf16-mixed: as far as PyTorch can tell this {what} has no units for bfloat16, and would be "
+            "slower in it than in float32; take precision 32"
+        )
 
 
 def _check_gpus(devices: Devices) -> None:

@@ -28,7 +28,7 @@ from protlm.workflows.train.run_description import (
 )
 from protlm.workflows.train.run_folder import lock_existing, prepare_run_dir, remove_left_overs_in
 from protlm.workflows.train.stage import write_teacher
-from protlm.workflows.train.start import Start, prepare_start
+from protlm.workflows.train.start import Start, check_precision, prepare_start
 from protlm.workflows.train.stop_request import StopRequest
 from protlm.workflows.train.task import LanguageModelling, TrainingData
 from protlm.workflows.train.valid_baselines import baseline_perplexities
@@ -102,6 +102,7 @@ def _train(
     is_run = is_first and lock_existing(run_dir, locked)
     start = prepare_start(request)
     settings = start.settings
+    check_precision(settings)
     has_work = start.first_step < settings.train.max_steps
     if is_run and request.resume:
         remove_left_overs_in(run_dir)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from protlm.model.convolution import SegmentConvolution, shifted_sum
-from protlm.model.positions import rotate, rotary_angles
+from protlm.model.positions import rotary_angles, rotate
 from protlm.model.qk_norm import normalise, prepare
 from protlm.model.segments import Segments
 from protlm.ops import compiled, heads_cpp
