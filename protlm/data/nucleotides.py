@@ -25,7 +25,6 @@ _LEAST_BASES = 3
 # As the PDB writes it in pdb_seqres.txt.
 _MOLECULE = re.compile(r"(?:^|\s)mol:(na|protein)(?=\s|$)")
 _MARK = b"mol:na"
-_COMPARED_AT_ONCE = 8
 
 _IS_LETTER = np.zeros(vocabulary.VOCABULARY_SIZE, dtype=bool)
 _IS_LETTER[vocabulary.encode(_CERTAIN + _AMBIGUOUS)] = True
@@ -56,10 +55,12 @@ def nucleic_acids(tokens: np.ndarray, offsets: np.ndarray, descriptions: Strings
         int64, ascending.
     """
     is_candidate = np.diff(offsets) >= MIN_LENGTH
+    # The first letters tell nearly all proteins: each is looked at where all before it are letters of nucleotides.
     longer = np.flatnonzero(is_candidate)
-    # The first letters tell nearly all proteins, so that the others need not be looked at.
-    beginnings = tokens[offsets[longer, np.newaxis] + np.arange(_COMPARED_AT_ONCE)]
-    is_candidate[longer] = _IS_LETTER[beginnings].all(axis=1)
+    for place in range(MIN_LENGTH):
+        longer = longer[_IS_LETTER[tokens[offsets[longer] + place]]]
+    is_candidate[:] = False
+    is_candidate[longer] = True
     if _MARK in descriptions.text.tobytes():
         is_candidate |= np.array([_MARK in description for description in descriptions.encoded()], dtype=bool)
     chosen = [

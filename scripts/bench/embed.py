@@ -53,7 +53,8 @@ from scripts.measuring import SAMPLE, can_measure_memory, using_threads
 
 MODELS = {
     "exact": (EXACT, ESM_PEER), "half": (EXACT_HALF, ESM_PEER, HALF_PEER), "padded": (EXACT, PADDED_PEER),
-    "extract": (EXACT, FAIR_PEER), "favor": (FAVOR, ESM_PEER), "long": (), "memory": (), "pipeline": (), "growth": (), "load": (ESM_PEER,),
+    "extract": (EXACT, FAIR_PEER), "favor": (FAVOR, ESM_PEER),
+    "long": (), "memory": (), "pipeline": (), "growth": (), "load": (ESM_PEER,),
 }  # fmt: skip
 """The measurements, and the models that each compares."""
 

@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -78,6 +79,18 @@ def draw(plot: Callable[["Figure"], None], label: str, *, height: float = 2.8, w
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _page_svg(buffer.getvalue(), label)
+
+
+def load_early() -> None:
+    """Begins to load what `draw` needs, beside other work; not where processes may be forked meanwhile."""
+    threading.Thread(target=_load_svg, name="load matplotlib", daemon=True).start()
+
+
+def _load_svg() -> None:
+    # What cannot be loaded is told by whoever draws.
+    with contextlib.suppress(Exception), quiet_matplotlib():
+        _import_matplotlib()
+        import matplotlib.backends.backend_svg  # noqa: F401
 
 
 PICTURE_MARK = "protlm"

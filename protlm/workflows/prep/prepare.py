@@ -18,6 +18,7 @@ from protlm.runtime import work_folder
 from protlm.runtime.progress import StartProgress, no_progress, tell_nobody
 from protlm.runtime.workers import Workers, connected, open_workers
 from protlm.workflows.inspect import DatasetSummary, summarise
+from protlm.workflows.pages import figures
 from protlm.workflows.prep import mmseqs
 from protlm.workflows.prep.building import Outcome, build_dataset
 from protlm.workflows.prep.estimate import PrepEstimate, estimate
@@ -151,6 +152,8 @@ def prepare(
         ):
             if request.part is not None:
                 return _read_part(folder, work, workers, request.part, start_progress)
+            if workers.are_here:
+                figures.load_early()
             if not request.merge:
                 _read(folder, work, workers, range(len(inputs.files)), start_progress)
             outcome = build_dataset(
