@@ -25,6 +25,11 @@ class Inputs:
     projection: Tensor
     out_grad: Tensor
 
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """Returns the same in another number type."""
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in self.qkv)
+        return Inputs((q, k, v), self.projection.to(dtype), self.out_grad.to(dtype))
+
     def forward(self, attention: Attention) -> Tensor:
         """Returns the output."""
         return attention(*self.qkv, self.projection)

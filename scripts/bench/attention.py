@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from protlm.ops import backends
-from scripts.attention_calls import Attention
+from protlm.runtime.devices import has_half_precision_units
+from scripts.attention_calls import Attention, exact
 from scripts.bench import attention_figures as figures
 from scripts.bench import attention_measurements as measurements
 from scripts.bench import harness
@@ -34,7 +35,7 @@ from scripts.bench.attention_implementations import (
 from scripts.bench.models import why_missing
 from scripts.measuring import can_measure_memory, using_threads
 
-MEASUREMENTS = ("speed", "malloc", "threads", "memory", "slope", "packed")
+MEASUREMENTS = ("speed", "half", "malloc", "threads", "memory", "slope", "packed")
 
 
 def obstacles(arguments: argparse.Namespace, name: str) -> Iterator[str]:
@@ -43,6 +44,8 @@ def obstacles(arguments: argparse.Namespace, name: str) -> Iterator[str]:
         yield "it needs performer-pytorch"
     if name == "threads" and arguments.threads < 2:
         yield "it needs --threads of at least 2"
+    if name == "half" and not has_half_precision_units("bf16"):
+        yield "it needs a processor with units for bfloat16"
     if name == "memory" and not can_measure_memory():
         yield harness.NEEDS_LINUX
 
@@ -53,6 +56,9 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], functions: dic
     measured: dict[str, Any] = {}
     if "speed" in wanted:
         measured["speed"] = measurements.speed(functions, arguments.lengths, repeats)
+    if "half" in wanted:
+        lengths = [length for length in arguments.lengths if length <= measurements.PEER_MAX_LENGTH]
+        measured["half"] = {length: measurements.half(favor, exact, length, repeats) for length in lengths}
     if "malloc" in wanted:
         names, length = ("favor", "favor relu", SOFTMAX_PEER, RELU_PEER), arguments.malloc_length
         measured["malloc"] = {"length": length, "times": measurements.tuned_malloc(names, length, repeats)}

@@ -9,7 +9,7 @@ import torch
 
 from scripts.attention_calls import BOTH, FEATURES, FORWARD, HEAD_DIM, HEADS
 from scripts.bench.attention_implementations import COMPILED, GEMM, GEMM_SIZE, OURS, RELU_PEER, SOFTMAX_PEER
-from scripts.bench.attention_measurements import LONG_ROWS, PACKED, UNPACKED
+from scripts.bench.attention_measurements import EXACT_HALF, FAVOR, FAVOR_HALF, LONG_ROWS, PACKED, UNPACKED
 from scripts.bench.harness import Figure, ratio
 from scripts.measuring import MEBIBYTE, PAGE_BYTES, Times
 from scripts.report.approximation import log_log_slope
@@ -36,6 +36,9 @@ def figures(measured: Mapping[str, Any]) -> list[Figure]:
     for length, times in measured.get("speed", {}).items():
         rows += _against_peers(times, f"L {length}", "")
         rows += _shares(times, length)
+    for length, times in measured.get("half", {}).items():
+        for name, above in ((f"{FAVOR} / {FAVOR_HALF}", FAVOR), (f"{EXACT_HALF} / {FAVOR_HALF}", EXACT_HALF)):
+            rows += _ratios(name, f"L {length}", times, above, FAVOR_HALF)
     if malloc := measured.get("malloc"):
         rows += _against_peers(malloc["times"], f"L {malloc['length']}", ", tuned malloc")
     if threads := measured.get("threads"):

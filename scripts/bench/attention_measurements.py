@@ -19,6 +19,8 @@ PEER_MAX_LENGTH = 8192
 LONG_ROWS = ("favor", "favor relu")
 NUM_PACKED_ROWS = 4
 PACKED, UNPACKED = "packed", "one segment"
+FAVOR = "favor"
+FAVOR_HALF, EXACT_HALF = "favor, bfloat16", "exact (SDPA), bfloat16"
 
 
 def speed(functions: Mapping[str, Attention], lengths: Sequence[int], repeats: int) -> dict[int, Times]:
@@ -32,6 +34,14 @@ def speed(functions: Mapping[str, Attention], lengths: Sequence[int], repeats: i
         calls = {name: partial(both_passes, functions[name], inputs) for name in names}
         times[length] = take_turns({GEMM: gemm(), **calls}, repeats)
     return times
+
+
+def half(favor: Attention, exact: Attention, length: int, repeats: int) -> Times:
+    """Returns the times of FAVOR in float32, and in bfloat16 beside exact attention."""
+    full = draw_inputs(length)
+    short = full.to(torch.bfloat16)
+    calls = {FAVOR: (favor, full), FAVOR_HALF: (favor, short), EXACT_HALF: (exact, short)}
+    return take_turns({name: partial(both_passes, *call) for name, call in calls.items()}, repeats)
 
 
 def threads(attention: Attention, length: int, counts: Sequence[int], repeats: int) -> Times:
