@@ -1,7 +1,7 @@
 """Measures how far half precision moves the embeddings and the predictions of a model: the table of embeddings.md.
 
-On a CPU, and the same there whether it has units for half precision or not: what is rounded is the same, and only the
-order of sums differs. A GPU also computes FAVOR and local attention in half precision, which a CPU does in float32.
+On a GPU, and on a CPU with units for bfloat16, attention too computes in half precision; on other CPUs in float32 from
+rounded q, k and v.
 """
 
 import argparse
