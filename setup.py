@@ -35,7 +35,7 @@ class BuildSourceBySource(build_ext):
         special = [source for source in ext.sources if Path(source).name in _INSTRUCTION_SETS]
         ext.sources = [source for source in ext.sources if source not in special]
         of_bfloat16 = [source for source in special if Path(source).name in _OF_BFLOAT16]
-        for source in set(special).difference(of_bfloat16):
+        for source in [source for source in special if source not in of_bfloat16]:
             ext.extra_objects += self._compiled(ext, source)
         try:
             ext.extra_objects += [made for source in of_bfloat16 for made in self._compiled(ext, source)]

@@ -8,7 +8,6 @@ its card and the tables of the page.
 import argparse
 import csv
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -71,7 +70,6 @@ not been measured.
 
 Weights (xxh3-128): `{hash}`. How it was made: docs/starter.md and scripts/starter.py.
 """
-_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def make_sets(arguments: argparse.Namespace) -> None:
@@ -181,9 +179,10 @@ def demands(results: Mapping[str, Any]) -> dict[str, bool]:
 
 def write_page(results: Mapping[str, Any]) -> None:
     """Writes the tables of the page, and the card of the model."""
+    from scripts.report.page import filled
+
     tables = {"scores": scores_table(results), "probe": probe_table(results), "training": training_line(results)}
-    text = PAGE.read_text(encoding="utf-8")
-    text = _BLOCK.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n", text)
+    text = filled(PAGE.read_text(encoding="utf-8"), tables.__getitem__)
     files.write_each_whole(PAGE.parent, {PAGE.name: text})
     (STARTER / "README.md").write_text(card(results, tables), encoding="utf-8")
 

@@ -1,6 +1,5 @@
 """The tables and curves of paper_table.md: hides the marks that a table stands between."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from protlm.inference.metrics import Estimate, estimate
 from protlm.workflows.pages.figures import quiet_matplotlib
 from scripts.paper.plan import KINDS, TASKS, Direction, planned_runs, sweep
 from scripts.paper.runs import SPLITS
-from scripts.report.page import table
+from scripts.report.page import filled, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +21,6 @@ Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 """The content of the files of the runs, by the names of the runs."""
 
-_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _BASELINE_TITLES = {
     "empirical": "baseline: residue frequencies", "markov": "baseline: Markov, residues before",
     "two_sided": "baseline: Markov, both sides",
@@ -185,15 +183,15 @@ def with_tables(text: str, results: Results) -> str:
         ProtlmError: A mark of a table that there is not.
     """
 
-    def replaced(match: re.Match[str]) -> str:
-        if match[2] not in TABLES:
-            raise ProtlmError(f"<!-- table: {match[2]} -->: expected one of {', '.join(TABLES)}")
-        picture, task = "", match[2].removesuffix("-time")
-        if task in tasks_with_runs(results):
-            picture = f"![Curves: {TASKS[task].title}](paper_table/{task}.png)\n\n"
-        return f"{match[1]}\n{TABLES[match[2]](results)}\n\n{picture}"
+    def content(name: str) -> str:
+        if name not in TABLES:
+            raise ProtlmError(f"<!-- table: {name} -->: expected one of {', '.join(TABLES)}")
+        task = name.removesuffix("-time")
+        if task not in tasks_with_runs(results):
+            return TABLES[name](results)
+        return f"{TABLES[name](results)}\n\n![Curves: {TASKS[task].title}](paper_table/{task}.png)"
 
-    return _BLOCK.sub(replaced, text)
+    return filled(text, content)
 
 
 def tasks_with_runs(results: Results) -> list[str]:

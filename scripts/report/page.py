@@ -1,10 +1,13 @@
 """The report as a folder: how tables and the page are written."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 @dataclass
@@ -34,6 +37,11 @@ class Section:
     def verdict(self) -> str:
         """One word for the summary."""
         return "reported" if self.passed is None else "pass" if self.passed else "FAIL"
+
+
+def filled(text: str, content: Callable[[str], str]) -> str:
+    """Returns a page with what stands between its marks `<!-- table: NAME -->` and `<!-- end -->` made anew by name."""
+    return _MARKED.sub(lambda match: f"{match[1]}\n{content(match[2])}\n\n", text)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
