@@ -300,10 +300,10 @@ class SelfAttention(nn.Module):
         self, projected: tuple[Tensor, ...], segments: Segments, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Returns the heads of q, k and v after the convolution, each in one pass; None where the kernel cannot."""
-        lengths = self._lengths()
         is_possible = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if self.convolution is None or not is_possible:
             return None
+        lengths = self._lengths()
         q, k, v = heads = self._heads(*projected)
         if not all(heads_cpp.covers(x, lengths, *(rotary or ()), self.convolution.weight) for x in heads):
             return None

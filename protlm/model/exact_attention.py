@@ -19,6 +19,7 @@ from protlm.ops.inputs import LocalInputs
 
 _HALF = (torch.bfloat16, torch.float16)
 _MOST_FLASH_DIM = 256
+_LONGEST_TRAINED = 16_384
 
 
 def softmax_attention(
@@ -52,8 +53,12 @@ def softmax_attention(
         length = q.shape[2]
         if local_triton.covers(LocalInputs(q, k, v, None, segments.cu_seqlens, length, 0 if causal else length)):
             return local_attention(q, k, v, window=length, cu_seqlens=segments.cu_seqlens, causal=causal)
-    if q.device.type == "cpu" and local_bias is None and local_cpp.is_fastest_exact(v.dtype):
-        return local_attention(q, k, v, window=max(q.shape[2], 1), cu_seqlens=segments.cu_seqlens, causal=causal)
+    if q.device.type == "cpu" and local_bias is None and not torch.compiler.is_compiling():
+        longest = max(1, int(segments.cu_seqlens.diff().max()))
+        # The backward keeps all keys and values of a segment for each thread.
+        is_moderate = longest <= _LONGEST_TRAINED or not torch.is_grad_enabled()
+        if is_moderate and local_cpp.is_fastest_exact(v.dtype):
+            return local_attention(q, k, v, window=longest, cu_seqlens=segments.cu_seqlens, causal=causal)
     return _one_by_one(q, k, v, segments, causal, local_bias, window)
 
 

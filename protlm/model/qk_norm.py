@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from protlm.model.positions import rotate
 from protlm.ops import heads_cpp
@@ -36,7 +35,7 @@ def prepare(
     if torch.compiler.is_compiling() or not heads_cpp.covers(x, lengths, *(rotary or ())):
         x = x if lengths is None else normalise(x, lengths)
         return x if rotary is None else rotate(x, *rotary)
-    result: Tensor = _Prepare.apply(x, lengths, *(rotary or (None, None)))  # type: ignore[no-untyped-call]
+    result: Tensor = _Prepare.apply(x, lengths, *(rotary or (None, None)))[0]  # type: ignore[no-untyped-call]
     return result
 
 
@@ -62,16 +61,42 @@ class _Prepare(torch.autograd.Function):
     """The kernel and its gradients, for which only its result is kept, which attention keeps anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: Tensor | None, cosines: Tensor | None, sines: Tensor | None) -> Tensor:
-        norms = x.new_empty(x.shape[:2], dtype=torch.float32) if any(ctx.needs_input_grad) else None
+    def forward(
+        x: Tensor, lengths: Tensor | None, cosines: Tensor | None, sines: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        norms = x.new_empty(x.shape[:2], dtype=torch.float32)
         rotary = None if cosines is None or sines is None else (cosines, sines)
-        out = heads_cpp.forward(x, lengths, rotary, norms=norms)
-        ctx.save_for_backward(out, lengths, cosines, sines, norms)
-        return out
+        return heads_cpp.forward(x, lengths, rotary, norms=norms), norms
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        out, lengths, cosines, sines, norms = ctx.saved_tensors
-        rotary = None if cosines is None else (cosines, sines)
-        return *heads_cpp.backward(grad, out, lengths, rotary, norms), None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, lengths, cosines, sines = inputs
+        out, norms = output
+        ctx.mark_non_differentiable(norms)
+        ctx.save_for_backward(out, lengths, cosines, sines, norms)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _norms: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
+        # In a function of its own, which gets plain tensors under torch.func too.
+        x_grad, lengths_grad = _PrepareGradients.apply(grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return x_grad, None if ctx.saved_tensors[1] is None else lengths_grad, None, None
+
+
+class _PrepareGradients(torch.autograd.Function):
+    """The gradients of the kernel, which have none themselves; that of the lengths is empty without lengths."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, out: Tensor, lengths: Tensor | None, cosines: Tensor | None, sines: Tensor | None, norms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rotary = None if cosines is None or sines is None else (cosines, sines)
+        x_grad, lengths_grad = heads_cpp.backward(grad, out, lengths, rotary, norms)
+        return x_grad, norms.new_empty(0) if lengths_grad is None else lengths_grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("lengths and rotations of q and k have first derivatives only, got a second derivative")

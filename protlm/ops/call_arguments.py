@@ -73,7 +73,7 @@ class CallArguments:
         functions = compiled.functions(op, compiled.kernel_of(self._dtype))
         # Of this type whatever the default of the program is.
         holder.workspace = self.pointer(
-            torch.empty(functions["workspace"](ctypes.byref(argument)), dtype=torch.float32)
+            torch.empty(functions["workspace"](ctypes.byref(argument)), dtype=torch.float32, device="cpu")
         )
         functions[task](ctypes.byref(argument))
 
@@ -96,7 +96,7 @@ class CallArguments:
         """Returns the rows for the kernel, and the factor by which it multiplies them."""
         projection, head_dim = self._inputs.projection, self._inputs.q.shape[-1]
         if projection is None:
-            return torch.eye(head_dim, dtype=torch.float32), 1.0
+            return torch.eye(head_dim, dtype=torch.float32, device="cpu"), 1.0
         # Rounded once to the type of q, as in every backend.
         rows = self._inputs.map_definition.rescaled(projection.float()).to(self._inputs.q.dtype)
         return rows.float().contiguous(), head_dim**-0.25

@@ -52,7 +52,6 @@ def forward(
     *,
     neighbours: Neighbours | None = None,
     norms: Float[Tensor, "length heads"] | None = None,
-    out: Float[Tensor, "length heads head_dim"] | None = None,
 ) -> Float[Tensor, "length heads head_dim"]:
     """Returns the prepared vectors, in the dtype of x.
 
@@ -62,9 +61,8 @@ def forward(
         rotary: The cosines and sines of rotary positions; the two halves of each are equal.
         neighbours: The convolution that comes first.
         norms: Where to write the norms before rescaling.
-        out: Where to write the result, with contiguous heads; None: to a new tensor.
     """
-    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    out = x.new_empty(x.shape)
     call = _Call(x, out, lengths, rotary)
     if norms is not None:
         call.structure.norms = norms.data_ptr()
@@ -83,13 +81,13 @@ def backward(
 ) -> tuple[Float[Tensor, "length heads head_dim"], Float[Tensor, " heads"] | None]:
     """Returns the gradients of x and of the lengths from that of `out`, what `forward` returned without neighbours."""
     grad, out = _with_heads(grad), _with_heads(out)
-    x_grad = torch.empty(out.shape, dtype=out.dtype)
+    x_grad = out.new_empty(out.shape)
     call = _Call(x_grad, out, lengths, rotary)
     call.structure.grad, call.structure.grad_stride = grad.data_ptr(), grad.stride(0)
     call.structure.x_grad = x_grad.data_ptr()
     partial = None
     if lengths is not None and norms is not None:
-        partial = torch.empty((-(-len(out) // _BLOCK_TOKENS), len(lengths)), dtype=torch.float32)
+        partial = norms.new_empty((-(-len(out) // _BLOCK_TOKENS), len(lengths)))
         call.structure.norms, call.structure.length_grads = norms.data_ptr(), partial.data_ptr()
     call.run("backward")
     return x_grad, None if partial is None else partial.sum(0)

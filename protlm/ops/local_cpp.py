@@ -31,7 +31,7 @@ def is_fastest_exact(dtype: torch.dtype) -> bool:
 
 
 def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output, and for the backward the largest score of each query, to base 2, and one by the sum."""
+    """Returns the output, and for the backward what each query's weights are relative to, and one by their sum."""
     is_bfloat16 = inputs.q.dtype == torch.bfloat16 and bool(compiled.best_half_kernel())
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     out = result_like(inputs.v, dtype=dtype)
@@ -83,10 +83,11 @@ def _run(
         factors=factors.data_ptr(),
         result_bytes=inputs.q.numel() * dtype.itemsize,
         num_threads=torch.get_num_threads(),
+        is_backward=task == "backward",
         **{name: strided(x) for name, x in ({"q": inputs.q, "k": inputs.k, "v": inputs.v} | tensors).items()},
     )
     functions = compiled.functions("local", compiled.kernel_of(dtype))
-    workspace = torch.empty(functions["workspace"](ctypes.byref(call)), dtype=torch.float32)
+    workspace = torch.empty(functions["workspace"](ctypes.byref(call)), dtype=torch.float32, device="cpu")
     call.workspace = workspace.data_ptr()
     functions[task](ctypes.byref(call))
 

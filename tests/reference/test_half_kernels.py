@@ -23,8 +23,6 @@ LAYOUTS = {
     "narrow": {"length": 63, "head_dim": 1, "num_features": 1},
     "many features": {"length": 70, "head_dim": 8, "num_features": 1000},
 }
-# Of scores of 24 and more to base 2, the relative error of bfloat16 times the score is that of its weight.
-LOCAL_TOLERANCE = TOLERANCE[HALF]
 
 
 @pytest.fixture(params=["amx", "avx512bf16"], autouse=True)
@@ -94,6 +92,14 @@ def test_company_in_a_row_changes_no_bit():
             assert torch.equal(alone, packed[:, :, start:stop])
 
 
+@pytest.mark.parametrize("feature_map", maps_on("cpp"))
+def test_weights_sum_to_one(feature_map):
+    q, k, _, _, projection, options = draw(Case(length=300, head_dim=64, feature_map=feature_map, num_features=8), HALF)
+    ones = torch.ones_like(q)
+    assert torch.equal(favor_attention(q, k, ones, projection, backend="cpp", **options), ones)
+    assert torch.equal(local_attention(q, k, ones, window=300), ones)
+
+
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 32, 40, 64, 128, 200])
 @pytest.mark.parametrize("causal", [False, True], ids=["both sides", "causal"])
 @pytest.mark.parametrize("window", [1, 31, 32, 100, 1000])
@@ -102,7 +108,7 @@ def test_exact_attention_equals_the_float64_twin(head_dim, causal, window):
     cu_seqlens = bounds([130, 1, 0, 169])
     options = {"window": window, "cu_seqlens": cu_seqlens, "causal": causal}
     expected = reference.softmax_attention(q.double(), k.double(), v.double(), **options)
-    assert relative_error(local_attention(q, k, v, **options), expected) < LOCAL_TOLERANCE
+    assert relative_error(local_attention(q, k, v, **options), expected) < TOLERANCE[HALF]
 
 
 def test_gradients_of_exact_attention_are_those_of_the_float64_twin():
@@ -113,7 +119,7 @@ def test_gradients_of_exact_attention_are_those_of_the_float64_twin():
     expected = torch.autograd.grad(reference.softmax_attention(*doubles, window=200), doubles, grad.double())
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == HALF
-        assert relative_error(a, b) < LOCAL_TOLERANCE
+        assert relative_error(a, b) < TOLERANCE[HALF]
 
 
 @pytest.mark.parametrize("change", [1.5, -1e30])
@@ -155,7 +161,7 @@ def test_equal_keys_share_a_weight_at_scores_of_any_size():
         q = drawn(1, 64)[0].expand(-1, -1, 100, -1) * size
         v = drawn(100, 64)[2]
         mean = v.double().mean(2, keepdim=True).expand_as(v)
-        assert relative_error(local_attention(q, q, v, window=100), mean) < LOCAL_TOLERANCE
+        assert relative_error(local_attention(q, q, v, window=100), mean) < TOLERANCE[HALF]
 
 
 def test_padding_of_any_size_changes_no_bit():

@@ -209,6 +209,22 @@ def test_equal_keys_share_a_weight_at_scores_of_any_size(factor, backend):
     assert relative_error(actual, expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_far_below_all_others_have_the_weights_that_they_have_among_themselves(dtype, backend):
+    # Scores of about -4e30, in a panel that is not full.
+    q, k, v, _ = (x.to(dtype) for x in draw(1, 200, torch.float32, head_dim=16))
+    q, k = torch.full_like(q, 1e14), -1e16 * (1 + 0.5 * (torch.arange(200) % 2)).to(dtype).view(-1, 1).expand_as(k)
+    out = local_attention(q, k, v, window=200, backend=backend)
+    expected = reference.softmax_attention(q.double(), k.double(), v.double(), window=200)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+def test_the_backward_of_vectors_of_no_numbers_has_its_own_memory():
+    q = torch.zeros(1, 1, 5000, 0, requires_grad=True)
+    (grad,) = torch.autograd.grad(local_attention(q, q, q, window=3000).sum(), q)
+    assert grad.shape == q.shape
+
+
 def test_a_window_of_any_size_costs_no_more_than_the_row():
     q, k, v, _ = draw(1, 5)
     whole = local_attention(q, k, v, window=5)

@@ -1,6 +1,7 @@
 // The arguments of one call of an op, as favor_cpp.py, near_far_cpp.py, local_cpp.py and heads_cpp.py pass them: plain structures of pointers, strides and counts.
 //
-// Every size is in floats or in counts. The caller owns all memory; results of tokens that no unit names are not written.
+// Strides count elements, all other sizes floats or what they are of. The caller owns all memory; results of tokens that
+// no unit names are not written.
 
 #pragma once
 
@@ -8,7 +9,7 @@
 
 extern "C" {
 
-// A float32 tensor (batch, heads, tokens, head_dim) whose last axis is contiguous.
+// A tensor (batch, heads, tokens, head_dim) whose last axis is contiguous; of bfloat16 for the kernels of that.
 struct FavorTensor {
     float* data;
     std::int64_t batch_stride, head_stride, token_stride;
@@ -71,11 +72,13 @@ struct LocalCall {
     const LocalUnit* units;
     std::int64_t num_units, longest_unit;
     FavorTensor q, k, v, out;
-    float *maxima, *factors;    // (batch, heads, tokens): the largest score, to base 2; one by the sum of weights
+    // (batch, heads, tokens): the score that weights are relative to, to base 2, which is the largest or not far below it;
+    // one by the sum of weights.
+    float *maxima, *factors;
     std::int64_t result_bytes;  // of `out` and of each gradient that is written
     FavorTensor out_grad, q_grad, k_grad, v_grad;
     float* workspace;
-    std::int64_t num_threads;
+    std::int64_t num_threads, is_backward;
 };
 
 // Consecutive blocks of one segment, which one thread processes at a time.

@@ -28,7 +28,7 @@ void protlm_favor_avx512_key_gradients(const FavorCall* call) { run(*call, Task:
 
 #if defined(__AVX512F__)
 std::int64_t protlm_local_avx512_workspace(const LocalCall* call) {
-    return call->out_grad.data ? local_workspace(*call) : row_local_workspace<float>(*call);
+    return call->is_backward ? local_workspace(*call) : row_local_workspace<float>(*call);
 }
 void protlm_local_avx512_forward(const LocalCall* call) { run_row_local<float>(*call); }
 #else

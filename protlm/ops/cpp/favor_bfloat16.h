@@ -38,7 +38,8 @@ struct HalfScratch {
     RowScratch<Half> of_rows;
     Half *rows, *columns, *values;  // of kBlockKeys keys, or of kUnitRows queries
     Half* state_values;
-    float *biases, *weights;     // of keys, or of features
+    float *biases, *sums;        // of keys, or of features
+    Half* weights;               // the sums, rounded as the values are that they divide
     float *state, *reading;      // of all features; of kUnitRows queries
     float* end;
 
@@ -47,7 +48,7 @@ struct HalfScratch {
         : of_rows(take), rows(take_elements<Half>(take, kBlockKeys * sizes.inner)),
           columns(take_elements<Half>(take, kBlockKeys * sizes.inner)), values(take_elements<Half>(take, kBlockKeys * sizes.columns)),
           state_values(take_elements<Half>(take, sizes.padded_features * sizes.columns)), biases(take(longest(sizes))),
-          weights(take(longest(sizes))), state(take(sizes.state_floats())),
+          sums(take(longest(sizes))), weights(take_elements<Half>(take, longest(sizes))), state(take(sizes.state_floats())),
           reading(take(kUnitRows * RowSums::floats(sizes.columns))), end(take(0)) {}
 
     static HalfScratch at(float* memory, const HalfSizes& sizes) {
@@ -144,8 +145,9 @@ struct HalfWork {
         gather_halves(tokens, tokens.call.k, first, count, whole, inner, scratch.rows);
         for (Index t = 0; t < whole; ++t) {
             scratch.biases[t] = t < count ? -norm_scale * square_of(scratch.rows + t * inner, inner) : kNoKey;
-            scratch.weights[t] = t < count ? 1.0f : 0.0f;
+            scratch.sums[t] = t < count ? 1.0f : 0.0f;
         }
+        store_columns(scratch.weights, scratch.sums, whole);
         pack_as_columns(scratch.rows, whole, inner, scratch.columns);
         gather_halves(tokens, tokens.call.v, first, count, whole, inner, scratch.rows);
         pack_as_inner(scratch.rows, inner, whole, columns, scratch.values);
@@ -188,8 +190,9 @@ struct HalfWork {
             scratch.biases[j] = !kExponential || !is_real
                                     ? kNoKey
                                     : state.references[j] + feature_constant(tokens, projection.squares, a, j);
-            scratch.weights[j] = is_real ? state.totals[j * kPanelColumns] : 0.0f;
+            scratch.sums[j] = is_real ? state.totals[j * kPanelColumns] : 0.0f;
         }
+        store_columns(scratch.weights, scratch.sums, padded);
         pack_rounded_as_inner(state.values, columns, padded, columns, scratch.state_values);
         const PackedKeys<Half> features{projection.columns, scratch.state_values, padded * kPanelColumns, scratch.biases, scratch.weights, padded};
         const RowSums sums = RowSums::in(scratch.reading, kUnitRows, columns);

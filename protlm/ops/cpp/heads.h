@@ -16,7 +16,7 @@
 namespace PROTLM_NAMESPACE {
 
 // Tokens of a block; the sums of a block are added in their order, whatever the number of threads.
-constexpr Index kHeadsTokens = 64;  // heads_cpp.BLOCK_TOKENS
+constexpr Index kHeadsTokens = 64;  // heads_cpp._BLOCK_TOKENS
 constexpr Index kLargestHead = 512;  // heads_cpp._LARGEST_HEAD
 constexpr float kSmallestNorm = 1e-12f;  // qk_norm._SMALLEST_NORM
 

@@ -72,7 +72,7 @@ struct RowLocalWork {
         pack_as_columns(scratch.rows, whole, inner, scratch.columns);
         gather(call.v, from, count, whole, scratch.rows);
         pack_as_inner(scratch.rows, inner, whole, columns, scratch.values);
-        return {scratch.columns, scratch.values, whole * kPanelColumns, scratch.biases, scratch.biases, whole};
+        return {scratch.columns, scratch.values, whole * kPanelColumns, scratch.biases, nullptr, whole};
     }
 
     void forward() const {

@@ -137,6 +137,13 @@ PROTLM_INLINE __m512 store_weights(Half* to, __m512 left, __m512 right) {
     return _mm512_add_ps(_mm512_castsi512_ps(odd), _mm512_castsi512_ps(even));
 }
 
+// Adds the products of 32 numbers, in parts.
+PROTLM_INLINE __m512 add_products(__m512 sums, const Half* a, const Half* b) {
+    __m512bh left, right;
+    std::memcpy(&left, a, sizeof left), std::memcpy(&right, b, sizeof right);
+    return _mm512_dpbf16_ps(sums, left, right);
+}
+
 // The same of numbers that are rounded; before that they are multiplied by a factor.
 inline void store_scaled(Half* to, const float* from, float factor, Index count) {
     for (Index i = 0; i < count; i += 16) {

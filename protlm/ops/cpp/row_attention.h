@@ -13,7 +13,7 @@ namespace PROTLM_NAMESPACE {
 // Keys whose weights are computed together: with those of kUnitRows rows they stay in the first-level cache.
 constexpr Index kBlockKeys = 128;
 // Added to the exponent of what only fills a panel up.
-constexpr float kNoKey = -1e30f;
+constexpr float kNoKey = -3.0e38f;
 // The most by which an exponent may exceed the reference of its row.
 constexpr float kLargestRise = 24.0f;
 
@@ -45,8 +45,8 @@ template <class T>
 struct PackedKeys {
     const T *columns, *values;
     Index values_stride;   // of panels
-    const float *biases;   // added to exponents
-    const float *weights;  // of ReLU features in the totals
+    const float* biases;   // added to exponents
+    const T* weights;      // of ReLU features in the totals
     Index count;
 
     // The part of it from a multiple of kUnitColumns on.
@@ -103,7 +103,7 @@ struct RowAttention {
     // Adds keys to the sums of rows [kUnitRows][inner].
     void add(const T* rows, const PackedKeys<T>& block, const Band& band, const RowSums& sums) const {
         multiply<false>(rows, inner, block.columns, inner * kPanelColumns, inner, block.count, scratch.scores, kBlockKeys);
-        if (!kExponential)
+        if constexpr (!kExponential)
             for (Index r = 0; r < kUnitRows; ++r) relu_weights(block, sums, r);
         else if (band.hides(block.count))
             for (Index r = 0; r < kUnitRows; ++r) exponential_weights<true>(block, band, sums, r);
@@ -148,6 +148,7 @@ struct RowAttention {
         store16(totals, total);
     }
 
+    // Those of bfloat16 alone.
     PROTLM_INLINE void relu_weights(const PackedKeys<T>& block, const RowSums& sums, Index row) const {
         const float* const scores = scratch.scores + row * kBlockKeys;
         float* const totals = sums.totals + row * kPanelColumns;
@@ -159,10 +160,8 @@ struct RowAttention {
         };
         __m512 total = load16(totals);
         for (Index i = 0; i < block.count; i += 32) {
-            const __m512 left = feature(i), right = feature(i + 16);
-            total = _mm512_fmadd_ps(left, load16(block.weights + i), total);
-            total = _mm512_fmadd_ps(right, load16(block.weights + i + 16), total);
-            store_weights(weights + i, left, right);
+            store_weights(weights + i, feature(i), feature(i + 16));
+            total = add_products(total, weights + i, block.weights + i);
         }
         store16(totals, total);
     }

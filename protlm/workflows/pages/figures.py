@@ -81,9 +81,15 @@ def draw(plot: Callable[["Figure"], None], label: str, *, height: float = 2.8, w
     return _page_svg(buffer.getvalue(), label)
 
 
+_early: list[threading.Thread] = []
+"""The thread that loads matplotlib, until somebody draws."""
+
+
 def load_early() -> None:
     """Begins to load what `draw` needs, beside other work; not where processes may be forked meanwhile."""
-    threading.Thread(target=_load_svg, name="load matplotlib", daemon=True).start()
+    if not _early:
+        _early.append(threading.Thread(target=_load_svg, name="load matplotlib"))
+        _early[0].start()
 
 
 def _load_svg() -> None:
@@ -188,6 +194,8 @@ def quiet_matplotlib() -> Iterator[None]:
 @contextlib.contextmanager
 def _matplotlib_style() -> Iterator[None]:
     """Sets the style, and nothing that a user's matplotlibrc says."""
+    while _early:
+        _early.pop().join()
     with quiet_matplotlib():
         _import_matplotlib()
         import matplotlib as mpl

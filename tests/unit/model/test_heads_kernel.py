@@ -122,6 +122,21 @@ def test_vectors_of_other_layouts_and_none_at_all_are_taken():
     assert empty.shape == (0, 3, 16)
 
 
+def test_functions_of_torch_differentiate_it():
+    x, lengths, _, rotary = row(16)
+    given = torch.func.grad(lambda x: prepare(x, lengths, rotary).square().sum() + prepare(x, None, rotary).sum())(x)
+    leaf = x.clone().requires_grad_()
+    (prepare(leaf, lengths, rotary).square().sum() + prepare(leaf, None, rotary).sum()).backward()
+    assert torch.equal(given, leaf.grad)
+
+
+def test_tensors_of_the_cpu_stay_there_whatever_the_default_device():
+    x, lengths, _, rotary = row(16)
+    expected = prepare(x, lengths, rotary)
+    with torch.device("meta"):
+        assert torch.equal(prepare(x, lengths, rotary), expected)
+
+
 def test_what_the_kernel_does_not_take_is_left_to_torch():
     x, lengths, _, rotary = row(16)
     assert heads_cpp.covers(x, lengths, *rotary)
