@@ -77,9 +77,10 @@ class _Prepare(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _norms: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
+        out, lengths, *others = ctx.saved_tensors
         # In a function of its own, which gets plain tensors under torch.func too.
-        x_grad, lengths_grad = _PrepareGradients.apply(grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return x_grad, None if ctx.saved_tensors[1] is None else lengths_grad, None, None
+        x_grad, lengths_grad = _PrepareGradients.apply(grad, out, lengths, *others)  # type: ignore[no-untyped-call]
+        return x_grad, None if lengths is None else lengths_grad, None, None
 
 
 class _PrepareGradients(torch.autograd.Function):
