@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from protlm.ops import backends, compiled
+from protlm.runtime.devices import has_half_precision_units
 from scripts.attention_calls import BOTH, FEATURES, FORWARD, HEADS
 from scripts.bench import (
     attention,
@@ -36,6 +37,8 @@ def expected_figures():
         "log-log slope of time against length, favor",
         "favor: packed proteins / one row of the same length",
     }
+    if has_half_precision_units("bf16"):
+        figures |= {f"{name} / favor, bfloat16" for name in ("favor", "exact (SDPA), bfloat16")}
     measured_in_memory = ["chunked torch"]
     if HAS_PEER:
         measured_in_memory.append("performer-pytorch softmax")
