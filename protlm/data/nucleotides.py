@@ -54,12 +54,11 @@ def nucleic_acids(tokens: np.ndarray, offsets: np.ndarray, descriptions: Strings
     Returns:
         int64, ascending.
     """
-    is_candidate = np.diff(offsets) >= MIN_LENGTH
     # The first letters tell nearly all proteins: each is looked at where all before it are letters of nucleotides.
-    longer = np.flatnonzero(is_candidate)
+    longer = np.flatnonzero(np.diff(offsets) >= MIN_LENGTH)
     for place in range(MIN_LENGTH):
         longer = longer[_IS_LETTER[tokens[offsets[longer] + place]]]
-    is_candidate[:] = False
+    is_candidate = np.zeros(len(offsets) - 1, dtype=bool)
     is_candidate[longer] = True
     if _MARK in descriptions.text.tobytes():
         is_candidate |= np.array([_MARK in description for description in descriptions.encoded()], dtype=bool)

@@ -24,12 +24,17 @@ def used_precision(wanted: InferencePrecision, *, may_be_half: bool) -> UsedPrec
     if wanted == "auto":
         return "bf16" if may_be_half and device.type == "cuda" and has_half_precision_units("bf16") else "32"
     if wanted != "32" and not has_half_precision_units(wanted):
-        what = "GPU" if device.type == "cuda" else "processor"
-        raise ProtlmError(
-            f"precision {wanted}: as far as PyTorch can tell this {what} has no units for {NAMES[wanted]}, and would "
-            "be slower in it than in float32; take precision 32"
-        )
+        raise ProtlmError(f"precision {wanted}: {emulation(wanted)}")
     return wanted
+
+
+def emulation(precision: UsedPrecision) -> str:
+    """Returns what to say of a half precision that the default device would only emulate."""
+    what = "GPU" if best_device().type == "cuda" else "processor"
+    return (
+        f"as far as PyTorch can tell this {what} has no units for {NAMES[precision]}, and would be slower in it than "
+        "in float32; take precision 32"
+    )
 
 
 def set_precision(model: Performer, precision: UsedPrecision) -> None:

@@ -20,6 +20,7 @@ from protlm.ops.inputs import LocalInputs
 _HALF = (torch.bfloat16, torch.float16)
 _MOST_FLASH_DIM = 256
 _LONGEST_TRAINED = 16_384
+"""Tokens of the longest segment whose backward the compiled kernel computes: each thread holds its keys and values."""
 
 
 def softmax_attention(
@@ -55,7 +56,6 @@ def softmax_attention(
             return local_attention(q, k, v, window=length, cu_seqlens=segments.cu_seqlens, causal=causal)
     if q.device.type == "cpu" and local_bias is None and not torch.compiler.is_compiling():
         longest = max(1, int(segments.cu_seqlens.diff().max()))
-        # The backward keeps all keys and values of a segment for each thread.
         is_moderate = longest <= _LONGEST_TRAINED or not torch.is_grad_enabled()
         if is_moderate and local_cpp.is_fastest_exact(v.dtype):
             return local_attention(q, k, v, window=longest, cu_seqlens=segments.cu_seqlens, causal=causal)

@@ -31,7 +31,10 @@ def is_fastest_exact(dtype: torch.dtype) -> bool:
 
 
 def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output, and for the backward what each query's weights are relative to, and one by their sum."""
+    """Returns the output, and for the backward each query's reference score, to base 2, and its inverse sum of weights.
+
+    The weights of a query are 2 to the power of its scores less the reference, which is the largest or not far below.
+    """
     is_bfloat16 = inputs.q.dtype == torch.bfloat16 and bool(compiled.best_half_kernel())
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     out = result_like(inputs.v, dtype=dtype)

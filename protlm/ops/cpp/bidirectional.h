@@ -463,25 +463,34 @@ struct Work {
     }
 };
 
+// The weights of a feature's means over two sets of keys in that over both.
+struct Shares {
+    float mine, theirs;
+};
+
+// Makes the logarithm of a sum that of it and another one.
+inline Shares merge_references(float& mine, float theirs) {
+    const float larger_one = mine > theirs ? mine : theirs;
+    const float a = std::exp2(mine - larger_one), b = std::exp2(theirs - larger_one), sum = a + b;
+    mine = larger_one + std::log2(sum);
+    return {a / sum, b / sum};
+}
+
 // Adds the keys of a finished state to another one, which may be that of no key.
 template <bool kExponential>
 void merge(const Sizes& sizes, const State& merged, const State& next) {
     const Index padded = sizes.padded_features;
     for (Index j = 0; j < sizes.features; ++j) {
-        float mine = 1.0f, theirs = 1.0f;
+        Shares shares{1.0f, 1.0f};
         if (kExponential) {
-            const float a = merged.references[j], b = next.references[j], larger_one = a > b ? a : b;
-            const float sum = std::exp2(a - larger_one) + std::exp2(b - larger_one);
-            mine = std::exp2(a - larger_one) / sum;
-            theirs = std::exp2(b - larger_one) / sum;
-            merged.references[j] = larger_one + std::log2(sum);
+            shares = merge_references(merged.references[j], next.references[j]);
             merged.sums[j] = 1.0f;
         } else {
             merged.sums[j] += next.sums[j];
         }
         for (Index c = 0; c < sizes.padded_dim; c += kLanes) {
             const Index place = (c / kPanel * padded + j) * kPanel + c % kPanel;
-            store(merged.context + place, load(merged.context + place) * mine + load(next.context + place) * theirs);
+            store(merged.context + place, load(merged.context + place) * shares.mine + load(next.context + place) * shares.theirs);
         }
     }
 }

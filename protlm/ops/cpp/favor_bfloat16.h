@@ -222,18 +222,13 @@ struct HalfWork {
 template <bool kExponential>
 void merge_halves(const HalfSizes& sizes, const RowSums& merged, const RowSums& next) {
     for (Index j = 0; j < sizes.padded_features; ++j) {
-        float mine = 1.0f, theirs = 1.0f;
-        if (kExponential) {
-            const float x = merged.references[j], y = next.references[j], larger_one = x > y ? x : y;
-            const float sum = std::exp2(x - larger_one) + std::exp2(y - larger_one);
-            mine = std::exp2(x - larger_one) / sum;
-            theirs = std::exp2(y - larger_one) / sum;
-            merged.references[j] = larger_one + std::log2(sum);
-        } else {
+        Shares shares{1.0f, 1.0f};
+        if (kExponential)
+            shares = merge_references(merged.references[j], next.references[j]);
+        else
             merged.totals[j * kPanelColumns] += next.totals[j * kPanelColumns];
-        }
         float *const to = merged.values + j * sizes.columns, *const from = next.values + j * sizes.columns;
-        for (Index c = 0; c < sizes.columns; ++c) to[c] = to[c] * mine + from[c] * theirs;
+        for (Index c = 0; c < sizes.columns; ++c) to[c] = to[c] * shares.mine + from[c] * shares.theirs;
     }
 }
 

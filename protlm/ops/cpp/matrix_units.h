@@ -14,10 +14,39 @@ constexpr Index kUnitRows = 32;
 // Columns of a result that are computed together.
 constexpr Index kUnitColumns = 2 * kPanelColumns;
 
+// What one step along the inner axis multiplies and adds in vectors.
+template <class T>
+struct VectorStep;
+
+template <>
+struct VectorStep<float> {
+    using Vector = __m512;
+    static constexpr Index kElements = 1;
+    PROTLM_INLINE static Vector left(const float* element) { return _mm512_set1_ps(*element); }
+    PROTLM_INLINE static Vector right(const float* panel) { return load16(panel); }
+    PROTLM_INLINE static __m512 add(__m512 sums, Vector left, Vector right) { return _mm512_fmadd_ps(left, right, sums); }
+};
+
+#if PROTLM_BFLOAT16
+template <>
+struct VectorStep<Half> {
+    using Vector = __m512bh;
+    static constexpr Index kElements = 2;
+    PROTLM_INLINE static Vector left(const Half* elements) {
+        std::int32_t pair;
+        std::memcpy(&pair, elements, sizeof pair);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    PROTLM_INLINE static Vector right(const Half* panel) { return (__m512bh)_mm512_loadu_si512(panel); }
+    PROTLM_INLINE static __m512 add(__m512 sums, Vector left, Vector right) { return _mm512_dpbf16_ps(sums, left, right); }
+};
+#endif
+
 // Writes, or adds, to kUnitRows rows [stride] the product of rows [row_stride] and one or two panels of columns.
-template <bool kTwo, bool kAdds>
-inline void multiply_panels(const float* rows, Index row_stride, const float* panel, Index panel_stride, Index inner, float* to,
+template <bool kTwo, bool kAdds, class T>
+inline void multiply_panels(const T* rows, Index row_stride, const T* panel, Index panel_stride, Index inner, float* to,
                             Index stride) {
+    using Step = VectorStep<T>;
     // With two panels their sums cover the latency of the multiply-adds.
     constexpr int kChainRows = 8, kPanels = kTwo ? 2 : 1;
     for (Index first = 0; first < kUnitRows; first += kChainRows, rows += kChainRows * row_stride, to += kChainRows * stride) {
@@ -26,13 +55,13 @@ inline void multiply_panels(const float* rows, Index row_stride, const float* pa
         for (int r = 0; r < kChainRows; ++r)
             for (int p = 0; p < kPanels; ++p)
                 sums[r][p] = kAdds ? load16(to + r * stride + p * kPanelColumns) : _mm512_setzero_ps();
-        for (Index i = 0; i < inner; ++i) {
-            __m512 right[kPanels];
-            for (int p = 0; p < kPanels; ++p) right[p] = load16(panel + p * panel_stride + i * kPanelColumns);
+        for (Index i = 0; i < inner; i += Step::kElements) {
+            typename Step::Vector right[kPanels];
+            for (int p = 0; p < kPanels; ++p) right[p] = Step::right(panel + p * panel_stride + i * kPanelColumns);
 #pragma GCC unroll 8
             for (int r = 0; r < kChainRows; ++r) {
-                const __m512 left = _mm512_set1_ps(rows[r * row_stride + i]);
-                for (int p = 0; p < kPanels; ++p) sums[r][p] = _mm512_fmadd_ps(left, right[p], sums[r][p]);
+                const typename Step::Vector left = Step::left(rows + r * row_stride + i);
+                for (int p = 0; p < kPanels; ++p) sums[r][p] = Step::add(sums[r][p], left, right[p]);
             }
         }
 #pragma GCC unroll 8
@@ -83,9 +112,10 @@ PROTLM_INLINE void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
 }
 
+// The same by tiles, which the compiler prefers for bfloat16 to the form for any type.
 template <bool kTwo, bool kAdds>
-inline void multiply_panels(const Half* rows, Index row_stride, const Half* panel, Index panel_stride, Index inner,
-                                   float* to, Index stride) {
+inline void multiply_panels(const Half* rows, Index row_stride, const Half* panel, Index panel_stride, Index inner, float* to,
+                            Index stride) {
     constexpr Index kHalfRows = kUnitRows / 2;
     const Index bytes = stride * sizeof(float);
     float* const lower = to + kHalfRows * stride;
@@ -134,43 +164,12 @@ inline void multiply_short(const Half* rows, Index row_stride, const Half* panel
 
 #else
 
-// Nothing to prepare.
+// Nothing to prepare; with a constructor a variable of it is not unused.
 class Units {
 public:
     Units() {}
 };
 
-#if PROTLM_BFLOAT16
-
-template <bool kTwo, bool kAdds>
-inline void multiply_panels(const Half* rows, Index row_stride, const Half* panel, Index panel_stride, Index inner,
-                                   float* to, Index stride) {
-    constexpr int kChainRows = 8, kPanels = kTwo ? 2 : 1;
-    for (Index first = 0; first < kUnitRows; first += kChainRows, rows += kChainRows * row_stride, to += kChainRows * stride) {
-        __m512 sums[kChainRows][kPanels];
-#pragma GCC unroll 8
-        for (int r = 0; r < kChainRows; ++r)
-            for (int p = 0; p < kPanels; ++p)
-                sums[r][p] = kAdds ? load16(to + r * stride + p * kPanelColumns) : _mm512_setzero_ps();
-        for (Index i = 0; i < inner; i += 2) {
-            __m512bh right[kPanels];
-            for (int p = 0; p < kPanels; ++p)
-                right[p] = (__m512bh)_mm512_loadu_si512(panel + p * panel_stride + i * kPanelColumns);
-#pragma GCC unroll 8
-            for (int r = 0; r < kChainRows; ++r) {
-                std::int32_t pair;
-                std::memcpy(&pair, rows + r * row_stride + i, sizeof pair);
-                const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-                for (int p = 0; p < kPanels; ++p) sums[r][p] = _mm512_dpbf16_ps(sums[r][p], left, right[p]);
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < kChainRows; ++r)
-            for (int p = 0; p < kPanels; ++p) store16(to + r * stride + p * kPanelColumns, sums[r][p]);
-    }
-}
-
-#endif
 #endif
 
 // Writes, or adds, to kUnitRows rows [stride] the product of rows [row_stride] and `columns` columns.

@@ -11,6 +11,7 @@ import torch
 
 from protlm.config import Config
 from protlm.errors import ConfigError, ModelError, RunError
+from protlm.inference.precision import emulation
 from protlm.model.performer import Performer
 from protlm.pretrained.initial_weights import InitialModel, find_initial_model, load_initial_weights
 from protlm.pretrained.model_names import read_named_model
@@ -159,11 +160,7 @@ def build_model(settings: Config, init: InitialModel | None) -> Performer:
 def check_precision(settings: Config) -> None:
     """Raises ConfigError for half precision that this device would only emulate; a dry run may be for another one."""
     if settings.train.precision == "bf16-mixed" and not has_half_precision_units("bf16"):
-        what = "GPU" if best_device().type == "cuda" else "processor"
-        raise ConfigError(
-            f"precision bf16-mixed: as far as PyTorch can tell this {what} has no units for bfloat16, and would be "
-            "slower in it than in float32; take precision 32"
-        )
+        raise ConfigError(f"precision bf16-mixed: {emulation('bf16')}")
 
 
 def _check_gpus(devices: Devices) -> None:
