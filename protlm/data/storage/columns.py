@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -138,13 +139,41 @@ def _attribute(file: h5py.File, name: str) -> Any:
     return None if isinstance(value, str) and len(value) > _MOST_ATTRIBUTE_BYTES else value
 
 
-class ColumnFile:
-    """An open HDF5 file of columns; the mapped columns outlive it."""
+class FileParts:
+    """Reads parts of a file that somebody may cut short meanwhile, which ends a process that reads them from a map.
 
-    def __init__(self, path: Path, file: h5py.File, content: mmap.mmap) -> None:
+    It keeps the file open, and forked processes may share one.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, start: int, num_bytes: int) -> bytes | None:
+        """Returns so many bytes from `start` on, None if the file ends before."""
+        parts = []
+        while num_bytes > 0:
+            # The system reads 2 GiB at most at a time.
+            part = os.pread(self._descriptor, num_bytes, start)
+            if not part:
+                return None
+            parts.append(part)
+            start, num_bytes = start + len(part), num_bytes - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class ColumnFile:
+    """An open HDF5 file of columns; the mapped columns outlive it, and so do its parts."""
+
+    def __init__(self, path: Path, file: h5py.File, raw: BinaryIO, content: mmap.mmap) -> None:
         self.path = path
         self._file = file
+        self._raw = raw
         self._content = content
+
+    def parts(self) -> FileParts:
+        """Returns what reads the bytes of this file without the maps."""
+        return FileParts(self._raw)
 
     def attribute(self, name: str, kind: type[Scalar]) -> Scalar:
         """Returns an attribute of the file as `str` or `int`; raises ShardError if it is missing or of another type."""
@@ -258,7 +287,7 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
     """Opens an HDF5 file to map its columns; HDF5's own handle is closed at the end, and only the maps stay.
 
     Maps are shared and read-only, so a forked worker may use those of its parent; each file costs one map and, before
-    Python 3.13, one file descriptor.
+    Python 3.13, one file descriptor, and its parts another one.
 
     Raises:
         ShardError: The file is missing, is no HDF5 file, or is damaged.
@@ -273,8 +302,8 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
         # Mapped first: what has no bytes to map, as files of /proc, is not given to HDF5.
         with raw:
             content = _map_file(raw)
-        with open_hdf5(path, "r") as file:
-            yield ColumnFile(path, file, content)
+            with open_hdf5(path, "r") as file:
+                yield ColumnFile(path, file, raw, content)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             raise

@@ -92,20 +92,11 @@ class Split:
         return lengths
 
     def tokens(self, index: int | np.integer) -> np.ndarray:
-        """Returns the residue tokens of a record, read-only uint8 of shape (num_residues,).
-
-        They are a copy, made right after the check: a shard that is cut short while somebody still holds a view of it
-        would end the process.
-        """
+        """Returns the residue tokens of a record, read-only uint8 of shape (num_residues,)."""
         if not 0 <= index < self.num_records:
             raise IndexError(f"index: expected 0 to {self.num_records - 1}, got {index}")
         number = bisect_right(self._starts, index) - 1
-        shard = self.shard(number)
-        offsets = shard.offsets
-        start = index - self._starts[number]
-        tokens: np.ndarray = shard.tokens[offsets[start] : offsets[start + 1]].copy()
-        tokens.flags.writeable = False
-        return tokens
+        return self.shard(number).record_tokens(int(index) - self._starts[number])
 
     def checked_tokens(self, index: int | np.integer) -> np.ndarray:
         """Returns `tokens` for a use that does not check itself that all of them stand for residues.

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ OPTIONAL_COLUMNS = (
 """After the tokens, the required columns and then these are written and hashed in order."""
 
 _BATCH_BYTES = 1 << 20
+_BOUNDS = struct.Struct("=qq")
+"""Two consecutive values of the column `offsets`."""
 _OPEN_SHARDS = 2
 """Shards that `LazyShards` keeps open."""
 
@@ -180,6 +183,8 @@ class ShardReader:
             file.check_size("tokens", self.tokens, self.num_residues)
             file.check_size("offsets", self.offsets, self.num_records + 1)
             file.check_offsets("offsets", self.offsets, self.num_residues, rising=True)
+            self._parts = file.parts()
+            self._tokens_place, self._offsets_place = file.place("tokens") or 0, file.place("offsets") or 0
             self.ids = file.strings("ids")
             self.descriptions = file.strings("descriptions")
             file.check_size("ids", self.ids, self.num_records)
@@ -191,6 +196,28 @@ class ShardReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.path,)
+
+    def record_tokens(self, record: int) -> np.ndarray:
+        """Returns the residue tokens of a record, read-only uint8 of shape (num_residues,), read from the file.
+
+        Records are read one after the other while a run lasts, so there is always one at hand when the file is cut
+        short. Tokens from the map would then end the process, now or later.
+
+        Raises:
+            ShardError: The file was cut short, even after `check_unchanged`, which is to be called before.
+        """
+        start, end = _BOUNDS.unpack(self._part(self._offsets_place + record * self.offsets.itemsize, _BOUNDS.size))
+        if not 0 <= start < end <= self.num_residues:
+            raise ShardError(f"{self.path}: written to while it was in use; prepare it again, then go on")
+        return np.frombuffer(self._part(self._tokens_place + start, end - start), dtype=np.uint8)
+
+    def _part(self, start: int, num_bytes: int) -> bytes:
+        content = self._parts.read(start, num_bytes)
+        if content is None:
+            self.check_unchanged()
+            # It was cut short, and has its size again.
+            raise ShardError(f"{self.path}: written to while it was in use; prepare it again, then go on")
+        return content
 
     def check_unchanged(self) -> None:
         """Refuses a shard that was cut short or written to since it was opened.

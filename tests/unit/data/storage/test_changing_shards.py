@@ -7,6 +7,7 @@ import pytest
 
 from protlm import vocabulary
 from protlm.data.storage.dataset import open_dataset
+from protlm.data.storage.shards import ShardReader
 from protlm.errors import ShardError
 from protlm.workflows.prep.options import PrepRequest
 from protlm.workflows.prep.prepare import prepare
@@ -71,6 +72,35 @@ def test_tokens_outlive_a_shard_that_is_cut_to_nothing(dataset_of_one_shard):
     assert vocabulary.decode(tokens) == "MKV"
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 0
+
+
+def test_a_shard_cut_short_between_the_check_and_the_reading_ends_no_process(dataset_of_one_shard, monkeypatch):
+    split = open_dataset(dataset_of_one_shard.parent).split("train")
+    split.tokens(0)
+    check = ShardReader.check_unchanged
+    cuts = [partial(os.truncate, dataset_of_one_shard, 0)]
+
+    def check_and_cut(shard):
+        check(shard)
+        while cuts:
+            cuts.pop()()
+
+    monkeypatch.setattr(ShardReader, "check_unchanged", check_and_cut)
+    with pytest.raises(ShardError, match="cut short while it was in use"):
+        split.tokens(0)
+
+
+def test_a_shard_that_has_its_size_again_is_an_error_too(dataset_of_one_shard):
+    split = open_dataset(dataset_of_one_shard.parent).split("train")
+    shard = split.shard(0)
+    state, size = os.stat(dataset_of_one_shard), dataset_of_one_shard.stat().st_size
+    os.truncate(dataset_of_one_shard, 0)
+    for times in range(2):
+        with pytest.raises(ShardError, match="cut short|written to while it was in use"):
+            shard.record_tokens(0)
+        if not times:
+            os.truncate(dataset_of_one_shard, size)
+            os.utime(dataset_of_one_shard, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def test_a_shard_may_be_touched_replaced_or_removed_while_it_is_open(dataset_of_one_shard):
