@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup lint types imports docs test test-cuda test-slow coverage bench check demo clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py protlm/data/parsing/fasta_parser.cpp $(wildcard protlm/data/parsing/*.h) $(wildcard protlm/ops/cpp/*)
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard protlm/data/*/*.cpp) $(wildcard protlm/data/parsing/*.h) $(wildcard protlm/ops/cpp/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'

@@ -62,14 +62,14 @@ def attention_sources() -> list[str]:
 
 setup(
     cmdclass={"build_ext": BuildSourceBySource},
-    # No Python modules: compiled_fasta.py and favor_cpp.py find the files by these names and load them with ctypes.
+    # No Python modules: data/compiled.py and ops/compiled.py find the files by these names and load them with ctypes.
     # Without a compiler protlm still installs; it then reads FASTA in Python, and attention runs on torch.
     # Apple's compiler refuses -fopenmp, so that on macOS the kernel is left out. Another OpenMP library would not do:
     # torch brings LLVM's, and a second copy of that in a process ends it.
     ext_modules=[
         Extension(
             "protlm.data.parsing._fasta_parser",
-            sources=["protlm/data/parsing/fasta_parser.cpp"],
+            sources=["protlm/data/parsing/fasta_parser.cpp", "protlm/data/building/kmers.cpp"],
             depends=["protlm/data/parsing/judging.h", "protlm/data/parsing/xxhash.h"],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17"],

@@ -1,4 +1,4 @@
-"""The library of compiled code for parsing and counting: hides whether it was built, and how it is loaded."""
+"""The library of compiled code for parsing, counting and finding k-mers: hides whether it was built, and how it is loaded."""
 
 import ctypes
 import functools
@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Callable
 
 _EXTENSION = "protlm.data.parsing._fasta_parser"
-# The same as in fasta_parser.cpp: after an update, the library of an earlier version may still be installed.
-_VERSION = 3
+# The same as in fasta_parser.cpp, for all sources of the library: after an update, the library of an earlier version may still be installed.
+_VERSION = 4
 
 Pointer = ctypes.c_void_p
 Integer = ctypes.c_int64
@@ -25,7 +25,7 @@ def why_not() -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """Returns the library; its functions are declared in fasta_parser.cpp.
+    """Returns the library; its functions are declared in fasta_parser.cpp and kmers.cpp.
 
     Raises:
         RuntimeError: It is not available.
@@ -55,6 +55,11 @@ def load(extension: str = _EXTENSION, version: int = _VERSION) -> ctypes.CDLL | 
         _declare(loaded, "protlm_measure_fasta", None, ctypes.c_char_p, Integer, Pointer)
         _declare(loaded, "protlm_parse_fasta", None, ctypes.c_char_p, Integer, Integer, Pointer)
         _declare(loaded, "protlm_count_residues", None, Pointer, Integer, Pointer)
+        _declare(loaded, "protlm_add_kmers", None, Pointer, Pointer, Integer)
+        _declare(loaded, "protlm_find_kmers", Integer, Pointer, Pointer, *[Integer] * 3, Pointer, Pointer)
+        _declare(
+            loaded, "protlm_mark_known", None, Pointer, Pointer, Integer, Pointer, Pointer, *[Integer] * 3, Pointer
+        )
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be loaded ({error}); install protlm again"
     return loaded

@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 
 from protlm.data.building import kmer_search
-from protlm.data.building.kmer_search import LARGE_INNER, LARGE_OUTER, Level, Shards, distinct
+from protlm.data.building.kmer_search import LARGE_INNER, LARGE_OUTER, Shards, distinct
+from protlm.data.building.kmers import Level
 from protlm.data.storage.shards import LazyShards
 from protlm.data.strings import bounds_of
 from protlm.runtime.workers import Workers

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from protlm.data.building.kmers import HASH_BITS, WORD, KmerSet, Level, first_kmers, mixed, words_at
 from protlm.data.storage.shards import ShardReader
 from protlm.data.strings import bounds_of
 from protlm.runtime.workers import check_wanted
@@ -23,39 +24,10 @@ BLOCK_RESIDUES = 1 << 26
 
 Shards = Sequence[ShardReader]
 
-_WORD = 8
-_CHUNK_WORDS = 1 << 16
 _BATCH = 1 << 20
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_HASH_BITS = 40
-_MAX_SLOT_BITS = 29
-_PROBES = 8
 # A key is a hash with a tail in its low bits: the rank of a length and the place of a k-mer.
-_TAIL_BITS = np.uint64(64 - _HASH_BITS)
-_TAIL_MASK = np.uint64((1 << 64 - _HASH_BITS) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """The k-mers by which inner sequences of `shortest` to `longest` residues are searched for.
-
-    Attributes:
-        width: Number of residues of a k-mer.
-        stride: Distance between the k-mers of the outer tokens that are looked up.
-        shortest: Length of the shortest sequences; at least `span`.
-        longest: Length of the longest ones.
-    """
-
-    width: int
-    stride: int
-    shortest: int
-    longest: int = 1 << 62
-
-    @property
-    def span(self) -> int:
-        """Length from which any stretch of residues holds a whole k-mer at a multiple of the stride."""
-        return self.width + self.stride - 1
-
+_TAIL_BITS = np.uint64(64 - HASH_BITS)
+_TAIL_MASK = np.uint64((1 << 64 - HASH_BITS) - 1)
 
 # Fewer k-mers of the larger side are read: of a large outer side one in 32 residues, of a large inner side a few for
 # each sequence.
@@ -77,71 +49,12 @@ def distinct(numbers: np.ndarray) -> np.ndarray:
     return kept
 
 
-class _HashSet:
-    """An approximate set of hashes, by their high bits: it has all that were added, and few others."""
-
-    def __init__(self, num_slots: int) -> None:
-        bits = min(max(20, num_slots.bit_length()), _MAX_SLOT_BITS)
-        self._shift = np.uint64(_HASH_BITS - bits)
-        self._bytes = np.zeros(1 << bits - 3, dtype=np.uint8)
-
-    def add(self, hashes: np.ndarray) -> None:
-        slots = hashes >> self._shift
-        bits = slots.astype(np.uint8) & np.uint8(7)
-        # One bit after the other, since several hashes of a byte then write the same value.
-        for bit in range(8):
-            self._bytes[(slots[bits == bit] >> np.uint64(3)).view(np.int64)] |= np.uint8(1 << bit)
-
-    def has(self, hashes: np.ndarray) -> np.ndarray:
-        slots = hashes >> self._shift
-        held: np.ndarray = self._bytes.take((slots >> np.uint64(3)).view(np.int64))
-        held >>= slots.astype(np.uint8) & np.uint8(7)
-        held &= np.uint8(1)
-        return held.view(np.bool_)
-
-
-def _hashed(words: np.ndarray, width: int) -> np.ndarray:
-    """Returns a hash of `_HASH_BITS` bits of the first `width` residues of each word."""
-    # The shifted factor moves the others out at the top.
-    return (words * (_FACTOR << np.uint64(8 * (_WORD - width)))) >> _TAIL_BITS
-
-
-def _kmer_chunks(tokens: np.ndarray, level: Level) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the hashes of the k-mers at multiples of the stride, each chunk with the place of its first k-mer.
-
-    Within a chunk the k-mers are `max(_WORD, level.stride)` residues apart.
-    """
-    for shift in range(0, _WORD, level.stride):
-        for start in range(shift, len(tokens), _WORD * _CHUNK_WORDS):
-            chunk = tokens[start : start + _WORD * _CHUNK_WORDS]
-            if len(chunk) % _WORD:
-                chunk = np.concatenate([chunk, np.zeros(-len(chunk) % _WORD, dtype=np.uint8)])
-            words = chunk.view("<u8")[:: max(1, level.stride // _WORD)]
-            yield start, _hashed(words, level.width)
-
-
-def kmers_of(shards: Shards, level: Level) -> _HashSet:
+def kmers_of(shards: Shards, level: Level) -> KmerSet:
     """Returns the k-mers of shards."""
-    kmers = _HashSet(16 * num_residues(shards) // level.stride)
+    kmers = KmerSet(16 * num_residues(shards) // level.stride, level)
     for shard in shards:
-        for _, hashes in _kmer_chunks(shard.tokens, level):
-            kmers.add(hashes)
+        kmers.add_all(shard.tokens)
     return kmers
-
-
-def _words_at(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Returns the 8 residues from each place on as one number, with zeros after the end of the tokens."""
-    tokens = np.ascontiguousarray(tokens)
-    words = np.ndarray(max(0, len(tokens) - _WORD + 1), dtype="<u8", buffer=tokens.data, strides=(1,))
-    whole = np.minimum(places, len(words) - 1)
-    words_at: np.ndarray = words[whole] >> ((places - whole) << 3).astype(np.uint64)
-    return words_at
-
-
-def _first_kmers(tokens: np.ndarray, starts: np.ndarray, level: Level) -> np.ndarray:
-    """Returns the hashes of the first `stride` k-mers from each start on, (starts, stride)."""
-    places = starts[:, None] + np.arange(level.stride)
-    return _hashed(_words_at(tokens, places), level.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +98,7 @@ class _Needles:
         return _Needles(self.tokens[np.repeat(kept, lengths)], bounds_of(lengths[kept]), self.numbers[kept])
 
 
-def needles_of(inner: Iterable[tuple[Path, int]], kmers: _HashSet | None, level: Level) -> Iterator[_Needles]:
+def needles_of(inner: Iterable[tuple[Path, int]], kmers: KmerSet | None, level: Level) -> Iterator[_Needles]:
     """Yields the inner sequences of a level in blocks.
 
     If the k-mers of an outer side are given, sequences are left out that have a stretch without any of them.
@@ -197,9 +110,7 @@ def needles_of(inner: Iterable[tuple[Path, int]], kmers: _HashSet | None, level:
         starts, ends = shard.offsets[:-1], shard.offsets[1:]
         wanted = np.flatnonzero((ends - starts >= level.shortest) & (ends - starts <= level.longest))
         if kmers is not None:
-            for probe in range(_PROBES):
-                firsts = starts[wanted] + (ends - starts - level.span)[wanted] * probe // (_PROBES - 1)
-                wanted = wanted[kmers.has(_first_kmers(shard.tokens, firsts, level)).any(axis=1)]
+            wanted = wanted[kmers.are_known(shard.tokens, starts[wanted], (ends - starts)[wanted])]
         blocks = np.cumsum((ends - starts)[wanted]) // BLOCK_RESIDUES
         for block in np.split(wanted, np.flatnonzero(np.diff(blocks)) + 1):
             waiting.append(_Needles.of(shard, block, block + num_before))
@@ -221,8 +132,8 @@ class _Index:
         starts, lengths = needles.bounds[:-1], np.diff(needles.bounds)
         self._needles, self._level = needles, level
         self._lengths, ranks = np.unique(lengths, return_inverse=True)
-        hashes = _first_kmers(needles.tokens, starts, level)
-        self._kmers = _HashSet(64 * hashes.size)
+        hashes = first_kmers(needles.tokens, starts, level)
+        self._kmers = KmerSet(64 * hashes.size, level)
         self._kmers.add(hashes.ravel())
         tails = (ranks[:, None] * level.stride + np.arange(level.stride)).astype(np.uint64)
         self._keys = distinct(((hashes << _TAIL_BITS) | tails).ravel())
@@ -233,12 +144,7 @@ class _Index:
 
     def hits(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the places and hashes of the k-mers of outer tokens that may be in the index."""
-        places, kept = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
-        for first, hashes in _kmer_chunks(tokens, self._level):
-            hits = np.flatnonzero(self._kmers.has(hashes))
-            places.append(hits * max(_WORD, self._level.stride) + first)
-            kept.append(hashes[hits])
-        return np.concatenate(places), np.concatenate(kept)
+        return self._kmers.find(tokens)
 
     def batches(self, hashes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yields the keys of k-mers in batches of about `_BATCH`.
@@ -292,9 +198,7 @@ class _Index:
 
 def _end_marks(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Returns a hash of the length and the last residues of each sequence."""
-    last = _words_at(tokens, starts + lengths - _WORD)
-    marks: np.ndarray = (last ^ (lengths.astype(np.uint64) << _TAIL_BITS)) * _FACTOR
-    return marks
+    return mixed(words_at(tokens, starts + lengths - WORD) ^ (lengths.astype(np.uint64) << _TAIL_BITS))
 
 
 def _digests(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

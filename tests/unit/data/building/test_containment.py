@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protlm.data.building import containment, kmer_search
+from protlm.data import compiled
+from protlm.data.building import containment, kmer_search, kmers
 from protlm.runtime.local_workers import LocalWorkers
 from tests.unit.data.building.leak_cases import PROTEIN, shards
 
@@ -71,8 +72,9 @@ def test_what_is_found_is_what_comparing_all_pairs_finds(folder, sides):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for name, value in {"_CHUNK_WORDS": 8, "BLOCK_RESIDUES": 60, "_BATCH": 3}.items():
-        monkeypatch.setattr(kmer_search, name, value)
+    monkeypatch.setattr(kmers, "_CHUNK_KMERS", 8)
+    monkeypatch.setattr(kmer_search, "BLOCK_RESIDUES", 60)
+    monkeypatch.setattr(kmer_search, "_BATCH", 3)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,8 +86,20 @@ def test_chunks_blocks_and_batches_change_nothing(folder, small_blocks, sides):
 
 @pytest.fixture
 def colliding_hashes(monkeypatch):
-    monkeypatch.setattr(kmer_search, "_FACTOR", np.uint64(0))
+    monkeypatch.setattr(kmers, "_FACTOR", np.uint64(0))
     monkeypatch.setattr(kmer_search.xxhash, "xxh3_64_intdigest", lambda text: 7)
+
+
+@pytest.fixture
+def without_compiled_code(monkeypatch):
+    monkeypatch.setattr(compiled, "load", lambda: "hidden by this test")
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sides=sides)
+def test_numpy_finds_the_same(folder, without_compiled_code, sides):
+    inner, outer = sides
+    assert count_each_way(folder, inner, outer) == {oracle(inner, outer)}
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
