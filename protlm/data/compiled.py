@@ -1,4 +1,4 @@
-"""The library of compiled code for parsing, counting and finding k-mers: hides whether it was built, and how it is loaded."""
+"""The compiled library for parsing, counting and k-mers: hides whether it was built, and how it is loaded."""
 
 import ctypes
 import functools
@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Callable
 
 _EXTENSION = "protlm.data.parsing._fasta_parser"
-# The same as in fasta_parser.cpp, for all sources of the library: after an update, the library of an earlier version may still be installed.
+# The same as in fasta_parser.cpp, for all its sources: after an update, the library of an earlier version may still be
+# installed.
 _VERSION = 4
 
 Pointer = ctypes.c_void_p

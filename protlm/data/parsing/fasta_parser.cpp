@@ -287,7 +287,8 @@ inline void write_digest(const Byte* text, std::size_t size, std::uint64_t* dige
 
 extern "C" {
 
-// Raised whenever a function or a structure below or in kmers.cpp changes, so that a library built from an older source is not used.
+// Raised whenever a function or a structure below or in kmers.cpp changes, so that a library built from older sources
+// is not used.
 std::int64_t protlm_fasta_version() { return 4; }
 
 // A header inside a line makes a second bad record of the one that it stands in.

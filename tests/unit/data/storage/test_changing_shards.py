@@ -96,7 +96,7 @@ def test_a_shard_that_has_its_size_again_is_an_error_too(dataset_of_one_shard):
     state, size = os.stat(dataset_of_one_shard), dataset_of_one_shard.stat().st_size
     os.truncate(dataset_of_one_shard, 0)
     for times in range(2):
-        with pytest.raises(ShardError, match="cut short|written to while it was in use"):
+        with pytest.raises(ShardError, match=r"cut short|written to while it was in use"):
             shard.record_tokens(0)
         if not times:
             os.truncate(dataset_of_one_shard, size)
