@@ -22,7 +22,9 @@ _Shard = TypeVar("_Shard")
 
 _NONE = np.zeros(0, dtype=np.int64)
 _TASKS_PER_WORKER = 2
-"""Parts of the large side for each worker: each has an index of its own, so few; a single worker is two threads."""
+"""Parts of the large side for each worker; a single worker is two threads."""
+_SHARDS_PER_INDEX = 4
+"""Least shards of a large outer side in a part: its index takes as long as looking through a few of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def small_in_large(inners: Sequence[Shards], outer: Shards, workers: Workers) ->
     bounds = bounds_of([sum(shard.num_records for shard in side) for side in sides])
     if not inner or not outer:
         return [0] * len(inners)
-    parts = _divided([shard.path for shard in _summaries(outer)], workers)
+    parts = _divided([shard.path for shard in _summaries(outer)], workers, at_least=_SHARDS_PER_INDEX)
     searches = [_Search(inner, part, level) for level in LARGE_OUTER for part in parts]
     contained = _NONE
     # A record may be contained in several shards.
@@ -111,9 +113,9 @@ def _numbered(shards: Sequence[_Summary]) -> list[tuple[Path, int]]:
     return [(shard.path, first) for shard, first in zip(shards, firsts, strict=True)]
 
 
-def _divided(shards: Sequence[_Shard], workers: Workers) -> list[Sequence[_Shard]]:
-    """Returns the shards of a side in so many groups that all workers have some."""
-    num_groups = min(len(shards), _TASKS_PER_WORKER * workers.number)
+def _divided(shards: Sequence[_Shard], workers: Workers, *, at_least: int = 1) -> list[Sequence[_Shard]]:
+    """Returns the shards of a side in so many groups that all workers have some, of at least so many shards."""
+    num_groups = min(-(-len(shards) // at_least), _TASKS_PER_WORKER * workers.number)
     bounds = [len(shards) * number // max(1, num_groups) for number in range(num_groups + 1)]
     return [shards[start:end] for start, end in itertools.pairwise(bounds)]
 
