@@ -1,6 +1,7 @@
 """The tables and curves of paper_table.md: hides the marks that a table stands between."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ _BASELINE_TITLES = {
     "empirical": "baseline: residue frequencies", "markov": "baseline: Markov, residues before",
     "two_sided": "baseline: Markov, both sides",
 }  # fmt: skip
+DIRECTIONS: Sequence[Direction] = ("BID", "UNI")
 _MARKS = {
     "exact-plain": ("#b79fd1", "<"), "relu-plain": ("#e6b3a1", ">"), "exact": ("#5b2a86", "D"),
     "relu": ("#d55e00", "P"), "positive": ("#0072b2", "o"), "hyperbolic": ("#56b4e9", "X"), "trig": ("#cc79a7", "s"),
@@ -56,9 +58,18 @@ def accuracy(runs: Sequence[Result], when: str, split: str) -> Estimate:
     return estimate(float(np.mean([row["model"]["accuracy"] for row in rows])), replicates)
 
 
-def _scores_cell(runs: Sequence[Result], when: str, split: str) -> str:
-    perplexity = np.mean([run["scores"][when]["splits"][split]["model"]["perplexity"] for run in runs])
-    return f"{_cell(accuracy(runs, when, split))}; {perplexity:.2f}"
+def perplexity(runs: Sequence[Result], when: str, split: str) -> Estimate:
+    """Returns the mean perplexity of runs that differ by their seed, with the mean of their intervals over proteins.
+
+    The same proteins are drawn for all seeds, so that their intervals move together.
+    """
+    rows = [run["scores"][when]["splits"][split]["model"] for run in runs]
+    value, low, high = (float(np.mean([row[f"perplexity{end}"] for row in rows])) for end in ("", "_low", "_high"))
+    return Estimate(value=value, stderr=None, low=low, high=high)
+
+
+def _scores_cell(of_accuracy: Estimate, of_perplexity: Estimate) -> str:
+    return f"{_cell(of_accuracy)}<br>{_cell(of_perplexity, digits=2)}"
 
 
 def difference(first: Sequence[Result], second: Sequence[Result], when: str, split: str) -> Estimate | None:
@@ -74,18 +85,38 @@ def difference(first: Sequence[Result], second: Sequence[Result], when: str, spl
     return estimate(values[0] - values[1], replicates[0] - replicates[1])
 
 
+def differences_of_seeds(first: Sequence[Result], second: Sequence[Result], when: str, split: str) -> list[float]:
+    """Returns the accuracy of some runs minus that of others for each seed that both have, by seed."""
+    values = [
+        {run["seed"]: float(run["scores"][when]["splits"][split]["model"]["accuracy"]) for run in runs}
+        for runs in (first, second)
+    ]
+    return [values[0][seed] - values[1][seed] for seed in sorted(values[0].keys() & values[1].keys())]
+
+
+def _difference_cell(first: Sequence[Result], second: Sequence[Result], when: str, split: str) -> str:
+    """Returns a difference with its interval, and those of the seeds; bold where all seeds and the interval agree."""
+    mean = difference(first, second, when, split)
+    assert mean is not None
+    of_seeds = differences_of_seeds(first, second, when, split)
+    bounds = [*of_seeds, *(bound for bound in (mean.low, mean.high) if bound is not None)]
+    is_sure = len(of_seeds) > 1 and (min(bounds) > 0 or max(bounds) < 0)
+    text = f"**{_cell(mean, '+')}**" if is_sure else _cell(mean, "+")
+    return f"{text}<br>{', '.join(f'{value:+.3f}' for value in of_seeds).replace('-', '−')}"
+
+
 def scores_table(results: Results, task: str, when: str) -> str:
     """Returns the scores of every kind on a task, at equal updates (`steps`) or at the end of the time (`time`)."""
     rows: list[list[object]] = []
-    for direction in ("BID", "UNI"):
-        named = {kind: of_kind(results, task, kind, direction) for kind in KINDS}  # type: ignore[arg-type]  # a literal
+    for direction in DIRECTIONS:
+        named = {kind: of_kind(results, task, kind, direction) for kind in KINDS}
         named = {kind: runs for kind, runs in named.items() if runs}
         if not named:
             continue
         rows += [_baseline_row(next(iter(named.values()))[0], when, name, direction) for name in _BASELINE_TITLES
                  if name in next(iter(named.values()))[0]["scores"][when]["splits"]["cluster"]]  # fmt: skip
         for kind, runs in named.items():
-            cells = [_scores_cell(runs, when, split) for split in SPLITS]
+            cells = [_scores_cell(accuracy(runs, when, split), perplexity(runs, when, split)) for split in SPLITS]
             steps = np.mean([run["scores"][when]["step"] for run in runs])
             rows.append([direction, KINDS[kind].title, len(runs), *cells, f"{steps:,.0f}"])
     if not rows:
@@ -97,38 +128,44 @@ def scores_table(results: Results, task: str, when: str) -> str:
 def cost_table(results: Results, task: str) -> str:
     """Returns the speed and the memory of training of every kind on a task."""
     rows = []
-    for direction in ("BID", "UNI"):
+    for direction in DIRECTIONS:
         for kind, definition in KINDS.items():
-            runs = of_kind(results, task, kind, direction)  # type: ignore[arg-type]  # a literal
+            runs = of_kind(results, task, kind, direction)
             if runs:
-                speed = np.mean([run["tokens_per_second"] for run in runs])
-                peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
-                peak = f"{np.mean(peaks) / 2**20:,.0f}" if peaks else "–"
-                minutes = np.mean([run["training_seconds"] for run in runs]) / 60
-                tokens = np.mean([run["num_tokens"] for run in runs]) / 1e6
-                rows.append((direction, definition.title, f"{speed:,.0f}", peak, f"{minutes:.0f}", f"{tokens:.2f}"))
+                peaks = [run["peak_bytes"] / 2**20 for run in runs if run["peak_bytes"] is not None]
+                rows.append((
+                    direction, definition.title, _range([run["tokens_per_second"] for run in runs]),
+                    _range(peaks) if peaks else "–",
+                    _range([run["training_seconds"] / 60 for run in runs], digits=1),
+                    f"{np.mean([run['num_tokens'] for run in runs]) / 1e6:.2f}",
+                ))  # fmt: skip
     if not rows:
         return "No such run is there yet."
     return table(("", "model", "tokens/s", "peak MiB", "minutes", "million tokens"), rows)
 
 
-def differences_table(results: Results) -> str:
-    """Returns every kind minus exact attention with its best temperature, paired."""
+def differences_table(results: Results, reference: str) -> str:
+    """Returns every kind minus the reference, a kind too, paired; there is a row for each task and direction of it."""
     rows = []
-    for task, when in (("single", "steps"), ("single", "time"), ("concatenated", "steps"), ("concatenated", "time")):
-        exact = of_kind(results, task, "exact", "BID")
-        for kind, definition in KINDS.items():
-            runs = of_kind(results, task, kind, "BID")
-            if kind == "exact" or not runs or not exact:
-                continue
-            cells = [difference(runs, exact, when, split) for split in SPLITS]
-            if all(cell is not None for cell in cells):
+    for task in TASKS:
+        for direction, when in product(DIRECTIONS, ("steps", "time")):
+            others = of_kind(results, task, reference, direction)
+            for kind, definition in KINDS.items():
+                runs = of_kind(results, task, kind, direction)
+                if kind == reference or not _share_a_seed(runs, others):
+                    continue
+                cells = [_difference_cell(runs, others, when, split) for split in SPLITS]
                 words = "equal updates" if when == "steps" else "equal time"
-                rows.append((TASKS[task].title, words, definition.title, *(_cell(cell, "+") for cell in cells if cell)))
+                rows.append((f"{task}, {direction}", words, definition.title, *cells))
     if not rows:
         return "No two such runs are there yet."
-    header = ("task", "", "minus exact attention", "held-out clusters", "held-out families (OOD)", "random")
-    return table(header, rows)
+    minus = f"minus {KINDS[reference].title}"
+    return table(("task", "", minus, "held-out clusters", "held-out families (OOD)", "random"), rows)
+
+
+def _share_a_seed(first: Sequence[Result], second: Sequence[Result]) -> bool:
+    """Returns whether some runs share a seed with others."""
+    return bool({run["seed"] for run in first} & {run["seed"] for run in second})
 
 
 def sweep_table(results: Results) -> str:
@@ -169,7 +206,8 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "concatenated-time": lambda results: scores_table(results, "concatenated", "time"),
     "single-cost": lambda results: cost_table(results, "single"),
     "concatenated-cost": lambda results: cost_table(results, "concatenated"),
-    "differences": differences_table,
+    "differences": lambda results: differences_table(results, "exact"),
+    "differences-cycle": lambda results: differences_table(results, "cycle"),
     "sweep": sweep_table,
     "conditions": conditions,
 }
@@ -241,11 +279,24 @@ def _baseline_row(result: Result, when: str, name: str, direction: str) -> list[
     cells = []
     for split in SPLITS:
         row = result["scores"][when]["splits"][split].get(name)
-        cells.append("–" if row is None else f"{row['accuracy']:.3f}; {row['perplexity']:.2f}")
+        cells.append("–" if row is None else _scores_cell(_stored(row, "accuracy"), _stored(row, "perplexity")))
     return [direction, _BASELINE_TITLES[name], "–", *cells, "–"]
 
 
-def _cell(value: Estimate, sign: str = "") -> str:
-    text = f"{value.value:{sign}.3f}"
-    text = text if value.low is None else f"{text} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+def _stored(row: Mapping[str, float | None], metric: str) -> Estimate:
+    value = row[metric]
+    assert value is not None
+    return Estimate(value=value, stderr=None, low=row[f"{metric}_low"], high=row[f"{metric}_high"])
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    """Returns the mean of some values, and the smallest and the largest of them where they differ."""
+    low, mean, high = (f"{value:,.{digits}f}" for value in (min(values), float(np.mean(values)), max(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def _cell(value: Estimate, sign: str = "", digits: int = 3) -> str:
+    text = f"{value.value:{sign}.{digits}f}"
+    if value.low is not None:
+        text = f"{text} ({value.low:{sign}.{digits}f} to {value.high:{sign}.{digits}f})"
     return text.replace("-", "−")

@@ -37,8 +37,8 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "exact-plain": Kind("exact, as in the paper", ("model.attention=softmax", *_PLAIN)),
-    "relu-plain": Kind("FAVOR relu, as in the paper (generalized)", ("model.attention=relu", *_PLAIN)),
+    "exact-plain": Kind("exact, plain", ("model.attention=softmax", *_PLAIN)),
+    "relu-plain": Kind("FAVOR relu, plain", ("model.attention=relu", *_PLAIN)),
     "exact": Kind("exact, best temperature", ("model.attention=softmax",), starts_at_best=True),
     "relu": Kind("FAVOR relu", ("model.attention=relu",)),
     "positive": Kind("FAVOR positive", ("model.attention=positive",)),
@@ -47,8 +47,8 @@ KINDS: Mapping[str, Kind] = {
     "near-far": Kind("near-far", ("model.attention=near-far",)),
     "cycle": Kind("local, FAVOR positive, local", ("model.attention=local,positive,local",)),
 }
-"""The kinds by name, in the order of the table. All but those of the paper have the depthwise convolution of width 3
-and normalised q and k of protlm's configurations."""
+"""The kinds by name, in the order of the table. All but the plain ones have the depthwise convolution of width 3 and
+normalised q and k of protlm's configurations; everything else is the same in all."""
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,16 @@ def run(*words):
     assert main([str(word) for word in words]) == 0
 
 
-def test_every_command_takes_it_by_its_name(fasta, dataset, tmp_path, capsys):
+def test_every_command_takes_it_by_its_name(fasta, dataset, proteins, tmp_path, capsys):
     run("inspect", "starter", "--verify")
     run("embed", "starter", fasta, "--out", "e.h5")
     run("eval", "starter", dataset, "--split", "test", "--out", "report")
     run("train", dataset, "--out", "run", "--init", "starter", "--max-steps", "1")
     run("score", "starter", ROOT / "data" / "tem1.fasta", "--mutations", ROOT / "data" / "tem1_mutations.csv",
         "--offset", "2", "--out", "s.csv")  # fmt: skip
+    rows = [f"p{n},{sequence},{'short' if n % 2 else 'long'}\n" for n, (_, sequence) in enumerate(proteins[:24])]
+    (tmp_path / "labels.csv").write_text("id,sequence,label\n" + "".join(rows))
+    run("probe", "starter", "labels.csv", "--layers", "0", "--seeds", "1")
     run("convert", "starter", "--out", "converted")
     assert json.loads((tmp_path / "report" / "report.json").read_text())["model_name"] == "starter"
     of_name, of_folder = load_model("starter"), load_model("converted")

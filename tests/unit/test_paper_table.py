@@ -73,18 +73,27 @@ def test_the_temperature_is_that_of_the_sweep(results):
 def test_a_table_has_means_of_seeds_beside_the_baselines(results):
     text = page.scores_table(results, "single", "steps")
     row = next(line for line in text.splitlines() if KINDS["cycle"].title in line)
-    assert re.search(r"\| BID \| .* \| 2 \| 0\.121 \(0\.\d+ to 0\.\d+\); 10\.00 \|", row)
+    assert re.search(r"\| BID \| .* \| 2 \| 0\.121 \(0\.\d+ to 0\.\d+\)<br>10\.00 \(9\.00 to 11\.00\) \|", row)
     assert row.endswith("| 400 |")
-    assert "baseline: residue frequencies | – | 0.090; 17.50" in text
+    assert "baseline: residue frequencies | – | 0.090 (0.080 to 0.120)<br>17.50 (9.00 to 11.00) |" in text
     assert "| 900 |" in page.scores_table(results, "single", "time")
     assert page.scores_table(results, "concatenated", "steps") == "No such run is there yet."
 
 
 def test_differences_are_paired(results):
-    text = page.differences_table(results)
+    text = page.differences_table(results, "exact")
     row = next(line for line in text.splitlines() if KINDS["cycle"].title in line and "equal updates" in line)
     # The same proteins are drawn for both: nothing but rounding is left.
-    assert "+0.020" in row
+    assert "**+0.020**<br>+0.020, +0.020 |" in row
+    # Not bold: a seed says the opposite, or there is only one.
+    results["single.BID.cycle.1"] = result(Run("single", "cycle", seed=1), 0.09)
+    row = next(line for line in page.differences_table(results, "exact").splitlines() if KINDS["cycle"].title in line)
+    assert "| +0.004<br>+0.020, −0.012 |" in row
+    del results["single.BID.cycle.1"]
+    row = next(line for line in page.differences_table(results, "exact").splitlines() if KINDS["cycle"].title in line)
+    assert "| +0.020<br>+0.020 |" in row
+    assert KINDS["exact"].title in page.differences_table(results, "cycle")
+    assert page.differences_table(results, "trig") == "No two such runs are there yet."
     relu = page.difference(
         *(page.of_kind(results, "single", kind, "BID") for kind in ("relu", "exact")), "steps", "ood"
     )
@@ -111,6 +120,8 @@ def test_the_page_has_a_table_between_every_pair_of_marks(results):
     assert made.count("](paper_table/single.png)") == 1
     assert "concatenated.png" not in made
     assert "3,333" in made
+    results["single.BID.relu.1"] |= {"training_seconds": 1260.0}
+    assert "| 3,333 | 900 | 20.5 (20.0–21.0) |" in page.cost_table(results, "single")
     assert "900" in made
     with pytest.raises(ProtlmError, match="<!-- table: nosuch -->: expected one of single-steps"):
         page.with_tables("<!-- table: nosuch -->\n<!-- end -->\n", results)

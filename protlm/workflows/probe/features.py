@@ -1,5 +1,7 @@
 """The features that a probe reads: embeddings of every layer in a file of a temporary folder, and sequences' own."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,8 +57,8 @@ def embed_layers(
     lengths, first = np.asarray(proteins.lengths), np.asarray(proteins.first)
     offsets = bounds_of(lengths) if of_residues else np.arange(len(lengths) + 1)
     shape = (len(layers), int(offsets[-1]), model.config.model_dim)
-    _check_disk(path.parent, int(np.prod(shape, dtype=object)) * 4)
-    stored = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+    _make_room(path, int(np.prod(shape, dtype=object)) * np.dtype(np.float32).itemsize)
+    stored = np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
     # The map keeps the file, which so goes with this process in any case.
     path.unlink()
     repeats: dict[int, list[int]] = {}
@@ -83,14 +85,31 @@ def embed_layers(
     return {layer: StoredFeatures(stored[number]) for number, layer in enumerate(layers)}
 
 
-def _check_disk(folder: Path, wanted: int) -> None:
-    """Raises ProtlmError if a disk has too little space for the embeddings of a network."""
-    free = files.free_bytes(folder)
-    if wanted > free:
-        raise ProtlmError(
-            f"{folder}: expected {wanted:,} free bytes for the embeddings, got {free:,}; name fewer --layers, give "
-            "fewer proteins, or choose another folder for temporary files with TMPDIR"
-        )
+def _make_room(path: Path, wanted: int) -> None:
+    """Makes a file of a size whose blocks the disk has set aside; writing to the map of one without could end Python.
+
+    Raises:
+        ProtlmError: The disk has too little space.
+    """
+    too_little = ProtlmError(
+        f"{path.parent}: expected {wanted:,} free bytes for the embeddings, got {files.free_bytes(path.parent):,} or a "
+        "quota below it; name fewer --layers, give fewer proteins, or choose another folder for temporary files with "
+        "TMPDIR"
+    )
+    if wanted > files.free_bytes(path.parent):
+        raise too_little
+    with path.open("xb") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, wanted)
+            else:
+                file.truncate(wanted)
+        except OSError as error:
+            path.unlink()
+            # A quota, or what others wrote meanwhile.
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise too_little from None
+            raise
 
 
 def sequence_baselines(proteins: ProteinStore, *, of_residues: bool) -> dict[str, Features]:
