@@ -5,22 +5,27 @@ protocol, and only between its machines.
 """
 
 import contextlib
+import functools
+import importlib.metadata
 import json
 import logging
 import os
 import platform
 import socket
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from protlm import __version__
 from protlm.errors import ProtlmError
+from protlm.runtime import run_marks
 from protlm.runtime.local_workers import keep_memory
 from protlm.runtime.workers import (
     NamedTask,
@@ -38,17 +43,13 @@ _TRIES = 3
 """How often a task is tried that fails by no fault of its input."""
 _LEAST_WAITING = 16
 """Tasks that wait at the scheduler at least, so that a cluster that grows with them sees them."""
-_NEW_FILE_SECONDS = 60
-"""Longest time in which a network file system shows a new file to another machine."""
 _ASK_SECONDS = 5
 """Time between two questions to the scheduler for its workers."""
-_LOOK_SECONDS = 0.5
-"""Time between two looks of a task at the mark of its run."""
 _SHOWN = 300
 """Letters of a message of Dask that are shown."""
 _LOST = "lost the connection to the Dask scheduler"
-_MARK, _ENDED = "run", "ended"
-"""The beginnings of the names of a file in the folder of the work, by which workers know it and its run."""
+_COMPARED_PACKAGES = ("torch", "numpy", "h5py")
+"""Packages on whose version the bytes of a result depend."""
 _INSTALL = "pip install 'protlm[cluster]'"
 
 
@@ -85,7 +86,10 @@ class DaskCluster:
             with warnings.catch_warnings():
                 # Versions are compared below.
                 warnings.simplefilter("ignore")
-                self.client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False, name="protlm")
+                self.client = _within(
+                    2 * _CONNECT_SECONDS,
+                    lambda: Client(address, timeout=_CONNECT_SECONDS, set_as_default=False, name="protlm"),
+                )
         except (OSError, ValueError, TypeError) as error:
             raise ProtlmError(
                 f"{address}: no Dask scheduler answers there ({_first_line(error)}); give the address that "
@@ -119,13 +123,23 @@ class DaskCluster:
             ProtlmError: A worker cannot load protlm, or one of another version of it; or the scheduler is lost.
         """
         try:
-            return list(self.client.run(function, *arguments).values())
-        except (ImportError, AttributeError) as error:
-            raise ProtlmError(
-                f"a worker cannot load protlm ({_first_line(error)}); install protlm {__version__} for the workers"
-            ) from error
+            answers = self.client.run(function, *arguments, on_error="return")
         except (OSError, CancelledError) as error:
             raise WorkersError(_LOST) from error
+        faults = []
+        for address, answer in answers.items():
+            if isinstance(answer, ImportError | AttributeError):
+                raise ProtlmError(
+                    f"the worker at {address} cannot load protlm ({_first_line(answer)}); install protlm {__version__} "
+                    "for the workers"
+                ) from answer
+            if isinstance(answer, OSError | CancelledError):
+                # It has gone since; whoever does a task looks again.
+                continue
+            if isinstance(answer, BaseException):
+                raise answer
+            faults.append(answer)
+        return faults
 
     def _check_workers(self) -> int:
         """Returns the number of workers, all of the versions of this process."""
@@ -152,21 +166,17 @@ class DaskWorkers(Workers):
         """
         self._cluster, self._shared, self._folder, self._inputs = cluster, shared, folder, inputs
         self._is_one_per_process = one_per_process
-        self._mark = folder / f"{_MARK}-{uuid.uuid4().hex}"
         self._num_submitted = 0
-        self._pending: set[Any] = set()
-        self._number, self._asked = 1, float("-inf")
+        # The tasks that were not awaited yet, each with the address of the worker that it was meant for.
+        self._pending: dict[Any, str | None] = {}
+        # Threads of each worker by its address.
+        self._workers: dict[str, int] = {}
+        self._asked = float("-inf")
 
     @property
     def number(self) -> int:
-        """Number of threads of all workers, or of their processes, at least 1; as it was some seconds ago."""
-        if time.monotonic() > self._asked + _ASK_SECONDS:
-            self._asked = time.monotonic()
-            # A lost scheduler is told where a result is awaited.
-            with contextlib.suppress(Exception):
-                threads = self._cluster.client.nthreads()
-                self._number = max(1, len(threads) if self._is_one_per_process else sum(threads.values()))
-        return self._number
+        """Number of tasks that the workers do at a time, at least 1; as it was some seconds ago."""
+        return max(1, sum(self._places().values()))
 
     @property
     def are_here(self) -> bool:
@@ -182,17 +192,14 @@ class DaskWorkers(Workers):
         return self.number if self._is_one_per_process else max(2 * self.number, _LEAST_WAITING)
 
     def __enter__(self) -> "DaskWorkers":
-        # Those of runs that were killed: this run has the folder to itself.
-        for mark in self._folder.glob(f"{_MARK}-*"):
-            mark.rename(_ended(mark))
-        self._mark.touch()
+        self._mark = run_marks.new_mark(self._folder)
         try:
             for fault in filter(None, self._cluster.faults(_fault_of_paths, [str(self._folder), *self._inputs])):
                 raise ProtlmError(fault)
             # A task, since Dask repeats it where its result is lost with a worker.
             self._shared_future = self._handed_out(_itself, self._shared)
         except BaseException:
-            self._end()
+            run_marks.end_run(self._mark)
             raise
         return self
 
@@ -201,20 +208,35 @@ class DaskWorkers(Workers):
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._cluster.client.cancel(list(self._pending))
-        self._end()
+        run_marks.end_run(self._mark)
 
-    def _end(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._mark.rename(_ended(self._mark))
+    def _places(self) -> dict[str, int]:
+        """Returns the number of tasks that each worker does at a time, by its address; as it was some seconds ago."""
+        if time.monotonic() > self._asked + _ASK_SECONDS:
+            self._asked = time.monotonic()
+            # A lost scheduler is told where a result is awaited.
+            with contextlib.suppress(Exception):
+                self._workers = self._cluster.client.nthreads()
+        return dict.fromkeys(self._workers, 1) if self._is_one_per_process else self._workers
+
+    def _least_loaded(self) -> str | None:
+        """Returns the address of the worker with the fewest tasks for what it does at a time; None without workers.
+
+        Left to itself, Dask gives tasks to the worker that has what they share, as long as that has a thread.
+        """
+        places = self._places()
+        loads = Counter(address for future, address in self._pending.items() if not future.done())
+        return min(places, key=lambda address: loads[address] / places[address], default=None)
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Any:
         self._num_submitted += 1
+        address = self._least_loaded()
         future = self._handed_out(
             _perform, str(self._mark), _versions(), self._shared_future, function, task,
             key=f"{function.__name__.strip('_')}-{uuid.uuid4().hex}", retries=_TRIES - 1,
-            priority=-self._num_submitted,
+            priority=-self._num_submitted, workers=address and [address], allow_other_workers=address is not None,
         )  # fmt: skip
-        self._pending.add(future)
+        self._pending[future] = address
         return future
 
     def _handed_out(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -226,12 +248,12 @@ class DaskWorkers(Workers):
         except Exception as error:  # what Dask raises without a connection is of several types
             raise WorkersError(_LOST) from error
 
-    def _is_done(self, future: Any, seconds: float) -> bool:
+    def _is_any_done(self, futures: Sequence[Any], seconds: float) -> bool:
         from distributed import wait
 
         try:
             with self._cluster.client.as_current():
-                wait([future], timeout=seconds)
+                wait(futures, timeout=seconds, return_when="FIRST_COMPLETED")
         except TimeoutError:
             return False
         except (CancelledError, OSError):
@@ -242,7 +264,7 @@ class DaskWorkers(Workers):
     def _result(self, task: NamedTask, future: Any) -> Any:
         from distributed import KilledWorker
 
-        self._pending.discard(future)
+        self._pending.pop(future, None)
         try:
             result = future.result()
         except KilledWorker as error:
@@ -259,6 +281,29 @@ class DaskWorkers(Workers):
         if isinstance(result, _Failed):
             raise result.error
         return result
+
+
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """Returns the result of a function that may never return.
+
+    Raises:
+        TimeoutError: It takes longer; it goes on in a thread that does not keep Python from ending.
+    """
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # raised again below
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError:
+        if result.done():
+            raise
+        raise TimeoutError(f"no answer in {seconds:g} seconds") from None
 
 
 def _address_in(path: Path | None) -> str:
@@ -283,15 +328,26 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:_SHOWN]
 
 
-def _versions() -> tuple[str, str]:
-    return __version__, ".".join(platform.python_version_tuple()[:2])
+@functools.cache
+def _installed() -> Mapping[str, str]:
+    return {name: importlib.metadata.version(name) for name in _COMPARED_PACKAGES}
 
 
-def _fault_of_versions(wanted: tuple[str, str]) -> str:
+def _versions() -> Mapping[str, str]:
+    """Returns the versions on which the result of a task depends, by the names of what has them."""
+    return {"protlm": __version__, "Python": ".".join(platform.python_version_tuple()[:2]), **_installed()}
+
+
+def _fault_of_versions(wanted: Mapping[str, str]) -> str:
     """Returns why a worker has other versions than the process whose tasks it does; empty if it has the same."""
-    if _versions() == wanted:
+    own = _versions()
+    others = [name for name in wanted if own.get(name) != wanted[name]]
+    if not others:
         return ""
-    theirs, ours = ("protlm {} and Python {}".format(*pair) for pair in (_versions(), wanted))
+    theirs, ours = (
+        " and ".join(f"{name} {versions.get(name, 'of another protlm')}" for name in others)
+        for versions in (own, wanted)
+    )
     return (
         f"the worker on {socket.gethostname()} has {theirs}, and this process {ours}; start the workers with the "
         "versions of this process"
@@ -300,11 +356,6 @@ def _fault_of_versions(wanted: tuple[str, str]) -> str:
 
 def _itself(shared: Any) -> Any:
     return shared
-
-
-def _ended(mark: Path) -> Path:
-    """Returns the name that the mark of a run gets when the run has ended."""
-    return mark.with_name(mark.name.replace(_MARK, _ENDED, 1))
 
 
 def _fault_of_paths(paths: Sequence[str]) -> str:
@@ -318,45 +369,18 @@ def _fault_of_paths(paths: Sequence[str]) -> str:
     return ""
 
 
-def _fault_of_mark(path: Path) -> str:
-    """Returns why a worker does not see the mark of a run that goes on; empty if it sees it."""
-    end = time.monotonic() + _NEW_FILE_SECONDS
-    # Listing a folder makes a network file system ask its server, unlike looking for a name.
-    while path.name not in (names := os.listdir(path.parent)):
-        if _ended(path).name in names:
-            return "the run of this task has ended"
-        if time.monotonic() > end:
-            return (
-                f"the worker on {socket.gethostname()} sees another folder as {path.parent}; inputs, model and output "
-                "must be on a file system that all machines share"
-            )
-        time.sleep(1)
-    return ""
-
-
-class _Mark:
-    """The mark of a run, for its tasks to look at now and then."""
-
-    def __init__(self, path: Path) -> None:
-        self._ended, self._looked, self._is_there = _ended(path), time.monotonic(), True
-
-    def is_there(self) -> bool:
-        """Returns whether the run went on a moment ago."""
-        if time.monotonic() > self._looked + _LOOK_SECONDS:
-            self._looked = time.monotonic()
-            self._is_there = self._ended.parent.is_dir() and not self._ended.exists()
-        return self._is_there
-
-
-def _perform(mark: str, versions: tuple[str, str], shared: Any, function: Callable[[Any, Any], Any], task: Any) -> Any:
+def _perform(
+    mark: str, versions: Mapping[str, str], shared: Any, function: Callable[[Any, Any], Any], task: Any
+) -> Any:
     """Does a task on a worker; an error that would come up anywhere is returned, any other raised for another try."""
     from distributed import get_worker
 
     # Dask has its workers give every byte back.
     keep_memory()
     threads_of_task.set(get_worker().state.nthreads)
-    is_task_wanted.set(_Mark(Path(mark)).is_there)
-    fault = _fault_of_versions(versions) or _fault_of_paths([str(Path(mark).parent)]) or _fault_of_mark(Path(mark))
+    is_task_wanted.set(run_marks.MarkWatch(Path(mark)).is_there)
+    folder = str(Path(mark).parent)
+    fault = _fault_of_versions(versions) or _fault_of_paths([folder]) or run_marks.fault_of_mark(Path(mark))
     if fault:
         return _Failed(ProtlmError(fault))
     try:

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -84,8 +84,8 @@ class LocalWorkers(Workers):
         is_task_wanted.set(lambda: not self._is_over.is_set())
         return function(self._shared, task)
 
-    def _is_done(self, future: "Future[Any]", seconds: float) -> bool:
-        return bool(wait([future], seconds).done)
+    def _is_any_done(self, futures: Sequence["Future[Any]"], seconds: float) -> bool:
+        return bool(wait(futures, seconds, FIRST_COMPLETED).done)
 
     def _result(self, task: NamedTask, future: "Future[Any]") -> Any:
         with _lost_process_told():

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 from protlm import files
 from protlm.errors import ProtlmError
-from protlm.runtime import locks, work_folder
+from protlm.runtime import locks, run_marks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
 from protlm.runtime.workers import WorkersError
 
@@ -196,6 +196,7 @@ class PortionFolder:
             ProtlmError: Another run holds the lock.
         """
         with locks.locked(self.path):
+            run_marks.end_runs(self.path)
             for left_over in self.path.glob(f"*/.*{files.PARTIAL_SUFFIX}"):
                 files.remove(left_over)
             shutil.rmtree(self.new_proteins_path, ignore_errors=True)

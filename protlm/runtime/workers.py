@@ -98,6 +98,7 @@ class Workers(ABC):
         function: Callable[[Any, Task], Result],
         tasks: Iterable[Task],
         *,
+        ahead: int = 0,
         meanwhile: Callable[[], object] = nothing,
     ) -> Iterator[Result]:
         """Yields function(shared, task) for each task, in the order of the tasks; few are in memory at a time.
@@ -105,6 +106,8 @@ class Workers(ABC):
         Args:
             function: A function of a module, which the workers import.
             tasks: The tasks.
+            ahead: Most tasks, with their results, in memory where one of them takes long: meanwhile the workers go on
+                with those after it. 0: no more than otherwise.
             meanwhile: Called now and then while a result is awaited.
 
         Raises:
@@ -113,29 +116,33 @@ class Workers(ABC):
         """
         waiting: deque[tuple[Task, Any]] = deque()
         for task in tasks:
-            if len(waiting) > self.num_waiting:
-                yield self._awaited(*waiting.popleft(), meanwhile)
+            while len(waiting) > self.num_waiting:
+                if self._is_any_done([waiting[0][1]], 0):
+                    yield self._result(*waiting.popleft())
+                    continue
+                at_work = [future for _, future in waiting if not future.done()]
+                if len(at_work) <= self.num_waiting and len(waiting) < ahead:
+                    break
+                self._is_any_done(at_work if len(waiting) < ahead else [waiting[0][1]], _WAIT_SECONDS)
+                meanwhile()
             waiting.append((task, self._submit(function, task)))
         while waiting:
-            yield self._awaited(*waiting.popleft(), meanwhile)
+            while not self._is_any_done([waiting[0][1]], _WAIT_SECONDS):
+                meanwhile()
+            yield self._result(*waiting.popleft())
 
     @property
     def num_waiting(self) -> int:
-        """Number of tasks that are handed out before the result of the first is awaited."""
+        """Number of tasks at work, besides one, before a result is awaited."""
         return self.number
-
-    def _awaited(self, task: NamedTask, future: Any, meanwhile: Callable[[], object]) -> Any:
-        while not self._is_done(future, _WAIT_SECONDS):
-            meanwhile()
-        return self._result(task, future)
 
     @abstractmethod
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Any:
         """Hands out a task, and returns its future."""
 
     @abstractmethod
-    def _is_done(self, future: Any, seconds: float) -> bool:
-        """Waits so long for the end of a task at most, and returns whether it has ended."""
+    def _is_any_done(self, futures: Sequence[Any], seconds: float) -> bool:
+        """Waits so long at most until a task of some has ended, and returns whether one has."""
 
     @abstractmethod
     def _result(self, task: NamedTask, future: Any) -> Any:

@@ -5,10 +5,11 @@ import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 
-def before(name, act, number=1):
+def before(name, act, number=1, *, takes_arguments=False):
     """Lets a function of a module, `module:function`, act before its call of a number and those after it."""
     module, function = name.split(":")
     module = importlib.import_module(module)
@@ -17,7 +18,7 @@ def before(name, act, number=1):
     def wrapped(*arguments, **options):
         calls.append(arguments)
         if len(calls) >= number:
-            act()
+            act(*arguments) if takes_arguments else act()
         return plain(*arguments, **options)
 
     wrapped.plain = plain
@@ -47,9 +48,29 @@ def kill(pid):
     os.kill(pid, signal.SIGKILL)
 
 
+def kill_own():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def note(path):
     with open(path, "a", encoding="ascii") as file:
         file.write(".")
+
+
+def note_process(path):
+    # A moment, in which the other processes begin too.
+    time.sleep(0.1)
+    with open(path, "a", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def fail_first_portion(folder, _run, portion):
+    """Fails the first portion of embed once another one is finished, whose workers' folders are in a folder."""
+    end = time.monotonic() + 60
+    while portion.number == 0:
+        if any(folder.glob("parts*/*.h5")) or time.monotonic() > end:
+            raise OSError(5, "Input/output error", "a disk")
+        time.sleep(0.05)
 
 
 def hide(folder):

@@ -3,11 +3,14 @@
 import functools
 import json
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from protlm.cli.app import main
@@ -25,6 +28,7 @@ WRITE_SHARD = "protlm.data.building.assembly:write_shard"
 DECIDE = "protlm.data.building.selection:_first_codes"
 MAKE_PIECE = "protlm.data.parsing.reader:parse_piece"
 CONTAINED = "protlm.data.building.kmer_search:search"
+COMPUTE = "protlm.workflows.embed.cluster:_compute"
 EMBED_ROW = "protlm.workflows.embed.portions:merge_windows"
 
 
@@ -32,7 +36,7 @@ EMBED_ROW = "protlm.workflows.embed.portions:merge_windows"
 def cluster():
     """Two worker processes of one thread each, on this machine."""
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
     ) as cluster:
         yield cluster
 
@@ -44,7 +48,7 @@ def client(cluster):
         client.wait_for_workers(2, timeout=60)
         yield client
         client.wait_for_workers(2, timeout=60)
-        for name in (WRITE_PIECE, WRITE_SHARD, DECIDE, MAKE_PIECE, CONTAINED, EMBED_ROW):
+        for name in (WRITE_PIECE, WRITE_SHARD, DECIDE, MAKE_PIECE, CONTAINED, COMPUTE, EMBED_ROW):
             client.run(cluster_faults.mend, name)
         client.run(cluster_faults.show)
 
@@ -159,6 +163,53 @@ def test_embed_makes_the_bytes_of_one_process_also_where_a_worker_is_killed(
     assert (tmp_path / "killed").exists()
 
 
+@pytest.fixture
+def wide_cluster():
+    """Two worker processes of several threads each."""
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=4, processes=True, dashboard_address=":0", silence_logs=50
+    ) as cluster:
+        yield cluster
+
+
+def test_all_processes_compute_however_many_threads_they_have(wide_cluster, run_dir, fasta, sample_files, tmp_path):
+    address = ("--scheduler", wide_cluster.scheduler_address)
+    with distributed.Client(wide_cluster, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+        for name in (EMBED_ROW, WRITE_SHARD):
+            client.run(cluster_faults.before, name, functools.partial(cluster_faults.note_process, tmp_path / name))
+        run("embed", run_dir, fasta, "--out", tmp_path / "e.h5", "--tokens-per-batch", 100, *address)
+        run("prep", *sample_files, "--out", tmp_path / "out", *WORDS, *address)
+    for name in (EMBED_ROW, WRITE_SHARD):
+        assert len(set((tmp_path / name).read_text().split())) == 2
+
+
+def test_a_portion_that_fails_keeps_those_that_are_finished(
+    client, address, run_dir, fasta, tmp_path, failure_on_cluster
+):
+    command = ("embed", run_dir, fasta, "--out", tmp_path / "e.h5", "--tokens-per-batch", 100)
+    run(*command[:3], "--out", tmp_path / "one.h5", *command[5:])
+    fail = functools.partial(cluster_faults.fail_first_portion, tmp_path / "e.h5.partial")
+    client.run(cluster_faults.before, COMPUTE, fail, takes_arguments=True)
+    line = failure_on_cluster(*command, *address)
+    assert "proteins 1 to " in line
+    assert "failed 3 times on the workers, last with OSError" in line
+    assert "what is finished is kept in " in line
+    client.run(cluster_faults.mend, COMPUTE)
+    run(*command, *address, "--resume")
+    assert (tmp_path / "e.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+
+
+def test_a_task_that_ends_its_workers_is_named(
+    cluster, client, address, sample_files, tmp_path, failure_on_cluster, monkeypatch
+):
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
+    client.run(cluster_faults.before, WRITE_SHARD, cluster_faults.kill_own)
+    line = failure_on_cluster("prep", *sample_files, "--out", tmp_path / "out", *WORDS, *address)
+    assert "train-00000.h5: lost several workers that were at it, perhaps for want of memory" in line
+    assert "what is finished is kept in " in line
+
+
 def test_a_killed_command_goes_on_from_what_its_workers_had_finished(
     client, address, sample_files, sample_digests, tmp_path, monkeypatch
 ):
@@ -178,6 +229,10 @@ def test_an_address_where_nobody_answers_is_one_line(sample_files, tmp_path, fai
     command = ("prep", *sample_files, "--out", tmp_path / "out")
     assert "tcp://127.0.0.1:9: no Dask scheduler answers" in failure(*command, "--scheduler", "tcp://127.0.0.1:9")
     assert ": no Dask scheduler answers" in failure(*command, "--scheduler", "")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        # Another service, which waits for a request as the client does.
+        busy = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        assert f"{busy}: no Dask scheduler answers" in failure(*command, "--scheduler", busy)
     assert "nonsense://x: no Dask scheduler answers" in failure(*command, "--scheduler", "nonsense://x")
     (tmp_path / "s.json").write_text('{"address": 3}')
     assert "s.json: no scheduler file" in failure(*command, "--scheduler-file", tmp_path / "s.json")
@@ -191,7 +246,11 @@ def test_a_worker_of_another_version_is_refused_with_its_host(
     monkeypatch.setattr(dask_workers, "__version__", "9.9")
     line = failure("prep", *sample_files, "--out", tmp_path / "out", *address)
     assert "the worker on " in line
-    assert "and this process protlm 9.9 and Python" in line
+    assert "and this process protlm 9.9; start the workers" in line
+    monkeypatch.undo()
+    monkeypatch.setattr(dask_workers, "_installed", lambda: {"torch": "1.0", "numpy": np.__version__, "h5py": "9"})
+    line = failure("prep", *sample_files, "--out", tmp_path / "out", *address)
+    assert re.search(r"has torch 2\S+ and h5py \S+, and this process torch 1\.0 and h5py 9; start", line)
 
 
 def test_a_worker_that_does_not_see_the_folder_is_refused_with_its_host(

@@ -90,7 +90,7 @@ def compute_on_cluster(
     tasks = (_Portion(portion, plan.records(portion).start + 1, plan.records(portion).stop) for portion in portions)
     seen = [str(model)] if model.exists() else []
     with open_workers(1, cluster, run, folder.path, seen, one_per_process=True) as workers:
-        for number in workers.in_order(_compute, tasks):
+        for number in workers.in_order(_compute, tasks, ahead=len(portions), meanwhile=lambda: advance(0)):
             folder.adopt(of_run, number)
             advance(plan.num_residues(number))
 

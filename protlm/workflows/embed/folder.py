@@ -43,9 +43,11 @@ class EmbedFolder(PortionFolder):
     def adopt(self, folder: "EmbedFolder", portion: int) -> None:
         """Takes over a portion that a worker has finished in its folder."""
         # Should this process be killed in between, the portion is not there yet, and will be computed again.
-        for path in (self._skipped_path(portion), self.portion_path(portion)):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(folder._portions_path / path.name, path)
+        note, made = self._skipped_path(portion), self.portion_path(portion)
+        # Most portions skip nothing.
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder._portions_path / note.name, note)
+        os.replace(folder._portions_path / made.name, made)
 
     def adopt_left_overs(self) -> None:
         """Takes over what workers of a lost run have finished; that run had the inputs and options of this one."""
@@ -126,7 +128,8 @@ class EmbedFolder(PortionFolder):
         self.put_in_place(moves, {"records": self.skipped()})
 
     def _has_finished_work(self) -> bool:
-        return super()._has_finished_work() or self.num_assembled > 0
+        of_workers = self.path.glob(f"{self.portions_name}-*/*{self.portion_suffix}")
+        return super()._has_finished_work() or self.num_assembled > 0 or any(of_workers)
 
     def _skipped_path(self, portion: int) -> Path:
         return self._portions_path / f"{portion:06d}{_SKIPPED_SUFFIX}"

@@ -29,7 +29,7 @@ from protlm.data.storage.manifest import (
     is_dataset,
 )
 from protlm.errors import ProtlmError
-from protlm.runtime import locks, work_folder
+from protlm.runtime import locks, run_marks, work_folder
 from protlm.runtime.work_folder import partial_folder, read_json, write_json
 from protlm.runtime.workers import WorkersError
 
@@ -136,6 +136,8 @@ class PrepFolder:
             ProtlmError: Another run is at work.
         """
         with locks.locked(self.path, shared=start == "part"):
+            if start != "part":
+                run_marks.end_runs(self.path)
             self._remove_left_overs(start)
             yield
 

@@ -128,7 +128,7 @@ def read_sources(
     whole = [] if workers.are_here else [number for number in numbers if _is_one_task(inputs[number], share)]
     notes = _ReadingNotes(work.folder.reading_path, whole, advance)
     tasks = (SourceTask(inputs[number].path, number) for number in whole)
-    read = workers.in_order(_read_alone, tasks, meanwhile=notes.look)
+    read = workers.in_order(_read_alone, tasks, ahead=len(whole), meanwhile=notes.look)
     for number, (source, num_bytes) in zip(whole, read, strict=True):
         work.folder.know_finished(number, source)
         notes.finish(number, num_bytes)
