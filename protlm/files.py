@@ -22,6 +22,7 @@ from typing import Any
 PARTIAL_SUFFIX = ".partial"
 """Suffix of the name of an incomplete file or folder; only a killed process leaves one behind."""
 
+_MANY_OPEN_FILES = 1 << 16
 _AT_FDCWD, _EXCHANGE = -100, 2
 # Answers of a file system or kernel that has no exchange.
 _UNKNOWN = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})
@@ -202,6 +203,25 @@ def _raise_unless_held(_function: object, _path: str, failure: tuple[Any, BaseEx
 def _raise_unless_missing(_function: object, _path: str, failure: tuple[Any, BaseException, Any]) -> None:
     if not isinstance(failure[1], FileNotFoundError):
         raise failure[1]
+
+
+@functools.cache
+def allow_many_open_files() -> None:
+    """Raises the number of files that this process may have open at a time, as far as the system lets a user do so.
+
+    The usual 256 or 1,024 are made for programs that know no better; a dataset of many shards is more.
+    """
+    try:
+        import resource
+    except ImportError:
+        # Windows, which has no such limit.
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # Some systems refuse what they seem to allow.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_regular(path: str | Path, *, max_bytes: int | None = None) -> io.BufferedReader:

@@ -42,7 +42,7 @@ _CONNECT_SECONDS = 10
 _TRIES = 3
 """How often a task is tried that fails by no fault of its input."""
 _LEAST_WAITING = 16
-"""Tasks that wait at the scheduler at least, so that a cluster that grows with them sees them."""
+"""Tasks that are handed out at least, so that a cluster that grows with them sees them."""
 _ASK_SECONDS = 5
 """Time between two questions to the scheduler for its workers."""
 _SHOWN = 300
@@ -167,7 +167,7 @@ class DaskWorkers(Workers):
         self._cluster, self._shared, self._folder, self._inputs = cluster, shared, folder, inputs
         self._is_one_per_process = one_per_process
         self._num_submitted = 0
-        # The tasks that were not awaited yet, each with the address of the worker that it was meant for.
+        # The tasks that had not ended when the last one was handed out, with the addresses of the workers they are for.
         self._pending: dict[Any, str | None] = {}
         # Threads of each worker by its address.
         self._workers: dict[str, int] = {}
@@ -225,7 +225,8 @@ class DaskWorkers(Workers):
         Left to itself, Dask gives tasks to the worker that has what they share, as long as that has a thread.
         """
         places = self._places()
-        loads = Counter(address for future, address in self._pending.items() if not future.done())
+        self._pending = {future: address for future, address in self._pending.items() if not future.done()}
+        loads = Counter(self._pending.values())
         return min(places, key=lambda address: loads[address] / places[address], default=None)
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Any:
@@ -330,7 +331,8 @@ def _first_line(error: BaseException) -> str:
 
 @functools.cache
 def _installed() -> Mapping[str, str]:
-    return {name: importlib.metadata.version(name) for name in _COMPARED_PACKAGES}
+    # Builds of one version, such as 2.13.0+cpu, are told apart by their local part.
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in _COMPARED_PACKAGES}
 
 
 def _versions() -> Mapping[str, str]:

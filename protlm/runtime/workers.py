@@ -115,17 +115,23 @@ class Workers(ABC):
             Exception: As the function raises.
         """
         waiting: deque[tuple[Task, Any]] = deque()
+        at_work: list[Any] = []
         for task in tasks:
             while len(waiting) > self.num_waiting:
-                if self._is_any_done([waiting[0][1]], 0):
+                if waiting[0][1].done():
                     yield self._result(*waiting.popleft())
                     continue
-                at_work = [future for _, future in waiting if not future.done()]
+                at_work = [future for future in at_work if not future.done()]
                 if len(at_work) <= self.num_waiting and len(waiting) < ahead:
                     break
-                self._is_any_done(at_work if len(waiting) < ahead else [waiting[0][1]], _WAIT_SECONDS)
-                meanwhile()
+                awaited = at_work if len(waiting) < ahead else [waiting[0][1]]
+                if not self._is_any_done(awaited, _WAIT_SECONDS):
+                    meanwhile()
+                elif not any(future.done() for future in awaited):
+                    # Lost, as the result tells.
+                    yield self._result(*waiting.popleft())
             waiting.append((task, self._submit(function, task)))
+            at_work = [*(future for future in at_work if not future.done()), waiting[-1][1]]
         while waiting:
             while not self._is_any_done([waiting[0][1]], _WAIT_SECONDS):
                 meanwhile()
@@ -142,7 +148,12 @@ class Workers(ABC):
 
     @abstractmethod
     def _is_any_done(self, futures: Sequence[Any], seconds: float) -> bool:
-        """Waits so long at most until a task of some has ended, and returns whether one has."""
+        """Waits until a task of some has ended, and returns whether one has.
+
+        Args:
+            futures: The futures of the tasks, at least one.
+            seconds: Longest time to wait, above 0.
+        """
 
     @abstractmethod
     def _result(self, task: NamedTask, future: Any) -> Any:

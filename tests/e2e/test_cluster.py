@@ -16,6 +16,7 @@ import pytest
 from protlm.cli.app import main
 from protlm.data.storage.dataset import open_dataset
 from protlm.runtime import dask_workers
+from protlm.runtime.workers import Scheduler, open_workers
 from tests.e2e import cluster_faults
 from tests.e2e.prep_tools import SAMPLE_WORDS, digests, ids
 from tests.forked import Forked
@@ -198,6 +199,30 @@ def test_a_portion_that_fails_keeps_those_that_are_finished(
     client.run(cluster_faults.mend, COMPUTE)
     run(*command, *address, "--resume")
     assert (tmp_path / "e.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+
+
+@pytest.mark.parametrize("ahead", [0, 5, 100])
+def test_more_tasks_than_wait_come_back_in_their_order_while_others_are_handed_out(client, cluster, tmp_path, ahead):
+    handed_out, end = [], time.monotonic() + 60
+
+    def tasks():
+        for number in range(60):
+            handed_out.append(number)
+            yield cluster_faults.Numbered(number)
+
+    def look():
+        assert time.monotonic() < end, "nothing comes back"
+
+    results, handed_out_before = [], []
+    with (
+        dask_workers.DaskCluster(Scheduler(address=cluster.scheduler_address)) as connection,
+        open_workers(1, connection, "shared", tmp_path) as workers,
+    ):
+        for result in workers.in_order(cluster_faults.hand_in, tasks(), ahead=ahead, meanwhile=look):
+            results.append(result)
+            handed_out_before.append(len(handed_out))
+    assert results == [("shared", number) for number in range(60)]
+    assert handed_out_before[0] < 60
 
 
 def test_a_task_that_ends_its_workers_is_named(

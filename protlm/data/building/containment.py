@@ -114,8 +114,8 @@ def _numbered(shards: Sequence[_Summary]) -> list[tuple[Path, int]]:
 
 
 def _divided(shards: Sequence[_Shard], workers: Workers, *, at_least: int = 1) -> list[Sequence[_Shard]]:
-    """Returns the shards of a side in so many groups that all workers have some, of at least so many shards."""
-    num_groups = min(-(-len(shards) // at_least), _TASKS_PER_WORKER * workers.number)
+    """Returns the shards of a side in so many groups that all workers have some, but each at least so many shards."""
+    num_groups = min(max(1, len(shards) // at_least), _TASKS_PER_WORKER * workers.number) if shards else 0
     bounds = [len(shards) * number // max(1, num_groups) for number in range(num_groups + 1)]
     return [shards[start:end] for start, end in itertools.pairwise(bounds)]
 

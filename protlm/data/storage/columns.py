@@ -307,6 +307,8 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ShardError(f"{path}: too many files are open at a time; raise the limit with `ulimit -n`") from error
         # h5py raises any of these for a damaged file.
         reason = str(error).strip("'\" \n").split("\n")[0]
         raise ShardError(f"{path}: not a readable HDF5 file: {reason}") from error

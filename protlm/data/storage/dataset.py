@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protlm import vocabulary
+from protlm import files, vocabulary
 from protlm.choices import SplitName
 from protlm.data.records import UNKNOWN
 from protlm.data.storage.manifest import MANIFEST_NAME, Manifest, SplitSummary, read_manifest
@@ -150,6 +150,7 @@ class Split:
             ShardError: The file is missing, damaged, not the one in the manifest, or changed since it was opened.
         """
         if (shard := self._shards[number]) is None:
+            files.allow_many_open_files()
             expected = self.summary.shards[number]
             shard = ShardReader(self.directory / expected.name)
             for name, got, wanted in (

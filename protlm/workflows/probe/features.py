@@ -86,30 +86,27 @@ def embed_layers(
 
 
 def _make_room(path: Path, wanted: int) -> None:
-    """Makes a file of a size whose blocks the disk has set aside; writing to the map of one without could end Python.
+    """Makes a file of a size, its blocks set aside where the system can: writing to a map without could end Python.
 
     Raises:
         ProtlmError: The disk has too little space.
     """
-    too_little = ProtlmError(
-        f"{path.parent}: expected {wanted:,} free bytes for the embeddings, got {files.free_bytes(path.parent):,} or a "
-        "quota below it; name fewer --layers, give fewer proteins, or choose another folder for temporary files with "
-        "TMPDIR"
-    )
-    if wanted > files.free_bytes(path.parent):
-        raise too_little
+    free = files.free_bytes(path.parent)
+    is_enough = wanted <= free
     with path.open("xb") as file:
         try:
-            if hasattr(os, "posix_fallocate"):
+            if is_enough and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, wanted)
-            else:
-                file.truncate(wanted)
         except OSError as error:
-            path.unlink()
-            # A quota, or what others wrote meanwhile.
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise too_little from None
-            raise
+            # A quota, or what others wrote meanwhile; other errors are of systems that cannot set blocks aside.
+            is_enough = error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        file.truncate(wanted if is_enough else 0)
+    if not is_enough:
+        path.unlink()
+        raise ProtlmError(
+            f"{path.parent}: expected {wanted:,} free bytes for the embeddings, got {free:,} or a quota below that; "
+            "name fewer --layers, give fewer proteins, or choose another folder for temporary files with TMPDIR"
+        )
 
 
 def sequence_baselines(proteins: ProteinStore, *, of_residues: bool) -> dict[str, Features]:

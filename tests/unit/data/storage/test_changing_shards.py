@@ -1,6 +1,8 @@
 """Shards that are cut short, written to, touched or replaced while a dataset is in use."""
 
 import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -101,6 +103,31 @@ def test_a_shard_that_has_its_size_again_is_an_error_too(dataset_of_one_shard):
         if not times:
             os.truncate(dataset_of_one_shard, size)
             os.utime(dataset_of_one_shard, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_a_dataset_may_have_more_shards_than_files_are_open_by_default(tmp_path):
+    text = "".join(f">p{number}\n{'MKV' * 10}{'A' * (number % 7)}{number * 'L'}\n" for number in range(60))
+    (tmp_path / "a.fasta").write_text(text)
+    prepare(
+        PrepRequest(inputs=[tmp_path / "a.fasta"], out=tmp_path / "ds", valid_fraction=0, test_fraction=0,
+                    shard_residues=30)
+    )  # fmt: skip
+    program = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))\n"
+        "from protlm.data.storage.dataset import open_dataset\n"
+        "split = open_dataset(sys.argv[1]).split('train')\n"
+        "split.open_shards()\n"
+        "print(len(split), split.summary.shards[-1].name)\n"
+    )
+    result = {
+        hard: subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "ds"), hard], capture_output=True, text=True, check=False
+        )
+        for hard in ("1000", "64")
+    }
+    assert result["1000"].stdout.split() == ["60", "train-00059.h5"]
+    assert "too many files are open at a time; raise the limit with `ulimit -n`" in result["64"].stderr
 
 
 def test_a_shard_may_be_touched_replaced_or_removed_while_it_is_open(dataset_of_one_shard):
