@@ -19,7 +19,7 @@ from protlm.runtime import dask_workers
 from protlm.runtime.workers import Scheduler, open_workers
 from tests.e2e import cluster_faults
 from tests.e2e.prep_tools import SAMPLE_WORDS, digests, ids
-from tests.forked import Forked
+from tests.forked import TIMEOUT_SECONDS, Forked
 
 distributed = pytest.importorskip("distributed")
 
@@ -46,9 +46,9 @@ def cluster():
 def client(cluster):
     """A client of the test's own, with both workers there and without faults before and after."""
     with distributed.Client(cluster, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=TIMEOUT_SECONDS)
         yield client
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=TIMEOUT_SECONDS)
         for name in (WRITE_PIECE, WRITE_SHARD, DECIDE, MAKE_PIECE, CONTAINED, COMPUTE, EMBED_ROW):
             client.run(cluster_faults.mend, name)
         client.run(cluster_faults.show)
@@ -176,7 +176,7 @@ def wide_cluster():
 def test_all_processes_compute_however_many_threads_they_have(wide_cluster, run_dir, fasta, sample_files, tmp_path):
     address = ("--scheduler", wide_cluster.scheduler_address)
     with distributed.Client(wide_cluster, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=TIMEOUT_SECONDS)
         for name in (EMBED_ROW, WRITE_SHARD):
             client.run(cluster_faults.before, name, functools.partial(cluster_faults.note_process, tmp_path / name))
         run("embed", run_dir, fasta, "--out", tmp_path / "e.h5", "--tokens-per-batch", 100, *address)

@@ -18,6 +18,7 @@ from protlm.errors import ProtlmError
 from protlm.workflows.prep import folder as prep_folder
 from protlm.workflows.prep import reading as prep_reading
 from tests.e2e.prep_tools import SAMPLE_OPTIONS, SAMPLE_WORDS, digests, error_line, prepare_sample
+from tests.forked import TIMEOUT_SECONDS
 
 
 @pytest.mark.parametrize("stage", ["pieces-*/*", "sources-*/*", "dataset-*/*.h5"])
@@ -178,7 +179,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL, start_new_session=True)
     with path.open("wb") as pipe:
         pipe.write(b">a\nMKV\n")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while len(children := _children(process.pid)) < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert children

@@ -63,7 +63,7 @@ sides = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sides=sides)
 def test_what_is_found_is_what_comparing_all_pairs_finds(folder, sides):
     inner, outer = sides
@@ -77,7 +77,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kmer_search, "_BATCH", 3)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sides=sides)
 def test_chunks_blocks_and_batches_change_nothing(folder, small_blocks, sides):
     inner, outer = sides
@@ -95,14 +95,14 @@ def without_compiled_code(monkeypatch):
     monkeypatch.setattr(compiled, "load", lambda: "hidden by this test")
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sides=sides)
 def test_numpy_finds_the_same(folder, without_compiled_code, sides):
     inner, outer = sides
     assert count_each_way(folder, inner, outer) == {oracle(inner, outer)}
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sides=sides)
 def test_hashes_that_all_collide_change_nothing(folder, colliding_hashes, sides):
     inner, outer = sides
