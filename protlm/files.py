@@ -209,7 +209,7 @@ def _raise_unless_missing(_function: object, _path: str, failure: tuple[Any, Bas
 def allow_many_open_files() -> None:
     """Raises the number of files that this process may have open at a time, as far as the system lets a user do so.
 
-    The usual 256 or 1,024 are made for programs that know no better; a dataset of many shards is more.
+    The usual limit is 256 or 1,024, which a program may raise; a dataset of many shards needs more.
     """
     try:
         import resource

@@ -220,7 +220,7 @@ class DaskWorkers(Workers):
         return dict.fromkeys(self._workers, 1) if self._is_one_per_process else self._workers
 
     def _least_loaded(self) -> str | None:
-        """Returns the address of the worker with the fewest tasks for what it does at a time; None without workers.
+        """Returns the address of the worker whose unfinished tasks are fewest for its threads; None without workers.
 
         Left to itself, Dask gives tasks to the worker that has what they share, as long as that has a thread.
         """
@@ -331,7 +331,7 @@ def _first_line(error: BaseException) -> str:
 
 @functools.cache
 def _installed() -> Mapping[str, str]:
-    # Builds of one version, such as 2.13.0+cpu, are told apart by their local part.
+    # Builds of one version, such as 2.13.0+cpu and 2.13.0+cu130, count as the same.
     return {name: importlib.metadata.version(name).partition("+")[0] for name in _COMPARED_PACKAGES}
 
 

@@ -20,6 +20,7 @@ from protlm.runtime.workers import Scheduler, open_workers
 from tests.e2e import cluster_faults
 from tests.e2e.prep_tools import SAMPLE_WORDS, digests, ids
 from tests.forked import TIMEOUT_SECONDS, Forked
+from tests.numbered_tasks import Numbered
 
 distributed = pytest.importorskip("distributed")
 
@@ -208,7 +209,7 @@ def test_more_tasks_than_wait_come_back_in_their_order_while_others_are_handed_o
     def tasks():
         for number in range(60):
             handed_out.append(number)
-            yield cluster_faults.Numbered(number)
+            yield Numbered(number)
 
     def look():
         assert time.monotonic() < end, "nothing comes back"

@@ -95,16 +95,16 @@ class KmerSet:
         """
         tokens = np.ascontiguousarray(tokens)
         find = self._find_compiled if compiled.is_available() else self._find
-        found = [find(tokens, places) for places in self._chunks(len(tokens))]
+        kmers_of_chunks = [find(tokens, places) for places in self._chunks(len(tokens))]
         return (
-            np.concatenate([np.zeros(0, dtype=np.int64), *(places for places, _ in found)]),
-            np.concatenate([np.zeros(0, dtype=np.uint64), *(hashes for _, hashes in found)]),
+            np.concatenate([np.zeros(0, dtype=np.int64), *(places for places, _ in kmers_of_chunks)]),
+            np.concatenate([np.zeros(0, dtype=np.uint64), *(hashes for _, hashes in kmers_of_chunks)]),
         )
 
     def _find(self, tokens: np.ndarray, among: range) -> tuple[np.ndarray, np.ndarray]:
         hashes = _hashes_from(tokens, among, self._level)
-        found = np.flatnonzero(self._has(hashes))
-        return found * among.step + among.start, hashes[found]
+        held = np.flatnonzero(self._has(hashes))
+        return held * among.step + among.start, hashes[held]
 
     def _find_compiled(self, tokens: np.ndarray, among: range) -> tuple[np.ndarray, np.ndarray]:
         places, hashes = np.empty(len(among), dtype=np.int64), np.empty(len(among), dtype=np.uint64)

@@ -1,21 +1,12 @@
 """The order in which tasks are handed out and their results come."""
 
 import threading
-from dataclasses import dataclass
 
 import pytest
 
 from protlm.runtime import run_marks
 from protlm.runtime.local_workers import LocalWorkers
-
-
-@dataclass(frozen=True)
-class Numbered:
-    number: int
-
-    @property
-    def title(self):
-        return str(self.number)
+from tests.numbered_tasks import Numbered
 
 
 class Desk:

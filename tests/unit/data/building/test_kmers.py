@@ -3,19 +3,12 @@
 import numpy as np
 import pytest
 
-from protlm.data import compiled
 from protlm.data.building import kmers
 from protlm.data.building.kmers import KmerSet, Level
 
+pytestmark = pytest.mark.usefixtures("with_and_without_the_library")
+
 LEVELS = [Level(8, 32, 39), Level(5, 8, 12, 38), Level(8, 4, 12), Level(7, 3, 12)]
-
-
-@pytest.fixture(params=["compiled", "NumPy"])
-def implementation(request, monkeypatch):
-    if request.param == "NumPy":
-        monkeypatch.setattr(compiled, "load", lambda: "hidden by this test")
-    elif not compiled.is_available():
-        pytest.skip(f"the compiled FASTA parser: {compiled.why_not()}")
 
 
 def residues(num_tokens, seed=0):
@@ -33,7 +26,7 @@ def multiples(tokens, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 8, 9, 31, 32, 33, 100, 1000])
-def test_all_added_kmers_are_found_at_their_places_and_few_others(implementation, level, num_tokens, monkeypatch):
+def test_all_added_kmers_are_found_at_their_places_and_few_others(level, num_tokens, monkeypatch):
     monkeypatch.setattr(kmers, "_CHUNK_KMERS", 7)
     added = KmerSet(0, level)
     added.add_all(residues(num_tokens))
@@ -57,7 +50,7 @@ def test_all_added_kmers_are_found_at_their_places_and_few_others(implementation
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_hashes_are_those_of_first_kmers(implementation, level):
+def test_hashes_are_those_of_first_kmers(level):
     tokens = residues(300)
     everything = KmerSet(0, level)
     everything._bytes[:] = 255
@@ -73,7 +66,7 @@ def test_hashes_are_those_of_first_kmers(implementation, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_parts_of_the_tokens_are_known_and_others_are_not(implementation, level):
+def test_parts_of_the_tokens_are_known_and_others_are_not(level):
     outer, other = residues(2000), residues(2000, seed=1)
     added = KmerSet(0, level)
     added.add_all(outer)
@@ -84,7 +77,7 @@ def test_parts_of_the_tokens_are_known_and_others_are_not(implementation, level)
     assert not added.are_known(tokens, starts[:-100] + 2000, lengths[:-100]).any()
 
 
-def test_one_stretch_without_a_kmer_makes_a_sequence_unknown(implementation):
+def test_one_stretch_without_a_kmer_makes_a_sequence_unknown():
     level = Level(8, 4, 12)
     outer = residues(400)
     added = KmerSet(0, level)
