@@ -10,7 +10,7 @@ import torch
 
 _EXTENSION = "protlm.ops._favor"
 # As in cpp/favor.cpp.
-_VERSION = 6
+_VERSION = 7
 _TASKS = {
     "favor": ("forward", "backward", "fold", "read", "query_gradients", "key_gradients"),
     "local": ("forward", "backward"),
@@ -20,7 +20,7 @@ _TASKS = {
 """The functions of each op, besides that which returns the floats of its workspace, where it has one."""
 _WITHOUT_WORKSPACE = ("heads",)
 _HALF_KERNELS = ("amx", "avx512bf16")
-_HALF_TASKS = {"favor": ("forward",), "local": ("forward",)}
+_HALF_TASKS = {"favor": ("forward", "backward"), "local": ("forward", "backward")}
 """The same of the kernels of bfloat16."""
 
 Pointer = ctypes.c_void_p

@@ -1,7 +1,7 @@
 """FAVOR on the CPU by the compiled kernels: how a call is divided and passed to C++.
 
-The kernels compute in float32, also for shorter inputs, but for the bidirectional forward of bfloat16 on a processor
-that has units for it. A call is divided into units, consecutive tokens of one segment; the partial states of a long
+The kernels compute in float32, also for shorter inputs, but for bidirectional calls of bfloat16 on a processor that has
+units for it. A call is divided into units, consecutive tokens of one segment; the partial states of a long
 segment are merged in their order. No result depends on the number of threads.
 """
 
@@ -36,8 +36,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the tensors of `favor_torch.forward`, with logarithms to base 2 unless they are absolute."""
     if inputs.near_block:
         return near_far_cpp.forward(inputs)
-    is_bfloat16 = inputs.q.dtype == torch.bfloat16 and not inputs.causal and bool(compiled.best_half_kernel())
-    run = _Run(inputs, torch.bfloat16 if is_bfloat16 else torch.float32)
+    run = _Run(inputs, _dtype_of(inputs))
     out, query_sums = run.empty_outputs()
     states, references = run.empty_states()
     run("forward", {"out": out}, query_sums=query_sums, states=states, references=references)
@@ -60,11 +59,17 @@ def backward(
     if inputs.near_block:
         return near_far_cpp.backward(inputs, out_grad, out, states, references, query_sums, sums_grad)
     assert sums_grad is None
-    run = _Run(inputs)
+    run = _Run(inputs, _dtype_of(inputs))
     q_grad, k_grad, v_grad = (run.result_like(x) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
     run("backward", tensors, query_sums=query_sums, states=states, references=references)
     return q_grad.to(inputs.q.dtype), k_grad.to(inputs.q.dtype), v_grad.to(inputs.q.dtype)
+
+
+def _dtype_of(inputs: AttentionInputs) -> torch.dtype:
+    """Returns the type in which whole calls are computed: bfloat16 only where the processor has units for it."""
+    is_bfloat16 = inputs.q.dtype == torch.bfloat16 and not inputs.causal and bool(compiled.best_half_kernel())
+    return torch.bfloat16 if is_bfloat16 else torch.float32
 
 
 def empty_states(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

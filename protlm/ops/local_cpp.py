@@ -1,6 +1,6 @@
 """Exact attention to near tokens by the compiled kernels: how a call is divided into units and passed to C++.
 
-They compute in float32, also for shorter inputs, but for the forward of bfloat16 on a processor that has units for it.
+They compute in float32, also for shorter inputs, but for calls of bfloat16 on a processor that has units for it.
 """
 
 import ctypes
@@ -35,8 +35,7 @@ def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
 
     The weights of a query are 2 to the power of its scores less the reference, which is the largest or not far below.
     """
-    is_bfloat16 = inputs.q.dtype == torch.bfloat16 and bool(compiled.best_half_kernel())
-    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    dtype = _dtype_of(inputs)
     out = result_like(inputs.v, dtype=dtype)
     maxima, factors = (inputs.q.new_empty(inputs.q.shape[:3], dtype=torch.float32) for _ in range(2))
     _run("forward", inputs, maxima, factors, {"out": out}, dtype)
@@ -47,11 +46,17 @@ def backward(
     inputs: LocalInputs, out_grad: Tensor, out: Tensor, maxima: Tensor, factors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; the weights are computed again."""
-    dtype = torch.float32
+    dtype = _dtype_of(inputs)
     q_grad, k_grad, v_grad = (result_like(x, dtype=dtype) for x in (inputs.q, inputs.k, inputs.v))
     tensors = {"out": out, "out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
     _run("backward", inputs, maxima, factors, tensors, dtype)
     return q_grad.to(inputs.q.dtype), k_grad.to(inputs.q.dtype), v_grad.to(inputs.q.dtype)
+
+
+def _dtype_of(inputs: LocalInputs) -> torch.dtype:
+    """Returns the type in which a call is computed: bfloat16 only where the processor has units for it."""
+    is_bfloat16 = inputs.q.dtype == torch.bfloat16 and bool(compiled.best_half_kernel())
+    return torch.bfloat16 if is_bfloat16 else torch.float32
 
 
 def _run(

@@ -54,7 +54,7 @@ class LocalWorkers(Workers):
             # A forked process inherits the shared object and starts quickly; forking is safe only on Linux.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             self._executor = ProcessPoolExecutor(
-                self._number, mp_context=context, initializer=_begin, initargs=(self._shared,)
+                self._number, mp_context=context, initializer=_begin, initargs=(self._shared, os.getpid())
             )
         else:
             self._executor = ThreadPoolExecutor(_THREADS)
@@ -121,7 +121,7 @@ def _interrupts_put_off() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(shared: Any) -> None:
+def _begin(shared: Any, parent: int) -> None:
     global _shared
     _shared = shared
     # Ctrl-C reaches every process of the terminal; only the parent reacts to it.
@@ -129,7 +129,8 @@ def _begin(shared: Any) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     keep_memory()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Not by asking for the parent here, which may be dead by now.
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:

@@ -34,22 +34,49 @@ COMPUTE = "protlm.workflows.embed.cluster:_compute"
 EMBED_ROW = "protlm.workflows.embed.portions:merge_windows"
 
 
+class Clusters:
+    """A cluster that tests share: two worker processes of one thread each, on this machine."""
+
+    def __init__(self):
+        self._current = None
+
+    def complete(self):
+        """Returns it with both workers there: a new one where Dask does not bring back a worker that was killed."""
+        if self._current is not None:
+            try:
+                self._current.wait_for_workers(2, timeout=TIMEOUT_SECONDS / 3)
+            except TimeoutError:
+                self.close()
+        if self._current is None:
+            self._current = distributed.LocalCluster(
+                n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
+            )
+            self._current.wait_for_workers(2, timeout=TIMEOUT_SECONDS)
+        return self._current
+
+    def close(self):
+        if self._current is not None:
+            self._current.close()
+        self._current = None
+
+
 @pytest.fixture(scope="module")
-def cluster():
-    """Two worker processes of one thread each, on this machine."""
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
-    ) as cluster:
-        yield cluster
+def clusters():
+    clusters = Clusters()
+    yield clusters
+    clusters.close()
+
+
+@pytest.fixture
+def cluster(clusters):
+    return clusters.complete()
 
 
 @pytest.fixture
 def client(cluster):
-    """A client of the test's own, with both workers there and without faults before and after."""
+    """A client of the test's own, whose workers are without faults before and after."""
     with distributed.Client(cluster, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=TIMEOUT_SECONDS)
         yield client
-        client.wait_for_workers(2, timeout=TIMEOUT_SECONDS)
         for name in (WRITE_PIECE, WRITE_SHARD, DECIDE, MAKE_PIECE, CONTAINED, COMPUTE, EMBED_ROW):
             client.run(cluster_faults.mend, name)
         client.run(cluster_faults.show)

@@ -1,5 +1,6 @@
 """The compiled kernel beyond its values under `auto`: its variants, threads, units and memory, what it shares."""
 
+import functools
 import os
 import platform
 import shutil
@@ -78,8 +79,15 @@ def test_every_kernel_that_this_machine_can_run_equals_the_float64_twin(kernel, 
     assert_kernel_equals_twin(monkeypatch)
 
 
+@pytest.fixture
+def _looked_for_anew(monkeypatch):
+    """Lets the test look for the library as a new process does; what was found before stays for the other tests."""
+    monkeypatch.setattr(compiled, "_load", functools.cache(compiled._load.__wrapped__))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ for x86-64")
+@pytest.mark.usefixtures("_looked_for_anew")
 def test_vectors_of_avx512_taken_apart_for_avx2_equal_the_float64_twin(tmp_path, monkeypatch):
     flags = ["-O2", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-mavx2", "-mfma", "-Wno-psabi"]
     library = tmp_path / "favor.so"
@@ -87,14 +95,8 @@ def test_vectors_of_avx512_taken_apart_for_avx2_equal_the_float64_twin(tmp_path,
     subprocess.run(["g++", *flags, *sources, "-o", str(library)], check=True)
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(library)}))
     monkeypatch.setattr(compiled, "best_kernel", lambda: "avx512")
-    for cached in (compiled._load, compiled.functions):
-        cached.cache_clear()
-    try:
-        assert_kernel_equals_twin(monkeypatch)
-    finally:
-        monkeypatch.undo()
-        for cached in (compiled._load, compiled.functions):
-            cached.cache_clear()
+    monkeypatch.setattr(compiled, "functions", functools.cache(compiled.functions.__wrapped__))
+    assert_kernel_equals_twin(monkeypatch)
 
 
 @needs_kernel
@@ -249,31 +251,25 @@ def test_what_the_kernel_does_not_cover_is_left_to_torch():
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.usefixtures("_looked_for_anew")
 def test_a_kernel_that_was_not_built_is_told_and_left_out(monkeypatch):
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: None)
-    compiled._load.cache_clear()
-    try:
-        assert compiled.why_not().startswith("it was not built; install a C++17 compiler")
-        assert backends()["cpp"].startswith("not available: it was not built")
-        q = torch.randn(1, 2, 20, 8)
-        projection = draw_projection(16, 8)
-        actual = favor_attention(q, q, q, projection)
-        assert torch.equal(actual, favor_attention(q, q, q, projection, backend="torch"))
-        with pytest.raises(ValueError, match=r"^backend: expected one that was built, got 'cpp': it was not built"):
-            favor_attention(q, q, q, projection, backend="cpp")
-    finally:
-        compiled._load.cache_clear()
+    assert compiled.why_not().startswith("it was not built; install a C++17 compiler")
+    assert backends()["cpp"].startswith("not available: it was not built")
+    q = torch.randn(1, 2, 20, 8)
+    projection = draw_projection(16, 8)
+    actual = favor_attention(q, q, q, projection)
+    assert torch.equal(actual, favor_attention(q, q, q, projection, backend="torch"))
+    with pytest.raises(ValueError, match=r"^backend: expected one that was built, got 'cpp': it was not built"):
+        favor_attention(q, q, q, projection, backend="cpp")
 
 
+@pytest.mark.usefixtures("_looked_for_anew")
 def test_a_library_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
     broken = tmp_path / f"_favor{sysconfig.get_config_var('EXT_SUFFIX')}"
     broken.write_bytes(b"no library")
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(broken)}))
-    compiled._load.cache_clear()
-    try:
-        assert "cannot be loaded" in compiled.why_not()
-    finally:
-        compiled._load.cache_clear()
+    assert "cannot be loaded" in compiled.why_not()
 
 
 class LongerCall(compiled.NearFarCall):
@@ -281,17 +277,14 @@ class LongerCall(compiled.NearFarCall):
 
 
 @needs_kernel
+@pytest.mark.usefixtures("_looked_for_anew")
 @pytest.mark.parametrize("changed", ["version", "favor", "local", "near_far"])
 def test_a_library_of_another_version_or_layout_is_refused(changed, monkeypatch):
     if changed == "version":
         monkeypatch.setattr(compiled, "_VERSION", -1)
     else:
         monkeypatch.setitem(compiled._CALLS, changed, LongerCall)
-    compiled._load.cache_clear()
-    try:
-        assert compiled.why_not().endswith("is not of this version of protlm; install protlm again")
-    finally:
-        compiled._load.cache_clear()
+    assert compiled.why_not().endswith("is not of this version of protlm; install protlm again")
 
 
 @needs_kernel

@@ -15,7 +15,7 @@ extern "C" {
 
 // Python compares these with its own values: after an update an older library may still be in place. Raise the version
 // when the meaning of a member changes and the size does not.
-std::int64_t protlm_favor_version() { return 6; }
+std::int64_t protlm_favor_version() { return 7; }
 std::int64_t protlm_favor_call_bytes() { return sizeof(FavorCall); }
 std::int64_t protlm_local_call_bytes() { return sizeof(LocalCall); }
 std::int64_t protlm_near_far_call_bytes() { return sizeof(NearFarCall); }

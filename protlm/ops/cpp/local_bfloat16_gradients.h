@@ -1,0 +1,202 @@
+// The backward of exact attention of bfloat16: a unit computes the gradients of its own queries from the keys within their
+// reach, and those of its own keys from the queries that reach them.
+//
+// Blocks of keys and stripes of queries are counted from the start of the segment, so that no result depends on what lies
+// before it in the row. What lies on both sides of a seam is computed twice, and no two threads write to the same place.
+
+#pragma once
+
+#include "local_rows.h"
+#include "row_gradients.h"
+
+namespace PROTLM_NAMESPACE {
+
+struct LocalGradientSizes {
+    Index dim, inner, columns, own_keys;
+
+    // The unit's own keys may begin within a block and end within one.
+    explicit LocalGradientSizes(const LocalCall& call)
+        : dim(call.head_dim), inner(round_up_inner<Half>(dim)), columns(round_up_columns(dim)),
+          own_keys(round_up(call.longest_unit, kBlockKeys) + kBlockKeys) {}
+};
+
+struct LocalGradientScratch {
+    GradientScratch of_rows;
+    Half *queries, *grads;                // of a stripe: [kStripeRows][inner]
+    Half *query_columns, *grad_columns;   // the same: [inner][kStripeRows]
+    Half *rows;                           // of whatever is packed: [kBlockKeys][inner]
+    Half *key_columns, *value_columns, *key_values;  // of a block: keys and values as columns, keys as the inner axis
+    Half *exponent_grads;                 // of kUnitRows queries: [kUnitRows][kBlockKeys]
+    Half *weight_panels, *grad_panels;    // of a stripe, as its inner axis
+    float *exponents, *factors, *products;  // of queries
+    float *key_exponents, *ones;          // of keys
+    float *query_grads;                   // of a stripe: [kStripeRows][columns]
+    float *key_grads, *value_grads;       // of the unit's own keys: [inner][own_keys]
+    float *end;
+
+    template <class Take>
+    LocalGradientScratch(const LocalGradientSizes& sizes, Take&& take) : of_rows(take) {
+        for (Half** x : {&queries, &grads, &query_columns, &grad_columns, &rows, &key_columns, &value_columns, &key_values})
+            *x = take_elements<Half>(take, kStripeRows * sizes.inner);
+        exponent_grads = take_elements<Half>(take, kUnitRows * kBlockKeys);
+        for (Half** x : {&weight_panels, &grad_panels}) *x = take_elements<Half>(take, kBlockKeys / kPanelColumns * kStripePanel);
+        for (float** x : {&exponents, &factors, &products}) *x = take(kStripeRows);
+        for (float** x : {&key_exponents, &ones}) *x = take(kBlockKeys);
+        query_grads = take(kStripeRows * sizes.columns);
+        for (float** x : {&key_grads, &value_grads}) *x = take(sizes.inner * sizes.own_keys);
+        end = take(0);
+    }
+
+    static LocalGradientScratch at(float* memory, const LocalGradientSizes& sizes) {
+        return LocalGradientScratch(sizes, [&memory](Index count) {
+            float* const taken = memory;
+            memory += round_up(count, 16);
+            return taken;
+        });
+    }
+    static Index floats(const LocalGradientSizes& sizes) { return at(nullptr, sizes).end - static_cast<float*>(nullptr); }
+};
+static_assert(kStripeRows == kBlockKeys, "one memory for vectors of either");
+
+// The computations on one unit of tokens of one head. Tokens are counted from the start of the segment.
+struct LocalGradientWork {
+    const LocalCall& call;
+    const LocalUnit& unit;
+    const Index head;
+    const LocalGradientSizes& sizes;
+    const LocalGradientScratch& scratch;
+
+    const Index dim = sizes.dim, inner = sizes.inner, columns = sizes.columns;
+    const Index first = unit.first, last = unit.first + unit.count, stride = sizes.own_keys;
+    const Index first_own = first / kBlockKeys * kBlockKeys;  // the block with the first own key
+    const float scale = static_cast<float>(kLog2E / std::sqrt(double(dim)));
+    const RowGradients<true> gradients{scratch.of_rows, inner, scale};
+
+    void backward() const {
+        for (float* x : {scratch.key_grads, scratch.value_grads}) std::memset(x, 0, sizeof(float) * inner * stride);
+        std::fill(scratch.ones, scratch.ones + kBlockKeys, 1.0f);
+        // Queries of others come in whole stripes, of which those of the unit are left out.
+        const Index begin = first > call.after ? first - call.after : 0;
+        const Index end = last + call.before < unit.segment_count ? last + call.before : unit.segment_count;
+        for (Index query = begin / kStripeRows * kStripeRows; query < end; query += kStripeRows) {
+            const Index stop = at_most(end, query + kStripeRows);
+            add_stripe(query > begin ? query : begin, at_most(first, stop), false);
+            add_stripe(query > first ? query : first, at_most(last, stop), true);
+            add_stripe(query > last ? query : last, stop, false);
+        }
+        write_key_grads(scratch.key_grads, call.k_grad, 1.0f / std::sqrt(static_cast<float>(dim)));
+        write_key_grads(scratch.value_grads, call.v_grad, 1.0f);
+    }
+
+private:
+    Half* at(const FavorTensor& tensor, Index token) const {
+        return element_at<Half>(tensor, unit.row, head, unit.segment_first + token);
+    }
+
+    // Copies vectors to `to`, filled up with zeros to `padded` rows of `inner`.
+    void gather(const FavorTensor& tensor, Index from, Index count, Index padded, Half* to) const {
+        for (Index i = 0; i < count; ++i, to += inner) copy_row(at(tensor, from + i), dim, inner, to);
+        std::memset(to, 0, sizeof(Half) * (padded - count) * inner);
+    }
+
+    // Adds what the queries from `query` on and before `stop` give to the unit's own keys, and if they are its own writes
+    // their gradients.
+    void add_stripe(Index query, Index stop, bool is_own) const {
+        if (stop <= query) return;
+        const Index count = stop - query, whole = round_up(count, kUnitRows);
+        gather_queries(query, count, whole);
+        const Index nearest = query > call.before ? query - call.before : 0;
+        const Index farthest = at_most(unit.segment_count, stop + call.after);
+        const Index low = is_own || nearest > first ? nearest : first, high = is_own || farthest < last ? farthest : last;
+        if (is_own) std::memset(scratch.query_grads, 0, sizeof(float) * whole * columns);
+        for (Index from = low / kBlockKeys * kBlockKeys; from < high; from += kBlockKeys) add_block(query, whole, from, is_own);
+        const float factor = 1.0f / std::sqrt(static_cast<float>(dim));
+        for (Index t = 0; t < count && is_own; ++t)
+            store_scaled(at(call.q_grad, query + t), scratch.query_grads + t * columns, factor, dim);
+    }
+
+    void gather_queries(Index query, Index count, Index whole) const {
+        gather(call.out, query, count, whole, scratch.rows);
+        gather(call.out_grad, query, count, whole, scratch.grads);
+        gather(call.q, query, count, whole, scratch.queries);
+        const Index number = (unit.row * call.heads + head) * call.num_tokens + unit.segment_first + query;
+        for (Index t = 0; t < whole; ++t) {
+            scratch.products[t] = -product_of(scratch.rows + t * inner, scratch.grads + t * inner, inner);
+            scratch.exponents[t] = t < count ? -call.maxima[number + t] : kNoKey;
+            scratch.factors[t] = t < count ? call.factors[number + t] : 0.0f;
+        }
+        transpose_rows(scratch.queries, whole, inner, scratch.query_columns);
+        transpose_rows(scratch.grads, whole, inner, scratch.grad_columns);
+    }
+
+    void add_block(Index query, Index whole, Index from, bool is_own) const {
+        const Index count = at_most(kBlockKeys, unit.segment_count - from), padded = round_up(count, kUnitColumns);
+        const bool has_own_keys = from < last && from + count > first;
+        pack_keys(from, count, padded, is_own);
+        const GradientKeys keys{scratch.key_columns, scratch.value_columns, scratch.key_exponents, scratch.ones, padded};
+        for (Index r = 0; r < whole; r += kUnitRows) {
+            const GradientRows rows{scratch.queries + r * inner, scratch.grads + r * inner, scratch.exponents + r,
+                                    scratch.factors + r, scratch.products + r};
+            const Band band{query + r - call.before - from, query + r + call.after + 1 - from};
+            gradients.compute(rows, keys, band, [&](Index t, Index i, const WeightPairs& pairs) {
+                for (int n = 0; n < 2; ++n) store_row(scratch.exponent_grads + (t + n) * kBlockKeys + i, pairs.grads[n]);
+                const Index place = i / kPanelColumns * kStripePanel + (r + t) * kPanelColumns;
+                store_pair(scratch.weight_panels + place, pairs.weights);
+                store_pair(scratch.grad_panels + place, pairs.grads);
+            });
+            if (is_own)
+                multiply<true>(scratch.exponent_grads, kBlockKeys, scratch.key_values, padded * kPanelColumns, padded, columns,
+                               scratch.query_grads + r * columns, columns);
+        }
+        for (Index c = 0; c < inner && has_own_keys; c += kUnitRows) {
+            const Index to = c * stride + from - first_own;
+            multiply<true>(scratch.query_columns + c * kStripeRows, kStripeRows, scratch.grad_panels, kStripePanel, whole, padded,
+                           scratch.key_grads + to, stride);
+            multiply<true>(scratch.grad_columns + c * kStripeRows, kStripeRows, scratch.weight_panels, kStripePanel, whole, padded,
+                           scratch.value_grads + to, stride);
+        }
+    }
+
+    void pack_keys(Index from, Index count, Index padded, bool is_own) const {
+        for (Index t = 0; t < padded; ++t) scratch.key_exponents[t] = t < count ? 0.0f : kNoKey;
+        gather(call.v, from, count, padded, scratch.rows);
+        pack_as_columns(scratch.rows, padded, inner, scratch.value_columns);
+        gather(call.k, from, count, padded, scratch.rows);
+        pack_as_columns(scratch.rows, padded, inner, scratch.key_columns);
+        if (is_own) pack_as_inner(scratch.rows, inner, padded, columns, scratch.key_values);
+    }
+
+    // Writes the gradients of the unit's own keys, whose columns lie in rows.
+    void write_key_grads(const float* sums, const FavorTensor& to, float factor) const {
+        for (Index token = first; token < last; ++token) {
+            const float* const from = sums + token - first_own;
+            Half* const row = at(to, token);
+            for (Index c = 0; c < dim; c += kPanelColumns) {
+                float numbers[kPanelColumns] = {};
+                for (Index i = 0; i < at_most(kPanelColumns, dim - c); ++i) numbers[i] = from[(c + i) * stride];
+                store_scaled(row + c, numbers, factor, at_most(kPanelColumns, dim - c));
+            }
+        }
+    }
+};
+
+inline Index local_gradient_workspace(const LocalCall& call) {
+    return call.num_threads * LocalGradientScratch::floats(LocalGradientSizes(call));
+}
+
+inline void run_local_gradients(const LocalCall& call) {
+    const LocalGradientSizes sizes(call);
+    for (const FavorTensor* grad : {&call.q_grad, &call.k_grad, &call.v_grad}) ask_for_huge_pages(*grad, call.result_bytes);
+#pragma omp parallel num_threads(static_cast<int>(call.num_threads))
+    {
+        const Units tiles;
+        const Index thread = omp_get_thread_num();
+        const LocalGradientScratch scratch =
+            LocalGradientScratch::at(call.workspace + thread * LocalGradientScratch::floats(sizes), sizes);
+#pragma omp for schedule(dynamic)
+        for (Index i = 0; i < call.num_units * call.heads; ++i)
+            LocalGradientWork{call, call.units[i / call.heads], i % call.heads, sizes, scratch}.backward();
+    }
+}
+
+}  // namespace PROTLM_NAMESPACE
