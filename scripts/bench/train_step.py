@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from protlm.ops import backends
+from protlm.runtime.devices import has_half_precision_units
 from scripts.bench import harness
 from scripts.bench import train_step_figures as figures
 from scripts.bench import train_step_measurements as measurements
@@ -28,6 +29,8 @@ from scripts.bench.models import Sizes
 from scripts.bench.train_step_models import (
     CYCLE,
     ESM_PEER,
+    EXACT,
+    HALF,
     NO_ATTENTION,
     PERFORMER_PEER,
     PROTLM,
@@ -43,6 +46,7 @@ MODELS = {
     "esm": (PROTLM, ESM_PEER),
     "ceiling": (PROTLM, NO_ATTENTION),
     "cycle": (PROTLM, CYCLE),
+    "half": (PROTLM, CYCLE, EXACT, *HALF.values()),
     "memory": (PROTLM, PERFORMER_PEER),
     "data": (PROTLM,),
 }
@@ -54,6 +58,8 @@ def obstacles(arguments: argparse.Namespace, name: str) -> Iterator[str]:
     yield from map(why_missing, MODELS[name])
     if name == "memory" and not can_measure_memory():
         yield harness.NEEDS_LINUX
+    if name == "half" and not has_half_precision_units("bf16"):
+        yield "it needs a processor with units for bfloat16"
     if name == "data" and arguments.dataset is None:
         yield "it needs --dataset"
 
@@ -69,6 +75,7 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
         ("esm", (short, long)),
         ("ceiling", (short, long)),
         ("cycle", (short, long)),
+        ("half", (short, long)),
     ):
         if name in wanted:
             time_all = measurements.tuned_malloc if name == "malloc" else measurements.speed
@@ -114,7 +121,8 @@ def main(words: Sequence[str] | None = None) -> None:
         counts = check(list(dict.fromkeys(model for name in wanted for model in MODELS[name])), sizes)
         measured = measure(arguments, wanted, sizes)
         harness.Report(
-            script="train_step.py", words=words, setup=f"{sizes}, AdamW, float32", figures=figures.figures(measured),
+            script="train_step.py", words=words, setup=f"{sizes}, AdamW, float32 if nothing else is said",
+            figures=figures.figures(measured),
             environment=harness.environment("performer-pytorch", "transformers") | {"backends": backends()},
             measured=measured, facts={"sizes": asdict(sizes), "parameters": counts},
             remarks=[

@@ -5,7 +5,7 @@ from typing import Any
 
 from scripts.bench.harness import Figure, ratio, ratio_of_rates
 from scripts.bench.train_step_measurements import STEP
-from scripts.bench.train_step_models import CYCLE, NO_ATTENTION, PERFORMER_PEER, PROTLM, PROTLM_CONVOLVED
+from scripts.bench.train_step_models import CYCLE, HALF, NO_ATTENTION, PERFORMER_PEER, PROTLM, PROTLM_CONVOLVED
 from scripts.measuring import MEBIBYTE
 
 OURS = (PROTLM, PROTLM_CONVOLVED)
@@ -19,6 +19,8 @@ def figures(measured: Mapping[str, Any]) -> list[Figure]:
             rows += _against_peer(timed, suffix)
     rows += [_share_of_ceiling(timed) for timed in measured.get("ceiling", ())]
     rows += [_of_cycle(timed) for timed in measured.get("cycle", ())]
+    for timed in measured.get("half", ()):
+        rows += _of_half_precision(timed)
     if "memory" in measured:
         rows += _memory(measured["memory"])
     if "data" in measured:
@@ -50,6 +52,14 @@ def _share_of_ceiling(timed: Mapping[str, Any]) -> Figure:
 def _of_cycle(timed: Mapping[str, Any]) -> Figure:
     where, seconds = _steps(timed)
     return ratio(f"time of {CYCLE} / {PROTLM}", where, seconds[CYCLE], seconds[PROTLM])
+
+
+def _of_half_precision(timed: Mapping[str, Any]) -> list[Figure]:
+    where, seconds = _steps(timed)
+    return [
+        ratio(f"{name}: time in float32 / bf16-mixed", where, seconds[name], seconds[half])
+        for name, half in HALF.items()
+    ]
 
 
 def _memory(measured: Mapping[str, Any]) -> list[Figure]:

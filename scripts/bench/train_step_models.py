@@ -19,6 +19,9 @@ from scripts.bench.models import Sizes, building_a_peer, esm_config
 
 PROTLM, PROTLM_CONVOLVED = "protlm", "protlm, conv_width 3"
 CYCLE = "protlm, layers local, positive, local"
+EXACT = "protlm, exact attention"
+HALF = {name: f"{name}, bf16-mixed" for name in (PROTLM, CYCLE, EXACT)}
+"""What a model is called where it is trained in bfloat16, as by `protlm train --precision bf16-mixed`."""
 NO_ATTENTION = "attention removed"
 PERFORMER_PEER, ESM_PEER = "performer-pytorch PerformerLM", "transformers EsmForMaskedLM (SDPA)"
 PEER_MODULES = {PERFORMER_PEER: "performer_pytorch", ESM_PEER: "transformers"}
@@ -106,7 +109,10 @@ def build(name: str, sizes: Sizes, length: int) -> Learner:
     if name == ESM_PEER:
         return _esm(sizes, length)
     conv_width = 3 if name == PROTLM_CONVOLVED else 0
-    attention = ("local", "positive", "local") if name == CYCLE else ("positive",)
+    attention = {
+        CYCLE: ("local", "positive", "local"), HALF[CYCLE]: ("local", "positive", "local"),
+        EXACT: ("softmax",), HALF[EXACT]: ("softmax",),
+    }.get(name, ("positive",))  # fmt: skip
     model = models.performer(sizes, attention=attention, qk_norm=True, conv_width=conv_width)
     return Learner(model, LOSSES[name])
 
@@ -162,11 +168,18 @@ def _loss_without_attention(model: Performer, task: Task) -> Tensor:
         return loss_at_targets(model, task)
 
 
+def _loss_in_half_precision(model: Performer, task: Task) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return loss_at_targets(model, task)
+
+
 LOSSES: dict[str, Callable[[Performer, Task], Tensor]] = {
     PROTLM: loss_at_targets,
     PROTLM_CONVOLVED: loss_at_targets,
     CYCLE: loss_at_targets,
+    EXACT: loss_at_targets,
     NO_ATTENTION: _loss_without_attention,
+    **dict.fromkeys(HALF.values(), _loss_in_half_precision),
 }
 """The losses of our models."""
 

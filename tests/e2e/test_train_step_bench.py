@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from protlm.model.performer import Performer
+from protlm.runtime.devices import has_half_precision_units
 from scripts.bench import train_step, train_step_figures, train_step_measurements, train_step_models
 from scripts.bench.models import Sizes
 from scripts.bench.train_step_models import (
     CYCLE,
     ESM_PEER,
+    HALF,
     NO_ATTENTION,
     NO_TARGET,
     PERFORMER_PEER,
@@ -33,6 +35,8 @@ OWN = {f"share of the speed with {NO_ATTENTION}, {PROTLM}", f"time of {CYCLE} / 
 
 def expected_figures():
     figures = DATA | OWN
+    if has_half_precision_units("bf16"):
+        figures |= {f"{name}: time in float32 / bf16-mixed" for name in HALF}
     if HAS_ESM:
         figures |= {f"tokens/s of {PROTLM} / {ESM_PEER}"}
     if HAS_PERFORMER:

@@ -1,4 +1,7 @@
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -6,6 +9,8 @@ import pytest
 import yaml
 
 from protlm import __version__
+from protlm.data import compiled as parser
+from protlm.ops import compiled as kernels
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -32,6 +37,17 @@ def test_continuous_integration_runs_the_tests_on_every_supported_python():
 
 def test_wheels_are_built_for_every_supported_python():
     assert PYPROJECT["tool"]["cibuildwheel"]["build"] == [f"cp{version.replace('.', '')}-*" for version in SUPPORTED]
+
+
+@pytest.mark.skipif(parser.why_not() is not None, reason=str(parser.why_not()))
+@pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
+@pytest.mark.parametrize("system", ["linux", None])
+def test_what_is_tried_in_a_new_wheel_can_be_run(system, tmp_path):
+    settings = PYPROJECT["tool"]["cibuildwheel"]
+    for command in (settings[system] if system else settings)["test-command"]:
+        program, *words = shlex.split(command)
+        executable = [sys.executable] if program == "python" else [sys.executable, "-m", "protlm.cli.app"]
+        subprocess.run([*executable, *words], check=True, cwd=tmp_path, capture_output=True)
 
 
 def test_the_image_has_a_supported_python():

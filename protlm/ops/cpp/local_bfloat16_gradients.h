@@ -20,12 +20,23 @@ struct LocalGradientSizes {
           own_keys(round_up(call.longest_unit, kBlockKeys) + kBlockKeys) {}
 };
 
+// A block of keys in the forms that the products read.
+struct PackedBlock {
+    Half *key_columns, *value_columns, *key_values;  // keys and values as columns, keys as the inner axis
+
+    static Index elements(const LocalGradientSizes& sizes) { return kBlockKeys * (2 * sizes.inner + sizes.columns); }
+    static PackedBlock in(Half* memory, const LocalGradientSizes& sizes) {
+        Half* const values = memory + kBlockKeys * sizes.inner;
+        return {memory, values, values + kBlockKeys * sizes.inner};
+    }
+};
+
 struct LocalGradientScratch {
     GradientScratch of_rows;
     Half *queries, *grads;                // of a stripe: [kStripeRows][inner]
     Half *query_columns, *grad_columns;   // the same: [inner][kStripeRows]
     Half *rows;                           // of whatever is packed: [kBlockKeys][inner]
-    Half *key_columns, *value_columns, *key_values;  // of a block: keys and values as columns, keys as the inner axis
+    Half *blocks;                         // PackedBlock: those of the unit's own keys, and another one
     Half *exponent_grads;                 // of kUnitRows queries: [kUnitRows][kBlockKeys]
     Half *weight_panels, *grad_panels;    // of a stripe, as its inner axis
     float *exponents, *factors, *products;  // of queries
@@ -36,8 +47,9 @@ struct LocalGradientScratch {
 
     template <class Take>
     LocalGradientScratch(const LocalGradientSizes& sizes, Take&& take) : of_rows(take) {
-        for (Half** x : {&queries, &grads, &query_columns, &grad_columns, &rows, &key_columns, &value_columns, &key_values})
+        for (Half** x : {&queries, &grads, &query_columns, &grad_columns, &rows})
             *x = take_elements<Half>(take, kStripeRows * sizes.inner);
+        blocks = take_elements<Half>(take, (sizes.own_keys / kBlockKeys + 1) * PackedBlock::elements(sizes));
         exponent_grads = take_elements<Half>(take, kUnitRows * kBlockKeys);
         for (Half** x : {&weight_panels, &grad_panels}) *x = take_elements<Half>(take, kBlockKeys / kPanelColumns * kStripePanel);
         for (float** x : {&exponents, &factors, &products}) *x = take(kStripeRows);
@@ -74,7 +86,8 @@ struct LocalGradientWork {
 
     void backward() const {
         for (float* x : {scratch.key_grads, scratch.value_grads}) std::memset(x, 0, sizeof(float) * inner * stride);
-        std::fill(scratch.ones, scratch.ones + kBlockKeys, 1.0f);
+        for (Index i = 0; i < kBlockKeys; ++i) scratch.ones[i] = 1.0f;
+        for (Index from = first_own; from < last; from += kBlockKeys) pack_keys(from, packed_at((from - first_own) / kBlockKeys));
         // Queries of others come in whole stripes, of which those of the unit are left out.
         const Index begin = first > call.after ? first - call.after : 0;
         const Index end = last + call.before < unit.segment_count ? last + call.before : unit.segment_count;
@@ -130,53 +143,72 @@ private:
     }
 
     void add_block(Index query, Index whole, Index from, bool is_own) const {
-        const Index count = at_most(kBlockKeys, unit.segment_count - from), padded = round_up(count, kUnitColumns);
-        const bool has_own_keys = from < last && from + count > first;
-        pack_keys(from, count, padded, is_own);
-        const GradientKeys keys{scratch.key_columns, scratch.value_columns, scratch.key_exponents, scratch.ones, padded};
-        for (Index r = 0; r < whole; r += kUnitRows) {
-            const GradientRows rows{scratch.queries + r * inner, scratch.grads + r * inner, scratch.exponents + r,
-                                    scratch.factors + r, scratch.products + r};
-            const Band band{query + r - call.before - from, query + r + call.after + 1 - from};
-            gradients.compute(rows, keys, band, [&](Index t, Index i, const WeightPairs& pairs) {
-                for (int n = 0; n < 2; ++n) store_row(scratch.exponent_grads + (t + n) * kBlockKeys + i, pairs.grads[n]);
-                const Index place = i / kPanelColumns * kStripePanel + (r + t) * kPanelColumns;
-                store_pair(scratch.weight_panels + place, pairs.weights);
-                store_pair(scratch.grad_panels + place, pairs.grads);
-            });
-            if (is_own)
-                multiply<true>(scratch.exponent_grads, kBlockKeys, scratch.key_values, padded * kPanelColumns, padded, columns,
-                               scratch.query_grads + r * columns, columns);
-        }
+        const bool has_own_keys = from >= first_own && from < last;
+        const PackedBlock block = packed_at(has_own_keys ? (from - first_own) / kBlockKeys : sizes.own_keys / kBlockKeys);
+        if (!has_own_keys) pack_keys(from, block);
+        const Index real = at_most(kBlockKeys, unit.segment_count - from), count = round_up(real, kUnitColumns);
+        for (Index t = 0; t < count; ++t) scratch.key_exponents[t] = t < real ? 0.0f : kNoKey;
+        const GradientKeys keys{block.key_columns, block.value_columns, scratch.key_exponents, scratch.ones, count};
+        for (Index r = 0; r < whole; r += kUnitRows) add_rows(query + r - from, r, keys, block, is_own, has_own_keys);
         for (Index c = 0; c < inner && has_own_keys; c += kUnitRows) {
             const Index to = c * stride + from - first_own;
-            multiply<true>(scratch.query_columns + c * kStripeRows, kStripeRows, scratch.grad_panels, kStripePanel, whole, padded,
+            multiply<true>(scratch.query_columns + c * kStripeRows, kStripeRows, scratch.grad_panels, kStripePanel, whole, count,
                            scratch.key_grads + to, stride);
-            multiply<true>(scratch.grad_columns + c * kStripeRows, kStripeRows, scratch.weight_panels, kStripePanel, whole, padded,
+            multiply<true>(scratch.grad_columns + c * kStripeRows, kStripeRows, scratch.weight_panels, kStripePanel, whole, count,
                            scratch.value_grads + to, stride);
         }
     }
 
-    void pack_keys(Index from, Index count, Index padded, bool is_own) const {
-        for (Index t = 0; t < padded; ++t) scratch.key_exponents[t] = t < count ? 0.0f : kNoKey;
-        gather(call.v, from, count, padded, scratch.rows);
-        pack_as_columns(scratch.rows, padded, inner, scratch.value_columns);
-        gather(call.k, from, count, padded, scratch.rows);
-        pack_as_columns(scratch.rows, padded, inner, scratch.key_columns);
-        if (is_own) pack_as_inner(scratch.rows, inner, padded, columns, scratch.key_values);
+    // Of the block only the panels that any of the kUnitRows queries sees are computed. `query` is counted from its first key.
+    void add_rows(Index query, Index r, const GradientKeys& keys, const PackedBlock& block, bool is_own, bool has_own_keys) const {
+        const Index low = query > call.before ? (query - call.before) / kUnitColumns * kUnitColumns : 0, seen = at_most(keys.count, low);
+        const Index high = query + kUnitRows + call.after;
+        const Index stop = high <= seen ? seen : at_most(keys.count, round_up(high, kUnitColumns));
+        if (has_own_keys)
+            for (Index i = 0; i < keys.count; i += kPanelColumns) {
+                if (i >= seen && i < stop) continue;
+                const Index place = i / kPanelColumns * kStripePanel + r * kPanelColumns;
+                for (Half* panels : {scratch.weight_panels, scratch.grad_panels})
+                    std::memset(panels + place, 0, sizeof(Half) * kUnitRows * kPanelColumns);
+            }
+        if (stop <= seen) return;
+        const GradientRows rows{scratch.queries + r * inner, scratch.grads + r * inner, scratch.exponents + r,
+                                scratch.factors + r, scratch.products + r};
+        const Band band{query - call.before - seen, query + call.after + 1 - seen};
+        gradients.compute(rows, keys.part(seen, stop - seen, inner), band, [&](Index t, Index i, const WeightPairs& pairs) {
+            for (int n = 0; n < 2; ++n) store_row(scratch.exponent_grads + (t + n) * kBlockKeys + i, pairs.grads[n]);
+            if (!has_own_keys) return;
+            const Index place = (seen + i) / kPanelColumns * kStripePanel + (r + t) * kPanelColumns;
+            store_pair(scratch.weight_panels + place, pairs.weights);
+            store_pair(scratch.grad_panels + place, pairs.grads);
+        });
+        if (is_own)
+            multiply<true>(scratch.exponent_grads, kBlockKeys, block.key_values + seen * kPanelColumns, kBlockKeys * kPanelColumns,
+                           stop - seen, columns, scratch.query_grads + r * columns, columns);
+    }
+
+    PackedBlock packed_at(Index index) const {
+        return PackedBlock::in(scratch.blocks + index * PackedBlock::elements(sizes), sizes);
+    }
+
+    void pack_keys(Index from, const PackedBlock& block) const {
+        const Index count = at_most(kBlockKeys, unit.segment_count - from);
+        gather(call.v, from, count, kBlockKeys, scratch.rows);
+        pack_as_columns(scratch.rows, kBlockKeys, inner, block.value_columns);
+        gather(call.k, from, count, kBlockKeys, scratch.rows);
+        pack_as_columns(scratch.rows, kBlockKeys, inner, block.key_columns);
+        pack_as_inner(scratch.rows, inner, kBlockKeys, columns, block.key_values);
     }
 
     // Writes the gradients of the unit's own keys, whose columns lie in rows.
     void write_key_grads(const float* sums, const FavorTensor& to, float factor) const {
-        for (Index token = first; token < last; ++token) {
-            const float* const from = sums + token - first_own;
-            Half* const row = at(to, token);
+        float turned[kPanelColumns * kPanelColumns];
+        for (Index from = first / kPanelColumns * kPanelColumns; from < last; from += kPanelColumns)
             for (Index c = 0; c < dim; c += kPanelColumns) {
-                float numbers[kPanelColumns] = {};
-                for (Index i = 0; i < at_most(kPanelColumns, dim - c); ++i) numbers[i] = from[(c + i) * stride];
-                store_scaled(row + c, numbers, factor, at_most(kPanelColumns, dim - c));
+                transpose_words(sums + c * stride + from - first_own, stride, turned);
+                for (Index token = from > first ? from : first; token < at_most(last, from + kPanelColumns); ++token)
+                    store_scaled(at(to, token) + c, turned + (token - from) * kPanelColumns, factor, at_most(kPanelColumns, dim - c));
             }
-        }
     }
 };
 
