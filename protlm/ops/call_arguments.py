@@ -69,8 +69,9 @@ class CallArguments:
             setattr(self.call, name, self.pointer(tensor))
 
     def run(self, op: str, task: str, argument: ctypes.Structure, holder: compiled.FavorCall) -> None:
-        """Runs a task of an op on its structure; `holder` is the part of it that points to the workspace."""
+        """Runs a task of an op on its structure; `holder` is the part of it with the workspace and the kind of task."""
         functions = compiled.functions(op, compiled.kernel_of(self._dtype))
+        holder.is_backward = task == "backward"
         # Of this type whatever the default of the program is.
         holder.workspace = self.pointer(
             torch.empty(functions["workspace"](ctypes.byref(argument)), dtype=torch.float32, device="cpu")

@@ -51,7 +51,7 @@ class FavorCall(ctypes.Structure):
         ("result_bytes", Integer),
         *((name, StridedTensor) for name in ("out_grad", "q_grad", "k_grad", "v_grad")),
         ("workspace", Pointer),
-        ("num_threads", Integer),
+        *((name, Integer) for name in ("num_threads", "is_backward")),
     ]  # fmt: skip
 
 

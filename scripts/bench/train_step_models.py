@@ -20,7 +20,10 @@ from scripts.bench.models import Sizes, building_a_peer, esm_config
 PROTLM, PROTLM_CONVOLVED = "protlm", "protlm, conv_width 3"
 CYCLE = "protlm, layers local, positive, local"
 EXACT = "protlm, exact attention"
-HALF = {name: f"{name}, bf16-mixed" for name in (PROTLM, CYCLE, EXACT)}
+ATTENTION = {CYCLE: ("local", "positive", "local"), EXACT: ("softmax",)}
+"""The attention of the layers of our models, where it is not FAVOR."""
+HALF_SUFFIX = ", bf16-mixed"
+HALF = {name: name + HALF_SUFFIX for name in (PROTLM, CYCLE, EXACT)}
 """What a model is called where it is trained in bfloat16, as by `protlm train --precision bf16-mixed`."""
 NO_ATTENTION = "attention removed"
 PERFORMER_PEER, ESM_PEER = "performer-pytorch PerformerLM", "transformers EsmForMaskedLM (SDPA)"
@@ -109,10 +112,7 @@ def build(name: str, sizes: Sizes, length: int) -> Learner:
     if name == ESM_PEER:
         return _esm(sizes, length)
     conv_width = 3 if name == PROTLM_CONVOLVED else 0
-    attention = {
-        CYCLE: ("local", "positive", "local"), HALF[CYCLE]: ("local", "positive", "local"),
-        EXACT: ("softmax",), HALF[EXACT]: ("softmax",),
-    }.get(name, ("positive",))  # fmt: skip
+    attention = ATTENTION.get(name.removesuffix(HALF_SUFFIX), ("positive",))
     model = models.performer(sizes, attention=attention, qk_norm=True, conv_width=conv_width)
     return Learner(model, LOSSES[name])
 

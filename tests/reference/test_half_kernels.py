@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from protlm.gpu_check.tolerances import NAMES
-from protlm.ops import compiled, favor_attention, favor_cpp, local_attention, local_cpp, reference
+from protlm.ops import compiled, draw_projection, favor_attention, favor_cpp, local_attention, local_cpp, reference
 from tests.conftest import TOLERANCE, relative_error
 from tests.reference.cases import MIXED, Case, assert_equal, bounds, computed_of, draw, expected_of, maps_on
 
@@ -21,6 +21,7 @@ LAYOUTS = {
     "segments": {"segments": MIXED, "num_features": 130},
     "masked segments": {"segments": MIXED, "padding": "some", "head_dim": 17},
     "wide": {"length": 63, "head_dim": 256, "num_features": 33},
+    "wider": {"length": 40, "head_dim": 300, "num_features": 40},
     "narrow": {"length": 63, "head_dim": 1, "num_features": 1},
     "many features": {"length": 70, "head_dim": 8, "num_features": 1000},
 }
@@ -148,7 +149,7 @@ def test_exact_attention_equals_the_float64_twin(head_dim, causal, window):
     assert relative_error(local_attention(q, k, v, **options), expected) < TOLERANCE[HALF]
 
 
-@pytest.mark.parametrize("head_dim", [1, 16, 24, 40, 64, 200])
+@pytest.mark.parametrize("head_dim", [1, 16, 24, 40, 64, 300])
 @pytest.mark.parametrize("causal", [False, True], ids=["both sides", "causal"])
 @pytest.mark.parametrize("window", [1, 31, 100, 1000])
 def test_gradients_of_exact_attention_equal_the_float64_twin(head_dim, causal, window, monkeypatch):
@@ -176,7 +177,8 @@ def test_scores_far_from_zero_have_finite_gradients_also_at_the_end_of_a_segment
         differentiated(lambda *x: local_attention(*x, window=70), tensors, grad), expected, strict=True
     ):
         assert ours.isfinite().all()
-        assert relative_error(ours, theirs) < 5 * TOLERANCE[HALF]
+        # Nearly all weight is on one key: gradients are small differences of numbers rounded to bfloat16.
+        assert relative_error(ours, theirs) < 10 * TOLERANCE[HALF]
 
 
 @pytest.mark.parametrize("change", [1.5, -1e30])
@@ -200,3 +202,117 @@ def test_nan_stays_in_its_segment_and_reaches_all_of_it():
             assert result[:, :, 40:90].isnan().all()
             assert result[:, :, :40].isfinite().all()
             assert result[:, :, 90:].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [30.0, 300.0, 1e4])
+def test_keys_far_beyond_every_guess_leave_results_near_the_twin(size):
+    *tensors, grad, projection, options = draw(Case(length=300, head_dim=16, batch=1, num_features=64), HALF)
+    tensors[1][:, :, 200] *= size
+    tensors[0][:, :, 100] *= size
+    doubles = [x.double() for x in tensors]
+    expected = reference.favor_attention(*doubles, projection, **options)
+    results = differentiated(lambda *x: favor_attention(*x, projection, backend="cpp", **options), tensors, grad)
+    assert all(result.isfinite().all() for result in results)
+    unchanged = torch.arange(300) != 100
+    assert relative_error(results[0][:, :, unchanged], expected[:, :, unchanged]) < TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e6])
+def test_equal_keys_share_a_weight_at_scores_of_any_size(size):
+    q, _, v = drawn(100, 64)
+    q = q[:, :, :1].expand(-1, -1, 100, -1) * size
+    grad = drawn(100, 64, seed=1)[0]
+    projection = draw_projection(32, 64)
+
+    def check(result, given):
+        mean = given.double().mean(2, keepdim=True).expand_as(given)
+        assert relative_error(result, mean) < TOLERANCE[HALF]
+
+    out, *_, v_grad = differentiated(lambda *x: local_attention(*x, window=100), (q, q, v), grad)
+    check(out, v)
+    check(v_grad, grad)
+    out, *grads = differentiated(lambda *x: favor_attention(*x, projection, backend="cpp"), (q, q, v), grad)
+    check(out, v)
+    assert all(result.isfinite().all() for result in grads)
+    # As for float32, beside a larger number the logarithm of a feature's sum does not hold how many keys there are.
+    if size <= 1e2:
+        check(grads[2], grad)
+
+
+@pytest.mark.parametrize("feature_map", maps_on("cpp"))
+def test_values_with_a_mean_of_their_own_leave_gradients_as_close_as_by_the_kernels_of_float32(
+    feature_map, kernel, monkeypatch
+):
+    case = Case(length=400, head_dim=32, batch=1, num_features=128, feature_map=feature_map)
+    q, k, v, grad, projection, options = draw(case, HALF)
+    v = v + 5
+    doubles = [x.double() for x in (q, k, v)]
+    for ours, twin in (
+        (
+            lambda *x: favor_attention(*x, projection, backend="cpp", **options),
+            lambda *x: reference.favor_attention(*x, projection, **options),
+        ),
+        (
+            lambda *x: local_attention(*x, window=400),
+            lambda *x: reference.softmax_attention(*x, window=400),
+        ),
+    ):
+        expected = differentiated(twin, doubles, grad)
+        errors = {}
+        for name in (kernel, ""):
+            monkeypatch.setattr(compiled, "best_half_kernel", lambda name=name: name)
+            computed = differentiated(ours, (q, k, v), grad)
+            errors[name] = [(a.double() - b).norm() / b.norm() for a, b in zip(computed, expected, strict=True)]
+        # Here the output, rounded to bfloat16, is what gradients lose most by, in either.
+        for half, full in zip(errors[kernel], errors[""], strict=True):
+            assert half < 3 * full + 4e-3
+
+
+def test_padding_of_any_size_changes_no_bit():
+    *tensors, grad, projection, options = draw(Case(length=257, padding="some", head_dim=24), HALF)
+
+    def attend(*tensors):
+        return favor_attention(*tensors, projection, backend="cpp", **options)
+
+    expected = differentiated(attend, tensors, grad)
+    hidden = ~options["token_mask"][:, None, :, None].expand_as(grad)
+    for value in (0.0, 1e30, float("nan")):
+        filled = [x.masked_fill(hidden, value) for x in (*tensors, grad)]
+        results = differentiated(attend, filled[:3], filled[3])
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 0), (0, 100)])
+def test_without_a_token_there_is_nothing_to_compute(batch, length):
+    tensors = [torch.zeros(batch, 8, length, 64, dtype=HALF) for _ in range(3)]
+    grad, projection = torch.zeros_like(tensors[0]), draw_projection(256, 64, num_heads=8)
+    for attend in (
+        lambda *x: local_attention(*x, window=100),
+        lambda *x: favor_attention(*x, projection, backend="cpp"),
+        lambda *x: favor_attention(*x, projection, feature_map="relu", backend="cpp"),
+    ):
+        assert all(result.shape == grad.shape for result in differentiated(attend, tensors, grad))
+
+
+def test_units_of_torch_find_their_own_configuration_again():
+    a, b = (torch.randn(300, 300, generator=torch.Generator().manual_seed(0)).to(HALF) for _ in range(2))
+    expected = a @ b
+    projection, grad = draw_projection(8, 24), drawn(100, 24, seed=1)[0]
+    for _ in range(3):
+        for attend in (
+            lambda *x: local_attention(*x, window=100),
+            lambda *x: favor_attention(*x, projection, backend="cpp"),
+        ):
+            differentiated(attend, drawn(100, 24), grad)
+            assert torch.equal(a @ b, expected)
+
+
+def test_float16_and_bfloat16_without_units_are_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(compiled, "best_half_kernel", lambda: "")
+    for dtype in (torch.float16, HALF):
+        q, k, v, _, projection, options = draw(Case(length=60), dtype)
+        out = favor_attention(q, k, v, projection, backend="cpp", **options)
+        wider = favor_attention(q.float(), k.float(), v.float(), projection.float(), backend="cpp", **options)
+        assert torch.equal(out, wider.to(dtype))
+        local = local_attention(q, k, v, window=9)
+        assert torch.equal(local, local_attention(q.float(), k.float(), v.float(), window=9).to(dtype))

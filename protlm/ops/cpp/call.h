@@ -56,7 +56,7 @@ struct FavorCall {
     FavorTensor out_grad, q_grad, k_grad, v_grad;
 
     float* workspace;
-    std::int64_t num_threads;
+    std::int64_t num_threads, is_backward;
 };
 
 // Consecutive tokens of one segment, which one thread processes at a time.

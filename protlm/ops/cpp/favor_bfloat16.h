@@ -51,15 +51,6 @@ struct HalfScratch {
           sums(take(longest(sizes))), weights(take_elements<Half>(take, longest(sizes))), state(take(sizes.state_floats())),
           reading(take(kUnitRows * RowSums::floats(sizes.columns))), end(take(0)) {}
 
-    static HalfScratch at(float* memory, const HalfSizes& sizes) {
-        return HalfScratch(sizes, [&memory](Index count) {
-            float* const taken = memory;
-            memory += round_up(count, 16);
-            return taken;
-        });
-    }
-    static Index floats(const HalfSizes& sizes) { return at(nullptr, sizes).end - static_cast<float*>(nullptr); }
-
 private:
     static Index longest(const HalfSizes& sizes) {
         return sizes.padded_features > kBlockKeys ? sizes.padded_features : kBlockKeys;
@@ -81,7 +72,7 @@ struct HalfWorkspace {
     RowSums slot(Index index, Index head) const {
         return RowSums::in(slots + (index * sizes.heads + head) * sizes.state_floats(), sizes.padded_features, sizes.columns);
     }
-    float* thread(Index index) const { return threads + index * HalfScratch::floats(sizes); }
+    float* thread(Index index) const { return threads + index * scratch_floats<HalfScratch>(sizes); }
 
     static Index floats(const FavorCall& call) { return HalfWorkspace(call).thread(call.num_threads) - call.workspace; }
 };
@@ -115,6 +106,14 @@ inline void gather_halves(const Tokens& tokens, const FavorTensor& tensor, Index
     std::memset(rows, 0, sizeof(Half) * (padded - count) * inner);
 }
 
+// Of the scores, for exponents to base 2.
+template <bool kExponential>
+float score_scale(const FavorCall& call, double a) {
+    return static_cast<float>(call.scale * (kExponential ? kLog2E * std::sqrt(1 - 4 * a) : 1.0));
+}
+// Of ‖k‖² in the exponent to base 2.
+inline float norm_scale(Index dim) { return static_cast<float>(0.5 * kLog2E / std::sqrt(double(dim))); }
+
 // The computations on one unit of tokens of one head.
 template <bool kExponential>
 struct HalfWork {
@@ -124,11 +123,7 @@ struct HalfWork {
     const HalfScratch& scratch;
     const Index dim = sizes.dim, inner = sizes.inner, columns = sizes.columns, padded = sizes.padded_features;
     const double a = tokens.oprf_a();
-    // Of ‖k‖² in the exponent to base 2.
-    const float norm_scale = static_cast<float>(0.5 * kLog2E / std::sqrt(double(dim)));
-    // Of the scores, to base 2.
-    const float scale = static_cast<float>(tokens.call.scale * (kExponential ? kLog2E * std::sqrt(1 - 4 * a) : 1.0));
-    const RowAttention<Half, kExponential> attention{scratch.of_rows, inner, columns, scale};
+    const RowAttention<Half, kExponential> attention{scratch.of_rows, inner, columns, score_scale<kExponential>(tokens.call, a)};
 
     // Makes `state` the sums over the keys of the unit.
     void fold(const RowSums& state) const {
@@ -144,7 +139,7 @@ struct HalfWork {
         const Index whole = round_up(count, kUnitColumns);
         gather_halves(tokens, tokens.call.k, first, count, whole, inner, scratch.rows);
         for (Index t = 0; t < whole; ++t) {
-            scratch.biases[t] = t < count ? -norm_scale * square_of(scratch.rows + t * inner, inner) : kNoKey;
+            scratch.biases[t] = t < count ? -norm_scale(dim) * square_of(scratch.rows + t * inner, inner) : kNoKey;
             scratch.sums[t] = t < count ? 1.0f : 0.0f;
         }
         store_columns(scratch.weights, scratch.sums, whole);
@@ -236,7 +231,7 @@ template <bool kExponential>
 void run_half_team(const FavorCall& call, const HalfWorkspace& workspace) {
     const Units tiles;
     const HalfSizes& sizes = workspace.sizes;
-    const HalfScratch scratch = HalfScratch::at(workspace.thread(omp_get_thread_num()), sizes);
+    const HalfScratch scratch = scratch_at<HalfScratch>(workspace.thread(omp_get_thread_num()), sizes);
     const RowSums own = RowSums::in(scratch.state, sizes.padded_features, sizes.columns);
     const auto work = [&](const FavorUnit& unit, Index head) {
         return HalfWork<kExponential>{sizes, {call, unit, head}, workspace.projection(head), scratch};

@@ -30,12 +30,12 @@ struct HalfGradientScratch {
     Half *partner_columns;           // [inner][kStripeRows]
     Half *weights, *exponent_grads;  // of kUnitRows tokens: [kUnitRows][kBlockKeys]
     Half *weight_panels;             // of a stripe, as its inner axis
-    Half *feature_rows;              // [padded_features][inner], and as many columns of features
+    Half *feature_rows;              // what is packed next: [padded_features][inner] or [columns][padded_features]
     Half *feature_partners;          // means of v, or their gradients, as columns
     Half *feature_values;            // the gradients as the inner axis
     float *exponents, *grads;        // of tokens of a stripe
     float *feature_exponents, *feature_grads;
-    float *grad_sums;       // of kUnitRows tokens, in parts
+    float *grad_sums;          // of tokens of a stripe, in parts
     float *sums, *other_sums;  // of a stripe: [kStripeRows][columns]
     float *gradient, *end;
 
@@ -53,15 +53,6 @@ struct HalfGradientScratch {
           grads(take(kStripeRows)), feature_exponents(take(sizes.padded_features)), feature_grads(take(sizes.padded_features)),
           grad_sums(take(kStripeRows * kPanelColumns)), sums(take(kStripeRows * sizes.columns)),
           other_sums(take(kStripeRows * sizes.columns)), gradient(take(StateGradient::floats(sizes))), end(take(0)) {}
-
-    static HalfGradientScratch at(float* memory, const HalfSizes& sizes) {
-        return HalfGradientScratch(sizes, [&memory](Index count) {
-            float* const taken = memory;
-            memory += round_up(count, 16);
-            return taken;
-        });
-    }
-    static Index floats(const HalfSizes& sizes) { return at(nullptr, sizes).end - static_cast<float*>(nullptr); }
 };
 
 struct HalfGradientWorkspace {
@@ -77,18 +68,21 @@ struct HalfGradientWorkspace {
     Index projection_floats() const {
         return sizes.projection_floats() + round_up(sizes.padded_features * sizes.columns, 32) / 2;
     }
-    HalfProjection projection(Index head) const {
-        return {projections + (sizes.projections > 1 ? head : 0) * projection_floats(), sizes};
-    }
+    HalfProjection projection(Index head) const { return {projection_memory(head), sizes}; }
     Half* projection_values(Index head) const {
-        return reinterpret_cast<Half*>(projections + (sizes.projections > 1 ? head : 0) * projection_floats() + sizes.projection_floats());
+        return reinterpret_cast<Half*>(projection_memory(head) + sizes.projection_floats());
     }
     StateGradient slot(Index index, Index head) const {
         return StateGradient::in(slots + (index * sizes.heads + head) * StateGradient::floats(sizes), sizes);
     }
-    float* thread(Index index) const { return threads + index * HalfGradientScratch::floats(sizes); }
+    float* thread(Index index) const { return threads + index * scratch_floats<HalfGradientScratch>(sizes); }
 
     static Index floats(const FavorCall& call) { return HalfGradientWorkspace(call).thread(call.num_threads) - call.workspace; }
+
+private:
+    float* projection_memory(Index head) const {
+        return projections + (sizes.projections > 1 ? head : 0) * projection_floats();
+    }
 };
 
 // The computations on one unit of tokens of one head.
@@ -101,11 +95,12 @@ struct HalfGradientWork {
     const HalfGradientScratch& scratch;
     const Index dim = sizes.dim, inner = sizes.inner, columns = sizes.columns, padded = sizes.padded_features;
     const double a = tokens.oprf_a();
-    // Of the gradients of q and k, of the scores, and of ‖k‖², the latter two to base 2.
+    // Of the gradients of q and k.
     const float grad_scale = static_cast<float>(tokens.call.scale * (kExponential ? std::sqrt(1 - 4 * a) : 1.0));
-    const float scale = static_cast<float>(tokens.call.scale * (kExponential ? kLog2E * std::sqrt(1 - 4 * a) : 1.0));
-    const float norm_scale = static_cast<float>(0.5 * kLog2E / std::sqrt(double(dim)));
-    const RowGradients<kExponential> gradients{scratch.of_rows, inner, scale};
+    const float scale = score_scale<kExponential>(tokens.call, a);
+    // Of the queries, whose exponents are those of the projection, and of the keys, to which the projection attends.
+    const RowGradients<kExponential, AddedFirst::kOfKey> of_queries{scratch.of_rows, inner, scale};
+    const RowGradients<kExponential, AddedFirst::kOfRow> of_keys{scratch.of_rows, inner, scale};
 
     // Calls visit(first token, number of tokens, the same filled up to whole units of rows) for every stripe.
     template <class Visit>
@@ -154,7 +149,7 @@ struct HalfGradientWork {
     void load_state() const {
         const Index place = tokens.unit.segment * sizes.heads + tokens.head;
         const float* state = tokens.call.states + place * sizes.features * (dim + 1);
-        const float* const references = tokens.call.references + place * sizes.features;
+        const float* const references = tokens.call.references + (kExponential ? place * sizes.features : place);
         std::memset(scratch.feature_rows, 0, sizeof(Half) * padded * inner);
         for (Index j = 0; j < padded; ++j) {
             const bool is_real = j < sizes.features;
@@ -169,7 +164,7 @@ struct HalfGradientWork {
 
     // Gathers queries and the gradients of their outputs, for ReLU divided by the sum of the query's weights.
     void gather_queries(Index first, Index count, Index whole) const {
-        // Memory of queries, which come after it.
+        // In the memory of the queries, which are gathered last.
         Half* const outputs = scratch.rows;
         gather_halves(tokens, tokens.call.out, first, count, whole, inner, outputs);
         gather_halves(tokens, tokens.call.out_grad, first, count, whole, inner, scratch.partners);
@@ -179,21 +174,17 @@ struct HalfGradientWork {
             const float weight = t >= count ? 0.0f : kExponential ? 1.0f : 1.0f / sum;
             scratch.exponents[t] = !kExponential ? 0.0f : t < count ? -sum : kNoKey;
             scratch.grads[t] = -weight * product_of(grad, outputs + t * inner, inner);
-            if (!kExponential && t < count) rescale(grad, weight);
+            for (Index c = 0; c < inner && !kExponential; c += kPanelColumns)
+                store_row(grad + c, _mm512_mul_ps(widened(grad + c), _mm512_set1_ps(weight)));
         }
-        transpose_rows(scratch.partners, whole, inner, scratch.partner_columns);
+        transpose_rows(scratch.partners, whole, inner, scratch.partner_columns, kStripeRows);
         gather_halves(tokens, tokens.call.q, first, count, whole, inner, scratch.rows);
-    }
-
-    void rescale(Half* row, float factor) const {
-        for (Index c = 0; c < inner; c += kPanelColumns)
-            store_row(row + c, _mm512_mul_ps(widened(row + c), _mm512_set1_ps(factor)));
     }
 
     // Adds what kUnitRows queries get from a block of features, and makes their weights columns of `weight_panels`.
     void add_queries(Index r, Index j, Index features, float* sums) const {
         const GradientRows rows = rows_at(r);
-        gradients.compute(rows, features_at(j, features), Band::whole(features), [&](Index t, Index i, const WeightPairs& pairs) {
+        of_queries.compute(rows, features_at(j, features), Band::whole(features), [&](Index t, Index i, const WeightPairs& pairs) {
             for (int n = 0; n < 2; ++n) store_row(scratch.exponent_grads + (t + n) * kBlockKeys + i, pairs.grads[n]);
             store_pair(scratch.weight_panels + i / kPanelColumns * kStripePanel + (r + t) * kPanelColumns, pairs.weights);
             __m512 sum = load16(sums + i);
@@ -226,7 +217,7 @@ struct HalfGradientWork {
 
     void load_gradient(const StateGradient& gradient) const {
         const Index place = tokens.unit.segment * sizes.heads + tokens.head;
-        const float* const references = tokens.call.references + place * sizes.features;
+        const float* const references = tokens.call.references + (kExponential ? place * sizes.features : place);
         for (Index j = 0; j < padded; ++j) {
             scratch.feature_exponents[j] = !kExponential ? 0.0f : j < sizes.features ? -references[j] : kNoKey;
             scratch.feature_grads[j] = gradient.sums[j];
@@ -242,7 +233,7 @@ struct HalfGradientWork {
         gather_halves(tokens, tokens.call.v, first, count, whole, inner, scratch.partners);
         for (Index t = 0; t < whole; ++t) {
             scratch.exponents[t] = !kExponential ? 0.0f
-                                   : t < count   ? -norm_scale * square_of(scratch.rows + t * inner, inner)
+                                   : t < count   ? -norm_scale(dim) * square_of(scratch.rows + t * inner, inner)
                                                  : kNoKey;
             scratch.grads[t] = 1.0f;
         }
@@ -251,7 +242,7 @@ struct HalfGradientWork {
     // Adds what kUnitRows keys get from a block of features.
     void add_keys(Index r, Index j, Index features) const {
         float* const grad_sums = scratch.grad_sums + r * kPanelColumns;
-        gradients.compute(rows_at(r), features_at(j, features), Band::whole(features), [&](Index t, Index i, const WeightPairs& pairs) {
+        of_keys.compute(rows_at(r), features_at(j, features), Band::whole(features), [&](Index t, Index i, const WeightPairs& pairs) {
             for (int n = 0; n < 2; ++n) {
                 store_row(scratch.weights + (t + n) * kBlockKeys + i, pairs.weights[n]);
                 store_row(scratch.exponent_grads + (t + n) * kBlockKeys + i, pairs.grads[n]);
@@ -282,7 +273,7 @@ template <bool kExponential>
 void run_half_gradient_team(const FavorCall& call, const HalfGradientWorkspace& workspace) {
     const Units tiles;
     const HalfSizes& sizes = workspace.sizes;
-    const HalfGradientScratch scratch = HalfGradientScratch::at(workspace.thread(omp_get_thread_num()), sizes);
+    const HalfGradientScratch scratch = scratch_at<HalfGradientScratch>(workspace.thread(omp_get_thread_num()), sizes);
     const StateGradient own = StateGradient::in(scratch.gradient, sizes);
     const auto work = [&](const FavorUnit& unit, Index head) {
         return HalfGradientWork<kExponential>{sizes, {call, unit, head}, workspace.projection(head), workspace.projection_values(head), scratch};
@@ -316,9 +307,8 @@ void run_half_gradient_team(const FavorCall& call, const HalfGradientWorkspace& 
     }
 }
 
-// Only a backward has gradients of the output.
 inline Index half_workspace(const FavorCall& call) {
-    return call.out_grad.data ? HalfGradientWorkspace::floats(call) : HalfWorkspace::floats(call);
+    return call.is_backward ? HalfGradientWorkspace::floats(call) : HalfWorkspace::floats(call);
 }
 
 inline void run_half_backward(const FavorCall& call) {

@@ -58,15 +58,6 @@ struct LocalGradientScratch {
         for (float** x : {&key_grads, &value_grads}) *x = take(sizes.inner * sizes.own_keys);
         end = take(0);
     }
-
-    static LocalGradientScratch at(float* memory, const LocalGradientSizes& sizes) {
-        return LocalGradientScratch(sizes, [&memory](Index count) {
-            float* const taken = memory;
-            memory += round_up(count, 16);
-            return taken;
-        });
-    }
-    static Index floats(const LocalGradientSizes& sizes) { return at(nullptr, sizes).end - static_cast<float*>(nullptr); }
 };
 static_assert(kStripeRows == kBlockKeys, "one memory for vectors of either");
 
@@ -82,7 +73,8 @@ struct LocalGradientWork {
     const Index first = unit.first, last = unit.first + unit.count, stride = sizes.own_keys;
     const Index first_own = first / kBlockKeys * kBlockKeys;  // the block with the first own key
     const float scale = static_cast<float>(kLog2E / std::sqrt(double(dim)));
-    const RowGradients<true> gradients{scratch.of_rows, inner, scale};
+    const LocalTokens<Half> tokens{call, unit, head, inner};
+    const RowGradients<true, AddedFirst::kOfKey> gradients{scratch.of_rows, inner, scale};
 
     void backward() const {
         for (float* x : {scratch.key_grads, scratch.value_grads}) std::memset(x, 0, sizeof(float) * inner * stride);
@@ -102,16 +94,6 @@ struct LocalGradientWork {
     }
 
 private:
-    Half* at(const FavorTensor& tensor, Index token) const {
-        return element_at<Half>(tensor, unit.row, head, unit.segment_first + token);
-    }
-
-    // Copies vectors to `to`, filled up with zeros to `padded` rows of `inner`.
-    void gather(const FavorTensor& tensor, Index from, Index count, Index padded, Half* to) const {
-        for (Index i = 0; i < count; ++i, to += inner) copy_row(at(tensor, from + i), dim, inner, to);
-        std::memset(to, 0, sizeof(Half) * (padded - count) * inner);
-    }
-
     // Adds what the queries from `query` on and before `stop` give to the unit's own keys, and if they are its own writes
     // their gradients.
     void add_stripe(Index query, Index stop, bool is_own) const {
@@ -125,21 +107,21 @@ private:
         for (Index from = low / kBlockKeys * kBlockKeys; from < high; from += kBlockKeys) add_block(query, whole, from, is_own);
         const float factor = 1.0f / std::sqrt(static_cast<float>(dim));
         for (Index t = 0; t < count && is_own; ++t)
-            store_scaled(at(call.q_grad, query + t), scratch.query_grads + t * columns, factor, dim);
+            store_scaled(tokens.at(call.q_grad, query + t), scratch.query_grads + t * columns, factor, dim);
     }
 
     void gather_queries(Index query, Index count, Index whole) const {
-        gather(call.out, query, count, whole, scratch.rows);
-        gather(call.out_grad, query, count, whole, scratch.grads);
-        gather(call.q, query, count, whole, scratch.queries);
-        const Index number = (unit.row * call.heads + head) * call.num_tokens + unit.segment_first + query;
+        tokens.gather(call.out, query, count, whole, scratch.rows);
+        tokens.gather(call.out_grad, query, count, whole, scratch.grads);
+        tokens.gather(call.q, query, count, whole, scratch.queries);
+        const Index number = tokens.number_of(query);
         for (Index t = 0; t < whole; ++t) {
             scratch.products[t] = -product_of(scratch.rows + t * inner, scratch.grads + t * inner, inner);
             scratch.exponents[t] = t < count ? -call.maxima[number + t] : kNoKey;
             scratch.factors[t] = t < count ? call.factors[number + t] : 0.0f;
         }
-        transpose_rows(scratch.queries, whole, inner, scratch.query_columns);
-        transpose_rows(scratch.grads, whole, inner, scratch.grad_columns);
+        transpose_rows(scratch.queries, whole, inner, scratch.query_columns, kStripeRows);
+        transpose_rows(scratch.grads, whole, inner, scratch.grad_columns, kStripeRows);
     }
 
     void add_block(Index query, Index whole, Index from, bool is_own) const {
@@ -193,9 +175,9 @@ private:
 
     void pack_keys(Index from, const PackedBlock& block) const {
         const Index count = at_most(kBlockKeys, unit.segment_count - from);
-        gather(call.v, from, count, kBlockKeys, scratch.rows);
+        tokens.gather(call.v, from, count, kBlockKeys, scratch.rows);
         pack_as_columns(scratch.rows, kBlockKeys, inner, block.value_columns);
-        gather(call.k, from, count, kBlockKeys, scratch.rows);
+        tokens.gather(call.k, from, count, kBlockKeys, scratch.rows);
         pack_as_columns(scratch.rows, kBlockKeys, inner, block.key_columns);
         pack_as_inner(scratch.rows, inner, kBlockKeys, columns, block.key_values);
     }
@@ -207,13 +189,13 @@ private:
             for (Index c = 0; c < dim; c += kPanelColumns) {
                 transpose_words(sums + c * stride + from - first_own, stride, turned);
                 for (Index token = from > first ? from : first; token < at_most(last, from + kPanelColumns); ++token)
-                    store_scaled(at(to, token) + c, turned + (token - from) * kPanelColumns, factor, at_most(kPanelColumns, dim - c));
+                    store_scaled(tokens.at(to, token) + c, turned + (token - from) * kPanelColumns, factor, at_most(kPanelColumns, dim - c));
             }
     }
 };
 
 inline Index local_gradient_workspace(const LocalCall& call) {
-    return call.num_threads * LocalGradientScratch::floats(LocalGradientSizes(call));
+    return call.num_threads * scratch_floats<LocalGradientScratch>(LocalGradientSizes(call));
 }
 
 inline void run_local_gradients(const LocalCall& call) {
@@ -224,7 +206,7 @@ inline void run_local_gradients(const LocalCall& call) {
         const Units tiles;
         const Index thread = omp_get_thread_num();
         const LocalGradientScratch scratch =
-            LocalGradientScratch::at(call.workspace + thread * LocalGradientScratch::floats(sizes), sizes);
+            scratch_at<LocalGradientScratch>(call.workspace + thread * scratch_floats<LocalGradientScratch>(sizes), sizes);
 #pragma omp for schedule(dynamic)
         for (Index i = 0; i < call.num_units * call.heads; ++i)
             LocalGradientWork{call, call.units[i / call.heads], i % call.heads, sizes, scratch}.backward();

@@ -33,15 +33,27 @@ struct RowLocalScratch {
         : of_rows(take), queries(take_elements<T>(take, sizes.queries * sizes.inner)), rows(take_elements<T>(take, kBlockKeys * sizes.inner)),
           columns(take_elements<T>(take, kBlockKeys * sizes.inner)), values(take_elements<T>(take, kBlockKeys * sizes.columns)),
           biases(take(kBlockKeys)), sums(take(sizes.queries * RowSums::floats(sizes.columns))), end(take(0)) {}
+};
 
-    static RowLocalScratch at(float* memory, const RowLocalSizes<T>& sizes) {
-        return RowLocalScratch(sizes, [&memory](Index count) {
-            float* const taken = memory;
-            memory += round_up(count, 16);
-            return taken;
-        });
+// The vectors of one unit and head. Tokens are counted from the start of the segment.
+template <class T>
+struct LocalTokens {
+    const LocalCall& call;
+    const LocalUnit& unit;
+    const Index head, inner;
+
+    T* at(const FavorTensor& tensor, Index token) const {
+        return element_at<T>(tensor, unit.row, head, unit.segment_first + token);
     }
-    static Index floats(const RowLocalSizes<T>& sizes) { return at(nullptr, sizes).end - static_cast<float*>(nullptr); }
+    // Of the numbers of queries.
+    Index number_of(Index token) const {
+        return (unit.row * call.heads + head) * call.num_tokens + unit.segment_first + token;
+    }
+    // Copies vectors to `to`, filled up with zeros to `padded` rows of `inner`.
+    void gather(const FavorTensor& tensor, Index from, Index count, Index padded, T* to) const {
+        for (Index i = 0; i < count; ++i, to += inner) copy_row(at(tensor, from + i), call.head_dim, inner, to);
+        std::memset(to, 0, sizeof(T) * (padded - count) * inner);
+    }
 };
 
 // The computations on one unit of tokens of one head. Tokens are counted from the start of the segment.
@@ -54,23 +66,17 @@ struct RowLocalWork {
     const RowLocalScratch<T>& scratch;
 
     const Index dim = sizes.dim, inner = sizes.inner, columns = sizes.columns;
+    const LocalTokens<T> tokens{call, unit, head, inner};
     const Index first = unit.first, last = unit.first + unit.count, queries = round_up(unit.count, kUnitRows);
     const float scale = static_cast<float>(kLog2E / std::sqrt(double(dim)));
     const RowAttention<T, true> attention{scratch.of_rows, inner, columns, is_half<T> ? scale : 1.0f};
 
-    // Copies vectors to `to`, filled up with zeros to `padded` rows of `inner`.
-    void gather(const FavorTensor& tensor, Index from, Index count, Index padded, T* to) const {
-        for (Index i = 0; i < count; ++i, to += inner)
-            copy_row(element_at<T>(tensor, unit.row, head, unit.segment_first + from + i), dim, inner, to);
-        std::memset(to, 0, sizeof(T) * (padded - count) * inner);
-    }
-
     PackedKeys<T> keys(Index from, Index count) const {
         const Index whole = round_up(count, kUnitColumns);
         for (Index t = 0; t < whole; ++t) scratch.biases[t] = t < count ? 0.0f : kNoKey;
-        gather(call.k, from, count, whole, scratch.rows);
+        tokens.gather(call.k, from, count, whole, scratch.rows);
         pack_as_columns(scratch.rows, whole, inner, scratch.columns);
-        gather(call.v, from, count, whole, scratch.rows);
+        tokens.gather(call.v, from, count, whole, scratch.rows);
         pack_as_inner(scratch.rows, inner, whole, columns, scratch.values);
         return {scratch.columns, scratch.values, whole * kPanelColumns, scratch.biases, nullptr, whole};
     }
@@ -78,7 +84,7 @@ struct RowLocalWork {
     void forward() const {
         const RowSums sums = RowSums::in(scratch.sums, queries, columns);
         sums.clear(queries, columns);
-        gather(call.q, first, unit.count, queries, scratch.queries);
+        tokens.gather(call.q, first, unit.count, queries, scratch.queries);
         scale_rows(scratch.queries);
         const Index low = first > call.before ? first - call.before : 0;
         const Index high = last + call.after < unit.segment_count ? last + call.after : unit.segment_count;
@@ -107,20 +113,19 @@ struct RowLocalWork {
     }
 
     void write(const RowSums& sums, Index t) const {
-        const Index token = unit.segment_first + first + t;
         const float factor = 1.0f / sums.total(t);
-        const Index number = (unit.row * call.heads + head) * call.num_tokens + token;
+        const Index number = tokens.number_of(first + t);
         call.maxima[number] = sums.references[t];
         call.factors[number] = factor;
         float* const values = sums.values + t * columns;
         for (Index c = 0; c < columns; c += 16) store16(values + c, _mm512_mul_ps(load16(values + c), _mm512_set1_ps(factor)));
-        store_columns(element_at<T>(call.out, unit.row, head, token), values, dim);
+        store_columns(tokens.at(call.out, first + t), values, dim);
     }
 };
 
 template <class T>
 Index row_local_workspace(const LocalCall& call) {
-    return call.num_threads * RowLocalScratch<T>::floats(RowLocalSizes<T>(call));
+    return call.num_threads * scratch_floats<RowLocalScratch<T>>(RowLocalSizes<T>(call));
 }
 
 template <class T>
@@ -132,7 +137,7 @@ void run_row_local(const LocalCall& call) {
         const Units tiles;
         const Index thread = omp_get_thread_num();
         const RowLocalScratch<T> scratch =
-            RowLocalScratch<T>::at(call.workspace + thread * RowLocalScratch<T>::floats(sizes), sizes);
+            scratch_at<RowLocalScratch<T>>(call.workspace + thread * scratch_floats<RowLocalScratch<T>>(sizes), sizes);
 #pragma omp for schedule(dynamic)
         for (Index i = 0; i < call.num_units * call.heads; ++i)
             RowLocalWork<T>{call, call.units[i / call.heads], i % call.heads, sizes, scratch}.forward();

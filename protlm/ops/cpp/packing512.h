@@ -144,12 +144,20 @@ PROTLM_INLINE __m512 add_products(__m512 sums, const Half* a, const Half* b) {
     return _mm512_dpbf16_ps(sums, left, right);
 }
 
-// The same of numbers that are rounded; before that they are multiplied by a factor.
+// 16 numbers of a row as float32, and float32 as such numbers.
+PROTLM_INLINE __m512 widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+PROTLM_INLINE __m512 widened(const Half* from) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+PROTLM_INLINE __m256i halves_of(__m512 x) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(x);
+    return reinterpret_cast<const __m256i&>(narrow);
+}
+PROTLM_INLINE __m512 rounded(__m512 x) { return widened(halves_of(x)); }
+
+// As store_columns, of numbers that are rounded; before that they are multiplied by a factor.
 inline void store_scaled(Half* to, const float* from, float factor, Index count) {
     for (Index i = 0; i < count; i += 16) {
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes_below(count - i), from + i), _mm512_set1_ps(factor));
-        const __m256bh x = _mm512_cvtneps_pbh(scaled);
-        _mm256_mask_storeu_epi16(to + i, lanes_below(count - i), reinterpret_cast<const __m256i&>(x));
+        _mm256_mask_storeu_epi16(to + i, lanes_below(count - i), halves_of(scaled));
     }
 }
 inline void store_columns(Half* to, const float* from, Index count) { store_scaled(to, from, 1.0f, count); }
@@ -193,9 +201,33 @@ inline void pack_rounded_as_inner(const float* rows, Index stride, Index count, 
     for (Index c = 0; c < columns; c += kPanelColumns)
         for (Index i = 0; i < count; i += 2, panels += 2 * kPanelColumns) {
             const float* const x = rows + i * stride + c;
-            const __m256bh even = _mm512_cvtneps_pbh(load16(x)), odd = _mm512_cvtneps_pbh(load16(x + stride));
-            _mm512_storeu_si512(panels, interleaved(reinterpret_cast<const __m256i&>(even), reinterpret_cast<const __m256i&>(odd)));
+            _mm512_storeu_si512(panels, interleaved(halves_of(load16(x)), halves_of(load16(x + stride))));
         }
+}
+
+// Writes 16 numbers of a row, and those of two rows as two neighbours of the inner axis.
+PROTLM_INLINE void store_row(Half* to, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves_of(x)); }
+PROTLM_INLINE void store_pair(Half* to, const __m512 (&x)[2]) {
+    _mm512_storeu_si512(to, interleaved(halves_of(x[0]), halves_of(x[1])));
+}
+
+// Rows [count][inner], a multiple of kInnerStep of them, as their columns: [inner][stride].
+inline void transpose_rows(const Half* rows, Index count, Index inner, Half* to, Index stride) {
+    for (Index i = 0; i < count; i += kInnerStep)
+        for (Index c = 0; c < inner; c += kPanelColumns) {
+            Half pairs[kPanelColumns * kInnerStep], turned[kPanelColumns * kInnerStep];
+            pack_as_inner(rows + i * inner + c, inner, kInnerStep, kPanelColumns, pairs);
+            transpose_words(pairs, kInnerStep, turned);
+            for (Index r = 0; r < kPanelColumns; ++r)
+                std::memcpy(to + (c + r) * stride + i, turned + r * kInnerStep, sizeof(Half) * kInnerStep);
+        }
+}
+
+// a·b of rows whose length is a multiple of kInnerStep.
+inline float product_of(const Half* a, const Half* b, Index count) {
+    __m512 sums = _mm512_setzero_ps();
+    for (Index i = 0; i < count; i += kInnerStep) sums = add_products(sums, a + i, b + i);
+    return _mm512_reduce_add_ps(sums);
 }
 
 // Copies a vector, filled up with zeros to `inner`.

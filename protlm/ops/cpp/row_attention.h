@@ -70,6 +70,20 @@ T* take_elements(Take&& take, Index count) {
     return reinterpret_cast<T*>(take(round_up(count, 2) * static_cast<Index>(sizeof(T)) / static_cast<Index>(sizeof(float))));
 }
 
+// What lies in the memory of a thread, and the floats of it: its constructor takes sizes and such a `take`.
+template <class Scratch, class Sizes>
+Scratch scratch_at(float* memory, const Sizes& sizes) {
+    return Scratch(sizes, [&memory](Index count) {
+        float* const taken = memory;
+        memory += round_up(count, 16);
+        return taken;
+    });
+}
+template <class Scratch, class Sizes>
+Index scratch_floats(const Sizes& sizes) {
+    return scratch_at<Scratch>(nullptr, sizes).end - static_cast<float*>(nullptr);
+}
+
 template <class T>
 struct RowScratch {
     float* scores;  // [kUnitRows][kBlockKeys]
