@@ -9,6 +9,7 @@ half      protlm with exact attention in bfloat16 against transformers, one prot
 padded    exact attention in float32 against transformers in padded batches
 extract   it against fair-esm in the padded batches of its extract.py, on proteins that it does not cut
 favor     protlm with FAVOR against transformers, on proteins of --favor-lengths
+earlier   both against another checkout of protlm (--earlier), each in new processes
 long      one long protein of --long-fasta: FAVOR against exact attention, of which one layer is measured
 memory    its peak memory
 pipeline  the command protlm embed against bare forward passes on the same rows
@@ -54,7 +55,7 @@ from scripts.measuring import SAMPLE, can_measure_memory, using_threads
 MODELS = {
     "exact": (EXACT, ESM_PEER), "half": (EXACT_HALF, ESM_PEER, HALF_PEER), "padded": (EXACT, PADDED_PEER),
     "extract": (EXACT, FAIR_PEER), "favor": (FAVOR, ESM_PEER),
-    "long": (), "memory": (), "pipeline": (), "growth": (), "load": (ESM_PEER,),
+    "earlier": (), "long": (), "memory": (), "pipeline": (), "growth": (), "load": (ESM_PEER,),
 }  # fmt: skip
 """The measurements, and the models that each compares."""
 
@@ -66,6 +67,8 @@ def obstacles(arguments: argparse.Namespace, name: str) -> Iterator[str]:
         yield harness.NEEDS_LINUX
     if name == "half" and not has_half_precision_units("bf16"):
         yield "it needs a processor with units for bfloat16"
+    if name == "earlier" and arguments.earlier is None:
+        yield "it needs --earlier"
     if name in ("long", "memory") and arguments.long_fasta is None:
         yield "it needs --long-fasta"
 
@@ -89,6 +92,10 @@ def measure(arguments: argparse.Namespace, wanted: Sequence[str], sizes: Sizes) 
         sequences = drawn(arguments, (1, arguments.max_length), arguments.pipeline_proteins)
         times = measurements.pipeline(sizes, sequences, budget, repeats)
         measured["pipeline"] = described(sequences) | {"times": times}
+    if "earlier" in wanted:
+        sequences = drawn(arguments, (1, arguments.max_length), arguments.num_proteins)
+        times = measurements.against_checkout(arguments.earlier.resolve(), sizes, sequences, budget, repeats)
+        measured["earlier"] = described(sequences) | {"times": times}
     if {"long", "memory"} & set(wanted):
         sequence = long_sequence(arguments)
         where = f"{arguments.long_id}, {len(sequence):,} residues"
@@ -138,7 +145,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--proteins", type=Path, nargs="+", default=[SAMPLE], metavar="FASTA", help="the proteins to embed"
     )
-    parser.add_argument("--num-proteins", type=int, default=60, help="of exact, extract and favor, drawn from them")
+    parser.add_argument(
+        "--earlier", type=Path, metavar="CHECKOUT",
+        help="of `earlier`: another checkout of protlm, whose compiled libraries were built in place",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-proteins", type=int, default=60, help="of exact, extract, favor and earlier, drawn from them"
+    )
     parser.add_argument("--pipeline-proteins", type=int, default=200, help="of pipeline")
     parser.add_argument("--max-length", type=int, default=10_000, help="residues of the longest protein that is drawn")
     parser.add_argument("--favor-lengths", type=int, nargs=2, default=[300, 2000], metavar="N", help="of favor")

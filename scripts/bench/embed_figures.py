@@ -8,6 +8,7 @@ from typing import Any
 from scripts.bench.embed_measurements import (
     BARE,
     COMMAND,
+    EARLIER,
     LOAD,
     LOAD_PEER,
     LONG_EXACT_LAYER,
@@ -16,7 +17,7 @@ from scripts.bench.embed_measurements import (
     MODEL_BYTES,
     PEAK_BYTES,
 )
-from scripts.bench.embed_models import OURS
+from scripts.bench.embed_models import EXACT, FAVOR, OURS
 from scripts.bench.harness import Figure, median, ratio, ratio_of_rates
 from scripts.bench.models import Sizes
 from scripts.measuring import MEBIBYTE, SECONDS
@@ -30,6 +31,11 @@ def figures(measured: Mapping[str, Any], sizes: Sizes) -> list[Figure]:
     for name in ("exact", "half", "padded", "extract", "favor"):
         if name in measured:
             rows += _against_peer(measured[name])
+    if timed := measured.get("earlier"):
+        rows += [
+            ratio_of_rates(timed["where"], name, name + EARLIER, _seconds(timed), timed["residues"], "residues/s")
+            for name in (EXACT, FAVOR)
+        ]
     if "long" in measured:
         rows.append(_long(measured["long"], sizes.num_layers))
     if memory := measured.get("memory"):

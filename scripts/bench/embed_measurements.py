@@ -1,6 +1,9 @@
 """The measurements of the embedding benchmark: which calls take turns, and which need a process of their own."""
 
 import gc
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,10 +26,11 @@ from protlm.model.performer import Performer
 from protlm.pretrained.export import export
 from protlm.pretrained.model_description import ModelDescription, Origin
 from protlm.vocabulary import CLS, EOS
-from scripts.bench.embed_models import FAVOR, Embedder, build, check, performer, save
+from scripts.bench.embed_models import EXACT, FAVOR, Embedder, build, check, performer, save
 from scripts.bench.models import Sizes, building_a_peer
 from scripts.measuring import (
     RETURN_FREED_MEMORY,
+    ROOT,
     SECONDS,
     WARM_UP_LENGTH,
     Times,
@@ -44,6 +48,30 @@ LONG_FAVOR, LONG_REST, LONG_EXACT_LAYER = "FAVOR", "without attention", "exact a
 COMMAND, BARE = "protlm embed", "bare forward passes"
 GROWTH_SIZES = Sizes(num_layers=1, model_dim=64, num_heads=2, ffn_dim=128, num_features=16)
 GROWTH_RESIDUES = 40
+EARLIER = ", earlier checkout"
+_TIMED_EMBEDDING = """
+import json, sys
+from pathlib import Path
+
+import torch
+
+import protlm
+from scripts.bench.embed_models import build
+from scripts.bench.models import Sizes
+from scripts.measuring import timed
+
+assert Path(protlm.__file__).parents[1] == Path.cwd(), f"protlm comes from {protlm.__file__}"
+job = json.load(sys.stdin)
+torch.set_num_threads(job["threads"])
+embed = build(job["name"], Sizes(**job["sizes"]), job["tokens_per_batch"])
+
+def embed_all():
+    for _ in embed(job["sequences"]):
+        pass
+
+embed_all()
+print(json.dumps(timed(embed_all)))
+"""
 
 
 def speed(names: Sequence[str], sizes: Sizes, sequences: Sequence[str], tokens_per_batch: int, repeats: int) -> Times:
@@ -51,6 +79,37 @@ def speed(names: Sequence[str], sizes: Sizes, sequences: Sequence[str], tokens_p
     embedders = {name: build(name, sizes, tokens_per_batch) for name in names}
     check(embedders, sequences[:2], sizes.model_dim)
     return take_turns({name: partial(timed, partial(_consume, embedders[name], sequences)) for name in names}, repeats)
+
+
+def against_checkout(
+    checkout: Path, sizes: Sizes, sequences: Sequence[str], tokens_per_batch: int, repeats: int
+) -> Times:
+    """Returns the seconds in which our models embed all the proteins, here and as another checkout of protlm has them.
+
+    They take turns, each in a new process, which embeds once before it is timed.
+    """
+    job = {
+        "sizes": asdict(sizes), "sequences": list(sequences), "tokens_per_batch": tokens_per_batch,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    calls = {
+        name + suffix: partial(timed_in, tree, job | {"name": name})
+        for name in (EXACT, FAVOR)
+        for tree, suffix in ((ROOT, ""), (checkout, EARLIER))
+    }
+    return take_turns(calls, repeats)
+
+
+def timed_in(tree: Path, job: dict[str, Any]) -> dict[str, float]:
+    """Returns the seconds of a job in a process that imports protlm and this benchmark from a checkout."""
+    # The folder in which a program given as text runs comes before all that is installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", _TIMED_EMBEDDING], cwd=tree, env=environment, input=json.dumps(job),
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    seconds: dict[str, float] = json.loads(result.stdout)
+    return seconds
 
 
 def long_protein(sizes: Sizes, sequence: str, repeats: int) -> Times:

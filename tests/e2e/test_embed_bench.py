@@ -1,6 +1,7 @@
 """The benchmark of embedding, made small: its figures come from its own times, and none after a wrong model."""
 
 import json
+import subprocess
 from pathlib import Path
 from statistics import median
 
@@ -104,6 +105,37 @@ def test_a_measurement_without_its_peer_or_its_protein_is_left_out_with_a_reason
         f"favor: {missing}",
         *(f"{part}: cannot be measured here: it needs --long-fasta" for part in ("long", "memory")),
     ]
+
+
+def test_another_checkout_is_timed_in_processes_that_import_it(monkeypatch, fasta, tmp_path):
+    checkout, out = tmp_path / "checkout", tmp_path / "figures.json"
+    checkout.mkdir()
+    (checkout / "scripts").symlink_to(ROOT / "scripts")
+    times = iter(range(1, 100))
+    jobs = []
+
+    def timed_in(tree, job):
+        jobs.append((tree, job["name"]))
+        return {"seconds": next(times) * (2.0 if tree == checkout else 1.0)}
+
+    job = {"name": FAVOR, "sizes": vars(SIZES), "sequences": ["MKV"], "tokens_per_batch": 100, "threads": 1}
+    assert embed_measurements.timed_in(ROOT, job)["seconds"] > 0
+    # This one has no protlm of its own, and the installed one would be timed.
+    with pytest.raises(subprocess.CalledProcessError):
+        embed_measurements.timed_in(checkout, job)
+    monkeypatch.setattr(embed_measurements, "timed_in", timed_in)
+    words = ["--only", "earlier", "--earlier", str(checkout), "--proteins", str(fasta), "--repeats", "5"]
+    embed.main([*TINY, *words, "--json", str(out)])
+    assert jobs == [(tree, name) for name in (EXACT, FAVOR) for tree in (ROOT, checkout)] * 6
+    content = json.loads(out.read_text())
+    figures = {figure["measured"]: figure["value"] for figure in content["figures"]}
+    seconds = {name: median(of["seconds"]) for name, of in content["measured"]["earlier"]["times"].items()}
+    assert figures == {
+        f"residues/s of {name} / {name}, earlier checkout": pytest.approx(
+            seconds[f"{name}, earlier checkout"] / seconds[name]
+        )
+        for name in (EXACT, FAVOR)
+    }
 
 
 @pytest.mark.parametrize("fault", ["not finite", "too few"])
