@@ -9,7 +9,7 @@ half      protlm with exact attention in bfloat16 against transformers, one prot
 padded    exact attention in float32 against transformers in padded batches
 extract   it against fair-esm in the padded batches of its extract.py, on proteins that it does not cut
 favor     protlm with FAVOR against transformers, on proteins of --favor-lengths
-earlier   both against another checkout of protlm (--earlier), each in new processes
+earlier   exact attention and FAVOR against another checkout of protlm (--earlier), each in new processes
 long      one long protein of --long-fasta: FAVOR against exact attention, of which one layer is measured
 memory    its peak memory
 pipeline  the command protlm embed against bare forward passes on the same rows

@@ -8,6 +8,7 @@ from typing import Any
 from scripts.bench.embed_measurements import (
     BARE,
     COMMAND,
+    COMPARED,
     EARLIER,
     LOAD,
     LOAD_PEER,
@@ -17,7 +18,7 @@ from scripts.bench.embed_measurements import (
     MODEL_BYTES,
     PEAK_BYTES,
 )
-from scripts.bench.embed_models import EXACT, FAVOR, OURS
+from scripts.bench.embed_models import OURS
 from scripts.bench.harness import Figure, median, ratio, ratio_of_rates
 from scripts.bench.models import Sizes
 from scripts.measuring import MEBIBYTE, SECONDS
@@ -34,7 +35,7 @@ def figures(measured: Mapping[str, Any], sizes: Sizes) -> list[Figure]:
     if timed := measured.get("earlier"):
         rows += [
             ratio_of_rates(timed["where"], name, name + EARLIER, _seconds(timed), timed["residues"], "residues/s")
-            for name in (EXACT, FAVOR)
+            for name in COMPARED
         ]
     if "long" in measured:
         rows.append(_long(measured["long"], sizes.num_layers))

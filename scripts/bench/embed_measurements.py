@@ -49,6 +49,11 @@ COMMAND, BARE = "protlm embed", "bare forward passes"
 GROWTH_SIZES = Sizes(num_layers=1, model_dim=64, num_heads=2, ffn_dim=128, num_features=16)
 GROWTH_RESIDUES = 40
 EARLIER = ", earlier checkout"
+COMPARED = {
+    EXACT: {"attention": "softmax", "qk_norm": False}, FAVOR: {"attention": "positive", "qk_norm": False},
+    f"{FAVOR}, qk_norm": {"attention": "positive", "qk_norm": True},
+}  # fmt: skip
+"""The models that two checkouts are compared by: those of the shape of ESM-2, and FAVOR as protlm trains it."""
 _TIMED_EMBEDDING = """
 import json, sys
 from pathlib import Path
@@ -56,14 +61,14 @@ from pathlib import Path
 import torch
 
 import protlm
-from scripts.bench.embed_models import build
-from scripts.bench.models import Sizes
+from scripts.bench.embed_models import Packed
+from scripts.bench.models import Sizes, performer
 from scripts.measuring import timed
 
 assert Path(protlm.__file__).parents[1] == Path.cwd(), f"protlm comes from {protlm.__file__}"
 job = json.load(sys.stdin)
 torch.set_num_threads(job["threads"])
-embed = build(job["name"], Sizes(**job["sizes"]), job["tokens_per_batch"])
+embed = Packed(performer(Sizes(**job["sizes"]), **job["model"]).eval(), job["tokens_per_batch"])
 
 def embed_all():
     for _ in embed(job["sequences"]):
@@ -93,8 +98,8 @@ def against_checkout(
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     calls = {
-        name + suffix: partial(timed_in, tree, job | {"name": name})
-        for name in (EXACT, FAVOR)
+        name + suffix: partial(timed_in, tree, job | {"model": {"conv_width": 0, **model}})
+        for name, model in COMPARED.items()
         for tree, suffix in ((ROOT, ""), (checkout, EARLIER))
     }
     return take_turns(calls, repeats)

@@ -115,10 +115,16 @@ def test_another_checkout_is_timed_in_processes_that_import_it(monkeypatch, fast
     jobs = []
 
     def timed_in(tree, job):
-        jobs.append((tree, job["name"]))
+        jobs.append((tree, job["model"]["attention"]))
         return {"seconds": next(times) * (2.0 if tree == checkout else 1.0)}
 
-    job = {"name": FAVOR, "sizes": vars(SIZES), "sequences": ["MKV"], "tokens_per_batch": 100, "threads": 1}
+    job = {
+        "model": {"attention": "positive"},
+        "sizes": vars(SIZES),
+        "sequences": ["MKV"],
+        "tokens_per_batch": 100,
+        "threads": 1,
+    }
     assert embed_measurements.timed_in(ROOT, job)["seconds"] > 0
     # This one has no protlm of its own, and the installed one would be timed.
     with pytest.raises(subprocess.CalledProcessError):
@@ -126,7 +132,7 @@ def test_another_checkout_is_timed_in_processes_that_import_it(monkeypatch, fast
     monkeypatch.setattr(embed_measurements, "timed_in", timed_in)
     words = ["--only", "earlier", "--earlier", str(checkout), "--proteins", str(fasta), "--repeats", "5"]
     embed.main([*TINY, *words, "--json", str(out)])
-    assert jobs == [(tree, name) for name in (EXACT, FAVOR) for tree in (ROOT, checkout)] * 6
+    assert jobs == [(tree, kind) for kind in ("softmax", "positive", "positive") for tree in (ROOT, checkout)] * 6
     content = json.loads(out.read_text())
     figures = {figure["measured"]: figure["value"] for figure in content["figures"]}
     seconds = {name: median(of["seconds"]) for name, of in content["measured"]["earlier"]["times"].items()}
@@ -134,7 +140,7 @@ def test_another_checkout_is_timed_in_processes_that_import_it(monkeypatch, fast
         f"residues/s of {name} / {name}, earlier checkout": pytest.approx(
             seconds[f"{name}, earlier checkout"] / seconds[name]
         )
-        for name in (EXACT, FAVOR)
+        for name in embed_measurements.COMPARED
     }
 
 
