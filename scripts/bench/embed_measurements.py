@@ -61,11 +61,13 @@ from pathlib import Path
 import torch
 
 import protlm
+from protlm.ops import backends
 from scripts.bench.embed_models import Packed
 from scripts.bench.models import Sizes, performer
 from scripts.measuring import timed
 
 assert Path(protlm.__file__).parents[1] == Path.cwd(), f"protlm comes from {protlm.__file__}"
+assert not backends()["cpp"].startswith("not available"), backends()["cpp"]
 job = json.load(sys.stdin)
 torch.set_num_threads(job["threads"])
 embed = Packed(performer(Sizes(**job["sizes"]), **job["model"]).eval(), job["tokens_per_batch"])

@@ -1,5 +1,6 @@
 """prep and embed on the workers of a Dask cluster: the bytes of one machine, whatever is lost meanwhile."""
 
+import contextlib
 import functools
 import json
 import random
@@ -44,20 +45,23 @@ class Clusters:
         """Returns it with both workers there: a new one where Dask does not bring back a worker that was killed."""
         if self._current is not None:
             try:
-                self._current.wait_for_workers(2, timeout=TIMEOUT_SECONDS / 3)
-            except TimeoutError:
-                self.close()
+                self._current.wait_for_workers(2, timeout=TIMEOUT_SECONDS / 5)
+            except (TimeoutError, OSError):
+                # Closing may fail for the same reason; no process outlives the tests.
+                with contextlib.suppress(Exception):
+                    self.close()
         if self._current is None:
             self._current = distributed.LocalCluster(
                 n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
             )
-            self._current.wait_for_workers(2, timeout=TIMEOUT_SECONDS)
+            self._current.wait_for_workers(2, timeout=TIMEOUT_SECONDS / 2)
         return self._current
 
     def close(self):
-        if self._current is not None:
-            self._current.close()
-        self._current = None
+        # One that failed to close waits for ever when it is closed again.
+        current, self._current = self._current, None
+        if current is not None:
+            current.close(timeout=TIMEOUT_SECONDS / 5)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,9 @@ def client(cluster):
     with distributed.Client(cluster, set_as_default=False) as client:
         yield client
         for name in (WRITE_PIECE, WRITE_SHARD, DECIDE, MAKE_PIECE, CONTAINED, COMPUTE, EMBED_ROW):
-            client.run(cluster_faults.mend, name)
-        client.run(cluster_faults.show)
+            # A worker that was killed a moment ago, or began since, has no fault.
+            client.run(cluster_faults.mend, name, on_error="ignore")
+        client.run(cluster_faults.show, on_error="ignore")
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ def test_every_layout_equals_the_float64_twin(feature_map, layout, monkeypatch):
         monkeypatch.setattr(favor_cpp, "_UNIT_TOKENS", unit_tokens)
         actual = computed_of(arguments, "cpp")
         assert {x.dtype for x in actual} == {HALF}
-        assert_equal(actual, expected, TOLERANCE[HALF], f"units of {unit_tokens}", arguments[-1]["feature_map"])
+        # By one tolerance for all maps: of bfloat16 it is wide enough for those that are near to cancel too.
+        assert_equal(actual, expected, TOLERANCE[HALF], f"units of {unit_tokens}")
 
 
 def differentiated(attend, tensors, grad):
@@ -165,6 +166,30 @@ def test_gradients_of_exact_attention_equal_the_float64_twin(head_dim, causal, w
             assert relative_error(ours, theirs) < TOLERANCE[HALF], (unit_tokens, name)
 
 
+@pytest.mark.parametrize("feature_map", maps_on("cpp"))
+def test_constant_values_give_queries_no_gradient(feature_map):
+    q, k, _, grad, projection, options = draw(Case(length=300, head_dim=64, feature_map=feature_map), HALF)
+    for attend in (
+        lambda *x: favor_attention(*x, projection, backend="cpp", **options),
+        lambda *x: local_attention(*x, window=300),
+    ):
+        _, q_grad, *_ = differentiated(attend, (q, k, torch.ones_like(q)), grad)
+        _, usual, *_ = differentiated(attend, (q, k, torch.randn_like(q)), grad)
+        assert q_grad.abs().max() < 1e-4 * usual.abs().max()
+
+
+def test_rows_of_a_batch_and_strides_of_any_order_are_found():
+    tensors, grad = drawn(150, 32), drawn(150, 32, seed=1)[0]
+    # Rows of a batch, whose tokens come before their heads in memory.
+    in_rows = [x.view(3, 150, 1, 32).expand(3, 150, 2, 32).clone().transpose(1, 2) for x in (*tensors, grad)]
+    for window in (9, 150):
+        expected = differentiated(lambda *x: local_attention(*x, window=window), tensors, grad)  # noqa: B023
+        actual = differentiated(lambda *x: local_attention(*x, window=window), in_rows[:3], in_rows[3])  # noqa: B023
+        for ours, alone in zip(actual, expected, strict=True):
+            for head in (0, 1):
+                assert torch.equal(ours[:, head], alone[0])
+
+
 def test_scores_far_from_zero_have_finite_gradients_also_at_the_end_of_a_segment():
     q, k, v = drawn(70, 32)
     # All scores are far below zero: what only fills a block up would have a weight without bound.
@@ -240,7 +265,7 @@ def test_equal_keys_share_a_weight_at_scores_of_any_size(size):
 
 
 @pytest.mark.parametrize("feature_map", maps_on("cpp"))
-def test_values_with_a_mean_of_their_own_leave_gradients_as_close_as_by_the_kernels_of_float32(
+def test_values_with_a_mean_of_their_own_leave_gradients_near_those_of_the_kernels_of_float32(
     feature_map, kernel, monkeypatch
 ):
     case = Case(length=400, head_dim=32, batch=1, num_features=128, feature_map=feature_map)

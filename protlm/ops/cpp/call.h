@@ -56,7 +56,8 @@ struct FavorCall {
     FavorTensor out_grad, q_grad, k_grad, v_grad;
 
     float* workspace;
-    std::int64_t num_threads, is_backward;
+    std::int64_t num_threads;
+    std::int64_t is_backward;  // 1: the workspace is that of a whole backward, for kernels where it differs
 };
 
 // Consecutive tokens of one segment, which one thread processes at a time.

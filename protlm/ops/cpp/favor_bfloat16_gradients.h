@@ -159,6 +159,9 @@ struct HalfGradientWork {
             scratch.feature_grads[j] = is_real ? state[j * (dim + 1) + dim] : 0.0f;
             if (is_real) store_columns(scratch.feature_rows + j * inner, state + j * (dim + 1), dim);
         }
+        // The sums of ReLU as the forward divided by them.
+        for (Index j = 0; j < padded; j += kPanelColumns)
+            store16(scratch.feature_grads + j, rounded(load16(scratch.feature_grads + j)));
         pack_as_columns(scratch.feature_rows, padded, inner, scratch.feature_partners);
     }
 
@@ -170,12 +173,12 @@ struct HalfGradientWork {
         gather_halves(tokens, tokens.call.out_grad, first, count, whole, inner, scratch.partners);
         for (Index t = 0; t < whole; ++t) {
             Half* const grad = scratch.partners + t * inner;
-            const float sum = t < count ? *tokens.query_sum(first + t) : 0.0f;
-            const float weight = t >= count ? 0.0f : kExponential ? 1.0f : 1.0f / sum;
-            scratch.exponents[t] = !kExponential ? 0.0f : t < count ? -sum : kNoKey;
-            scratch.grads[t] = -weight * product_of(grad, outputs + t * inner, inner);
-            for (Index c = 0; c < inner && !kExponential; c += kPanelColumns)
-                store_row(grad + c, _mm512_mul_ps(widened(grad + c), _mm512_set1_ps(weight)));
+            const bool is_real = t < count;
+            const float sum = is_real ? *tokens.query_sum(first + t) : 0.0f;
+            scratch.exponents[t] = !kExponential ? 0.0f : is_real ? -sum : kNoKey;
+            for (Index c = 0; c < inner && is_real && !kExponential; c += kPanelColumns)
+                store_row(grad + c, _mm512_mul_ps(widened(grad + c), _mm512_set1_ps(1.0f / sum)));
+            scratch.grads[t] = -product_of(grad, outputs + t * inner, inner);
         }
         transpose_rows(scratch.partners, whole, inner, scratch.partner_columns, kStripeRows);
         gather_halves(tokens, tokens.call.q, first, count, whole, inner, scratch.rows);

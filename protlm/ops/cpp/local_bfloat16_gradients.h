@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <initializer_list>
+
 #include "local_rows.h"
 #include "row_gradients.h"
 
@@ -80,7 +82,7 @@ struct LocalGradientWork {
         for (float* x : {scratch.key_grads, scratch.value_grads}) std::memset(x, 0, sizeof(float) * inner * stride);
         for (Index i = 0; i < kBlockKeys; ++i) scratch.ones[i] = 1.0f;
         for (Index from = first_own; from < last; from += kBlockKeys) pack_keys(from, packed_at((from - first_own) / kBlockKeys));
-        // Queries of others come in whole stripes, of which those of the unit are left out.
+        // Stripes are cut where the unit's own queries begin and end.
         const Index begin = first > call.after ? first - call.after : 0;
         const Index end = last + call.before < unit.segment_count ? last + call.before : unit.segment_count;
         for (Index query = begin / kStripeRows * kStripeRows; query < end; query += kStripeRows) {

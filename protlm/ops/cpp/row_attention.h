@@ -70,7 +70,8 @@ T* take_elements(Take&& take, Index count) {
     return reinterpret_cast<T*>(take(round_up(count, 2) * static_cast<Index>(sizeof(T)) / static_cast<Index>(sizeof(float))));
 }
 
-// What lies in the memory of a thread, and the floats of it: its constructor takes sizes and such a `take`.
+// The scratch memory of a thread, laid out from an address on, and how many floats it takes. Its constructor is given the
+// sizes of the call and `take`, and its last member is `end`.
 template <class Scratch, class Sizes>
 Scratch scratch_at(float* memory, const Sizes& sizes) {
     return Scratch(sizes, [&memory](Index count) {

@@ -1,9 +1,9 @@
 // Gradients of attention of rows to blocks of keys, of bfloat16: what the backwards of exact attention and of both halves
 // of FAVOR consist of.
 //
-// Weights are computed again from the logarithms of their sums. Every row and key has a partner: the gradient of a weight is
+// Weights are computed again from what the forward has told of their sums. Every row and key has a partner: the gradient of a weight is
 // their product, plus a number of the row times one of the key. All sums are float32; a weight is rounded before anything
-// reads it, so that the sums over it fit together, and the gradient of an exponent before it is multiplied.
+// reads it, so that sums over weights fit together, and the gradient of an exponent before it is multiplied.
 
 #pragma once
 
@@ -48,8 +48,8 @@ struct WeightPairs {
     __m512 weights[2], grads[2];
 };
 
-// Whose exponents the forward added to a score before it rounded the sum: among large numbers the weights are the same only
-// if they are computed in the same order.
+// Whose exponents the forward added to a score before it rounded the sum: among large numbers another order would give other
+// weights.
 enum class AddedFirst { kOfRow, kOfKey };
 
 // What kUnitRows rows and at most kBlockKeys keys have together.

@@ -1,10 +1,13 @@
 """The order in which tasks are handed out and their results come."""
 
+import multiprocessing
+import os
 import threading
+import time
 
 import pytest
 
-from protlm.runtime import run_marks
+from protlm.runtime import local_workers, run_marks
 from protlm.runtime.local_workers import LocalWorkers
 from tests.numbered_tasks import Numbered
 
@@ -22,6 +25,21 @@ def hand_in(desk, task):
     if task.number == 0:
         desk.first_may_end.wait(60)
     return task.number
+
+
+def test_a_worker_ends_whose_parent_was_dead_before_it_asked():
+    parent = multiprocessing.get_context("fork").Process(target=os._exit, args=(0,))
+    parent.start()
+    parent.join()
+    worker = multiprocessing.get_context("fork").Process(target=begin_and_wait, args=(parent.pid,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 1
+
+
+def begin_and_wait(parent):
+    local_workers._begin(None, parent)
+    time.sleep(120)
 
 
 @pytest.mark.parametrize(("ahead", "begun"), [(0, 2), (5, 5), (100, 20)])
