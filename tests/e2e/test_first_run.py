@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.gpu.part import PARTS
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,7 @@ def told_of_a_missing_peer(fault):
     return "transformers" in fault or "triton" in fault.lower()
 
 
+@pytest.mark.slow
 def test_a_part_that_is_out_of_time_keeps_its_rows_and_says_so(tmp_path):
     out = tmp_path / "times.json"
     command = [sys.executable, str(ROOT / "scripts/gpu/part.py"), "times", "--device", "cpu", "--tiny"]

@@ -123,7 +123,7 @@ SHAPES = {
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("feature_map", JOINING)
 @pytest.mark.parametrize(("options", "changes"), SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("near_block", [1, 7])
+@pytest.mark.parametrize("near_block", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_every_layout_equals_the_twin(options, changes, near_block, feature_map, causal, monkeypatch):
     # Spans of two blocks, groups of one head, and later states that are folded once more.
     monkeypatch.setattr(near_far_torch, "_SPAN_BLOCKS", 2)
