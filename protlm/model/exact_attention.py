@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -19,8 +20,6 @@ from protlm.ops.inputs import LocalInputs
 
 _HALF = (torch.bfloat16, torch.float16)
 _MOST_FLASH_DIM = 256
-_LONGEST_TRAINED = 16_384
-"""Tokens of the longest segment whose backward the compiled kernel computes: each thread holds its keys and values."""
 
 
 def softmax_attention(
@@ -36,8 +35,8 @@ def softmax_attention(
 
     On a GPU it is one call for all segments, and the host waits for nothing: PyTorch's flash attention of sequences of
     any lengths in half precision, where this version has it, else the Triton kernels of `local_attention`, whose window
-    is then the row. So it is on a CPU whose compiled kernels are faster than PyTorch's. Everywhere else, and with a
-    bias, it is one call a segment.
+    is then the row. So it is on a CPU, for neighbouring segments for which its compiled kernels are faster than
+    PyTorch's. Everywhere else, and with a bias, it is one call a segment.
 
     Args:
         q: Queries.
@@ -55,11 +54,10 @@ def softmax_attention(
         if local_triton.covers(LocalInputs(q, k, v, None, segments.cu_seqlens, length, 0 if causal else length)):
             return local_attention(q, k, v, window=length, cu_seqlens=segments.cu_seqlens, causal=causal)
     if q.device.type == "cpu" and local_bias is None and not torch.compiler.is_compiling():
-        longest = max(1, int(segments.cu_seqlens.diff().max()))
-        is_moderate = longest <= _LONGEST_TRAINED or not torch.is_grad_enabled()
-        if is_moderate and local_cpp.is_fastest_exact(v.dtype):
-            return local_attention(q, k, v, window=longest, cu_seqlens=segments.cu_seqlens, causal=causal)
-    return _one_by_one(q, k, v, segments, causal, local_bias, window)
+        longest = local_cpp.longest_exact(v.dtype, has_gradients=torch.is_grad_enabled())
+        if longest:
+            return _by_length(q, k, v, segments, causal, longest)
+    return _one_by_one(q, k, v, segments.cpu_bounds, causal, local_bias, window)
 
 
 def _takes_flash(q: Tensor) -> bool:
@@ -102,11 +100,38 @@ def _in_one_call(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bo
     return attention(q, k, v, bounds, bounds, length, length, causal=causal).transpose(0, 1).unsqueeze(0)
 
 
+def _by_length(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, longest: int
+) -> Float[Tensor, "1 heads length head_dim"]:
+    """Returns attention on the CPU: neighbouring segments that are no longer than `longest` are one call."""
+    bounds = segments.cpu_bounds
+    lengths = bounds.diff().tolist()
+    if max(lengths) <= longest:
+        return local_attention(q, k, v, window=max(1, *lengths), cu_seqlens=bounds, causal=causal)
+    outs, first = [], 0
+    for is_long, group in itertools.groupby(lengths, lambda length: length > longest):
+        last = first + len(list(group))
+        own_bounds = bounds[first : last + 1] - bounds[first]
+        q_part, k_part, v_part = (x[:, :, bounds[first] : bounds[last]] for x in (q, k, v))
+        if is_long:
+            outs.append(_one_by_one(q_part, k_part, v_part, own_bounds, causal, None, 0))
+        elif q_part.shape[2]:
+            window = max(lengths[first:last])
+            outs.append(local_attention(q_part, k_part, v_part, window=window, cu_seqlens=own_bounds, causal=causal))
+        first = last
+    return _joined(outs)
+
+
+def _joined(outs: list[Tensor]) -> Tensor:
+    """Concatenates outputs of segments in their memory layout, tokens first."""
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
+
+
 def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, local_bias: Tensor | None, window: int
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, local_bias: Tensor | None, window: int
 ) -> Tensor:
     outs = []
-    for start, stop in pairwise(segments.cpu_bounds.tolist()):
+    for start, stop in pairwise(bounds.tolist()):
         if stop == start:
             continue
         q_part, k_part, v_part = (x[:, :, start:stop] for x in (q, k, v))
@@ -115,8 +140,7 @@ def _one_by_one(
         else:
             biases = _biases(local_bias.to(q.dtype), stop - start, window, causal)
             outs.append(F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=biases))
-    # Concatenated in their memory layout, tokens first.
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
+    return _joined(outs)
 
 
 def _biases(local_bias: Tensor, length: int, window: int, causal: bool) -> Tensor:

@@ -5,6 +5,7 @@ They compute in float32, also for shorter inputs, but for calls of bfloat16 on a
 
 import ctypes
 import functools
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from protlm.ops import compiled
 from protlm.ops.inputs import LocalInputs, result_like
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LONGEST_TRAINED = 2048
+"""Tokens of a segment up to which the backward of float32 is the faster one: the units of a longer one compute most of
+it twice, and each holds all of its keys and values."""
 _UNIT_TOKENS = 512
 """Tokens of a unit, a multiple of the block of 32 queries: their keys are packed once, and those within reach of a seam
 twice."""
@@ -25,9 +29,17 @@ def covers(inputs: LocalInputs) -> bool:
     return inputs.q.device.type == "cpu" and inputs.q.dtype in _DTYPES and inputs.token_mask is None
 
 
-def is_fastest_exact(dtype: torch.dtype) -> bool:
-    """Returns whether attention to whole segments is faster by the kernel than by PyTorch's, on this processor."""
-    return dtype in _DTYPES and compiled.why_not() is None and compiled.best_kernel() == "avx512"
+def longest_exact(dtype: torch.dtype, *, has_gradients: bool) -> int:
+    """Returns up to how many tokens attention to a whole segment is faster by the kernel than by PyTorch's, here.
+
+    Args:
+        dtype: Of q, k and v.
+        has_gradients: Whether their gradients are wanted too.
+    """
+    if dtype not in _DTYPES or compiled.why_not() is not None or compiled.best_kernel() != "avx512":
+        return 0
+    is_of_float32 = dtype != torch.bfloat16 or not compiled.best_half_kernel()
+    return _LONGEST_TRAINED if has_gradients and is_of_float32 else sys.maxsize
 
 
 def forward(inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Exact attention over the segments of a row: the calls that a GPU gets, tried with stand-ins on the CPU."""
 
 import inspect
+import itertools
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 
 from protlm.model import exact_attention
 from protlm.model.exact_attention import softmax_attention
+from protlm.ops import compiled, local_cpp, reference
 from tests.unit.model.small_models import segments_of
 
 SIZES = (5, 0, 1, 14)
@@ -94,3 +97,47 @@ def test_which_call_a_gpu_gets(dtype, head_dim, has_flash, has_kernels, bias, ch
         # The flash attention of any lengths is for newer GPUs.
         expected = chosen if capability == 80 or chosen != "_in_one_call" else "local_attention"
         assert choose(x, x, x, segments_of(20), False, bias, 4) == expected
+
+
+@pytest.mark.skipif(
+    local_cpp.longest_exact(torch.float32, has_gradients=True) == 0, reason="here exact attention is PyTorch's"
+)
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("sizes", [(5, 30, 0, 3, 40, 41, 7), (0, 30, 0), (40,), (3, 0), (0,)])
+def test_long_segments_are_trained_by_the_attention_of_pytorch_and_the_others_by_the_kernel(sizes, causal, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(sum(sizes), 2, 8, generator=generator).transpose(0, 1).unsqueeze(0).requires_grad_()
+        for _ in range(4)
+    )
+    calls = []
+
+    def noting(name):
+        computes = getattr(exact_attention, name)
+
+        def call(q, *arguments, **options):
+            calls.append((name, q.shape[2]))
+            return computes(q, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(local_cpp, "_LONGEST_TRAINED", 10)
+    for name in ("local_attention", "_one_by_one"):
+        monkeypatch.setattr(exact_attention, name, noting(name))
+    out = softmax_attention(q, k, v, segments_of(*sizes), causal, None, 4)
+    runs = [(long, sum(run)) for long, run in itertools.groupby(sizes, lambda size: size > 10)]
+    expected = [("_one_by_one" if long else "local_attention", tokens) for long, tokens in runs if tokens]
+    assert calls == (expected or [("local_attention", 0)])
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    twin = reference.softmax_attention(*doubles, cu_seqlens=segments_of(*sizes).cu_seqlens, causal=causal)
+    torch.testing.assert_close(out, twin.float())
+    for ours, theirs in zip(
+        torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(twin, doubles, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=1e-4)
+    calls.clear()
+    with torch.no_grad():
+        softmax_attention(q, k, v, segments_of(*sizes), causal, None, 4)
+    assert [name for name, _ in calls] == ["local_attention"]
+    if compiled.best_half_kernel():
+        assert local_cpp.longest_exact(torch.bfloat16, has_gradients=True) == sys.maxsize

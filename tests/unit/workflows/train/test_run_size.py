@@ -45,7 +45,7 @@ def row_flops(model=None, **train):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_operations_of_exact_attention_are_those_that_torch_counts(changes, causal, monkeypatch):
     # Torch counts its own attention only.
-    monkeypatch.setattr(local_cpp, "is_fastest_exact", lambda dtype: False)
+    monkeypatch.setattr(local_cpp, "longest_exact", lambda dtype, has_gradients: 0)
     shape = {"attention": "softmax", "causal": causal, **changes}
     model = Performer(ModelConfig(**SHAPE | shape))
     model.reset(0)
