@@ -67,8 +67,8 @@ def obstacles(arguments: argparse.Namespace, name: str) -> Iterator[str]:
         yield harness.NEEDS_LINUX
     if name == "half" and not has_half_precision_units("bf16"):
         yield "it needs a processor with units for bfloat16"
-    if name == "earlier" and arguments.earlier is None:
-        yield "it needs --earlier"
+    if name == "earlier" and (arguments.earlier is None or not (arguments.earlier / "scripts" / "bench").is_dir()):
+        yield "it needs --earlier, a checkout of protlm"
     if name in ("long", "memory") and arguments.long_fasta is None:
         yield "it needs --long-fasta"
 

@@ -107,6 +107,13 @@ def test_a_measurement_without_its_peer_or_its_protein_is_left_out_with_a_reason
     ]
 
 
+def test_a_folder_that_is_no_checkout_is_not_timed(fasta, tmp_path, capsys):
+    words = ["--only", "earlier", "pipeline", "--earlier", str(tmp_path), "--proteins", str(fasta), "--repeats", "1"]
+    embed.main([*TINY, *words])
+    told = "earlier: cannot be measured here: it needs --earlier, a checkout of protlm"
+    assert told in capsys.readouterr().err.splitlines()
+
+
 def test_another_checkout_is_timed_in_processes_that_import_it(monkeypatch, fasta, tmp_path):
     checkout, out = tmp_path / "checkout", tmp_path / "figures.json"
     checkout.mkdir()
